@@ -1,0 +1,100 @@
+"""``chat``: a conversation with the tuned model, its base model or the merged one. Nothing is printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.chat_format import ChatFormat
+from gemma_tune.errors import UserError
+from gemma_tune.generation import Answer, Stream, sampling_arguments
+from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
+from gemma_tune.run_dir import read_manifest
+from gemma_tune.stage import Session, state_of
+
+
+@dataclass
+class Conversation:
+    """A loaded model and the turns so far."""
+
+    model: Any
+    chat: ChatFormat
+    which: str
+    max_new_tokens: int
+    arguments: dict[str, Any]
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, text: str) -> Stream:
+        """Start the answer to ``text``; call :meth:`keep` with the result to make both part of the conversation."""
+        return Stream(self.model, self.chat, [*self.messages, {"role": "user", "content": text}],
+                      self.max_new_tokens, self.arguments)
+
+    def keep(self, text: str, answer: Answer) -> None:
+        """Remember a question and its answer."""
+        if answer.text:
+            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget the turns; ``system`` replaces the system prompt when it is given (empty text removes it)."""
+        self.turns.clear()
+        if system is not None:
+            self.system = system or None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """System prompt and turns so far."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+
+def open_conversation(session: Session) -> Conversation:
+    """Load the model that the settings name.
+
+    Raises:
+        UserError: no adapter or merged model yet, damaged or missing files.
+    """
+    config = session.config
+    checkpoint, adapter, which = _choose(session)
+    chat = load_format(adapter or checkpoint, session.model.config["model_type"])
+    placement = choose_placement(config.dtype)
+    session.listener.note(f"{which}, computing in {placement.reason}")
+    model = load_model(checkpoint, placement).eval()
+    if adapter:
+        model = add_adapter(model, adapter)
+    if config.seed is not None:
+        import torch
+
+        torch.manual_seed(config.seed)
+    chosen = {k: v for k, v in asdict(config).items() if k in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    return Conversation(model, chat, which, config.max_new_tokens, sampling_arguments(model, chosen), config.system)
+
+
+def _choose(session: Session) -> tuple[Path, Path | None, str]:
+    run, config = session.run, session.config
+    if config.base and config.merged:
+        raise UserError("--base and --merged exclude each other", "use one of them")
+    if config.base:
+        return session.model.path, None, f"{session.model.name}, the base model"
+    stage = "merge" if config.merged else "train"
+    state = state_of(run, read_manifest(run.root) or session.manifest, stage)
+    if state.status == "missing":
+        raise UserError(f"{run.root} has no {'merged model' if config.merged else 'trained adapter'} yet",
+                        f"gemma-tune {stage} --run {run.root}, or chat with the base model: --base")
+    if state.status == "damaged":
+        raise UserError(f"the result of `{stage}` cannot be used: {state.reason}",
+                        f"make it again: gemma-tune {stage} --run {run.root} --force")
+    if state.status == "stale":
+        session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
+    if config.merged:
+        return run.merged, None, f"{session.model.name}, tuned and merged"
+    return session.model.path, run.adapter, f"{session.model.name}, tuned"
+
+
+def answers(conversation: Conversation, prompts: Iterator[str]) -> Iterator[tuple[str, Stream]]:
+    """One independent answer per prompt: each starts from the system prompt alone."""
+    for prompt in prompts:
+        if prompt.strip():
+            conversation.reset()
+            yield prompt, conversation.ask(prompt.strip())

@@ -1,0 +1,83 @@
+"""Training checkpoints that can be trusted: a marker with hashes is written last, resuming takes the newest whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import UserError
+from gemma_tune.files import sha256_file, write_json
+
+MARKER = "complete.json"
+KEEP = 2
+
+
+def training_key(base: str, rows: str, settings: Mapping[str, Any]) -> str:
+    """What a checkpoint depends on: base model, training rows and settings, as one hex digest."""
+    content = json.dumps({"base": base, "rows": rows, "settings": settings}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def seal(checkpoint: Path, key: str, settings: Mapping[str, Any]) -> None:
+    """Declare a checkpoint whole. The pickled trainer arguments go: nothing reads them, and pickles can run code."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    hashes = {p.name: sha256_file(p) for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != MARKER}
+    write_json(checkpoint / MARKER, {"key": key, "settings": dict(settings), "files": hashes})
+
+
+def rotate(folder: Path) -> None:
+    """Delete all but the newest whole checkpoints; called after a new one has been sealed."""
+    for old in whole(folder)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def whole(folder: Path) -> list[Path]:
+    """Sealed checkpoints by step, oldest first; contents are not read."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file() and p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def find_resumable(folder: Path, key: str, finished_key: str | None, settings: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that an interrupted training goes on from, or None to start anew.
+
+    Damaged checkpoints are passed over in favour of an older whole one.
+
+    Args:
+        finished_key: key of the training that the manifest records as done; its checkpoints are not resumed.
+
+    Raises:
+        UserError: an interrupted training with other settings or data is there.
+    """
+    others = []
+    for checkpoint in reversed(whole(folder)):
+        try:
+            marker = json.loads((checkpoint / MARKER).read_text())
+            owner, files = marker["key"], dict(marker["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if owner == finished_key:
+            continue
+        if owner != key:
+            others.append(_difference(marker.get("settings", {}), settings))
+        elif all((checkpoint / name).is_file() and sha256_file(checkpoint / name) == sha
+                 for name, sha in files.items()):
+            return checkpoint
+    if others:
+        raise UserError(f"{folder} holds an interrupted training with other settings or data ({others[0]})",
+                        "repeat the command with those settings to finish it, or start anew with --force")
+    return None
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changed = [f"{name}: {old[name]} then, {new.get(name)} now" for name in old if old[name] != new.get(name)]
+    return "; ".join(changed) or "the data or the base model changed"
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints, whole or not."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)

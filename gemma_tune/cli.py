@@ -1,0 +1,190 @@
+"""The command line: options become settings, a stage runs, its result is shown. Stages are imported when needed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gemma_tune import __version__
+from gemma_tune import console
+from gemma_tune import options as o
+from gemma_tune.cli_session import Command, as_json, finish, open_session, run_one, stdin_is_terminal
+
+app = typer.Typer(
+    name="gemma-tune", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
+    help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
+    epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
+           "Just to see it: gemma-tune run --model demo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"gemma-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                               help="Show the version.")] = False) -> None:
+    pass
+
+
+@app.command(cls=Command)
+def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
+            run: o.Run = None, valid: o.Valid = None, max_length: o.MaxLength = None, seed: o.SplitSeed = None,
+            on_bad_row: o.OnBadRow = None, max_rejected: o.MaxRejected = None, force: o.Force = False,
+            quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Check your conversations and split them into training and validation.
+
+    Reads JSONL or JSON files: `messages` (OpenAI's form) or Alpaca's `instruction`, `input`, `output`. Writes
+    data/train.jsonl, data/valid.jsonl and data/rejected.jsonl with file, line and reason. Begins the run.
+
+    Example: gemma-tune prepare chats.jsonl --model google/gemma-3-270m-it
+    """
+    from gemma_tune.prepare import prepare as stage
+
+    report = run_one(ctx, "prepare", stage, starts=True)
+    finish(ctx, report, (f"gemma-tune train --run {report.run}",))
+
+
+@app.command(cls=Command)
+def train(ctx: typer.Context, model: o.Model = None, revision: o.Revision = None, run: o.Run = None,
+          rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
+          target_modules: o.TargetModules = None, learning_rate: o.LearningRate = None,
+          batch_size: o.BatchSize = None, accumulation: o.Accumulation = None, epochs: o.Epochs = None,
+          max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
+          weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
+          activation_checkpointing: o.Checkpointing = None, eval_steps: o.EvalSteps = None,
+          save_steps: o.SaveSteps = None, seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False,
+          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Train a LoRA adapter on the prepared conversations.
+
+    Reads what `prepare` wrote. Only the assistant's turns are learned, each with its end. Writes the adapter in
+    standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the same command goes on.
+
+    Example: gemma-tune train --epochs 3 --learning-rate 1e-4
+    """
+    from gemma_tune.train import train as stage
+
+    report = run_one(ctx, "train", stage)
+    finish(ctx, report, (f"gemma-tune chat --run {report.run}", f"gemma-tune merge --run {report.run}"))
+
+
+@app.command(cls=Command)
+def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
+         system: o.System = None, base: o.Base = None, merged: o.Merged = None, temperature: o.Temperature = None,
+         top_p: o.TopP = None, top_k: o.TopK = None, repetition_penalty: o.RepetitionPenalty = None,
+         max_new_tokens: o.MaxNewTokens = None, seed: o.SampleSeed = None, dtype: o.Dtype = None,
+         quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Talk to the tuned model, or with --base to the untuned one.
+
+    Reads the base model and the adapter. On a terminal it is a conversation (/reset, /system, /exit); with --prompt it
+    answers once; otherwise every line of standard input gets its own answer on standard output.
+
+    Example: gemma-tune chat --prompt "Revenue rose 20 %, cash flow fell. What might that mean?"
+    """
+    import sys
+
+    from gemma_tune.chat import open_conversation
+    from gemma_tune.chat_loop import interactive, one_by_one
+
+    session = open_session(ctx, "chat")
+    conversation = open_conversation(session)
+    if prompt is None and stdin_is_terminal() and not json:
+        interactive(conversation)
+    else:
+        one_by_one(conversation, sys.stdin if prompt is None else [prompt], json)
+
+
+@app.command("eval", cls=Command)
+def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, questions: o.Questions = None,
+             max_new_tokens: o.EvalTokens = None, dtype: o.Dtype = None, force: o.Force = False,
+             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Answer held-out prompts with the base and the tuned model, side by side.
+
+    Reads the adapter and data/valid.jsonl. Writes report.md.
+
+    Example: gemma-tune eval --questions 5
+    """
+    from gemma_tune.evaluate import evaluate as stage
+
+    report = run_one(ctx, "eval", stage)
+    if not quiet:
+        console.comparison(report.summary["answers"])
+    finish(ctx, report, (f"gemma-tune merge --run {report.run}",))
+
+
+@app.command(cls=Command)
+def merge(ctx: typer.Context, model: o.Model = None, run: o.Run = None, check: o.Check = None, force: o.Force = False,
+          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Add the adapter to the 16-bit base model.
+
+    Reads the adapter and the base model. Writes <model name>_lora_merged/, a checkpoint that plain transformers loads,
+    and checks that it answers as base plus adapter does.
+
+    Example: gemma-tune merge
+    """
+    from gemma_tune.merge import merge as stage
+
+    report = run_one(ctx, "merge", stage)
+    finish(ctx, report, (f"gemma-tune export-ollama --run {report.run}",))
+
+
+@app.command("export-ollama", cls=Command)
+def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quant: o.Quant = None,
+                  name: o.Name = None, system: o.ExportSystem = None, num_ctx: o.NumCtx = None,
+                  create: o.Create = None, host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False,
+                  json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Write a GGUF file and a Modelfile, and create the model in Ollama.
+
+    Reads the merged model. Writes ollama/<model name>-<quant>.gguf and ollama/Modelfile. Without an Ollama server both
+    are made all the same, and the command to type later is shown.
+
+    Example: gemma-tune export-ollama --quant q8_0 --name my-analyst
+    """
+    from gemma_tune.export import export as stage
+
+    done = run_one(ctx, "export-ollama", stage)
+    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name)
+
+
+@app.command("run", cls=Command)
+def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
+            run: o.Run = None, epochs: o.Epochs = None, quant: o.Quant = None, name: o.Name = None,
+            create: o.Create = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+            config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """All stages in order: prepare, train, eval, merge, export-ollama.
+
+    Reads your data; writes everything the single commands write, and ends with base and tuned answers side by side.
+    Stages that are up to date are skipped. Settings of the single stages come from a --config file.
+
+    Example: gemma-tune run chats.jsonl --model google/gemma-3-270m-it
+    """
+    from gemma_tune.pipeline import run_pipeline
+
+    stages, exported = run_pipeline(ctx)
+    steps = (f"gemma-tune chat --run {exported.stage.run}", *exported.next_steps)
+    console.run_summary(stages, steps)
+    if json:
+        console.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
+                             "stages": {n: as_json(r) for n, r in stages.items()}})
+
+
+@app.command(cls=Command)
+def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o.Json = False,
+           debug: o.Debug = False) -> None:
+    """What a run has, what is stale, and what to type next.
+
+    Reads the manifest and the files it names. Writes nothing.
+
+    Example: gemma-tune status
+    """
+    from gemma_tune.status import describe_run
+
+    found = describe_run(run, model)
+    console.status_table(f"{found.root} · {found.model}", found.rows)
+    console.err.print(f"next: {found.next_step}", markup=False)
+    if json:
+        console.result_json(found.as_json())

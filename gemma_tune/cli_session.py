@@ -1,0 +1,140 @@
+"""From parsed options to a stage's session, and from a stage's errors to an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from gemma_tune import console
+from gemma_tune.config import CONFIGS, DEFAULT_MODEL, load_yaml, resolve
+from gemma_tune.errors import DONE, INTERRUPTED, Interrupted, UserError, WorkFailed
+from gemma_tune.run_dir import RUNS, RunDir, find_run, read_manifest
+
+if TYPE_CHECKING:
+    from gemma_tune.models import BaseModel
+    from gemma_tune.stage import Session
+
+
+class Command(TyperCommand):
+    """A command whose errors are a message, a hint and an exit code instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as e:
+            problem = e
+        except KeyboardInterrupt:
+            problem = Interrupted("stopped", "run the same command again; finished stages are kept")
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
+            if type(e).__module__.startswith(("click", "typer")) or ctx.params.get("debug"):
+                raise
+            problem = WorkFailed(f"unexpected {type(e).__name__}: {e}",
+                                 "repeat with --debug and report the traceback; finished stages are kept")
+        if ctx.params.get("debug"):
+            raise problem
+        if ctx.params.get("json"):
+            console.result_json({"error": {"message": problem.message, "hint": problem.hint,
+                                           "problems": list(problem.problems), "exit_code": problem.exit_code}})
+        console.error(problem)
+        raise typer.Exit(problem.exit_code)
+
+
+def open_session(ctx: typer.Context, section: str, *, starts: bool = False) -> Session:
+    """Find the run, its model and the stage's settings.
+
+    Args:
+        starts: whether the stage may begin a new run.
+
+    Raises:
+        UserError: no such run, another model's run, settings that cannot be used.
+    """
+    from gemma_tune.families import family_defaults
+    from gemma_tune.stage import Session
+
+    params = ctx.params
+    listener = console.ConsoleListener(params["quiet"])
+    content = load_yaml(params["config"]) if params.get("config") else {}
+    # Settings are checked before a model is looked for, which can mean a download.
+    resolve(CONFIGS[section], params, content.get(section))
+    wanted = params.get("model") or content.get("model")
+    root = _run_directory(params.get("run") or content.get("run"), wanted, starts)
+    listener.note(f"run: {root}")
+    model, manifest = _model_and_manifest(root, wanted, params.get("revision") or content.get("revision"), starts,
+                                          listener)
+    family, reasons = family_defaults(model.config["model_type"], section)
+    resolved = resolve(CONFIGS[section], params, content.get(section), family)
+    for name, reason in zip(family, reasons):
+        if resolved.origins[name] == "family":
+            listener.note(reason)
+    return Session(RunDir(root, manifest.model_name), model, resolved, listener, manifest,
+                   force=bool(params.get("force")))
+
+
+def _run_directory(run: str | None, model_id: str | None, starts: bool) -> Path:
+    if starts and not run and not model_id and not list(RUNS.glob("*/manifest.json")):
+        model_id = DEFAULT_MODEL
+    return find_run(run, model_id)
+
+
+def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Any):
+    from gemma_tune.models import locate, recorded_id
+    from gemma_tune.run_dir import Manifest
+
+    manifest = read_manifest(root)
+    if manifest is None:
+        if not starts:
+            raise UserError(f"{root} is not a run yet: it has no manifest.json",
+                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
+                            + (f" --model {wanted}" if wanted else ""))
+        model = locate(wanted or DEFAULT_MODEL, revision, listener)
+        return model, Manifest(model.record(root))
+    recorded = manifest.model
+    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded)
+    _refuse_other_model(root, recorded, model, wanted)
+    if model.fingerprint != recorded["fingerprint"]:
+        listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
+    manifest.model = model.record(root)
+    return model, manifest
+
+
+def _refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel, wanted: str | None) -> None:
+    if (recorded["id"], recorded["source"]) != (model.id, model.source):
+        raise UserError(f"{root} is a run of {recorded['id']}, not of {wanted}: its adapter fits that model alone",
+                        f"leave --model out, or use another run: --run {RUNS / model.name}-2")
+
+
+def finish(ctx: typer.Context, report: Any, next_steps: tuple[str, ...] = (), **extra: Any) -> None:
+    """Show a stage's result to people, and as JSON to programs."""
+    console.stage_result(report, ctx.params["quiet"], next_steps)
+    if ctx.params["json"]:
+        console.result_json(as_json(report) | extra | {"next": list(next_steps)})
+
+
+def as_json(report: Any) -> dict[str, Any]:
+    """A stage's report for ``--json``."""
+    return {"stage": report.stage, "status": report.status, "run": str(report.run), "summary": report.summary,
+            "artifacts": report.artifacts}
+
+
+def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *, starts: bool = False) -> Any:
+    """Open the session, run the stage, and end its live display whatever happens."""
+    session = open_session(ctx, section, starts=starts)
+    try:
+        return stage(session)
+    finally:
+        session.listener.close()
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+__all__ = ["DONE", "INTERRUPTED", "Command", "as_json", "finish", "open_session", "run_one", "stdin_is_terminal"]

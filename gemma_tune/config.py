@@ -1,0 +1,294 @@
+"""What each stage can be told: one frozen dataclass per stage, read from flags, a YAML file and family defaults.
+
+A field's help text, its limits and its default are declared here once; ``options`` builds the command line from
+them, the YAML reader checks against them, and the manifest records each value together with where it came from.
+No heavy import: ``gemma-tune --help`` loads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from gemma_tune.errors import UserError
+
+DEFAULT_MODEL = "google/gemma-3-270m-it"
+DTYPES = ("auto", "bf16", "fp32", "fp16")
+QUANTS = ("f16", "bf16", "q8_0", "q4_0")
+
+
+def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
+    """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
+
+    ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
+
+
+class StageConfig:
+    """Shared behaviour of the stage dataclasses: validation that reports every problem at once."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
+        if problems:
+            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
+                            f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class PrepareConfig(StageConfig):
+    """Settings of ``prepare``."""
+
+    section: ClassVar[str] = "prepare"
+    data: tuple[str, ...] = option((), "Files to learn from: JSONL or JSON, with `messages` or Alpaca's columns. "
+                                       "Without any, the built-in financial analysis example is used.")
+    valid: float = option(0.1, "Share of the conversations kept aside for validation.", least=0.0, most=0.9)
+    max_length: int = option(2048, "Longest conversation in tokens; a longer one is rejected with its length, "
+                                   "never cut.", least=16)
+    seed: int = option(42, "Seed of the split between training and validation.", least=0)
+    on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
+                             choices=("reject", "fail"))
+    max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(StageConfig):
+    """Settings of ``train``."""
+
+    section: ClassVar[str] = "train"
+    rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
+    alpha: float = option(16.0, "LoRA alpha; the adapter is scaled by alpha / r.", least=1e-6)
+    dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
+    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
+                                             auto="every linear layer of the text model")
+    learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
+    batch_size: int = option(4, "Conversations in one forward pass on one device.", least=1)
+    accumulation: int = option(1, "Forward passes per optimiser step; effective batch = batch size x accumulation.",
+                               least=1)
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001)
+    max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
+    schedule: str = option("cosine", "How the learning rate falls after the warm-up.",
+                           choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
+    clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
+    dtype: str = option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it "
+                                "faster than fp32, and never fp16.", choices=DTYPES)
+    qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
+    activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
+    save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
+    seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How an answer is drawn; fields that are None follow the base model's own generation settings."""
+
+    temperature: float | None = option(None, "Sampling temperature; 0 always takes the likeliest token.", least=0.0,
+                                       auto="the model's own")
+    top_p: float | None = option(None, "Nucleus sampling: smallest set of tokens with this probability.",
+                                 least=0.0, most=1.0, auto="the model's own")
+    top_k: int | None = option(None, "Sample among this many likeliest tokens; 0 turns it off.", least=0,
+                               auto="the model's own")
+    repetition_penalty: float | None = option(None, "Above 1, tokens that were already used become less likely.",
+                                              least=0.1, auto="the model's own")
+    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1)
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingConfig, StageConfig):
+    """Settings of ``chat``."""
+
+    section: ClassVar[str] = "chat"
+    system: str | None = option(None, "System prompt to start with.", auto="none")
+    base: bool = option(False, "Answer with the untuned base model instead.")
+    merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
+    seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0, auto="random")
+    dtype: str = option("auto", "Compute type, as in `train`.", choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class EvalConfig(StageConfig):
+    """Settings of ``eval``."""
+
+    section: ClassVar[str] = "eval"
+    questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
+    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1)
+    dtype: str = option("auto", "Compute type, as in `train`.", choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class MergeConfig(StageConfig):
+    """Settings of ``merge``."""
+
+    section: ClassVar[str] = "merge"
+    check: bool = option(True, "Compare the merged model with base plus adapter on a held-out prompt.")
+
+
+@dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    """Settings of ``export-ollama``."""
+
+    section: ClassVar[str] = "export-ollama"
+    quant: str = option("q8_0", "Number format of the GGUF's matrices.", choices=QUANTS)
+    name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
+    system: str | None = option(None, "System prompt to put into the Modelfile.", auto="none")
+    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
+                                                                                "length in training")
+    create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
+                                       "with --create its absence is an error.")
+    host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434")
+
+
+CONFIGS: dict[str, type[StageConfig]] = {
+    c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
+}
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Resolved(typing.Generic[C]):
+    """A stage's settings together with the origin of each: ``flag``, ``file``, ``family`` or ``default``."""
+
+    config: C
+    origins: Mapping[str, str]
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
+        return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
+
+
+def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,
+            family: Mapping[str, Any] | None = None) -> Resolved[C]:
+    """Flags win over the file, the file over family defaults, those over the built-in defaults.
+
+    Args:
+        flags: values given on the command line by field name; ``None`` and empty tuples count as not given.
+        from_file: the stage's section of the YAML file, already checked by :func:`load_yaml`.
+        family: defaults of the model's family for this stage.
+
+    Raises:
+        UserError: values outside their limits, all of them together.
+    """
+    values, origins = {}, {}
+    for f in dataclasses.fields(cls):
+        for origin, source in (("flag", flags), ("file", from_file or {}), ("family", family or {})):
+            if source.get(f.name) not in (None, (), []):
+                values[f.name], origins[f.name] = _convert(f.type, source[f.name]), origin
+                break
+        else:
+            origins[f.name] = "default"
+    return Resolved(cls(**values), origins)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a ``--config`` file: ``model``, ``run`` and one mapping per stage.
+
+    Raises:
+        UserError: unreadable file, broken YAML (with its line), unknown keys or wrong types, all together.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}", "check the path given to --config") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(e, 'problem', e)}", "check the indentation there") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
+                        "write `train:` and its settings indented below it")
+    problems = list(_yaml_problems(content))
+    if problems:
+        raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
+                        "sections: model, revision, run, " + ", ".join(CONFIGS), problems)
+    return content
+
+
+def _yaml_problems(content: Mapping[str, Any]):
+    for key, section in content.items():
+        if key in ("model", "run", "revision"):
+            if not isinstance(section, str):
+                yield f"{key}: expected text, found {section!r}"
+        elif key not in CONFIGS:
+            yield f"{key}: unknown section{_near(key, CONFIGS)}"
+        elif not isinstance(section, dict):
+            yield f"{key}: expected settings below it, found {section!r}"
+        else:
+            known = {f.name: f for f in dataclasses.fields(CONFIGS[key])}
+            for name, value in section.items():
+                if name not in known:
+                    yield f"{key}.{name}: unknown setting{_near(str(name), known)}"
+                elif (problem := _problem(known[name], _convert(known[name].type, value))) is not None:
+                    yield f"{key}.{problem}"
+
+
+def _near(word: str, known) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{match[0]}`?" if match else ""
+
+
+def _kinds(annotation: Any) -> tuple[set[type], bool]:
+    """The plain types of an annotation and whether None is allowed; tuples count as ``tuple``."""
+    resolved = _resolve_annotation(annotation)
+    options = typing.get_args(resolved) if isinstance(resolved, types.UnionType) else (resolved,)
+    plain = {typing.get_origin(o) or o for o in options}
+    return {p for p in plain if p is not type(None)}, type(None) in plain
+
+
+def _resolve_annotation(annotation: Any) -> Any:
+    # `from __future__ import annotations` leaves strings; the names used in this module are all builtins.
+    return eval(annotation, {}, {}) if isinstance(annotation, str) else annotation  # noqa: S307 - own source text
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    kinds, _ = _kinds(annotation)
+    if tuple in kinds and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if tuple in kinds and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 2e-4 (without a dot) as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _problem(f: dataclasses.Field, value: Any) -> str | None:
+    kinds, optional = _kinds(f.type)
+    if value is None:
+        return None if optional else f"{f.name}: needs a value"
+    if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
+        return f"{f.name}: expected {' or '.join(sorted(k.__name__ for k in kinds))}, found {value!r}"
+    least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
+    if choices and value not in choices:
+        return f"{f.name}: {value!r} is not one of {', '.join(choices)}{_near(str(value), choices)}"
+    if least is not None and not value >= least:  # `not >=` also catches NaN
+        return f"{f.name}: {value} is below the least possible {least:g}"
+    if most is not None and not value <= most:
+        return f"{f.name}: {value} is above the largest possible {most:g}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,40 @@
+"""The project's own exceptions: one message, one hint, an exit code, and never a traceback for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DONE = 0
+WORK_FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Wrong usage or bad input: the command line prints it and leaves with exit code 2.
+
+    Args:
+        message: what is wrong, naming the path, or the file and line.
+        hint: what to do about it, preferably the next command to type.
+        problems: single findings, when several are reported together; each names its own file and line.
+    """
+
+    exit_code = BAD_INPUT
+
+    def __init__(self, message: str, hint: str | None = None, problems: Sequence[str] = ()):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.problems = tuple(problems)
+
+
+class WorkFailed(UserError):
+    """The input was fine and the work itself failed (disk full, non-finite loss, a server's error): exit code 1."""
+
+    exit_code = WORK_FAILED
+
+
+class Interrupted(UserError):
+    """The user stopped the work; what is saved can be resumed: exit code 130."""
+
+    exit_code = INTERRUPTED

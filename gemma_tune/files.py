@@ -1,0 +1,148 @@
+"""Files that are either whole or not there: atomic writes, directory swaps, fingerprints.
+
+Replacing a directory takes two renames. Between them the old one lies beside its place as ``.old-<name>``;
+:func:`recover` puts it back after a crash, so that a finished artifact is never lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import UserError, WorkFailed
+
+NEW, OLD = ".new-", ".old-"
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal while writing below ``path`` into an error that says what to do."""
+    try:
+        yield
+    except OSError as e:
+        place = e.filename or path
+        if e.errno == errno.ENOSPC:
+            raise WorkFailed(f"the disk is full: {place}", "free some space and run the same command again; "
+                                                           "what was finished before is untouched") from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
+                                                               "directory's permissions") from e
+        if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"{place} is in the way: {e.strerror}", "choose another place with --run DIR") from e
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in ``path`` durable; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file that is synced and renamed: readers see the old content or the new one."""
+    temporary = path.with_name(NEW + path.name)
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON atomically."""
+    write_atomic(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(NEW + target.name)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in (p for p in fresh.rglob("*") if p.is_file()):
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    old = target.with_name(OLD + target.name)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(fresh, target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(root: Path) -> list[str]:
+    """Finish or undo directory swaps that a crash interrupted; returns the names that were put back.
+
+    Only called by the owner of the run's lock.
+    """
+    restored = []
+    for leftover in [p for p in root.rglob(f"{OLD}*")]:
+        target = leftover.with_name(leftover.name.removeprefix(OLD))
+        if target.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            os.rename(leftover, target)
+            restored.append(target.name)
+    for leftover in [p for p in root.rglob(f"{NEW}*")]:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return restored
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of one file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _members(path: Path) -> list[tuple[str, Path]]:
+    if path.is_file():
+        return [(path.name, path)]
+    return sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")
+                  if p.is_file() and not p.name.startswith("."))
+
+
+def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """sha256, size in bytes and a stamp (names, sizes, modification times) of a file or a directory's files.
+
+    Hidden files do not count. With ``known``, an earlier result of this function, the content is read again only
+    if the stamp differs: a fingerprint of several gigabytes is otherwise too slow to check before every stage.
+
+    Raises:
+        FileNotFoundError: if ``path`` does not exist.
+    """
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    members = [(name, p, p.stat()) for name, p in _members(path)]
+    stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
+    if known and known.get("stamp") == stamp:
+        return known
+    single = path.is_file()
+    digest = hashlib.sha256()
+    for name, member, _ in members:
+        digest.update(b"" if single else f"{name}\0{sha256_file(member)}\n".encode())
+    sha = sha256_file(path) if single else digest.hexdigest()
+    return {"sha256": sha, "bytes": sum(s.st_size for _, _, s in members), "stamp": stamp}

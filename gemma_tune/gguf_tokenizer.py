@@ -1,0 +1,351 @@
+"""SentencePiece vocabularies, from a GGUF into a `tokenizer.model` and from a checkpoint into GGUF's token arrays.
+
+Why both ways: Transformers 5 saves only `tokenizer.json`, whose BPE merges llama.cpp can't use for Gemma; every
+exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF has no such file, but all it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf import GGUF_MAGIC, GGUFValueType, GGUFWriter, Keys, TokenType
+
+from gemma_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
+ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
+PADDING_SCORE = -10000.0  # what it gives an id that no token claims
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "|b1",
+    GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
+}  # fmt: skip
+_ID_KEYS = {
+    "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
+    "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SentencePieceVocab:
+    """The vocabulary as GGUF wants it: three lists of equal length, indexed by token id.
+
+    Args:
+        tokens: the text of each token, unique; a space is "▁" in ordinary pieces and " " in user-defined ones.
+        scores: merge priority of each token; the highest is merged first.
+        types: `gguf.TokenType` numbers (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
+        special_ids: ids of "bos", "eos", "unk" and "pad", those that the vocabulary has.
+    """
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    special_ids: dict[str, int] = field(default_factory=dict)
+
+
+def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
+    """Rebuild the SentencePiece `tokenizer.model` that a GGUF's token arrays were made from.
+
+    Args:
+        gguf_path: a GGUF file of version 2 or 3.
+
+    Returns:
+        the serialised protobuf, proven to load in SentencePiece; None when the vocabulary isn't SentencePiece's.
+
+    Raises:
+        UserError: the file isn't a whole GGUF, or its token arrays don't make a vocabulary.
+    """
+    wanted = {Keys.General.ARCHITECTURE, Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES,
+              Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.ADD_PREFIX, *_ID_KEYS.values()}  # fmt: skip
+    metadata = read_gguf_metadata(gguf_path, wanted)
+    if metadata.get(Keys.Tokenizer.MODEL) != "llama":
+        return None
+    model = _model_from_arrays(gguf_path, metadata).SerializeToString()
+    _check_loads(model, gguf_path)
+    return model
+
+
+def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+    """Read a checkpoint's vocabulary the way llama.cpp's converter does, so that both write the same arrays.
+
+    The pieces of `tokenizer.model` come first; tokens added on top of them (`added_tokens.json`, `tokenizer.json`,
+    `tokenizer_config.json`, the last wins) replace or extend them: a special one is CONTROL, any other USER_DEFINED
+    with real spaces. Ids that nothing claims become `[PAD<id>]`; ids from `vocab_size` on have no embedding and are
+    left out (Gemma 3 1B has one such token, for images).
+
+    Args:
+        checkpoint: a Hugging Face checkpoint folder.
+        vocab_size: rows of the embedding, the length of the result.
+
+    Raises:
+        UserError: `tokenizer.model` is missing or broken, or two ids have the same text (llama.cpp aborts on those).
+    """
+    path = checkpoint / "tokenizer.model"
+    model = _parse_model(path)
+    pieces = model.pieces[:vocab_size]
+    tokens, scores, types = [p.piece for p in pieces], [p.score for p in pieces], [int(p.type) for p in pieces]
+    for i in range(len(pieces), vocab_size):
+        tokens.append(f"[PAD{i}]"), scores.append(PADDING_SCORE), types.append(int(TokenType.UNUSED))
+    # What SentencePiece alone knows to be user-defined gets the same treatment as an added token that isn't special.
+    added = {i: (tokens[i], False) for i, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
+    added.update((i, token) for i, token in _added_tokens(checkpoint).items() if i < vocab_size)
+    for i, (text, special) in added.items():
+        control = special or _looks_special(text)
+        tokens[i] = text if control else text.replace(SPACE, " ")
+        scores[i] = ADDED_TOKEN_SCORE
+        types[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+    _refuse_duplicates(tokens, path)
+    return SentencePieceVocab(tokens, scores, types, _special_ids(model, vocab_size))
+
+
+def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: str | None, eot: int | None) -> None:
+    """Add the `tokenizer.*` keys to a GGUF that is being written.
+
+    The end of text stays what the base says (`<eos>`), and the end of a turn goes into a key of its own: llama.cpp
+    stops at both (it puts the eos and eot ids into its end-of-generation set), and so does Ollama's engine. Making the
+    end of a turn the eos would leave `<eos>`, which the model may still produce, without its meaning.
+
+    Args:
+        writer: a writer whose header isn't written yet.
+        vocab: the vocabulary.
+        chat_template: Jinja text; no key is written when None.
+        eot: id of the token that ends a turn; no key is written when None.
+    """
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_scores(vocab.scores)
+    writer.add_token_types(vocab.types)
+    for name, i in vocab.special_ids.items():
+        writer.add_uint32(_ID_KEYS[name], i)
+    if eot is not None:
+        writer.add_eot_token_id(eot)
+    writer.add_add_bos_token(True)
+    writer.add_add_sep_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """Read a GGUF's key-value metadata; a hundred times faster than `gguf.GGUFReader` on a vocabulary of 262144.
+
+    Args:
+        path: a little-endian GGUF of version 2 or 3; its tensors aren't looked at.
+        keys: what to return; all when None.
+
+    Returns:
+        key → str, bool, int or float; numeric arrays as numpy arrays, string arrays as list[bytes].
+
+    Raises:
+        UserError: not a GGUF, another version, or cut short.
+    """
+    broken = "Copy or download it again."
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            magic, version, _tensors, count = struct.unpack_from("<IIQQ", data, 0)
+            if magic != GGUF_MAGIC or version not in (2, 3):
+                raise UserError(f"{path} is not a little-endian GGUF file of version 2 or 3.", broken)
+            return _read_pairs(data, 24, count, keys)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.") from error
+    except (struct.error, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a whole GGUF file: {error}.", broken) from error
+
+
+def _read_pairs(data: mmap.mmap, at: int, count: int, keys: Collection[str] | None) -> dict[str, Any]:
+    """Walk `count` key-value pairs from byte offset `at`; raise ValueError where the file ends too early."""
+    pairs = {}
+    for _ in range(count):
+        key, at = _read_string(data, at)
+        (kind,) = struct.unpack_from("<I", data, at)
+        value, at = _read_value(data, at + 4, GGUFValueType(kind))
+        name = key.decode("utf-8")
+        if keys is None or name in keys:
+            pairs[name] = value
+    return pairs
+
+
+def _read_value(data: mmap.mmap, at: int, kind: GGUFValueType) -> tuple[Any, int]:
+    """Read one value of type `kind` at byte offset `at`: the value and the offset behind it."""
+    if kind == GGUFValueType.STRING:
+        raw, at = _read_string(data, at)
+        return raw.decode("utf-8"), at
+    if kind != GGUFValueType.ARRAY:
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(_slice(data, at, dtype.itemsize), dtype)[0].item(), at + dtype.itemsize
+    item_kind, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if item_kind == GGUFValueType.STRING:
+        return _read_strings(data, at, count)
+    dtype = np.dtype(_SCALARS[GGUFValueType(item_kind)])  # an array of arrays is a KeyError: no tokenizer has one
+    return np.frombuffer(_slice(data, at, count * dtype.itemsize), dtype), at + count * dtype.itemsize
+
+
+def _read_string(data: mmap.mmap, at: int) -> tuple[bytes, int]:
+    (length,) = struct.unpack_from("<Q", data, at)
+    return _slice(data, at + 8, length), at + 8 + length
+
+
+def _read_strings(data: mmap.mmap, at: int, count: int) -> tuple[list[bytes], int]:
+    """Read an array of strings; a loop of its own because it runs once per token."""
+    length_at, size, strings = struct.Struct("<Q").unpack_from, len(data), []
+    for _ in range(count):
+        start = at + 8
+        at = start + length_at(data, at)[0]
+        if at > size:
+            raise ValueError("it ends in the middle of its metadata")
+        strings.append(data[start:at])
+    return strings, at
+
+
+def _slice(data: mmap.mmap, at: int, length: int) -> bytes:
+    if at + length > len(data):
+        raise ValueError("it ends in the middle of its metadata")
+    return data[at : at + length]
+
+
+def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
+    """Build the protobuf from GGUF metadata; `path` is for messages only."""
+    # SentencePiece's own classes, which Transformers uses too: a second copy of them can't live in one process.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    arrays = [metadata.get(key) for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES, Keys.Tokenizer.TOKEN_TYPE)]
+    if any(array is None for array in arrays) or len({len(array) for array in arrays}) != 1:
+        hint = "Use a GGUF made by llama.cpp's converter."
+        raise UserError(f"{path} has no whole vocabulary (tokens, scores and token types of one length).", hint)
+    texts = [raw.decode("utf-8", errors="replace") for raw in arrays[0]]
+    types = arrays[2].tolist()
+    ids = {name: metadata.get(key, -1) for name, key in _ID_KEYS.items()}
+    ids = {name: i if i < len(texts) else -1 for name, i in ids.items()}
+    ids["unk"] = _unknown_id(path, texts, types, ids["unk"])
+    model = ModelProto()
+    for i, (text, score, kind) in enumerate(zip(texts, arrays[1].tolist(), types, strict=True)):
+        kind = _piece_type(kind, is_unknown=i == ids["unk"])
+        # Text is matched after its spaces became "▁", while llama.cpp matches user-defined tokens before that.
+        piece = text.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else text
+        model.pieces.add(piece=piece, score=score, type=kind)
+    _fill_specs(model, metadata, ids)
+    return model
+
+
+def _unknown_id(path: Path, texts: list[str], types: list[int], declared: int) -> int:
+    """The one token that SentencePiece is to treat as unknown: the declared one, else the typed one, else `<unk>`."""
+    if declared >= 0:
+        return declared
+    if int(TokenType.UNKNOWN) in types:
+        return types.index(int(TokenType.UNKNOWN))
+    if "<unk>" in texts:
+        return texts.index("<unk>")
+    raise UserError(f"{path} has no unknown token, which SentencePiece needs.", "Use the original base model instead.")
+
+
+def _piece_type(kind: int, is_unknown: bool) -> int:
+    """SentencePiece wants exactly one UNKNOWN piece; llama.cpp's files often have none (`<unk>` is CONTROL there)."""
+    if is_unknown:
+        return int(TokenType.UNKNOWN)
+    if kind == TokenType.UNKNOWN:
+        return int(TokenType.CONTROL)
+    return kind if TokenType.NORMAL <= kind <= TokenType.BYTE else int(TokenType.NORMAL)
+
+
+def _fill_specs(model: ModelProto, metadata: dict[str, Any], ids: dict[str, int]) -> None:
+    """Set how the pieces are to be used: BPE, identity normalisation, ids of the special tokens (-1 where absent)."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(model.pieces)
+    trainer.byte_fallback = any(p.type == p.BYTE for p in model.pieces)
+    for name, i in ids.items():
+        setattr(trainer, f"{name}_id", i)
+        if i >= 0:  # SentencePiece finds the ids through these texts
+            setattr(trainer, f"{name}_piece", model.pieces[i].piece)
+    normalizer.name = "identity"
+    # Without the key llama.cpp adds a space for every "llama" vocabulary; Gemma never wants it.
+    gemma = str(metadata.get(Keys.General.ARCHITECTURE, "")).startswith("gemma")
+    normalizer.add_dummy_prefix = bool(metadata.get(Keys.Tokenizer.ADD_PREFIX, not gemma))
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+
+
+def _check_loads(model: bytes, path: Path) -> None:
+    """SentencePiece refuses duplicates, empty pieces and a missing byte; better here than at the next export."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError) as error:
+        hint = "Use the original base model (a hub id or a folder) instead of the GGUF."
+        raise UserError(f"The vocabulary of {path} doesn't make a SentencePiece model: {error}", hint) from error
+
+
+def _parse_model(path: Path) -> ModelProto:
+    """Parse `tokenizer.model`; a missing or broken file is a UserError that says where to get it."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    hint = f"Copy tokenizer.model from the base model's repository into {path.parent}, then try again."
+    if not path.is_file():
+        raise UserError(f"{path} is missing: without it the exported model would tokenize text wrongly.", hint)
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path} is not a SentencePiece model.", hint) from error
+    if not model.pieces:
+        raise UserError(f"{path} holds no tokens.", hint)
+    return model
+
+
+def _added_tokens(checkpoint: Path) -> dict[int, tuple[str, bool]]:
+    """Tokens that the Hugging Face files add: id → (text, special). Missing files add nothing."""
+    added = {int(i): (text, False) for text, i in _read_json(checkpoint / "added_tokens.json").items()}
+    entries: list[dict[str, Any]] = list(_read_json(checkpoint / "tokenizer.json").get("added_tokens", ()))
+    decoder = _read_json(checkpoint / "tokenizer_config.json").get("added_tokens_decoder", {})
+    entries += [{**entry, "id": i} for i, entry in decoder.items()]
+    added.update((int(e["id"]), (e["content"], bool(e.get("special")))) for e in entries)
+    return added
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.", "Copy it again from the base model.") from error
+
+
+def _looks_special(text: str) -> bool:
+    """Tokens that Gemma's files list as ordinary although they never stand for text; llama.cpp's converter agrees."""
+    brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(start) and text.endswith(end) for start, end in brackets
+    )
+
+
+def _refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
+    """llama.cpp looks tokens up by text and aborts the whole process when two ids share one."""
+    twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
+    if twice:
+        hint = "Give each added token its own text, or remove it from tokenizer.json."
+        raise UserError(f"{path} and the added tokens give several ids the same text: {', '.join(twice[:10])}.", hint)
+
+
+def _special_ids(model: ModelProto, vocab_size: int) -> dict[str, int]:
+    """Ids of the special tokens, from the trainer's record: fine-tuning changes tokenizer_config.json, never this."""
+    spec = model.trainer_spec
+    named = {name: getattr(spec, f"{name}_id") for name in _ID_KEYS}
+    return {name: i for name, i in named.items() if 0 <= i < vocab_size}

@@ -1,0 +1,25 @@
+"""How a stage reports while it works: it calls a listener and never prints; ``console`` implements one for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Listener:
+    """Receives what a stage has to say. The base class ignores everything, which suits calls from Python."""
+
+    def note(self, text: str) -> None:
+        """A fact worth a line: a default and its reason, a path, a figure."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should look at; the work goes on."""
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """``done`` of ``total`` units of ``task`` are finished; the task ends when they are equal."""
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """One record of the training log: step, total, loss, eval_loss, tokens_per_second, seconds_left, …"""
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """Figures to read as a table: name and value."""

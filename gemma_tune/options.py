@@ -1,0 +1,96 @@
+"""Every command line option, declared once; help texts, defaults and limits come from ``config``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gemma_tune import config as c
+
+
+def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
+    """The option of one configuration field."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False, **extra)
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"]
+    if field.metadata["choices"]:
+        text += f" One of {', '.join(field.metadata['choices'])}."
+    default = field.metadata.get("auto")
+    if default is None and field.default not in (None, ()) and not isinstance(field.default, bool):
+        default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return text if default is None else f"{text} (default: {default})"
+
+
+# Shared by the commands
+Model = Annotated[Optional[str], typer.Option(
+    "--model", "-m", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo` (needs no account). "
+                          f"(default: the run's own, else {c.DEFAULT_MODEL})", show_default=False)]
+Revision = Annotated[Optional[str], typer.Option(
+    "--revision", help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)",
+    show_default=False)]
+Run = Annotated[Optional[str], typer.Option(
+    "--run", "-r", envvar="GEMMA_TUNE_RUN", help="Run directory. (default: runs/<model name>, else the newest run)",
+    show_default=False)]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Run even if the result is up to date.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
+ConfigFile = Annotated[Optional[Path], typer.Option(
+    "--config", help="YAML file with settings (sections: prepare, train, …); flags win over it.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Data = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
+    show_default=False)]
+Valid = Annotated[Optional[float], _of(c.PrepareConfig, "valid")]
+MaxLength = Annotated[Optional[int], _of(c.PrepareConfig, "max_length")]
+OnBadRow = Annotated[Optional[str], _of(c.PrepareConfig, "on_bad_row")]
+MaxRejected = Annotated[Optional[float], _of(c.PrepareConfig, "max_rejected")]
+SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
+
+Rank = Annotated[Optional[int], _of(c.TrainConfig, "rank")]
+Alpha = Annotated[Optional[float], _of(c.TrainConfig, "alpha")]
+Dropout = Annotated[Optional[float], _of(c.TrainConfig, "dropout")]
+TargetModules = Annotated[Optional[str], _of(c.TrainConfig, "target_modules")]
+LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
+BatchSize = Annotated[Optional[int], _of(c.TrainConfig, "batch_size", "--batch-size", "-b")]
+Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]
+Epochs = Annotated[Optional[float], _of(c.TrainConfig, "epochs", "--epochs", "-e")]
+MaxSteps = Annotated[Optional[int], _of(c.TrainConfig, "max_steps")]
+Warmup = Annotated[Optional[float], _of(c.TrainConfig, "warmup")]
+Schedule = Annotated[Optional[str], _of(c.TrainConfig, "schedule")]
+WeightDecay = Annotated[Optional[float], _of(c.TrainConfig, "weight_decay")]
+Clip = Annotated[Optional[float], _of(c.TrainConfig, "clip")]
+Dtype = Annotated[Optional[str], _of(c.TrainConfig, "dtype")]
+QLora = Annotated[Optional[bool], _of(c.TrainConfig, "qlora", "--qlora/--no-qlora")]
+Checkpointing = Annotated[Optional[bool], _of(c.TrainConfig, "activation_checkpointing",
+                                              "--activation-checkpointing/--no-activation-checkpointing")]
+EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
+SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
+TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]
+
+Temperature = Annotated[Optional[float], _of(c.ChatConfig, "temperature", "--temperature", "-t")]
+TopP = Annotated[Optional[float], _of(c.ChatConfig, "top_p")]
+TopK = Annotated[Optional[int], _of(c.ChatConfig, "top_k")]
+RepetitionPenalty = Annotated[Optional[float], _of(c.ChatConfig, "repetition_penalty")]
+MaxNewTokens = Annotated[Optional[int], _of(c.ChatConfig, "max_new_tokens", "--max-new-tokens", "-n")]
+System = Annotated[Optional[str], _of(c.ChatConfig, "system", "--system", "-s")]
+Base = Annotated[Optional[bool], _of(c.ChatConfig, "base", "--base")]
+Merged = Annotated[Optional[bool], _of(c.ChatConfig, "merged", "--merged")]
+SampleSeed = Annotated[Optional[int], _of(c.ChatConfig, "seed")]
+Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer this and leave.", show_default=False)]
+
+Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
+EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
+Check = Annotated[Optional[bool], _of(c.MergeConfig, "check", "--check/--no-check")]
+Quant = Annotated[Optional[str], _of(c.ExportConfig, "quant", "--quant", "-Q")]
+Name = Annotated[Optional[str], _of(c.ExportConfig, "name")]
+ExportSystem = Annotated[Optional[str], _of(c.ExportConfig, "system", "--system", "-s")]
+NumCtx = Annotated[Optional[int], _of(c.ExportConfig, "num_ctx")]
+Create = Annotated[Optional[bool], _of(c.ExportConfig, "create", "--create/--no-create")]
+Host = Annotated[Optional[str], _of(c.ExportConfig, "host")]

@@ -1,0 +1,207 @@
+"""What every stage shares: up to date or not, stale inputs, the record written last.
+
+A stage is a function that gets a :class:`Session` and returns a :class:`Finished`. Whether it has to run at all is
+decided here from the manifest: same inputs, same settings and an intact output mean that it is up to date.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.config import Resolved
+from gemma_tune.errors import UserError
+from gemma_tune.files import os_errors
+from gemma_tune.listener import Listener
+from gemma_tune.models import BaseModel
+from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, describe, now, read_manifest
+
+# What a stage reads that another stage makes: input name -> (stage, its output).
+NEEDS: dict[str, dict[str, tuple[str, str]]] = {
+    "prepare": {},
+    "train": {"train_rows": ("prepare", "train_rows"), "valid_rows": ("prepare", "valid_rows")},
+    "eval": {"valid_rows": ("prepare", "valid_rows"), "adapter": ("train", "adapter")},
+    "merge": {"adapter": ("train", "adapter")},
+    "export-ollama": {"merged": ("merge", "merged")},
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
+
+    run: RunDir
+    model: BaseModel
+    resolved: Resolved
+    listener: Listener
+    manifest: Manifest
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    force: bool = False
+
+    @property
+    def config(self) -> Any:
+        """The stage's settings."""
+        return self.resolved.config
+
+    def settings_of(self, stage: str) -> dict[str, Any]:
+        """Recorded settings of an earlier stage by name, without their origins."""
+        record = self.manifest.stages.get(stage, {"config": {}})
+        return {name: entry["value"] for name, entry in record["config"].items()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a stage made: output paths by name, and the figures worth keeping."""
+
+    outputs: Mapping[str, Path]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """The outcome for the caller: ``status`` is ``done`` or ``up-to-date``."""
+
+    stage: str
+    status: str
+    run: Path
+    summary: dict[str, Any]
+    artifacts: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class State:
+    """A stage in the manifest: ``missing``, ``done``, ``stale`` (an input changed) or ``damaged``, and why."""
+
+    status: str
+    reason: str = ""
+
+
+def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
+    """Compare what the manifest says of a stage with what lies on the disk."""
+    record = manifest.stages.get(stage)
+    if record is None:
+        return State("missing")
+    for item in record["outputs"].values():
+        path = run.root / item["path"]
+        if not path.exists():
+            return State("damaged", f"{item['path']} is gone")
+        if describe(run, path, item)["sha256"] != item["sha256"]:
+            return State("damaged", f"{item['path']} was changed")
+    if record["base"] != manifest.model["fingerprint"]:
+        return State("stale", "the base model changed")
+    for name, item in record["inputs"].items():
+        maker = NEEDS[stage].get(name)
+        if maker:
+            current = manifest.stages.get(maker[0], {}).get("outputs", {}).get(maker[1])
+            if current is None or current["sha256"] != item["sha256"]:
+                return State("stale", f"`{maker[0]}` has run again with another result since")
+            upstream = state_of(run, manifest, maker[0])
+            if upstream.status != "done":
+                return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
+        elif (path := run.root / item["path"]).exists() and describe(run, path, item)["sha256"] != item["sha256"]:
+            return State("stale", f"{path.name} changed")
+    return State("done")
+
+
+def require_inputs(run: RunDir, manifest: Manifest, stage: str) -> dict[str, Path]:
+    """Paths of the artifacts that ``stage`` reads.
+
+    Raises:
+        UserError: one is missing or damaged; the hint is the command that makes it.
+    """
+    paths = {}
+    for name, (maker, output) in NEEDS[stage].items():
+        state = state_of(run, manifest, maker)
+        command = f"gemma-tune {maker} --run {run.root}"
+        if state.status == "missing":
+            raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
+                            f"run it first: {command}")
+        if state.status == "damaged":
+            raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
+                            f"make it again: {command} --force")
+        paths[name] = run.root / manifest.stages[maker]["outputs"][output]["path"]
+    return paths
+
+
+def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
+              extra_inputs: Mapping[str, Path] | None = None) -> StageReport:
+    """Run one stage under the run's lock, unless its result is up to date, and record it.
+
+    Args:
+        work: does the work; it replaces an artifact only when its successor is whole.
+        extra_inputs: files from outside the run, fingerprinted like the others.
+
+    Raises:
+        UserError: missing input, run in use, no permission; and whatever ``work`` raises.
+    """
+    assert stage in STAGES
+    run = session.run
+    with Lock(run.root, stage) as lock, os_errors(run.root):
+        for name in lock.restored:
+            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+        # Read again under the lock: another command may have finished since the session was opened.
+        manifest = read_manifest(run.root) or session.manifest
+        # An updated record (same model, perhaps another place) replaces the one on the disk.
+        manifest.model = session.manifest.model
+        inputs = require_inputs(run, manifest, stage)
+        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs, session.force)
+        _warn_of_stale_inputs(session, stage)
+        fingerprints = _fingerprints(session, {**inputs, **(extra_inputs or {})}, stage)
+        if not session.force and (kept := _up_to_date(session, stage, fingerprints)):
+            return kept
+        started, clock = now(), time.monotonic()
+        finished = work(session)
+        manifest.stages[stage] = {
+            "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
+            "config": session.resolved.record(), "inputs": fingerprints,
+            "outputs": {name: describe(run, path) for name, path in finished.outputs.items()},
+            "summary": finished.summary,
+        }
+        manifest.save(run)
+    return _report(session, stage, "done", time.monotonic() - clock)
+
+
+def _warn_of_stale_inputs(session: Session, stage: str) -> None:
+    for maker in {maker for maker, _ in NEEDS[stage].values()}:
+        state = state_of(session.run, session.manifest, maker)
+        if state.status == "stale":
+            session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it: "
+                                  f"gemma-tune {maker} --run {session.run.root}")
+
+
+def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> dict[str, Any]:
+    known = session.manifest.stages.get(stage, {"inputs": {}})["inputs"]
+    return {name: describe(session.run, path, known.get(name)) for name, path in inputs.items()}
+
+
+def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> StageReport | None:
+    record = session.manifest.stages.get(stage)
+    if record is None:
+        return None
+    state = state_of(session.run, session.manifest, stage)
+    changed = _changes(record, session.resolved.record(), inputs)
+    if state.status == "done" and not changed:
+        session.listener.note(f"`{stage}` is up to date; --force runs it again")
+        return _report(session, stage, "up-to-date", 0.0)
+    session.listener.note(f"`{stage}` runs again: {state.reason or '; '.join(changed)}")
+    return None
+
+
+def _changes(record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    old = record["config"]
+    changed = [f"{name}: {old.get(name, {}).get('value')} -> {entry['value']}" for name, entry in settings.items()
+               if name not in old or old[name]["value"] != entry["value"]]
+    before = {name: item["sha256"] for name, item in record["inputs"].items()}
+    if before != {name: item["sha256"] for name, item in inputs.items()}:
+        changed.append("other input files")
+    return changed
+
+
+def _report(session: Session, stage: str, status: str, seconds: float) -> StageReport:
+    record = session.manifest.stages[stage]
+    artifacts = {name: str(session.run.root / item["path"]) for name, item in record["outputs"].items()}
+    return StageReport(stage, status, session.run.root, record["summary"], artifacts, seconds)

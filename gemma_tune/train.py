@@ -1,0 +1,239 @@
+"""``train``: a LoRA adapter on the prepared conversations, with checkpoints, evaluation and resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.checkpoints import clear, find_resumable, training_key
+from gemma_tune.chat_format import ChatFormat
+from gemma_tune.errors import Interrupted, UserError, WorkFailed
+from gemma_tune.files import replacing_directory
+from gemma_tune.models import choose_placement, load_format, load_model, out_of_memory
+from gemma_tune.stage import Finished, Session, StageReport, run_stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+# Towers that a text fine-tune must not touch, by the names transformers gives them.
+_TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|multimodal|embed_vision|embed_audio)")
+
+
+def train(session: Session) -> StageReport:
+    """Train, or go on where an interrupted training stopped.
+
+    Raises:
+        UserError: no data, unknown target modules, out of memory.
+        WorkFailed: loss or gradient not finite.
+        Interrupted: stopped by the user; the next call resumes.
+    """
+    return run_stage(session, "train", _train)
+
+
+def _train(session: Session) -> Finished:
+    from gemma_tune.trainer import MetricsLog, StopRequest
+
+    config, run, listener = session.config, session.run, session.listener
+    chat = load_format(session.model.path, session.model.config["model_type"])
+    train_rows, valid_rows = (encoded_rows(session.inputs[name], chat) for name in ("train_rows", "valid_rows"))
+    placement = choose_placement(config.dtype)
+    settings = {**session.config.as_dict(), "compute": f"{placement.device} {placement.dtype}"}
+    rows_sha = session.manifest.stages["prepare"]["outputs"]["train_rows"]["sha256"]
+    key = training_key(session.model.fingerprint, rows_sha, settings)
+    checkpoint = _checkpoint_to_resume(session, key, settings)
+    listener.note(f"computing in {placement.reason}")
+    model = load_model(session.model.path, placement, four_bit=config.qlora)
+    steps = _steps(len(train_rows), config)
+    listener.note(f"{len(train_rows)} conversations x {config.epochs:g} epochs in batches of "
+                  f"{config.batch_size * config.accumulation}: {steps} steps")
+    log = MetricsLog(run.metrics, listener, int(checkpoint.name.split("-")[-1]) if checkpoint else 0)
+    stop = StopRequest(listener)
+    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, (log, stop), key, settings)
+    log.trainer = trainer
+    with stop:
+        summary = _run(trainer, log, stop, session, checkpoint)
+    _save_adapter(session, trainer.model, chat)
+    _plot(log.records, run.plot)
+    summary |= {"checkpoint_key": key, "device": placement.device, "dtype": str(placement.dtype).removeprefix("torch."),
+                "effective_batch": config.batch_size * config.accumulation,
+                "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
+    return Finished({"adapter": run.adapter}, summary)
+
+
+def encoded_rows(path: Path, chat: ChatFormat) -> list[dict[str, list[int]]]:
+    """Ids and labels of the rows that ``prepare`` wrote."""
+    encoded = [chat.encode(json.loads(line)["messages"]) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [{"input_ids": e.ids, "labels": e.labels, "length": len(e.ids)} for e in encoded]
+
+
+def _checkpoint_to_resume(session: Session, key: str, settings: dict[str, Any]) -> Path | None:
+    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("checkpoint_key")
+    checkpoints = session.run.checkpoints
+    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, settings)
+    if checkpoint is None:
+        clear(checkpoints)
+    else:
+        session.listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
+    return checkpoint
+
+
+def _steps(rows: int, config: Any) -> int:
+    batch = config.batch_size * config.accumulation
+    per_epoch = -(-rows // batch)
+    steps = max(1, round(per_epoch * config.epochs))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """Full names of the linear layers to adapt: those of the text model, or the ones whose last name is wanted.
+
+    Raises:
+        UserError: names that match nothing, with the names there are.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = {name for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not head and not _TOWERS.search(name)}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if unknown := [w for w in wanted if w not in leaves]:
+        raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}",
+                        f"its linear layers are {', '.join(leaves)}")
+    chosen = sorted(name for name in linear if not wanted or name.rsplit(".", 1)[-1] in wanted)
+    if not chosen:
+        raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
+    return chosen
+
+
+def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, callbacks, key, settings):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback, ProgressCallback
+
+    from gemma_tune.trainer import FiniteGuard, GemmaTrainer
+
+    config = session.config
+    chosen = target_modules(model, config.target_modules)
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    session.listener.note(f"LoRA of rank {config.rank} on {len(chosen)} linear layers ({', '.join(leaves)})")
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen,
+                      task_type="CAUSAL_LM")
+    try:
+        trainer = GemmaTrainer(
+            model=model, args=_arguments(session, steps, len(train_rows), placement, bool(valid_rows)),
+            train_dataset=Dataset.from_list(train_rows),
+            eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
+            processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
+            checkpoint_key=key, checkpoint_settings=settings)
+    except ValueError as e:
+        raise UserError(f"this model cannot be trained with these settings: {e}", "see `gemma-tune train --help`") from e
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    _record_leaf_names(trainer.model, leaves, session)
+    return trainer
+
+
+def _record_leaf_names(model: Any, leaves: Sequence[str], session: Session) -> None:
+    """adapter_config.json in the form that other programs expect: short layer names, the base model's public id."""
+    peft_config = model.peft_config["default"]
+    towers = any(_TOWERS.search(name) for name, _ in model.get_base_model().named_modules())
+    if not towers:
+        peft_config.target_modules = set(leaves)
+    base = session.model
+    peft_config.base_model_name_or_path = base.id if base.source == "hub" else str(base.path.resolve())
+    peft_config.revision = base.revision
+
+
+def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluates: bool):
+    import torch
+    from trl import SFTConfig
+
+    config = session.config
+    per_epoch = -(-rows // (config.batch_size * config.accumulation))
+    return SFTConfig(
+        output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate, warmup_steps=round(config.warmup * steps), max_grad_norm=config.clip,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        weight_decay=config.weight_decay, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
+        use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
+        activation_checkpointing=config.activation_checkpointing,
+        train_sampling_strategy="group_by_length", logging_steps=1, logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
+        save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
+        report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=True)
+
+
+def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    """Evaluate, train, evaluate; figures for the summary."""
+    import torch
+
+    evaluates = trainer.eval_dataset is not None
+    try:
+        if evaluates and checkpoint is None:
+            trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.requested:
+            raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is saved",
+                              f"go on with the same command: gemma-tune train --run {session.run.root} …")
+        if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
+            trainer.evaluate()
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise out_of_memory(e) from e
+    except RuntimeError as e:
+        if "can't allocate memory" in str(e):
+            raise out_of_memory(e) from e
+        raise
+    losses = [r["loss"] for r in log.records if "loss" in r]
+    evals = [r["eval_loss"] for r in log.records if "eval_loss" in r]
+    return {"steps": trainer.state.global_step, "train_loss_first": losses[0], "train_loss_last": losses[-1],
+            "eval_loss_before": evals[0] if evals else None, "eval_loss_after": evals[-1] if evals else None,
+            "tokens": trainer.tokens_seen, "tokens_per_second": round(log.tokens_per_second, 1),
+            "training_seconds": round(log.busy, 1), "resumed_from_step": log.first_step}
+
+
+def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
+    """Standard PEFT directory with tokenizer, chat template and generation settings, replaced as a whole."""
+    import torch
+
+    bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if bad:
+        raise WorkFailed(f"{len(bad)} tensors of the trained adapter are not finite ({bad[0]}, …); it was not saved",
+                         "train again with a lower --learning-rate, or with --dtype fp32")
+    with replacing_directory(session.run.adapter) as folder:
+        model.save_pretrained(folder, safe_serialization=True)
+        chat.tokenizer.save_pretrained(folder)
+        generation = model.get_base_model().generation_config
+        generation.eos_token_id = chat.stop_ids
+        generation.save_pretrained(folder)
+        (folder / "README.md").write_text(_card(session), encoding="utf-8")
+
+
+def _card(session: Session) -> str:
+    base = session.model
+    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, sft, gemma-tune]\n---\n\n"
+            f"# {base.name}: LoRA adapter\n\nTrained with gemma-tune on {base.id}"
+            f"{f' at {base.revision}' if base.revision else ''}; the settings are in the run's manifest.json. "
+            "The chat template in this directory is the one used in training.\n")
+
+
+def _plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(path)
