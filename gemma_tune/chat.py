@@ -11,8 +11,7 @@ from gemma_tune.chat_format import ChatFormat
 from gemma_tune.errors import UserError
 from gemma_tune.generation import Answer, Stream, sampling_arguments
 from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
-from gemma_tune.run_dir import read_manifest
-from gemma_tune.stage import Session, state_of
+from gemma_tune.stage import Session, require_output, state_of
 
 
 @dataclass
@@ -77,14 +76,12 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
         raise UserError("--base and --merged exclude each other", "use one of them")
     if config.base:
         return session.model.path, None, f"{session.model.name}, the base model"
-    stage = "merge" if config.merged else "train"
-    state = state_of(run, read_manifest(run.root) or session.manifest, stage)
+    stage, output = ("merge", "merged") if config.merged else ("train", "adapter")
+    state = state_of(run, session.manifest, stage)
     if state.status == "missing":
         raise UserError(f"{run.root} has no {'merged model' if config.merged else 'trained adapter'} yet",
                         f"gemma-tune {stage} --run {run.root}, or chat with the base model: --base")
-    if state.status == "damaged":
-        raise UserError(f"the result of `{stage}` cannot be used: {state.reason}",
-                        f"make it again: gemma-tune {stage} --run {run.root} --force")
+    require_output(run, session.manifest, "chat", stage, output)
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
     if config.merged:

@@ -1,4 +1,5 @@
-"""Training checkpoints that can be trusted: a marker with hashes is written last, resuming takes the newest whole one."""
+"""Training checkpoints that can be trusted: a marker with hashes is written last; resuming takes the newest whole one.
+"""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_tune import __version__
-from gemma_tune import console
+from gemma_tune import __version__, console
 from gemma_tune import options as o
 from gemma_tune.cli_session import Command, as_json, finish, open_session, run_one, stdin_is_terminal
 

@@ -7,8 +7,11 @@ No heavy import: ``gemma-tune --help`` loads this module.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +23,7 @@ from gemma_tune.errors import UserError
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
+LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 QUANTS = ("f16", "bf16", "q8_0", "q4_0")
 
 
@@ -29,6 +33,12 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
+
+
+def dtype_option() -> Any:
+    """The compute type, which every stage that runs a model takes."""
+    return option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it faster than "
+                          "fp32, and never fp16.", choices=DTYPES)
 
 
 class StageConfig:
@@ -57,7 +67,7 @@ class PrepareConfig(StageConfig):
     valid: float = option(0.1, "Share of the conversations kept aside for validation.", least=0.0, most=0.9)
     max_length: int = option(2048, "Longest conversation in tokens; a longer one is rejected with its length, "
                                    "never cut.", least=16)
-    seed: int = option(42, "Seed of the split between training and validation.", least=0)
+    seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED)
     on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
                              choices=("reject", "fail"))
     max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0)
@@ -69,7 +79,7 @@ class TrainConfig(StageConfig):
 
     section: ClassVar[str] = "train"
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
-    alpha: float = option(16.0, "LoRA alpha; the adapter is scaled by alpha / r.", least=1e-6)
+    alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r.", least=1e-6)
     dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
                                              auto="every linear layer of the text model")
@@ -84,13 +94,12 @@ class TrainConfig(StageConfig):
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
-    dtype: str = option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it "
-                                "faster than fp32, and never fp16.", choices=DTYPES)
+    dtype: str = dtype_option()
     qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
     activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
-    seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0)
+    seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,9 @@ class ChatConfig(SamplingConfig, StageConfig):
     system: str | None = option(None, "System prompt to start with.", auto="none")
     base: bool = option(False, "Answer with the untuned base model instead.")
     merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
-    seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0, auto="random")
-    dtype: str = option("auto", "Compute type, as in `train`.", choices=DTYPES)
+    seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
+                              most=LARGEST_SEED, auto="random")
+    dtype: str = dtype_option()
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class EvalConfig(StageConfig):
     section: ClassVar[str] = "eval"
     questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
     max_new_tokens: int = option(128, "Longest answer in tokens.", least=1)
-    dtype: str = option("auto", "Compute type, as in `train`.", choices=DTYPES)
+    dtype: str = dtype_option()
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class ExportConfig(StageConfig):
 CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
+TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
 C = TypeVar("C", bound=StageConfig)
 
 
@@ -195,7 +206,7 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a ``--config`` file: ``model``, ``run`` and one mapping per stage.
+    """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
 
     Raises:
         UserError: unreadable file, broken YAML (with its line), unknown keys or wrong types, all together.
@@ -203,34 +214,41 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"cannot read the configuration {path}: {e.strerror}", "check the path given to --config") from e
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}",
+                        "check the path given to --config") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(e, 'problem', e)}", "check the indentation there") from e
+        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation there") from e
+    except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
+        raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
                         "write `train:` and its settings indented below it")
     problems = list(_yaml_problems(content))
     if problems:
         raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
-                        "sections: model, revision, run, " + ", ".join(CONFIGS), problems)
+                        f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
     return content
 
 
 def _yaml_problems(content: Mapping[str, Any]):
     for key, section in content.items():
-        if key in ("model", "run", "revision"):
+        if key in TEXTS:
             if not isinstance(section, str):
-                yield f"{key}: expected text, found {section!r}"
+                yield f"{key}: expected text, found {_shown(section)}"
         elif key not in CONFIGS:
-            yield f"{key}: unknown section{_near(key, CONFIGS)}"
+            yield f"{key}: unknown section{_near(str(key), [*TEXTS, *CONFIGS])}"
+        elif section is None:  # all its settings are commented out
+            continue
         elif not isinstance(section, dict):
-            yield f"{key}: expected settings below it, found {section!r}"
+            yield f"{key}: expected settings below it, found {_shown(section)}"
         else:
             known = {f.name: f for f in dataclasses.fields(CONFIGS[key])}
             for name, value in section.items():
@@ -258,19 +276,19 @@ def _resolve_annotation(annotation: Any) -> Any:
     return eval(annotation, {}, {}) if isinstance(annotation, str) else annotation  # noqa: S307 - own source text
 
 
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
+
+
 def _convert(annotation: Any, value: Any) -> Any:
     kinds, _ = _kinds(annotation)
     if tuple in kinds and isinstance(value, (list, tuple)):
         return tuple(value)
     if tuple in kinds and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 2e-4 (without a dot) as text
-        try:
+    # YAML 1.1 reads 2e-4 (without a dot) as text.
+    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            return value
     return value
 
 
@@ -279,15 +297,28 @@ def _problem(f: dataclasses.Field, value: Any) -> str | None:
     if value is None:
         return None if optional else f"{f.name}: needs a value"
     if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
-        return f"{f.name}: expected {' or '.join(sorted(k.__name__ for k in kinds))}, found {value!r}"
+        return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {_shown(value)}"
+    if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
+        return f"{f.name}: expected a list of text, found {_shown(other[0])} in it"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{f.name}: {value} is not a finite number"
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     if choices and value not in choices:
-        return f"{f.name}: {value!r} is not one of {', '.join(choices)}{_near(str(value), choices)}"
-    if least is not None and not value >= least:  # `not >=` also catches NaN
-        return f"{f.name}: {value} is below the least possible {least:g}"
-    if most is not None and not value <= most:
-        return f"{f.name}: {value} is above the largest possible {most:g}"
+        return f"{f.name}: {_shown(value)} is not one of {', '.join(choices)}{_near(str(value), choices)}"
+    if least is not None and value < least:
+        return f"{f.name}: {_shown(value)} is below the least possible {_limit(least)}"
+    if most is not None and value > most:
+        return f"{f.name}: {_shown(value)} is above the largest possible {_limit(most)}"
     return None
+
+
+def _limit(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it: on one line and not without end."""
+    return reprlib.repr(value)
 
 
 def _plain(value: Any) -> Any:

@@ -173,7 +173,7 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = ()) -> No
 def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
     """Stages of a run: name, state, when it ended, what lies where."""
     table = Table(title=escape(model), title_justify="left")
-    for column in ("stage", "state", "ended", "result"):
+    for column in ("stage", "state", "ended (UTC)", "result"):
         table.add_column(column, overflow="fold")
     styles = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
     for stage, state, ended, where in rows:

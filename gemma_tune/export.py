@@ -117,7 +117,7 @@ def _export(session: Session) -> Finished:
     run.ollama.mkdir(exist_ok=True)
     gguf = run.ollama / f"{run.model_name}-{config.quant}.gguf"
     chat = load_format(merged, session.model.config["model_type"])
-    written = write_gguf(merged, gguf, config.quant, name=f"{run.model_name} tuned", chat_template=chat.template,
+    written = write_gguf(merged, gguf, config.quant, name=f"{run.model_name}-tuned", chat_template=chat.template,
                          eot_token_id=chat.terminator_id, sampling=_gguf_sampling(target.parameters),
                          on_tensor=lambda done, total, _: session.listener.progress(f"writing {gguf.name}", done, total))
     for tensor, reason in written.fallbacks:

@@ -29,7 +29,7 @@ def os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         place = e.filename or path
-        if e.errno == errno.ENOSPC:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkFailed(f"the disk is full: {place}", "free some space and run the same command again; "
                                                            "what was finished before is untouched") from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -40,11 +40,13 @@ def os_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in ``path`` durable; Windows has no such call and needs none."""
-    if os.name == "nt":
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a directory, durable."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # it has no such call and needs none
         return
-    fd = os.open(path, os.O_RDONLY)
+    # Opened for reading where that is enough: a copied file can be read-only. Windows syncs only what it may write.
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -54,57 +56,78 @@ def sync_directory(path: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file that is synced and renamed: readers see the old content or the new one."""
     temporary = path.with_name(NEW + path.name)
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
+
+
+def json_bytes(content: Any, indent: int | None = None) -> bytes:
+    """JSON with its final line feed, as UTF-8. Half a surrogate pair has no UTF-8 form and stays a JSON escape."""
+    return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode(errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON atomically."""
-    write_atomic(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+    write_atomic(path, json_bytes(content, indent=2))
 
 
 @contextlib.contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
     """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     fresh = target.with_name(NEW + target.name)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
-        for path in (p for p in fresh.rglob("*") if p.is_file()):
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
+        for path in (*fresh.rglob("*"), fresh):
+            sync(path)
+        _swap(target, fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _swap(target: Path, fresh: Path) -> None:
     old = target.with_name(OLD + target.name)
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(fresh, target)
-    sync_directory(target.parent)
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(root: Path) -> list[str]:
-    """Finish or undo directory swaps that a crash interrupted; returns the names that were put back.
+def recover(*folders: Path) -> list[str]:
+    """Undo directory swaps that a crash interrupted, and remove what they left; returns the names put back.
 
-    Only called by the owner of the run's lock.
+    Looks at what lies directly in ``folders``, where swaps happen, and never deeper: a run directory may hold other
+    runs, or be somebody's home. Only called by the owner of the run's lock.
     """
     restored = []
-    for leftover in [p for p in root.rglob(f"{OLD}*")]:
+    for leftover in [p for folder in folders for p in folder.glob(f"{OLD}*")]:
         target = leftover.with_name(leftover.name.removeprefix(OLD))
         if target.exists():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             os.rename(leftover, target)
             restored.append(target.name)
-    for leftover in [p for p in root.rglob(f"{NEW}*")]:
+    for leftover in [p for folder in folders for p in folder.glob(f"{NEW}*")]:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return restored
 
@@ -138,11 +161,12 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, An
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     members = [(name, p, p.stat()) for name, p in _members(path)]
     stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
+    size = sum(s.st_size for _, _, s in members)
     if known and known.get("stamp") == stamp:
-        return known
+        return {"sha256": known["sha256"], "bytes": size, "stamp": stamp}
     single = path.is_file()
     digest = hashlib.sha256()
     for name, member, _ in members:
         digest.update(b"" if single else f"{name}\0{sha256_file(member)}\n".encode())
     sha = sha256_file(path) if single else digest.hexdigest()
-    return {"sha256": sha, "bytes": sum(s.st_size for _, _, s in members), "stamp": stamp}
+    return {"sha256": sha, "bytes": size, "stamp": stamp}

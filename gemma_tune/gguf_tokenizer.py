@@ -96,8 +96,10 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePiece
     model = _parse_model(path)
     pieces = model.pieces[:vocab_size]
     tokens, scores, types = [p.piece for p in pieces], [p.score for p in pieces], [int(p.type) for p in pieces]
-    for i in range(len(pieces), vocab_size):
-        tokens.append(f"[PAD{i}]"), scores.append(PADDING_SCORE), types.append(int(TokenType.UNUSED))
+    unclaimed = range(len(pieces), vocab_size)
+    tokens += [f"[PAD{i}]" for i in unclaimed]
+    scores += [PADDING_SCORE] * len(unclaimed)
+    types += [int(TokenType.UNUSED)] * len(unclaimed)
     # What SentencePiece alone knows to be user-defined gets the same treatment as an added token that isn't special.
     added = {i: (tokens[i], False) for i, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
     added.update((i, token) for i, token in _added_tokens(checkpoint).items() if i < vocab_size)

@@ -12,51 +12,69 @@ With soft-capping (Gemma 2) z = c * tanh(u / c), whose derivative 1 - (z / c)^2 
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-# Rows per block: large enough that the two matrix products run at full speed, small enough that the fp32 block of
-# logits of a 262k vocabulary stays near 270 MB.
+# Rows per block: large enough that the two matrix products run at full speed, small enough that the block of logits of
+# a 262k vocabulary stays near 134 MB in bf16.
 ROW_BLOCK = 256
+# Between the products a CPU goes over the block in strips of about this many logits, so that every pass after the
+# first finds them in its cache instead of in memory. Measured on 2 cores (512 rows, 262k x 640, bf16), the work between
+# the products fell from 0.66 s to 0.08 s, beside 0.49 s for the products themselves.
+CPU_STRIP = 1 << 21
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, softcap, scale):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=_at_least_fp32(hidden.dtype), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], ROW_BLOCK):
             rows = slice(start, start + ROW_BLOCK)
-            block_loss, block_grad = _block(hidden[rows], weight, labels[rows], softcap, scale, grad is not None)
-            total += block_loss
+            logits = hidden[rows] @ weight.t()
+            total += _loss_of_block(logits, labels[rows], softcap, scale, grad is not None)
             if grad is not None:
-                grad[rows] = block_grad
+                grad[rows] = (logits @ weight).mul_(scale)
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
-        return grad * grad_output.to(grad.dtype), None, None, None, None
+        wide = _at_least_fp32(grad.dtype)
+        # As bf16, a factor such as 1 / 37 would be off by up to 0.4 %, and the whole gradient with it.
+        return (grad.to(wide) * grad_output.to(wide)).to(grad.dtype), None, None, None, None
 
 
-def _block(hidden, weight, labels, softcap, scale, with_grad):
-    """Loss sum (fp32 scalar) and, if asked, the gradient (rows, d) of one block of rows."""
-    logits = (hidden @ weight.t()).float()
-    if scale != 1.0:
-        logits *= scale
-    if softcap:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    index = labels.unsqueeze(1)
-    target = logits.gather(1, index)
-    lse = torch.logsumexp(logits, dim=1, keepdim=True)
-    loss = (lse - target).sum()
-    if not with_grad:
-        return loss, None
-    probabilities = (logits - lse).exp_()
-    probabilities.scatter_add_(1, index, torch.full_like(target, -1.0))
-    if softcap:
-        probabilities *= 1.0 - (logits / softcap).square()
-    return loss, (probabilities.to(weight.dtype) @ weight).mul_(scale)
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _loss_of_block(logits, labels, softcap, scale, with_grad):
+    """Loss sum (scalar) of one block of logits, which are used up: with ``with_grad``, the loss's derivative with
+    respect to them (before ``scale``) takes their place."""
+    rows, vocabulary = logits.shape
+    strip = rows if logits.device.type != "cpu" else max(torch.get_num_threads(), CPU_STRIP // vocabulary)
+    loss = torch.zeros((), dtype=_at_least_fp32(logits.dtype), device=logits.device)
+    for start in range(0, rows, strip):
+        part = slice(start, start + strip)
+        z = logits[part].to(loss.dtype)
+        if scale != 1.0:
+            z *= scale
+        if softcap:
+            z.div_(softcap).tanh_().mul_(softcap)
+        index = labels[part].unsqueeze(1)
+        log_probabilities = torch.log_softmax(z, dim=1)
+        target = log_probabilities.gather(1, index)
+        loss -= target.sum()
+        if with_grad:
+            inner = log_probabilities.exp_()
+            inner.scatter_add_(1, index, torch.full_like(target, -1.0))
+            if softcap:
+                inner *= 1.0 - (z / softcap).square()
+            logits[part] = inner
+    return loss
 
 
 def linear_cross_entropy(
@@ -78,8 +96,9 @@ def linear_cross_entropy(
         scale: factor on the raw logits before capping (1 for Gemma).
 
     Returns:
-        fp32 scalar, the sum in nats: the caller divides by the number of trained tokens, so that accumulation over
-        micro-batches and processes has one normaliser. Zero, with a zero gradient, when no position is trained.
+        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
+        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
+        when no position is trained.
 
     Raises:
         ValueError: if the head requires a gradient, which this function would silently drop.

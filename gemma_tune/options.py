@@ -22,7 +22,9 @@ def _help(field: dataclasses.Field) -> str:
     if field.metadata["choices"]:
         text += f" One of {', '.join(field.metadata['choices'])}."
     default = field.metadata.get("auto")
-    if default is None and field.default not in (None, ()) and not isinstance(field.default, bool):
+    if default is None and isinstance(field.default, bool):
+        default = "on" if field.default else "off"
+    elif default is None and field.default not in (None, ()):
         default = f"{field.default:g}" if isinstance(field.default, float) else field.default
     return text if default is None else f"{text} (default: {default})"
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gemma_tune.chat_format import ChatFormat, Encoded, FormatError
 from gemma_tune.data.formats import RowError, conversation
 from gemma_tune.data.sources import Row, read_rows
 from gemma_tune.errors import UserError
-from gemma_tune.files import replacing_directory
+from gemma_tune.files import json_bytes, replacing_directory
 from gemma_tune.models import load_format
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
@@ -59,26 +60,49 @@ def prepare(session: Session) -> StageReport:
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
-    files = source_files(session.config.data)
+    names = session.config.data or _recorded_names(session)
+    files = source_files(names)
+    # The manifest keeps paths relative to the run, so that both can be moved together.
+    kept = tuple(session.run.relative(path) for path in files) if names else ()
+    session = replace(session, resolved=replace(session.resolved, config=replace(session.config, data=kept)))
     return run_stage(session, "prepare", lambda s: _prepare(s, files),
                      {f"data_{n}": path for n, path in enumerate(files)})
+
+
+def _recorded_names(session: Session) -> list[str]:
+    """The files that this run was prepared from; preparing again without naming any means the same ones."""
+    names = [os.path.normpath(session.run.root / name) for name in session.settings_of("prepare").get("data", [])]
+    if names:
+        session.listener.note(f"data: {', '.join(names)}, as before; name files to use others")
+    return names
 
 
 def source_files(names: Sequence[str]) -> list[Path]:
     """Paths of the data; without names, the built-in example.
 
     Raises:
-        UserError: every name that is not there, all together.
+        UserError: every name that is not a file to read, all together.
     """
     if not names:
         return [samples.training_path()]
-    paths = [Path(name).expanduser() for name in names]
-    missing = [f"there is no file {p}" for p in paths if not p.exists()]
-    if missing:
-        raise UserError(missing[0] if len(missing) == 1 else f"{len(missing)} data files are not there",
+    paths = [Path(os.path.expanduser(name)) for name in names]
+    problems = [problem for path in paths if (problem := _unreadable(path))]
+    if problems:
+        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} data files cannot be read",
                         "check the paths; `gemma-tune prepare --help` shows an example",
-                        missing if len(missing) > 1 else ())
+                        problems if len(problems) > 1 else ())
     return paths
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a path is not a file to read. Asked before anything is hashed: a directory can be a whole disk."""
+    if not os.path.exists(path):
+        return f"there is no file {path}"
+    if os.path.isdir(path):
+        return f"{path} is a directory; name the files in it"
+    if not os.path.isfile(path):  # a pipe could be read only once
+        return f"{path} is not a regular file; save its content to a file first"
+    return None if os.access(path, os.R_OK) else f"no permission to read {path}"
 
 
 def _prepare(session: Session, files: Sequence[Path]) -> Finished:
@@ -153,8 +177,9 @@ def _refuse_too_many_bad(good: Sequence[Good], bad: Sequence[Bad], config: Any) 
                         problems)
     if not good:
         raise UserError(f"none of the {total} rows can be used", "correct the rows named above", problems)
-    if len(real) > config.max_rejected * total:
-        raise UserError(f"{len(real)} of {total} rows cannot be used, more than the {config.max_rejected:.0%} allowed",
+    if len(real) / total > config.max_rejected:
+        allowed = f"{config.max_rejected * 100:g} %"
+        raise UserError(f"{len(real)} of {total} rows cannot be used, more than the {allowed} allowed",
                         "correct them, or allow more with --max-rejected 1", problems)
 
 
@@ -171,11 +196,13 @@ def split(rows: Sequence[Good], share: float, seed: int) -> tuple[list[Good], li
     wanted = round(len(rows) * share)
     if share > 0 and len(groups) > 1:
         wanted = max(1, wanted)
+    ranked = [members for _, members in sorted(groups.items())]
     chosen: set[int] = set()
-    for _, members in sorted(groups.items())[:max(0, len(groups) - 1)]:
-        if len(chosen) >= wanted:
-            break
-        chosen.update(members)
+    for members in ranked[:-1]:
+        if len(chosen) + len(members) <= wanted:
+            chosen.update(members)
+    if wanted and not chosen and len(groups) > 1:  # every prompt has more rows than wanted
+        chosen.update(min(ranked, key=len))
     return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
 
 
@@ -189,8 +216,8 @@ def _write(session: Session, train: Sequence[Good], valid: Sequence[Good], bad: 
         for path, records in ((run.train_rows, [{"messages": r.messages} for r in train]),
                               (run.valid_rows, [{"messages": r.messages} for r in valid]),
                               (run.rejected_rows, [b.record() for b in bad])):
-            with open(folder / path.name, "w", encoding="utf-8", newline="\n") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            with open(folder / path.name, "wb") as f:
+                f.writelines(json_bytes(record) for record in records)
 
 
 def _summary(train: Sequence[Good], valid: Sequence[Good], bad: Sequence[Bad], max_length: int) -> dict[str, Any]:

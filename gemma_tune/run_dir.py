@@ -11,9 +11,9 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemma_tune import __version__
@@ -25,6 +25,8 @@ RUNS = Path("runs")
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 # The libraries that decide what a stage computes.
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors", "gguf")
+_UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
+_DIGESTS = ("sha256", "stamp")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class RunDir:
 
 @dataclass
 class Manifest:
-    """What ``manifest.json`` holds; see ``manifest_schema.json`` for its exact form."""
+    """What ``manifest.json`` holds; ``tests/manifest.schema.json`` is its exact form."""
 
     model: dict[str, Any]
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -126,10 +128,10 @@ def model_name(model_id: str) -> str:
     'gemma-3-270m-it'
     """
     last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-.")
+    name = re.sub(_UNSAFE, "-", last.removesuffix(".gguf")).strip("-.")
     if not name:
-        raise UserError(f"{model_id!r} has no name to call the run after", "name a model such as "
-                                                                           "google/gemma-3-270m-it with --model")
+        raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
+                        "rename it, or name a model such as google/gemma-3-270m-it with --model")
     return name
 
 
@@ -140,9 +142,11 @@ def find_run(run: str | None, model_id: str | None) -> Path:
         UserError: if nothing is named and there is no run yet.
     """
     if run:
-        return Path(run)
+        return Path(os.path.expanduser(run))
     if model_id:
-        return RUNS / model_name(model_id)
+        directory = Path(os.path.expanduser(model_id))
+        # A directory is called by its real name, so that `--model .` works.
+        return RUNS / model_name(directory.resolve().name if directory.is_dir() else model_id)
     runs = sorted(RUNS.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise UserError(f"there is no run under {RUNS}/ yet", "start one: gemma-tune prepare YOUR.jsonl "
@@ -165,13 +169,17 @@ def read_manifest(root: Path) -> Manifest | None:
         raise UserError(f"{root} is not a directory", "name a run directory with --run DIR") from e
     except PermissionError as e:
         raise UserError(f"no permission to read {path}", "change its permissions, or use another --run DIR") from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{line} is damaged: {e.__class__.__name__}", _rebuild_hint(path)) from e
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}", "name a run directory with --run DIR") from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno} is damaged: {e.msg} at column {e.colno}", _rebuild_hint(path)) from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, a number without end, brackets without end
+        raise UserError(f"{path} is damaged: it is not JSON as gemma-tune writes it", _rebuild_hint(path)) from e
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is not int or schema < 1:
         raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path))
-    if content["schema"] > SCHEMA:
-        raise UserError(f"{path} has schema {content['schema']}; this gemma-tune {__version__} knows {SCHEMA}",
+    if schema > SCHEMA:
+        raise UserError(f"{path} has schema {schema}; this gemma-tune {__version__} knows {SCHEMA}",
                         "upgrade: pip install -U gemma-tune, or start another run with --run DIR")
     problems = list(_problems(content))
     if problems:
@@ -184,37 +192,60 @@ def _rebuild_hint(path: Path) -> str:
             "the artifacts beside it are untouched")
 
 
-def _problems(content: Mapping[str, Any]):
-    model = content.get("model")
-    if not isinstance(model, dict) or not all(isinstance(model.get(k), str) for k in ("id", "name", "source")):
-        yield "model: id, name or source is missing"
-    elif model_name(model["name"]) != model["name"]:
-        yield f"model: name {model['name']!r} is not one that gemma-tune gives"
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """What the code relies on and ``content`` does not have."""
+    yield from _model_problems(content.get("model"))
     stages = content.get("stages")
     if not isinstance(stages, dict):
         yield "stages: missing"
         return
     for name, stage in stages.items():
-        if not isinstance(stage, dict) or not all(
-                isinstance(stage.get(k), dict) for k in ("config", "inputs", "outputs", "summary")):
+        if name not in STAGES:
+            yield f"stages.{name}: there is no such stage"
+        elif not isinstance(stage, dict) or not _has(stage, dict, "config", "inputs", "outputs", "summary"):
             yield f"stages.{name}: config, inputs, outputs or summary is missing"
-            continue
-        for part in ("inputs", "outputs"):
-            for key, item in stage[part].items():
-                if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in ("path", "sha256")):
-                    yield f"stages.{name}.{part}.{key}: path or sha256 is missing"
-                elif part == "outputs" and not _stays_inside(item["path"]):
-                    yield f"stages.{name}.{part}.{key}: {item['path']} leaves the run directory"
+        elif not _has(stage, str, "base", "started", "ended"):
+            yield f"stages.{name}: base, started or ended is missing"
+        else:
+            yield from (f"stages.{name}.{problem}" for problem in _stage_problems(stage))
+
+
+def _model_problems(model: Any) -> Iterator[str]:
+    if not isinstance(model, dict) or not _has(model, str, "id", "name", "source", "fingerprint"):
+        yield "model: id, name, source or fingerprint is missing"
+    elif re.sub(_UNSAFE, "-", model["name"]).strip("-.") != model["name"] or not model["name"]:
+        yield f"model: name {model['name']!r} is not one that gemma-tune gives"
+    elif not isinstance(model.get("files"), dict) or model["files"] and not _has(model["files"], str, *_DIGESTS):
+        yield "model: files has no sha256 or no stamp"
+    elif not all(isinstance(model.get(key, False), str | None) for key in ("revision", "path")):
+        yield "model: revision or path is missing"
+
+
+def _stage_problems(stage: Mapping[str, Any]) -> Iterator[str]:
+    for key, entry in stage["config"].items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            yield f"config.{key}: value is missing"
+    for part in ("inputs", "outputs"):
+        for key, item in stage[part].items():
+            if not isinstance(item, dict) or not _has(item, str, "path", *_DIGESTS):
+                yield f"{part}.{key}: path, sha256 or stamp is missing"
+            elif part == "outputs" and not _stays_inside(item["path"]):
+                yield f"{part}.{key}: {item['path']} leaves the run directory"
+
+
+def _has(record: Mapping[str, Any], kind: type, *keys: str) -> bool:
+    return all(isinstance(record.get(key), kind) for key in keys)
 
 
 def _stays_inside(path: str) -> bool:
     """Whether a recorded artifact path stays inside the run; a manifest from elsewhere must not point outside."""
-    return not os.path.isabs(path) and ".." not in Path(path).parts
+    forms = PurePosixPath(path), PureWindowsPath(path)
+    return all(form.parts and not form.anchor and ".." not in form.parts for form in forms)
 
 
 def now() -> str:
     """Current time, UTC, ISO 8601 with seconds."""
-    return dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 class Lock:
@@ -237,7 +268,7 @@ class Lock:
                                 "wait until it has finished, or work on another run with --run DIR") from e
             try:
                 write_json(self.owner, {"pid": os.getpid(), "stage": self.stage, "since": now()})
-                self.restored = recover(self.root)
+                self.restored = recover(self.root, RunDir(self.root, "").ollama)
             except BaseException:
                 self._lock.release()
                 raise

@@ -85,12 +85,8 @@ def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
     record = manifest.stages.get(stage)
     if record is None:
         return State("missing")
-    for item in record["outputs"].values():
-        path = run.root / item["path"]
-        if not path.exists():
-            return State("damaged", f"{item['path']} is gone")
-        if describe(run, path, item)["sha256"] != item["sha256"]:
-            return State("damaged", f"{item['path']} was changed")
+    if damage := _damage(run, stage, record["outputs"]):
+        return State("damaged", damage)
     if record["base"] != manifest.model["fingerprint"]:
         return State("stale", "the base model changed")
     for name, item in record["inputs"].items():
@@ -102,9 +98,30 @@ def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
             upstream = state_of(run, manifest, maker[0])
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).exists() and describe(run, path, item)["sha256"] != item["sha256"]:
-            return State("stale", f"{path.name} changed")
+        elif (path := run.root / item["path"]).is_file() and (change := _change(run, path, item)):
+            return State("stale", f"{path.name} {change}")
     return State("done")
+
+
+def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any]) -> str | None:
+    read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
+    if unnamed := sorted(read_by_others - outputs.keys()):
+        return f"the manifest does not name its {', '.join(unnamed)}"
+    for item in outputs.values():
+        path = run.root / item["path"]
+        if not path.exists():
+            return f"{item['path']} is gone"
+        if change := _change(run, path, item):
+            return f"{item['path']} {change}"
+    return None
+
+
+def _change(run: RunDir, path: Path, item: Mapping[str, Any]) -> str | None:
+    """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
+    try:
+        return None if describe(run, path, item)["sha256"] == item["sha256"] else "was changed"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
 
 
 def require_inputs(run: RunDir, manifest: Manifest, stage: str) -> dict[str, Path]:
@@ -113,18 +130,28 @@ def require_inputs(run: RunDir, manifest: Manifest, stage: str) -> dict[str, Pat
     Raises:
         UserError: one is missing or damaged; the hint is the command that makes it.
     """
-    paths = {}
-    for name, (maker, output) in NEEDS[stage].items():
-        state = state_of(run, manifest, maker)
-        command = f"gemma-tune {maker} --run {run.root}"
-        if state.status == "missing":
-            raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
-                            f"run it first: {command}")
-        if state.status == "damaged":
-            raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
-                            f"make it again: {command} --force")
-        paths[name] = run.root / manifest.stages[maker]["outputs"][output]["path"]
-    return paths
+    return {name: require_output(run, manifest, stage, maker, output)
+            for name, (maker, output) in NEEDS[stage].items()}
+
+
+def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, output: str) -> Path:
+    """Path of the artifact ``output`` of the stage ``maker``, for use in ``stage``; a stale one is good enough.
+
+    Raises:
+        UserError: it is missing, damaged, or was made from another base model; the hint is the command that makes it.
+    """
+    state = state_of(run, manifest, maker)
+    command = f"gemma-tune {maker} --run {run.root}"
+    if state.status == "missing":
+        raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
+                        f"run it first: {command}")
+    if state.status == "damaged":
+        raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
+                        f"make it again: {command} --force")
+    if maker != "prepare" and manifest.stages[maker]["base"] != manifest.model["fingerprint"]:
+        raise UserError(f"the result of `{maker}` belongs to another base model than {manifest.model['id']} is now",
+                        f"train for this one: gemma-tune train --run {run.root} --force")
+    return run.root / manifest.stages[maker]["outputs"][output]["path"]
 
 
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],

@@ -46,7 +46,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
-        rows.append((stage, shown, record.get("ended", ""), where))
+        rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done":
             next_step = f"gemma-tune {stage} --run {root}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step)

@@ -67,7 +67,7 @@ def _train(session: Session) -> Finished:
 def encoded_rows(path: Path, chat: ChatFormat) -> list[dict[str, list[int]]]:
     """Ids and labels of the rows that ``prepare`` wrote."""
     encoded = [chat.encode(json.loads(line)["messages"]) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [{"input_ids": e.ids, "labels": e.labels, "length": len(e.ids)} for e in encoded]
+    return [{"input_ids": e.ids, "labels": e.labels} for e in encoded]
 
 
 def _checkpoint_to_resume(session: Session, key: str, settings: dict[str, Any]) -> Path | None:
@@ -162,7 +162,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluate
         weight_decay=config.weight_decay, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=config.activation_checkpointing,
-        train_sampling_strategy="group_by_length", logging_steps=1, logging_nan_inf_filter=False,
+        logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
         save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
         report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,57 @@ class GemmaTrainer(SFTTrainer):
         """Log without TRL's metrics of its own head."""
         Trainer.log(self, logs, start_time)
 
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedBatches(lengths, batch * self.args.world_size, self.args.seed)
+
     def _save_checkpoint(self, model, trial):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
         Trainer._save_checkpoint(self, model, trial)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         seal(checkpoint, self.checkpoint_key, self.checkpoint_settings)
         rotate(checkpoint.parent)
+
+
+class LengthGroupedBatches(torch.utils.data.Sampler[int]):
+    """Rows of similar length together, in an order that depends on the seed and the epoch alone.
+
+    Steps are formed from whole effective batches, so accumulation does not change what a step learns from. The global
+    random state is not used: a resumed epoch has the order that it had before. The first step of the training gets
+    the longest rows, so that memory that does not suffice shows at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch: rows per optimiser step.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, seed: int):
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        groups = [order[n:n + 50 * self.batch] for n in range(0, len(order), 50 * self.batch)]
+        steps = []
+        for group in groups:
+            group.sort(key=self.lengths.__getitem__, reverse=True)
+            steps += [group[n:n + self.batch] for n in range(0, len(group), self.batch)]
+        # An incomplete batch stays last: moved forward, it would shift the borders of all later steps.
+        rest = [steps.pop()] if len(steps[-1]) < self.batch else []
+        steps = [steps[n] for n in torch.randperm(len(steps), generator=generator).tolist()] + rest
+        if self.epoch == 0:
+            longest = max(range(len(steps) - len(rest) or 1), key=lambda n: max(map(self.lengths.__getitem__, steps[n])))
+            steps[0], steps[longest] = steps[longest], steps[0]
+        return iter([row for step in steps for row in step])
 
 
 class MetricsLog(TrainerCallback):

@@ -19,7 +19,7 @@ ORDINARY = ("\n\n", "\u2581\u2581")  # user-defined in the SentencePiece model: 
 DONE = SPECIAL.index("<done>")  # ends a turn; a name that llama.cpp doesn't know, unlike <end_of_turn>
 
 
-def train_sentencepiece(vocab_size: int = 380) -> bytes:
+def train_sentencepiece(vocab_size: int = 380, special: tuple[str, ...] = SPECIAL[4:]) -> bytes:
     """Train a BPE model with byte fallback, as Gemma's; return the serialised `tokenizer.model`."""
     from sentencepiece import SentencePieceTrainer
 
@@ -28,7 +28,7 @@ def train_sentencepiece(vocab_size: int = 380) -> bytes:
         sentence_iterator=iter(CORPUS * 4), model_writer=model, model_type="bpe", vocab_size=vocab_size,
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        control_symbols=list(SPECIAL[4:]), user_defined_symbols=list(ORDINARY), minloglevel=2,
+        control_symbols=list(special), user_defined_symbols=list(ORDINARY), minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
 

@@ -31,7 +31,7 @@ def conversation(value: Any) -> list[dict[str, str]]:
     elif "instruction" in value and "output" in value:
         messages = _alpaca(value)
     else:
-        found = ", ".join(map(str, list(value)[:6])) or "nothing"
+        found = ", ".join(_quoted(key) for key in list(value)[:6]) or "nothing"
         raise RowError("unknown_format", f"neither `messages` nor `instruction` and `output`; it has {found}",
                        "rename the columns to `messages`, or to `instruction`, `input`, `output`")
     return _checked(messages)
@@ -75,7 +75,7 @@ def _turn(number: int, message: Any) -> dict[str, str]:
                        'write {"role": "user", "content": "…"}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowError("unknown_role", f"turn {number} has the role {role!r}; known are {', '.join(ROLES)}",
+        raise RowError("unknown_role", f"turn {number} has the role {_quoted(role)}; known are {', '.join(ROLES)}",
                        "rename the role")
     if message.get("tool_calls"):
         raise RowError("tool_calls", f"turn {number} calls tools, which cannot be trained yet",
@@ -87,6 +87,12 @@ def _turn(number: int, message: Any) -> dict[str, str]:
     if "\ufffd" in content or any(0xD800 <= ord(c) <= 0xDFFF for c in content):
         raise RowError("broken_text", f"turn {number} contains damaged characters", "export the text as UTF-8 again")
     return {"role": role, "content": content.strip()}
+
+
+def _quoted(value: Any, limit: int = 40) -> str:
+    """Something from a row that fits into a message, on one line."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _kind(value: Any) -> str:

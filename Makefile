@@ -1,0 +1,40 @@
+# make demo: install into .venv and run the whole path on a real Gemma 3 270M
+# make test: install what the tests need and run them all
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: help install demo test lint benchmark clean
+
+help:
+	@echo "make demo       run the whole path on a real Gemma 3 270M (about ten minutes on 2 cores)"
+	@echo "make test       run every test"
+	@echo "make install    install gemma-tune into $(VENV)"
+	@echo "make lint       check the style"
+	@echo "make clean      remove $(VENV) and caches; runs/ stays"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gemma-tune needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: its existence means that the installation completed under these constraints.
+$(VENV)/.installed-%: pyproject.toml .ci/constraints.txt | $(BIN)/python
+	@echo "installing gemma-tune[$*] into $(VENV) …"
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+install: $(VENV)/.installed-demo
+	@echo "ready: $(BIN)/gemma-tune --help"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/gemma-tune run --model demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,215 @@
+"""Merge: equal to PEFT's own, reloadable by plain transformers, refusing what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def adapter(trained):
+    """The trained adapter with weights large enough that a wrong merge shows."""
+    folder = trained / "tiny-gemma_lora_adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        tensors[name] = torch.randn(tensor.shape, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    remember(trained)
+    return folder
+
+
+def remember(run: Path) -> None:
+    """Record the adapter as it is now, as `train` would have."""
+    from gemma_tune.files import fingerprint
+
+    manifest = json.loads((run / "manifest.json").read_text())
+    entry = manifest["stages"]["train"]["outputs"]["adapter"]
+    entry |= fingerprint(run / entry["path"])
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def merged_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for shard in (run / "tiny-gemma_lora_merged").glob("*.safetensors") for k, v in load_file(shard).items()}
+
+
+def peft_merge(tiny: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """PEFT's merge in fp32, rounded to the base's type."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), str(adapter))
+    return {k: v.to(torch.bfloat16) for k, v in model.merge_and_unload().state_dict().items()}
+
+
+def test_equals_pefts_merge(cli, trained, adapter, tiny):
+    result = cli("merge", "--json")
+    assert result.code == 0, result.err
+    ours, theirs = merged_tensors(trained), peft_merge(tiny, adapter)
+    base = load_file(tiny / "model.safetensors")
+    assert ours.keys() == base.keys()
+    changed = 0
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, theirs[name]), name
+        changed += not torch.equal(tensor, base[name])
+    assert changed == result.json["summary"]["merged_tensors"] == 14
+
+
+def test_summary_holds_the_check(cli, trained, adapter):
+    summary = cli("merge", "--json").json["summary"]
+    assert summary["check_divergence"] <= 0.02
+    assert summary["check_answer_tokens"] > 0
+    assert isinstance(summary["check_same_answer"], bool)
+
+
+def test_plain_transformers_loads_it(cli, trained, adapter, tiny):
+    assert cli("merge").code == 0
+    script = """
+import sys, json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+assert not any(info.values()), info
+assert "gemma_tune" not in sys.modules
+print(json.dumps([text, type(model).__name__, model.generation_config.eos_token_id, str(model.dtype)]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, trained / "tiny-gemma_lora_merged"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    text, kind, eos, dtype = json.loads(done.stdout)
+    assert text == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    assert (kind, dtype, len(eos)) == ("Gemma3ForCausalLM", "torch.bfloat16", 2)
+    files = {p.name for p in (trained / "tiny-gemma_lora_merged").iterdir()}
+    assert {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"} <= files
+    assert not files & {"adapter_config.json", "adapter_model.safetensors", "complete.json"}
+    assert (trained / "tiny-gemma_lora_merged" / "tokenizer.model").read_bytes() == (tiny / "tokenizer.model").read_bytes()
+
+
+def test_shards_stay_as_they_are(trained, adapter, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from gemma_tune.merge import merge_weights, read_adapter
+
+    base, out = tmp_path / "sharded", tmp_path / "out"
+    out.mkdir()
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="40KB")
+    shards = sorted(p.name for p in base.glob("*.safetensors"))
+    assert len(shards) > 2
+    merge_weights(base, read_adapter(adapter), out, lambda *a: None)
+    assert sorted(p.name for p in out.glob("*.safetensors")) == shards
+    expected = peft_merge(tiny, adapter)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, shard in index.items():
+        with safe_open(out / shard, "pt") as f:
+            assert torch.equal(f.get_tensor(name), expected[name])
+
+
+def test_a_missing_shard_is_named(trained, adapter, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from gemma_tune.errors import UserError
+    from gemma_tune.merge import merge_weights, read_adapter
+
+    base = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="40KB")
+    lost = sorted(base.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(UserError, match=lost.name):
+        merge_weights(base, read_adapter(adapter), tmp_path, lambda *a: None)
+
+
+def test_a_wrong_merge_is_noticed_and_not_kept(cli, trained, adapter, monkeypatch):
+    from gemma_tune import merge
+
+    monkeypatch.setattr(merge.Lora, "delta", lambda self: -(self.b @ self.a) * self.scale)
+    result = cli("merge")
+    assert result.code == 1
+    assert "differs from base + adapter" in result.err
+    assert not (trained / "tiny-gemma_lora_merged").exists()
+    assert "merge" not in json.loads((trained / "manifest.json").read_text())["stages"]
+
+
+def test_a_failed_merge_leaves_the_earlier_one(cli, trained, monkeypatch):
+    from gemma_tune import merge
+
+    assert cli("merge").code == 0
+    before = {p.name: p.read_bytes() for p in (trained / "tiny-gemma_lora_merged").iterdir()}
+    manifest = (trained / "manifest.json").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(merge, "_copy_around", full)
+    result = cli("merge", "--force")
+    assert result.code == 1
+    assert "the disk is full" in result.err
+    assert {p.name: p.read_bytes() for p in (trained / "tiny-gemma_lora_merged").iterdir()} == before
+    assert (trained / "manifest.json").read_bytes() == manifest
+    assert not [p for p in trained.iterdir() if p.name.startswith((".new-", ".old-"))]
+
+
+def test_an_adapter_of_another_base_model_is_refused(cli, trained, tmp_path):
+    """The run names a model whose weights are others now: the adapter must not be merged into them."""
+    other = make_model(tmp_path / "other" / "tiny-gemma", seed=5)
+    for args in (["merge"], ["eval"], ["chat", "--prompt", "hi"]):
+        result = cli(*args, "--run", trained, "--model", other)
+        assert result.code == 2, args
+        assert "another base model" in result.err or "belongs to" in result.err
+        assert "gemma-tune train" in result.err
+    assert not (trained / "tiny-gemma_lora_merged").exists()
+
+
+def test_a_run_of_another_model_is_refused(cli, trained, tmp_path):
+    other = make_model(tmp_path / "bigger", hidden_size=96)
+    result = cli("merge", "--run", trained, "--model", other)
+    assert result.code == 2
+    assert "is a run of tiny-gemma, not of" in result.err
+    assert "--run" in result.err
+
+
+def test_adapter_tensors_of_another_shape_or_layer_are_refused(trained, tiny, tmp_path):
+    from gemma_tune.errors import UserError
+    from gemma_tune.merge import Lora, merge_weights
+
+    lora = Lora(torch.zeros(2, 7), torch.zeros(64, 2), 1.0)
+    with pytest.raises(UserError, match="shape"):
+        merge_weights(tiny, {"model.layers.0.self_attn.q_proj": lora}, tmp_path, lambda *a: None)
+    lora = Lora(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
+    with pytest.raises(UserError) as e:
+        merge_weights(tiny, {"model.layers.9.self_attn.q_proj": lora, "model.x": lora}, tmp_path, lambda *a: None)
+    assert e.value.problems == ("model.layers.9.self_attn.q_proj", "model.x")
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]},
+                                    {"rank_pattern": {"q_proj": 2}}, {"peft_type": "LOHA"}, {"bias": "all"}])
+def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
+    path = trained / "tiny-gemma_lora_adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    remember(trained)
+    result = cli("merge")
+    assert result.code == 2
+    assert next(iter(change)) in result.err
+
+
+def test_a_damaged_adapter_is_named(cli, trained):
+    path = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    changed = cli("merge")
+    assert changed.code == 2 and "tiny-gemma_lora_adapter was changed" in changed.err
+    remember(trained)
+    damaged = cli("merge")
+    assert damaged.code == 2 and "cannot be read" in damaged.err
+    shutil.rmtree(trained / "tiny-gemma_lora_adapter")
+    gone = cli("merge")
+    assert gone.code == 2 and "is gone" in gone.err and "gemma-tune train" in gone.err

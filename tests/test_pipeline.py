@@ -1,0 +1,202 @@
+"""Every command through the real command line, on a tiny random Gemma 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from conftest import QUICK, rows, write_rows
+
+SCHEMA = json.loads((Path(__file__).parent / "manifest.schema.json").read_text())
+
+
+def manifest_of(run: Path) -> dict:
+    manifest = json.loads((run / "manifest.json").read_text())
+    jsonschema.validate(manifest, SCHEMA)
+    return manifest
+
+
+def test_all_stages_in_order(cli, tiny, data):
+    run = Path("runs/tiny-gemma")
+    steps = {
+        "prepare": ["prepare", data, "--model", tiny, "--json"],
+        "train": ["train", *QUICK, "--json"],
+        "eval": ["eval", "--questions", 1, "--max-new-tokens", 8, "--json"],
+        "merge": ["merge", "--json"],
+        "export-ollama": ["export-ollama", "--quant", "f16", "--json"],
+    }
+    for stage, args in steps.items():
+        result = cli(*args)
+        assert result.code == 0, result.err
+        assert result.json["stage"] == stage
+        assert result.json["status"] == "done"
+        assert all(Path(path).exists() for path in result.json["artifacts"].values())
+        assert "run: runs/tiny-gemma" in result.err
+        recorded = manifest_of(run)["stages"][stage]
+        assert recorded["summary"] == result.json["summary"]
+    manifest = manifest_of(run)
+    assert list(manifest["stages"]) == list(steps)
+    assert str(Path.cwd()) not in (run / "manifest.json").read_text(), "absolute path in the manifest"
+    assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
+        "manifest.json", "data", "training_checkpoints", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama",
+        "logs", "report.md"}
+    assert manifest["stages"]["train"]["config"]["epochs"] == {"value": 1.0, "from": "flag"}
+    assert manifest["stages"]["train"]["config"]["alpha"]["from"] == "default"
+
+
+def test_stages_that_are_up_to_date_do_nothing(cli, trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    for args in (["prepare"], ["train", *QUICK]):
+        result = cli(*args, "--run", trained, "--json")
+        assert result.code == 0, result.err
+        assert result.json["status"] == "up-to-date"
+        assert "up to date; --force runs it again" in result.err
+    after = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert after == before
+
+
+def test_force_runs_again_with_the_same_result(cli, trained):
+    adapter = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    before, inode = adapter.read_bytes(), adapter.stat().st_ino
+    result = cli("train", *QUICK, "--force", "--json")
+    assert result.json["status"] == "done"
+    assert adapter.stat().st_ino != inode
+    assert adapter.read_bytes() == before, "same seed, data and machine must give the same adapter, bit for bit"
+
+
+def test_another_seed_gives_another_adapter(cli, trained):
+    adapter = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    result = cli("train", *QUICK, "--seed", 7, "--json")
+    assert result.json["status"] == "done"
+    assert "seed: 42 -> 7" in result.err
+    assert adapter.read_bytes() != before
+
+
+def test_changed_data_makes_later_stages_stale(cli, trained, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "more.jsonl", rows(20)), "--run", trained).code == 0
+    status = cli("status", "--run", trained, "--json").json
+    assert status["stages"]["prepare"]["state"] == "done"
+    assert status["stages"]["train"]["state"].startswith("stale: `prepare` has run again")
+    assert status["next"] == f"gemma-tune train --run {trained}"
+    merged = cli("merge", "--run", trained)
+    assert merged.code == 0
+    assert "the result of `train` is stale" in merged.err
+
+
+def test_prepare_without_data_reuses_what_the_run_was_prepared_from(cli, trained):
+    train_rows = (trained / "data" / "train.jsonl").read_bytes()
+    result = cli("prepare", "--run", trained, "--force", "--json")
+    assert result.code == 0, result.err
+    assert (trained / "data" / "train.jsonl").read_bytes() == train_rows
+
+
+def test_a_run_can_be_moved(cli, trained, tiny, tmp_path):
+    moved = tmp_path / "elsewhere" / "deep" / "run"
+    moved.parent.mkdir(parents=True)
+    shutil.move(trained, moved)
+    lost = cli("chat", "--run", moved, "--prompt", "hi")
+    assert lost.code == 2
+    assert "--model" in lost.err
+    found = cli("train", *QUICK, "--run", moved, "--model", tiny, "--json")
+    assert found.code == 0, found.err
+    assert found.json["status"] == "up-to-date"
+
+
+def test_the_config_file_is_below_flags_and_above_defaults(cli, tiny, data):
+    Path("settings.yaml").write_text(f"model: {tiny}\nprepare:\n  valid: 0.25\n  seed: 3\n")
+    result = cli("prepare", data, "--config", "settings.yaml", "--seed", 5, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["valid_rows"] == 3
+    config = manifest_of(Path("runs/tiny-gemma"))["stages"]["prepare"]["config"]
+    assert config["valid"] == {"value": 0.25, "from": "file"}
+    assert config["seed"] == {"value": 5, "from": "flag"}
+    assert config["max_length"]["from"] == "default"
+
+
+def test_run_does_everything_and_sums_up(cli, tiny, data):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n")
+    result = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "eval", "merge", "export-ollama"]
+    assert result.json["created"] is False
+    for expected in ("validation loss", "base", "tuned", "GGUF", "next: gemma-tune chat", "ollama create tiny-gemma-tuned"):
+        assert expected in result.err
+    again = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
+    assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"}
+
+
+def test_the_newest_run_is_taken_when_none_is_named(cli, trained, tiny):
+    other = trained.with_name("older")
+    shutil.copytree(trained, other)
+    os.utime(other / "manifest.json", (1, 1))
+    assert "run: runs/tiny-gemma" in cli("train", *QUICK).err
+    os.utime(trained / "manifest.json", (0, 0))
+    assert cli("status", "--json").json["run"] == "runs/older"
+
+
+def test_quiet_says_nothing_but_the_outcome(cli, tiny, data):
+    result = cli("prepare", data, "--model", tiny, "--quiet")
+    assert result.code == 0
+    assert result.out == ""
+    assert result.err.strip().startswith("prepare: done")
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_the_stages_can_be_called_from_python(tiny, data):
+    script = """
+import sys
+from pathlib import Path
+from gemma_tune.config import PrepareConfig, resolve
+from gemma_tune.listener import Listener
+from gemma_tune.models import locate
+from gemma_tune.prepare import prepare
+from gemma_tune.run_dir import Manifest, RunDir
+from gemma_tune.stage import Session
+
+root = Path("runs/api")
+model = locate(sys.argv[1], None, Listener())
+session = Session(RunDir(root, model.name), model, resolve(PrepareConfig, {"data": (sys.argv[2],)}), Listener(),
+                  Manifest(model.record(root)))
+print(prepare(session).summary["train_rows"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, tiny, data], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["11"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["gemma-tune"], [sys.executable, "-m", "gemma_tune"]])
+def test_help_loads_nothing_heavy(command):
+    program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
+    trace = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, timeout=60,
+                           env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert trace.returncode == 0
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in trace.stderr.splitlines() if line.startswith("import time:")}
+    assert {"typer", "rich", "gemma_tune.cli"} <= loaded, "the trace shows what was imported"
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "gguf", "httpx",
+             "huggingface_hub", "matplotlib"}
+    assert not heavy & loaded
+    for name in ("prepare", "train", "chat", "merge", "export-ollama", "run", "status"):
+        assert name in trace.stdout
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status"])
+def test_every_help_says_what_is_read_and_written_and_shows_an_example(cli, name):
+    result = cli(name, "--help")
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    assert "Reads" in text
+    assert f"Example: gemma-tune {name}" in text
+
+
+def test_version(cli):
+    from gemma_tune import __version__
+
+    assert cli("--version").out.strip() == f"gemma-tune {__version__}"

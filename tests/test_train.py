@@ -1,0 +1,317 @@
+"""Training: determinism, resume, guards, the adapter as others read it, and what is learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, rows, write_rows
+
+LONG = ("--epochs", 6, "--rank", 4, "--dtype", "fp32", "--save-steps", 2)
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def prepared(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    return Path("runs/tiny-gemma")
+
+
+def test_loss_falls_and_is_logged(cli, prepared):
+    result = cli("train", "--epochs", 12, "--learning-rate", 5e-3, "--dtype", "fp32", "--json")
+    assert result.code == 0, result.err
+    summary, log = result.json["summary"], metrics(prepared)
+    assert summary["eval_loss_after"] < 0.6 * summary["eval_loss_before"]
+    assert summary["steps"] == 36  # 11 rows in batches of 4, 12 epochs
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 37))
+    assert all(r["tokens_per_second"] > 0 and r["seconds_left"] >= 0 and r["grad_norm"] > 0 for r in steps)
+    evals = {r["step"]: r["eval_loss"] for r in log if "eval_loss" in r}
+    assert list(evals) == [0, *range(3, 37, 3)]
+    assert evals[0] == summary["eval_loss_before"] and evals[36] == summary["eval_loss_after"]
+    assert (prepared / "logs" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert summary["tokens"] == 12 * real_tokens(prepared)
+
+
+def real_tokens(run: Path) -> int:
+    from gemma_tune.models import load_format
+    from gemma_tune.train import encoded_rows
+
+    chat = load_format(run / "tiny-gemma_lora_adapter", "gemma3_text")
+    return sum(len(r["input_ids"]) for r in encoded_rows(run / "data" / "train.jsonl", chat))
+
+
+def test_losses_equal_plain_cross_entropy(cli, prepared, tiny):
+    """The first evaluation is the base model's loss: recomputed with plain transformers and the tokenizer's ids."""
+    from transformers import AutoModelForCausalLM
+
+    from gemma_tune.models import load_format
+    from gemma_tune.train import encoded_rows
+
+    summary = cli("train", *QUICK, "--json").json["summary"]
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    total = count = 0
+    for row in encoded_rows(prepared / "data" / "valid.jsonl", load_format(tiny, "gemma3_text")):
+        labels = torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    assert summary["eval_loss_before"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_accumulation_equals_a_larger_batch(cli, prepared):
+    """One normaliser: 2 x 2 accumulated conversations give the gradient of 4, whatever their lengths."""
+    losses = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        result = cli("train", "--epochs", 2, "--rank", 4, "--dtype", "fp32", "--batch-size", size, "--accumulation",
+                     accumulation, "--force", "--json")
+        assert result.code == 0, result.err
+        assert result.json["summary"]["effective_batch"] == 4
+        losses.append(result.json["summary"]["eval_loss_after"])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_the_adapter_is_standard_peft(trained, tiny):
+    """Plain PEFT and transformers, in a process that does not know this package."""
+    script = """
+import sys, json
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+assert "gemma_tune" not in sys.modules
+print(json.dumps([text, sorted(model.peft_config["default"].target_modules),
+                  sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, trained / "tiny-gemma_lora_adapter"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    text, modules, parameters = json.loads(done.stdout)
+    assert text == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    assert modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    generation = json.loads((trained / "tiny-gemma_lora_adapter" / "generation_config.json").read_text())
+    assert len(generation["eos_token_id"]) == 2
+    assert parameters == json.loads((trained / "manifest.json").read_text())["stages"]["train"]["summary"][
+        "trainable_parameters"]
+    files = {p.name for p in (trained / "tiny-gemma_lora_adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= files
+    assert not [p for p in trained.rglob("*") if p.name == "training_args.bin"], "pickles must not be kept"
+
+
+def test_every_setting_reaches_the_adapter(cli, prepared):
+    result = cli("train", "--rank", 3, "--alpha", 5, "--dropout", 0.1, "--target-modules", "q_proj, v_proj", "--epochs",
+                 1, "--dtype", "fp32", "--warmup", 0.5, "--schedule", "linear", "--lr", 1e-3, "--json")
+    assert result.code == 0, result.err
+    config = json.loads((prepared / "tiny-gemma_lora_adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    rates = [r["learning_rate"] for r in metrics(prepared) if "loss" in r]
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3])  # 3 steps, of which round(1.5) = 2 rise
+
+
+def interrupted(run: Path, after_step: int, number: int = signal.SIGINT) -> subprocess.CompletedProcess:
+    """Start training in a process of its own and send it a signal once it has logged ``after_step``."""
+    log = run / "logs" / "metrics.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "gemma_tune", "train", *map(str, LONG), "--run", run],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and f'"step": {after_step}, ' in log.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number):
+    uninterrupted = prepared.with_name("whole")
+    shutil.copytree(prepared, uninterrupted)
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
+    assert cli("train", *LONG, "--run", uninterrupted).code == 0, manifest
+
+    done = interrupted(prepared, 3, number)
+    assert done.returncode == 130, done.stderr
+    assert "it is saved" in done.stderr and "go on with the same command" in done.stderr
+    assert "train" not in json.loads((prepared / "manifest.json").read_text())["stages"]
+    status = cli("status", "--run", prepared, "--json").json
+    assert status["stages"]["train"]["state"].startswith("interrupted: checkpoint-")
+
+    resumed = cli("train", *LONG, "--run", prepared, "--json")
+    assert resumed.code == 0, resumed.err
+    assert 3 <= resumed.json["summary"]["resumed_from_step"] < 18
+    assert adapter_bytes(prepared) == adapter_bytes(uninterrupted), "bit for bit"
+    assert [r["step"] for r in metrics(prepared) if "loss" in r] == list(range(1, 19))
+
+
+def test_killed_training_goes_on_from_the_newest_whole_checkpoint(cli, prepared):
+    uninterrupted = prepared.with_name("whole")
+    shutil.copytree(prepared, uninterrupted)
+    assert cli("train", *LONG, "--run", uninterrupted).code == 0
+    assert interrupted(prepared, 7, signal.SIGKILL).returncode == -signal.SIGKILL
+    checkpoints = sorted((prepared / "training_checkpoints").glob("checkpoint-*"),
+                         key=lambda p: int(p.name.split("-")[1]))
+    newest = [c for c in checkpoints if (c / "complete.json").exists()][-1]
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-9])  # damaged: pass it over
+    result = cli("train", *LONG, "--run", prepared, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["resumed_from_step"] == int(newest.name.split("-")[1]) - 2
+    assert adapter_bytes(prepared) == adapter_bytes(uninterrupted)
+
+
+def test_an_interrupted_training_is_not_resumed_with_other_settings(cli, prepared):
+    assert interrupted(prepared, 3).returncode == 130
+    checkpoint = max((prepared / "training_checkpoints").glob("checkpoint-*/complete.json"))
+    result = cli("train", *LONG, "--rank", 8)
+    assert result.code == 2
+    assert "rank: 4 then, 8 now" in result.err
+    assert "--force" in result.err
+    assert checkpoint.exists()
+    assert cli("train", *QUICK, "--force").code == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(cli, trained, monkeypatch):
+    from gemma_tune.trainer import GemmaTrainer
+
+    before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
+    plain = GemmaTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = plain(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(GemmaTrainer, "compute_loss", poisoned)
+    result = cli("train", *LONG, "--force")
+    assert result.code == 1
+    assert "not finite at step 3" in result.err and "--learning-rate" in result.err
+    assert adapter_bytes(trained) == before
+    assert (trained / "manifest.json").read_bytes() == manifest
+    assert [p.name for p in (trained / "training_checkpoints").iterdir()] == ["checkpoint-2"]
+    for tensor in __import__("safetensors.torch").torch.load_file(
+            trained / "training_checkpoints" / "checkpoint-2" / "adapter_model.safetensors").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_unknown_target_modules_are_named_with_the_known_ones(cli, prepared):
+    result = cli("train", "--target-modules", "q_proj,query", "--dtype", "fp32")
+    assert result.code == 2
+    assert "query" in result.err
+    assert "its linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in result.err
+
+
+def test_out_of_memory_says_what_helps(cli, prepared, monkeypatch):
+    from gemma_tune.trainer import GemmaTrainer
+
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(GemmaTrainer, "compute_loss", full)
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "out of memory" in result.err and "--batch-size 1 --accumulation 4" in result.err
+
+
+def test_activation_checkpointing_changes_nothing(cli, prepared):
+    plain = cli("train", *QUICK, "--json").json["summary"]["eval_loss_after"]
+    result = cli("train", *QUICK, "--activation-checkpointing", "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_after"] == pytest.approx(plain, rel=1e-4)
+
+
+def test_qlora_trains_and_its_adapter_merges_into_the_16_bit_base(cli, prepared):
+    result = cli("train", "--epochs", 12, "--learning-rate", 5e-3, "--qlora", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert summary["eval_loss_after"] < 0.7 * summary["eval_loss_before"]
+    assert cli("merge").code == 0
+    from safetensors import safe_open
+
+    with safe_open(prepared / "tiny-gemma_lora_merged" / "model.safetensors", "pt") as f:
+        assert {f.get_tensor(n).dtype for n in f.keys()} == {torch.bfloat16}
+
+
+def test_without_validation_rows_nothing_is_evaluated(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    result = cli("train", *QUICK, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_after"] is None
+    assert not [r for r in metrics(Path("runs/tiny-gemma")) if "eval_loss" in r]
+
+
+def test_one_row_is_enough(cli, tiny, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "one.jsonl", rows(1)), "--model", tiny).code == 0
+    result = cli("train", *QUICK, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["steps"] == 1
+
+
+def test_towers_are_left_alone():
+    from gemma_tune.train import target_modules
+
+    class Multimodal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.ModuleDict({
+                "language_model": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}),
+                "vision_tower": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}),
+                "multi_modal_projector": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 4)})})
+            self.lm_head = torch.nn.Linear(4, 8)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    assert target_modules(Multimodal(), ()) == ["model.language_model.q_proj"]
+
+
+def test_the_family_sets_the_learning_rate_and_says_why(cli, prepared):
+    result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32")
+    assert "learning rate 0.0002: what Google" in result.err
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["config"]["learning_rate"] == {"value": 0.0002, "from": "family"}
+    from gemma_tune.families import family_defaults
+
+    assert family_defaults("gemma4_text", "train")[0] == {"learning_rate": 5e-5}
+
+
+def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):
+    from gemma_tune import models
+    from gemma_tune.errors import UserError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for ratio, dtype in ((2.0, torch.bfloat16), (0.4, torch.float32)):
+        monkeypatch.setattr(models, "bf16_speed", lambda ratio=ratio: ratio)
+        placement = models.choose_placement("auto")
+        assert placement.dtype == dtype and f"{ratio:.1f}x as fast" in placement.reason
+    with pytest.raises(UserError, match="fp16"):
+        models.choose_placement("fp16")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
+def test_live_progress_on_a_terminal(prepared):
+    import pexpect
+
+    child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "train", *map(str, LONG), "--run", str(prepared)],
+                          timeout=120, encoding="utf-8", dimensions=(30, 120),
+                          env={**os.environ, "TERM": "xterm-256color"})
+    child.expect(r"training.*\d+/18.*loss \d\.\d+.*tok/s")
+    child.expect("train: done")
+    child.expect(pexpect.EOF)
