@@ -90,8 +90,8 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
 
 
 def answers(conversation: Conversation, prompts: Iterator[str]) -> Iterator[tuple[str, Stream]]:
-    """One independent answer per prompt: each starts from the system prompt alone."""
-    for prompt in prompts:
-        if prompt.strip():
+    """One independent answer per prompt that is not blank: each starts from the system prompt alone."""
+    for prompt in map(str.strip, prompts):
+        if prompt:
             conversation.reset()
-            yield prompt, conversation.ask(prompt.strip())
+            yield prompt, conversation.ask(prompt)

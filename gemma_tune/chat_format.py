@@ -59,9 +59,9 @@ class ChatFormat:
         if not isinstance(tokenizer.chat_template, str):
             tokenizer.chat_template = tokenizer.get_chat_template()
         self.template: str = tokenizer.chat_template
-        self.bos = tokenizer.bos_token or ""
         self._markers: list[str] | None = None
-        self.folds_system = not self._renders([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+        self.folds_system = False
+        self.folds_system = not self._shows_system()
         self.terminator_id = self._find_terminator()
 
     @property
@@ -107,7 +107,8 @@ class ChatFormat:
         """Ids and labels of a conversation; every assistant turn is learned with its terminator.
 
         Raises:
-            FormatError: when the template is not prefix-consistent on it, or a turn's end would not be learned.
+            FormatError: when the template is not prefix-consistent on it, leaves out a part of an answer (some drop
+                reasoning), or a turn's end would not be learned.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -121,6 +122,7 @@ class ChatFormat:
                                   else _prefix_problem(text, prompt))
             prompt_ids = self._continue(ids, text, prompt)
             full_ids = self._continue(prompt_ids, prompt, full)
+            _refuse_lost_text(message["content"], full[len(prompt):])
             end = self._end_of_turn(full_ids, len(prompt_ids))
             labels += [IGNORE_INDEX] * (len(prompt_ids) - len(ids))
             labels += full_ids[len(prompt_ids):end] + [IGNORE_INDEX] * (len(full_ids) - end)
@@ -151,26 +153,34 @@ class ChatFormat:
         raise FormatError(f"the answer would be learned without its end ({self.terminator})")
 
     def _folded(self, messages: Messages) -> list[dict[str, str]]:
-        """For templates that refuse a system message, put it before the first user turn, as Gemma 3's does."""
+        """For templates without a place for a system message, put it before the first user turn, as Gemma 3's does."""
         messages = list(messages)
         if not (self.folds_system and len(messages) > 1 and messages[0]["role"] == "system"):
             return messages
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def _renders(self, messages: Messages) -> bool:
-        self.folds_system = False
+    def _shows_system(self) -> bool:
+        """Whether the template writes a system message; some refuse it, and some leave it out in silence."""
+        system, question = {"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}
         try:
-            return bool(self.render(messages, prompt=True))
+            return system["content"] in self.render([system, question], prompt=True)
         except FormatError:
             return False
 
     def _find_terminator(self) -> int:
         """The first special token after an answer, read from the template itself."""
         question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "gemma"}
-        prompt, full = self.render([question], prompt=True), self.render([question, answer])
+        try:
+            prompt, full = self.render([question], prompt=True), self.render([question, answer])
+        except FormatError as e:
+            raise UserError(f"the model's chat template cannot be used: {e}",
+                            "mend its chat_template.jinja, or use another model") from e
+        if not full.startswith(prompt):
+            raise UserError(_prefix_problem(prompt, full),
+                            "such a model cannot be trained faithfully; use one whose chat template has no such case")
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        tail = full[len(prompt):].partition("gemma")[2] if full.startswith(prompt) else ""
+        tail = full[len(prompt):].partition("gemma")[2]
         for token in self.tokenizer(tail, add_special_tokens=False).input_ids:
             if token in special and self.tokenizer.decode([token]).strip():
                 return token
@@ -182,3 +192,9 @@ def _prefix_problem(prompt: str, full: str) -> str:
     n = next((n for n, (a, b) in enumerate(zip(prompt, full)) if a != b), min(len(prompt), len(full)))
     return ("the chat template is not prefix-consistent: the prompt has "
             f"{prompt[n:n + 30]!r} where the whole conversation has {full[n:n + 30]!r} (character {n})")
+
+
+def _refuse_lost_text(answer: str, rendered: str) -> None:
+    """White space may change; words may not vanish."""
+    if "".join(answer.split()) not in "".join(rendered.split()):
+        raise FormatError("the chat template leaves out a part of the answer, such as its reasoning")

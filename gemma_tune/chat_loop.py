@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 
 from gemma_tune import console
 from gemma_tune.chat import Conversation, answers
 from gemma_tune.errors import UserError
-from gemma_tune.generation import Answer, Stream
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
         "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
@@ -16,14 +16,12 @@ HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (a
 
 def interactive(conversation: Conversation) -> None:
     """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
-    try:
+    with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
         import readline  # noqa: F401 - its import gives input() line editing and history
-    except ImportError:  # Windows' console edits lines by itself
-        pass
     console.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
     while True:
         try:
-            line = input("\n> ").strip()
+            line = _read_line().strip()
         except KeyboardInterrupt:
             console.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
@@ -35,6 +33,14 @@ def interactive(conversation: Conversation) -> None:
                 return
         elif line:
             _exchange(conversation, line)
+
+
+def _read_line() -> str:
+    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file."""
+    if sys.stdout.isatty():
+        return input("\n> ")
+    console.err.print("\n> ", end="", markup=False)
+    return input()
 
 
 def _command(conversation: Conversation, line: str) -> bool:
@@ -49,42 +55,42 @@ def _command(conversation: Conversation, line: str) -> bool:
         conversation.reset(rest.strip())
         console.err.print(f"(system prompt: {conversation.system or 'none'})", markup=False, style="dim")
     else:
-        console.err.print(HELP, markup=False, style="dim")
+        unknown = "" if name in ("/help", "/?") else f"(there is no {name})\n"
+        console.err.print(unknown + HELP, markup=False, style="dim")
     return True
 
 
 def _exchange(conversation: Conversation, line: str) -> None:
+    """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
     try:
-        answer = show(conversation.ask(line))
-        conversation.keep(line, answer)
+        stream = conversation.ask(line)
+        try:
+            for piece in stream:
+                console.piece(piece)
+        except KeyboardInterrupt:
+            stream.stop()
+        console.result("")
+        conversation.keep(line, stream.finish())
+    except KeyboardInterrupt:  # a second one, while the last token is still being computed
+        console.err.print("(stopped; this answer is not kept)", style="dim")
     except UserError as e:
         console.error(e)
 
 
-def show(stream: Stream) -> Answer:
-    """Write an answer to stdout as it comes; Ctrl-C ends the answer, which is kept as far as it came."""
-    try:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        stream.stop()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return stream.finish()
-
-
-def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool) -> int:
-    """Answer prompts independently of each other; returns how many."""
-    count = 0
+def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool) -> None:
+    """Answer prompts independently of each other; Ctrl-C ends all of it."""
     for prompt, stream in answers(conversation, iter(prompts)):
-        count += 1
-        if not as_json:
-            show(stream)
-            continue
-        for _ in stream:
-            pass
+        try:
+            for piece in stream:
+                if not as_json:
+                    console.piece(piece)
+        except BaseException:  # also a closed pipe; the interpreter must not end while a thread is inside torch
+            stream.stop()
+            stream.finish()
+            raise
         answer = stream.finish()
-        console.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended,
-                             "model": conversation.which})
-    return count
+        if as_json:
+            console.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
+                                 "ended": answer.ended, "model": conversation.which})
+        else:
+            console.result("")

@@ -78,11 +78,14 @@ class ConsoleListener(Listener):
             return
         if err.is_terminal:
             self._advance(task, done, total)
-        elif done >= total or done / total >= self._shown.get(task, 0) + 0.25 or task not in self._shown:
-            self._shown[task] = done / total
-            err.print(f"  {task}: {done / total:.0%}", markup=False)
-            if done >= total:
-                del self._shown[task]
+            return
+        share = min(1.0, done / total)
+        shown = self._shown.get(task, -1.0)
+        if share < shown:  # the task begins anew
+            shown = -1.0
+        if share >= shown + 0.25 or (share == 1.0 and shown < 1.0):
+            self._shown[task] = share
+            err.print(f"  {task}: {share:.0%}", markup=False)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         if "eval_loss" in values:
@@ -147,15 +150,28 @@ def error(problem: UserError) -> None:
         err.print(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
 
 
-def result(text: str) -> None:
-    """Something that was asked for, on stdout."""
-    sys.stdout.write(text + "\n")
+def piece(text: str) -> None:
+    """A part of a result, on stdout at once. What stdout's encoding lacks becomes a question mark, not an error."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
     sys.stdout.flush()
 
 
+def result(text: str) -> None:
+    """Something that was asked for, on stdout."""
+    piece(text + "\n")
+
+
 def result_json(value: Any) -> None:
-    """One JSON object on one line of stdout."""
-    result(json.dumps(value, ensure_ascii=False))
+    """One JSON object on one line of stdout; in ASCII where its encoding lacks a character, such as half a pair."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    result(text)
 
 
 def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = ()) -> None:

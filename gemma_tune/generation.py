@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from gemma_tune.chat_format import ChatFormat, Messages
 from gemma_tune.errors import UserError
+
+_BROKEN = "\ufffd"  # what the bytes of half a character decode to
 
 
 @dataclass(frozen=True)
@@ -23,24 +26,24 @@ class Answer:
 def sampling_arguments(model: Any, chosen: Mapping[str, float | None]) -> dict[str, Any]:
     """Arguments for ``generate``: what was chosen, else the model's own generation settings.
 
+    A model that is greedy by itself samples as soon as a temperature, top_p or top_k is chosen for it.
+
     Args:
-        chosen: temperature, top_p, top_k, repetition_penalty; None means the model's own.
+        chosen: temperature, top_p, top_k, repetition_penalty; None or a missing name means the model's own.
     """
     own = model.generation_config
-    values = {name: getattr(own, name, None) if value is None else value for name, value in chosen.items()}
-    temperature = values.pop("temperature")
-    greedy = temperature == 0 or (temperature is None and not own.do_sample and chosen.get("temperature") is None)
-    arguments: dict[str, Any] = {"do_sample": not greedy}
-    if values.get("repetition_penalty"):
+    values = {name: getattr(own, name, None) if chosen.get(name) is None else chosen[name]
+              for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    asked = any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k"))
+    arguments: dict[str, Any] = {}
+    if values["repetition_penalty"]:
         arguments["repetition_penalty"] = values["repetition_penalty"]
-    if not greedy:
-        arguments["temperature"] = 1.0 if temperature is None else temperature
-        arguments["top_p"] = 1.0 if values.get("top_p") is None else values["top_p"]
-        arguments["top_k"] = values.get("top_k") or 0
-    else:
+    if values["temperature"] == 0 or not (own.do_sample or asked):
         # Greedy ignores these; unset them so that transformers does not warn about the model's own.
-        arguments |= {"temperature": None, "top_p": None, "top_k": None}
-    return arguments
+        return arguments | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    return arguments | {"do_sample": True} | {name: value if values[name] is None else values[name]
+                                              for name, value in neutral.items()}
 
 
 def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -52,7 +55,7 @@ def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     context = model.config.get_text_config().max_position_embeddings
     if prompt_tokens >= context:
         raise UserError(f"the conversation has {prompt_tokens} tokens; the model's context ends at {context}",
-                        "start a new one with /reset")
+                        "shorten it; in a conversation, /reset starts a new one")
     return min(max_new_tokens, context - prompt_tokens)
 
 
@@ -75,7 +78,66 @@ def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], ma
 def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
-    return Answer(chat.tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is not None)
+    return Answer(_whole_characters(chat.tokenizer, kept).strip(), len(kept), end is not None)
+
+
+def _whole_characters(tokenizer: Any, ids: list[int]) -> str:
+    """Text of an answer, less a last character of which only the first of up to four bytes were made."""
+    for end in range(len(ids), max(0, len(ids) - 4), -1):
+        if not (text := tokenizer.decode(ids[:end], skip_special_tokens=True)).endswith(_BROKEN):
+            return text
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _Pieces:
+    """What ``generate`` calls a streamer: takes token ids in one thread, gives text out in another.
+
+    A character can be several tokens long, whose first ones decode to U+FFFD: it is given out when it is whole. Every
+    piece is decoded together with the piece before it, as the text of a token depends on its neighbours (its space).
+    """
+
+    def __init__(self, chat: ChatFormat):
+        self._decode = chat.tokenizer.decode
+        self._stop_ids = set(chat.stop_ids)
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ids: list[int] = []
+        self._before = self._given = 0  # where the last piece begins and ends in the ids
+        self._prompt_seen = False
+        self.ended = False  # by the model itself
+        self.text = ""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the answer so far, without what ended it."""
+        return len(self._ids)
+
+    def put(self, ids: Any) -> None:
+        """Take the prompt, which is not given out, or the next token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in ids.flatten().tolist():
+            if token in self._stop_ids:
+                self.ended = True
+            else:
+                self._ids.append(token)
+        self._give()
+
+    def end(self) -> None:
+        """Nothing follows; the reader's loop ends. Half a character at the end is left out."""
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._queue.get, None)
+
+    def _give(self) -> None:
+        known = self._decode(self._ids[self._before:self._given], skip_special_tokens=True)
+        longer = self._decode(self._ids[self._before:], skip_special_tokens=True)
+        if len(longer) <= len(known) or longer.endswith(_BROKEN):
+            return
+        self._before, self._given = self._given, len(self._ids)
+        self.text += longer[len(known):]
+        self._queue.put(longer[len(known):])
 
 
 class Stream:
@@ -86,28 +148,24 @@ class Stream:
 
     def __init__(self, model: Any, chat: ChatFormat, messages: Messages, max_new_tokens: int,
                  arguments: Mapping[str, Any]):
-        from transformers import TextIteratorStreamer
-
         self._model, self._chat, self._arguments = model, chat, dict(arguments)
         self._ids = chat.prompt_ids(messages)
         self._limit = room_for_answer(model, len(self._ids), max_new_tokens)
-        # The streamer gives out whole words only, so a character of several tokens is never cut.
-        self._streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._pieces = _Pieces(chat)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._generate, daemon=True)
         self._failure: BaseException | None = None
-        self._answer: Answer | None = None
+        self._thread = threading.Thread(target=self._generate, daemon=True)
+        self._thread.start()
 
     def __iter__(self) -> Iterator[str]:
-        self._thread.start()
-        yield from self._streamer
+        return iter(self._pieces)
 
     def stop(self) -> None:
         """End the answer after the current token."""
         self._stopped.set()
 
     def finish(self) -> Answer:
-        """Wait for the end and return the whole answer.
+        """Wait for the end and return the whole answer: the pieces together, without outer white space.
 
         Raises:
             Exception: whatever went wrong while generating.
@@ -115,9 +173,16 @@ class Stream:
         self._thread.join()
         if self._failure:
             raise self._failure
-        return self._answer
+        return Answer(self._pieces.text.strip(), self._pieces.tokens, self._pieces.ended)
 
     def _generate(self) -> None:
+        try:
+            self._run_model()
+        except BaseException as e:  # noqa: BLE001 - handed to the reader of the stream
+            self._failure = e
+            self._pieces.end()
+
+    def _run_model(self) -> None:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -128,14 +193,8 @@ class Stream:
                 return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
         ids = torch.tensor([self._ids], device=self._model.device)
-        try:
-            with torch.inference_mode():
-                out = self._model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._streamer,
-                    max_new_tokens=self._limit, eos_token_id=self._chat.stop_ids,
-                    pad_token_id=self._chat.stop_ids[0], stopping_criteria=StoppingCriteriaList([Stopped()]),
-                    **self._arguments)
-            self._answer = _cut(self._chat, out[0, ids.shape[1]:].tolist())
-        except BaseException as e:  # noqa: BLE001 - handed to the reader of the stream
-            self._failure = e
-            self._streamer.end()
+        with torch.inference_mode():
+            self._model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._pieces, max_new_tokens=self._limit,
+                eos_token_id=self._chat.stop_ids, pad_token_id=self._chat.stop_ids[0],
+                stopping_criteria=StoppingCriteriaList([Stopped()]), **self._arguments)

@@ -99,7 +99,8 @@ def locate(model_id: str, revision: str | None, listener: Listener, known: Mappi
         return _from_gguf(model_id, "gguf", path, listener, known)
     if path.is_dir():
         return _from_directory(model_id, path, known)
-    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+    looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
+    if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
         raise UserError(f"there is no directory {model_id}", "check the path given to --model")
     return _from_hub(model_id, revision, listener)
 
@@ -113,7 +114,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener) -> BaseMo
     from gemma_tune.hub import fetch_model
 
     found = fetch_model(model_id, revision, on_progress=listener.progress)
-    return BaseModel(found.id, model_name(found.id), "hub", found.path, found.revision,
+    return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
                      f"{found.id}@{found.revision}", {})
 
 
@@ -203,6 +204,12 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     except (ValueError, OSError, KeyError, NotImplementedError) as e:
         raise UserError(f"{gguf} cannot be dequantised: {e}",
                         "name the model's Hugging Face repository instead of its GGUF file") from e
+    if model.config.model_type == "gemma3_text":
+        # A GGUF does not hold this number: llama.cpp derives it (its 27B, the model of 62 layers, is the exception),
+        # while transformers' loader leaves its own default.
+        text = model.config
+        text.query_pre_attn_scalar = (text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62
+                                      else text.head_dim)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:

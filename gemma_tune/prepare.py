@@ -193,16 +193,15 @@ def split(rows: Sequence[Good], share: float, seed: int) -> tuple[list[Good], li
     for n, row in enumerate(rows):
         prompt = [turn for turn in row.messages if turn["role"] != "assistant"]
         groups.setdefault(_digest([{"seed": str(seed)}, *prompt]), []).append(n)
-    wanted = round(len(rows) * share)
-    if share > 0 and len(groups) > 1:
-        wanted = max(1, wanted)
-    ranked = [members for _, members in sorted(groups.items())]
     chosen: set[int] = set()
-    for members in ranked[:-1]:
-        if len(chosen) + len(members) <= wanted:
-            chosen.update(members)
-    if wanted and not chosen and len(groups) > 1:  # every prompt has more rows than wanted
-        chosen.update(min(ranked, key=len))
+    if share > 0 and len(groups) > 1:
+        wanted = min(max(1, round(len(rows) * share)), len(rows) - 1)
+        ranked = [members for _, members in sorted(groups.items())]
+        for members in ranked:
+            if len(chosen) + len(members) <= wanted:
+                chosen.update(members)
+        if not chosen:  # every prompt has more rows than wanted
+            chosen.update(min(ranked, key=len))
     return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
 
 
