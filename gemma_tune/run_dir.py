@@ -180,7 +180,7 @@ def read_manifest(root: Path) -> Manifest | None:
         raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path))
     if schema > SCHEMA:
         raise UserError(f"{path} has schema {schema}; this gemma-tune {__version__} knows {SCHEMA}",
-                        "upgrade: pip install -U gemma-tune, or start another run with --run DIR")
+                        "upgrade gemma-tune, or start another run with --run DIR")
     problems = list(_problems(content))
     if problems:
         raise UserError(f"{path} is damaged", _rebuild_hint(path), problems)

@@ -133,16 +133,17 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cal
         raise UserError(f"this model cannot be trained with these settings: {e}", "see `gemma-tune train --help`") from e
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    _record_leaf_names(trainer.model, leaves, session)
     return trainer
 
 
-def _record_leaf_names(model: Any, leaves: Sequence[str], session: Session) -> None:
-    """adapter_config.json in the form that other programs expect: short layer names, the base model's public id."""
+def _name_for_others(model: Any, session: Session) -> None:
+    """adapter_config.json in the form that other programs expect: short layer names, the base model's public id.
+
+    Only at the end: PEFT asks the hub about a base model with a hub id whenever it saves a checkpoint.
+    """
     peft_config = model.peft_config["default"]
-    towers = any(_TOWERS.search(name) for name, _ in model.get_base_model().named_modules())
-    if not towers:
-        peft_config.target_modules = set(leaves)
+    if not any(_TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
+        peft_config.target_modules = {name.rsplit(".", 1)[-1] for name in peft_config.target_modules}
     base = session.model
     peft_config.base_model_name_or_path = base.id if base.source == "hub" else str(base.path.resolve())
     peft_config.revision = base.revision
@@ -205,8 +206,9 @@ def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
     if bad:
         raise WorkFailed(f"{len(bad)} tensors of the trained adapter are not finite ({bad[0]}, …); it was not saved",
                          "train again with a lower --learning-rate, or with --dtype fp32")
+    _name_for_others(model, session)
     with replacing_directory(session.run.adapter) as folder:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         chat.tokenizer.save_pretrained(folder)
         generation = model.get_base_model().generation_config
         generation.eos_token_id = chat.stop_ids

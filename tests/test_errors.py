@@ -90,7 +90,7 @@ def test_missing_stages_name_the_command(cli, tiny, data, stage, needs):
 
 @pytest.mark.parametrize(("content", "texts"), [
     ("{", ["is damaged", "mv "]), ("[]", ["is damaged"]), ('{"schema": 1}', ["is damaged", "model: id, name or source"]),
-    ('{"schema": 99}', ["has schema 99", "pip install -U gemma-tune"]), ("\x00", ["is damaged"]),
+    ('{"schema": 99}', ["has schema 99", "upgrade gemma-tune"]), ("\x00", ["is damaged"]),
 ])
 def test_manifests_that_cannot_be_used(cli, trained, content, texts):
     (trained / "manifest.json").write_text(content)

@@ -21,9 +21,8 @@ from gemma_tune.errors import BAD_INPUT
 from gemma_tune.prepare import Good, split
 
 # The same examples every time. To look for more, raise max_examples and leave derandomize out.
-settings.register_profile("here", derandomize=True, database=None, deadline=None, suppress_health_check=[
+same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[
     HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-settings.load_profile("here")
 
 DATA = Path("runs/tiny-gemma/data")
 SIDES = ("train", "valid", "rejected")
@@ -517,6 +516,7 @@ def test_more_rows_move_few_of_those_that_were_there():
     assert len([m for m in before if m in after]) >= 8
 
 
+@same_examples
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 5)), min_size=1, max_size=40),
        st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9]), st.integers(0, 3))
 def test_the_same_prompt_never_lies_on_both_sides(pairs, share, seed):
@@ -582,7 +582,7 @@ lines = st.one_of(conversations.map(json.dumps), values.map(json.dumps),
                   st.text(st.characters(blacklist_characters="\n\0", blacklist_categories=["Cs"]), max_size=12))
 
 
-@settings(max_examples=60)
+@same_examples
 @given(content=st.lists(lines, max_size=6), array=st.booleans(), newline=st.sampled_from(["\n", "\r\n"]))
 def test_every_row_ends_up_in_exactly_one_file(tiny, content, array, newline):
     text = "[" + f",{newline}".join(content) + "]" if array else newline.join([*content, ""])
