@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from gemma_tune import console
 from gemma_tune.chat import Conversation, answers
@@ -78,8 +78,12 @@ def _exchange(conversation: Conversation, line: str) -> None:
 
 
 def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool) -> None:
-    """Answer prompts independently of each other; Ctrl-C ends all of it."""
-    for prompt, stream in answers(conversation, iter(prompts)):
+    """Answer prompts independently of each other; Ctrl-C ends all of it.
+
+    Raises:
+        UserError: a prompt that does not fit into the model's context, or is not UTF-8 text.
+    """
+    for prompt, stream in answers(conversation, _text(prompts)):
         try:
             for piece in stream:
                 if not as_json:
@@ -94,3 +98,11 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
                                  "ended": answer.ended, "model": conversation.which})
         else:
             console.result("")
+
+
+def _text(lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as e:
+        raise UserError(f"standard input is not {e.encoding} text (byte {e.start} of a part of it)",
+                        "save the prompts as UTF-8") from e

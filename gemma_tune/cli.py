@@ -9,6 +9,7 @@ import typer
 from gemma_tune import __version__, console
 from gemma_tune import options as o
 from gemma_tune.cli_session import Command, as_json, finish, open_session, run_one, stdin_is_terminal
+from gemma_tune.errors import UserError
 
 app = typer.Typer(
     name="gemma-tune", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
@@ -89,6 +90,8 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
     from gemma_tune.chat import open_conversation
     from gemma_tune.chat_loop import interactive, one_by_one
 
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
     session = open_session(ctx, "chat")
     conversation = open_conversation(session)
     if prompt is None and stdin_is_terminal() and not json:

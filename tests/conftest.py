@@ -131,14 +131,47 @@ def trained_once(tiny, tmp_path_factory) -> Path:
     return run
 
 
+def copied_run(once: Path, tmp_path: Path, model: Path) -> Path:
+    """A copy of a run, and of the data beside it, in a test's own directory."""
+    run = tmp_path / "runs" / once.name
+    shutil.copytree(once, run)
+    shutil.copy2(once.parent.parent / "rows.jsonl", tmp_path)
+    # The copy lies elsewhere, so the recorded relative path of the base model leads nowhere: name it once.
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["model"]["path"] = os.path.relpath(model, run)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
 @pytest.fixture
 def trained(trained_once, tmp_path, tiny) -> Path:
     """A trained run of one's own in runs/tiny-gemma; its model is the tiny one."""
-    run = tmp_path / "runs" / "tiny-gemma"
-    shutil.copytree(trained_once, run)
-    shutil.copy2(trained_once.parent.parent / "rows.jsonl", tmp_path)
-    # The copy lies elsewhere, so the recorded relative path of the base model leads nowhere: name it once.
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["model"]["path"] = os.path.relpath(tiny, run)
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    return copied_run(trained_once, tmp_path, tiny)
+
+
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory) -> Path:
+    """A tiny base model that answers each prompt with other nonsense.
+
+    With tied embeddings a random model only repeats the last token; with a head of its own it wanders.
+    """
+    return make_model(tmp_path_factory.mktemp("models") / "talkative", tie_word_embeddings=False, initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def fluent_once(talkative, tmp_path_factory) -> Path:
+    """A run whose adapter has learned its eleven training rows by heart (number 10 is held out); copy it only."""
+    place = tmp_path_factory.mktemp("fluent")
+    run = place / "runs" / "talkative"
+    data = write_rows(place / "rows.jsonl", rows())
+    for args in (("prepare", data, "--model", talkative),
+                 ("train", "--epochs", 60, "--rank", 16, "--dtype", "fp32", "--learning-rate", 1e-2)):
+        result = invoke(*args, "--run", run)
+        assert result.code == 0, result.err
     return run
+
+
+@pytest.fixture
+def fluent(fluent_once, tmp_path, talkative) -> Path:
+    """A run of one's own in runs/talkative that answers "Say number 3." with "The number is 3, no more."."""
+    return copied_run(fluent_once, tmp_path, talkative)
