@@ -199,7 +199,8 @@ def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
 
 def comparison(answers: Sequence[Mapping[str, Any]], shown: int = 3) -> None:
     """Base and tuned answers to the same held-out prompts, side by side or one below the other."""
-    for item in answers[:shown]:
+    # Spread over the list, which may be ordered by language.
+    for item in answers[:: max(1, -(-len(answers) // shown))]:
         table = Table(show_header=True, expand=True)
         table.add_column("base", ratio=1, overflow="fold")
         table.add_column("tuned", ratio=1, overflow="fold")

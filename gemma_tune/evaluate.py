@@ -83,7 +83,8 @@ def report(session: Session, summary: dict[str, Any]) -> str:
     lines = [f"# {session.model.name}: before and after", "", "| | base | tuned |", "|---|---|---|"]
     if trained.get("eval_loss_before") is not None:
         lines.append(f"| validation loss | {trained['eval_loss_before']:.4f} | {trained['eval_loss_after']:.4f} |")
-    lines.append(f"| answers that end by themselves | {summary['base_ended']}/{total} | {summary['tuned_ended']}/{total} |")
+    lines.append(f"| answers that end by themselves | {summary['base_ended']}/{total} "
+                 f"| {summary['tuned_ended']}/{total} |")
     if "base_in_form" in summary:
         lines += [f"| answers in the example's form | {summary['base_in_form']}/{total} "
                   f"| {summary['tuned_in_form']}/{total} |", "", samples.FORM_DESCRIPTION]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune import ollama
+from gemma_tune.chat_format import ChatFormat
 from gemma_tune.errors import UserError, WorkFailed
 from gemma_tune.files import write_atomic
 from gemma_tune.gguf_writer import write_gguf
@@ -60,12 +62,12 @@ def export(session: Session) -> ExportReport:
     server = None if config.create is False else ollama.find_server(url)
     if config.create and server is None:
         raise UserError(f"no Ollama server answers at {url}",
-                        f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made without it.")
+                        f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
     stage = run_stage(session, "export-ollama", _export)
     modelfile = Path(stage.artifacts["modelfile"])
     if server is None:
         return ExportReport(stage, _name(session), False, _by_hand(modelfile, _name(session), config.create))
-    target = _target(session, session.run.merged)
+    target = _target(session, session.run.merged, _chat(session, session.run.merged))
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {url}")
     ollama.create_model(server, target.name, Path(stage.artifacts["gguf"]), target.chat, target.parameters,
                         target.system, target.license, session.listener.progress)
@@ -81,8 +83,11 @@ def _by_hand(modelfile: Path, name: str, create: bool | None) -> tuple[str, ...]
     return steps if create is False else (ollama.install_hint(), *steps)
 
 
-def _target(session: Session, merged: Path) -> Target:
-    chat = load_format(merged, session.model.config["model_type"])
+def _chat(session: Session, merged: Path) -> ChatFormat:
+    return load_format(merged, session.model.config["model_type"])
+
+
+def _target(session: Session, merged: Path, chat: ChatFormat) -> Target:
     config = read_config(merged)
     longest = session.settings_of("prepare").get("max_length", 0)
     context = session.config.num_ctx or min(max(LEAST_CONTEXT, longest),
@@ -109,17 +114,18 @@ def sampling_parameters(checkpoint: Path) -> dict[str, Any]:
 
 def _export(session: Session) -> Finished:
     config, merged, run = session.config, session.inputs["merged"], session.run
-    target = _target(session, merged)
+    chat = _chat(session, merged)
+    target = _target(session, merged, chat)
     for note in target.chat.notes:
         session.listener.warn(note)
     if target.system and (lost := lossy_runes(target.system)):
         session.listener.warn(f"a Modelfile cannot hold these characters of --system: {lost!r}")
     run.ollama.mkdir(exist_ok=True)
     gguf = run.ollama / f"{run.model_name}-{config.quant}.gguf"
-    chat = load_format(merged, session.model.config["model_type"])
+    progress = functools.partial(session.listener.progress, f"writing {gguf.name}")
     written = write_gguf(merged, gguf, config.quant, name=f"{run.model_name}-tuned", chat_template=chat.template,
                          eot_token_id=chat.terminator_id, sampling=_gguf_sampling(target.parameters),
-                         on_tensor=lambda done, total, _: session.listener.progress(f"writing {gguf.name}", done, total))
+                         on_tensor=lambda done, total, _: progress(done, total))
     for tensor, reason in written.fallbacks:
         session.listener.warn(f"{tensor}: {reason}")
     error, tensor = worst_error(merged, gguf)

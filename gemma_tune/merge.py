@@ -167,7 +167,7 @@ def _added(name: str, weight: torch.Tensor, layer: Lora) -> torch.Tensor:
 
     delta = layer.delta()
     if delta.shape != weight.shape:
-        raise UserError(f"{name} has the shape {tuple(weight.shape)} in the base and {tuple(delta.shape)} in the adapter",
+        raise UserError(f"{name} has the shape {tuple(weight.shape)} in the base, {tuple(delta.shape)} in the adapter",
                         "the adapter belongs to another model: merge it in its own run")
     merged = (weight.float() + delta).to(weight.dtype)
     if not torch.isfinite(merged).all():
@@ -215,9 +215,10 @@ def check(session: Session, merged: Path) -> dict[str, Any]:
     [answer] = greedy_answers(model, chat, [prompt], 64)
     after = _log_probabilities(model, ids, expected.tokens)
     divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+    likeliest = before.argmax(1, keepdim=True)
     figures = {"check_same_answer": answer.text == expected.text, "check_answer_tokens": expected.tokens,
                "check_divergence": divergence,
-               "check_max_logprob_difference": (before - after).gather(1, before.argmax(1, keepdim=True)).abs().max().item()}
+               "check_max_logprob_difference": (before - after).gather(1, likeliest).abs().max().item()}
     if not divergence <= MAX_DIVERGENCE:
         raise WorkFailed(f"the merged model differs from base + adapter by {divergence:.3g} nats per token "
                          f"(at most {MAX_DIVERGENCE} expected); it was not kept",

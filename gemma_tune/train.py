@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.checkpoints import clear, find_resumable, training_key
 from gemma_tune.chat_format import ChatFormat
+from gemma_tune.checkpoints import clear, find_resumable, training_key
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory
 from gemma_tune.models import choose_placement, load_format, load_model, out_of_memory
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 # Towers that a text fine-tune must not touch, by the names transformers gives them.
@@ -66,7 +65,8 @@ def _train(session: Session) -> Finished:
 
 def encoded_rows(path: Path, chat: ChatFormat) -> list[dict[str, list[int]]]:
     """Ids and labels of the rows that ``prepare`` wrote."""
-    encoded = [chat.encode(json.loads(line)["messages"]) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    encoded = [chat.encode(json.loads(line)["messages"]) for line in lines]
     return [{"input_ids": e.ids, "labels": e.labels} for e in encoded]
 
 
@@ -130,7 +130,8 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cal
             processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
             checkpoint_key=key, checkpoint_settings=settings)
     except ValueError as e:
-        raise UserError(f"this model cannot be trained with these settings: {e}", "see `gemma-tune train --help`") from e
+        raise UserError(f"this model cannot be trained with these settings: {e}",
+                        "see `gemma-tune train --help`") from e
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

@@ -126,7 +126,8 @@ class LengthGroupedBatches(torch.utils.data.Sampler[int]):
         rest = [steps.pop()] if len(steps[-1]) < self.batch else []
         steps = [steps[n] for n in torch.randperm(len(steps), generator=generator).tolist()] + rest
         if self.epoch == 0:
-            longest = max(range(len(steps) - len(rest) or 1), key=lambda n: max(map(self.lengths.__getitem__, steps[n])))
+            whole = len(steps) - len(rest) or 1
+            longest = max(range(whole), key=lambda n: max(self.lengths[row] for row in steps[n]))
             steps[0], steps[longest] = steps[longest], steps[0]
         return iter([row for step in steps for row in step])
 

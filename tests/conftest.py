@@ -165,7 +165,8 @@ def fluent_once(talkative, tmp_path_factory) -> Path:
     run = place / "runs" / "talkative"
     data = write_rows(place / "rows.jsonl", rows())
     for args in (("prepare", data, "--model", talkative),
-                 ("train", "--epochs", 60, "--rank", 16, "--dtype", "fp32", "--learning-rate", 1e-2)):
+                 ("train", "--epochs", 60, "--rank", 16, "--dtype", "fp32", "--learning-rate", 1e-2,
+                  "--save-steps", 1000, "--eval-steps", 1000)):
         result = invoke(*args, "--run", run)
         assert result.code == 0, result.err
     return run
