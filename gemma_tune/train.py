@@ -130,6 +130,9 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cal
             processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
             checkpoint_key=key, checkpoint_settings=settings)
     except ValueError as e:
+        if "DataParallel" in str(e):
+            raise UserError("several GPUs are visible, and one process trains on one of them",
+                            "choose one: CUDA_VISIBLE_DEVICES=0 gemma-tune train …") from e
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
     for callback in (PrinterCallback, ProgressCallback):
