@@ -90,9 +90,15 @@ def report(session: Session, summary: dict[str, Any]) -> str:
                   f"| {summary['tuned_in_form']}/{total} |", "", samples.FORM_DESCRIPTION]
     lines += ["", f"Held-out prompts, answered greedily with at most {session.config.max_new_tokens} tokens."]
     for n, item in enumerate(summary["answers"], start=1):
-        lines += ["", f"## {n}. {item['prompt'][-1]['content'].splitlines()[0]}"]
-        lines += [f"\n*{turn['role']}:* {turn['content']}" for turn in item["prompt"]]
+        lines += ["", f"## {n}. {item['prompt'][-1]['content'].strip().splitlines()[0]}"]
+        for turn in item["prompt"]:
+            lines += ["", f"*{turn['role']}*", "", *_quoted(turn["content"])]
         for which in ("base", "tuned"):
             cut = "" if item[f"{which}_ended"] else " (cut off at the limit)"
-            lines += ["", f"**{which}**{cut}", "", *(f"> {line}" for line in item[which].splitlines() or ["(nothing)"])]
+            lines += ["", f"**{which}**{cut}", "", *_quoted(item[which])]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> list[str]:
+    """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it."""
+    return [f"> {line}" for line in text.splitlines() or ["(nothing)"]]

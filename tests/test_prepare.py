@@ -610,3 +610,20 @@ def test_every_row_ends_up_in_exactly_one_file(tiny, content, array, newline):
             assert record["row"] == json.loads(line.removeprefix("\ufeff"))
     for record in (*sides["train"], *sides["valid"]):
         assert record["messages"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_asks_not_to_be_learned_is_not_learned_in_silence(cli, tiny, tmp_path, mark):
+    marked = rows(1)[0]
+    marked["messages"][1] |= mark
+    path = write_rows(tmp_path / "weights.jsonl", [*rows(12)[1:], marked])
+    assert cli("prepare", path, "--model", tiny).code == 0
+    [rejected] = map(json.loads, Path("runs/tiny-gemma/data/rejected.jsonl").read_text().splitlines())
+    assert (rejected["line"], rejected["code"]) == (12, "turn_weight")
+
+
+def test_rejected_rows_may_be_edited(cli, tiny, tmp_path):
+    path = write_rows(tmp_path / "some.jsonl", [*rows(12), {"messages": []}])
+    assert cli("prepare", path, "--model", tiny).code == 0
+    Path("runs/tiny-gemma/data/rejected.jsonl").write_text("repaired")
+    assert cli("status", "--json").json["stages"]["prepare"]["state"] == "done"

@@ -77,6 +77,9 @@ def _turn(number: int, message: Any) -> dict[str, str]:
     if role not in ROLES:
         raise RowError("unknown_role", f"turn {number} has the role {_quoted(role)}; known are {', '.join(ROLES)}",
                        "rename the role")
+    if message.get("weight", 1) != 1 or message.get("train", True) is not True:
+        raise RowError("turn_weight", f"turn {number} asks to be left out of training, which is not possible yet",
+                       "end the conversation before it, or remove `weight` and `train` to learn every answer")
     if message.get("tool_calls"):
         raise RowError("tool_calls", f"turn {number} calls tools, which cannot be trained yet",
                        "leave the row out, or write the call as text")
