@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: help install demo test lint benchmark clean
 
 help:
-	@echo "make demo       run the whole path on a real Gemma 3 270M (about ten minutes on 2 cores)"
+	@echo "make demo       run the whole path on a real Gemma 3 270M (about five minutes on 2 idle cores)"
 	@echo "make test       run every test"
 	@echo "make install    install gemma-tune into $(VENV)"
 	@echo "make lint       check the style"

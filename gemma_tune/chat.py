@@ -11,6 +11,7 @@ from gemma_tune.chat_format import ChatFormat
 from gemma_tune.errors import UserError
 from gemma_tune.generation import Answer, Stream, sampling_arguments
 from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
+from gemma_tune.run_dir import command
 from gemma_tune.stage import Session, require_output, state_of
 
 
@@ -80,7 +81,7 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
     state = state_of(run, session.manifest, stage)
     if state.status == "missing":
         raise UserError(f"{run.root} has no {'merged model' if config.merged else 'trained adapter'} yet",
-                        f"gemma-tune {stage} --run {run.root}, or chat with the base model: --base")
+                        f"{command(stage, run.root)}, or chat with the base model: --base")
     require_output(run, session.manifest, "chat", stage, output)
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")

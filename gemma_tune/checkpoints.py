@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.config import TrainConfig, as_flags
 from gemma_tune.errors import UserError
 from gemma_tune.files import sha256_file, write_json
+from gemma_tune.run_dir import command
 
 MARKER = "complete.json"
 KEEP = 2
@@ -55,22 +57,33 @@ def find_resumable(folder: Path, key: str, finished_key: str | None, settings: M
     """
     others = []
     for checkpoint in reversed(whole(folder)):
-        try:
-            marker = json.loads((checkpoint / MARKER).read_text())
-            owner, files = marker["key"], dict(marker["files"])
-        except (OSError, ValueError, KeyError, TypeError):
+        marker = read_marker(checkpoint)
+        if marker is None or marker["key"] == finished_key:
             continue
-        if owner == finished_key:
-            continue
-        if owner != key:
-            others.append(_difference(marker.get("settings", {}), settings))
+        if marker["key"] != key:
+            others.append(marker["settings"])
         elif all((checkpoint / name).is_file() and sha256_file(checkpoint / name) == sha
-                 for name, sha in files.items()):
+                 for name, sha in marker["files"].items()):
             return checkpoint
     if others:
-        raise UserError(f"{folder} holds an interrupted training with other settings or data ({others[0]})",
-                        "repeat the command with those settings to finish it, or start anew with --force")
+        raise UserError(f"{folder} holds an interrupted training with other settings or data "
+                        f"({_difference(others[0], settings)})",
+                        f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force")
     return None
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """What :func:`seal` wrote: ``key``, ``settings``, ``files``; None where it cannot be used."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        return marker if isinstance(marker["key"], str) and dict(marker["files"]) and dict(marker["settings"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
+    """The command line of an interrupted training, whose checkpoints lie in ``folder``."""
+    return command("train", folder.parent, *as_flags(TrainConfig, settings))
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

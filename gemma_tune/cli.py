@@ -10,6 +10,7 @@ from gemma_tune import __version__, console
 from gemma_tune import options as o
 from gemma_tune.cli_session import Command, as_json, finish, open_session, run_one, stdin_is_terminal
 from gemma_tune.errors import UserError
+from gemma_tune.run_dir import command
 
 app = typer.Typer(
     name="gemma-tune", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
@@ -46,7 +47,7 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     from gemma_tune.prepare import prepare as stage
 
     report = run_one(ctx, "prepare", stage, starts=True)
-    finish(ctx, report, (f"gemma-tune train --run {report.run}",))
+    finish(ctx, report, (command("train", report.run),))
 
 
 @app.command(cls=Command)
@@ -69,7 +70,7 @@ def train(ctx: typer.Context, model: o.Model = None, revision: o.Revision = None
     from gemma_tune.train import train as stage
 
     report = run_one(ctx, "train", stage)
-    finish(ctx, report, (f"gemma-tune chat --run {report.run}", f"gemma-tune merge --run {report.run}"))
+    finish(ctx, report, (command("chat", report.run), command("merge", report.run)))
 
 
 @app.command(cls=Command)
@@ -115,7 +116,7 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
     report = run_one(ctx, "eval", stage)
     if not quiet:
         console.comparison(report.summary["answers"])
-    finish(ctx, report, (f"gemma-tune merge --run {report.run}",))
+    finish(ctx, report, (command("merge", report.run),))
 
 
 @app.command(cls=Command)
@@ -131,7 +132,7 @@ def merge(ctx: typer.Context, model: o.Model = None, run: o.Run = None, check: o
     from gemma_tune.merge import merge as stage
 
     report = run_one(ctx, "merge", stage)
-    finish(ctx, report, (f"gemma-tune export-ollama --run {report.run}",))
+    finish(ctx, report, (command("export-ollama", report.run),))
 
 
 @app.command("export-ollama", cls=Command)
@@ -149,28 +150,33 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
     from gemma_tune.export import export as stage
 
     done = run_one(ctx, "export-ollama", stage)
-    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name)
+    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice)
 
 
 @app.command("run", cls=Command)
 def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, epochs: o.Epochs = None, quant: o.Quant = None, name: o.Name = None,
-            create: o.Create = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
-            config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+            run: o.Run = None, valid: o.Valid = None, max_length: o.MaxLength = None, rank: o.Rank = None,
+            learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
+            accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
+            qlora: o.QLora = None, activation_checkpointing: o.Checkpointing = None, questions: o.Questions = None,
+            quant: o.Quant = None, name: o.Name = None, create: o.Create = None, host: o.Host = None,
+            force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
+            debug: o.Debug = False) -> None:
     """All stages in order: prepare, train, eval, merge, export-ollama.
 
     Reads your data; writes everything the single commands write, and ends with base and tuned answers side by side.
-    Stages that are up to date are skipped. Settings of the single stages come from a --config file.
+    Stages that are up to date are skipped. Settings that are no option here come from a --config file.
 
     Example: gemma-tune run chats.jsonl --model google/gemma-3-270m-it
     """
     from gemma_tune.pipeline import run_pipeline
 
     stages, exported = run_pipeline(ctx)
-    steps = (f"gemma-tune chat --run {exported.stage.run}", *exported.next_steps)
-    console.run_summary(stages, steps)
+    steps = (command("chat", exported.stage.run), *exported.next_steps)
+    console.run_summary(stages, steps, exported.advice)
     if json:
         console.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
+                             "advice": exported.advice,
                              "stages": {n: as_json(r) for n, r in stages.items()}})
 
 

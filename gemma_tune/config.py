@@ -63,7 +63,8 @@ class PrepareConfig(StageConfig):
 
     section: ClassVar[str] = "prepare"
     data: tuple[str, ...] = option((), "Files to learn from: JSONL or JSON, with `messages` or Alpaca's columns. "
-                                       "Without any, the built-in financial analysis example is used.")
+                                       "Without any, those that the run was prepared from before, else the built-in "
+                                       "financial analysis example.")
     valid: float = option(0.1, "Share of the conversations kept aside for validation.", least=0.0, most=0.9)
     max_length: int = option(2048, "Longest conversation in tokens; a longer one is rejected with its length, "
                                    "never cut.", least=16)
@@ -180,6 +181,21 @@ class Resolved(typing.Generic[C]):
     def record(self) -> dict[str, dict[str, Any]]:
         """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
         return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
+
+
+def as_flags(cls: type[StageConfig], settings: Mapping[str, Any]) -> list[str]:
+    """The command line options that give ``settings``, without those that are defaults anyway."""
+    flags: list[str] = []
+    for f in dataclasses.fields(cls):
+        value = settings.get(f.name)
+        if value is None or value == f.default or value == _plain(f.default):
+            continue
+        name = f.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else f"{value}"]
+    return flags
 
 
 def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,

@@ -36,7 +36,8 @@ LABELS = {
     "tuned_ended": "tuned: answers that end by themselves", "base_in_form": "base: answers in the example's form",
     "tuned_in_form": "tuned: answers in the example's form", "merged_tensors": "layers merged",
     "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
-    "bytes": "size", "gguf_bytes": "size", "quant": "number format", "check_largest_error": "largest rounding error",
+    "bytes": "size", "gguf_bytes": "size", "quant": "number format",
+    "check_largest_error": "largest rounding error of a matrix",
     "ollama_name": "name in Ollama",
 }
 
@@ -52,6 +53,11 @@ def figure(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def prose(text: Text) -> None:
+    """Text for people: wrapped at words on a terminal, one line per message in a file."""
+    err.print(text, soft_wrap=not err.is_terminal)
+
+
 class ConsoleListener(Listener):
     """Shows a stage's reports: live on a terminal, as plain lines elsewhere."""
 
@@ -64,10 +70,10 @@ class ConsoleListener(Listener):
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            err.print(Text(f"· {text}", style="dim"))
+            prose(Text(f"· {text}", style="dim"))
 
     def warn(self, text: str) -> None:
-        err.print(Text(f"! {text}", style="yellow"))
+        prose(Text(f"! {text}", style="yellow"))
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         if not self.quiet:
@@ -97,7 +103,7 @@ class ConsoleListener(Listener):
         if err.is_terminal:
             self._advance("training", values["step"], values["steps"], _training_fields(values, self._eval_loss))
         elif values["step"] in (1, values["steps"]) or values["step"] % max(1, values["steps"] // 40) == 0:
-            err.print(f"  step {values['step']}/{values['steps']}  {_training_fields(values, self._eval_loss)}  "
+            err.print(f"  step {values['step']}/{values['steps']}  {_training_fields(values, None)}  "
                       f"{_duration(values['seconds_left'])} left", markup=False)
 
     def close(self) -> None:
@@ -143,11 +149,11 @@ def figures_table(title: str, rows: Mapping[str, Any]) -> Table:
 
 def error(problem: UserError) -> None:
     """One message, its single findings, and one hint."""
-    err.print(Text.assemble(("Error: ", "bold red"), problem.message))
+    prose(Text.assemble(("Error: ", "bold red"), problem.message))
     for line in problem.problems:
-        err.print(Text(f"  - {line}"))
+        prose(Text(f"  - {line}"))
     if problem.hint:
-        err.print(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
+        prose(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
 
 
 def piece(text: str) -> None:
@@ -174,7 +180,7 @@ def result_json(value: Any) -> None:
     result(text)
 
 
-def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = ()) -> None:
+def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None) -> None:
     """What a stage made, and what to type next."""
     state = "up to date" if report.status == "up-to-date" else f"done in {_duration(report.seconds)}"
     err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
@@ -182,8 +188,15 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = ()) -> No
         err.print(figures_table("", report.summary))
         for path in report.artifacts.values():
             err.print(Text(f"  {path}"))
-        for n, step in enumerate(next_steps):
-            err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
+        what_next(next_steps, advice)
+
+
+def what_next(commands: Sequence[str], advice: str | None = None) -> None:
+    """Commands to type next, after what has to be done before."""
+    if advice:
+        prose(Text(advice))
+    for n, step in enumerate(commands):
+        err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
 
 
 def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
@@ -213,7 +226,7 @@ def _shortened(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str]) -> None:
+def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None) -> None:
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
     train, evaluated = stages["train"].summary, stages["eval"].summary
     err.rule("[bold]summary", align="left")
@@ -237,5 +250,4 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str]) -> None:
     for report in stages.values():
         for path in report.artifacts.values():
             err.print(Text(f"  {path}"))
-    for n, step in enumerate(next_steps):
-        err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
+    what_next(next_steps, advice)

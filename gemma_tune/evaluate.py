@@ -57,6 +57,8 @@ def held_out_prompts(session: Session) -> tuple[list[list[dict[str, str]]], Any]
     prompts = [_until_last_answer(json.loads(line)["messages"]) for line in lines[:count] if line]
     if not prompts:
         raise UserError("the run has no validation rows to ask about", "prepare again with --valid 0.1")
+    if len(prompts) < count:
+        session.listener.note(f"the run has {len(prompts)} held-out prompts; `prepare --valid 0.2` keeps more aside")
     return prompts, None
 
 

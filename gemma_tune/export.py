@@ -14,7 +14,8 @@ import numpy as np
 
 from gemma_tune import ollama
 from gemma_tune.chat_format import ChatFormat
-from gemma_tune.errors import UserError, WorkFailed
+from gemma_tune.config import ExportConfig
+from gemma_tune.errors import WorkFailed
 from gemma_tune.files import write_atomic
 from gemma_tune.gguf_writer import write_gguf
 from gemma_tune.modelfile import OllamaChat, chat_for, lossy_runes, render_modelfile
@@ -36,6 +37,7 @@ class ExportReport:
     name: str
     created: bool
     next_steps: tuple[str, ...]
+    advice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,34 +55,42 @@ def export(session: Session) -> ExportReport:
     """Write the GGUF and the Modelfile, then create the model in Ollama.
 
     Raises:
-        UserError: no merged model, an architecture without a writer, a bad name; with ``create``, no Ollama server.
-        WorkFailed: the GGUF does not hold the merged weights; Ollama refuses.
+        UserError: no merged model, an architecture without a writer, a bad name.
+        WorkFailed: with ``create``, no Ollama server; the GGUF does not hold the merged weights; Ollama refuses.
     """
     config = session.config
-    ollama.validate_model_name(_name(session))
-    url = config.host and ollama.ollama_host({"OLLAMA_HOST": config.host}) or ollama.ollama_host(os.environ)
-    server = None if config.create is False else ollama.find_server(url)
-    if config.create and server is None:
-        raise UserError(f"no Ollama server answers at {url}",
-                        f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
+    server = check_target(config, session.model.name)
     stage = run_stage(session, "export-ollama", _export)
     modelfile = Path(stage.artifacts["modelfile"])
     if server is None:
-        return ExportReport(stage, _name(session), False, _by_hand(modelfile, _name(session), config.create))
+        steps = (ollama.manual_command(modelfile, _name(session)), f"ollama run {_name(session)}")
+        return ExportReport(stage, _name(session), False, steps,
+                            None if config.create is False else ollama.install_hint())
     target = _target(session, session.run.merged, _chat(session, session.run.merged))
-    session.listener.note(f"creating {target.name} in Ollama {server.version} at {url}")
+    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.url}")
     ollama.create_model(server, target.name, Path(stage.artifacts["gguf"]), target.chat, target.parameters,
                         target.system, target.license, session.listener.progress)
     return ExportReport(stage, target.name, True, (f"ollama run {target.name}",))
 
 
+def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
+    """What can be known before any work: whether the name is one that Ollama takes, and whether a server answers.
+
+    Raises:
+        UserError: a bad name or address.
+        WorkFailed: ``create`` is asked for, and no server answers.
+    """
+    ollama.validate_model_name(config.name or ollama.default_model_name(model_name))
+    url = ollama.ollama_host({"OLLAMA_HOST": config.host} if config.host else os.environ)
+    server = None if config.create is False else ollama.find_server(url)
+    if config.create and server is None:
+        raise WorkFailed(f"no Ollama server answers at {url}",
+                         f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
+    return server
+
+
 def _name(session: Session) -> str:
     return session.config.name or ollama.default_model_name(session.model.name)
-
-
-def _by_hand(modelfile: Path, name: str, create: bool | None) -> tuple[str, ...]:
-    steps = (ollama.manual_command(modelfile, name), f"ollama run {name}")
-    return steps if create is False else (ollama.install_hint(), *steps)
 
 
 def _chat(session: Session, merged: Path) -> ChatFormat:
@@ -132,6 +142,11 @@ def _export(session: Session) -> Finished:
     if not error <= LARGEST_ERROR[config.quant]:
         raise WorkFailed(f"{tensor} in {gguf.name} is {error:.1%} off the merged weights, more than {config.quant} "
                          "explains", "please report this")
+    if earlier := sorted(p.name for p in run.ollama.glob("*.gguf") if p != gguf):
+        session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
+    if config.quant == "q4_0":
+        session.listener.note(f"q4_0 rounds each weight to 4 bits: {error:.0%} off on average is usual; q8_0 is closer "
+                              "to what was trained")
     modelfile = run.ollama / "Modelfile"
     write_atomic(modelfile, render_modelfile(
         gguf.name, target.chat, parameters=target.parameters, system=target.system, license_text=target.license,

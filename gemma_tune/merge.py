@@ -61,7 +61,7 @@ def _merge(session: Session) -> Finished:
     adapter = session.inputs["adapter"]
     layers = read_adapter(adapter, session.model.id if session.model.source == "hub" else None)
     with replacing_directory(session.run.merged) as folder:
-        session.listener.note(f"adding {len(layers)} adapted layers to {session.model.path.name}, in fp32")
+        session.listener.note(f"adding {len(layers)} adapted layers to {session.model.name}, in fp32")
         count = merge_weights(session.model.path, layers, folder, session.listener.progress)
         _copy_around(session, folder)
         summary = {"merged_tensors": len(layers), "tensors": count}

@@ -7,6 +7,7 @@ real Gemma 3 270M from PyPI packages.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -103,6 +104,8 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
     if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
         raise UserError(f"there is no directory {model_id}", "check the path given to --model")
+    if "/" not in model_id and difflib.get_close_matches(model_id.lower(), [DEMO], cutoff=0.7):
+        raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener)
 
 

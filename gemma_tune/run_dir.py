@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -243,6 +244,11 @@ def _stays_inside(path: str) -> bool:
     return all(form.parts and not form.anchor and ".." not in form.parts for form in forms)
 
 
+def command(stage: str, root: Path, *flags: str) -> str:
+    """A command to type, with whatever a shell would split put in quotes."""
+    return " ".join(["gemma-tune", stage, "--run", shlex.quote(str(root)), *map(shlex.quote, flags)])
+
+
 def now() -> str:
     """Current time, UTC, ISO 8601 with seconds."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -273,6 +279,21 @@ class Lock:
                 self._lock.release()
                 raise
         return self
+
+    @classmethod
+    def owner_of(cls, root: Path) -> str | None:
+        """Who works on the run at ``root`` now, or None."""
+        from filelock import FileLock, Timeout
+
+        if not (root / ".lock").exists():
+            return None
+        try:
+            with FileLock(root / ".lock", timeout=0):
+                return None
+        except Timeout:
+            return cls(root, "")._describe_owner()
+        except OSError:  # a run that may only be read
+            return None
 
     def _describe_owner(self) -> str:
         try:

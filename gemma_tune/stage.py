@@ -17,7 +17,7 @@ from gemma_tune.errors import UserError
 from gemma_tune.files import os_errors
 from gemma_tune.listener import Listener
 from gemma_tune.models import BaseModel
-from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, describe, now, read_manifest
+from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -146,16 +146,16 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
         UserError: it is missing, damaged, or was made from another base model; the hint is the command that makes it.
     """
     state = state_of(run, manifest, maker)
-    command = f"gemma-tune {maker} --run {run.root}"
+    make_it = command(maker, run.root)
     if state.status == "missing":
         raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
-                        f"run it first: {command}")
+                        f"run it first: {make_it}")
     if state.status == "damaged":
         raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
-                        f"make it again: {command} --force")
+                        f"make it again: {make_it} --force")
     if maker != "prepare" and manifest.stages[maker]["base"] != manifest.model["fingerprint"]:
         raise UserError(f"the result of `{maker}` belongs to another base model than {manifest.model['id']} is now",
-                        f"train for this one: gemma-tune train --run {run.root} --force")
+                        f"train for this one: {command('train', run.root, '--force')}")
     return run.root / manifest.stages[maker]["outputs"][output]["path"]
 
 
@@ -202,7 +202,7 @@ def _warn_of_stale_inputs(session: Session, stage: str) -> None:
         state = state_of(session.run, session.manifest, maker)
         if state.status == "stale":
             session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it: "
-                                  f"gemma-tune {maker} --run {session.run.root}")
+                                  f"{command(maker, session.run.root)}")
 
 
 def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.checkpoints import whole
+from gemma_tune.checkpoints import command_to_finish, read_marker, whole
 from gemma_tune.errors import UserError
-from gemma_tune.run_dir import STAGES, RunDir, find_run, read_manifest
+from gemma_tune.run_dir import STAGES, Lock, RunDir, command, find_run, read_manifest
 from gemma_tune.stage import State, state_of
 
 
@@ -20,10 +20,11 @@ class RunStatus:
     model: str
     rows: list[tuple[str, str, str, str]]
     next_step: str
+    in_use_by: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"run": str(self.root), "model": self.model, "next": self.next_step,
+        return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
                 "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
 
 
@@ -39,22 +40,28 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
         raise UserError(f"{root} is not a run yet: it has no manifest.json",
                         f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
     paths = RunDir(root, manifest.model_name)
-    rows, next_step = [], f"gemma-tune chat --run {root}"
+    rows, next_step = [], command("chat", root)
     for stage in reversed(STAGES):
-        state = _interrupted(paths, manifest) if stage == "train" else None
+        state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done":
-            next_step = f"gemma-tune {stage} --run {root}"
-    return RunStatus(root, manifest.model["id"], rows[::-1], next_step)
+            next_step = resume or command(stage, root)
+    owner = Lock.owner_of(root)
+    if owner:
+        next_step = f"wait for {owner}"
+    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner)
 
 
-def _interrupted(run: RunDir, manifest: Any) -> State | None:
-    """Checkpoints of a training that has no record yet."""
+def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
+    """A training that was stopped after the last one that is recorded, and the command that finishes it."""
     checkpoints = whole(run.checkpoints)
-    if "train" in manifest.stages or not checkpoints:
-        return None
-    return State("interrupted", f"{checkpoints[-1].name} is saved; the same train command goes on from there")
+    marker = read_marker(checkpoints[-1]) if checkpoints else None
+    recorded = manifest.stages.get("train", {"summary": {}})["summary"].get("checkpoint_key")
+    if marker is None or marker["key"] == recorded:
+        return None, None
+    return (State("interrupted", f"{checkpoints[-1].name} is saved"),
+            command_to_finish(run.checkpoints, marker["settings"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.chat_format import ChatFormat
-from gemma_tune.checkpoints import clear, find_resumable, training_key
+from gemma_tune.checkpoints import clear, command_to_finish, find_resumable, training_key
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory
-from gemma_tune.models import choose_placement, load_format, load_model, out_of_memory
+from gemma_tune.models import choose_placement, load_format, load_model, out_of_memory, quiet_libraries
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def train(session: Session) -> StageReport:
 
 
 def _train(session: Session) -> Finished:
+    quiet_libraries()  # before their import, which has something to say already
     from gemma_tune.trainer import MetricsLog, StopRequest
 
     config, run, listener = session.config, session.run, session.listener
@@ -101,7 +103,9 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
               if isinstance(module, torch.nn.Linear) and module is not head and not _TOWERS.search(name)}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if unknown := [w for w in wanted if w not in leaves]:
-        raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}",
+        near = difflib.get_close_matches(unknown[0], leaves, n=1)
+        guess = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
                         f"its linear layers are {', '.join(leaves)}")
     chosen = sorted(name for name in linear if not wanted or name.rsplit(".", 1)[-1] in wanted)
     if not chosen:
@@ -183,9 +187,10 @@ def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[
         if evaluates and checkpoint is None:
             trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.requested:
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is saved",
-                              f"go on with the same command: gemma-tune train --run {session.run.root} …")
+                              "repeat the same command to go on from there, or: "
+                              + command_to_finish(session.run.checkpoints, session.config.as_dict()))
         if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
             trainer.evaluate()
     except (torch.OutOfMemoryError, MemoryError) as e:
@@ -198,7 +203,7 @@ def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[
     evals = [r["eval_loss"] for r in log.records if "eval_loss" in r]
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0], "train_loss_last": losses[-1],
             "eval_loss_before": evals[0] if evals else None, "eval_loss_after": evals[-1] if evals else None,
-            "tokens": trainer.tokens_seen, "tokens_per_second": round(log.tokens_per_second, 1),
+            "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
             "training_seconds": round(log.busy, 1), "resumed_from_step": log.first_step}
 
 

@@ -141,6 +141,7 @@ class MetricsLog(TrainerCallback):
         self.busy = 0.0  # seconds in training steps
         self.first_step = resumed_step
         self.records = _earlier_records(path, resumed_step)
+        self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
@@ -156,11 +157,16 @@ class MetricsLog(TrainerCallback):
         done = max(1, state.global_step - self.first_step)
         self._add({"step": state.global_step, "steps": state.max_steps, "epoch": round(logs["epoch"], 4),
                    "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
-                   "tokens_per_second": round(self.tokens_per_second, 1),
+                   "tokens": self.tokens, "tokens_per_second": round(self.tokens_per_second, 1),
                    "seconds_left": round(self.busy / done * (state.max_steps - state.global_step), 1)})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._add({"step": state.global_step, "steps": state.max_steps, "eval_loss": metrics["eval_loss"]})
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens (no padding) of all training steps, those before an interruption included."""
+        return self.tokens_before + (self.trainer.tokens_seen if self.trainer else 0)
 
     @property
     def tokens_per_second(self) -> float:

@@ -117,6 +117,8 @@ def test_a_run_in_use_by_another_process(cli, trained):
         before = snapshot(trained)
         check(cli("merge", "--run", trained), 2, f"is in use by process {holder.pid} (train, since", "--run DIR")
         assert snapshot(trained) == before
+        status = cli("status", "--run", trained, "--json").json
+        assert status["in_use_by"].startswith(f"process {holder.pid} (train, since")
     finally:
         holder.kill()
         holder.wait()

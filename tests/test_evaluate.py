@@ -11,7 +11,7 @@ import torch
 from conftest import rows, write_rows
 
 from gemma_tune import samples
-from gemma_tune.evaluate import report
+from gemma_tune.evaluate import held_out_prompts, report
 from gemma_tune.generation import greedy_answers
 from gemma_tune.models import Placement, load_format, load_model
 
@@ -142,6 +142,17 @@ def test_the_built_in_example_is_asked_its_own_held_out_questions_and_judged(cli
     text = (trained / "report.md").read_text(encoding="utf-8")
     assert "| answers in the example's form | 0/2 | 0/2 |" in text
     assert samples.FORM_DESCRIPTION in text
+
+
+def test_a_prompt_is_everything_before_the_last_answer(tmp_path):
+    turns = [{"role": role, "content": f"{n}\u2028{role}"}
+             for n, role in enumerate(("system", "user", "assistant", "user", "assistant"))]
+    notes: list[str] = []
+    session = SimpleNamespace(config=SimpleNamespace(questions=5), settings_of=lambda stage: {"data": ["x.jsonl"]},
+                              inputs={"valid_rows": write_rows(tmp_path / "v.jsonl", [{"messages": turns}] * 2)},
+                              listener=SimpleNamespace(note=notes.append))
+    assert held_out_prompts(session) == ([turns[:4]] * 2, None)
+    assert "2 held-out prompts" in notes[0]
 
 
 def test_text_in_the_report_cannot_break_it():

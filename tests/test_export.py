@@ -44,13 +44,14 @@ def test_without_a_server_it_says_what_to_do(cli, merged):
     assert result.code == 0, result.err
     assert result.json["created"] is False
     command = "ollama create tiny-gemma-tuned -f runs/tiny-gemma/ollama/Modelfile"
-    assert command in result.json["next"]
+    assert result.json["next"] == [command, "ollama run tiny-gemma-tuned"]
+    assert "https://ollama.com/download" in result.json["advice"]
     assert "https://ollama.com/download" in result.err and command in result.err.replace("\n", "")
 
 
 def test_create_without_a_server_is_an_error_before_any_work(cli, merged):
     result = cli("export-ollama", "--create")
-    assert result.code == 2
+    assert result.code == 1
     assert "no Ollama server answers at http://127.0.0.1:9" in result.err
     assert not (merged / "ollama").exists()
 

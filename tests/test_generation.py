@@ -164,17 +164,16 @@ def test_a_temperature_in_the_settings_of_a_greedy_model_does_not_make_it_sample
 
 
 def test_a_repetition_penalty_arrives_in_the_model(model, chat):
-    script(model, [[ids_of(chat, "x")[0]]])
-    plain = Stream(model, chat, question("a"), 8, sampling_arguments(model, {"temperature": 0.0}))
-    assert "".join(plain) == "xxxxxxxx"
-    # 100 / 1e5 = 0.001 still wins against -100; from the logits of the script only a negative one can lose, so the
-    # penalty is shown on the model itself: forbidden repeats never come.
-    del model.forward
-    penalised = sampling_arguments(model, {"temperature": 0.0, "repetition_penalty": 1e6})
     ids = torch.tensor([chat.prompt_ids(question("a"))])
-    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=0,
-                          eos_token_id=chat.stop_ids, **penalised)[0, ids.shape[1]:].tolist()
-    assert len(set(made)) == len(made)
+
+    def made(**chosen) -> list[int]:
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, pad_token_id=0,
+                             eos_token_id=chat.stop_ids, **sampling_arguments(model, {"temperature": 0.0, **chosen}))
+        return out[0, ids.shape[1]:].tolist()
+
+    plain, penalised = made(), made(repetition_penalty=1e6)
+    assert len(set(plain)) < len(plain), "the model must repeat itself without"
+    assert len(set(penalised)) == len(penalised)
 
 
 def test_a_seed_repeats_and_another_one_does_not(model, chat):

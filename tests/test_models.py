@@ -111,6 +111,7 @@ def test_files_that_are_no_model(cli, data, tmp_path):
         "no-such-dir/": "there is no directory",
         str(tmp_path / "nowhere"): "there is no directory",
         "missing.gguf": "there is no file missing.gguf",
+        "dmeo": "did you mean --model demo?",
         str(data.parent): "is not a Hugging Face checkpoint: it has no config.json",
     }
     for model, message in cases.items():

@@ -132,6 +132,26 @@ def test_run_does_everything_and_sums_up(cli, tiny, data):
     assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"}
 
 
+@pytest.mark.parametrize(("flags", "code", "text"), [
+    (("--name", "no spaces please"), 2, "no spaces please"), (("--create",), 1, "no Ollama server answers"),
+    (("--quant", "q9"), 2, "'q9' is not one of")])
+def test_run_refuses_at_once_what_a_later_stage_would_refuse(cli, tiny, data, flags, code, text):
+    result = cli("run", data, "--model", tiny, *flags)
+    assert result.code == code
+    assert text in result.err
+    assert not Path("runs").exists()
+
+
+def test_commands_to_type_next_are_quoted_for_a_shell(cli, tiny, data):
+    import shlex
+
+    result = cli("prepare", data, "--model", tiny, "--run", "my runs/运行 1", "--json")
+    assert result.code == 0, result.err
+    [step] = result.json["next"]
+    assert shlex.split(step) == ["gemma-tune", "train", "--run", "my runs/运行 1"]
+    assert step in result.err
+
+
 def test_the_newest_run_is_taken_when_none_is_named(cli, trained, tiny):
     other = trained.with_name("older")
     shutil.copytree(trained, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -127,10 +128,12 @@ def test_every_setting_reaches_the_adapter(cli, prepared):
     assert rates == pytest.approx([0.0, 5e-4, 1e-3])  # 3 steps, of which round(1.5) = 2 rise
 
 
-def interrupted(run: Path, after_step: int, number: int = signal.SIGINT) -> subprocess.CompletedProcess:
+def interrupted(run: Path, after_step: int, number: int = signal.SIGINT,
+                flags: tuple = LONG) -> subprocess.CompletedProcess:
     """Start training in a process of its own and send it a signal once it has logged ``after_step``."""
     log = run / "logs" / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "gemma_tune", "train", *map(str, LONG), "--run", run],
+    log.unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "gemma_tune", "train", *map(str, flags), "--run", run],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -185,6 +188,16 @@ def test_an_interrupted_training_is_not_resumed_with_other_settings(cli, prepare
     assert result.code == 2
     assert "rank: 4 then, 8 now" in result.err
     assert "--force" in result.err
+    # What it says to type does finish the training, also from `status`.
+    finish = cli("status", "--json").json["next"]
+    assert finish in result.err.replace("\n", " ")
+    assert shlex.split(finish)[:2] == ["gemma-tune", "train"]
+    assert {"--rank", "--save-steps", "--epochs"} <= set(shlex.split(finish))
+    assert cli(*shlex.split(finish)[1:]).code == 0
+    assert interrupted(prepared, 3, flags=(*LONG, "--seed", 5)).returncode == 130
+    status = cli("status", "--json").json
+    assert status["stages"]["train"]["state"].startswith("interrupted"), "although an earlier training is recorded"
+    checkpoint = max((prepared / "training_checkpoints").glob("checkpoint-*/complete.json"))
     assert checkpoint.exists()
     assert cli("train", *QUICK, "--force").code == 0
 
