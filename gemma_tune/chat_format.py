@@ -42,13 +42,14 @@ class ChatFormat:
     Args:
         tokenizer: a fast transformers tokenizer; its ``chat_template`` is set when it has none.
         model_type: ``model_type`` of the model's config.json, which names the family.
+        other_stop_ids: ids that end an answer by the model's generation settings (Llama 3 has three).
 
     Raises:
         UserError: no template known, or one that does not end an assistant's turn.
     """
 
-    def __init__(self, tokenizer: Any, model_type: str):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = ()):
+        self.tokenizer, self.other_stop_ids = tokenizer, tuple(other_stop_ids)
         self.template_origin = "the model's own"
         if not tokenizer.chat_template:
             tokenizer.chat_template = family_template(model_type)
@@ -71,9 +72,9 @@ class ChatFormat:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids that end an answer: the turn's terminator and the end of text."""
+        """Token ids that end an answer: the turn's terminator, the end of text, and what else ends the base's."""
         eos = self.tokenizer.eos_token_id
-        return sorted({self.terminator_id, *([] if eos is None else [eos])})
+        return sorted({self.terminator_id, *self.other_stop_ids, *([] if eos is None else [eos])})
 
     @property
     def markers(self) -> list[str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,38 @@ MARKER = "complete.json"
 KEEP = 2
 
 
-def training_key(base: str, rows: str, settings: Mapping[str, Any]) -> str:
-    """What a checkpoint depends on: base model, training rows and settings, as one hex digest."""
-    content = json.dumps({"base": base, "rows": rows, "settings": settings}, sort_keys=True)
+@dataclass(frozen=True)
+class Training:
+    """One training, however often it is interrupted.
+
+    Args:
+        id: a random name; the manifest keeps that of the training that finished last.
+        key: hex digest of what its result depends on, see :func:`training_key`.
+        settings: of ``train``, for the command that finishes it.
+        compute: device and type, such as ``cpu bf16``.
+    """
+
+    id: str
+    key: str
+    settings: Mapping[str, Any]
+    compute: str
+
+
+def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any]) -> str:
+    """What a checkpoint depends on: base model, training rows, chat template and settings, as one hex digest.
+
+    Not on ``dtype``: with ``auto`` a probe decides, and a resumed training stays with what was chosen first.
+    """
+    kept = {name: value for name, value in settings.items() if name != "dtype"}
+    content = json.dumps({"base": base, "rows": rows, "template": template, "settings": kept}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def seal(checkpoint: Path, key: str, settings: Mapping[str, Any]) -> None:
+def seal(checkpoint: Path, training: Training) -> None:
     """Declare a checkpoint whole. The pickled trainer arguments go: nothing reads them, and pickles can run code."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
     hashes = {p.name: sha256_file(p) for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != MARKER}
-    write_json(checkpoint / MARKER, {"key": key, "settings": dict(settings), "files": hashes})
+    write_json(checkpoint / MARKER, {**asdict(training), "files": hashes})
 
 
 def rotate(folder: Path) -> None:
@@ -44,13 +66,13 @@ def whole(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
 
 
-def find_resumable(folder: Path, key: str, finished_key: str | None, settings: Mapping[str, Any]) -> Path | None:
+def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any]) -> Path | None:
     """The checkpoint that an interrupted training goes on from, or None to start anew.
 
     Damaged checkpoints are passed over in favour of an older whole one.
 
     Args:
-        finished_key: key of the training that the manifest records as done; its checkpoints are not resumed.
+        finished: id of the training that the manifest records as done; its checkpoints are not resumed.
 
     Raises:
         UserError: an interrupted training with other settings or data is there.
@@ -58,7 +80,7 @@ def find_resumable(folder: Path, key: str, finished_key: str | None, settings: M
     others = []
     for checkpoint in reversed(whole(folder)):
         marker = read_marker(checkpoint)
-        if marker is None or marker["key"] == finished_key:
+        if marker is None or marker["id"] == finished:
             continue
         if marker["key"] != key:
             others.append(marker["settings"])
@@ -72,11 +94,19 @@ def find_resumable(folder: Path, key: str, finished_key: str | None, settings: M
     return None
 
 
+def unfinished(folder: Path, finished: str | None) -> dict[str, Any] | None:
+    """Marker of the newest whole checkpoint if its training is not the one that finished last."""
+    checkpoints = whole(folder)
+    marker = read_marker(checkpoints[-1]) if checkpoints else None
+    return marker if marker and marker["id"] != finished else None
+
+
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:
-    """What :func:`seal` wrote: ``key``, ``settings``, ``files``; None where it cannot be used."""
+    """What :func:`seal` wrote: a :class:`Training` and ``files``; None where it cannot be used."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        return marker if isinstance(marker["key"], str) and dict(marker["files"]) and dict(marker["settings"]) else None
+        texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
+        return marker if texts and dict(marker["files"]) and dict(marker["settings"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ class Command(TyperCommand):
             problem = Interrupted("stopped", "run the same command again; finished stages are kept")
         except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError:  # the reader of stdout has seen enough, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(WorkFailed.exit_code) from None
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")) or ctx.params.get("debug"):
                 raise

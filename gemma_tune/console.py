@@ -228,7 +228,8 @@ def _shortened(text: str, limit: int = 400) -> str:
 
 def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None) -> None:
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
-    train, evaluated = stages["train"].summary, stages["eval"].summary
+    train = stages["train"].summary
+    evaluated = stages["eval"].summary if "eval" in stages else {"answers": [], "questions": 0}
     err.rule("[bold]summary", align="left")
     comparison(evaluated["answers"])
     table = Table(box=None, pad_edge=False)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +141,33 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _members(path: Path) -> list[tuple[str, Path]]:
+# What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
     if path.is_file():
         return [(path.name, path)]
+    if patterns:
+        return sorted((p.name, p) for p in {p for pattern in patterns for p in path.glob(pattern)} if p.is_file())
     return sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")
                   if p.is_file() and not p.name.startswith("."))
 
 
-def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Sequence[str] = ()) -> dict[str, Any]:
     """sha256, size in bytes and a stamp (names, sizes, modification times) of a file or a directory's files.
 
-    Hidden files do not count. With ``known``, an earlier result of this function, the content is read again only
-    if the stamp differs: a fingerprint of several gigabytes is otherwise too slow to check before every stage.
+    Hidden files do not count; ``patterns`` restricts a directory to such files directly in it. With ``known``, an
+    earlier result of this function, the content is read again only if the stamp differs: a fingerprint of several
+    gigabytes is otherwise too slow to check before every stage.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    members = [(name, p, p.stat()) for name, p in _members(path)]
+    members = [(name, p, p.stat()) for name, p in _members(path, patterns)]
     stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
     size = sum(s.st_size for _, _, s in members)
     if known and known.get("stamp") == stamp:

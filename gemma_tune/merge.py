@@ -131,7 +131,7 @@ def merge_weights(base: Path, layers: Mapping[str, Lora], out: Path, progress: A
         with safe_open(shard, framework="pt") as f, torch.inference_mode():
             for name in f.keys():
                 tensor = f.get_tensor(name)
-                layer = todo.pop(name.removesuffix(".weight"), None)
+                layer = todo.pop(module_name(name), None)
                 tensors[name] = tensor if layer is None else _added(name, tensor, layer)
             save_file(tensors, out / shard.name, metadata={"format": "pt"})
         total += len(tensors)
@@ -142,6 +142,16 @@ def merge_weights(base: Path, layers: Mapping[str, Lora], out: Path, progress: A
         shutil.copyfile(index, out / index.name)
     progress("merging", len(shards), len(shards))
     return total
+
+
+def module_name(tensor: str) -> str:
+    """The module that a tensor on disk belongs to, as the running model calls it.
+
+    Multimodal Gemma 3 repositories store ``language_model.model.layers…`` for ``model.language_model.layers…``.
+    """
+    module = tensor.removesuffix(".weight")
+    stored = "language_model.model."
+    return f"model.language_model.{module.removeprefix(stored)}" if module.startswith(stored) else module
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -230,10 +240,9 @@ def check(session: Session, merged: Path) -> dict[str, Any]:
 
 
 def _prompt(session: Session) -> list[dict[str, str]]:
-    rows = session.run.valid_rows if session.run.valid_rows.exists() else session.run.train_rows
-    for line in (*rows.read_text(encoding="utf-8").split("\n"), *session.run.train_rows.read_text("utf-8").split("\n")):
-        if line:
-            return json.loads(line)["messages"][:-1]
+    for path in (session.run.valid_rows, session.run.train_rows):
+        if path.exists() and (text := path.read_text(encoding="utf-8")):
+            return json.loads(text.split("\n")[0])["messages"][:-1]
     return samples.heldout_questions()[0]["messages"]
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.chat_format import ChatFormat
 from gemma_tune.errors import UserError
-from gemma_tune.files import fingerprint, replacing_directory, sha256_file, write_json
+from gemma_tune.files import CHECKPOINT_FILES, fingerprint, replacing_directory, sha256_file, write_json
 from gemma_tune.listener import Listener
 from gemma_tune.run_dir import model_name
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 # Written last into a cached checkpoint: its existence means that the conversion completed.
 _WHOLE = "complete.json"
+CONVERTER = 1  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class BaseModel:
 
     def record(self, root: Path) -> dict[str, Any]:
         """What the manifest keeps: paths relative to the run at ``root``."""
-        where = self.origin and Path(os.path.relpath(self.origin, root.absolute())).as_posix()
+        where = self.origin and Path(os.path.relpath(self.origin, root.resolve())).as_posix()
         return {"id": self.id, "name": self.name, "source": self.source, "revision": self.revision, "path": where,
                 "fingerprint": self.fingerprint, "files": self.files}
 
@@ -127,7 +128,7 @@ def _from_directory(model_id: str, path: Path, known: Mapping[str, Any] | None) 
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
-    files = fingerprint(path, (known or {}).get("files"))
+    files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
     absolute = path.resolve()
     return BaseModel(absolute.name, model_name(absolute.name), "local", path, None, files["sha256"], files, absolute)
 
@@ -178,7 +179,7 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
     """
     from filelock import FileLock
 
-    target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}"
+    target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERTER}"
     if (target / _WHOLE).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +249,16 @@ def load_format(checkpoint: Path, model_type: str) -> ChatFormat:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
                         "copy the tokenizer files of the base model into it") from e
-    return ChatFormat(tokenizer, model_type)
+    return ChatFormat(tokenizer, model_type, _stop_ids(checkpoint))
+
+
+def _stop_ids(checkpoint: Path) -> list[int]:
+    """``eos_token_id`` of a checkpoint's generation settings, where it has any."""
+    try:
+        ids = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,11 @@ class Placement:
     device: str
     dtype: torch.dtype
     reason: str
+
+    @property
+    def short(self) -> str:
+        """The type as ``--dtype`` names it."""
+        return {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16"}[str(self.dtype)]
 
 
 def choose_placement(dtype: str) -> Placement:
@@ -310,7 +325,6 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     Raises:
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -328,8 +342,15 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
             trust_remote_code=False, output_loading_info=True, **extra)
-    except torch.OutOfMemoryError as e:
-        raise out_of_memory(e) from e
+        if not four_bit:
+            model = model.to(placement.device)
+    except ImportError as e:
+        raise UserError(f"this needs a package that is not installed: {str(e).splitlines()[0]}",
+                        "pip install bitsandbytes (Linux and Windows), or leave --qlora out") from e
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise out_of_memory(e) from e
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}",
                         "check that the checkpoint is whole; download it again if not") from e
@@ -337,7 +358,12 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                 for key in sorted(map(str, info[kind]))]
     if problems:
         raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
-    return model if four_bit else model.to(placement.device)
+    return model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))
 
 
 def out_of_memory(error: Exception) -> UserError:

@@ -71,7 +71,8 @@ def prepare(session: Session) -> StageReport:
 
 def _recorded_names(session: Session) -> list[str]:
     """The files that this run was prepared from; preparing again without naming any means the same ones."""
-    names = [os.path.normpath(session.run.root / name) for name in session.settings_of("prepare").get("data", [])]
+    root = session.run.root.resolve()
+    names = [os.path.relpath(os.path.normpath(root / name)) for name in session.settings_of("prepare").get("data", [])]
     if names:
         session.listener.note(f"data: {', '.join(names)}, as before; name files to use others")
     return names

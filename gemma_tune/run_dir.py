@@ -90,7 +90,11 @@ class RunDir:
         package = Path(__file__).parent
         if path.is_relative_to(package):
             return f"gemma_tune:{path.relative_to(package).as_posix()}"
-        return Path(os.path.relpath(path.absolute(), self.root.absolute())).as_posix()
+        here, root = path.absolute(), self.root.absolute()
+        if not here.is_relative_to(root):
+            # A `..` after a symbolic link leads to the parent of what it points to, so both must be real paths.
+            here, root = path.resolve(), self.root.resolve()
+        return Path(os.path.relpath(here, root)).as_posix()
 
 
 @dataclass
@@ -283,17 +287,15 @@ class Lock:
     @classmethod
     def owner_of(cls, root: Path) -> str | None:
         """Who works on the run at ``root`` now, or None."""
-        from filelock import FileLock, Timeout
-
-        if not (root / ".lock").exists():
-            return None
         try:
-            with FileLock(root / ".lock", timeout=0):
-                return None
-        except Timeout:
-            return cls(root, "")._describe_owner()
-        except OSError:  # a run that may only be read
+            pid = json.loads((root / ".lock-owner.json").read_text())["pid"]
+            if os.name == "posix":  # elsewhere there is no harmless signal to ask with
+                os.kill(pid, 0)
+        except PermissionError:
+            pass  # alive, and somebody else's
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        return cls(root, "")._describe_owner()
 
     def _describe_owner(self) -> str:
         try:

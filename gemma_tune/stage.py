@@ -160,12 +160,13 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
 
 
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
-              extra_inputs: Mapping[str, Path] | None = None) -> StageReport:
+              extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False) -> StageReport:
     """Run one stage under the run's lock, unless its result is up to date, and record it.
 
     Args:
         work: does the work; it replaces an artifact only when its successor is whole.
         extra_inputs: files from outside the run, fingerprinted like the others.
+        unfinished: an interrupted repetition of this stage waits to be finished, so it is not up to date.
 
     Raises:
         UserError: missing input, run in use, no permission; and whatever ``work`` raises.
@@ -178,12 +179,15 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         # Read again under the lock: another command may have finished since the session was opened.
         manifest = read_manifest(run.root) or session.manifest
         # An updated record (same model, perhaps another place) replaces the one on the disk.
+        moved = manifest.model != session.manifest.model
         manifest.model = session.manifest.model
         inputs = require_inputs(run, manifest, stage)
         session = Session(run, session.model, session.resolved, session.listener, manifest, inputs, session.force)
         _warn_of_stale_inputs(session, stage)
         fingerprints = _fingerprints(session, {**inputs, **(extra_inputs or {})}, stage)
-        if not session.force and (kept := _up_to_date(session, stage, fingerprints)):
+        if not (session.force or unfinished) and (kept := _up_to_date(session, stage, fingerprints)):
+            if moved:
+                manifest.save(run)
             return kept
         started, clock = now(), time.monotonic()
         finished = work(session)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.checkpoints import command_to_finish, read_marker, whole
+from gemma_tune.checkpoints import command_to_finish, unfinished, whole
 from gemma_tune.errors import UserError
+from gemma_tune.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.run_dir import STAGES, Lock, RunDir, command, find_run, read_manifest
 from gemma_tune.stage import State, state_of
 
@@ -40,6 +41,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
         raise UserError(f"{root} is not a run yet: it has no manifest.json",
                         f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
     paths = RunDir(root, manifest.model_name)
+    _notice_changed_base(root, manifest.model)
     rows, next_step = [], command("chat", root)
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
@@ -58,10 +60,16 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
 
 def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
     """A training that was stopped after the last one that is recorded, and the command that finishes it."""
-    checkpoints = whole(run.checkpoints)
-    marker = read_marker(checkpoints[-1]) if checkpoints else None
-    recorded = manifest.stages.get("train", {"summary": {}})["summary"].get("checkpoint_key")
-    if marker is None or marker["key"] == recorded:
+    finished = manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
+    marker = unfinished(run.checkpoints, finished)
+    if marker is None:
         return None, None
-    return (State("interrupted", f"{checkpoints[-1].name} is saved"),
+    return (State("interrupted", f"{whole(run.checkpoints)[-1].name} is saved"),
             command_to_finish(run.checkpoints, marker["settings"]))
+
+
+def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
+    """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
+    path = root / model["path"] if model.get("path") else None
+    if path is not None and path.exists():
+        model["fingerprint"] = fingerprint(path, model["files"], CHECKPOINT_FILES)["sha256"]

@@ -5,15 +5,32 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.chat_format import ChatFormat
-from gemma_tune.checkpoints import clear, command_to_finish, find_resumable, training_key
+from gemma_tune.checkpoints import (
+    Training,
+    clear,
+    command_to_finish,
+    find_resumable,
+    read_marker,
+    training_key,
+    unfinished,
+)
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory
-from gemma_tune.models import choose_placement, load_format, load_model, out_of_memory, quiet_libraries
+from gemma_tune.models import (
+    Placement,
+    choose_placement,
+    is_out_of_memory,
+    load_format,
+    load_model,
+    out_of_memory,
+    quiet_libraries,
+)
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 if TYPE_CHECKING:
@@ -31,7 +48,8 @@ def train(session: Session) -> StageReport:
         WorkFailed: loss or gradient not finite.
         Interrupted: stopped by the user; the next call resumes.
     """
-    return run_stage(session, "train", _train)
+    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
+    return run_stage(session, "train", _train, unfinished=unfinished(session.run.checkpoints, finished) is not None)
 
 
 def _train(session: Session) -> Finished:
@@ -41,11 +59,10 @@ def _train(session: Session) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     chat = load_format(session.model.path, session.model.config["model_type"])
     train_rows, valid_rows = (encoded_rows(session.inputs[name], chat) for name in ("train_rows", "valid_rows"))
-    placement = choose_placement(config.dtype)
-    settings = {**session.config.as_dict(), "compute": f"{placement.device} {placement.dtype}"}
     rows_sha = session.manifest.stages["prepare"]["outputs"]["train_rows"]["sha256"]
-    key = training_key(session.model.fingerprint, rows_sha, settings)
-    checkpoint = _checkpoint_to_resume(session, key, settings)
+    key = training_key(session.model.fingerprint, rows_sha, chat.template, config.as_dict())
+    checkpoint = _checkpoint_to_resume(session, key)
+    placement, training = _placement_and_training(config, key, checkpoint)
     listener.note(f"computing in {placement.reason}")
     model = load_model(session.model.path, placement, four_bit=config.qlora)
     steps = _steps(len(train_rows), config)
@@ -53,13 +70,13 @@ def _train(session: Session) -> Finished:
                   f"{config.batch_size * config.accumulation}: {steps} steps")
     log = MetricsLog(run.metrics, listener, int(checkpoint.name.split("-")[-1]) if checkpoint else 0)
     stop = StopRequest(listener)
-    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, (log, stop), key, settings)
+    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, (log, stop), training)
     log.trainer = trainer
     with stop:
         summary = _run(trainer, log, stop, session, checkpoint)
     _save_adapter(session, trainer.model, chat)
     _plot(log.records, run.plot)
-    summary |= {"checkpoint_key": key, "device": placement.device, "dtype": str(placement.dtype).removeprefix("torch."),
+    summary |= {"training_id": training.id, "device": placement.device, "dtype": placement.short,
                 "effective_batch": config.batch_size * config.accumulation,
                 "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
     return Finished({"adapter": run.adapter}, summary)
@@ -72,10 +89,22 @@ def encoded_rows(path: Path, chat: ChatFormat) -> list[dict[str, list[int]]]:
     return [{"input_ids": e.ids, "labels": e.labels} for e in encoded]
 
 
-def _checkpoint_to_resume(session: Session, key: str, settings: dict[str, Any]) -> Path | None:
-    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("checkpoint_key")
+def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> tuple[Placement, Training]:
+    """Device and type, and the training's identity. A resumed one keeps those that it began with."""
+    marker = read_marker(checkpoint) if checkpoint else None
+    kept = marker["compute"].split() if marker else None
+    placement = choose_placement(kept[1] if kept and config.dtype == "auto" else config.dtype)
+    compute = f"{placement.device} {placement.short}"
+    if kept and kept[1] != placement.short:
+        raise UserError(f"the interrupted training computed in {kept[1]}, and --dtype asks for {placement.short}",
+                        "leave --dtype out to finish it, or start anew with --force")
+    return placement, Training(marker["id"] if marker else uuid.uuid4().hex, key, config.as_dict(), compute)
+
+
+def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
+    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
     checkpoints = session.run.checkpoints
-    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, settings)
+    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict())
     if checkpoint is None:
         clear(checkpoints)
     else:
@@ -113,7 +142,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, callbacks, key, settings):
+def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, callbacks, training):
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, ProgressCallback
@@ -132,7 +161,7 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cal
             train_dataset=Dataset.from_list(train_rows),
             eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
             processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
-            checkpoint_key=key, checkpoint_settings=settings)
+            training=training)
     except ValueError as e:
         if "DataParallel" in str(e):
             raise UserError("several GPUs are visible, and one process trains on one of them",
@@ -151,7 +180,8 @@ def _name_for_others(model: Any, session: Session) -> None:
     """
     peft_config = model.peft_config["default"]
     if not any(_TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
-        peft_config.target_modules = {name.rsplit(".", 1)[-1] for name in peft_config.target_modules}
+        # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
+        peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
     base = session.model
     peft_config.base_model_name_or_path = base.id if base.source == "hub" else str(base.path.resolve())
     peft_config.revision = base.revision
@@ -180,31 +210,41 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluate
 
 def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:
     """Evaluate, train, evaluate; figures for the summary."""
-    import torch
-
     evaluates = trainer.eval_dataset is not None
     try:
+        trainer.check_head()
         if evaluates and checkpoint is None:
             trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if log.first_step < trainer.args.max_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:  # it was interrupted after the last step: all that is missing is the adapter
+            trainer.state.global_step = trainer.state.max_steps = log.first_step
+            _load_trained(trainer.model, checkpoint)
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is saved",
                               "repeat the same command to go on from there, or: "
                               + command_to_finish(session.run.checkpoints, session.config.as_dict()))
         if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
             trainer.evaluate()
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise out_of_memory(e) from e
-    except RuntimeError as e:
-        if "can't allocate memory" in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
             raise out_of_memory(e) from e
         raise
     losses = [r["loss"] for r in log.records if "loss" in r]
-    evals = [r["eval_loss"] for r in log.records if "eval_loss" in r]
-    return {"steps": trainer.state.global_step, "train_loss_first": losses[0], "train_loss_last": losses[-1],
-            "eval_loss_before": evals[0] if evals else None, "eval_loss_after": evals[-1] if evals else None,
+    evals = {r["step"]: r["eval_loss"] for r in log.records if "eval_loss" in r}
+    last = trainer.state.global_step
+    return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
+            "train_loss_last": losses[-1] if losses else None,
+            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(last),
             "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
-            "training_seconds": round(log.busy, 1), "resumed_from_step": log.first_step}
+            "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step}
+
+
+def _load_trained(model: Any, checkpoint: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
@@ -221,7 +261,8 @@ def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
         chat.tokenizer.save_pretrained(folder)
         generation = model.get_base_model().generation_config
         generation.eos_token_id = chat.stop_ids
-        generation.save_pretrained(folder)
+        # Not save_pretrained: it refuses settings that many published models have, such as top_p without do_sample.
+        (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
         (folder / "README.md").write_text(_card(session), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from gemma_tune.checkpoints import rotate, seal
-from gemma_tune.errors import WorkFailed
+from gemma_tune.checkpoints import Training, rotate, seal
+from gemma_tune.errors import UserError, WorkFailed
 from gemma_tune.listener import Listener
 from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 
@@ -28,9 +28,9 @@ from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 class GemmaTrainer(SFTTrainer):
     """SFTTrainer on precomputed ids and labels; the loss is summed over trained tokens with one normaliser."""
 
-    def __init__(self, *args: Any, checkpoint_key: str, checkpoint_settings: Mapping[str, Any], **kwargs: Any):
+    def __init__(self, *args: Any, training: Training, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.checkpoint_key, self.checkpoint_settings = checkpoint_key, checkpoint_settings
+        self.training = training
         self.tokens_seen = 0
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
@@ -52,10 +52,32 @@ class GemmaTrainer(SFTTrainer):
         hidden = body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                       use_cache=False).last_hidden_state
         text = causal_lm.config.get_text_config()
-        scale = 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+        # Granite divides its logits, Cohere multiplies them; what else a head may do is found by check_head.
+        scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
         total = linear_cross_entropy(hidden, head.weight, inputs["labels"], scale=scale,
                                      softcap=getattr(text, "final_logit_softcapping", None))
         return total, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def check_head(self, tolerance: float = 0.02) -> None:
+        """Compare our loss with the model's own logits on the beginning of one row, before anything is trained.
+
+        Raises:
+            UserError: the model's head does something that the loss here does not know; training it would be wrong.
+        """
+        causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
+        row = min(self.train_dataset["input_ids"], key=len)[:48]
+        ids = torch.tensor([row], device=causal_lm.device)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            ours, count = self._summed_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+            logits = causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+            theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
+        self.model.train(was_training)
+        if not abs(ours - theirs) <= tolerance * theirs.abs() + 0.02 * count:
+            raise UserError(f"this model ({causal_lm.config.model_type}) computes its logits in a way that gemma-tune "
+                            f"does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the model itself",
+                            "use a model of another family, such as Gemma, Llama or Qwen")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean loss over all trained tokens of the validation rows.
@@ -87,7 +109,7 @@ class GemmaTrainer(SFTTrainer):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
         Trainer._save_checkpoint(self, model, trial)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        seal(checkpoint, self.checkpoint_key, self.checkpoint_settings)
+        seal(checkpoint, self.training)
         rotate(checkpoint.parent)
 
 
@@ -142,6 +164,7 @@ class MetricsLog(TrainerCallback):
         self.first_step = resumed_step
         self.records = _earlier_records(path, resumed_step)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
+        self.seconds_before = max((r.get("training_seconds", 0.0) for r in self.records), default=0.0)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
@@ -157,7 +180,8 @@ class MetricsLog(TrainerCallback):
         done = max(1, state.global_step - self.first_step)
         self._add({"step": state.global_step, "steps": state.max_steps, "epoch": round(logs["epoch"], 4),
                    "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
-                   "tokens": self.tokens, "tokens_per_second": round(self.tokens_per_second, 1),
+                   "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
+                   "tokens_per_second": round(self.tokens_per_second, 1),
                    "seconds_left": round(self.busy / done * (state.max_steps - state.global_step), 1)})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -199,18 +223,22 @@ def _earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
 class FiniteGuard(TrainerCallback):
     """Stops before the optimiser sees a gradient that is not finite: the trained state stays the last good one."""
 
+    in_a_row = 0
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         bad = [name for name, p in model.named_parameters()
                if p.grad is not None and not torch.isfinite(p.grad).all()]
-        if bad:
+        # In fp16 the loss scaler finds its factor by skipping steps that overflow; only many in a row mean trouble.
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad and (not args.fp16 or self.in_a_row > 20):
             raise WorkFailed(f"the gradient of {len(bad)} tensors is not finite at step {state.global_step + 1} "
-                             f"({bad[0]}, …)", "train again with a lower --learning-rate or --clip 0.3, or with "
-                                               "--dtype fp32; checkpoints before it are kept")
+                             f"({bad[0]}, …)", "train again with --force and a lower --learning-rate or --clip "
+                                               "0.3, or with --dtype fp32; checkpoints before it are kept")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise WorkFailed(f"the loss is {logs['loss']} at step {state.global_step}",
-                             "train again with a lower --learning-rate, or with --dtype fp32")
+                             "train again with --force and a lower --learning-rate, or with --dtype fp32")
 
 
 class StopRequest(TrainerCallback):

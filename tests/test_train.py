@@ -154,7 +154,7 @@ def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number)
 
     done = interrupted(prepared, 3, number)
     assert done.returncode == 130, done.stderr
-    assert "it is saved" in done.stderr and "go on with the same command" in done.stderr
+    assert "it is saved" in done.stderr and "repeat the same command to go on" in done.stderr
     assert "train" not in json.loads((prepared / "manifest.json").read_text())["stages"]
     status = cli("status", "--run", prepared, "--json").json
     assert status["stages"]["train"]["state"].startswith("interrupted: checkpoint-")
