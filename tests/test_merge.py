@@ -213,3 +213,28 @@ def test_a_damaged_adapter_is_named(cli, trained):
     shutil.rmtree(trained / "tiny-gemma_lora_adapter")
     gone = cli("merge")
     assert gone.code == 2 and "is gone" in gone.err and "gemma-tune train" in gone.err
+
+
+def test_names_of_multimodal_repositories(tmp_path):
+    """They store `language_model.model.layers…` for the module `model.language_model.layers…`."""
+    from gemma_tune.merge import Lora, merge_weights
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    tensors = {name: torch.zeros(4, 4, dtype=torch.bfloat16), "vision_tower.q_proj.weight": torch.ones(2, 2)}
+    save_file(tensors, base / "model.safetensors")
+    lora = Lora(torch.ones(1, 4), torch.ones(4, 1), 0.5)
+    merge_weights(base, {"model.language_model.layers.0.self_attn.q_proj": lora}, out, lambda *a: None)
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == tensors.keys()
+    assert torch.equal(merged[name], torch.full((4, 4), 0.5, dtype=torch.bfloat16))
+    assert torch.equal(merged["vision_tower.q_proj.weight"], tensors["vision_tower.q_proj.weight"])
+
+
+def test_merge_works_without_the_data(cli, trained):
+    shutil.rmtree(trained / "data")
+    result = cli("merge", "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["check_answer_tokens"] > 0

@@ -220,3 +220,47 @@ def test_version(cli):
     from gemma_tune import __version__
 
     assert cli("--version").out.strip() == f"gemma-tune {__version__}"
+
+
+def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\n")
+    result = cli("run", data, "--model", tiny, "--epochs", 1, "--valid", 0, "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
+    assert "skipped: no validation rows" in result.err
+
+
+def test_the_model_may_lie_in_the_directory_that_holds_the_runs(cli, tiny, data, monkeypatch, tmp_path):
+    place = tmp_path / "my-model"
+    shutil.copytree(tiny, place)
+    monkeypatch.chdir(place)
+    for args in (["prepare", data, "--model", "."], ["train", *QUICK], ["merge"]):
+        result = cli(*args)
+        assert result.code == 0, result.err
+    assert Path("runs/my-model/manifest.json").exists()
+
+
+def test_runs_behind_a_symbolic_link(cli, tiny, data, tmp_path):
+    disk = tmp_path / "big" / "disk" / "deep"
+    disk.mkdir(parents=True)
+    Path("runs").symlink_to(disk)
+    for args in (["prepare", data, "--model", tiny], ["train", *QUICK], ["prepare"], ["merge"]):
+        result = cli(*args)
+        assert result.code == 0, result.err
+
+
+def test_status_notices_a_changed_base_model(cli, tiny, data, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    for args in (["prepare", data, "--model", base], ["train", *QUICK]):
+        assert cli(*args).code == 0
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+    with open(base / "chat_template.jinja", "w") as f:
+        f.write((Path(__file__).parent.parent / "gemma_tune" / "templates" / "gemma.jinja").read_text())
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "stale: the base model changed"
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_ours(trained):
+    done = subprocess.run(["bash", "-c", f"printf 'a\\nb\\nc\\n' | {sys.executable} -m gemma_tune chat --run {trained} "
+                                         "-n 200 -q | head -c 1"], capture_output=True, text=True, timeout=120)
+    assert "unexpected" not in done.stderr and "Traceback" not in done.stderr

@@ -328,3 +328,137 @@ def test_live_progress_on_a_terminal(prepared):
     child.expect(r"training.*\d+/18.*loss \d\.\d+.*tok/s")
     child.expect("train: done")
     child.expect(pexpect.EOF)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """As if Ctrl-C came during this step."""
+    from gemma_tune.trainer import StopRequest
+
+    plain = StopRequest.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.requested = self.requested or state.global_step == step
+        return plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopRequest, "on_step_end", on_step_end)
+
+
+def test_a_training_that_was_killed_after_its_last_step_is_finished_without_another(cli, prepared, monkeypatch):
+    """Mid-epoch, where the trainer by itself would go on to the end of the epoch."""
+    from gemma_tune import train
+
+    flags = ("--max-steps", 4, "--schedule", "constant", "--dtype", "fp32", "--rank", 4)
+    assert cli("train", *flags).code == 0
+    expected = adapter_bytes(prepared)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_save_adapter", killed)
+        assert cli("train", *flags, "--force").code == 130
+    result = cli("train", *flags, "--json")
+    assert result.code == 0, result.err
+    assert result.json["status"] == "done"
+    assert result.json["summary"]["steps"] == 4 == result.json["summary"]["resumed_from_step"]
+    assert result.json["summary"]["tokens"] > 0
+    assert adapter_bytes(prepared) == expected
+
+
+def test_an_interrupted_repetition_with_the_same_settings_is_finished(cli, prepared, monkeypatch):
+    assert cli("train", *LONG).code == 0
+    expected, whole = adapter_bytes(prepared), json.loads((prepared / "manifest.json").read_text())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        again = cli("train", *LONG, "--force")
+    assert again.code == 130
+    assert "--force" not in again.err.split("Hint:")[1]
+    assert cli("status", "--json").json["stages"]["train"]["state"].startswith("interrupted")
+    result = cli("train", *LONG, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["status"], result.json["summary"]["resumed_from_step"]) == ("done", 5)
+    assert adapter_bytes(prepared) == expected
+    # The figures are those of the whole training, not of the part after the interruption.
+    before, after = whole["stages"]["train"]["summary"], result.json["summary"]
+    for name in ("tokens", "steps", "eval_loss_before", "eval_loss_after", "train_loss_first", "train_loss_last"):
+        assert after[name] == before[name], name
+    assert cli("train", *LONG, "--json").json["status"] == "up-to-date"
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+
+
+def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypatch):
+    from gemma_tune import models
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ("--epochs", 2, "--rank", 4)
+    monkeypatch.setattr(models, "bf16_speed", lambda: 2.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *flags).code == 130
+    monkeypatch.setattr(models, "bf16_speed", lambda: 0.5)
+    refused = cli("train", *flags, "--dtype", "fp32")
+    assert refused.code == 2 and "computed in bf16" in refused.err
+    result = cli("train", *flags, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["summary"]["dtype"], result.json["summary"]["resumed_from_step"]) == ("bf16", 2)
+
+
+def test_the_adapter_directory_is_the_same_in_another_process(trained, tmp_path):
+    before = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["outputs"]["adapter"]["sha256"]
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-m", "gemma_tune", "train", *map(str, QUICK), "--force", "--run", trained],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "gemm_4bit" not in done.stderr, "remarks of libraries at their import"
+        after = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["outputs"]["adapter"]["sha256"]
+        assert after == before
+
+
+def test_a_head_that_the_loss_does_not_know_is_refused(cli, prepared, monkeypatch):
+    from gemma_tune.trainer import GemmaTrainer
+
+    plain = GemmaTrainer._summed_loss
+    monkeypatch.setattr(GemmaTrainer, "_summed_loss", lambda self, inputs: (
+        plain(self, inputs)[0] * 1.3, plain(self, inputs)[1]))
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "computes its logits in a way that gemma-tune does not know" in result.err
+    assert not (prepared / "tiny-gemma_lora_adapter").exists()
+
+
+def test_generation_settings_that_transformers_refuses_to_save_do_not_lose_the_adapter(cli, tiny, data, tmp_path):
+    base = tmp_path / "odd"
+    shutil.copytree(tiny, base)
+    (base / "generation_config.json").write_text(json.dumps(
+        {"temperature": 0.7, "top_p": 0.9, "eos_token_id": [1, 7], "pad_token_id": 0}))
+    assert cli("prepare", data, "--model", base).code == 0
+    result = cli("train", *QUICK)
+    assert result.code == 0, result.err
+    saved = json.loads(Path("runs/odd/odd_lora_adapter/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 5, 7], "the base's other end tokens stay, the turn's end is added"
+    assert saved["top_p"] == 0.9
+    assert cli("merge").code == 0
+
+
+def test_the_hint_after_a_bad_gradient_works(cli, trained, monkeypatch):
+    from gemma_tune.trainer import GemmaTrainer
+
+    plain = GemmaTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "compute_loss", lambda self, *a, **k: plain(self, *a, **k) * float(
+            "nan" if self.state.global_step == 2 else 1))
+        failed = cli("train", *LONG, "--learning-rate", 1, "--force")
+    assert failed.code == 1 and "--force and a lower --learning-rate" in failed.err
+    assert cli("train", *QUICK, "--force").code == 0
+
+
+def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch):
+    from transformers import Gemma3ForCausalLM
+
+    def full(self, *args, **kwargs):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)")
+
+    monkeypatch.setattr(Gemma3ForCausalLM, "to", full)
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "out of memory" in result.err and "--activation-checkpointing" in result.err
