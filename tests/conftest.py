@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C, and the
+# programs that they start, need it as it is in the foreground.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
