@@ -63,7 +63,12 @@ def rotate(folder: Path) -> None:
 def whole(folder: Path) -> list[Path]:
     """Sealed checkpoints by step, oldest first; contents are not read."""
     found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file() and p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, from its name ``checkpoint-<step>``."""
+    return int(checkpoint.name.split("-")[-1])
 
 
 def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any]) -> Path | None:

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from gemma_tune import console
 from gemma_tune.config import CONFIGS, DEFAULT_MODEL, load_yaml, resolve
-from gemma_tune.errors import DONE, INTERRUPTED, Interrupted, UserError, WorkFailed
+from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.run_dir import RUNS, RunDir, find_run, read_manifest
 
 if TYPE_CHECKING:
@@ -139,6 +139,3 @@ def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *
 def stdin_is_terminal() -> bool:
     """Whether a person can be asked."""
     return sys.stdin is not None and sys.stdin.isatty()
-
-
-__all__ = ["DONE", "INTERRUPTED", "Command", "as_json", "finish", "open_session", "run_one", "stdin_is_terminal"]

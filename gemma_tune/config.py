@@ -102,6 +102,11 @@ class TrainConfig(StageConfig):
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
+    @property
+    def effective_batch(self) -> int:
+        """Conversations per optimiser step of one process."""
+        return self.batch_size * self.accumulation
+
 
 @dataclass(frozen=True)
 class SamplingConfig:

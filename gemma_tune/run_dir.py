@@ -108,6 +108,11 @@ class Manifest:
     def model_name(self) -> str:
         return self.model["name"]
 
+    @property
+    def finished_training(self) -> str | None:
+        """Id of the training that finished last, see ``checkpoints.Training``."""
+        return self.stages.get("train", {"summary": {}})["summary"].get("training_id")
+
     def save(self, run: RunDir) -> None:
         """Write the manifest atomically."""
         with os_errors(run.root):

@@ -60,8 +60,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
 
 def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
     """A training that was stopped after the last one that is recorded, and the command that finishes it."""
-    finished = manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
-    marker = unfinished(run.checkpoints, finished)
+    marker = unfinished(run.checkpoints, manifest.finished_training)
     if marker is None:
         return None, None
     return (State("interrupted", f"{whole(run.checkpoints)[-1].name} is saved"),

@@ -17,9 +17,11 @@ from gemma_tune.checkpoints import (
     command_to_finish,
     find_resumable,
     read_marker,
+    step_of,
     training_key,
     unfinished,
 )
+from gemma_tune.config import TrainConfig
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory
 from gemma_tune.models import (
@@ -48,8 +50,8 @@ def train(session: Session) -> StageReport:
         WorkFailed: loss or gradient not finite.
         Interrupted: stopped by the user; the next call resumes.
     """
-    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
-    return run_stage(session, "train", _train, unfinished=unfinished(session.run.checkpoints, finished) is not None)
+    waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
+    return run_stage(session, "train", _train, unfinished=waiting is not None)
 
 
 def _train(session: Session) -> Finished:
@@ -67,8 +69,8 @@ def _train(session: Session) -> Finished:
     model = load_model(session.model.path, placement, four_bit=config.qlora)
     steps = _steps(len(train_rows), config)
     listener.note(f"{len(train_rows)} conversations x {config.epochs:g} epochs in batches of "
-                  f"{config.batch_size * config.accumulation}: {steps} steps")
-    log = MetricsLog(run.metrics, listener, int(checkpoint.name.split("-")[-1]) if checkpoint else 0)
+                  f"{config.effective_batch}: {steps} steps")
+    log = MetricsLog(run.metrics, listener, step_of(checkpoint) if checkpoint else 0)
     stop = StopRequest(listener)
     trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, (log, stop), training)
     log.trainer = trainer
@@ -77,7 +79,7 @@ def _train(session: Session) -> Finished:
     _save_adapter(session, trainer.model, chat)
     _plot(log.records, run.plot)
     summary |= {"training_id": training.id, "device": placement.device, "dtype": placement.short,
-                "effective_batch": config.batch_size * config.accumulation,
+                "effective_batch": config.effective_batch,
                 "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
     return Finished({"adapter": run.adapter}, summary)
 
@@ -102,7 +104,7 @@ def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> t
 
 
 def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
-    finished = session.manifest.stages.get("train", {"summary": {}})["summary"].get("training_id")
+    finished = session.manifest.finished_training
     checkpoints = session.run.checkpoints
     checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict())
     if checkpoint is None:
@@ -112,10 +114,12 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     return checkpoint
 
 
+def _steps_per_epoch(rows: int, config: TrainConfig) -> int:
+    return -(-rows // config.effective_batch)  # rounded up: the last batch may be smaller
+
+
 def _steps(rows: int, config: Any) -> int:
-    batch = config.batch_size * config.accumulation
-    per_epoch = -(-rows // batch)
-    steps = max(1, round(per_epoch * config.epochs))
+    steps = max(1, round(_steps_per_epoch(rows, config) * config.epochs))
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -192,7 +196,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluate
     from trl import SFTConfig
 
     config = session.config
-    per_epoch = -(-rows // (config.batch_size * config.accumulation))
+    per_epoch = _steps_per_epoch(rows, config)
     return SFTConfig(
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,

@@ -133,12 +133,16 @@ def test_pickled_weights_are_not_loaded(cli, tiny, data, tmp_path):
     assert "has no *.safetensors weights" in result.err and "can run code" in result.err
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_path):
-    folder = tmp_path / "short"
-    shutil.copytree(tiny, folder)
+def copy_with(model: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a checkpoint with ``changes`` in its config.json."""
+    shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_path):
+    folder = copy_with(tiny, tmp_path / "short", num_hidden_layers=3, layer_types=["sliding_attention"] * 3)
     assert cli("prepare", data, "--model", folder).code == 0
     result = cli("train", *QUICK)
     assert result.code == 2
@@ -146,10 +150,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_pat
 
 
 def test_a_model_without_a_template_of_an_unknown_family_is_refused(cli, tiny, data, tmp_path):
-    folder = tmp_path / "other"
-    shutil.copytree(tiny, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = copy_with(tiny, tmp_path / "other", model_type="llama")
     result = cli("prepare", data, "--model", folder)
     assert result.code == 2
     assert "has no chat template" in result.err and "-it or" in result.err
