@@ -34,8 +34,12 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command(cls=Command)
 def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, valid: o.Valid = None, max_length: o.MaxLength = None, seed: o.SplitSeed = None,
-            on_bad_row: o.OnBadRow = None, max_rejected: o.MaxRejected = None, force: o.Force = False,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, take: o.Take = None,
+            train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
+            max_length: o.MaxLength = None, on_long: o.OnLong = None, seed: o.SplitSeed = None,
+            duplicates: o.Duplicates = None, near_duplicates: o.NearDuplicates = None,
+            near_threshold: o.NearThreshold = None, allow: o.Allow = None, on_bad_row: o.OnBadRow = None,
+            max_rejected: o.MaxRejected = None, preview: o.Preview = 0, force: o.Force = False,
             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Check your conversations and split them into training and validation.
 

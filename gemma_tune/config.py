@@ -24,6 +24,9 @@ from gemma_tune.errors import UserError
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
+FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
+COLUMN_ROLES = ("user", "assistant", "system")
+ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
 QUANTS = ("f16", "bf16", "q8_0", "q4_0")
 
 
@@ -48,9 +51,14 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
+        problems += [] if problems else self._more_problems()
         if problems:
             raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
                             f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
+
+    def _more_problems(self) -> list[str]:
+        """What is wrong between settings, or in a way that a limit cannot say."""
+        return []
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML."""
@@ -62,16 +70,58 @@ class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
 
     section: ClassVar[str] = "prepare"
-    data: tuple[str, ...] = option((), "Files to learn from: JSONL or JSON, with `messages` or Alpaca's columns. "
-                                       "Without any, those that the run was prepared from before, else the built-in "
-                                       "financial analysis example.")
-    valid: float = option(0.1, "Share of the conversations kept aside for validation.", least=0.0, most=0.9)
-    max_length: int = option(2048, "Longest conversation in tokens; a longer one is rejected with its length, "
-                                   "never cut.", least=16)
+    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, also .gz and "
+                                       ".zst), directories, globs, `-` for standard input, or "
+                                       "hf:org/name[/config][:split][@revision]. Without any, what the run was "
+                                       "prepared from before, else the built-in financial analysis example.")
+    format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
+    columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
+                                          "user=question,assistant=answer,system=context.", auto="none")
+    take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
+                              choices=("chosen",), auto="refuse them")
+    train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
+                           choices=("all", "last"))
+    thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
+                                   "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "
+                                   "keeps the choice.", choices=("auto", "on", "off"))
+    valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
+                                least=0.0)
+    max_length: int = option(2048, "Longest sequence in tokens.", least=16)
+    on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
+                                  "divides it between turns, `truncate` cuts it (and the last answer may lose its "
+                                  "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
     seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED)
+    duplicates: str = option("drop", "What happens to a conversation that was there before; what is dropped is listed "
+                                     "in data/duplicates.jsonl.", choices=("drop", "keep"))
+    near_duplicates: bool = option(False, "Also drop conversations that are nearly the same as an earlier one.")
+    near_threshold: float = option(0.85, "From which similarity on (Jaccard, of word triples) conversations are "
+                                         "nearly the same.", least=0.5, most=1.0)
+    allow: tuple[str, ...] = option((), "Findings that do not reject a row: placeholder, control_character, "
+                                        "foreign_marker.", auto="none")
     on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
                              choices=("reject", "fail"))
     max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
+        return dict(part.split("=", 1) for part in self.columns)
+
+    def _more_problems(self) -> list[str]:
+        problems = [f"columns: {_shown(part)} is not of the form ROLE=COLUMN with the roles {', '.join(COLUMN_ROLES)}"
+                    for part in self.columns if part.partition("=")[0] not in COLUMN_ROLES or not part.partition("=")[2]]
+        roles = {part.partition("=")[0] for part in self.columns}
+        if self.columns and not problems and not {"user", "assistant"} <= roles:
+            problems.append("columns: both `user=…` and `assistant=…` are needed")
+        if self.format == "columns" and not self.columns:
+            problems.append("format: `columns` needs --columns user=…,assistant=…")
+        if self.columns and self.format not in (None, "columns"):
+            problems.append(f"columns: they exclude --format {self.format}")
+        problems += [f"allow: {_shown(code)} is not one of {', '.join(ALLOWABLE)}{_near(code, ALLOWABLE)}"
+                     for code in self.allow if code not in ALLOWABLE]
+        if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
+            problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a file")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -326,6 +376,8 @@ def _problem(f: dataclasses.Field, value: Any) -> str | None:
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     if choices and value not in choices:
         return f"{f.name}: {_shown(value)} is not one of {', '.join(choices)}{_near(str(value), choices)}"
+    if isinstance(value, str):  # a setting that takes text as well as a number
+        return None
     if least is not None and value < least:
         return f"{f.name}: {_shown(value)} is below the least possible {_limit(least)}"
     if most is not None and value > most:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 from gemma_tune import config as c
 
@@ -26,7 +27,7 @@ def _help(field: dataclasses.Field) -> str:
         default = "on" if field.default else "off"
     elif default is None and field.default not in (None, ()):
         default = f"{field.default:g}" if isinstance(field.default, float) else field.default
-    return text if default is None else f"{text} (default: {default})"
+    return escape(text if default is None else f"{text} (default: {default})")
 
 
 # Shared by the commands
@@ -49,10 +50,23 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Data = Annotated[Optional[list[str]], typer.Argument(
     metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
     show_default=False)]
-Valid = Annotated[Optional[float], _of(c.PrepareConfig, "valid")]
+Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
+Columns = Annotated[Optional[str], _of(c.PrepareConfig, "columns")]
+Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
+TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
+Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
+Valid = Annotated[Optional[str], _of(c.PrepareConfig, "valid")]
 MaxLength = Annotated[Optional[int], _of(c.PrepareConfig, "max_length")]
+OnLong = Annotated[Optional[str], _of(c.PrepareConfig, "on_long")]
+Duplicates = Annotated[Optional[str], _of(c.PrepareConfig, "duplicates")]
+NearDuplicates = Annotated[Optional[bool], _of(c.PrepareConfig, "near_duplicates",
+                                               "--near-duplicates/--no-near-duplicates")]
+NearThreshold = Annotated[Optional[float], _of(c.PrepareConfig, "near_threshold")]
+Allow = Annotated[Optional[str], _of(c.PrepareConfig, "allow")]
 OnBadRow = Annotated[Optional[str], _of(c.PrepareConfig, "on_bad_row")]
 MaxRejected = Annotated[Optional[float], _of(c.PrepareConfig, "max_rejected")]
+Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_default=False,
+                                      help="Show N prepared rows with what is learned and what is not.")]
 SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
 
 Rank = Annotated[Optional[int], _of(c.TrainConfig, "rank")]
