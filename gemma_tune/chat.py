@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.chat_format import ChatFormat
+from gemma_tune.chat_save import Saves
 from gemma_tune.errors import UserError
 from gemma_tune.generation import Answer, Stream, sampling_arguments
 from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
@@ -25,7 +26,8 @@ class Conversation:
     max_new_tokens: int
     arguments: dict[str, Any]
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    saves: Saves | None = None
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
     def ask(self, text: str) -> Stream:
         """Start the answer to ``text``; call :meth:`keep` with the result to make both part of the conversation."""
@@ -33,18 +35,52 @@ class Conversation:
                       self.max_new_tokens, self.arguments)
 
     def keep(self, text: str, answer: Answer) -> None:
-        """Remember a question and its answer."""
+        """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
         if answer.text:
-            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}
+                           | ({} if answer.ended else {"train": False})]
+
+    def correct(self, text: str) -> None:
+        """Put ``text`` in the place of the last answer.
+
+        Raises:
+            UserError: there is no answer yet, or no text.
+        """
+        if not self.turns:
+            raise UserError("there is no answer to correct yet", "ask something first")
+        if not text.strip():
+            raise UserError("the right answer has no text", "/fix TEXT, or /fix alone for several lines")
+        self.turns[-1] = {"role": "assistant", "content": text.strip()}
+
+    def save(self, name: str = "") -> tuple[Path, bool]:
+        """Save the conversation so far, see :meth:`gemma_tune.chat_save.Saves.save`.
+
+        Raises:
+            UserError: nothing to learn from yet, or a file that cannot be written.
+        """
+        assert self.saves is not None
+        if not self.turns:
+            raise UserError("there is no answer to save yet", "ask something first")
+        if self.cut == len(self.turns) // 2:
+            raise UserError("every answer was cut off, so there is nothing to learn from",
+                            "/fix TEXT gives the last one its right text")
+        return self.saves.save(self.messages, name)
+
+    @property
+    def cut(self) -> int:
+        """Number of answers that did not end by themselves."""
+        return sum(turn.get("train") is False for turn in self.turns)
 
     def reset(self, system: str | None = None) -> None:
         """Forget the turns; ``system`` replaces the system prompt when it is given (empty text removes it)."""
         self.turns.clear()
+        if self.saves:
+            self.saves.forget()
         if system is not None:
             self.system = system or None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """System prompt and turns so far."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
@@ -68,7 +104,8 @@ def open_conversation(session: Session) -> Conversation:
 
         torch.manual_seed(config.seed)
     chosen = {k: v for k, v in asdict(config).items() if k in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    return Conversation(model, chat, which, config.max_new_tokens, sampling_arguments(model, chosen), config.system)
+    return Conversation(model, chat, which, config.max_new_tokens, sampling_arguments(model, chosen), config.system,
+                        Saves(session.run, session.settings_of("prepare")))
 
 
 def _choose(session: Session) -> tuple[Path, Path | None, str]:

@@ -4,36 +4,33 @@ What is trained is defined by the template itself: the prompt up to an assistant
 that includes the turn, and the difference, up to and including the turn's terminator, is what the model learns to
 write. So the ids in training are those that the model sees when it is asked, and every answer is learned with its
 end (a Gemma whose mask leaves `<end_of_turn>` out never stops).
+
+Where a template writes earlier turns differently once later ones are there (Qwen 3 and Gemma 4 drop their reasoning),
+a conversation becomes several sequences, each with the prompt that the model will be shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gemma_tune.errors import UserError
-from gemma_tune.loss import IGNORE_INDEX
+from gemma_tune.labels import Draft, Encoded, FormatError, Labeller
+from gemma_tune.left_out import (
+    CALL,
+    QUESTION,
+    TOOLS,
+    Messages,
+    Tools,
+    kinds_in,
+    left_out_kinds,
+    refuse_ignored,
+    refuse_lost_answer,
+    refuse_lost_question,
+)
 from gemma_tune.templates import family_template
-
-Messages = Sequence[dict[str, str]]
-
-
-class FormatError(Exception):
-    """This conversation cannot be rendered or labelled faithfully; the text says why. The row is rejected."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One conversation: ``ids`` and ``labels`` of equal length; a label is the id, or -100 where nothing is learned."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @property
-    def trained(self) -> int:
-        """Number of tokens that are learned."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+from gemma_tune.thinking import NO_REASONING, answer_after, opened_thought, with_thinking
 
 
 class ChatFormat:
@@ -43,13 +40,18 @@ class ChatFormat:
         tokenizer: a fast transformers tokenizer; its ``chat_template`` is set when it has none.
         model_type: ``model_type`` of the model's config.json, which names the family.
         other_stop_ids: ids that end an answer by the model's generation settings (Llama 3 has three).
+        thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is.
 
     Raises:
-        UserError: no template known, or one that does not end an assistant's turn.
+        UserError: no template known, one that does not end an assistant's turn, one without a switch for thinking
+            where it is to be on, or a tokenizer of the slow kind.
     """
 
-    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = ()):
-        self.tokenizer, self.other_stop_ids = tokenizer, tuple(other_stop_ids)
+    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto"):
+        self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
+                            "convert it with transformers, or use another model")
         self.template_origin = "the model's own"
         if not tokenizer.chat_template:
             tokenizer.chat_template = family_template(model_type)
@@ -59,106 +61,154 @@ class ChatFormat:
                             "use an instruction-tuned version of it (often named …-it or …-Instruct)")
         if not isinstance(tokenizer.chat_template, str):
             tokenizer.chat_template = tokenizer.get_chat_template()
+        tokenizer.chat_template = with_thinking(tokenizer.chat_template, thinking)
         self.template: str = tokenizer.chat_template
-        self._markers: list[str] | None = None
+        self._labeller = Labeller(tokenizer)
+        self._variables = {**tokenizer.special_tokens_map, "documents": None}
+        self._compiled = _compiled(self.template)
         self.folds_system = False
         self.folds_system = not self._shows_system()
         self.terminator_id = self._find_terminator()
+        self.calls_end_id = self._find_calls_end()
 
-    @property
+    @cached_property
     def terminator(self) -> str:
         """The token that ends an assistant's turn, such as ``<end_of_turn>``."""
         return self.tokenizer.convert_ids_to_tokens(self.terminator_id)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids that end an answer: the turn's terminator, the end of text, and what else ends the base's."""
-        eos = self.tokenizer.eos_token_id
-        return sorted({self.terminator_id, *self.other_stop_ids, *([] if eos is None else [eos])})
+        """Token ids that end an answer: the terminators, the end of text, and what else ends the base's."""
+        ids = {self.terminator_id, self.calls_end_id, self.tokenizer.eos_token_id, *self.other_stop_ids}
+        return sorted(ids - {None})
 
-    @property
+    @cached_property
     def markers(self) -> list[str]:
-        """Special tokens that the template writes, longest first; none of them belongs in a turn's text."""
-        if self._markers is None:
-            special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special and str(t).strip()}
-            ends = {self.terminator, self.tokenizer.bos_token, self.tokenizer.eos_token}
-            used = {t for t in special if t in self.template} | {t for t in ends if t}
-            self._markers = sorted(used, key=lambda t: (-len(t), t))
-        return self._markers
+        """The tokenizer's special tokens, longest first; none of them belongs in a turn's text."""
+        special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        special |= {self.terminator, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+        return sorted((t for t in special if t.strip()), key=lambda t: (-len(t), t))
 
-    def render(self, messages: Messages, *, prompt: bool = False) -> str:
+    def render(self, messages: Messages, *, prompt: bool = False, tools: Tools = None) -> str:
         """The conversation as text; with ``prompt`` it ends where the assistant is to begin.
 
         Raises:
             FormatError: if the template refuses the conversation.
         """
-        import jinja2
+        return self._render(self._for_template(messages), tools, prompt)
 
-        try:
-            return self.tokenizer.apply_chat_template(self._folded(messages), tokenize=False,
-                                                      add_generation_prompt=prompt)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
-            raise FormatError(f"the chat template refuses it: {e}") from e
-
-    def prompt_ids(self, messages: Messages) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Ids of the prompt for the next answer, with exactly one BOS."""
-        return self._ids(self.render(messages, prompt=True))
+        return self._labeller.ids(self.render(messages, prompt=True, tools=tools))
 
-    def encode(self, messages: Messages) -> Encoded:
-        """Ids and labels of a conversation; every assistant turn is learned with its terminator.
+    def encode(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Encoded]:
+        """Sequences for training: each learned assistant turn, with its terminator, is in exactly one of them.
+
+        Args:
+            messages: turns; ``"train": False`` on an assistant's keeps it from being learned.
+            tools: schemas of the functions that the assistant may call.
+            train_on: ``all`` or ``last``, the assistant turns that are learned.
 
         Raises:
-            FormatError: when the template is not prefix-consistent on it, leaves out a part of an answer (some drop
-                reasoning), or a turn's end would not be learned.
+            FormatError: when a prompt is not what its answer is rendered after, the template leaves out a part of the
+                conversation, or a turn's end would not be learned.
         """
-        ids: list[int] = []
-        labels: list[int] = []
-        text = ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt, full = self.render(messages[:i], prompt=True), self.render(messages[:i + 1])
-            if not full.startswith(prompt) or not prompt.startswith(text):
-                raise FormatError(_prefix_problem(prompt, full) if not full.startswith(prompt)
-                                  else _prefix_problem(text, prompt))
-            prompt_ids = self._continue(ids, text, prompt)
-            full_ids = self._continue(prompt_ids, prompt, full)
-            _refuse_lost_text(message["content"], full[len(prompt):])
-            end = self._end_of_turn(full_ids, len(prompt_ids))
-            labels += [IGNORE_INDEX] * (len(prompt_ids) - len(ids))
-            labels += full_ids[len(prompt_ids):end] + [IGNORE_INDEX] * (len(full_ids) - end)
-            ids, text = full_ids, full
-        # White space after the last terminator is never predicted and never seen when the model answers.
-        end = max((n for n, label in enumerate(labels) if label != IGNORE_INDEX), default=-1) + 1
-        return Encoded(ids[:end], labels[:end])
+        [result] = self.encode_many([(messages, tools)], train_on=train_on)
+        if isinstance(result, FormatError):
+            raise result
+        return result
 
-    def _continue(self, ids: list[int], text: str, longer: str) -> list[int]:
-        """Ids of ``longer`` that start with ``ids``, the ids of its prefix ``text``.
+    def encode_many(self, items: Sequence[tuple[Messages, Tools]], *,
+                    train_on: str = "all") -> list[list[Encoded] | FormatError]:
+        """As :meth:`encode`, for many conversations (messages and tools) at once."""
+        drafts: list[list[Draft] | FormatError] = []
+        for messages, tools in items:
+            try:
+                drafts.append(self.drafts(messages, tools, train_on=train_on))
+            except FormatError as e:
+                drafts.append(e)
+        encoded = iter(self._labeller.encode([d for row in drafts if isinstance(row, list) for d in row]))
+        results: list[list[Encoded] | FormatError] = []
+        for row in drafts:
+            sequences = row if isinstance(row, FormatError) else [next(encoded) for _ in row]
+            failures = [s for s in sequences if isinstance(s, FormatError)] if isinstance(sequences, list) else []
+            results.append(failures[0] if failures else sequences)
+        return results
 
-        When the model answers, it has seen the prefix tokenised by itself. If a token of the whole text would reach
-        over that border, the rest is tokenised separately, as it happens then.
+    def encode_text(self, text: str) -> Encoded:
+        """A plain text for continued training: BOS if the tokenizer adds one, the text, EOS; BOS is not learned."""
+        [encoded] = self.encode_texts([text])
+        return encoded
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """As :meth:`encode_text`, for many texts at once."""
+        return self._labeller.encode_texts(texts)
+
+    def drafts(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Draft]:
+        """The texts of the sequences of :meth:`encode`, with the ranges that are learned.
+
+        Raises:
+            FormatError: as there.
         """
-        whole = self._ids(longer)
-        if whole[:len(ids)] == ids:
-            return whole
-        return ids + self.tokenizer(longer[len(text):], add_special_tokens=False).input_ids
+        turns = self._for_template(messages)
+        if kinds := kinds_in(turns, tools):
+            refuse_ignored(kinds & self._ignored)
+        folded = len(messages) - len(turns)
+        drafts: list[Draft] = []
+        text, learned, seen = "", [], 0
+        for i in _learned_turns(messages, train_on):
+            prompt, answer, mark = self._turn(turns[:i - folded + 1], tools)
+            if learned and not prompt.startswith(text):
+                drafts.append(Draft(text, tuple(learned)))
+                learned, seen = [], 0
+            refuse_lost_question(turns[seen:i - folded], None if learned else tools, prompt)
+            text, seen = prompt + answer, i - folded
+            learned.append((len(prompt), len(text), mark))
+        return [*drafts, Draft(text, tuple(learned))] if learned else []
 
-    def _ids(self, text: str) -> list[int]:
-        """Ids of a rendered text. The template writes the BOS, so the tokenizer must not add a second one."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _turn(self, turns: Messages, tools: Tools) -> tuple[str, str, str]:
+        """Prompt and answer of the last turn, up to its end, and the special token that ends it."""
+        turn = turns[-1]
+        if self.thinking == "off" and "reasoning_content" in turn:
+            raise FormatError(NO_REASONING)
+        prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
+        answer = answer_after(prompt, full)
+        marks = {self.terminator}
+        if "tool_calls" in turn and self.calls_end_id is not None:
+            marks.add(self.tokenizer.convert_ids_to_tokens(self.calls_end_id))
+        end, mark = max((answer.rfind(mark), mark) for mark in marks)
+        if end < 0:
+            raise FormatError(f"the answer would be learned without its end ({self.terminator})")
+        answer = answer[:end + len(mark)]
+        refuse_lost_answer(turn, opened_thought(prompt) + answer)
+        return prompt, answer, mark
 
-    def _end_of_turn(self, ids: list[int], start: int) -> int:
-        for n in range(len(ids) - 1, start - 1, -1):
-            if ids[n] == self.terminator_id:
-                return n + 1
-        raise FormatError(f"the answer would be learned without its end ({self.terminator})")
+    @cached_property
+    def _ignored(self) -> set[str]:
+        return left_out_kinds(lambda turns, tools, prompt: self._render(turns, tools, prompt))
 
-    def _folded(self, messages: Messages) -> list[dict[str, str]]:
-        """For templates without a place for a system message, put it before the first user turn, as Gemma 3's does."""
-        messages = list(messages)
-        if not (self.folds_system and len(messages) > 1 and messages[0]["role"] == "system"):
-            return messages
-        system, first, *rest = messages
+    def _render(self, turns: Messages, tools: Tools = None, prompt: bool = False) -> str:
+        """Render turns that :meth:`_for_template` has made; as ``apply_chat_template`` does, at a fifth of its time."""
+        from jinja2 import TemplateError
+
+        if not turns:
+            raise FormatError("the chat template refuses it: nothing stands before the assistant's turn")
+        try:
+            return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
+                                         **self._variables)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                RecursionError) as e:
+            raise FormatError(f"the chat template refuses it: {e}") from e
+
+    def _for_template(self, messages: Messages) -> list[dict[str, Any]]:
+        """The turns as templates expect them.
+
+        For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
+        """
+        turns = [_plain(message) for message in messages]
+        if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
+            return turns
+        system, first, *rest = turns
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     def _shows_system(self) -> bool:
@@ -175,27 +225,58 @@ class ChatFormat:
         try:
             prompt, full = self.render([question], prompt=True), self.render([question, answer])
         except FormatError as e:
-            raise UserError(f"the model's chat template cannot be used: {e}",
-                            "mend its chat_template.jinja, or use another model") from e
-        if not full.startswith(prompt):
-            raise UserError(_prefix_problem(prompt, full),
-                            "such a model cannot be trained faithfully; use one whose chat template has no such case")
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        tail = full[len(prompt):].partition("gemma")[2]
-        for token in self.tokenizer(tail, add_special_tokens=False).input_ids:
-            if token in special and self.tokenizer.decode([token]).strip():
-                return token
+            raise _unusable(e) from e
+        try:
+            tail = answer_after(prompt, full).partition("gemma")[2]
+        except FormatError as e:
+            raise UserError(str(e), "such a model cannot be trained faithfully; use one whose chat template has no "
+                                    "such case") from e
+        if special := self._special_ids(tail):
+            return special[0]
         raise UserError("the chat template does not end an assistant's turn with a special token, so a model trained "
                         "on it could never stop", "use a model whose template marks the end of a turn")
 
+    def _find_calls_end(self) -> int | None:
+        """The special token that ends a turn with tool calls, as far as the template has these.
 
-def _prefix_problem(shorter: str, longer: str) -> str:
-    n = next((n for n, (a, b) in enumerate(zip(shorter, longer)) if a != b), min(len(shorter), len(longer)))
-    return (f"the chat template is not prefix-consistent: it writes {shorter[n:n + 30]!r} at first, and "
-            f"{longer[n:n + 30]!r} in its place once the next turn is there (character {n})")
+        It is the terminator in most templates; Gemma 4 goes on with the results, and its calls end where they begin.
+        """
+        try:
+            prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
+            special = self._special_ids(answer_after(prompt, full))
+        except FormatError:
+            return None
+        return self.terminator_id if self.terminator_id in special else next(reversed(special), None)
+
+    def _special_ids(self, text: str) -> list[int]:
+        """The special tokens in a text, less those that stand for white space."""
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return [i for i in self._labeller.ids(text) if i in special and self.tokenizer.decode([i]).strip()]
 
 
-def _refuse_lost_text(answer: str, rendered: str) -> None:
-    """White space may change; words may not vanish."""
-    if "".join(answer.split()) not in "".join(rendered.split()):
-        raise FormatError("the chat template leaves out a part of the answer, such as its reasoning")
+def _compiled(template: str) -> Any:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        return _compile_jinja_template(template)
+    except TemplateError as e:
+        raise _unusable(e) from e
+
+
+def _unusable(error: Exception) -> UserError:
+    return UserError(f"the model's chat template cannot be used: {error}",
+                     "mend its chat_template.jinja, or use another model")
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn with what concerns templates only; reasoning has two names there."""
+    turn = {key: value for key, value in message.items() if value not in (None, []) and key != "train"}
+    return {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+
+
+def _learned_turns(messages: Messages, train_on: str) -> list[int]:
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    return [n for n in turns if messages[n].get("train") is not False]

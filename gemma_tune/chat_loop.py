@@ -11,6 +11,8 @@ from gemma_tune.chat import Conversation, answers
 from gemma_tune.errors import UserError
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
+        "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
+        "/save [FILE]  keep the conversation as training data\n"
         "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
 
 
@@ -50,14 +52,51 @@ def _command(conversation: Conversation, line: str) -> bool:
         return False
     if name == "/reset":
         conversation.reset()
-        console.err.print("(the conversation starts anew)", style="dim")
+        _say("(the conversation starts anew)")
     elif name == "/system":
         conversation.reset(rest.strip())
-        console.err.print(f"(system prompt: {conversation.system or 'none'})", markup=False, style="dim")
+        _say(f"(system prompt: {conversation.system or 'none'})")
+    elif name in ("/fix", "/save"):
+        try:
+            (_fix if name == "/fix" else _save)(conversation, rest.strip())
+        except UserError as e:
+            console.error(e)
     else:
         unknown = "" if name in ("/help", "/?") else f"(there is no {name})\n"
-        console.err.print(unknown + HELP, markup=False, style="dim")
+        _say(unknown + HELP)
     return True
+
+
+def _say(text: str) -> None:
+    console.err.print(text, markup=False, style="dim")
+
+
+def _fix(conversation: Conversation, text: str) -> None:
+    if conversation.turns and not text:
+        _say("(the right answer; a line with a dot alone ends it, Ctrl-C leaves the answer as it is)")
+        try:
+            text = _several_lines()
+        except KeyboardInterrupt:
+            _say("\n(the answer stays as it is)")
+            return
+    conversation.correct(text)
+    _say("(the answer is replaced)")
+
+
+def _several_lines() -> str:
+    lines = []
+    with contextlib.suppress(EOFError):
+        while (line := _read_line()) != ".":
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _save(conversation: Conversation, name: str) -> None:
+    path, changed = conversation.save(name)
+    _say(f"({'saved in' if changed else 'already in'} {path})")
+    if conversation.cut:
+        _say(f"({conversation.cut} answer(s) were cut off and are not learned; /fix TEXT mends the last one)")
+    console.what_next([conversation.saves.command_to_prepare(path)])
 
 
 def _exchange(conversation: Conversation, line: str) -> None:

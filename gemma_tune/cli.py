@@ -8,7 +8,7 @@ import typer
 
 from gemma_tune import __version__, console
 from gemma_tune import options as o
-from gemma_tune.cli_session import Command, as_json, finish, open_session, run_one, stdin_is_terminal
+from gemma_tune.cli_session import Command, as_json, finish, open_session, prepare_first, run_one, stdin_is_terminal
 from gemma_tune.errors import UserError
 from gemma_tune.run_dir import command
 
@@ -50,13 +50,13 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     """
     from gemma_tune.prepare import prepare as stage
 
-    report = run_one(ctx, "prepare", stage, starts=True)
+    report = run_one(ctx, "prepare", lambda session: stage(session, preview), starts=True)
     finish(ctx, report, (command("train", report.run),))
 
 
 @app.command(cls=Command)
-def train(ctx: typer.Context, model: o.Model = None, revision: o.Revision = None, run: o.Run = None,
-          rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
+def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
+          run: o.Run = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
           target_modules: o.TargetModules = None, learning_rate: o.LearningRate = None,
           batch_size: o.BatchSize = None, accumulation: o.Accumulation = None, epochs: o.Epochs = None,
           max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
@@ -66,15 +66,17 @@ def train(ctx: typer.Context, model: o.Model = None, revision: o.Revision = None
           json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
-    Reads what `prepare` wrote. Only the assistant's turns are learned, each with its end. Writes the adapter in
-    standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the same command goes on.
+    Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
+    end. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the
+    same command goes on.
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """
     from gemma_tune.train import train as stage
 
+    prepared = prepare_first(ctx) if data else {}
     report = run_one(ctx, "train", stage)
-    finish(ctx, report, (command("chat", report.run), command("merge", report.run)))
+    finish(ctx, report, (command("chat", report.run), command("merge", report.run)), **prepared)
 
 
 @app.command(cls=Command)
@@ -85,8 +87,9 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Talk to the tuned model, or with --base to the untuned one.
 
-    Reads the base model and the adapter. On a terminal it is a conversation (/reset, /system, /exit); with --prompt it
-    answers once; otherwise every line of standard input gets its own answer on standard output.
+    Reads the base model and the adapter. On a terminal it is a conversation, in which /fix corrects an answer and /save
+    keeps the conversation as training data; with --prompt it answers once; otherwise every line of standard input gets
+    its own answer on standard output.
 
     Example: gemma-tune chat --prompt "Revenue rose 20 %, cash flow fell. What might that mean?"
     """

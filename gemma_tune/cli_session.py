@@ -50,11 +50,13 @@ class Command(TyperCommand):
         raise typer.Exit(problem.exit_code)
 
 
-def open_session(ctx: typer.Context, section: str, *, starts: bool = False) -> Session:
+def open_session(ctx: typer.Context, section: str, *, starts: bool = False,
+                 flags: Mapping[str, Any] | None = None) -> Session:
     """Find the run, its model and the stage's settings.
 
     Args:
         starts: whether the stage may begin a new run.
+        flags: the stage's settings on the command line; by default every option of the command that has its name.
 
     Raises:
         UserError: no such run, another model's run, settings that cannot be used.
@@ -63,17 +65,18 @@ def open_session(ctx: typer.Context, section: str, *, starts: bool = False) -> S
     from gemma_tune.stage import Session
 
     params = ctx.params
+    flags = params if flags is None else flags
     listener = console.ConsoleListener(params["quiet"])
     content = load_yaml(params["config"]) if params.get("config") else {}
     # Settings are checked before a model is looked for, which can mean a download.
-    resolve(CONFIGS[section], params, content.get(section))
+    resolve(CONFIGS[section], flags, content.get(section))
     wanted = params.get("model") or content.get("model")
     root = _run_directory(params.get("run") or content.get("run"), wanted, starts)
     listener.note(f"run: {root}")
     model, manifest = _model_and_manifest(root, wanted, params.get("revision") or content.get("revision"), starts,
                                           listener)
     family, reasons = family_defaults(model.config["model_type"], section)
-    resolved = resolve(CONFIGS[section], params, content.get(section), family)
+    resolved = resolve(CONFIGS[section], flags, content.get(section), family)
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family":
             listener.note(reason)
@@ -127,13 +130,35 @@ def as_json(report: Any) -> dict[str, Any]:
             "artifacts": report.artifacts}
 
 
-def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *, starts: bool = False) -> Any:
+def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *, starts: bool = False,
+            flags: Mapping[str, Any] | None = None) -> Any:
     """Open the session, run the stage, and end its live display whatever happens."""
-    session = open_session(ctx, section, starts=starts)
+    session = open_session(ctx, section, starts=starts, flags=flags)
     try:
         return stage(session)
     finally:
         session.listener.close()
+
+
+def prepare_first(ctx: typer.Context) -> dict[str, Any]:
+    """``train DATA``: prepare the data, then let the command go on with the run that it belongs to.
+
+    Returns:
+        What the command's own JSON says of it.
+
+    Raises:
+        UserError: settings of either stage that cannot be used, and whatever ``prepare`` raises.
+    """
+    from gemma_tune.prepare import prepare
+
+    params = ctx.params
+    content = load_yaml(params["config"]) if params.get("config") else {}
+    resolve(CONFIGS["train"], params, content.get("train"))  # before the data is read, which can take long
+    # Options of the same name, such as --seed, are about the training.
+    report = run_one(ctx, "prepare", prepare, starts=True, flags={"data": params["data"]})
+    console.stage_result(report, params["quiet"])
+    params["run"] = str(report.run)
+    return {"prepare": as_json(report)}
 
 
 def stdin_is_terminal() -> bool:

@@ -19,11 +19,14 @@ from rich.text import Text
 
 from gemma_tune.errors import UserError
 from gemma_tune.listener import Listener
+from gemma_tune.prompts import headline
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # How figures of a stage are called, and the unit that they are shown in.
 LABELS = {
+    "duplicate_rows": "duplicates, left out", "near_duplicate_rows": "of them near-duplicates",
+    "sequences": "sequences",
     "rows": "rows", "train_rows": "for training", "valid_rows": "for validation", "rejected_rows": "rejected",
     "turns": "turns", "tokens": "tokens", "trained_tokens": "tokens that are learned", "shortest": "shortest (tokens)",
     "longest": "longest (tokens)", "p50": "half are at most (tokens)", "p90": "90 % are at most (tokens)",
@@ -78,6 +81,17 @@ class ConsoleListener(Listener):
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         if not self.quiet:
             err.print(figures_table(title, rows))
+
+    def data_report(self, report: Mapping[str, Any]) -> None:
+        if not self.quiet:
+            from gemma_tune.console_data import data_report  # which draws on this module's console
+
+            data_report(report)
+
+    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
+        from gemma_tune.console_data import preview
+
+        preview(rows)
 
     def progress(self, task: str, done: int, total: int) -> None:
         if self.quiet or total <= 0:
@@ -185,7 +199,8 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advic
     state = "up to date" if report.status == "up-to-date" else f"done in {_duration(report.seconds)}"
     err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
     if not quiet:
-        err.print(figures_table("", report.summary))
+        if (report.stage, report.status) != ("prepare", "done"):  # the report on the data has just been shown
+            err.print(figures_table("", report.summary))
         for path in report.artifacts.values():
             err.print(Text(f"  {path}"))
         what_next(next_steps, advice)
@@ -219,7 +234,7 @@ def comparison(answers: Sequence[Mapping[str, Any]], shown: int = 3) -> None:
         table.add_column("tuned", ratio=1, overflow="fold")
         table.add_row(*(Text(_shortened(item[which]) + ("" if item[f"{which}_ended"] else " …(cut off)"))
                         for which in ("base", "tuned")))
-        err.print(Panel(table, title=escape(item["prompt"][-1]["content"].splitlines()[0][:100]), title_align="left"))
+        err.print(Panel(table, title=escape(headline(item["prompt"])[:100]), title_align="left"))
 
 
 def _shortened(text: str, limit: int = 400) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.chat_format import ChatFormat, Messages
+from gemma_tune.chat_format import ChatFormat, FormatError, Messages, Tools
 from gemma_tune.errors import UserError
 
 _BROKEN = "\ufffd"  # what the bytes of half a character decode to
@@ -59,11 +59,43 @@ def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, context - prompt_tokens)
 
 
-def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to several prompts in one batch, padded on the left."""
+def prompt_ids(chat: ChatFormat, messages: Messages, tools: Tools = None) -> list[int]:
+    """Ids of a conversation up to where the answer begins.
+
+    Raises:
+        UserError: the chat template cannot render it.
+    """
+    try:
+        return chat.prompt_ids(messages, tools=tools)
+    except FormatError as e:
+        raise UserError(f"the model cannot be asked this: {e}",
+                        "change the conversation; in an interactive one, /reset starts a new one") from e
+
+
+def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], max_new_tokens: int,
+                   tools: Sequence[Tools] | None = None) -> list[Answer]:
+    """Greedy answers to several prompts in one batch.
+
+    Args:
+        tools: for each prompt the functions on offer; None if there are none at all.
+
+    Raises:
+        UserError: a prompt that cannot be rendered, or fills the model's context.
+    """
+    offered = tools or [None] * len(prompts)
+    encoded = [prompt_ids(chat, p, t) for p, t in zip(prompts, offered, strict=True)]
+    return greedy_continuations(model, chat, encoded, max_new_tokens)
+
+
+def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]],
+                         max_new_tokens: int) -> list[Answer]:
+    """What the model writes after token ids, greedily and in one batch, padded on the left.
+
+    Raises:
+        UserError: the longest fills the model's context.
+    """
     import torch
 
-    encoded = [chat.prompt_ids(p) for p in prompts]
     width = max(map(len, encoded))
     pad = chat.tokenizer.pad_token_id if chat.tokenizer.pad_token_id is not None else chat.stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
@@ -144,12 +176,15 @@ class Stream:
     """An answer that is read piece by piece while it is made, and can be stopped between two tokens.
 
     Iterate over it once for the pieces of text, then call :meth:`finish`.
+
+    Raises:
+        UserError: a conversation that cannot be rendered, or fills the model's context.
     """
 
     def __init__(self, model: Any, chat: ChatFormat, messages: Messages, max_new_tokens: int,
-                 arguments: Mapping[str, Any]):
+                 arguments: Mapping[str, Any], tools: Tools = None):
         self._model, self._chat, self._arguments = model, chat, dict(arguments)
-        self._ids = chat.prompt_ids(messages)
+        self._ids = prompt_ids(chat, messages, tools)
         self._limit = room_for_answer(model, len(self._ids), max_new_tokens)
         self._pieces = _Pieces(chat)
         self._stopped = threading.Event()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -20,6 +20,12 @@ class Listener:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """One record of the training log: step, total, loss, eval_loss, tokens_per_second, seconds_left, …"""
+
+    def data_report(self, report: Mapping[str, Any]) -> None:
+        """What ``prepare`` found out about the data, as in data/report.json."""
+
+    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
+        """Sequences as pieces of text, each with whether it is learned."""
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Figures to read as a table: name and value."""

@@ -8,18 +8,21 @@ in the shards of the base.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune import samples
+from gemma_tune.chat_format import ChatFormat, FormatError
 from gemma_tune.errors import UserError, WorkFailed
 from gemma_tune.files import replacing_directory
-from gemma_tune.generation import greedy_answers
+from gemma_tune.generation import greedy_continuations
 from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
+from gemma_tune.prompts import Prompt, read_prompts
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ _PREFIX = "base_model.model."
 # a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats.
 MAX_DIVERGENCE = 0.02
 LARGEST_FP32_CHECK = 3_000_000_000  # bytes of 16-bit weights up to which the check computes in fp32
+CHECK_TOKENS = 64  # longest answer of the check
+CHECK_ROWS = 100  # prepared rows of each side that are looked at for its prompt
 
 
 def merge(session: Session) -> StageReport:
@@ -209,20 +214,19 @@ def check(session: Session, merged: Path) -> dict[str, Any]:
     Raises:
         WorkFailed: mean divergence above ``MAX_DIVERGENCE`` nats.
     """
-    prompt = _prompt(session)
     chat = load_format(session.inputs["adapter"], session.model.config["model_type"])
     # In fp32 what is left to differ is the rounding of the merged weights; a large model would not fit twice as wide.
     small = sum(p.stat().st_size for p in weight_files(merged)) < LARGEST_FP32_CHECK
     placement = choose_placement("fp32" if small else "auto")
     tuned = add_adapter(load_model(session.model.path, placement), session.inputs["adapter"])
-    [expected] = greedy_answers(tuned, chat, [prompt], 64)
-    ids = chat.prompt_ids(prompt)
-    ids += chat.tokenizer(expected.text, add_special_tokens=False).input_ids
+    prompt = _prompt_ids(session, chat, tuned.config.get_text_config().max_position_embeddings - CHECK_TOKENS)
+    [expected] = greedy_continuations(tuned, chat, [prompt], CHECK_TOKENS)
+    ids = prompt + chat.tokenizer(expected.text, add_special_tokens=False).input_ids
     before = _log_probabilities(tuned, ids, expected.tokens)
     del tuned
     gc.collect()
     model = load_model(merged, placement)
-    [answer] = greedy_answers(model, chat, [prompt], 64)
+    [answer] = greedy_continuations(model, chat, [prompt], CHECK_TOKENS)
     after = _log_probabilities(model, ids, expected.tokens)
     divergence = (before.exp() * (before - after)).sum(-1).mean().item()
     likeliest = before.argmax(1, keepdim=True)
@@ -239,11 +243,20 @@ def check(session: Session, merged: Path) -> dict[str, Any]:
     return figures
 
 
-def _prompt(session: Session) -> list[dict[str, str]]:
-    for path in (session.run.valid_rows, session.run.train_rows):
-        if path.exists() and (text := path.read_text(encoding="utf-8")):
-            return json.loads(text.split("\n")[0])["messages"][:-1]
-    return samples.heldout_questions()[0]["messages"]
+def _prompt_ids(session: Session, chat: ChatFormat, room: int) -> list[int]:
+    """Ids of the first prompt of the run's data, held-out rows first, that leaves room for an answer."""
+    limit = min(room, session.settings_of("prepare").get("max_length", room))
+    for prompt in itertools.chain(_first_prompts(session.run.valid_rows), _first_prompts(session.run.train_rows)):
+        try:
+            if fitted := prompt.fitted(chat, limit):
+                return fitted.ids(chat)
+        except FormatError:  # the data was prepared again, for another template
+            continue
+    return Prompt(samples.heldout_questions()[0]["messages"]).ids(chat)
+
+
+def _first_prompts(path: Path) -> Iterator[Prompt]:
+    return itertools.islice(read_prompts(path), CHECK_ROWS) if path.exists() else iter(())
 
 
 def _log_probabilities(model: Any, ids: list[int], answer_tokens: int) -> torch.Tensor:

@@ -235,11 +235,15 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_format(checkpoint: Path, model_type: str) -> ChatFormat:
+def load_format(checkpoint: Path, model_type: str, thinking: str = "auto") -> ChatFormat:
     """The tokenizer of a checkpoint or adapter directory with its chat template.
 
+    Args:
+        thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is: an adapter's holds
+            what it was trained with.
+
     Raises:
-        UserError: no tokenizer there, or no chat template for it.
+        UserError: no tokenizer there, no chat template for it, or one that cannot switch thinking on.
     """
     from transformers import AutoTokenizer
 
@@ -249,7 +253,7 @@ def load_format(checkpoint: Path, model_type: str) -> ChatFormat:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
                         "copy the tokenizer files of the base model into it") from e
-    return ChatFormat(tokenizer, model_type, _stop_ids(checkpoint))
+    return ChatFormat(tokenizer, model_type, _stop_ids(checkpoint), thinking)
 
 
 def _stop_ids(checkpoint: Path) -> list[int]:

@@ -50,6 +50,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Data = Annotated[Optional[list[str]], typer.Argument(
     metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
     show_default=False)]
+TrainData = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[DATA]...", show_default=False,
+    help="Prepare this first, with the settings of --config; what it can be: see `gemma-tune prepare --help`. Without "
+         "any, what was prepared before is learned.")]
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
 Columns = Annotated[Optional[str], _of(c.PrepareConfig, "columns")]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]

@@ -10,11 +10,11 @@ import typer
 from gemma_tune import console
 from gemma_tune.cli_session import open_session
 from gemma_tune.config import CONFIGS, load_yaml, resolve
-from gemma_tune.evaluate import evaluate
+from gemma_tune.evaluate import evaluate, nothing_to_ask
 from gemma_tune.export import ExportReport, check_target, export
 from gemma_tune.merge import merge
 from gemma_tune.prepare import prepare
-from gemma_tune.stage import Session, StageReport
+from gemma_tune.stage import StageReport
 from gemma_tune.train import train
 
 _ORDER = {"prepare": prepare, "train": train, "eval": evaluate, "merge": merge, "export-ollama": export}
@@ -28,8 +28,8 @@ def run_pipeline(ctx: typer.Context) -> tuple[dict[str, StageReport], ExportRepo
     for number, (name, stage) in enumerate(_ORDER.items(), start=1):
         console.err.rule(f"[bold]{number}/{len(_ORDER)} {name}", align="left")
         session = open_session(ctx, name, starts=name == "prepare")
-        if name == "eval" and not _has_held_out_prompts(session):
-            session.listener.note("skipped: no validation rows to ask about")
+        if name == "eval" and (reason := nothing_to_ask(session)):
+            session.listener.note(f"skipped: {reason}")
             continue
         try:
             done = stage(session)
@@ -40,10 +40,6 @@ def run_pipeline(ctx: typer.Context) -> tuple[dict[str, StageReport], ExportRepo
         # Later stages work on the run that the first one found, also when it was not named.
         ctx.params["run"] = str(reports[name].run)
     return reports, done
-
-
-def _has_held_out_prompts(session: Session) -> bool:
-    return not session.settings_of("prepare").get("data") or session.run.valid_rows.stat().st_size > 0
 
 
 def _check_all_settings(params: Mapping[str, Any]) -> None:

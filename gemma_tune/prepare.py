@@ -1,232 +1,262 @@
-"""``prepare``: the user's rows become checked conversations, split into training and validation.
+"""``prepare``: the user's rows become checked conversations and their tokens, split into training and validation.
 
-Every input row ends up in exactly one of train.jsonl, valid.jsonl and rejected.jsonl; nothing is cut or dropped in
-silence. The three files are replaced together.
+Every input row ends up in exactly one of train.jsonl, valid.jsonl, rejected.jsonl and duplicates.jsonl; nothing is cut
+or dropped in silence. Two passes with constant memory: the first checks and encodes every row, in several processes
+where there is much to do; the second, which knows all rows, writes them. The files are replaced together.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_tune import samples
-from gemma_tune.chat_format import ChatFormat, Encoded, FormatError
-from gemma_tune.data.formats import RowError, conversation
-from gemma_tune.data.sources import Row, read_rows
+from gemma_tune.config import PrepareConfig
+from gemma_tune.data.near import NearIndex
+from gemma_tune.data.selection import Gathered, Selection, select
+from gemma_tune.data.sources import Source, find_sources, read_blocks
+from gemma_tune.data.spool import Spool
+from gemma_tune.data.tokens import encoding_key, open_tokens
+from gemma_tune.data_files import DataFiles, Findings
 from gemma_tune.errors import UserError
-from gemma_tune.files import json_bytes, replacing_directory
+from gemma_tune.files import replacing_directory
+from gemma_tune.judge import TOO_LONG, Judge, Judged, judged_blocks
+from gemma_tune.labels import IGNORE_INDEX
 from gemma_tune.models import load_format
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 SHOWN = 10  # problems printed; the rest is in rejected.jsonl
+NAMED = 20  # problems that a failure names
+_SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
 
 
-@dataclass(frozen=True)
-class Good:
-    """A usable row: its conversation and its encoding."""
+def prepare(session: Session, preview: int = 0) -> StageReport:
+    """Check, encode, split and write the data.
 
-    row: Row
-    messages: list[dict[str, str]]
-    encoded: Encoded
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A row that cannot be used, and why."""
-
-    row: Row
-    code: str
-    reason: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.row.file}:{self.row.line}: {self.reason}"
-
-    def record(self) -> dict[str, Any]:
-        """As it is kept in rejected.jsonl: nothing of the row is lost."""
-        return {"file": self.row.file, "line": self.row.line, "code": self.code, "reason": self.reason,
-                "fix": self.fix, "row": self.row.value}
-
-
-def prepare(session: Session) -> StageReport:
-    """Check, split and write the data.
+    Args:
+        preview: show so many of the prepared sequences to the listener, also if all was up to date.
 
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
-    names = session.config.data or _recorded_names(session)
-    files = source_files(names)
-    # The manifest keeps paths relative to the run, so that both can be moved together.
-    kept = tuple(session.run.relative(path) for path in files) if names else ()
-    session = replace(session, resolved=replace(session.resolved, config=replace(session.config, data=kept)))
-    return run_stage(session, "prepare", lambda s: _prepare(s, files),
-                     {f"data_{n}": path for n, path in enumerate(files)})
+    session = _as_before(session)
+    sources, held_out = _sources(session)
+    session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
+    inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
+    inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
+    recorded = session.manifest.stages.get("prepare")
+    if recorded and recorded["summary"].get("encoding") != encoding_key(session.model.fingerprint):
+        session.listener.note("`prepare` runs again: the tokens were made by other versions of the code or its libraries")
+        session = replace(session, force=True)
+    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
+    if preview:
+        _preview(session, preview)
+    return report
 
 
-def _recorded_names(session: Session) -> list[str]:
-    """The files that this run was prepared from; preparing again without naming any means the same ones."""
+# --- which data
+
+def _as_before(session: Session) -> Session:
+    """Preparing again without naming data means the same data in the same way, but for what is said now."""
+    before = session.manifest.stages.get("prepare", {"config": {}})["config"]
+    if session.config.data or not before.get("data", {}).get("value"):
+        return session
+    origins, changes = dict(session.resolved.origins), {}
+    for field in fields(PrepareConfig):
+        kept = before.get(field.name)
+        if kept and kept["from"] not in ("default", "family") and origins[field.name] == "default":
+            value = kept["value"]
+            changes[field.name] = tuple(value) if isinstance(value, list) else value
+            origins[field.name] = kept["from"]
     root = session.run.root.resolve()
-    names = [os.path.relpath(os.path.normpath(root / name)) for name in session.settings_of("prepare").get("data", [])]
-    if names:
-        session.listener.note(f"data: {', '.join(names)}, as before; name files to use others")
-    return names
+    changes["data"] = tuple(_found_again(root, name) for name in before["data"]["value"])
+    if isinstance(changes.get("valid"), str):
+        changes["valid"] = _found_again(root, changes["valid"])
+    session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
+    others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
+    if others:
+        session.listener.note(f"settings as before: {', '.join(others)}")
+    return replace(session, resolved=replace(session.resolved, config=replace(session.config, **changes),
+                                             origins=origins))
 
 
-def source_files(names: Sequence[str]) -> list[Path]:
-    """Paths of the data; without names, the built-in example.
-
-    Raises:
-        UserError: every name that is not a file to read, all together.
-    """
-    if not names:
-        return [samples.training_path()]
-    paths = [Path(os.path.expanduser(name)) for name in names]
-    problems = [problem for path in paths if (problem := _unreadable(path))]
-    if problems:
-        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} data files cannot be read",
-                        "check the paths; `gemma-tune prepare --help` shows an example",
-                        problems if len(problems) > 1 else ())
-    return paths
+def _found_again(root: Path, name: str) -> str:
+    return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(root / name))
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a path is not a file to read. Asked before anything is hashed: a directory can be a whole disk."""
-    if not os.path.exists(path):
-        return f"there is no file {path}"
-    if os.path.isdir(path):
-        return f"{path} is a directory; name the files in it"
-    if not os.path.isfile(path):  # a pipe could be read only once
-        return f"{path} is not a regular file; save its content to a file first"
-    return None if os.access(path, os.R_OK) else f"no permission to read {path}"
+def _sources(session: Session) -> tuple[list[Source], list[Source]]:
+    """The data, and what is named for validation."""
+    config, run, listener = session.config, session.run, session.listener
+    names = list(config.data) or [str(samples.training_path())]
+    sources = find_sources(names, run.inputs, listener)
+    held_out = find_sources([config.valid], run.inputs, listener) if isinstance(config.valid, str) else []
+    known = {source.path.resolve() for source in sources}
+    if twice := [source.name for source in held_out if source.path.resolve() in known]:
+        raise UserError(f"{', '.join(twice)} is named for training and for validation",
+                        "leave it out of one, or keep a share aside: --valid 0.1")
+    return sources, held_out
 
 
-def _prepare(session: Session, files: Sequence[Path]) -> Finished:
+def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
+    """Settings with names relative to the run, so that both can be moved together."""
+    copies = {"-": source.path for source in sources if source.path.parent == session.run.inputs}
+
+    def kept(name: str) -> str:
+        return name if name.startswith("hf:") else session.run.relative(Path(copies.get(name, os.path.expanduser(name))))
+
     config = session.config
-    chat = load_format(session.model.path, session.model.config["model_type"])
-    session.listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
-    good: list[Good] = []
-    bad: list[Bad] = []
-    for item in _judged(files, chat, config.max_length):
-        (good if isinstance(item, Good) else bad).append(item)
-    _refuse_too_many_bad(good, bad, config)
-    for item in bad[:SHOWN]:
-        session.listener.warn(f"rejected {item}")
-    if len(bad) > SHOWN:
-        session.listener.warn(f"… and {len(bad) - SHOWN} more, all in {session.run.rejected_rows}")
-    train, valid = split(good, config.valid, config.seed)
-    _write(session, train, valid, bad)
-    summary = _summary(train, valid, bad, config.max_length)
-    return Finished({"train_rows": session.run.train_rows, "valid_rows": session.run.valid_rows,
-                     "rejected_rows": session.run.rejected_rows}, summary)
+    valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
+    return replace(config, data=tuple(kept(name) for name in config.data), valid=valid)
 
 
-def _judged(files: Sequence[Path], chat: ChatFormat, max_length: int) -> Iterator[Good | Bad]:
-    seen: dict[str, Row] = {}
-    for path in files:
-        for row in read_rows(path):
-            try:
-                if row.error:
-                    raise RowError("broken_json", row.error, "repair the line, or leave it out")
-                messages = conversation(row.value)
-                _refuse_markers(messages, chat)
-                _refuse_repeats(messages, row, seen)
-                yield Good(row, messages, _encoded(messages, chat, max_length))
-            except RowError as e:
-                yield Bad(row, e.code, str(e), e.fix)
+# --- the two passes
+
+def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source]) -> Finished:
+    config, run, listener = session.config, session.run, session.listener
+    chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
+    listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    judge = Judge(chat, config)
+    # Rows held out by file come first: a training row that repeats one of them is the duplicate.
+    ordered = [*held_out, *sources]
+    with replacing_directory(run.data) as folder, DataFiles(folder, [s.name for s in ordered]) as files:
+        spool = Spool(folder / "spool")
+        gathered, findings = Gathered(), Findings()
+        try:
+            _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
+            _explain(session, judge, findings)
+            _refuse_too_many_bad(findings, config)
+            columns = gathered.columns()
+            selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
+                               _nearly(spool, config.near_threshold) if config.near_duplicates else None)
+            report = files.write(spool, columns, selection, findings, config)
+        finally:
+            spool.close()
+        files.write_report(report, encoding_key(session.model.fingerprint))
+    _warn(session, findings, selection, report)
+    listener.data_report(report)
+    outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
+               "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
+               "data_report": run.data_report}
+    return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
 
 
-def _refuse_markers(messages: Sequence[dict[str, str]], chat: ChatFormat) -> None:
-    """A marker of the template inside a text would end or open a turn in the middle of it."""
-    for number, turn in enumerate(messages, start=1):
-        for marker in chat.markers:
-            if marker in turn["content"]:
-                raise RowError("template_marker", f"turn {number} contains the chat template's own {marker}",
-                               f"remove {marker} from the text")
+def _first_pass(session, sources, held_out: int, judge: Judge, spool: Spool, gathered: Gathered, findings: Findings,
+                files: DataFiles) -> None:
+    before = np.cumsum([0, *(source.size or 0 for source in sources)])
+    total = int(before[-1])
+    blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source))
+    for number, block, judged in judged_blocks(blocks, judge, _processes(sources, total)):
+        done = before[number] + block.done * (before[number + 1] - before[number])
+        session.listener.progress("checking rows", min(int(done), total - 1), total)
+        _take(judged, number, number < held_out, spool, gathered, findings, files)
+    session.listener.progress("checking rows", total, total)
 
 
-def _refuse_repeats(messages: Sequence[dict[str, str]], row: Row, seen: dict[str, Row]) -> None:
-    key = _digest(messages)
-    if (first := seen.setdefault(key, row)) is not row:
-        raise RowError("duplicate", f"the same conversation as {first.file}:{first.line}", "leave it out")
+def _take(judged: Judged, source: int, is_held_out: bool, spool: Spool, gathered: Gathered, findings: Findings,
+          files: DataFiles) -> None:
+    files.reject(judged.rejected)
+    if judged.kept is None:
+        findings.add(judged, source, 0)
+        return
+    batch = spool.add(judged.kept, source)
+    usable = np.diff(batch.lists("lengths")[1]) > 0
+    findings.add(judged, source, int(usable.sum()))
+    gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable, is_held_out)
 
 
-def _encoded(messages: list[dict[str, str]], chat: ChatFormat, max_length: int) -> Encoded:
-    try:
-        encoded = chat.encode(messages)
-    except FormatError as e:
-        raise RowError("template", str(e), "change the conversation so that the chat template takes it") from e
-    if len(encoded.ids) > max_length:
-        raise RowError("too_long", f"{len(encoded.ids)} tokens are more than --max-length {max_length}",
-                       f"use --max-length {len(encoded.ids)}, or shorten the conversation")
-    return encoded
+def _processes(sources: Sequence[Source], total: int) -> int:
+    """How many processes check rows: one where there is little to do."""
+    if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_too_many_bad(good: Sequence[Good], bad: Sequence[Bad], config: Any) -> None:
-    total = len(good) + len(bad)
-    real = [b for b in bad if b.code != "duplicate"]
-    problems = [f"{b} ({b.fix})" for b in real[:20]]
-    if len(real) > 20:
-        problems.append(f"… and {len(real) - 20} more")
-    if real and config.on_bad_row == "fail":
-        raise UserError(f"{len(real)} of {total} rows cannot be used", "correct them, or use --on-bad-row reject",
-                        problems)
-    if not good:
-        raise UserError(f"none of the {total} rows can be used", "correct the rows named above", problems)
-    if len(real) / total > config.max_rejected:
-        allowed = f"{config.max_rejected * 100:g} %"
-        raise UserError(f"{len(real)} of {total} rows cannot be used, more than the {allowed} allowed",
+def _nearly(spool: Spool, threshold: float):
+    """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
+    def nearly(candidates: np.ndarray) -> np.ndarray:
+        found = np.full(len(candidates), -1, np.int64)
+        index = NearIndex(threshold)
+        for batch in spool.read():
+            at = np.flatnonzero(candidates[batch.first:batch.first + batch.size])
+            signatures = batch.bytes_of("signature")
+            if len(at):
+                rows = np.stack([np.frombuffer(signatures[n], np.uint8) for n in at])
+                found[batch.first + at] = index.earlier_many(batch.first + at, rows)
+        return found
+
+    return nearly
+
+
+# --- what is said about it
+
+def _explain(session: Session, judge: Judge, findings: Findings) -> None:
+    listener, chat = session.listener, judge.chat
+    for name, rows in findings.formats.most_common():
+        listener.note(f"format: {judge.formats.describe(name)}: {rows:,} rows")
+    if findings.folded:
+        listener.note(f"the chat template has no place for a system message: in {findings.folded:,} rows it is put "
+                      "before the first user turn")
+    if findings.reasoning and session.config.thinking == "auto" and "enable_thinking" in chat.template:
+        listener.note(f"{findings.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
+    for item in findings.examples[:SHOWN]:
+        listener.warn(f"rejected {item}")
+    if (more := findings.rejected - SHOWN) > 0:
+        listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
+
+
+def _refuse_too_many_bad(findings: Findings, config: PrepareConfig) -> None:
+    bad, total = findings.rejected, findings.rows
+    problems = [f"{item} ({item.problems[0].fix})" for item in findings.examples[:NAMED]]
+    if bad > NAMED:
+        problems.append(f"… and {bad - NAMED:,} more")
+    long = findings.reasons[TOO_LONG]
+    if long and config.on_long == "fail":
+        raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
+                        "use --on-long split or drop, or a larger --max-length",
+                        [str(item) for item in findings.examples if item.code == TOO_LONG][:NAMED])
+    if bad and config.on_bad_row == "fail":
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject", problems)
+    if bad == total:
+        raise UserError(f"none of the {total:,} rows can be used", "correct the rows named above", problems)
+    if bad / total > config.max_rejected:
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {config.max_rejected * 100:g} % allowed",
                         "correct them, or allow more with --max-rejected 1", problems)
 
 
-def split(rows: Sequence[Good], share: float, seed: int) -> tuple[list[Good], list[Good]]:
-    """Training and validation rows, in the order of the files.
-
-    Rows are ranked by a hash of their prompt and the seed, so the choice does not depend on their order, and rows
-    with the same prompt stay on one side. Neither side is empty where there are two prompts and a share above zero.
-    """
-    groups: dict[str, list[int]] = {}
-    for n, row in enumerate(rows):
-        prompt = [turn for turn in row.messages if turn["role"] != "assistant"]
-        groups.setdefault(_digest([{"seed": str(seed)}, *prompt]), []).append(n)
-    chosen: set[int] = set()
-    if share > 0 and len(groups) > 1:
-        wanted = min(max(1, round(len(rows) * share)), len(rows) - 1)
-        ranked = [members for _, members in sorted(groups.items())]
-        for members in ranked:
-            if len(chosen) + len(members) <= wanted:
-                chosen.update(members)
-        if not chosen:  # every prompt has more rows than wanted
-            chosen.update(min(ranked, key=len))
-    return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
+def _warn(session: Session, findings: Findings, selection: Selection, report: dict[str, Any]) -> None:
+    listener = session.listener
+    if selection.asked_on_both_sides:
+        listener.warn(f"{selection.asked_on_both_sides:,} training rows ask what validation rows ask; the validation "
+                      "loss will look better than it is")
+    if report["duplicate_rows"]:
+        listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
+                      f"{session.run.duplicate_rows}")
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _preview(session: Session, count: int) -> None:
+    """The first training sequences as training sees them: text in pieces, each learned or not."""
+    chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking)
+    sequences = open_tokens(session.run.tokens / "train.arrow")
+    rows = []
+    for sequence in sequences.select(range(min(count, len(sequences)))):
+        learned = sequence["labels"] != IGNORE_INDEX
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+        rows.append([(chat.tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
+                     for a, b in zip(edges, edges[1:])])
+    session.listener.preview(rows)
 
 
-def _write(session: Session, train: Sequence[Good], valid: Sequence[Good], bad: Sequence[Bad]) -> None:
-    run = session.run
-    with replacing_directory(run.data) as folder:
-        for path, records in ((run.train_rows, [{"messages": r.messages} for r in train]),
-                              (run.valid_rows, [{"messages": r.messages} for r in valid]),
-                              (run.rejected_rows, [b.record() for b in bad])):
-            with open(folder / path.name, "wb") as f:
-                f.writelines(json_bytes(record) for record in records)
-
-
-def _summary(train: Sequence[Good], valid: Sequence[Good], bad: Sequence[Bad], max_length: int) -> dict[str, Any]:
-    lengths = sorted(len(r.encoded.ids) for r in [*train, *valid])
-    percentile = {f"p{p}": lengths[min(len(lengths) - 1, len(lengths) * p // 100)] for p in (50, 90, 99)}
-    return {
-        "rows": len(train) + len(valid) + len(bad), "train_rows": len(train), "valid_rows": len(valid),
-        "rejected_rows": len(bad), "rejected_by_reason": dict(Counter(b.code for b in bad)),
-        "turns": sum(len(r.messages) for r in [*train, *valid]),
-        "tokens": sum(lengths), "trained_tokens": sum(r.encoded.trained for r in [*train, *valid]),
-        "shortest": lengths[0], "longest": lengths[-1], **percentile, "max_length": max_length,
-    }
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the report that the manifest keeps."""
+    names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
+             "tokens", "trained_tokens")
+    before = report["before_the_limit"]
+    length = before["length"]
+    return {**{name: report[name] for name in names}, "turns": before["turns"], "shortest": length["shortest"],
+            "longest": length["longest"], **{p: length[p] for p in ("p50", "p90", "p99")},
+            "max_length": before["long"]["max_length"]}

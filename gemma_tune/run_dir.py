@@ -58,6 +58,24 @@ class RunDir:
         return self.data / "rejected.jsonl"
 
     @property
+    def duplicate_rows(self) -> Path:
+        return self.data / "duplicates.jsonl"
+
+    @property
+    def data_report(self) -> Path:
+        return self.data / "report.json"
+
+    @property
+    def tokens(self) -> Path:
+        """Directory of the token sequences, see ``data.tokens``."""
+        return self.data / "tokens"
+
+    @property
+    def inputs(self) -> Path:
+        """What was read from standard input, and the commits of hub datasets."""
+        return self.root / "inputs"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "training_checkpoints"
 

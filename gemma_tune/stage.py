@@ -22,14 +22,15 @@ from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, command, describe
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
     "prepare": {},
-    "train": {"train_rows": ("prepare", "train_rows"), "valid_rows": ("prepare", "valid_rows")},
+    "train": {"train_rows": ("prepare", "train_rows"), "valid_rows": ("prepare", "valid_rows"),
+              "tokens": ("prepare", "tokens")},
     "eval": {"valid_rows": ("prepare", "valid_rows"), "adapter": ("train", "adapter")},
     "merge": {"adapter": ("train", "adapter")},
     "export-ollama": {"merged": ("merge", "merged")},
 }
 
 # Outputs that no stage reads and people work on: rejected rows are there to be repaired.
-FOR_PEOPLE = ("rejected_rows",)
+FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import uuid
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from gemma_tune.checkpoints import (
 )
 from gemma_tune.config import TrainConfig
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.files import replacing_directory
+from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens, read_key
+from gemma_tune.files import replacing_directory, sha256_file
 from gemma_tune.models import (
     Placement,
     choose_placement,
@@ -33,6 +33,7 @@ from gemma_tune.models import (
     out_of_memory,
     quiet_libraries,
 )
+from gemma_tune.run_dir import command
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 if TYPE_CHECKING:
@@ -59,16 +60,17 @@ def _train(session: Session) -> Finished:
     from gemma_tune.trainer import MetricsLog, StopRequest
 
     config, run, listener = session.config, session.run, session.listener
-    chat = load_format(session.model.path, session.model.config["model_type"])
-    train_rows, valid_rows = (encoded_rows(session.inputs[name], chat) for name in ("train_rows", "valid_rows"))
-    rows_sha = session.manifest.stages["prepare"]["outputs"]["train_rows"]["sha256"]
-    key = training_key(session.model.fingerprint, rows_sha, chat.template, config.as_dict())
+    prepared = session.settings_of("prepare")
+    chat = load_format(session.model.path, session.model.config["model_type"], prepared.get("thinking", "auto"))
+    train_rows, valid_rows = _prepared_sequences(session)
+    tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
+    key = training_key(session.model.fingerprint, tokens, chat.template, config.as_dict())
     checkpoint = _checkpoint_to_resume(session, key)
     placement, training = _placement_and_training(config, key, checkpoint)
     listener.note(f"computing in {placement.reason}")
     model = load_model(session.model.path, placement, four_bit=config.qlora)
     steps = _steps(len(train_rows), config)
-    listener.note(f"{len(train_rows)} conversations x {config.epochs:g} epochs in batches of "
+    listener.note(f"{len(train_rows):,} sequences x {config.epochs:g} epochs in batches of "
                   f"{config.effective_batch}: {steps} steps")
     log = MetricsLog(run.metrics, listener, step_of(checkpoint) if checkpoint else 0)
     stop = StopRequest(listener)
@@ -84,11 +86,17 @@ def _train(session: Session) -> Finished:
     return Finished({"adapter": run.adapter}, summary)
 
 
-def encoded_rows(path: Path, chat: ChatFormat) -> list[dict[str, list[int]]]:
-    """Ids and labels of the rows that ``prepare`` wrote."""
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    encoded = [chat.encode(json.loads(line)["messages"]) for line in lines]
-    return [{"input_ids": e.ids, "labels": e.labels} for e in encoded]
+def _prepared_sequences(session: Session) -> tuple[Any, Any]:
+    """Training's and validation's sequences, as ``prepare`` wrote them.
+
+    Raises:
+        UserError: another version of the code or its libraries made them, which might do it differently today.
+    """
+    folder = session.inputs["tokens"]
+    if read_key(folder) != encoding_key(session.model.fingerprint):
+        raise UserError("the prepared tokens were made by another version of gemma-tune or its libraries, or with "
+                        "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
+    return open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
 
 
 def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> tuple[Placement, Training]:
@@ -147,7 +155,6 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 
 def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, callbacks, training):
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, ProgressCallback
 
@@ -161,11 +168,10 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cal
                       task_type="CAUSAL_LM")
     try:
         trainer = GemmaTrainer(
-            model=model, args=_arguments(session, steps, len(train_rows), placement, bool(valid_rows)),
-            train_dataset=Dataset.from_list(train_rows),
-            eval_dataset=Dataset.from_list(valid_rows) if valid_rows else None,
+            model=model, args=_arguments(session, steps, len(train_rows), placement, bool(len(valid_rows))),
+            train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
-            training=training)
+            training=training, lengths=lengths_of(train_rows))
     except ValueError as e:
         if "DataParallel" in str(e):
             raise UserError("several GPUs are visible, and one process trains on one of them",
@@ -209,7 +215,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluate
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
         save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
         report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=True)
+        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=False)
 
 
 def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 
 
 class GemmaTrainer(SFTTrainer):
-    """SFTTrainer on precomputed ids and labels; the loss is summed over trained tokens with one normaliser."""
+    """SFTTrainer on precomputed ids and labels; the loss is summed over trained tokens with one normaliser.
 
-    def __init__(self, *args: Any, training: Training, **kwargs: Any):
+    Args:
+        training: what the checkpoints belong to.
+        lengths: tokens of each training sequence.
+    """
+
+    def __init__(self, *args: Any, training: Training, lengths: Sequence[int], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.training = training
+        self.training, self.lengths = training, lengths
         self.tokens_seen = 0
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
@@ -65,8 +70,8 @@ class GemmaTrainer(SFTTrainer):
             UserError: the model's head does something that the loss here does not know; training it would be wrong.
         """
         causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
-        row = min(self.train_dataset["input_ids"], key=len)[:48]
-        ids = torch.tensor([row], device=causal_lm.device)
+        shortest = min(range(len(self.lengths)), key=self.lengths.__getitem__)
+        ids = torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=causal_lm.device)[None]
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
@@ -101,9 +106,8 @@ class GemmaTrainer(SFTTrainer):
         Trainer.log(self, logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedBatches(lengths, batch * self.args.world_size, self.args.seed)
+        return LengthGroupedBatches(self.lengths, batch * self.args.world_size, self.args.seed)
 
     def _save_checkpoint(self, model, trial):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
@@ -126,7 +130,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler[int]):
         seed: of the order.
     """
 
-    def __init__(self, lengths: list[int], batch: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -21,6 +21,9 @@ A repository's access:
 A repository that does not exist, or may not be seen: 401 without a code for nobody, 404 RepoNotFound for somebody.
 A wrong token: 401 "Invalid credentials in Authorization header" everywhere else.
 
+Datasets: a repository whose id begins with ``datasets/`` (``add_repo("datasets/org/name", folder)``), as in its address;
+``datasets.load_dataset`` works with it.
+
 Revisions: ``add_repo`` makes the first commit of ``main``; ``commit`` adds one and moves a branch; ``tag`` names one.
 Faults: ``fail`` answers a status, ``cut`` breaks the connection in the middle of a file, ``on_request`` runs a function
 before an answer (to move a branch while something is being downloaded). Every request is kept in ``requests``.
@@ -215,6 +218,20 @@ class LoopbackHub:
                             }.items():
             monkeypatch.setattr(constants, name, value)
 
+    def isolate_datasets(self, monkeypatch: Any, home: Path) -> None:
+        """After ``isolate``: the same for what ``datasets`` and fsspec took from the environment at their import."""
+        from datasets import config
+        from huggingface_hub import HfFileSystem, constants
+
+        HfFileSystem.clear_instance_cache()  # instances know an endpoint, and what it answered
+        cache = home / "datasets"
+        for name, value in {"HF_ENDPOINT": self.url, "HF_CACHE_HOME": str(home), "HF_DATASETS_CACHE": cache,
+                            "DOWNLOADED_DATASETS_PATH": cache / "downloads", "EXTRACTED_DATASETS_PATH": cache / "extracted",
+                            "HF_MODULES_CACHE": home / "modules", "HF_HUB_OFFLINE": False,
+                            "HUB_DATASETS_URL": self.url + "/datasets/{repo_id}/resolve/{revision}/{path}"}.items():
+            monkeypatch.setattr(config, name, value)
+        monkeypatch.setattr("huggingface_hub.hf_file_system.constants", constants)
+
 
 @dataclass(frozen=True)
 class _Answer:
@@ -251,6 +268,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle()
 
     def do_GET(self) -> None:
+        self._handle()
+
+    def do_POST(self) -> None:
+        self.form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
         self._handle()
 
     def _handle(self) -> None:
@@ -293,10 +314,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if path == "/api/whoami-v2":
             return self._whoami()
-        if api := re.fullmatch(r"/api/models/([^/]+(?:/[^/]+)?)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path):
+        api = re.fullmatch(r"/api/(?:models/)?([^/]+(?:/[^/]+)??|datasets/[^/]+/[^/]+)"
+                           r"(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
+        if api:
             return self._visible(api[1]) or self._api(self.hub._repos[api[1]], api[2], unquote(api[3] or "main"),
                                                       unquote(api[4] or ""))
-        if file := re.fullmatch(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", path):
+        if check := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/auth-check", path):
+            return self._visible(check[1], file=True) or _json({})
+        if file := re.fullmatch(r"/([^/]+(?:/[^/]+)?|datasets/[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._visible(file[1], file=True) or self._file(self.hub._repos[file[1]], unquote(file[2]),
                                                                    unquote(file[3]))
         return _refusal(404, "Sorry, we can't find the page you are looking for.")
@@ -347,6 +372,9 @@ class _Handler(BaseHTTPRequestHandler):
         query = parse_qs(urlsplit(self.path).query)
         if what == "tree":
             return _json(_tree(repo.commits[commit], folder, "true" in query.get("recursive", ["false"])[0].lower()))
+        if what == "paths-info":
+            entries = _tree(repo.commits[commit], "", recursive=True)
+            return _json([entry for entry in entries if entry["path"] in self.form.get("paths", [])])
         names = [_sibling(name, content, "blobs" in query) for name, content in repo.commits[commit].items()]
         return _json({"_id": "0" * 24, "id": repo.id, "modelId": repo.id, "sha": commit, "private": repo.private,
                       "gated": "manual" if repo.gated else False, "disabled": repo.disabled, "siblings": names,

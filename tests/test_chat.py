@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import pytest
 from conftest import rows, write_rows
 
 from gemma_tune import chat as chat_module
-from gemma_tune import chat_loop, console
+from gemma_tune import chat_loop, console, samples
 from gemma_tune.chat import Conversation
+from gemma_tune.chat_save import Saves
 from gemma_tune.errors import UserError
 from gemma_tune.generation import Answer, Stream, greedy_answers
 from gemma_tune.models import Placement, load_format, load_model
+from gemma_tune.run_dir import RunDir
 
 QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."
 FP32 = ("--dtype", "fp32")
@@ -231,13 +234,15 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(cli, fluent
 
 
 @pytest.fixture
-def conversation(fluent_once, talkative, asked) -> Conversation:
-    """With the base model, whose answers are a few tokens long."""
+def conversation(talkative, asked) -> Conversation:
+    """With the base model, whose answers are a few tokens long, in a run prepared from rows.jsonl."""
     import torch
 
     model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    Path("runs/m").mkdir(parents=True)
     return Conversation(model, load_format(talkative, "gemma3_text"), "test", 4,
-                        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})
+                        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+                        saves=Saves(RunDir(Path("runs/m"), "m"), {"data": ["../../rows.jsonl"], "valid": 0.1}))
 
 
 def test_the_second_prompt_contains_the_first_turn(conversation, asked):
@@ -352,6 +357,162 @@ def test_slash_commands(talk, conversation):
     assert conversation.messages == []
 
 
+# --- /fix and /save ---------------------------------------------------------------------------------------------------
+
+SAVED = Path("runs/m/saved.jsonl")
+
+
+def saved(path: Path = SAVED) -> list:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def test_save_keeps_the_conversation_with_its_system_prompt_and_shows_the_command(talk):
+    _, err = talk("/system Be brief.", "one", "two", "/save", streams=[Spoken(["first"]), Spoken(["今天 second\n"])])
+    assert saved() == [{"messages": [{"role": "system", "content": "Be brief."},
+                                     *turns("one", "first", "two", "今天 second\n")]}]
+    assert "(saved in runs/m/saved.jsonl)" in err
+    assert "next: gemma-tune prepare --run runs/m rows.jsonl runs/m/saved.jsonl\n" in err
+
+
+def test_saving_twice_writes_once(talk):
+    _, err = talk("one", "/save", "/save", streams=[Spoken(["first"])])
+    assert saved() == [{"messages": turns("one", "first")}]
+    assert err.count("(saved in") == err.count("(already in") == 1
+    _, err = talk("/reset", "one", "/save", streams=[Spoken(["first"])])
+    assert len(saved()) == 1, "also not when it was saved in another conversation"
+    assert "(already in" in err
+
+
+def test_a_conversation_that_goes_on_or_is_corrected_takes_its_own_place(talk):
+    SAVED.write_text(json.dumps({"messages": turns("older", "row")}) + "\n")
+    talk("one", "/save", "two", "/save", "/fix better", "/save", "/reset", "one", "/save",
+         streams=[Spoken(["first"]), Spoken(["second"]), Spoken(["again"])])
+    assert [row["messages"] for row in saved()] == [
+        turns("older", "row"), turns("one", "first", "two", "better"), turns("one", "again")]
+
+
+def test_what_somebody_else_wrote_is_never_replaced(talk, conversation):
+    talk("one", "/save", streams=[Spoken(["first"])])
+    with open(SAVED, "a") as f:
+        f.write(json.dumps({"messages": turns("by", "hand")}))  # an editor may leave out the last line feed
+    talk("two", "/save", "/save other.jsonl", "/save", streams=[Spoken(["second"])])
+    assert [row["messages"] for row in saved()] == [
+        turns("one", "first"), turns("by", "hand"), turns("one", "first", "two", "second")]
+    assert saved(Path("other.jsonl")) == saved()[2:]
+
+
+def test_a_saved_answer_that_was_edited_by_hand_stays(talk):
+    talk("one", "/save", streams=[Spoken(["first"])])
+    SAVED.write_text(SAVED.read_text().replace("first", "FIRST"))
+    talk("two", "/save", streams=[Spoken(["second"])])
+    assert [row["messages"] for row in saved()] == [turns("one", "FIRST"), turns("one", "first", "two", "second")]
+
+
+def test_save_to_a_named_file(talk, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    _, err = talk("one", "/save  ~/my chats.jsonl ", streams=[Spoken(["first"])])
+    assert saved(Path("home/my chats.jsonl")) == [{"messages": turns("one", "first")}]
+    assert "prepare --run runs/m rows.jsonl '" in err, "quoted for a shell"
+    assert not SAVED.exists()
+
+
+def test_fix_replaces_the_last_answer_and_the_model_sees_it(talk, conversation):
+    talk("one", "two", "/fix  The right one. ", streams=[Spoken(["first"]), Spoken(["wrong"])])
+    assert conversation.messages == turns("one", "first", "two", "The right one.")
+    talk("/fix", "Line [one].", "", "  line two", "", ".", "/save")
+    assert conversation.turns[-1]["content"] == "Line [one].\n\n  line two"
+    assert saved() == [{"messages": conversation.messages}]
+    _, err = talk("/fix", "half", KeyboardInterrupt(), "/fix", "whole", EOFError())
+    assert "(the answer stays as it is)" in err
+    assert conversation.turns[-1]["content"] == "whole", "the end of the input ends the text"
+    _, err = talk("/fix", ".")
+    assert "the right answer has no text" in err
+    assert conversation.turns[-1]["content"] == "whole"
+
+
+def test_without_a_turn_there_is_nothing_to_fix_or_to_save(talk):
+    out, err = talk("/fix better", "/fix", "/save", "one", "/reset", "/save", "two",
+                    streams=[Spoken(["first"]), Spoken(["second"])])
+    assert out == "first\nsecond\n", "the chat goes on"
+    assert err.count("Error: there is no answer to correct yet") == 2
+    assert err.count("Error: there is no answer to save yet") == 2
+    assert not SAVED.exists()
+
+
+def test_an_answer_that_was_cut_off_is_not_learned(talk, conversation):
+    half = Spoken(["half", KeyboardInterrupt()])
+    _, err = talk("one", "/save", streams=[half])
+    assert "every answer was cut off" in err and "/fix" in err
+    assert not SAVED.exists()
+    _, err = talk("two", "/save", streams=[Spoken(["whole"])])
+    assert [turn.get("train", True) for turn in saved()[0]["messages"]] == [True, False, True, True]
+    assert "(1 answer(s) were cut off and are not learned" in err
+    _, err = talk("/reset", "one", "/fix whole now", "/save", streams=[Spoken(["half", KeyboardInterrupt()])])
+    assert saved()[1] == {"messages": turns("one", "whole now")}
+    assert "cut off" not in err.replace("/fix", "")
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("array.json", b'[{"messages": []},\n {"messages": []}\n]\n'), ("array.jsonl", b'[{"messages": []}]'),
+    ("object.json", b'{"data": [\n]}'), ("table.csv", b"question,answer\na,b\n"), ("rows.gz", b"\x1f\x8b\x08\0\n\xff"),
+    ("rows.jsonl", '{"a": "é"}'.encode("utf-16")), ("number.jsonl", b"1\n")])
+def test_a_file_of_another_kind_is_left_as_it_is(talk, name, content):
+    Path(name).write_bytes(content)
+    out, err = talk("one", f"/save {name}", "two", streams=[Spoken(["first"]), Spoken(["second"])])
+    assert Path(name).read_bytes() == content
+    assert f"Error: {name} is not a JSON Lines file" in err and "Hint: name another file" in err
+    assert out == "first\nsecond\n"
+
+
+def test_places_that_cannot_be_written_are_said(talk):
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    out, err = talk("one", "/save folder", "/save nowhere/x.jsonl", "/save file/x.jsonl", "/save /dev/null", "two",
+                    streams=[Spoken(["first"]), Spoken(["second"])])
+    for problem in ("folder is not a file", "nowhere/x.jsonl cannot be written: No such file or directory",
+                    "file/x.jsonl cannot be written: Not a directory", "/dev/null is not a file"):
+        assert f"Error: {problem}" in err
+    assert out == "first\nsecond\n"
+
+
+@pytest.mark.parametrize(("prepared", "expected"), [
+    ({"data": ["../../my rows.jsonl", "hf:org/name:train"]}, ["my rows.jsonl", "hf:org/name:train", "runs/m/saved.jsonl"]),
+    ({"data": ["saved.jsonl"]}, ["runs/m/saved.jsonl"]),
+    ({"data": ["../../a.csv"], "format": "columns", "columns": ["user=q", "assistant=a"], "valid": "../../v.jsonl",
+      "max_length": 512, "seed": 42, "near_duplicates": True},
+     ["a.csv", "runs/m/saved.jsonl", "--columns", "user=q,assistant=a", "--valid", "v.jsonl", "--max-length", "512",
+      "--near-duplicates"]),
+])
+def test_the_command_names_the_data_and_the_settings_as_they_were(prepared, expected):
+    saves = Saves(RunDir(Path("runs/m"), "m"), prepared)
+    command = shlex.split(saves.command_to_prepare(Path("runs/m/saved.jsonl")))
+    assert command == ["gemma-tune", "prepare", "--run", "runs/m", *expected]
+
+
+def test_the_command_names_the_built_in_example_too():
+    saves = Saves(RunDir(Path("runs/m"), "m"), {"data": []})
+    example, row = shlex.split(saves.command_to_prepare(Path("x.jsonl")))[-2:]
+    assert Path(example).resolve() == samples.training_path().resolve()
+    assert row == "x.jsonl"
+
+
+def test_what_is_saved_is_prepared_with_the_runs_own_data(cli, fluent, talk, conversation):
+    conversation.saves = Saves(RunDir(fluent, "talkative"), {"data": ["../../rows.jsonl"], "valid": 0.1})
+    _, err = talk("one", "/fix The right answer.", "/save", streams=[Spoken(["wrong"])])
+    [command] = [line.partition("next: ")[2] for line in err.splitlines() if "next: " in line]
+    result = cli(*shlex.split(command)[1:], "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["rows"] == len(rows()) + 1
+    kept = (fluent / "data/train.jsonl").read_text() + (fluent / "data/valid.jsonl").read_text()
+    assert json.dumps({"messages": turns("one", "The right answer.")}) in kept
+    assert saved(fluent / "saved.jsonl") == [{"messages": turns("one", "The right answer.")}]
+
+
 @pytest.mark.parametrize("command", ["/exit", "/quit", "/bye", "/exit now"])
 def test_leaving(talk, command):
     assert talk(command, AssertionError("nothing is read any more")).out == ""
@@ -418,6 +579,10 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     child.sendline(QUESTION)
     child.expect_exact(ANSWER)
     child.expect_exact("\n> ")
+    child.sendline("/save")
+    child.expect_exact(f"(saved in {fluent}/saved.jsonl)")
+    child.expect_exact("next: gemma-tune prepare --run")
+    child.expect_exact("\n> ")
     child.sendline("/system Be brief.")
     child.expect_exact("(system prompt: Be brief.)")
     child.expect_exact("\n> ")
@@ -432,6 +597,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     assert "\x1b" not in "".join(seen)
     child.wait()
     assert (child.exitstatus, child.signalstatus) == (0, None)
+    assert saved(fluent / "saved.jsonl") == [{"messages": turns(QUESTION, ANSWER)}]
 
 
 @pytest.fixture

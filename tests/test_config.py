@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.text import Text
 
 from gemma_tune.cli import app
 from gemma_tune.config import CONFIGS, DEFAULT_MODEL, StageConfig, TrainConfig, load_yaml, resolve
@@ -46,7 +47,7 @@ def outside(f: dataclasses.Field) -> list[Any]:
     step = 1 if "int" in kinds(f) else 1e-7
     least, most, choices = (f.metadata[k] for k in ("least", "most", "choices"))
     return ([] if least is None else [least - step]) + ([] if most is None else [most + step]) + (
-        ["".join(choices)] if choices else [])
+        [f"{''.join(choices)}?"] if choices else [])
 
 
 def yaml_problems(text: str, path: Path = Path("settings.yaml")) -> tuple[str, ...]:
@@ -99,6 +100,11 @@ def test_whole_numbers_do_for_numbers():
 
 # --- limits, choices, types
 
+# Values that are allowed only beside other settings.
+COLUMNS = ("user=question", "assistant=answer")
+BESIDE = {("format", "columns"): {"columns": COLUMNS}}
+
+
 @pytest.mark.parametrize("cls, f", FIELDS)
 def test_limits_are_limits_and_belong_to_the_allowed_values(cls, f):
     for value in outside(f):
@@ -107,7 +113,8 @@ def test_limits_are_limits_and_belong_to_the_allowed_values(cls, f):
         assert re.search("is below the least possible|is above the largest possible|is not one of", problem)
     inside = [f.metadata[k] for k in ("least", "most") if f.metadata[k] is not None] + list(f.metadata["choices"] or ())
     for value in inside:
-        assert getattr(resolve(cls, {f.name: value}).config, f.name) == value
+        beside = BESIDE.get((f.name, value), {})
+        assert getattr(resolve(cls, {f.name: value, **beside}).config, f.name) == value
 
 
 def test_every_number_has_a_least_value():
@@ -130,6 +137,55 @@ def test_all_problems_are_reported_together(cls, cli):
     assert all(f"  - {problem}" in result.err for problem in found)
     assert result.err.count("Error:") == result.err.count("Hint:") == 1
     assert not Path("runs").exists(), "settings are checked first"
+
+
+NOT_ROLE_AND_COLUMN = "is not of the form ROLE=COLUMN with the roles user, assistant, system"
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"valid": 0.95}, ["valid: 0.95 is neither a share up to 0.9, nor a whole number of rows, nor a file"]),
+    ({"valid": "0.999"}, ["valid: 0.999 is neither"]),
+    ({"valid": 2.5}, ["valid: 2.5 is neither"]),
+    ({"format": "columns"}, ["format: `columns` needs --columns user=…,assistant=…"]),
+    ({"format": "alpaca", "columns": COLUMNS}, ["columns: they exclude --format alpaca"]),
+    ({"columns": "user=question"}, ["columns: both `user=…` and `assistant=…` are needed"]),
+    ({"columns": "assistant=answer,system=s"}, ["columns: both `user=…` and `assistant=…` are needed"]),
+    ({"columns": "question,assistant="}, [f"columns: 'question' {NOT_ROLE_AND_COLUMN}",
+                                          f"columns: 'assistant=' {NOT_ROLE_AND_COLUMN}"]),
+    ({"columns": ("user=a", "assistant=b", "answer=c")}, [f"columns: 'answer=c' {NOT_ROLE_AND_COLUMN}"]),
+    ({"allow": "placeholders,broken_json"}, [
+        "allow: 'placeholders' is not one of placeholder, control_character, foreign_marker; did you mean `placeholder`?",
+        "allow: 'broken_json' is not one of"]),
+    ({"valid": 0.95, "format": "columns", "allow": "x"}, ["format: `columns`", "allow: 'x'", "valid: 0.95"]),
+])
+def test_settings_of_prepare_that_do_not_go_together(settings, expected):
+    found = problems(CONFIGS["prepare"], **settings)
+    assert len(found) == len(expected)
+    for problem, beginning in zip(found, expected):
+        assert problem.startswith(beginning)
+
+
+@pytest.mark.parametrize("value, expected", [
+    (0, 0.0), ("0", 0.0), (0.25, 0.25), ("0.25", 0.25), (".5", 0.5), (0.9, 0.9), (1, 1.0), ("1", 1.0), ("200", 200.0),
+    (1e6, 1e6), ("valid.jsonl", "valid.jsonl"), ("2024/valid.jsonl", "2024/valid.jsonl"), ("./200", "./200")])
+def test_validation_data_is_a_share_a_number_or_a_file(value, expected):
+    for resolved in (resolve(CONFIGS["prepare"], {"valid": value}), resolve(CONFIGS["prepare"], {}, {"valid": value})):
+        assert resolved.config.valid == expected
+        assert type(resolved.config.valid) is type(expected)
+
+
+def test_columns_are_a_mapping_from_roles():
+    config = resolve(CONFIGS["prepare"], {"columns": "user=q, assistant=a=b,system=s"}).config
+    assert config.column_names == {"user": "q", "assistant": "a=b", "system": "s"}
+    assert resolve(CONFIGS["prepare"], {}).config.column_names == {}
+
+
+def test_settings_of_a_file_that_do_not_go_together_are_refused_too(cli):
+    Path("s.yaml").write_text("prepare: {valid: 0.95, format: columns}\n")
+    result = cli("prepare", "--config", "s.yaml", "--json")
+    assert result.code == BAD_INPUT
+    assert [p.split(":")[0] for p in result.json["error"]["problems"]] == ["format", "valid"]
+    assert not Path("runs").exists()
 
 
 def test_merge_has_no_limits_but_checks_types():
@@ -155,9 +211,11 @@ def test_numbers_are_finite_on_the_command_line(cli, value):
 @pytest.mark.parametrize("cls, f", FIELDS)
 def test_values_of_another_kind_are_refused(cls, f):
     wrong = {"tuple": [3, True, {"a": 1}, [1, 2], ["a", None]], "str": [3, 0.5, True, ["a"]], "bool": [1, 0, "yes", 0.5],
-             "int": [True, False, 1.5, "7", [1]], "float": [True, False, "fast", [1.0]]}
-    [kind] = kinds(f) & set(wrong) if "tuple" not in kinds(f) else ["tuple"]
-    names = {"tuple": "a list", "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
+             "int": [True, False, 1.5, "7", [1]], "float": [True, False, "fast", [1.0]],
+             "float or str": [True, False, [1.0], ["a"], {"a": 1}]}
+    names = {"tuple": "a list", "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number",
+             "float or str": "a number or text"}
+    kind = "tuple" if "tuple" in kinds(f) else " or ".join(sorted(kinds(f) - {"None"}))
     for value in wrong[kind]:
         [problem] = problems(cls, **{f.name: value})
         assert problem.startswith(f"{f.name}: expected {names[kind]}")
@@ -259,12 +317,17 @@ def test_an_empty_file_sets_nothing(text):
     ("train: {qlora: 1}", ["train.qlora: expected true or false, found 1"]),
     ("train: {target_modules: [1, q_proj]}", ["train.target_modules: expected a list of text, found 1 in it"]),
     ("prepare: {data: {a: b}}", ["prepare.data: expected a list, found {'a': 'b'}"]),
-    ("prepare: {valid: 0.95}", ["prepare.valid: 0.95 is above the largest possible 0.9"]),
+    ("prepare: {valid: -0.1}", ["prepare.valid: -0.1 is below the least possible 0"]),
+    ("prepare: {valid: true}", ["prepare.valid: expected a number or text, found True"]),
+    ("prepare: {valid: [valid.jsonl]}", ["prepare.valid: expected a number or text, found ['valid.jsonl']"]),
+    ("prepare: {max_rejected: 1.5}", ["prepare.max_rejected: 1.5 is above the largest possible 1"]),
+    ("prepare: {columns: {user: q}}", ["prepare.columns: expected a list, found {'user': 'q'}"]),
+    ("prepare: {format: chatml}", ["prepare.format: 'chatml' is not one of messages, alpaca, sharegpt"]),
     ("prepare: {seed: 4294967296}", ["prepare.seed: 4294967296 is above the largest possible 4294967295"]),
     ("export-ollama: {name: no}", ["export-ollama.name: expected text, found False"]),
     ("export-ollama: {quant: q8}", ["export-ollama.quant: 'q8' is not one of f16, bf16, q8_0, q4_0; did you mean"]),
-    ("train: {rank: 0, epochs: -1}\nprepare: {valid: x}\nfoo: 1",
-     ["train.rank: 0 is below", "train.epochs: -1.0 is below", "prepare.valid: expected a number", "foo: unknown"]),
+    ("train: {rank: 0, epochs: -1}\nprepare: {max_rejected: x}\nfoo: 1",
+     ["train.rank: 0 is below", "train.epochs: -1.0 is below", "prepare.max_rejected: expected a number", "foo: unknown"]),
 ])
 def test_all_problems_of_a_file_are_named_with_suggestions(text, expected):
     found = yaml_problems(text)
@@ -324,14 +387,16 @@ def test_problems_of_a_file_reach_the_command_line(cli):
 def test_every_setting_is_explained_and_has_an_option(cls, f):
     assert re.fullmatch(r"[A-Z`].*\.", f.metadata["help"], re.DOTALL), "one or more whole sentences"
     param = PARAMS[cls.section][f.name]
-    assert param.help.startswith(f.metadata["help"]), f"{cls.section}.{f.name} has the help of another setting"
+    # What Rich makes of it: brackets in a help text must not be taken for its markup.
+    shown = Text.from_markup(param.help).plain
+    assert shown.startswith(f.metadata["help"]), f"{cls.section}.{f.name} has the help of another setting"
     assert param.default is None, "otherwise a default would look like a flag that was given"
     if (cls.section, f.name) == ("prepare", "data"):
         assert param.param_type_name == "argument"
     else:
         assert param.opts[0] == f"--{f.name.replace('_', '-')}"
     if f.metadata["choices"]:
-        assert f"One of {', '.join(f.metadata['choices'])}." in param.help
+        assert f"One of {', '.join(f.metadata['choices'])}." in shown
 
 
 def shown_defaults(cli, section: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import threading
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from conftest import make_model
 from transformers import GenerationConfig
 
+from gemma_tune.chat_format import FormatError
 from gemma_tune.errors import UserError
 from gemma_tune.generation import Stream, greedy_answers, room_for_answer, sampling_arguments
 from gemma_tune.models import Placement, load_format, load_model
@@ -95,6 +97,45 @@ def test_greedy_answers_ignore_that_the_model_samples_by_itself(model, chat):
     for seed in range(3):
         torch.manual_seed(seed)
         assert greedy_answers(model, chat, [question("a")], 16) == [expected]
+
+
+class Asked:
+    """A chat format that notes what is asked of it, and renders the tools on offer as a first turn."""
+
+    def __init__(self, chat):
+        self.tokenizer, self.stop_ids, self.asked, self._chat = chat.tokenizer, chat.stop_ids, [], chat
+
+    def prompt_ids(self, messages, tools=None):
+        self.asked.append((messages, tools))
+        if messages == question("refused"):
+            raise FormatError("the template has no place for this")
+        return self._chat.prompt_ids([{"role": "system", "content": json.dumps(tools)}, *messages] if tools else messages)
+
+
+TOOLS = [{"type": "function", "function": {"name": "fox", "parameters": {}}}]
+
+
+def test_tools_go_to_the_template_with_their_own_prompt(model, chat):
+    asked = Asked(chat)
+    prompts, tools = [question("a"), question("b"), question("a")], [TOOLS, None, None]
+    answers = greedy_answers(model, asked, prompts, 8, tools)
+    assert asked.asked == list(zip(prompts, tools))
+    assert answers == [greedy_answers(model, asked, [p], 8, [t])[0] for p, t in zip(prompts, tools)]
+    assert answers[0] != answers[2], "the tools must change the answer"
+    stream = Stream(model, asked, question("a"), 8, GREEDY, TOOLS)
+    list(stream)
+    assert asked.asked[-1] == (question("a"), TOOLS)
+    assert stream.finish().tokens == answers[0].tokens
+    with pytest.raises(ValueError, match="zip"):
+        greedy_answers(model, asked, prompts, 8, tools[:2])
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error_for_people(model, chat):
+    for ask in (lambda: greedy_answers(model, Asked(chat), [question("a"), question("refused")], 8),
+                lambda: Stream(model, Asked(chat), question("refused"), 8, GREEDY)):
+        with pytest.raises(UserError, match="the template has no place for this") as e:
+            ask()
+        assert "/reset" in e.value.hint
 
 
 # --- the end of the context ---------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import QUICK, make_model, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -238,3 +239,55 @@ def test_merge_works_without_the_data(cli, trained):
     result = cli("merge", "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["check_answer_tokens"] > 0
+
+
+class Letters:
+    """A chat format with one token per letter of a turn, which refuses an empty list of tools."""
+
+    def prompt_ids(self, messages, tools=None):
+        from gemma_tune.chat_format import FormatError
+
+        if tools == ["refused"]:
+            raise FormatError("no tools")
+        return [ord(letter) for turn in messages for letter in turn["content"]]
+
+    def encode_text(self, text):
+        return SimpleNamespace(ids=[2, *map(ord, text), 1])
+
+
+def chat_row(question: str, **more) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}], **more}
+
+
+@pytest.mark.parametrize(("valid", "train", "expected"), [
+    ([chat_row("held out")], [chat_row("trained")], "held out"),
+    ([], [chat_row("trained")], "trained"),
+    ([chat_row("x" * 101), chat_row("y" * 100)], [], "y" * 100),
+    ([chat_row("x" * 101)], [chat_row("trained")], "trained"),
+    ([chat_row("refused", tools=["refused"]), chat_row("held out", tools=["fine"])], [], "held out"),
+    ([{"text": "abcdefgh"}], [chat_row("trained")], "\2abcd"),
+    ([], [], None), (None, None, None)])
+def test_the_check_asks_the_first_prompt_that_fits(tmp_path, valid, train, expected):
+    from gemma_tune import samples
+    from gemma_tune.merge import _prompt_ids
+
+    for name, records in (("valid", valid), ("train", train)):
+        if records is not None:
+            write_rows(tmp_path / name, records)
+    session = SimpleNamespace(run=SimpleNamespace(valid_rows=tmp_path / "valid", train_rows=tmp_path / "train"),
+                              settings_of=lambda stage: {"max_length": 100})
+    expected = samples.heldout_questions()[0]["messages"][-1]["content"] if expected is None else expected
+    assert "".join(map(chr, _prompt_ids(session, Letters(), 300))).endswith(expected)
+    session.settings_of = lambda stage: {}
+    assert len(_prompt_ids(session, Letters(), 100)) <= 100 or valid in ([], None)
+
+
+def test_a_model_of_plain_text_is_checked_too(cli, tiny, tmp_path):
+    texts = [{"text": f"Box {n}: the quick brown fox jumps over the lazy dog."} for n in range(8)]
+    for args in (("prepare", write_rows(tmp_path / "texts.jsonl", texts), "--model", tiny), ("train", *QUICK)):
+        result = cli(*args)
+        assert result.code == 0, result.err
+    result = cli("merge", "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["check_answer_tokens"] > 0
+    assert result.json["summary"]["check_divergence"] <= 0.02

@@ -227,7 +227,80 @@ def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--valid", 0, "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
-    assert "skipped: no validation rows" in result.err
+    assert "skipped: the run has no validation rows to ask about" in result.err
+
+
+def test_run_on_plain_text_leaves_the_comparison_out(cli, tiny, tmp_path):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\n")
+    texts = [{"text": f"Box {n}: the quick brown fox jumps over the lazy dog."} for n in range(8)]
+    result = cli("run", write_rows(tmp_path / "texts.jsonl", texts), "--model", tiny, "--epochs", 1, "--valid", 0.5,
+                 "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
+    assert "skipped: the validation rows are plain text" in result.err
+    assert result.json["stages"]["train"]["summary"]["eval_loss_before"] > 0
+    assert cli("eval").code == 2
+
+
+# --- train DATA ---------------------------------------------------------------------------------------------------
+
+
+def test_train_with_data_prepares_it_first(cli, tiny, data):
+    Path("s.yaml").write_text("prepare: {valid: 0.25, seed: 3}\ntrain: {dtype: fp32}\n")
+    args = ("train", data, "--model", tiny, "--rank", 4, "--max-steps", 1, "--seed", 9, "--config", "s.yaml", "--json")
+    result = cli(*args)
+    assert result.code == 0, result.err
+    assert (result.json["stage"], result.json["status"]) == ("train", "done")
+    prepared = result.json["prepare"]
+    assert (prepared["stage"], prepared["status"], prepared["run"]) == ("prepare", "done", "runs/tiny-gemma")
+    assert "prepare: done" in result.err and "train: done" in result.err
+    stages = manifest_of(Path("runs/tiny-gemma"))["stages"]
+    assert stages["prepare"]["summary"] == prepared["summary"]
+    assert stages["prepare"]["config"]["valid"] == {"value": 0.25, "from": "file"}
+    assert stages["prepare"]["config"]["seed"] == {"value": 3, "from": "file"}, "--seed is the training's"
+    assert stages["train"]["config"]["seed"] == {"value": 9, "from": "flag"}
+    again = cli(*args)
+    assert (again.json["status"], again.json["prepare"]["status"]) == ("up-to-date", "up-to-date")
+
+
+def test_train_without_data_says_nothing_of_prepare(cli, trained):
+    result = cli("train", *QUICK, "--run", trained, "--json")
+    assert result.json["status"] == "up-to-date"
+    assert "prepare" not in result.json
+
+
+def test_train_with_other_data_trains_on_that(cli, trained, tmp_path):
+    more = write_rows(tmp_path / "more.jsonl", rows(20))
+    result = cli("train", tmp_path / "rows.jsonl", more, *QUICK, "--run", trained, "--json")
+    assert result.code == 0, result.err
+    assert result.json["status"] == "done"
+    assert result.json["prepare"]["summary"]["train_rows"] + result.json["prepare"]["summary"]["valid_rows"] == 20
+    recorded = manifest_of(trained)["stages"]["prepare"]["config"]["data"]["value"]
+    assert recorded == ["../../rows.jsonl", "../../more.jsonl"]
+    status = cli("status", "--run", trained, "--json").json
+    assert {status["stages"][s]["state"] for s in ("prepare", "train")} == {"done"}
+
+
+@pytest.mark.parametrize(("flags", "settings"), [(("--rank", 0), ""), ((), "train: {rank: 0}"), ((), "prepare: {max_length: 1}"),
+                                                 ((), "prepare: {valid: 0.95}")])
+def test_settings_of_either_stage_are_checked_before_anything_is_prepared(cli, tiny, data, flags, settings):
+    Path("s.yaml").write_text(settings)
+    result = cli("train", data, "--model", tiny, *flags, "--config", "s.yaml", "--json")
+    assert result.code == 2
+    assert "cannot be used" in result.json["error"]["message"]
+    assert not Path("runs").exists()
+
+
+def test_data_that_cannot_be_prepared_stops_the_training(cli, trained, tmp_path):
+    adapter = (trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    for name, content in (("none.jsonl", None), ("broken.jsonl", "no JSON\n")):
+        if content:
+            (tmp_path / name).write_text(content)
+        result = cli("train", name, *QUICK, "--run", trained, "--force", "--json")
+        assert result.code == 2
+        assert name in str(result.json["error"])
+    assert (trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
+    assert cli("train", *QUICK, "--run", trained, "--json").json["status"] == "up-to-date"
 
 
 def test_the_model_may_lie_in_the_directory_that_holds_the_runs(cli, tiny, data, monkeypatch, tmp_path):

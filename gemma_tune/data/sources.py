@@ -1,232 +1,200 @@
-"""Read rows from files: JSONL line by line, JSON arrays element by element, each with its file and line."""
+"""Names that people give (files, directories, globs, standard input, datasets on the Hub) become sources of rows.
+
+``find_sources`` looks at every name before anything is read and reports all problems together; ``read_blocks`` streams
+a source's rows in constant memory. The formats have modules of their own beside this one.
+"""
 
 from __future__ import annotations
 
-import codecs
-import json
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from gemma_tune.data import hub_rows, json_rows, table_rows
+from gemma_tune.data.encodings import compression
+from gemma_tune.data.rows import BLOCK, CSV, HUB, JSON, PARQUET, TSV, Block, Row, Source
 from gemma_tune.errors import UserError
+from gemma_tune.files import NEW, os_errors
+from gemma_tune.listener import Listener
 
-_REPAIR = "repair the file there; nothing was written"
-_space = re.compile(r"[ \t\r\n]*")
-# What is nested deeper cannot be relied on to be written again: Python's encoder stops at its recursion limit.
-MAX_DEPTH = 100
+__all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "read_rows", "source_of"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it stands in a file. ``error`` says why it could not be read; ``value`` is then its raw text."""
-
-    file: str
-    line: int
-    value: Any
-    error: str | None = None
+STDIN = "-"
+KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET}
+_HINT = "check the path; `gemma-tune prepare --help` shows an example"
+_READERS = {JSON: json_rows.blocks, CSV: table_rows.csv_blocks, TSV: table_rows.csv_blocks,
+            PARQUET: table_rows.parquet_blocks, HUB: hub_rows.blocks}
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """All rows of one file.
-
-    A broken line of a JSONL file is a row with an error; a broken JSON document has no rows to save.
+def read_blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
+    """All rows of a source in order, as blocks of about ``size`` bytes that can be pickled.
 
     Raises:
-        UserError: missing, empty, binary or unreadable file, or a JSON document that is not a list of rows.
+        UserError: nothing in the source can be read, or not to its end: empty, binary, neither UTF-8 nor UTF-16,
+            damaged, or a broken JSON document.
     """
-    text = _read_text(path)
-    if not text.strip():
-        raise UserError(f"{path} is empty", "put one conversation on each line, such as "
-                                            '{"messages": [{"role": "user", "content": "…"}, …]}')
-    yield from _document(path, text) if _is_document(text) else _lines(path, text)
+    return _READERS[source.kind](source, size)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as e:
-        raise UserError(f"there is no file {path}",
-                        "check the path; `gemma-tune prepare --help` shows an example") from e
-    except IsADirectoryError as e:
-        raise UserError(f"{path} is a directory", "name the files in it") from e
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}", "check its permissions") from e
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(_not_utf8(path, raw, e), "give JSONL or JSON saved as UTF-8") from e
-    if "\0" in text:
-        raise UserError(f"{path} is a binary file (byte {raw.index(0)})", "give JSONL or JSON saved as UTF-8")
-    return text
+def read_rows(source: Source | Path) -> Iterator[Row]:
+    """All rows of a source, or of one file, in this process; raises what :func:`read_blocks` does."""
+    for block in read_blocks(source if isinstance(source, Source) else source_of(source)):
+        yield from block.rows()
 
 
-def _not_utf8(path: Path, raw: bytes, e: UnicodeDecodeError) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return f"{path} is UTF-16 text, not UTF-8"
-    if b"\0" in raw[:4096]:
-        return f"{path} is a binary file (byte {raw.index(0)})"
-    # The decoder counts from behind a byte order mark.
-    return f"{path}:{e.object.count(10, 0, e.start) + 1}: not UTF-8 text (byte {e.object[e.start]:#04x})"
+def source_of(path: Path, name: str | None = None) -> Source:
+    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
+    return Source(f"{path}" if name is None else name, path, _kind(path) or JSON, os.path.getsize(path))
 
 
-def _is_document(text: str) -> bool:
-    """Whether the file is one JSON document: an array, or an object over several lines."""
-    start = text.lstrip()
-    if start.startswith("["):
-        return True
-    first = start.split("\n", 1)[0]
-    if not start.startswith("{") or _is_json(first):
-        return False
-    # A broken first row has others below it; the lines of one object do not begin like rows.
-    return first.strip() == "{" or _is_json(start) or not re.search(r"\n\{", start)
+def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None) -> list[Source]:
+    """The sources that names stand for, in their order, each file once.
 
+    A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
+    glob (``**`` goes through directories); ``-`` for standard input; or ``hf:org/name[/config][:split][@revision]``.
 
-def _is_json(text: str) -> bool:
-    try:
-        _loads(text)
-    except json.JSONDecodeError:
-        return False
-    except ValueError:  # well formed, with a value that cannot be used
-        return True
-    return True
+    Args:
+        keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
+            files of datasets. Only made when needed.
 
-
-def _lines(path: Path, text: str) -> Iterator[Row]:
-    # Only line feeds end a JSONL line: str.splitlines would also split at U+2028, which JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    Raises:
+        UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
+            all files are there.
+    """
+    listener = listener or Listener()
+    found: list[Source | str] = []  # a text is a name to resolve when the files are known to be there
+    problems: list[UserError] = []
+    for name in dict.fromkeys(names):
+        if name == STDIN or name.startswith(hub_rows.PREFIX):
+            found.append(name)
             continue
         try:
-            # Files that were put one behind another keep their byte order marks.
-            yield Row(path.name, number, _loads(line.removeprefix("\ufeff")))
-        except ValueError as e:
-            yield Row(path.name, number, line.rstrip("\r"), f"not valid JSON: {_where(e)}")
+            found += _files(name, keep, listener)
+        except UserError as e:
+            problems.append(e)
+    if not problems:
+        found = [_elsewhere(f, keep, listener, problems) if isinstance(f, str) else f for f in found]
+    if problems:
+        raise _together(problems)
+    once: dict[str, Source] = {}
+    for source in found:
+        once.setdefault(os.path.realpath(source.path), source)
+    return list(once.values())
 
 
-def _where(e: ValueError) -> str:
-    # Some of the decoder's messages end in "at", to be followed by a place.
-    return f"{e.msg.removesuffix(' at')} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"the number {_short(digits)} is too large")
-    return number
-
-
-def _integer(digits: str) -> int:
+def _elsewhere(name: str, keep: Path, listener: Listener, problems: list[UserError]) -> Source | None:
     try:
-        return int(digits)
-    except ValueError as e:  # Python refuses thousands of digits
-        raise ValueError(f"the number {_short(digits)} is too large") from e
+        return _stdin(keep) if name == STDIN else hub_rows.find(name, keep, listener)
+    except UserError as e:
+        problems.append(e)
+    return None
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 24 else f"{text[:24]}…"
+def _together(problems: Sequence[UserError]) -> UserError:
+    if len(problems) == 1:
+        return problems[0]
+    plain = [e.message if e.hint in (None, _HINT) else f"{e.message} ({e.hint})" for e in problems]
+    error = UserError(f"{len(problems)} data sources cannot be read", _HINT, plain)
+    error.exit_code = max(e.exit_code for e in problems)  # wrong input, if any of them is
+    return error
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
-_finder = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)  # takes every number, to find an end
+def _kind(path: Path) -> str | None:
+    if compression(path):
+        path = path.with_suffix("")
+    return KINDS.get(path.suffix.lower())
 
 
-def _loads(text: str) -> Any:
-    value, end = _decode(text, _skip_space(text, 0))
-    if (end := _skip_space(text, end)) != len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-    return value
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at ``at`` and where it ends.
+def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
+    """A file, or the files of a directory or a glob.
 
     Raises:
-        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep.
+        UserError: there is none, or it cannot be read. Asked before anything is hashed.
     """
-    try:
-        value, end = _decoder.raw_decode(text, at)
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-    brackets = text.count("[", at, end) + text.count("{", at, end)
-    if brackets > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    return value, end
+    path = Path(os.path.expanduser(name))
+    if not name:
+        raise UserError("a data file's name is empty", _HINT)
+    if os.path.isdir(path):
+        paths = sorted(_below(path, keep))
+        if not paths:
+            raise UserError(f"{path} is a directory without data files ({', '.join(KINDS)})",
+                            "name the files, or another directory")
+        listener.note(f"{path}: {len(paths)} data file{'s' if len(paths) > 1 else ''}")
+    elif not os.path.exists(path) and glob.has_magic(name):
+        matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
+        paths = [m for m in matches if _kind(m)] or matches
+        if not paths:
+            raise UserError(f"no file matches {path}", _HINT)
+        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}")
+    else:
+        paths = [path]
+    if problems := [problem for path in paths if (problem := _unreadable(path))]:
+        raise _together([UserError(problem, _HINT) for problem in problems])
+    return [source_of(path) for path in paths]
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
-        depth += 1
-        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
-    return depth
+def _below(folder: Path, keep: Path) -> Iterator[Path]:
+    """Files with a known ending below a directory; not hidden ones, and not what a run in it wrote."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".") and not _is_run(Path(place, f), keep)]
+        yield from (Path(place, name) for name in names if not name.startswith(".") and _kind(Path(name)))
 
 
-def _document(path: Path, text: str) -> Iterator[Row]:
-    """Elements of a JSON array, or one object, with the line that each begins on."""
-    at = len(text) - len(text.lstrip())
-    if text[at] == "{":
-        yield from _object(path, text, at)
-        return
-    at, line, counted = at + 1, 1, 0
-    while True:
-        at = _skip_space(text, at)
-        if text[at:at + 1] == "]":
-            break
-        line += text.count("\n", counted, at)
-        counted = at
-        row, end = _element(path, text, at, line)
-        yield row
-        at = _skip_space(text, end)
-        if text[at:at + 1] == ",":
-            at += 1
-        elif text[at:at + 1] != "]":
-            raise UserError(f"{path}:{_line(text, at)}: not valid JSON: expected ',' or ']'", _REPAIR)
-    if not counted:
-        raise UserError(f"{path} is an empty list", "put at least one conversation into it")
-    if text[at + 1:].strip():
-        raise UserError(f"{path}:{_line(text, _skip_space(text, at + 1))}: there is more after the end of the list",
-                        "put all rows into one list, or one row on each line (JSONL)")
+def _is_run(folder: Path, keep: Path) -> bool:
+    return folder.resolve() == keep.resolve() or (folder / "manifest.json").exists() and (folder / "data").is_dir()
 
 
-def _element(path: Path, text: str, at: int, line: int) -> tuple[Row, int]:
-    try:
-        value, end = _decode(text, at)
-        return Row(path.name, line, value), end
-    except ValueError as e:
-        problem = e
-    # The list can still be read if only a value in this element cannot be kept.
-    try:
-        end = _finder.raw_decode(text, at)[1]
-    except ValueError as e:
-        raise _broken(path, e, line) from e
-    except RecursionError as e:
-        raise _broken(path, problem, line) from e
-    return Row(path.name, line, text[at:end], f"not valid JSON: {problem}"), end
+def _unreadable(path: Path) -> str | None:
+    """Why a path is not a file to read."""
+    if not os.path.exists(path):
+        return f"there is no file {path}"
+    if not os.path.isfile(path):  # a pipe could be read only once
+        return f"{path} is not a regular file; save its content to a file first"
+    return None if os.access(path, os.R_OK) else f"no permission to read {path}"
 
 
-def _object(path: Path, text: str, at: int) -> Iterator[Row]:
-    line = _line(text, at)
-    try:
-        value = _loads(text)
-    except ValueError as e:
-        raise _broken(path, e, line) from e
-    yield Row(path.name, line, value)
+def _stdin(keep: Path) -> Source:
+    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("`-` reads standard input, and nothing is piped into it",
+                        "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
+    with os_errors(keep):
+        keep.mkdir(parents=True, exist_ok=True)
+        fresh = keep / f"{NEW}stdin"
+        try:
+            with open(fresh, "wb") as f:
+                digest, head = _copied(sys.stdin.buffer, f)
+            if not head:
+                raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
+                                                           "rows.jsonl`")
+            path = keep / f"stdin-{digest[:12]}{_ending(head)}"
+            os.replace(fresh, path)
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+    return source_of(path, "<stdin>")
 
 
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
+def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
+    """Copy all bytes; their sha256, and the first ones."""
+    digest, head = hashlib.sha256(), b""
+    while piece := source.read(BLOCK):
+        head = head or piece[:16]
+        digest.update(piece)
+        target.write(piece)
+    target.flush()
+    os.fsync(target.fileno())
+    return digest.hexdigest(), head
 
 
-def _skip_space(text: str, at: int) -> int:
-    return _space.match(text, at).end()
-
-
-def _broken(path: Path, e: ValueError, line: int) -> UserError:
-    """``line`` is where the value begins, for errors that do not know better."""
-    return UserError(f"{path}:{getattr(e, 'lineno', line)}: not valid JSON: {_where(e)}", _REPAIR)
+def _ending(head: bytes) -> str:
+    """The name's end for content that begins like this."""
+    for magic, ending in ((b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst")):
+        if head.startswith(magic):
+            return ending
+    return ".jsonl"

@@ -1,0 +1,64 @@
+"""What can be wrong with a row, in a form for programs (code) and for people (reason and fix)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+MOST_PROBLEMS = 20  # of one row; a conversation of a thousand broken turns needs no thousand sentences
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a row cannot be used: ``code`` for programs, ``reason`` for people, ``fix`` a suggestion."""
+
+    code: str
+    reason: str
+    fix: str
+
+
+class RowError(Exception):
+    """A row that cannot be used: at least one problem, in the order of the row. It survives pickling."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = tuple(problems)[:MOST_PROBLEMS]
+        super().__init__(self.problems)
+
+    @property
+    def code(self) -> str:
+        """Code of the first problem."""
+        return self.problems[0].code
+
+    @property
+    def fix(self) -> str:
+        """Suggestion for the first problem."""
+        return self.problems[0].fix
+
+    def __str__(self) -> str:
+        return self.problems[0].reason
+
+
+def quoted(value: Any, limit: int = 40) -> str:
+    """Something from a row that fits into a message, on one line."""
+    # The repr of a huge text is huge: cut before as well as after.
+    text = repr(value[:limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in a word."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number",
+             type(None): "missing"}
+    return names.get(type(value), type(value).__name__)
+
+
+def damaged(text: str) -> bool:
+    """Whether a text holds a replacement character or half a surrogate pair."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return "\ufffd" in text

@@ -1,0 +1,65 @@
+"""What reading gives: rows, the sources they come from, and the blocks in which they travel to worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+JSON, CSV, TSV, PARQUET, HUB = "jsonl-or-json", "csv", "tsv", "parquet", "hf"
+BLOCK = 1 << 20  # bytes or characters that are read, and travel, together
+# What is longer is no conversation: most likely a file whose quotes or brackets do not close.
+MAX_ROW = 1 << 28
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands in a file. ``error`` says why it could not be read; ``value`` is then its raw text.
+
+    Args:
+        file: the source's name, as people gave it.
+        line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet and on the Hub.
+        value: what JSON can hold.
+    """
+
+    file: str
+    line: int
+    value: Any
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read rows from.
+
+    Args:
+        name: for messages and ``Row.file``: the path as typed or found, ``<stdin>`` or ``hf:org/name:train``.
+        path: a regular file whose content identifies the rows: the file, the copy of standard input, or the lock file
+            that names a dataset's commit.
+        kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet`` or ``hf``.
+        size: of the file in bytes; None on the Hub.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive rows, not parsed yet; it can be pickled, so that a worker process does the parsing.
+
+    Args:
+        file: the source's name.
+        done: share of the source (of a file's bytes, else of its rows) that was read for this block and those before
+            it, from 0 to 1.
+    """
+
+    file: str
+    done: float
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in order. A row that cannot be read has an ``error``; nothing is raised."""
+        raise NotImplementedError

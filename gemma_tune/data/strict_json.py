@@ -1,0 +1,112 @@
+"""JSON as the standard has it, and as it can be written again: no NaN, no number out of range, no endless nesting."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+# What is nested deeper cannot be relied on to be written again: Python's encoder stops at its recursion limit.
+MAX_DEPTH = 100
+_space = re.compile(r"[ \t\r\n]*")
+
+
+def loads(text: str) -> Any:
+    """The one JSON value that a text holds.
+
+    Raises:
+        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep.
+    """
+    value, end = decode(text, skip_space(text, 0))
+    if (end := skip_space(text, end)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
+def decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at ``at`` and where it ends; raises what :func:`loads` does."""
+    try:
+        value, end = _decoder.raw_decode(text, at)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    brackets = text.count("[", at, end) + text.count("{", at, end)
+    if brackets > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    return value, end
+
+
+def end_of(text: str, at: int) -> int:
+    """Where the JSON value at ``at`` ends, also if it cannot be kept because of a number in it.
+
+    Raises:
+        ValueError: not JSON (``JSONDecodeError``), or nested too deeply to know.
+    """
+    try:
+        return _finder.raw_decode(text, at)[1]
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
+def lenient(text: str) -> Any:
+    """The value of a text that :func:`end_of` took; numbers are text."""
+    return _finder.decode(text)
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is well formed, even if a value in it cannot be kept."""
+    try:
+        loads(text)
+    except json.JSONDecodeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def skip_space(text: str, at: int) -> int:
+    """Where JSON's white space from ``at`` on ends."""
+    return _space.match(text, at).end()
+
+
+def reason(e: ValueError) -> str:
+    """What is wrong, with the column where it is known."""
+    return f"{problem(e)} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
+
+
+def problem(e: json.JSONDecodeError) -> str:
+    """What is wrong, without the place."""
+    return e.msg.removesuffix(" at").rstrip(": ")  # some messages end so, to be followed by a place
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"the number {_short(digits)} is too large")
+    return number
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError as e:  # Python refuses thousands of digits
+        raise ValueError(f"the number {_short(digits)} is too large") from e
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:24]}…"
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
+_finder = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)  # takes every number

@@ -1,0 +1,129 @@
+"""Token sequences in Arrow files: written as a stream, read memory-mapped, so that their number does not matter.
+
+``tokens/train.arrow`` and ``tokens/valid.arrow`` have the columns ``input_ids`` (list of int32), ``spans`` (list of
+int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL file, from 0).
+``tokens/key.json`` says what they depend on beside the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gemma_tune.files import write_json
+from gemma_tune.run_dir import library_versions
+
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
+KEY = "key.json"
+# What decides how a conversation becomes tokens: a change in one of these files makes older tokens unusable.
+_SOURCES = ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py")
+_BATCH = 1_000
+
+
+def encoding_key(base: str) -> dict[str, str]:
+    """What tokens depend on beside the rows and the settings: tokenizer and template, code and library versions.
+
+    Args:
+        base: fingerprint of the base model, which covers its tokenizer and template.
+    """
+    package = Path(__file__).parent.parent
+    code = hashlib.sha256()
+    for path in (*(package / name for name in _SOURCES), *sorted((package / "templates").glob("*.jinja"))):
+        code.update(path.read_bytes() if path.exists() else b"")
+    libraries = library_versions()
+    return {"base": base, "code": code.hexdigest(), "transformers": libraries["transformers"],
+            "tokenizers": libraries["tokenizers"]}
+
+
+def write_key(folder: Path, key: dict[str, str]) -> None:
+    """Written last, after the files that it speaks of."""
+    write_json(folder / KEY, key)
+
+
+def read_key(folder: Path) -> dict[str, str] | None:
+    """What the tokens there depend on; None if there are none."""
+    try:
+        return json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class TokenWriter:
+    """Writes one side's sequences; a context manager."""
+
+    def __init__(self, path: Path):
+        self.rows = self.sequences = self.tokens = self.trained = 0
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, SCHEMA)
+        self._ids: list[np.ndarray] = []
+        self._spans: list[np.ndarray] = []
+        self._row: list[int] = []
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """The next row's sequences: ids (int32), and spans (int32: start, end, start, …)."""
+        for ids, spans in sequences:
+            self._ids.append(ids)
+            self._spans.append(spans)
+            self._row.append(self.rows)
+            self.tokens += len(ids)
+            self.trained += int(spans[1::2].sum() - spans[::2].sum())
+        self.rows += 1
+        self.sequences += len(sequences)
+        if len(self._ids) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._ids:
+            columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32))]
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self._ids, self._spans, self._row = [], [], []
+
+
+def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    """A column of int32 lists from one array per row."""
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(a) for a in arrays], out=offsets[1:])
+    values = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False)))
+
+
+def labels_of(ids: np.ndarray, spans: np.ndarray, ignored: int = -100) -> np.ndarray:
+    """Labels (int64): the id inside the spans, ``ignored`` elsewhere."""
+    labels = np.full(len(ids), ignored, np.int64)
+    for start, end in np.asarray(spans).reshape(-1, 2):
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def open_tokens(path: Path) -> Any:
+    """The sequences as a memory-mapped ``datasets.Dataset`` that yields ``input_ids`` and ``labels``."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(path)).with_transform(_with_labels)
+
+
+def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    pairs = [(np.asarray(ids, np.int64), spans) for ids, spans in zip(batch["input_ids"], batch["spans"])]
+    return {"input_ids": [ids for ids, _ in pairs], "labels": [labels_of(ids, spans) for ids, spans in pairs]}
+
+
+def lengths_of(dataset: Any) -> np.ndarray:
+    """Tokens of each sequence (int64), without reading them."""
+    import pyarrow.compute as pc
+
+    column = dataset.data.column("input_ids")
+    return pc.list_value_length(column).to_numpy().astype(np.int64)

@@ -1,0 +1,135 @@
+"""From a row to the token sequences that training gets, none of them longer than the limit.
+
+A conversation is usually one sequence. It becomes several where the chat template writes earlier turns differently
+once later ones are there (reasoning that is dropped), or where ``--on-long split`` divides it between turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.chat_format import ChatFormat, Encoded, FormatError
+
+Example = dict[str, Any]  # a line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row.
+
+    Args:
+        full: its sequences without any limit.
+        kept: those that training gets, each at most ``max_length`` tokens; empty if the row is too long.
+    """
+
+    full: Sequence[Encoded]
+    kept: Sequence[Encoded]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence without the limit."""
+        return max((len(s.ids) for s in self.full), default=0)
+
+
+class Encoder:
+    """Encodes rows as ``prepare`` was told to.
+
+    Args:
+        chat: tokenizer and template.
+        max_length: longest sequence in tokens.
+        on_long: ``drop`` and ``fail`` keep nothing of a longer row, ``truncate`` cuts its sequences, ``split`` divides
+            it between turns (a plain text between tokens).
+        train_on: ``all`` or ``last``, the assistant turns that are learned.
+    """
+
+    def __init__(self, chat: ChatFormat, max_length: int, on_long: str = "drop", train_on: str = "all"):
+        self.chat, self.max_length, self.on_long, self.train_on = chat, max_length, on_long, train_on
+
+    def encode(self, examples: Sequence[Example]) -> list[Outcome | FormatError]:
+        """One result for each row; a :class:`FormatError` where the template cannot render or label it."""
+        results: list[Any] = [None] * len(examples)
+        chats = [n for n, example in enumerate(examples) if "messages" in example]
+        encoded = self.chat.encode_many([(examples[n]["messages"], examples[n].get("tools")) for n in chats],
+                                        train_on=self.train_on)
+        for n, result in zip(chats, encoded):
+            results[n] = result if isinstance(result, FormatError) else self._limited_chat(examples[n], result)
+        texts = [n for n, example in enumerate(examples) if "text" in example]
+        for n, result in zip(texts, self.chat.encode_texts([examples[n]["text"] for n in texts])):
+            results[n] = self._limited_text(result)
+        return results
+
+    def _fits(self, sequences: Sequence[Encoded]) -> bool:
+        return all(len(s.ids) <= self.max_length for s in sequences)
+
+    def _limited_chat(self, example: Example, full: Sequence[Encoded]) -> Outcome:
+        if self._fits(full):
+            return Outcome(full, full)
+        if self.on_long == "split":
+            messages = _only_last(example["messages"]) if self.train_on == "last" else example["messages"]
+            return Outcome(full, self._pieces(messages, example.get("tools")))
+        return Outcome(full, self._cut(full))
+
+    def _limited_text(self, full: Encoded) -> Outcome:
+        if self._fits([full]):
+            return Outcome([full], [full])
+        if self.on_long == "split":
+            starts = range(0, len(full.ids), self.max_length)
+            return Outcome([full], [p for n in starts if (p := part(full, n, n + self.max_length)) is not None])
+        return Outcome([full], self._cut([full]))
+
+    def _cut(self, sequences: Sequence[Encoded]) -> list[Encoded]:
+        if self.on_long != "truncate":
+            return []
+        return [p for s in sequences if (p := part(s, 0, self.max_length)) is not None]
+
+    def _pieces(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[Encoded]:
+        """Runs of whole exchanges, each as long as fits and after the system prompt; what fits nowhere is left out."""
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        starts = [n for n, m in enumerate(messages) if m["role"] == "user"]
+        exchanges = [messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)])]
+
+        def encoded(first: int, end: int) -> list[Encoded] | None:
+            turns = [m for exchange in exchanges[first:end] for m in exchange]
+            if all(m.get("train") is False for m in turns if m["role"] == "assistant"):
+                return []
+            sequences = self.chat.encode([*system, *turns], tools)
+            return sequences if self._fits(sequences) else None
+
+        kept: list[Encoded] = []
+        first = 0
+        while first < len(exchanges):
+            end = _last_that(lambda end, first=first: encoded(first, end) is not None, first, len(exchanges))
+            if end > first:
+                kept += encoded(first, end) or []
+            first = max(end, first + 1)
+        return kept
+
+
+def part(sequence: Encoded, start: int, end: int) -> Encoded | None:
+    """Tokens ``start`` to ``end`` of a sequence, up to the last learned one; None if nothing in it is learned."""
+    spans = np.clip(sequence.spans, start, end) - start
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    if not len(spans):
+        return None
+    return Encoded(sequence.ids[start:start + int(spans[-1, 1])], spans)
+
+
+def _last_that(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number above ``low`` and up to ``high`` for which a monotone condition holds; ``low`` if none."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _only_last(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``--train-on last`` written into the turns: a piece's last answer is not the conversation's."""
+    last = max(n for n, m in enumerate(messages) if m["role"] == "assistant")
+    return [{**m, "train": False} if m["role"] == "assistant" and n != last else m for n, m in enumerate(messages)]
