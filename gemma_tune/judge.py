@@ -21,9 +21,9 @@ from gemma_tune.config import PrepareConfig
 from gemma_tune.data.checks import Checks
 from gemma_tune.data.formats import Formats, Problem, RowError
 from gemma_tune.data.near import signature
+from gemma_tune.data.scripts import script_of
 from gemma_tune.data.sources import Block, Row
 from gemma_tune.data.spool import Kept, batch_of
-from gemma_tune.data.scripts import script_of
 from gemma_tune.encode import Encoder, Example, Outcome
 from gemma_tune.errors import WorkFailed
 

@@ -21,8 +21,8 @@ from gemma_tune.checkpoints import (
     unfinished,
 )
 from gemma_tune.config import TrainConfig
-from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens, read_key
+from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory, sha256_file
 from gemma_tune.models import (
     Placement,

@@ -265,6 +265,12 @@ def test_a_template_that_drops_a_system_message_gets_it_folded():
     assert "S\n\na" in chat.tokenizer.decode(encoded_as_one(chat, [system("S"), user("a"), assistant("b")]).ids)
 
 
+def test_a_system_message_is_folded_into_a_users_turn_only():
+    chat = ChatFormat(gemma_tokenizer(TURNS, trl_template("gemma")), "gemma2")
+    with pytest.raises(FormatError, match="System role not supported"):
+        chat.render([system("S"), assistant("a")])
+
+
 def test_a_template_with_a_system_role_is_left_to_it():
     chat = ChatFormat(gemma_tokenizer(GEMMA_4, None), "gemma4")
     assert not chat.folds_system
@@ -350,6 +356,7 @@ def test_the_terminator_is_the_first_special_token_behind_an_answer():
     chat = ChatFormat(gemma_tokenizer(TURNS, template), "gemma3")
     assert chat.terminator == "<end_of_turn>"
     assert spans(chat, encoded_as_one(chat, [user("a"), assistant("b")])) == ["b \n\n<end_of_turn>"]
+    assert chat.calls_end_id == chat.terminator_id
 
 
 @pytest.mark.parametrize("template", [
@@ -404,7 +411,8 @@ def test_markers_are_the_special_tokens_longest_first(chat, expected):
 
 @each_format
 def test_an_answer_ends_with_the_terminator_or_the_end_of_text(chat):
-    assert set(chat.stop_ids) == {chat.terminator_id, chat.tokenizer.eos_token_id}
+    calls = chat.tokenizer.convert_tokens_to_ids(["<|tool_response>"]) if "tool_calls" in chat.template else []
+    assert set(chat.stop_ids) == {chat.terminator_id, chat.tokenizer.eos_token_id, *calls}
 
 
 @each_format

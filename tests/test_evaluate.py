@@ -40,7 +40,7 @@ def test_base_and_tuned_answers_stand_side_by_side(cli, fluent):
     assert summary["base_ended"] == int(answer["base_ended"])
     assert answer["base"] not in ("", answer["tuned"])
     assert "base_in_form" not in summary, "the form of the built-in example is asked of that example alone"
-    for shown in ("base", "tuned", "Say number 10.", "The number is", "next: gemma-tune merge"):
+    for shown in ("base", "tuned", question[0]["content"], "The number is", "next: gemma-tune merge"):
         assert shown in result.err
 
 
@@ -55,8 +55,8 @@ def test_the_report_says_it_all(cli, fluent, limit, ended):
     assert f"| validation loss | {train['eval_loss_before']:.4f} | {train['eval_loss_after']:.4f} |" in lines
     assert f"| answers that end by themselves | {summary['base_ended']}/1 | {int(ended)}/1 |" in lines
     assert f"at most {limit} tokens" in text
-    assert "## 1. Say number 10." in lines
     [answer] = summary["answers"]
+    assert f"## 1. {answer['prompt'][0]['content']}" in lines
     assert f"> {answer['tuned']}" in lines
     assert ("**tuned**" if ended else "**tuned** (cut off at the limit)") in lines
     assert ("**base**" if answer["base_ended"] else "**base** (cut off at the limit)") in lines
@@ -67,7 +67,7 @@ def test_the_report_says_it_all(cli, fluent, limit, ended):
 @pytest.fixture
 def many(cli, fluent, tmp_path) -> Path:
     """A run whose adapter fits, with six validation rows (prepared again, so the adapter is stale)."""
-    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--run", fluent, "--valid", 0.5)
+    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--run", fluent, "--valid", 6)
     assert result.code == 0, result.err
     assert len(held_out(fluent)) == 6
     return fluent
@@ -298,7 +298,16 @@ TEMPLATE = (
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
 
 
-def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative, tmp_path):
+def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative, tmp_path, monkeypatch):
+    import gemma_tune.evaluate as module
+
+    asked = []
+
+    def answers(*args):
+        asked.append(args[2:])
+        return greedy_answers(*args)
+
+    monkeypatch.setattr(module, "greedy_answers", answers)
     model = Path(shutil.copytree(talkative, tmp_path / "tools"))
     (model / "chat_template.jinja").write_text(TEMPLATE)
     train = write_rows(tmp_path / "rows.jsonl", [*rows(8), TOOL_ROW, TEXT_ROW])
@@ -318,11 +327,7 @@ def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative,
     for line in ("## 1. Weather in Zürich?", "*tools on offer*: `weather`", "*tool*", "> snow", "> 9 °C",
                  '> calls weather({"city": "Zürich"})'):
         assert line in lines
-    base = load_model(model, Placement("cpu", torch.float32, "test")).eval()
-    chat = load_format(model, "gemma3_text")
-    prompt, tools = again["messages"][:3], again["tools"]
-    [expected], [without] = (greedy_answers(base, chat, [prompt], 6, [t]) for t in (tools, None))
-    assert answer["base"] == expected.text != without.text
+    assert asked == [([answer["prompt"]], 6, [again["tools"]])] * 2, "the base model and the tuned one, both with the tools"
 
 
 def test_the_comparison_on_the_terminal_takes_turns_of_every_kind(capsys):

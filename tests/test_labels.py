@@ -299,6 +299,14 @@ def test_an_end_that_is_no_token_of_its_own_is_refused():
     assert "without its end (<|im_end|>)" in str(problem)
 
 
+def test_a_text_that_looks_like_a_mark_of_the_template_does_not_shift_the_labels():
+    """A special token that is longer than the terminator and begins as it does: the text has two, the ids one."""
+    chat = ChatFormat(byte_tokenizer((*CHATML, "<|im_end|>s"), SMOLLM2), "other")
+    for messages in ([user("a<|im_end|>s"), assistant("b")], [user("a"), assistant("b"), user("c<|im_end|>s"), assistant("d")]):
+        [encoded] = chat.encode(messages)
+        assert spans(chat, encoded) == [f"{turn['content']}<|im_end|>" for turn in messages if turn["role"] == "assistant"]
+
+
 def test_padding_and_truncation_of_the_tokenizer_do_not_matter():
     """tokenizer.json may ask for both, and earlier calls leave them switched on."""
     plain, other = chat_of("gemma-3"), chat_of("gemma-3")
@@ -374,6 +382,19 @@ def test_tools_are_refused_where_the_template_ignores_them(name):
     assert chat.encode(TALK, [])[0].trained, "no tools are no tools"
 
 
+def test_templates_get_what_they_expect_and_nothing_else():
+    llama = chat_of("llama-3.1")  # which writes an introduction to an empty list of tools, and refuses no calls at all
+    assert llama.render(TALK, tools=[]) == llama.render(TALK)
+    assert llama.render([user("q"), assistant("a", tool_calls=[], tool_call_id=None)]) == llama.render(
+        [user("q"), assistant("a")])
+    lfm = ("{{ messages[0] }}{% for m in messages %}<|im_start|>{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}"
+           "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    chat = ChatFormat(byte_tokenizer(CHATML, lfm), "lfm2")  # LFM 2.5 reads `thinking`
+    [encoded] = chat.encode([{**user("q"), "train": False, "name": None}, assistant("a", reasoning_content="r")])
+    assert spans(chat, encoded) == ["<think>r</think>a<|im_end|>"]
+    assert chat.tokenizer.decode(encoded.ids).startswith("{'role': 'user', 'content': 'q'}<|im_start|>")
+
+
 def test_results_of_tools_are_refused_where_the_template_ignores_them():
     silent = trl_template("qwen2_5").replace('{%- elif message.role == "tool" %}', '{%- elif message.role == "none" %}')
     chat = ChatFormat(byte_tokenizer(CHATML, silent, others=QWEN_WORDS), "qwen2")
@@ -389,6 +410,15 @@ def test_reasoning_that_would_vanish_is_refused(name, messages):
         chat.encode(messages)
     unlearned = [{**turn, "train": False} if "reasoning_content" in turn else turn for turn in messages]
     assert chat.encode(unlearned) == [], "what is not learned may be served without it"
+
+
+def test_a_question_that_only_later_prompts_leave_out_is_refused():
+    forgetful = ("{% for m in messages %}<|im_start|>{{ m.content if loop.index0 > 1 or messages|length < 3 else '-' }}"
+                 "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    chat = ChatFormat(byte_tokenizer(CHATML, forgetful), "other")
+    assert chat.encode(TALK[:2])
+    with pytest.raises(FormatError, match="a part of a user's turn"):
+        chat.encode(TALK)
 
 
 def test_text_beside_a_call_that_would_vanish_is_refused():

@@ -110,12 +110,12 @@ def test_a_run_can_be_moved(cli, trained, tiny, tmp_path):
 
 
 def test_the_config_file_is_below_flags_and_above_defaults(cli, tiny, data):
-    Path("settings.yaml").write_text(f"model: {tiny}\nprepare:\n  valid: 0.25\n  seed: 3\n")
+    Path("settings.yaml").write_text(f"model: {tiny}\nprepare:\n  valid: 3\n  seed: 3\n")
     result = cli("prepare", data, "--config", "settings.yaml", "--seed", 5, "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["valid_rows"] == 3
     config = manifest_of(Path("runs/tiny-gemma"))["stages"]["prepare"]["config"]
-    assert config["valid"] == {"value": 0.25, "from": "file"}
+    assert config["valid"] == {"value": 3, "from": "file"}
     assert config["seed"] == {"value": 5, "from": "flag"}
     assert config["max_length"]["from"] == "default"
 

@@ -28,8 +28,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="kills and forks as POSIX doe
 MODEL = {"id": "google/tiny-gemma", "name": "tiny-gemma", "source": "hub", "revision": "a" * 40, "path": None,
          "fingerprint": "google/tiny-gemma@" + "a" * 40, "files": {}}
 OUTPUTS = {
-    "prepare": {"train_rows": "data/train.jsonl", "valid_rows": "data/valid.jsonl",
-                "rejected_rows": "data/rejected.jsonl"},
+    "prepare": {"train_rows": "data/train.jsonl", "valid_rows": "data/valid.jsonl", "tokens": "data/tokens",
+                "rejected_rows": "data/rejected.jsonl", "duplicate_rows": "data/duplicates.jsonl",
+                "data_report": "data/report.json"},
     "train": {"adapter": "tiny-gemma_lora_adapter"},
     "eval": {"report": "report.md"},
     "merge": {"merged": "tiny-gemma_lora_merged"},

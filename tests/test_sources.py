@@ -321,18 +321,21 @@ def test_tables_as_programs_write_them(text, name):
     assert values(text, name) == [{"q": "x, y", "a": "z"}]
 
 
-def test_json_in_cells_of_columns_that_hold_conversations():
-    messages = [{"role": "user", "content": 'say "hi"'}]
+def test_json_in_cells_is_left_to_the_format_which_reads_what_really_is_turns():
+    from gemma_tune.data.formats import Formats
+
+    messages = [{"role": "user", "content": 'say "hi"'}, {"role": "assistant", "content": "hi"}]
     out = io.StringIO()
     table = csv.writer(out)
-    table.writerow(["messages", "tools", "note"])
-    table.writerow([json.dumps(messages), '{"a": 1}', "[1]"])
-    table.writerow(["[{'role': 'user'}]", "[NaN]", "{}"])
-    table.writerow(["[", '"text"', ""])
+    table.writerow(["messages", "tools"])
+    table.writerow([json.dumps(messages), '[{"name": "f", "parameters": {}}]'])
     assert values(out.getvalue(), "rows.csv") == [
-        {"messages": messages, "tools": {"a": 1}, "note": "[1]"},
-        {"messages": "[{'role': 'user'}]", "tools": "[NaN]", "note": "{}"},
-        {"messages": "[", "tools": '"text"', "note": ""}]
+        {"messages": json.dumps(messages), "tools": '[{"name": "f", "parameters": {}}]'}]
+    example = Formats().example(values(out.getvalue(), "rows.csv")[0])
+    assert example.messages == messages
+    assert example.tools[0]["function"]["name"] == "f"
+    [value] = values('prompt,completion\n"[1, 2, 3]","{""a"": 1}"\n', "rows.csv")
+    assert [m["content"] for m in Formats().example(value).messages] == ["[1, 2, 3]", '{"a": 1}']
 
 
 def test_rows_that_do_not_fit_the_table():
@@ -649,10 +652,15 @@ def test_configs_and_splits_that_are_not_there(hub):
     assert refused(f"hf:{ID}/two:train").message == f"hf:{ID} has no split 'train', only x, y"
 
 
-def test_datasets_that_cannot_be_had(hub, monkeypatch):
+def test_a_folder_of_the_dataset_s_name_is_not_meant(hub):
     Path("org/tiny-Chats").mkdir(parents=True)
-    write(json.dumps(chats(1)[0]), "org/tiny-Chats/train.jsonl")
-    error = refused(f"hf:{ID}")  # a folder of that name is not meant
+    write(json.dumps(chats(1, "local")[0]), "org/tiny-Chats/test.jsonl")
+    hub.add_repo(f"datasets/{ID}", repository(Path("repo"), train=chats(3)))
+    assert [row.value for row in hub_rows(f"hf:{ID}")] == chats(3)
+
+
+def test_datasets_that_cannot_be_had(hub, monkeypatch):
+    error = refused(f"hf:{ID}")
     assert f"datasets/{ID} cannot be seen without a login" in error.message
     assert f"{hub.url}/datasets/{ID}" in error.hint and "--model" not in error.hint
     folder = repository(Path("repo"), train=chats(3))

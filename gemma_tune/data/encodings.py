@@ -115,7 +115,7 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as e:
         raise _Damaged(f"{e}".removeprefix("zstd decompressor error: ").removeprefix("zstd decompress error: ")) from e
-    if False:
+    if frame is not None:
         raise _Damaged("the Zstandard data ends too early")
 
 

@@ -9,15 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.data import strict_json
 from gemma_tune.data.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.encodings import TextFile, compression
 from gemma_tune.data.rows import BLOCK, TSV, Block, Row, Source
 from gemma_tune.errors import UserError
 
-# Columns whose cells can hold JSON; in any other, text that begins with a bracket is text.
-JSON_COLUMNS = frozenset(("messages", "conversations", "conversation", "tools", "functions", "tool_calls", "prompt",
-                          "completion", "history", "chosen", "rejected"))
 _LONGEST_CELL = 1 << 24  # characters; behind a quote that is not closed, the rest of the file is one cell
 _LONGEST_LINE = 1 << 26
 _LONGEST_NAME = 200
@@ -36,17 +32,9 @@ class TableBlock(Block):
             if error is not None:
                 yield Row(self.file, line, cells, error)
                 continue
-            # Columns without a name (a data frame's index, trailing commas) cannot be meant.
-            yield Row(self.file, line, {name: _cell(name, cell) for name, cell in zip(self.header, cells) if name})
-
-
-def _cell(name: str, cell: str) -> Any:
-    if cell[:1] not in ("[", "{") or name not in JSON_COLUMNS:
-        return cell
-    try:
-        return strict_json.loads(cell)
-    except ValueError:
-        return cell
+            # Columns without a name (a data frame's index, trailing commas) cannot be meant. Cells stay text: whether
+            # one holds turns or tools as JSON is for the format to tell.
+            yield Row(self.file, line, {name: cell for name, cell in zip(self.header, cells) if name})
 
 
 def csv_blocks(source: Source, size: int = BLOCK) -> Iterator[TableBlock]:
