@@ -108,9 +108,10 @@ class PrepareConfig(StageConfig):
         return dict(part.split("=", 1) for part in self.columns)
 
     def _more_problems(self) -> list[str]:
-        problems = [f"columns: {_shown(part)} is not of the form ROLE=COLUMN with the roles {', '.join(COLUMN_ROLES)}"
-                    for part in self.columns if part.partition("=")[0] not in COLUMN_ROLES or not part.partition("=")[2]]
-        roles = {part.partition("=")[0] for part in self.columns}
+        pairs = [part.partition("=") for part in self.columns]
+        problems = [f"columns: {_shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
+                    f"{', '.join(COLUMN_ROLES)}" for pair in pairs if pair[0] not in COLUMN_ROLES or not pair[2]]
+        roles = {role for role, _, _ in pairs}
         if self.columns and not problems and not {"user", "assistant"} <= roles:
             problems.append("columns: both `user=…` and `assistant=…` are needed")
         if self.format == "columns" and not self.columns:
@@ -120,7 +121,8 @@ class PrepareConfig(StageConfig):
         problems += [f"allow: {_shown(code)} is not one of {', '.join(ALLOWABLE)}{_near(code, ALLOWABLE)}"
                      for code in self.allow if code not in ALLOWABLE]
         if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
-            problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a file")
+            problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
+                            "file")
         return problems
 
 

@@ -64,7 +64,7 @@ class DataFiles:
 
     def __init__(self, folder: Path, names: Sequence[str]):
         self._folder, self._names, self._open = folder, names, ExitStack()
-        self._rejected = self._open.enter_context(open(folder / "rejected.jsonl", "wb"))
+        self._rejected = self._open.enter_context((folder / "rejected.jsonl").open("wb"))
 
     def __enter__(self) -> DataFiles:
         return self
@@ -87,7 +87,7 @@ class DataFiles:
             The content of data/report.json.
         """
         (self._folder / "tokens").mkdir()
-        statistics = Statistics()
+        statistics, lost = Statistics(), 0
         with ExitStack() as stack:
             lines = {side: stack.enter_context(open(self._folder / f"{side}.jsonl", "wb")) for side in SIDES}
             tokens = {side: stack.enter_context(TokenWriter(self._folder / "tokens" / f"{side}.arrow"))
@@ -95,10 +95,11 @@ class DataFiles:
             duplicates = stack.enter_context(open(self._folder / "duplicates.jsonl", "wb"))
             for batch in spool.read():
                 self._write_batch(batch, columns, selection, lines, tokens, duplicates)
+                lost += int(_lost(batch)[selection.kept[batch.first:batch.first + batch.size]].sum())
                 statistics.add(_measured(batch, self._names[batch.source]), _counted(batch, columns, selection))
                 if advance:
                     advance(batch.first + batch.size)
-        return self._report(columns, selection, findings, statistics, tokens, config)
+        return self._report(columns, selection, findings, statistics, tokens, config) | {"left_out_answers": lost}
 
     def _write_batch(self, batch: Batch, columns: Columns, selection: Selection, lines, tokens, duplicates) -> None:
         texts, sequences = batch.bytes_of("text"), batch.sequences()
@@ -150,6 +151,15 @@ def _counted(batch: Batch, columns: Columns, selection: Selection) -> np.ndarray
     """The rows that the figures are about: those that are used, and those that are only too long for it."""
     rows = slice(batch.first, batch.first + batch.size)
     return selection.kept[rows] | ~columns.usable[rows]
+
+
+def _lost(batch: Batch) -> np.ndarray:
+    """Of each row the number of learned stretches of which nothing is kept."""
+    def per_row(name: str) -> np.ndarray:
+        counts, at = batch.lists(name)
+        return np.diff(np.append(0, np.cumsum(counts, dtype=np.int64))[at])
+
+    return np.maximum(per_row("full_counts") - per_row("counts"), 0)
 
 
 def _measured(batch: Batch, name: str) -> Measured:

@@ -56,7 +56,10 @@ class Encoder:
         encoded = self.chat.encode_many([(examples[n]["messages"], examples[n].get("tools")) for n in chats],
                                         train_on=self.train_on)
         for n, result in zip(chats, encoded):
-            results[n] = result if isinstance(result, FormatError) else self._limited_chat(examples[n], result)
+            try:
+                results[n] = result if isinstance(result, FormatError) else self._limited_chat(examples[n], result)
+            except FormatError as e:  # a part of a conversation may be refused where the whole is not
+                results[n] = e
         texts = [n for n, example in enumerate(examples) if "text" in example]
         for n, result in zip(texts, self.chat.encode_texts([examples[n]["text"] for n in texts])):
             results[n] = self._limited_text(result)

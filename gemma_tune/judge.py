@@ -128,12 +128,18 @@ class Judge:
             fix = "change the conversation so that the chat template takes it"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
+        if not outcome.full:  # --train-on last, and just that turn is not to be learned
+            judged.rejected.append(Rejected(row, (Problem(
+                "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
+                "use --train-on all, or leave the row out"),)))
+            return None
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
         text = (_as_text(example) + "\n").encode(errors="backslashreplace")
         texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
         return Kept(line=row.line, text=text, conversation=hashlib.blake2b(text, digest_size=16).digest(),
-                    prompt=self._prompt(example), turns=len(example.get("messages", ())), script=script_of("\n".join(texts)),
+                    prompt=self._prompt(example), turns=len(example.get("messages", ())),
+                    script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
 
     def _too_long(self, outcome: Outcome) -> Problem:

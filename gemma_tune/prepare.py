@@ -51,7 +51,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
     recorded = session.manifest.stages.get("prepare")
     if recorded and recorded["summary"].get("encoding") != encoding_key(session.model.fingerprint):
-        session.listener.note("`prepare` runs again: the tokens were made by other versions of the code or its libraries")
+        session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
     report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
     if preview:
@@ -86,6 +86,8 @@ def _as_before(session: Session) -> Session:
 
 
 def _found_again(root: Path, name: str) -> str:
+    if name.startswith("gemma_tune:"):  # our own data, see RunDir.relative
+        return f"{Path(__file__).parent / name.removeprefix('gemma_tune:')}"
     return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(root / name))
 
 
@@ -104,10 +106,12 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
 
 def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
     """Settings with names relative to the run, so that both can be moved together."""
-    copies = {"-": source.path for source in sources if source.path.parent == session.run.inputs}
+    copy = next((source.path for source in sources if source.name == "<stdin>"), None)
 
     def kept(name: str) -> str:
-        return name if name.startswith("hf:") else session.run.relative(Path(copies.get(name, os.path.expanduser(name))))
+        if name.startswith("hf:"):
+            return name
+        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(name)))
 
     config = session.config
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
@@ -133,6 +137,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             columns = gathered.columns()
             selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
                                _nearly(spool, config.near_threshold) if config.near_duplicates else None)
+            _refuse_nothing_to_train(selection)
             report = files.write(spool, columns, selection, findings, config)
         finally:
             spool.close()
@@ -220,12 +225,20 @@ def _refuse_too_many_bad(findings: Findings, config: PrepareConfig) -> None:
                         "use --on-long split or drop, or a larger --max-length",
                         [str(item) for item in findings.examples if item.code == TOO_LONG][:NAMED])
     if bad and config.on_bad_row == "fail":
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject", problems)
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
+                        problems)
     if bad == total:
         raise UserError(f"none of the {total:,} rows can be used", "correct the rows named above", problems)
     if bad / total > config.max_rejected:
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {config.max_rejected * 100:g} % allowed",
+        allowed = f"{config.max_rejected * 100:g} %"
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
                         "correct them, or allow more with --max-rejected 1", problems)
+
+
+def _refuse_nothing_to_train(selection: Selection) -> None:
+    if not (selection.kept & ~selection.valid).any():
+        raise UserError("no row is left for training: all that can be used is in the validation file as well",
+                        "name other rows to train on, or keep a share aside: --valid 0.1")
 
 
 def _warn(session: Session, findings: Findings, selection: Selection, report: dict[str, Any]) -> None:
@@ -233,6 +246,9 @@ def _warn(session: Session, findings: Findings, selection: Selection, report: di
     if selection.asked_on_both_sides:
         listener.warn(f"{selection.asked_on_both_sides:,} training rows ask what validation rows ask; the validation "
                       "loss will look better than it is")
+    if report["left_out_answers"]:
+        listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "
+                      f"into --max-length {session.config.max_length}")
     if report["duplicate_rows"]:
         listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
                       f"{session.run.duplicate_rows}")

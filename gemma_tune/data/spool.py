@@ -114,7 +114,7 @@ class Spool:
 
     def __init__(self, path: Path):
         self._path, self._sources, self.size = path, [], 0
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
 
     def add(self, batch: bytes, source: int) -> Batch:
         """Append a batch of :func:`batch_of` that came from the given source."""

@@ -1,8 +1,8 @@
 """Token sequences in Arrow files: written as a stream, read memory-mapped, so that their number does not matter.
 
 ``tokens/train.arrow`` and ``tokens/valid.arrow`` have the columns ``input_ids`` (list of int32), ``spans`` (list of
-int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL file, from 0).
-``tokens/key.json`` says what they depend on beside the data.
+int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL file, from
+0). ``tokens/key.json`` says what they depend on beside the data.
 """
 
 from __future__ import annotations
