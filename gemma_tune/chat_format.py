@@ -71,6 +71,14 @@ class ChatFormat:
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Child processes that are not forked get a copy; a compiled template cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "_compiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compiled = _compiled(self.template)
+
     @cached_property
     def terminator(self) -> str:
         """The token that ends an assistant's turn, such as ``<end_of_turn>``."""
@@ -188,7 +196,7 @@ class ChatFormat:
         return left_out_kinds(lambda turns, tools, prompt: self._render(turns, tools, prompt))
 
     def _render(self, turns: Messages, tools: Tools = None, prompt: bool = False) -> str:
-        """Render turns that :meth:`_for_template` has made; as ``apply_chat_template`` does, at a fifth of its time."""
+        """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
         from jinja2 import TemplateError
 
         if not turns:
@@ -243,10 +251,13 @@ class ChatFormat:
         """
         try:
             prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
-            special = self._special_ids(answer_after(prompt, full))
+            answer = answer_after(prompt, full).rstrip()
         except FormatError:
             return None
-        return self.terminator_id if self.terminator_id in special else next(reversed(special), None)
+        special = self._special_ids(answer)
+        if not special or self.terminator_id in special:
+            return self.terminator_id if special else None
+        return special[-1] if answer.endswith(self.tokenizer.convert_ids_to_tokens(special[-1])) else None
 
     def _special_ids(self, text: str) -> list[int]:
         """The special tokens in a text, less those that stand for white space."""

@@ -5,6 +5,7 @@ It runs block by block, in this process or in several, and its results are compa
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -177,6 +178,8 @@ def judged_blocks(blocks: Iterable[tuple[T, Block]], judge: Judge, processes: in
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     pool = ProcessPoolExecutor(processes, mp_context=_context(), initializer=_begin, initargs=_arguments(judge))
     waiting: deque[tuple[T, Block, Any]] = deque()
+    gc.collect()
+    gc.freeze()  # or the children's garbage collectors would write to, and so copy, all memory that they share
     try:
         for origin, block in blocks:
             waiting.append((origin, block, pool.submit(_work, block)))
@@ -189,6 +192,7 @@ def judged_blocks(blocks: Iterable[tuple[T, Block]], judge: Judge, processes: in
                          "close other programs and run the same command again") from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
         _judge = None
 
 

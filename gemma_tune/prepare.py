@@ -33,6 +33,7 @@ from gemma_tune.stage import Finished, Session, StageReport, run_stage
 SHOWN = 10  # problems printed; the rest is in rejected.jsonl
 NAMED = 20  # problems that a failure names
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
+_BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
 
 
 def prepare(session: Session, preview: int = 0) -> StageReport:
@@ -154,7 +155,7 @@ def _first_pass(session, sources, held_out: int, judge: Judge, spool: Spool, gat
                 files: DataFiles) -> None:
     before = np.cumsum([0, *(source.size or 0 for source in sources)])
     total = int(before[-1])
-    blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source))
+    blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source, _BLOCK))
     for number, block, judged in judged_blocks(blocks, judge, _processes(sources, total)):
         done = before[number] + block.done * (before[number + 1] - before[number])
         session.listener.progress("checking rows", min(int(done), total - 1), total)

@@ -20,12 +20,14 @@ from loopback_hub import LoopbackHub
 from safetensors.numpy import save_file
 
 from gemma_tune import hub as hub_module
+from gemma_tune import hub_access
 from gemma_tune.errors import BAD_INPUT, WORK_FAILED, UserError
-from gemma_tune.hub import HubError, fetch_model, redact
+from gemma_tune.hub import fetch_model
+from gemma_tune.hub_access import HubError, redact
 
 ID = "google/tiny-gemma"
 GOOD, OTHER, BAD = "hf_" + "G" * 34, "hf_" + "O" * 34, "hf_" + "B" * 34
-Fetch = Callable[..., hub_module.HubModel]
+Fetch = Callable[..., hub_access.HubModel]
 
 
 def write_model(folder: Path, *, shards: int = 2, value: float = 1.0, side: int = 16) -> Path:
@@ -649,7 +651,7 @@ def test_redact(visit):
 
 
 def test_a_text_of_the_server_is_one_line_without_tokens_and_control_characters():
-    line = hub_module._line(f"a\n\x1b[31mred {'x' * 500}")
+    line = hub_access.one_line(f"a\n\x1b[31mred {'x' * 500}")
     assert "\n" not in line and "\x1b" not in line and len(line) <= 200
     error = HubError("server", f"said {GOOD}", f"try {BAD}", f"was {OTHER}")
     assert not [token for token in (GOOD, OTHER, BAD) if token in f"{error.message}{error.hint}{error.detail}{error}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -333,6 +334,16 @@ def test_many_at_once_are_the_same_as_one_by_one():
     assert learned(chat, last[0]) == [[f"{EMPTY}a2<|im_end|>"]]
 
 
+@pytest.mark.parametrize("name", ["gemma-2", "gemma-4"])
+def test_a_copy_in_another_process_gives_the_same(name):
+    chat = chat_of(name)
+    messages = [system("S"), *TALK]
+    expected = [e.ids.tolist() for e in chat.encode(messages)]
+    copied = pickle.loads(pickle.dumps(chat))
+    assert [e.ids.tolist() for e in copied.encode(messages)] == expected
+    assert (copied.terminator, copied.stop_ids, copied.template) == (chat.terminator, chat.stop_ids, chat.template)
+
+
 def test_labels_are_the_ids_in_the_spans():
     chat = chat_of("gemma-3")
     [encoded] = chat.encode(TALK)
@@ -480,6 +491,17 @@ def test_text_beside_a_call_with_a_result_cannot_be_served_by_gemma_4():
 def test_an_answer_stops_where_a_call_ends(name, ends):
     chat = chat_of(name)
     assert set(chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)) == ends
+
+
+def test_a_call_without_an_end_of_its_own_ends_no_answer():
+    """Text behind the last special token: stopping there would cut the call."""
+    template = ("{% for m in messages %}<|im_start|>{% if m.tool_calls %}<|call|>{{ m.tool_calls[0].function.name }}"
+                "{{ m.tool_calls[0].function.arguments }}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    chat = ChatFormat(byte_tokenizer((*CHATML, "<|call|>"), template), "other")
+    assert set(chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)) == {"<|im_end|>", "<eos>"}
+    with pytest.raises(FormatError, match="without its end"):
+        chat.encode([user("q"), call("weather", city="Rome")])
 
 
 def test_gpt_oss_ends_answers_and_calls_otherwise_than_it_repeats_them():

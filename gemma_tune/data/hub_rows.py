@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune import __version__, hub
+from gemma_tune import __version__, hub_access
 from gemma_tune.data.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.rows import BLOCK, HUB, Source
 from gemma_tune.errors import UserError
@@ -45,10 +45,10 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
         UserError: not such a name, no such dataset, config or split, or no access; ``HubError`` where the Hub refuses.
     """
     asked = _NAME.fullmatch(name)
-    if not asked or not hub._ID.fullmatch(asked["id"]):
+    if not asked or not hub_access.MODEL_ID.fullmatch(asked["id"]):
         raise UserError(f"{name!r} does not name a dataset on the Hub", _FORM)
     path = keep / (re.sub(r"[^\w.-]+", "-", f"hf-{name.removeprefix(PREFIX)}", flags=re.ASCII) + ".json")
-    request = hub._request(asked["id"], asked["revision"])
+    request = hub_access.request_for(asked["id"], asked["revision"])
     # Datasets have their address below datasets/; so this also is what errors call it.
     request = replace(request, id=f"datasets/{request.id}")
     known = _read(path)
@@ -73,7 +73,7 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
     lock = _read(source.path)
     if lock is None:
         raise UserError(f"{source.path} does not name a dataset's commit", "delete it and run the same command again")
-    request = replace(hub._request(lock.id, lock.commit), id=f"datasets/{lock.id}")
+    request = replace(hub_access.request_for(lock.id, lock.commit), id=f"datasets/{lock.id}")
     with _quiet():
         table = _explained(request, lambda: _load(lock)).with_format("arrow")
     count = max(1, min(10_000, size * max(1, table.num_rows) // max(1, table.data.nbytes)))
@@ -92,15 +92,15 @@ def _resolved(request: Any, asked: re.Match[str], known: Lock | None, listener: 
     from huggingface_hub import HfApi, constants
 
     try:
-        if variable := hub._offline_wanted():
-            raise _about_data(hub._failure("forbidden", request, variable))
-        request = replace(request, token=hub._token(request))
+        if variable := hub_access.offline_wanted():
+            raise _about_data(hub_access.hub_error("forbidden", request, variable))
+        request = replace(request, token=hub_access.token_for(request))
         api = HfApi(endpoint=request.endpoint, library_name="gemma-tune", library_version=__version__)
-        info = _explained(request, lambda: hub._patiently(lambda: api.dataset_info(
+        info = _explained(request, lambda: hub_access.patiently(lambda: api.dataset_info(
             asked["id"], revision=asked["revision"], timeout=constants.HF_HUB_ETAG_TIMEOUT)))
         if info.gated:  # later, datasets would hide what the Hub says
-            _explained(request, lambda: hub._patiently(lambda: api.auth_check(asked["id"], repo_type="dataset")))
-    except hub.HubError as failure:
+            _explained(request, lambda: hub_access.patiently(lambda: api.auth_check(asked["id"], repo_type="dataset")))
+    except hub_access.HubError as failure:
         if known is None or failure.kind not in ("offline", "server"):
             raise
         listener.note(f"{failure.message}; commit {known.commit[:12]} is used, as before")
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
     their_logging.set_verbosity(logging.CRITICAL)
     utils.disable_progress_bars()
     try:
-        with hub._quiet():
+        with hub_access.quietly():
             yield
     finally:
         their_logging.set_verbosity(before)
@@ -195,11 +195,11 @@ def _explain(error: BaseException, request: Any) -> UserError:
     for one in chain:
         if isinstance(one, (errors.HTTPError, errors.HfHubHTTPError, ConnectionError, TimeoutError)) \
                 or getattr(one, "errno", None) and not isinstance(one, FileNotFoundError):
-            failure = hub._explain(one, request)
+            failure = hub_access.explain(one, request)
             if failure is not None:
-                failure.detail = hub.redact(f"{type(one).__name__}: {one}")
+                failure.detail = hub_access.redact(f"{type(one).__name__}: {one}")
                 return _about_data(failure)
-    reason = hub._line(hub.redact(str(chain[0]) or type(chain[0]).__name__))
+    reason = hub_access.one_line(hub_access.redact(str(chain[0]) or type(chain[0]).__name__))
     name = PREFIX + request.id.removeprefix("datasets/")
     page = f"{request.endpoint}/{request.id}"
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, SplitsNotFoundError)):
@@ -209,11 +209,11 @@ def _explain(error: BaseException, request: Any) -> UserError:
     if "scripts are no longer supported" in reason:
         return UserError(f"{name} is made by a program, which gemma-tune does not run",
                          f"look for a copy as files, such as {name}@refs/convert/parquet, or see {page}")
-    causes = "; ".join(dict.fromkeys(hub._line(hub.redact(str(e))) for e in (chain[0], chain[-1])))
+    causes = "; ".join(dict.fromkeys(hub_access.one_line(hub_access.redact(str(e))) for e in (chain[0], chain[-1])))
     return UserError(f"{name} cannot be loaded: {causes}", f"download the files you need from {page} and name them")
 
 
-def _about_data(failure: hub.HubError) -> hub.HubError:
+def _about_data(failure: hub_access.HubError) -> hub_access.HubError:
     """The same error with hints that are about data, not about models."""
     failure.hint = re.sub(r"; `--model demo`[^;]*", "", failure.hint or "").replace("another model", "another dataset")
     return failure
