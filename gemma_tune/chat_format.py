@@ -30,7 +30,7 @@ from gemma_tune.left_out import (
     refuse_lost_question,
 )
 from gemma_tune.templates import family_template
-from gemma_tune.thinking import NO_REASONING, answer_after, opened_thought, with_thinking
+from gemma_tune.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
 
 
 class ChatFormat:
@@ -173,6 +173,11 @@ class ChatFormat:
             text, seen = prompt + answer, i - folded
             learned.append((len(prompt), len(text), mark))
         return [*drafts, Draft(text, tuple(learned))] if learned else []
+
+    def difference(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> str:
+        """How the template first writes earlier turns in another way, so that a new sequence begins; empty if never."""
+        drafts = self.drafts(messages, tools, train_on=train_on)
+        return first_difference(drafts[0].text, drafts[1].text) if len(drafts) > 1 else ""
 
     def _turn(self, turns: Messages, tools: Tools) -> tuple[str, str, str]:
         """Prompt and answer of the last turn, up to its end, and the special token that ends it."""

@@ -41,12 +41,13 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             near_threshold: o.NearThreshold = None, allow: o.Allow = None, on_bad_row: o.OnBadRow = None,
             max_rejected: o.MaxRejected = None, preview: o.Preview = 0, force: o.Force = False,
             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Check your conversations and split them into training and validation.
+    """Check your conversations, label and tokenise them, and split them into training and validation.
 
-    Reads JSONL or JSON files: `messages` (OpenAI's form) or Alpaca's `instruction`, `input`, `output`. Writes
-    data/train.jsonl, data/valid.jsonl and data/rejected.jsonl with file, line and reason. Begins the run.
+    Reads JSONL, JSON, CSV, TSV and Parquet: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
+    data/train.jsonl, data/valid.jsonl, data/rejected.jsonl (with file, line and reason), data/duplicates.jsonl and a
+    report on lengths and findings. Begins the run.
 
-    Example: gemma-tune prepare chats.jsonl --model google/gemma-3-270m-it
+    Example: gemma-tune prepare chats.jsonl --model google/gemma-3-270m-it --preview 3
     """
     from gemma_tune.prepare import prepare as stage
 
@@ -162,7 +163,8 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
 
 @app.command("run", cls=Command)
 def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, valid: o.Valid = None, max_length: o.MaxLength = None, rank: o.Rank = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, valid: o.Valid = None,
+            max_length: o.MaxLength = None, on_long: o.OnLong = None, rank: o.Rank = None,
             learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
             accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
             qlora: o.QLora = None, activation_checkpointing: o.Checkpointing = None, questions: o.Questions = None,

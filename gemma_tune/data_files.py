@@ -38,6 +38,8 @@ class Findings:
     by_source: Counter[int] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
+    rewritten: int = 0
+    difference: str = ""
 
     def add(self, judged: Judged, source: int, usable: int) -> None:
         """Count a block of which so many rows are usable."""
@@ -48,6 +50,8 @@ class Findings:
         self.formats.update(judged.formats)
         self.folded += judged.folded
         self.reasoning += judged.reasoning
+        self.rewritten += judged.rewritten
+        self.difference = self.difference or judged.difference
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
@@ -135,6 +139,7 @@ class DataFiles:
             "prompts_with_several_answers": {
                 "prompts": len(conflicts), "rows": sum(map(len, conflicts)),
                 "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
+            "rows_of_several_sequences": {"rows": findings.rewritten, "first": findings.difference},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": sum(t.sequences for t in tokens.values()), "tokens": sum(t.tokens for t in tokens.values()),
             "trained_tokens": sum(t.trained for t in tokens.values()),

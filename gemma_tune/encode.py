@@ -90,25 +90,32 @@ class Encoder:
         return [p for s in sequences if (p := part(s, 0, self.max_length)) is not None]
 
     def _pieces(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[Encoded]:
-        """Runs of whole exchanges, each as long as fits and after the system prompt; what fits nowhere is left out."""
+        """Runs of whole exchanges, each as long as fits and after the system prompt; what fits nowhere is left out.
+
+        Exchanges of which nothing is learned stand before the next learned one, as many as fit.
+        """
         system = [m for m in messages[:1] if m["role"] == "system"]
         starts = [n for n, m in enumerate(messages) if m["role"] == "user"]
         exchanges = [messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)])]
+        learned = [n for n, exchange in enumerate(exchanges)
+                   if any(m["role"] == "assistant" and m.get("train") is not False for m in exchange)]
 
         def encoded(first: int, end: int) -> list[Encoded] | None:
             turns = [m for exchange in exchanges[first:end] for m in exchange]
-            if all(m.get("train") is False for m in turns if m["role"] == "assistant"):
-                return []
             sequences = self.chat.encode([*system, *turns], tools)
             return sequences if self._fits(sequences) else None
 
         kept: list[Encoded] = []
-        first = 0
-        while first < len(exchanges):
-            end = _last_that(lambda end, first=first: encoded(first, end) is not None, first, len(exchanges))
-            if end > first:
-                kept += encoded(first, end) or []
-            first = max(end, first + 1)
+        done = 0
+        for n in learned:
+            if n < done:
+                continue
+            size = _last_that(lambda size, end=n + 1: encoded(end - size, end) is not None, 0, n + 1 - done)
+            first, done = n + 1 - size, n + 1
+            if size:
+                end = _last_that(lambda end, first=first: encoded(first, end) is not None, done, len(exchanges))
+                done = max(m for m in learned if m < end) + 1
+                kept += encoded(first, done) or []
         return kept
 
 

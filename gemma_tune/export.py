@@ -99,12 +99,18 @@ def _chat(session: Session, merged: Path) -> ChatFormat:
 
 def _target(session: Session, merged: Path, chat: ChatFormat) -> Target:
     config = read_config(merged)
-    longest = session.settings_of("prepare").get("max_length", 0)
-    context = session.config.num_ctx or min(max(LEAST_CONTEXT, longest),
+    context = session.config.num_ctx or min(max(LEAST_CONTEXT, _longest_in_training(session)),
                                             config.get("max_position_embeddings", LEAST_CONTEXT))
     license_text = next((p.read_text(encoding="utf-8") for p in sorted(merged.glob("LICENSE*"))), None)
     return Target(_name(session), chat_for(chat.template, config["model_type"], eos_token=chat.tokenizer.eos_token),
                   {"num_ctx": context, **sampling_parameters(merged)}, session.config.system, license_text)
+
+
+def _longest_in_training(session: Session) -> int:
+    """An upper bound of the tokens of training's longest sequence; 0 where the manifest does not tell."""
+    summary = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
+    limit = session.settings_of("prepare").get("max_length", 0)
+    return min(summary.get("longest", limit), limit)  # the longest row is measured before the limit
 
 
 def sampling_parameters(checkpoint: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _look_up(request: Request) -> tuple[str, list[_File]]:
 
     api = HfApi(endpoint=request.endpoint, library_name="gemma-tune", library_version=__version__)
     info = patiently(lambda: api.model_info(request.id, revision=request.revision, files_metadata=True,
-                                             timeout=constants.HF_HUB_ETAG_TIMEOUT))
+                                            timeout=constants.HF_HUB_ETAG_TIMEOUT))
     if not COMMIT.fullmatch(info.sha or ""):
         raise hub_error("no hub", request, "its answer names no commit")
     if info.disabled:

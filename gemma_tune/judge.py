@@ -72,6 +72,8 @@ class Judged:
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
+        rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
+        difference: what that way is, in the first of them.
     """
 
     kept: bytes | None
@@ -79,6 +81,8 @@ class Judged:
     formats: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
+    rewritten: int = 0
+    difference: str = ""
 
 
 class Judge:
@@ -134,6 +138,9 @@ class Judge:
                 "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
                 "use --train-on all, or leave the row out"),)))
             return None
+        if len(outcome.full) > 1:
+            judged.rewritten += 1
+            judged.difference = judged.difference or self._difference(row, example)
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
         text = (_as_text(example) + "\n").encode(errors="backslashreplace")
@@ -142,6 +149,10 @@ class Judge:
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
+
+    def _difference(self, row: Row, example: Example) -> str:
+        found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
+        return f"{row.file}:{row.line}: {found}"
 
     def _too_long(self, outcome: Outcome) -> Problem:
         if self.config.on_long in ("split", "truncate"):

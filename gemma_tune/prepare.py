@@ -207,6 +207,12 @@ def _explain(session: Session, judge: Judge, findings: Findings) -> None:
     if findings.folded:
         listener.note(f"the chat template has no place for a system message: in {findings.folded:,} rows it is put "
                       "before the first user turn")
+    if findings.rewritten:
+        listener.note(f"{findings.rewritten:,} rows become several sequences, so that each answer is learned after the "
+                      f"prompt that it will have: {findings.difference}")
+    if "strftime_now" in chat.template:
+        listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
+                      "what is learned")
     if findings.reasoning and session.config.thinking == "auto" and "enable_thinking" in chat.template:
         listener.note(f"{findings.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
     for item in findings.examples[:SHOWN]:

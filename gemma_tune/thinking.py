@@ -60,10 +60,11 @@ def answer_after(prompt: str, full: str) -> str:
             return answer
         raise FormatError(NO_REASONING)
     opened = "; the prompt opens a thought, and this answer begins without" if opened_thought(prompt) else ""
-    raise FormatError(_first_difference(prompt, full) + opened)
+    raise FormatError(first_difference(prompt, full) + opened)
 
 
-def _first_difference(prompt: str, full: str) -> str:
+def first_difference(prompt: str, full: str) -> str:
+    """What a template writes at first, and what in its place later, as a sentence."""
     n = next((n for n, (a, b) in enumerate(zip(prompt, full)) if a != b), min(len(prompt), len(full)))
     return (f"the chat template is not prefix-consistent: it writes {prompt[n:n + 30]!r} at first, and "
             f"{full[n:n + 30]!r} in its place once the next turn is there (character {n})")

@@ -100,8 +100,8 @@ def format_of(model: Path) -> ChatFormat:
     return load_format(model, "gemma3_text")
 
 
-def make_tool_model(tiny: Path, folder: Path, template: str = "qwen2_5") -> Path:
-    """The tiny model with a tokenizer and a template of TRL's that know system messages and tools."""
+def with_template(tiny: Path, folder: Path, template: str = "qwen2_5") -> Path:
+    """The tiny model with one of TRL's chat templates, in a directory of its own; Qwen's know tools."""
     folder = folder / tiny.name
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "added_tokens*"))
     gemma_tokenizer((*CHATML, *TURNS), trl_template(template)).save_pretrained(folder)

@@ -20,13 +20,13 @@ from prepare_support import (
     format_of,
     kept,
     learned,
-    make_tool_model,
     prepared,
     questions,
     read,
     report,
     row,
     sequences,
+    with_template,
 )
 from template_support import assistant, user
 from test_formats import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT
@@ -41,7 +41,7 @@ def prepare(tiny):
 @pytest.fixture(scope="module")
 def tool_model(tiny, tmp_path_factory) -> Path:
     """A model whose template knows tools."""
-    return make_tool_model(tiny, tmp_path_factory.mktemp("tools"))
+    return with_template(tiny, tmp_path_factory.mktemp("tools"))
 
 
 # --- what is read
@@ -168,12 +168,18 @@ def test_published_formats_in_one_run(tool_model):
 
 def test_a_system_message_is_folded_where_the_template_has_none(prepare, tiny):
     """The tiny model gets Gemma's template, which has no system role: its text opens the first user turn."""
-    done = prepare(write_rows(Path("rows.jsonl"), [row(), row(instruction="Answer as a banker would.")]), "--valid", 0)
+    prepare(write_rows(Path("rows.jsonl"), [row(), row(instruction="Answer as a banker would.")]), "--valid", 0)
     plain, folded = (format_of(tiny).tokenizer.decode(s.ids) for s in sequences())
     assert kept()[1][0] == {"role": "system", "content": "Answer as a banker would."}
     assert folded == plain.replace("user\nWhat", "user\nAnswer as a banker would.\n\nWhat")
     assert "system" not in folded
+
+
+def test_a_system_message_that_the_template_refuses_is_put_before_the_first_turn(tiny, tmp_path):
+    model = with_template(tiny, tmp_path / "models", "gemma")  # Gemma 1 and 2
+    done = prepared(model, write_rows(Path("rows.jsonl"), [row(), row(instruction="Be brief.")]), "--valid", 0)
     assert "no place for a system message: in 1 rows it is put before the first user turn" in done["err"]
+    assert "user\nBe brief.\n\nWhat is a bond?<end_of_turn>" in format_of(model).tokenizer.decode(sequences()[1].ids)
 
 
 def test_columns_that_are_named(prepare):
@@ -185,7 +191,7 @@ def test_columns_that_are_named(prepare):
     prepare("rows.jsonl", "--columns", "user=question, assistant=answer, system=context", "--valid", 0)
     assert kept() == [row("2+2?", "4", "Be brief.")["messages"], row("3+3?", "6")["messages"]]
     assert [(r["line"], r["code"]) for r in read("rejected")] == [(3, "missing_column")]
-    assert "--columns" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
+    assert "both `user=…` and `assistant=…`" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
 
 
 def test_preference_rows_are_learned_only_if_that_is_asked_for(prepare):
@@ -263,9 +269,7 @@ def test_prompts_with_several_answers_are_reported_and_kept(prepare):
     done = prepare("rows.jsonl", "--valid", 0)
     assert report()["prompts_with_several_answers"] == {
         "prompts": 2, "rows": 4,
-        "examples": sorted(report()["prompts_with_several_answers"]["examples"])}
-    assert sorted(report()["prompts_with_several_answers"]["examples"]) == [
-        ["rows.jsonl:1", "rows.jsonl:3"], ["rows.jsonl:6", "rows.jsonl:7"]]
+        "examples": [["rows.jsonl:1", "rows.jsonl:3"], ["rows.jsonl:6", "rows.jsonl:7"]]}
     assert "2 prompts have several answers, in 4 rows" in done["err"]
     assert len(read("train")) == 6
     write_rows(Path("rows.jsonl"), [row("x", "1"), row("x", "1"), row("y", "1")])

@@ -361,7 +361,10 @@ def test_a_directory_is_called_by_its_own_name(tmp_path, monkeypatch):
 
 # --- swaps and crashes
 
-WRITER = """
+FILES = {"prepare": ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json",
+                     "tokens/train.arrow", "tokens/key.json"),
+         "train": ("config.json", "weights.safetensors")}
+WRITER = f"FILES, OUTPUTS = {FILES!r}, {OUTPUTS!r}" + """
 import json, os, signal, sys
 from pathlib import Path
 from gemma_tune.files import replacing_directory
@@ -373,13 +376,12 @@ def write(root, generation):
     run = RunDir(Path(root), "tiny-gemma")
     with Lock(run.root, "train"):
         manifest = Manifest(MODEL)
-        for stage, target, names in (("prepare", run.data, ("train.jsonl", "valid.jsonl", "rejected.jsonl")),
-                                     ("train", run.adapter, ("config.json", "weights.safetensors"))):
+        for stage, target, names in (("prepare", run.data, FILES["prepare"]), ("train", run.adapter, FILES["train"])):
             with replacing_directory(target) as folder:
                 for name in names:
+                    (folder / name).parent.mkdir(exist_ok=True)
                     (folder / name).write_text(f"{generation}\\n" * 500)
-            outputs = ({"adapter": target} if stage == "train" else
-                       {f"{name.split('.')[0]}_rows": target / name for name in names})
+            outputs = {name: run.root / path for name, path in OUTPUTS[stage].items()}
             manifest.stages[stage] = {
                 "status": "done", "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T03:04:06+00:00",
                 "base": MODEL["fingerprint"], "config": {}, "inputs": {},
@@ -440,9 +442,8 @@ def check_after_crash(root: Path, generations: range) -> tuple[int, set[int]]:
         for stage, folder in (("prepare", run.data), ("train", run.adapter)):
             for item in manifest.stages[stage]["outputs"].values():
                 assert (root / item["path"]).exists()
-            contents = {path.name: path.read_text() for path in folder.iterdir()}
-            assert set(contents) == ({"train.jsonl", "valid.jsonl", "rejected.jsonl"} if stage == "prepare" else
-                                     {"config.json", "weights.safetensors"})
+            contents = {path: content.decode() for path, content in tree(folder).items()}
+            assert set(contents) == set(FILES[stage])
             [text] = set(contents.values())
             number = int(text.split()[0])
             assert text == f"{number}\n" * 500
@@ -660,19 +661,20 @@ def full(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "data/train.jsonl")
 
 
-def test_a_full_disk_fails_the_work_and_leaves_what_was_there(cli, tiny, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["data.spool.Spool.add", "data.tokens.TokenWriter.add", "data_files.write_json"])
+def test_a_full_disk_fails_the_work_and_leaves_what_was_there(cli, tiny, data, tmp_path, monkeypatch, where):
+    """In either pass, or at the very end."""
     run = Path("runs/tiny-gemma")
     assert cli("prepare", data, "--model", tiny).code == 0
     before = tree(run)
     more = write_rows(tmp_path / "more.jsonl", rows(20))
-    monkeypatch.setattr("gemma_tune.prepare.json_bytes", full)
-    result = cli("prepare", more, "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gemma_tune.{where}", full)
+        result = cli("prepare", more, "--json")
     assert result.code == WORK_FAILED
     assert result.json["error"]["message"] == "the disk is full: data/train.jsonl"
     assert "free some space" in result.err
     assert tree(run) == before
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     assert cli("status", "--json").json["stages"]["prepare"]["state"] == "done"
     assert cli("prepare", more, "--json").json["summary"]["rows"] == 20
 

@@ -46,35 +46,180 @@ def test_loss_falls_and_is_logged(cli, prepared):
     assert list(evals) == [0, *range(3, 37, 3)]
     assert evals[0] == summary["eval_loss_before"] and evals[36] == summary["eval_loss_after"]
     assert (prepared / "logs" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert summary["tokens"] == 12 * real_tokens(prepared)
+    assert summary["tokens"] == 12 * sum(len(ids) for ids, _ in by_hand(prepared, "train"))
 
 
-def real_tokens(run: Path) -> int:
-    from gemma_tune.models import load_format
-    from gemma_tune.train import encoded_rows
+def by_hand(run: Path, side: str) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of the prepared rows, of one question each, without our own code."""
+    from transformers import AutoTokenizer
 
-    chat = load_format(run / "tiny-gemma_lora_adapter", "gemma3_text")
-    return sum(len(r["input_ids"]) for r in encoded_rows(run / "data" / "train.jsonl", chat))
+    tokenizer = AutoTokenizer.from_pretrained(run / json.loads((run / "manifest.json").read_text())["model"]["path"])
+    sequences = []
+    for line in (run / "data" / f"{side}.jsonl").read_text().splitlines():
+        question, answer = (m["content"] for m in json.loads(line)["messages"])
+        prompt, learned = (tokenizer(text, add_special_tokens=False).input_ids for text in (
+            f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n", f"{answer}<end_of_turn>"))
+        sequences.append((prompt + learned, [-100] * len(prompt) + learned))
+    return sequences
 
 
 def test_losses_equal_plain_cross_entropy(cli, prepared, tiny):
     """The first evaluation is the base model's loss: recomputed with plain transformers and the tokenizer's ids."""
     from transformers import AutoModelForCausalLM
 
-    from gemma_tune.models import load_format
-    from gemma_tune.train import encoded_rows
-
     summary = cli("train", *QUICK, "--json").json["summary"]
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    total = count = 0
-    for row in encoded_rows(prepared / "data" / "valid.jsonl", load_format(tiny, "gemma3_text")):
-        labels = torch.tensor(row["labels"][1:])
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
-        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-        count += (labels != -100).sum().item()
+    total, count = plain_loss(model, by_hand(prepared, "valid"))
     assert summary["eval_loss_before"] == pytest.approx(total / count, rel=1e-5)
 
+
+def plain_loss(model, sequences: list[tuple[list[int], list[int]]]) -> tuple[float, int]:
+    """Sum in nats, and number of learned tokens."""
+    total = count = 0
+    for ids, labels in sequences:
+        labels = torch.tensor(labels[1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return total, count
+
+
+# --- what prepare has encoded
+
+def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch):
+    """Training takes the tokens as they are in the files: the same adapter, bit for bit."""
+    from datasets import Dataset
+
+    from gemma_tune import train
+
+    assert cli("train", *QUICK).code == 0
+    expected = adapter_bytes(prepared)
+    sides = [Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*by_hand(prepared, side)))))
+             for side in ("train", "valid")]
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_prepared_sequences", lambda session: asked.append(session) or sides)
+        assert cli("train", *QUICK, "--force").code == 0
+    assert asked and adapter_bytes(prepared) == expected
+
+
+def test_rows_are_not_encoded_again(cli, prepared, monkeypatch):
+    from gemma_tune.chat_format import ChatFormat
+
+    def again(*args, **kwargs):
+        raise AssertionError("training encoded a row")
+
+    monkeypatch.setattr(ChatFormat, "encode_many", again)
+    monkeypatch.setattr(ChatFormat, "encode_texts", again)
+    assert cli("train", *QUICK).code == 0
+
+
+@pytest.fixture
+def other_version(monkeypatch):
+    """As if the code or a library had changed since: a call switches to it."""
+    from gemma_tune import prepare, train
+    from gemma_tune.data.tokens import encoding_key
+
+    def switch(**changes: str) -> None:
+        for module in (prepare, train):
+            monkeypatch.setattr(module, "encoding_key", lambda base: encoding_key(base) | changes)
+
+    return switch
+
+
+@pytest.mark.parametrize("part", ["code", "transformers", "tokenizers", "base"])
+def test_tokens_of_another_version_are_refused_until_prepare_has_made_them_again(cli, prepared, other_version, part):
+    assert cli("prepare", "--json").json["status"] == "up-to-date"
+    before = json.loads((prepared / "data" / "tokens" / "key.json").read_text())
+    other_version(**{part: "another"})
+    refused = cli("train", *QUICK)
+    assert refused.code == 2 and "made by another version of gemma-tune or its libraries" in refused.err
+    assert not (prepared / "tiny-gemma_lora_adapter").exists()
+    [said] = [line for line in refused.err.splitlines() if "gemma-tune prepare" in line]
+    assert said.endswith("gemma-tune prepare --run runs/tiny-gemma")
+    again = cli("prepare", "--run", "runs/tiny-gemma", "--json")
+    assert again.code == 0, again.err
+    assert again.json["status"] == "done"
+    assert "`prepare` runs again: the tokens were made by other versions of the code or its libraries" in again.err
+    key = json.loads((prepared / "data" / "tokens" / "key.json").read_text())
+    assert key == before | {part: "another"} == again.json["summary"]["encoding"]
+    assert cli("prepare", "--json").json["status"] == "up-to-date"
+    assert cli("train", *QUICK).code == 0
+
+
+def test_a_key_that_is_not_that_of_the_tokens_is_damage(cli, prepared):
+    key = prepared / "data" / "tokens" / "key.json"
+    key.write_text(key.read_text().replace('"code": "', '"code": "0'))
+    refused = cli("train", *QUICK)
+    assert refused.code == 2 and "data/tokens was changed" in refused.err
+    assert "gemma-tune prepare --run runs/tiny-gemma --force" in refused.err.replace("\n", " ")
+    assert cli("prepare").code == 0 and cli("train", *QUICK).code == 0
+
+
+def talks(count: int = 8) -> list[dict]:
+    """Conversations of two questions, so that settings change what is learned of the same rows."""
+    return [{"messages": [*first["messages"], *second["messages"]]} for first, second in zip(rows(count), rows(count)[1:])]
+
+
+@pytest.mark.parametrize(("flags", "changed"), [
+    (("--train-on", "last"), True), (("--max-length", 40, "--on-long", "split"), True),
+    (("--max-length", 45, "--on-long", "truncate"), True), (("--max-length", 500), False)])
+def test_other_tokens_of_the_same_rows_are_trained_again(cli, tiny, tmp_path, flags, changed):
+    """And the same tokens are not: what counts is the result, not the setting."""
+    run = Path("runs/tiny-gemma")
+    data = write_rows(tmp_path / "talks.jsonl", talks())
+    assert cli("prepare", data, "--model", tiny).code == 0
+    first = cli("train", *QUICK, "--json")
+    assert first.code == 0, first.err
+    before = (run / "data" / "train.jsonl").read_bytes()
+    again = cli("prepare", data, *flags, "--json")
+    assert again.code == 0 and again.json["status"] == "done", again.err
+    assert (run / "data" / "train.jsonl").read_bytes() == before
+    state = cli("status", "--json").json["stages"]["train"]["state"]
+    assert state.startswith("stale: `prepare` has run again with another result") == changed
+    second = cli("train", *QUICK, "--json")
+    assert second.code == 0, second.err
+    assert second.json["status"] == ("done" if changed else "up-to-date")
+    assert (second.json["summary"]["tokens"] != first.json["summary"]["tokens"]) == (changed and "last" not in flags)
+
+
+def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, tiny, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "talks.jsonl", talks())
+    assert cli("prepare", data, "--model", tiny).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", *LONG).code == 130
+    assert cli("prepare", data, "--train-on", "last").code == 0
+    result = cli("train", *LONG, "--json")
+    assert result.code == 2 or result.json["summary"]["resumed_from_step"] == 0, result.err
+
+
+@pytest.mark.parametrize("limit", [2048, 16])
+def test_plain_texts_are_learned_with_their_mean_loss(cli, tiny, tmp_path, limit):
+    """Also in pieces, whose first tokens nothing can predict: they must not count in the mean."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = [f"The price of bond {n} falls when its rate rises, and the other way round." for n in range(4)]
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    assert cli("prepare", data, "--model", tiny, "--valid", 0, "--max-length", limit, "--on-long", "split").code == 0
+    result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--batch-size", 1, "--accumulation", 100, "--json")
+    assert result.code == 0, result.err
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    pieces = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        before = [2] if tokenizer("a").input_ids[0] == 2 else []
+        whole = [*before, *ids, 1]
+        labels = [-100] * len(before) + whole[len(before):]
+        pieces += [(whole[n:n + limit], labels[n:n + limit]) for n in range(0, len(whole), limit)]
+    assert (len(pieces) > 4) == (limit == 16)
+    total, count = plain_loss(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), pieces)
+    assert result.json["summary"]["steps"] == 1
+    assert result.json["summary"]["train_loss_first"] == pytest.approx(total / count, rel=1e-4)
+
+
+# --- settings and guards
 
 def test_accumulation_equals_a_larger_batch(cli, prepared):
     """One normaliser: 2 x 2 accumulated conversations give the gradient of 4, whatever their lengths."""

@@ -126,4 +126,5 @@ def _conflicts(columns: Columns, kept: np.ndarray) -> list[np.ndarray]:
     edges = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1], True]) if len(at) else np.zeros(1, int)
     long = np.flatnonzero(np.diff(edges) > 1)
     groups = [order[edges[n]:edges[n + 1]] for n in long]
+    groups.sort(key=lambda g: g[0])  # those that come first are named as examples
     return [g for g in groups if len(np.unique(columns.conversation[g], axis=0)) > 1]

@@ -23,7 +23,7 @@ SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.i
 KEY = "key.json"
 # What decides how a conversation becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py")
-_BATCH = 1_000
+_BATCH, _MOST_TOKENS = 1_000, 1_000_000  # sequences and tokens that wait in memory for being written
 
 
 def encoding_key(base: str) -> dict[str, str]:
@@ -64,6 +64,7 @@ class TokenWriter:
         self._ids: list[np.ndarray] = []
         self._spans: list[np.ndarray] = []
         self._row: list[int] = []
+        self._waiting = 0
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -76,21 +77,23 @@ class TokenWriter:
     def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """The next row's sequences: ids (int32), and spans (int32: start, end, start, …)."""
         for ids, spans in sequences:
-            self._ids.append(ids)
-            self._spans.append(spans)
+            # Copies: the arrays are views of a whole block of rows with their texts.
+            self._ids.append(ids.copy())
+            self._spans.append(spans.copy())
             self._row.append(self.rows)
             self.tokens += len(ids)
+            self._waiting += len(ids)
             self.trained += int(spans[1::2].sum() - spans[::2].sum())
         self.rows += 1
         self.sequences += len(sequences)
-        if len(self._ids) >= _BATCH:
+        if len(self._ids) >= _BATCH or self._waiting >= _MOST_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
         if self._ids:
             columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32))]
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            self._ids, self._spans, self._row = [], [], []
+            self._ids, self._spans, self._row, self._waiting = [], [], [], 0
 
 
 def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
