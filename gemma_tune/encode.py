@@ -122,6 +122,7 @@ class Encoder:
 def part(sequence: Encoded, start: int, end: int) -> Encoded | None:
     """Tokens ``start`` to ``end`` of a sequence, up to the last learned one; None if nothing in it is learned."""
     spans = np.clip(sequence.spans, start, end) - start
+    spans[:, 0] = np.maximum(spans[:, 0], 1)  # nothing stands before the first token that could predict it
     spans = spans[spans[:, 0] < spans[:, 1]]
     if not len(spans):
         return None

@@ -226,11 +226,21 @@ def _arguments(judge: Judge) -> tuple[Any, ...]:
 def _begin(judge: Judge | None) -> None:
     """Start of a child process. Ctrl-C is for the parent, which ends its children."""
     import signal
+    import threading
 
     global _judge
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if judge is not None:
         _judge = judge
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its children, which would wait for work for ever."""
+    import multiprocessing
+
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(block: Block) -> Judged:

@@ -101,7 +101,8 @@ class Labeller:
         results = []
         for ids in self._tokenise(texts):
             whole = np.array([*before, *ids, *after], np.int32)
-            results.append(Encoded(whole, np.array([[len(before), len(whole)]], np.int32)))
+            first = max(1, len(before))  # nothing stands before the first token that could predict it
+            results.append(Encoded(whole, np.array([[first, max(first, len(whole))]], np.int32)))
         return results
 
     @cached_property

@@ -158,9 +158,8 @@ def _first_pass(session, sources, held_out: int, judge: Judge, spool: Spool, gat
     blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source, _BLOCK))
     for number, block, judged in judged_blocks(blocks, judge, _processes(sources, total)):
         done = before[number] + block.done * (before[number + 1] - before[number])
-        session.listener.progress("checking rows", min(int(done), total - 1), total)
+        session.listener.progress("checking rows", round(done), total)
         _take(judged, number, number < held_out, spool, gathered, findings, files)
-    session.listener.progress("checking rows", total, total)
 
 
 def _take(judged: Judged, source: int, is_held_out: bool, spool: Spool, gathered: Gathered, findings: Findings,

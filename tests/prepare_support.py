@@ -149,6 +149,9 @@ def _check_rest(records: dict[str, list[Any]], figures: dict[str, Any]) -> None:
     gone = [f"{r['file']}:{r['line']}" for side in ("rejected", "duplicates") for r in records[side]]
     lines = [place for place in gone if ".json:" not in place]  # elements of an array can share a line
     assert len(set(lines)) == len(lines)
+    for file in figures["files"]:
+        of_file = [r["line"] for r in records["rejected"] if r["file"] == file["file"]]
+        assert of_file == sorted(of_file)
     for record in records["rejected"]:
         assert set(record) - {"others"} == RECORD and record["reason"] and record["fix"]
         if "others" in record:

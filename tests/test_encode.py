@@ -171,7 +171,7 @@ def test_nothing_is_left_of_a_conversation_whose_last_turn_is_not_to_be_learned(
 def test_truncate_cuts_an_answer_and_drops_what_comes_after_the_last_learned_token():
     chat = chat_of("smollm2")
     full = chat.encode(FOUR)[0]
-    (a, b), (c, d) = full.spans[1].tolist(), full.spans[2].tolist()
+    b, c = full.spans[1, 1].tolist(), full.spans[2, 0].tolist()
     cut = outcome(chat, {"messages": FOUR}, b - 1, "truncate").kept
     assert learned(chat, cut) == [["a0<|im_end|>", "a1"]], "the end is lost: that is what was asked for"
     for limit in (b, b + 1, c):  # the next question is of no use without its answer
@@ -316,7 +316,7 @@ def test_what_is_kept(row, limit, train_on):
     for on_long in ("drop", "fail", "truncate", "split"):
         found = outcome(chat, row, limit, on_long, train_on)
         assert same(found.full, full) and found.longest == max((len(s.ids) for s in full), default=0)
-        assert all(0 < s.trained and len(s.ids) <= limit and s.spans[-1, 1] == len(s.ids) for s in found.kept)
+        assert all(s.trained > 0 and len(s.ids) <= limit and s.spans[-1, 1] == len(s.ids) for s in found.kept)
         if fits:
             assert found.kept is found.full
         elif on_long in ("drop", "fail"):

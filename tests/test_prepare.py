@@ -126,6 +126,10 @@ def test_many_kinds_of_sources_together(prepare):
     assert [(f["file"], f["rows"]) for f in report()["files"]] == [
         ("a.jsonl", 2), ("b.csv", 2), ("c.parquet", 2), ("d.json.gz", 2), ("folder/deep/f.ndjson", 2),
         ("folder/e.tsv", 1), ("<stdin>", 2)]
+    openings = {"a.jsonl:1": "JSONL", "b.csv:2": "CSV", "c.parquet:1": "Parquet", "d.json.gz:2": "gzip",
+                "folder/deep/f.ndjson:1": "NDJSON", "folder/e.tsv:2": "TSV", "<stdin>:1": "stdin"}
+    shown = [r for name in ("longest", "shortest") for r in report()["before_the_limit"][f"{name}_rows"]]
+    assert len(shown) == 6 and all(openings[f"{r['file']}:{r['line']}"] == r["opening"] for r in shown)
     assert report()["formats"]["prompt-completion"] == report()["formats"]["columns"] == 1
 
 

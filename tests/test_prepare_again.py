@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import rows, write_rows
+from conftest import invoke, rows, write_rows
 from prepare_support import (
     DATA,
     SIDES,
@@ -27,7 +27,8 @@ from prepare_support import (
     with_template,
 )
 
-from gemma_tune import judge, prepare as module, samples
+from gemma_tune import judge, samples
+from gemma_tune import prepare as module
 from gemma_tune.errors import WORK_FAILED
 
 
@@ -37,10 +38,8 @@ def prepare(tiny):
     return functools.partial(prepared, tiny)
 
 
-def again(model: Path, *args: object) -> dict[str, Any]:
+def again(*args: object) -> dict[str, Any]:
     """``prepare`` with nothing but what is given, not even a limit on rejected rows."""
-    from conftest import invoke
-
     result = invoke("prepare", *args, "--run", "runs/tiny-gemma", "--json")
     assert result.code == 0, result.err
     return result.json | {"err": result.err}
@@ -63,7 +62,7 @@ def test_the_same_rows_give_the_same_bytes(prepare):
     assert contents(DATA) == before
 
 
-def test_without_data_everything_stays_as_it_was_said_before(prepare, tiny, monkeypatch, tmp_path):
+def test_without_data_everything_stays_as_it_was_said_before(prepare, tiny, monkeypatch):
     Path("given").mkdir()
     write_rows(Path("given/rows.jsonl"), [{"q": f"Q{n}", "a": "word " * n} for n in range(1, 21)])
     write_rows(Path("given/held.jsonl"), [row("held")])
@@ -71,53 +70,52 @@ def test_without_data_everything_stays_as_it_was_said_before(prepare, tiny, monk
             "--on-long", "split", "--seed", 5)
     before, told = contents(DATA), settings()
     assert report()["rejected_rows"] > 0 and questions("valid") == ["held"]
-    done = again(tiny)
+    done = again()
     assert done["status"] == "up-to-date"
     assert f"data: {os.path.normpath('given/rows.jsonl')}, as before; name files to use others" in done["err"]
     assert all(f"{name} " in done["err"].split("settings as before: ")[1].splitlines()[0] for name in (
         "columns", "valid", "max_length", "on_long", "seed", "max_rejected"))
-    assert again(tiny, "--force")["status"] == "done"
+    assert "near_threshold" not in done["err"], "only what was said"
+    assert again("--force")["status"] == "done"
     assert (contents(DATA), settings()) == (before, told)
     # What is said now wins, and is what counts the next time.
-    assert again(tiny, "--max-length", 512)["summary"]["rejected_rows"] == 0
+    assert again("--max-length", 512)["summary"]["rejected_rows"] == 0
     assert settings() == told | {"max_length": 512}
-    assert again(tiny, "--valid", 4)["summary"]["valid_rows"] == 4
+    assert again("--valid", 4)["summary"]["valid_rows"] == 4
     assert settings() == told | {"max_length": 512, "valid": 4.0}
     # Elsewhere, and from another directory, the same files are found.
     Path("moved").mkdir()
     for name in ("given", "runs"):
         shutil.move(name, f"moved/{name}")
     monkeypatch.chdir("moved/given")
-    from conftest import invoke
-
     assert invoke("prepare", "--run", "../runs/tiny-gemma", "--model", tiny, "--json").json["status"] == "up-to-date"
 
 
-def test_naming_data_begins_with_the_defaults(prepare, tiny):
+def test_naming_data_begins_with_the_defaults(prepare):
     write_rows(Path("rows.jsonl"), rows(20))
     prepare("rows.jsonl", "--valid", 5, "--max-length", 99)
-    assert again(tiny, "rows.jsonl")["status"] == "done"
+    assert again("rows.jsonl")["status"] == "done"
     assert (settings()["valid"], settings()["max_length"], settings()["max_rejected"]) == (0.1, 2048, 0.2)
 
 
-def test_rows_that_were_added_are_read_the_next_time(prepare, tiny):
+def test_rows_that_were_added_are_read_the_next_time(prepare):
     Path("folder").mkdir()
     write_rows(Path("folder/a.jsonl"), rows(3))
     prepare("folder", "--valid", 0)
     write_rows(Path("folder/b.jsonl"), [row("new")])
-    done = again(tiny)
+    done = again()
     assert (done["status"], done["summary"]["train_rows"]) == ("done", 4)
     write_rows(Path("folder/b.jsonl"), [row("newer")])
-    assert again(tiny)["status"] == "done" and questions()[-1] == "newer"
+    assert again()["status"] == "done" and questions()[-1] == "newer"
 
 
-def test_our_own_examples_are_found_again(prepare, tiny):
+def test_our_own_examples_are_found_again(prepare):
     assert prepare(samples.training_path(), "--valid", 3)["summary"]["valid_rows"] == 3
     assert settings()["data"] == ["gemma_tune:samples/finance.jsonl"]
-    assert again(tiny)["status"] == "up-to-date"
+    assert again()["status"] == "up-to-date"
 
 
-def test_of_standard_input_and_other_copies_each_is_recorded_as_itself(prepare, monkeypatch):
+def test_of_standard_input_and_other_copies_each_is_recorded_as_itself(prepare):
     """Files beside the copy of standard input, such as the lock file of a dataset, are not taken for it."""
     prepare("-", "--valid", 0, stdin=json.dumps(row("a")))
     [copy] = settings()["data"]
@@ -215,14 +213,14 @@ def test_a_fault_of_ours_is_reported_and_leaves_the_old_data(prepare, monkeypatc
 
 # --- what is shown
 
-def test_preview_shows_what_is_learned(prepare, tiny):
+def test_preview_shows_what_is_learned(prepare):
     write_rows(Path("rows.jsonl"), [talk(1, 2), row("What is [bold]?", "[bold]A[/bold]"), row("last")])
     preview = prepare("rows.jsonl", "--valid", 0, "--preview", 2)["err"]
     assert "── row 1 of 2\n<bos><start_of_turn>user\nq0<end_of_turn>\n<start_of_turn>model\n⟦word end 0<end_of_turn>⟧\n" \
            "<start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\n⟦word word end 1<end_of_turn>⟧\n" in preview
     assert "── row 2 of 2\n" in preview and "⟦[bold]A[/bold]<end_of_turn>⟧" in preview and "last" not in preview.split("──")[2]
     assert "⟦" not in prepare("rows.jsonl", "--valid", 0)["err"]
-    done = again(tiny, "--preview", 99, "--quiet")
+    done = again("--preview", 99, "--quiet")
     assert done["status"] == "up-to-date" and "── row 3 of 3\n" in done["err"], "also without preparing again"
 
 
@@ -253,7 +251,7 @@ def test_the_figures_in_the_manifest_are_those_of_the_report(prepare):
 
 # --- tokens depend on more than the rows
 
-def test_tokens_of_other_versions_are_made_again(prepare, tiny, monkeypatch):
+def test_tokens_of_other_versions_are_made_again(prepare, monkeypatch):
     write_rows(Path("rows.jsonl"), rows(4))
     prepare("rows.jsonl")
     before = contents(DATA)

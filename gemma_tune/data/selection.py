@@ -94,6 +94,10 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
     if nearly is not None:
         found = nearly(columns.usable & (same_as < 0))
         near = found >= 0
+        # Exact repetitions of a row that is left out for its own likeness repeat the same earlier row as it does.
+        repeats = np.flatnonzero(same_as >= 0)
+        repeats = repeats[near[same_as[repeats]]]
+        same_as[repeats] = found[same_as[repeats]]
         same_as[near] = found[near]
     kept = columns.usable & (same_as < 0)
     side = np.zeros(rows, bool)
