@@ -144,13 +144,17 @@ class ChatFormat:
         return results
 
     def encode_text(self, text: str) -> Encoded:
-        """A plain text for continued training: BOS if the tokenizer adds one, the text, EOS; BOS is not learned."""
+        """A plain text for continued training: BOS (if the tokenizer or the template adds one), the text, EOS.
+
+        The first token is not learned.
+        """
         [encoded] = self.encode_texts([text])
         return encoded
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
         """As :meth:`encode_text`, for many texts at once."""
-        return self._labeller.encode_texts(texts)
+        bos = self.tokenizer.bos_token
+        return self._labeller.encode_texts(texts, bool(bos) and self.render([QUESTION], prompt=True).startswith(bos))
 
     def drafts(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Draft]:
         """The texts of the sequences of :meth:`encode`, with the ranges that are learned.

@@ -93,9 +93,11 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
                  for name, sha in marker["files"].items()):
             return checkpoint
     if others:
+        changed = _difference(others[0], settings)
+        finish = (f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force" if changed else
+                  "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
-                        f"({_difference(others[0], settings)})",
-                        f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force")
+                        f"({changed or 'the data or the base model changed'})", finish)
     return None
 
 
@@ -123,7 +125,7 @@ def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changed = [f"{name}: {old[name]} then, {new.get(name)} now" for name in old if old[name] != new.get(name)]
-    return "; ".join(changed) or "the data or the base model changed"
+    return "; ".join(changed)
 
 
 def clear(folder: Path) -> None:

@@ -118,6 +118,8 @@ class PrepareConfig(StageConfig):
             problems.append("format: `columns` needs --columns user=…,assistant=…")
         if self.columns and self.format not in (None, "columns"):
             problems.append(f"columns: they exclude --format {self.format}")
+        if self.near_duplicates and self.duplicates == "keep":
+            problems.append("near_duplicates: it drops rows that `duplicates: keep` would keep; use one of them")
         problems += [f"allow: {_shown(code)} is not one of {', '.join(ALLOWABLE)}{_near(code, ALLOWABLE)}"
                      for code in self.allow if code not in ALLOWABLE]
         if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):

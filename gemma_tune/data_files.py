@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,12 @@ from gemma_tune.config import PrepareConfig
 from gemma_tune.data.selection import Columns, Selection
 from gemma_tune.data.spool import Batch, Spool
 from gemma_tune.data.statistics import Measured, Statistics, opening
-from gemma_tune.data.tokens import TokenWriter, write_key
+from gemma_tune.data.tokens import TokenWriter
 from gemma_tune.files import json_bytes, write_json
-from gemma_tune.judge import Judged, Rejected
+from gemma_tune.judge import TOO_LONG, Judged, Rejected
 
 SIDES = ("train", "valid")
-_EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
+NAMED = 20  # rejected rows kept in memory, to be named in messages
 _GROUPS = 5  # examples of prompts with several answers
 
 
@@ -34,6 +34,7 @@ class Findings:
     reasons: Counter[str] = field(default_factory=Counter)
     first_of: dict[str, str] = field(default_factory=dict)
     examples: list[Rejected] = field(default_factory=list)
+    too_long: list[Rejected] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     by_source: Counter[int] = field(default_factory=Counter)
     folded: int = 0
@@ -55,7 +56,8 @@ class Findings:
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
-        self.examples += judged.rejected[:max(0, _EXAMPLES - len(self.examples))]
+        self.examples += judged.rejected[:NAMED - len(self.examples)]
+        self.too_long += [r for r in judged.rejected if r.code == TOO_LONG][:NAMED - len(self.too_long)]
 
 
 class DataFiles:
@@ -81,7 +83,7 @@ class DataFiles:
         self._rejected.writelines(json_bytes(item.record()) for item in rejected)
 
     def write(self, spool: Spool, columns: Columns, selection: Selection, findings: Findings, config: PrepareConfig,
-              advance: Any = None) -> dict[str, Any]:
+              advance: Callable[[int], None]) -> dict[str, Any]:
         """The second pass: every usable row goes into its file, and training's sequences into theirs.
 
         Args:
@@ -101,9 +103,10 @@ class DataFiles:
                 self._write_batch(batch, columns, selection, lines, tokens, duplicates)
                 lost += int(_lost(batch)[selection.kept[batch.first:batch.first + batch.size]].sum())
                 statistics.add(_measured(batch, self._names[batch.source]), _counted(batch, columns, selection))
-                if advance:
-                    advance(batch.first + batch.size)
-        return self._report(columns, selection, findings, statistics, tokens, config) | {"left_out_answers": lost}
+                advance(batch.first + batch.size)
+        report = self._report(columns, selection, findings, statistics, tokens, config) | {"left_out_answers": lost}
+        write_json(self._folder / "report.json", report)
+        return report
 
     def _write_batch(self, batch: Batch, columns: Columns, selection: Selection, lines, tokens, duplicates) -> None:
         texts, sequences = batch.bytes_of("text"), batch.sequences()
@@ -145,12 +148,6 @@ class DataFiles:
             "trained_tokens": sum(t.trained for t in tokens.values()),
             "before_the_limit": statistics.as_dict(config.max_length, config.on_long),
         }
-
-    def write_report(self, report: dict[str, Any], key: dict[str, str]) -> None:
-        """data/report.json, and what the tokens depend on."""
-        write_json(self._folder / "report.json", report)
-        write_key(self._folder / "tokens", key)
-
 
 def _counted(batch: Batch, columns: Columns, selection: Selection) -> np.ndarray:
     """The rows that the figures are about: those that are used, and those that are only too long for it."""

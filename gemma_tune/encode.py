@@ -80,7 +80,8 @@ class Encoder:
         if self._fits([full]):
             return Outcome([full], [full])
         if self.on_long == "split":
-            starts = range(0, len(full.ids), self.max_length)
+            # Each part begins with the last token of the one before, which predicts its first new one.
+            starts = range(0, len(full.ids) - 1, self.max_length - 1)
             return Outcome([full], [p for n in starts if (p := part(full, n, n + self.max_length)) is not None])
         return Outcome([full], self._cut([full]))
 
@@ -131,6 +132,10 @@ def part(sequence: Encoded, start: int, end: int) -> Encoded | None:
 
 def _last_that(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The largest number above ``low`` and up to ``high`` for which a monotone condition holds; ``low`` if none."""
+    step = 1  # in growing steps at first: what is asked about far beyond the answer takes long
+    while low < high and holds(min(low + step, high)):
+        low, step = min(low + step, high), 2 * step
+    high = min(low + step - 1, high)
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):

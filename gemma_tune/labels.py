@@ -95,9 +95,15 @@ class Labeller:
         """One result for each draft, from one call of the tokenizer for all of them."""
         return [self._encoded(draft, ids) for draft, ids in zip(drafts, self._tokenise([d.text for d in drafts]))]
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
-        """Plain texts between what the tokenizer puts before one by itself (a BOS, or nothing) and the end of text."""
+    def encode_texts(self, texts: Sequence[str], bos: bool = False) -> list[Encoded]:
+        """Plain texts between what the tokenizer puts before one by itself (a BOS, or nothing) and the end of text.
+
+        Args:
+            bos: the chat template writes a BOS; then a text begins with one, too, whatever the tokenizer does.
+        """
         before, after = self._around
+        if bos and not before:
+            before = [self._tokenizer.bos_token_id]
         results = []
         for ids in self._tokenise(texts):
             whole = np.array([*before, *ids, *after], np.int32)

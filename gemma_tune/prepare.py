@@ -22,7 +22,7 @@ from gemma_tune.data.selection import Gathered, Selection, select
 from gemma_tune.data.sources import Source, find_sources, read_blocks
 from gemma_tune.data.spool import Spool
 from gemma_tune.data.tokens import encoding_key, open_tokens
-from gemma_tune.data_files import DataFiles, Findings
+from gemma_tune.data_files import NAMED, DataFiles, Findings
 from gemma_tune.errors import UserError
 from gemma_tune.files import replacing_directory
 from gemma_tune.judge import TOO_LONG, Judge, Judged, judged_blocks
@@ -31,7 +31,6 @@ from gemma_tune.models import load_format
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
 SHOWN = 10  # problems printed; the rest is in rejected.jsonl
-NAMED = 20  # problems that a failure names
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
 _BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
 
@@ -51,7 +50,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
     recorded = session.manifest.stages.get("prepare")
-    if recorded and recorded["summary"].get("encoding") != encoding_key(session.model.fingerprint):
+    if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
     report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
@@ -65,7 +64,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
 def _as_before(session: Session) -> Session:
     """Preparing again without naming data means the same data in the same way, but for what is said now."""
     before = session.manifest.stages.get("prepare", {"config": {}})["config"]
-    if session.config.data or not before.get("data", {}).get("value"):
+    if session.config.data or not before:
         return session
     origins, changes = dict(session.resolved.origins), {}
     for field in fields(PrepareConfig):
@@ -78,7 +77,8 @@ def _as_before(session: Session) -> Session:
     changes["data"] = tuple(_found_again(root, name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
         changes["valid"] = _found_again(root, changes["valid"])
-    session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
+    if changes["data"]:
+        session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
     others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
     if others:
         session.listener.note(f"settings as before: {', '.join(others)}")
@@ -139,10 +139,10 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
                                _nearly(spool, config.near_threshold) if config.near_duplicates else None)
             _refuse_nothing_to_train(selection)
-            report = files.write(spool, columns, selection, findings, config)
+            report = files.write(spool, columns, selection, findings, config,
+                                 lambda rows: listener.progress("writing rows", rows, spool.size))
         finally:
             spool.close()
-        files.write_report(report, encoding_key(session.model.fingerprint))
     _warn(session, findings, selection, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
@@ -222,14 +222,14 @@ def _explain(session: Session, judge: Judge, findings: Findings) -> None:
 
 def _refuse_too_many_bad(findings: Findings, config: PrepareConfig) -> None:
     bad, total = findings.rejected, findings.rows
-    problems = [f"{item} ({item.problems[0].fix})" for item in findings.examples[:NAMED]]
+    problems = [f"{item} ({item.problems[0].fix})" for item in findings.examples]
     if bad > NAMED:
         problems.append(f"… and {bad - NAMED:,} more")
     long = findings.reasons[TOO_LONG]
     if long and config.on_long == "fail":
         raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
                         "use --on-long split or drop, or a larger --max-length",
-                        [str(item) for item in findings.examples if item.code == TOO_LONG][:NAMED])
+                        [str(item) for item in findings.too_long])
     if bad and config.on_bad_row == "fail":
         raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
                         problems)

@@ -21,7 +21,7 @@ from gemma_tune.checkpoints import (
     unfinished,
 )
 from gemma_tune.config import TrainConfig
-from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens, read_key
+from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory, sha256_file
 from gemma_tune.models import (
@@ -93,7 +93,7 @@ def _prepared_sequences(session: Session) -> tuple[Any, Any]:
         UserError: another version of the code or its libraries made them, which might do it differently today.
     """
     folder = session.inputs["tokens"]
-    if read_key(folder) != encoding_key(session.model.fingerprint):
+    if session.manifest.stages["prepare"]["summary"].get("encoding") != encoding_key(session.model.fingerprint):
         raise UserError("the prepared tokens were made by another version of gemma-tune or its libraries, or with "
                         "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
     return open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")

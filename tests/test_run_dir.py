@@ -362,7 +362,7 @@ def test_a_directory_is_called_by_its_own_name(tmp_path, monkeypatch):
 # --- swaps and crashes
 
 FILES = {"prepare": ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json",
-                     "tokens/train.arrow", "tokens/key.json"),
+                     "tokens/train.arrow", "tokens/valid.arrow"),
          "train": ("config.json", "weights.safetensors")}
 WRITER = f"FILES, OUTPUTS = {FILES!r}, {OUTPUTS!r}" + """
 import json, os, signal, sys

@@ -19,7 +19,7 @@ from gemma_tune.data import tokens
 from gemma_tune.data.selection import Columns, Gathered, select
 from gemma_tune.data.split import choose_valid
 from gemma_tune.data.spool import Kept, Spool, batch_of
-from gemma_tune.data.tokens import TokenWriter, encoding_key, labels_of, lengths_of, open_tokens, read_key, write_key
+from gemma_tune.data.tokens import TokenWriter, encoding_key, labels_of, lengths_of, open_tokens
 from gemma_tune.encode import Outcome
 from gemma_tune.errors import WorkFailed
 from gemma_tune.files import os_errors
@@ -132,14 +132,9 @@ def test_labels_of_ranges_that_touch_and_of_none():
     assert labels_of(ids, []).dtype == np.int64
 
 
-def test_the_key_follows_model_code_and_libraries(tmp_path, monkeypatch):
+def test_the_key_follows_model_code_and_libraries(monkeypatch):
     key = encoding_key("base@1")
     assert key == encoding_key("base@1") and key != encoding_key("base@2")
-    assert read_key(tmp_path) is None
-    write_key(tmp_path, key)
-    assert read_key(tmp_path) == key
-    (tmp_path / "key.json").write_text('{"base": "ba')
-    assert read_key(tmp_path) is None
     monkeypatch.setattr(tokens, "library_versions", lambda: {"transformers": "0.1", "tokenizers": "0.1"})
     other = encoding_key("base@1")
     assert {name for name in key if key[name] != other[name]} == {"transformers", "tokenizers"}
@@ -290,6 +285,8 @@ def test_selection(given_files, valid, keep_duplicates, look_for_near):
             continue
         similar.setdefault(row.kind, n)
         kept.append(n)
+    # What repeats a row that is itself left out as nearly the same points at the row that is kept.
+    exact = {n: near.get(first, first) for n, first in exact.items()}
     assert np.flatnonzero(selection.kept).tolist() == kept
     assert {n: int(selection.same_as[n]) for n in np.flatnonzero(selection.same_as >= 0)} == exact | near
     assert np.flatnonzero(selection.near).tolist() == sorted(near)

@@ -27,8 +27,7 @@ class ArrowBlock(Block):
         with pa.ipc.open_stream(self.stream) as reader:
             table = reader.read_all()
         plain = {field.name: convert for field in table.schema if (convert := _plain(field.type))}
-        for number, value in enumerate(table.to_pylist(), start=self.first):
-            error = None
+        for number, (value, error) in enumerate(_values(table), start=self.first):
             for name, convert in plain.items():
                 try:
                     if value[name] is not None:
@@ -36,6 +35,26 @@ class ArrowBlock(Block):
                 except _NotText as e:
                     value[name], error = f"{e}", f"column {name!r} holds {e}, not text"
             yield Row(self.file, number, value, error)
+
+
+def _values(table: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Python's values of each row, and what keeps one from being read: not UTF-8, a date beyond the year 9999."""
+    try:
+        values = table.to_pylist()
+    except (ValueError, OverflowError):  # Arrow's own errors are ValueErrors as well
+        yield from (_values_of_one(table.slice(n, 1)) for n in range(table.num_rows))
+        return
+    yield from ((value, None) for value in values)
+
+
+def _values_of_one(row: Any) -> tuple[dict[str, Any], str | None]:
+    value, error = {}, None
+    for name in row.column_names:
+        try:
+            value[name] = row.column(name)[0].as_py()
+        except (ValueError, OverflowError) as e:
+            value[name], error = None, f"column {name!r} holds a value that cannot be read: {e}"
+    return value, error
 
 
 class _NotText(Exception):

@@ -7,6 +7,7 @@ a connection. ``datasets`` is imported inside functions, because it is slow to i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -47,7 +48,7 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
     asked = _NAME.fullmatch(name)
     if not asked or not hub_access.MODEL_ID.fullmatch(asked["id"]):
         raise UserError(f"{name!r} does not name a dataset on the Hub", _FORM)
-    path = keep / (re.sub(r"[^\w.-]+", "-", f"hf-{name.removeprefix(PREFIX)}", flags=re.ASCII) + ".json")
+    path = _lock_file(name, asked["id"], keep)
     request = hub_access.request_for(asked["id"], asked["revision"])
     # Datasets have their address below datasets/; so this also is what errors call it.
     request = replace(request, id=f"datasets/{request.id}")
@@ -62,6 +63,12 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
             keep.mkdir(parents=True, exist_ok=True)
             write_json(path, asdict(lock))
     return Source(shown, path, HUB)
+
+
+def _lock_file(name: str, id: str, keep: Path) -> Path:
+    # Names that differ only in signs (train[:90%] and train[90%:]) must not share a file: the rows would be the other's.
+    more = "" if name == PREFIX + id else f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return keep / (re.sub(r"[^\w.-]+", "-", f"hf-{name.removeprefix(PREFIX)}", flags=re.ASCII) + f"{more}.json")
 
 
 def blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:

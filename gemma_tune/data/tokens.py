@@ -1,14 +1,13 @@
 """Token sequences in Arrow files: written as a stream, read memory-mapped, so that their number does not matter.
 
-``tokens/train.arrow`` and ``tokens/valid.arrow`` have the columns ``input_ids`` (list of int32), ``spans`` (list of
-int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL file, from
-0). ``tokens/key.json`` says what they depend on beside the data.
+``train.arrow`` and ``valid.arrow`` in ``data/tokens/`` have the columns ``input_ids`` (list of int32), ``spans``
+(list of int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL
+file, from 0). The manifest says what they depend on beside the data, see :func:`encoding_key`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gemma_tune.files import write_json
 from gemma_tune.run_dir import library_versions
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
-KEY = "key.json"
 # What decides how a conversation becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py")
 _BATCH, _MOST_TOKENS = 1_000, 1_000_000  # sequences and tokens that wait in memory for being written
@@ -39,19 +36,6 @@ def encoding_key(base: str) -> dict[str, str]:
     libraries = library_versions()
     return {"base": base, "code": code.hexdigest(), "transformers": libraries["transformers"],
             "tokenizers": libraries["tokenizers"]}
-
-
-def write_key(folder: Path, key: dict[str, str]) -> None:
-    """Written last, after the files that it speaks of."""
-    write_json(folder / KEY, key)
-
-
-def read_key(folder: Path) -> dict[str, str] | None:
-    """What the tokens there depend on; None if there are none."""
-    try:
-        return json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 class TokenWriter:

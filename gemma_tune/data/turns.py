@@ -136,6 +136,9 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> 
             turn["tool_call_id"] = answered
         if isinstance(message.get("name"), str) and message["name"].strip():
             turn["name"] = message["name"].strip()
+        if damaged(f"{turn.get('tool_call_id')} {turn.get('name')}"):
+            problems.append(Problem("broken_text", f"the name or id of {where} contains damaged characters",
+                                    "export the text as UTF-8 again"))
     elif turn["role"] == "assistant":
         _reasoning(where, message, turn, problems)
         if not _learned(where, message, problems):
