@@ -201,7 +201,7 @@ def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, ti
 
 @pytest.mark.parametrize("limit", [2048, 16])
 def test_plain_texts_are_learned_with_their_mean_loss(cli, tiny, tmp_path, limit):
-    """Also in pieces, whose first tokens nothing can predict: they must not count in the mean."""
+    """Also in pieces: every token but the BOS is learned once, with the token before it in sight."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     texts = [f"The price of bond {n} falls when its rate rises, and the other way round." for n in range(4)]
@@ -213,10 +213,10 @@ def test_plain_texts_are_learned_with_their_mean_loss(cli, tiny, tmp_path, limit
     pieces = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        before = [2] if tokenizer("a").input_ids[0] == 2 else []
-        whole = [*before, *ids, 1]
-        labels = [-100] * len(before) + whole[len(before):]
-        pieces += [(whole[n:n + limit], labels[n:n + limit]) for n in range(0, len(whole), limit)]
+        whole = [2, *ids, 1]  # the BOS that the chat template writes, too
+        labels = [-100, *whole[1:]]
+        # Every part but the first begins with the last token of the one before, which is not learned again.
+        pieces += [(whole[n:n + limit], [-100, *labels[n + 1:n + limit]]) for n in range(0, len(whole) - 1, limit - 1)]
     assert (len(pieces) > 4) == (limit == 16)
     total, count = plain_loss(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), pieces)
     assert result.json["summary"]["steps"] == 1

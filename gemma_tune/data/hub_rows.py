@@ -66,7 +66,8 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
 
 
 def _lock_file(name: str, id: str, keep: Path) -> Path:
-    # Names that differ only in signs (train[:90%] and train[90%:]) must not share a file: the rows would be the other's.
+    # Names that differ only in signs, such as train[:90%] and train[90%:], must not share a file: the second would be
+    # taken for the first.
     more = "" if name == PREFIX + id else f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return keep / (re.sub(r"[^\w.-]+", "-", f"hf-{name.removeprefix(PREFIX)}", flags=re.ASCII) + f"{more}.json")
 

@@ -126,9 +126,10 @@ def _first_of_same(conversation: np.ndarray, usable: np.ndarray) -> np.ndarray:
 def _conflicts(columns: Columns, kept: np.ndarray) -> list[np.ndarray]:
     at = np.flatnonzero(kept)
     order = at[np.lexsort((at, columns.prompt[at]))]
-    prompts = columns.prompt[order]
-    edges = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1], True]) if len(at) else np.zeros(1, int)
-    long = np.flatnonzero(np.diff(edges) > 1)
-    groups = [order[edges[n]:edges[n + 1]] for n in long]
-    groups.sort(key=lambda g: g[0])  # those that come first are named as examples
-    return [g for g in groups if len(np.unique(columns.conversation[g], axis=0)) > 1]
+    prompts, said = columns.prompt[order], columns.conversation[order]
+    edges = np.r_[0, np.flatnonzero(prompts[1:] != prompts[:-1]) + 1, len(at)]
+    # Within a prompt's rows, some answer differs from the next one unless all are the same.
+    differs = np.flatnonzero((prompts[1:] == prompts[:-1]) & (said[1:] != said[:-1]).any(axis=1))
+    found = np.unique(np.searchsorted(edges, differs, side="right")).tolist()
+    groups = [order[edges[n - 1]:edges[n]] for n in found]
+    return sorted(groups, key=lambda g: g[0])  # those that come first are named as examples

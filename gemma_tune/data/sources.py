@@ -140,7 +140,10 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
 
 def _below(folder: Path, keep: Path) -> Iterator[Path]:
     """Files with a known ending below a directory; not hidden ones, and not what a run in it wrote."""
-    for place, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", _HINT)
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [f for f in folders if not f.startswith(".") and not _is_run(Path(place, f), keep)]
         yield from (Path(place, name) for name in names if not name.startswith(".") and _kind(Path(name)))
 
@@ -165,7 +168,7 @@ def _stdin(keep: Path) -> Source:
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
     with os_errors(keep):
         keep.mkdir(parents=True, exist_ok=True)
-        fresh = keep / f"{NEW}stdin"
+        fresh = keep / f"{NEW}stdin-{os.getpid()}"  # the run is not locked yet: another command may do the same
         try:
             with open(fresh, "wb") as f:
                 digest, head = _copied(sys.stdin.buffer, f)

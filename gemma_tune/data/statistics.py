@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma_tune.data.scripts import NO_LETTERS, SCRIPTS
-from gemma_tune.data.scripts import script_of as script_of
 
 FURTHEST = 1 << 20  # positions that are told apart; what lies further counts as this far (32 MB of counts at most)
 EXAMPLES = 3  # longest and shortest rows that are kept
