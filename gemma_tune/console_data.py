@@ -123,19 +123,17 @@ def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:
         console.err.print(grid)
 
 
-def preview(rows: Sequence[Sequence[tuple[str, bool]]], titles: Sequence[str] = ()) -> None:
+def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
     """Rows as the model gets them, with what is learned in green, or in ⟦brackets⟧ where there is no colour.
 
     Args:
-        rows: each in pieces of its decoded text, with whether the piece is learned.
-        titles: what to call each row, such as "data.jsonl:12, 310 tokens"; by default its number.
+        rows: sequences in pieces of their decoded text, each with whether it is learned.
     """
     coloured = console.err.is_terminal and console.err.color_system is not None and not console.err.no_color
     console.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
                   else Text("⟦learned⟧, everything else is only read"))
     for n, pieces in enumerate(rows):
-        title = titles[n] if n < len(titles) else f"row {n + 1} of {len(rows)}"
-        console.err.print(Text(f"── {_visible(title)}", style="bold"))
+        console.err.print(Text(f"── sequence {n + 1}", style="bold"))
         console.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
 
 

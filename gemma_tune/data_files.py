@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ class Findings:
     reasoning: int = 0
     rewritten: int = 0
     difference: str = ""
+    systems: int = 0
+    columns: list[str] = field(default_factory=list)
 
     def add(self, judged: Judged, source: int, usable: int) -> None:
         """Count a block of which so many rows are usable."""
@@ -53,6 +56,8 @@ class Findings:
         self.reasoning += judged.reasoning
         self.rewritten += judged.rewritten
         self.difference = self.difference or judged.difference
+        self.systems += judged.systems
+        self.columns = self.columns or judged.columns
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
@@ -81,6 +86,11 @@ class DataFiles:
     def reject(self, rejected: Sequence[Rejected]) -> None:
         """Add rows to rejected.jsonl."""
         self._rejected.writelines(json_bytes(item.record()) for item in rejected)
+
+    def keep_rejected(self, path: Path) -> None:
+        """Copy rejected.jsonl to a place that outlives a failure, for the rows to be repaired."""
+        self._rejected.flush()
+        shutil.copyfile(self._rejected.name, path)
 
     def write(self, spool: Spool, columns: Columns, selection: Selection, findings: Findings, config: PrepareConfig,
               advance: Callable[[int], None]) -> dict[str, Any]:

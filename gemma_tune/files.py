@@ -20,6 +20,7 @@ from gemma_tune.errors import UserError, WorkFailed
 
 NEW, OLD = ".new-", ".old-"
 _CHUNK = 1 << 20
+_line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
 
 @contextlib.contextmanager
@@ -71,7 +72,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def json_bytes(content: Any, indent: int | None = None) -> bytes:
     """JSON with its final line feed, as UTF-8. Half a surrogate pair has no UTF-8 form and stays a JSON escape."""
-    return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode(errors="backslashreplace")
+    text = _line_of(content) if indent is None else json.dumps(content, ensure_ascii=False, indent=indent)
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,10 +27,10 @@ from gemma_tune.data.sources import Block, Row
 from gemma_tune.data.spool import Kept, batch_of
 from gemma_tune.encode import Encoder, Example, Outcome
 from gemma_tune.errors import WorkFailed
+from gemma_tune.files import json_bytes
 
 TOO_LONG = "too_long"
 T = TypeVar("T")
-_as_text = json.JSONEncoder(ensure_ascii=False).encode
 _as_key = json.JSONEncoder(sort_keys=True).encode
 _AHEAD = 2  # blocks for each process that wait or are being worked on
 
@@ -74,6 +74,8 @@ class Judged:
         reasoning: rows with reasoning in them.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
+        systems: rows that have the column which ``--columns system=…`` names.
+        columns: what the first row of that format has.
     """
 
     kept: bytes | None
@@ -83,6 +85,8 @@ class Judged:
     reasoning: int = 0
     rewritten: int = 0
     difference: str = ""
+    systems: int = 0
+    columns: list[str] = field(default_factory=list)
 
 
 class Judge:
@@ -120,6 +124,9 @@ class Judge:
             raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
         example = self.formats.example(row.value)
         judged.formats[example.format] += 1
+        if example.format == "columns":
+            judged.systems += self.config.column_names.get("system") in row.value
+            judged.columns = judged.columns or list(row.value)[:20]
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:
@@ -143,7 +150,7 @@ class Judge:
             judged.difference = judged.difference or self._difference(row, example)
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
-        text = (_as_text(example) + "\n").encode(errors="backslashreplace")
+        text = json_bytes(example)
         texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
         return Kept(line=row.line, text=text, conversation=hashlib.blake2b(text, digest_size=16).digest(),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
@@ -164,8 +171,10 @@ class Judge:
 
     def _prompt(self, example: Example) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split."""
-        prompt = example.get("text") or [m for m in example["messages"] if m["role"] != "assistant"]
-        content = _as_key([self.config.seed, prompt]).encode()
+        prompt = example.get("text") or [{key: value for key, value in m.items() if key != "tool_call_id"}
+                                         for m in example["messages"] if m["role"] != "assistant"]
+        tools = [example["tools"]] if "tools" in example else []
+        content = _as_key([self.config.seed, prompt, *tools]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

@@ -39,15 +39,24 @@ class Encoded:
     @property
     def labels(self) -> list[int]:
         """As long as ``ids``: the id itself, or -100 where nothing is learned."""
-        labels = np.full(len(self.ids), IGNORE_INDEX, np.int32)
-        for start, end in self.spans.tolist():
-            labels[start:end] = self.ids[start:end]
-        return labels.tolist()
+        return labels_of(self.ids, self.spans).tolist()
 
     @property
     def trained(self) -> int:
         """Number of tokens that are learned."""
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+def labels_of(ids: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Labels (int64): the id inside the spans, -100 elsewhere.
+
+    Args:
+        spans: starts and ends of ranges, as pairs or one after the other.
+    """
+    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+    for start, end in np.asarray(spans).reshape(-1, 2):
+        labels[start:end] = ids[start:end]
+    return labels
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,21 @@ import numpy as np
 from gemma_tune import samples
 from gemma_tune.config import PrepareConfig
 from gemma_tune.data.near import NearIndex
-from gemma_tune.data.selection import Gathered, Selection, select
+from gemma_tune.data.selection import Gathered, select
 from gemma_tune.data.sources import Source, find_sources, read_blocks
 from gemma_tune.data.spool import Spool
 from gemma_tune.data.tokens import encoding_key, open_tokens
-from gemma_tune.data_files import NAMED, DataFiles, Findings
+from gemma_tune.data_files import DataFiles, Findings
+from gemma_tune.data_verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
 from gemma_tune.errors import UserError
 from gemma_tune.files import replacing_directory
-from gemma_tune.judge import TOO_LONG, Judge, Judged, judged_blocks
+from gemma_tune.judge import Judge, Judged, judged_blocks
 from gemma_tune.labels import IGNORE_INDEX
 from gemma_tune.models import load_format
 from gemma_tune.stage import Finished, Session, StageReport, run_stage
 
-SHOWN = 10  # problems printed; the rest is in rejected.jsonl
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
+_MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory
 _BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
 
 
@@ -96,6 +97,8 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     """The data, and what is named for validation."""
     config, run, listener = session.config, session.run, session.listener
     names = list(config.data) or [str(samples.training_path())]
+    if config.valid == "-" and "-" in names:
+        raise UserError("standard input is named for training and for validation", "save one of them to a file")
     sources = find_sources(names, run.inputs, listener)
     held_out = find_sources([config.valid], run.inputs, listener) if isinstance(config.valid, str) else []
     known = {source.path.resolve() for source in sources}
@@ -133,17 +136,19 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         gathered, findings = Gathered(), Findings()
         try:
             _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
-            _explain(session, judge, findings)
-            _refuse_too_many_bad(findings, config)
+            explain(judge, findings, config, listener)
+            with kept_when_refused(files, run.refused_rows):
+                refuse(findings, config, run.refused_rows)
             columns = gathered.columns()
             selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
                                _nearly(spool, config.near_threshold) if config.near_duplicates else None)
-            _refuse_nothing_to_train(selection)
+            refuse_empty_sides(selection, config, bool(held_out))
             report = files.write(spool, columns, selection, findings, config,
                                  lambda rows: listener.progress("writing rows", rows, spool.size))
         finally:
             spool.close()
-    _warn(session, findings, selection, report)
+    run.refused_rows.unlink(missing_ok=True)
+    warn(session, findings, selection, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
@@ -178,7 +183,8 @@ def _processes(sources: Sequence[Source], total: int) -> int:
     """How many processes check rows: one where there is little to do."""
     if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_PROCESSES)
 
 
 def _nearly(spool: Spool, threshold: float):
@@ -197,68 +203,7 @@ def _nearly(spool: Spool, threshold: float):
     return nearly
 
 
-# --- what is said about it
-
-def _explain(session: Session, judge: Judge, findings: Findings) -> None:
-    listener, chat = session.listener, judge.chat
-    for name, rows in findings.formats.most_common():
-        listener.note(f"format: {judge.formats.describe(name)}: {rows:,} rows")
-    if findings.folded:
-        listener.note(f"the chat template has no place for a system message: in {findings.folded:,} rows it is put "
-                      "before the first user turn")
-    if findings.rewritten:
-        listener.note(f"{findings.rewritten:,} rows become several sequences, so that each answer is learned after the "
-                      f"prompt that it will have: {findings.difference}")
-    if "strftime_now" in chat.template:
-        listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
-                      "what is learned")
-    if findings.reasoning and session.config.thinking == "auto" and "enable_thinking" in chat.template:
-        listener.note(f"{findings.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
-    for item in findings.examples[:SHOWN]:
-        listener.warn(f"rejected {item}")
-    if (more := findings.rejected - SHOWN) > 0:
-        listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
-
-
-def _refuse_too_many_bad(findings: Findings, config: PrepareConfig) -> None:
-    bad, total = findings.rejected, findings.rows
-    problems = [f"{item} ({item.problems[0].fix})" for item in findings.examples]
-    if bad > NAMED:
-        problems.append(f"… and {bad - NAMED:,} more")
-    long = findings.reasons[TOO_LONG]
-    if long and config.on_long == "fail":
-        raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
-                        "use --on-long split or drop, or a larger --max-length",
-                        [str(item) for item in findings.too_long])
-    if bad and config.on_bad_row == "fail":
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
-                        problems)
-    if bad == total:
-        raise UserError(f"none of the {total:,} rows can be used", "correct the rows named above", problems)
-    if bad / total > config.max_rejected:
-        allowed = f"{config.max_rejected * 100:g} %"
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
-                        "correct them, or allow more with --max-rejected 1", problems)
-
-
-def _refuse_nothing_to_train(selection: Selection) -> None:
-    if not (selection.kept & ~selection.valid).any():
-        raise UserError("no row is left for training: all that can be used is in the validation file as well",
-                        "name other rows to train on, or keep a share aside: --valid 0.1")
-
-
-def _warn(session: Session, findings: Findings, selection: Selection, report: dict[str, Any]) -> None:
-    listener = session.listener
-    if selection.asked_on_both_sides:
-        listener.warn(f"{selection.asked_on_both_sides:,} training rows ask what validation rows ask; the validation "
-                      "loss will look better than it is")
-    if report["left_out_answers"]:
-        listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "
-                      f"into --max-length {session.config.max_length}")
-    if report["duplicate_rows"]:
-        listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
-                      f"{session.run.duplicate_rows}")
-
+# --- what is shown
 
 def _preview(session: Session, count: int) -> None:
     """The first training sequences as training sees them: text in pieces, each learned or not."""

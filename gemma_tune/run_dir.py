@@ -25,7 +25,8 @@ SCHEMA = 1
 RUNS = Path("runs")
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 # The libraries that decide what a stage computes.
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors", "gguf")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "jinja2", "safetensors",
+             "gguf")
 _UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
 _DIGESTS = ("sha256", "stamp")
 
@@ -56,6 +57,11 @@ class RunDir:
     @property
     def rejected_rows(self) -> Path:
         return self.data / "rejected.jsonl"
+
+    @property
+    def refused_rows(self) -> Path:
+        """Bad rows of a preparation that failed; those of one that succeeded are in the data directory."""
+        return self.root / "rejected.jsonl"
 
     @property
     def duplicate_rows(self) -> Path:

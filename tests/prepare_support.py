@@ -109,8 +109,9 @@ def with_template(tiny: Path, folder: Path, template: str = "qwen2_5") -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file below a directory, but for the list of the rows that a preparation was refused for."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and (p.name, p.parent.name) != ("rejected.jsonl", "tiny-gemma")}
 
 
 def prepared(model: Path, *args: object, code: int = 0, stdin: Any = None) -> dict[str, Any]:

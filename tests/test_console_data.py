@@ -151,7 +151,7 @@ def test_on_a_terminal_learned_text_is_green_and_the_rest_dim(screen):
     console_data.preview([PIECES])
     shown = written(out)
     assert "\x1b[32mHello!<end>\x1b[0m" in shown and "\x1b[2mHi [red]you[/red]\x1b[0m" in shown
-    assert "⟦" not in shown and "row 1 of 1" in shown
+    assert "⟦" not in shown and "sequence 1" in shown
 
 
 @pytest.mark.parametrize("how", [{"no_color": True}, {"environment": {"NO_COLOR": "1"}}, {"color_system": None},

@@ -320,8 +320,11 @@ def test_the_same_prompt_never_lies_on_both_sides(prepare, valid):
 
 def test_a_number_of_rows_for_validation(prepare):
     write_rows(Path("rows.jsonl"), rows(20))
-    for number, valid in ((1, 1), (7, 7), (19, 19), (20, 19), (500, 19)):
-        assert prepare("rows.jsonl", "--valid", number)["summary"]["valid_rows"] == valid
+    for number in (1, 7, 19):
+        assert prepare("rows.jsonl", "--valid", number)["summary"]["valid_rows"] == number
+    for number in (20, 500):
+        error = prepare("rows.jsonl", "--valid", number, code=2)
+        assert error["message"] == f"--valid {number} asks for as many rows as can be used, 20"
 
 
 def test_system_prompts_and_earlier_turns_belong_to_the_prompt(prepare):
@@ -363,5 +366,14 @@ def test_a_file_for_validation(prepare):
 def test_a_validation_file_of_which_nothing_can_be_used(prepare):
     write_rows(Path("rows.jsonl"), rows(5))
     write_rows(Path("held.jsonl"), [{"bad": 1}])
-    prepare("rows.jsonl", "--valid", "held.jsonl")
-    assert (len(read("train")), read("valid")) == (5, [])
+    error = prepare("rows.jsonl", "--valid", "held.jsonl", code=2)
+    assert error["message"] == "no row of the validation file can be used" and "--valid 0.1" in error["hint"]
+
+
+def test_a_system_column_that_no_row_has_is_a_mistake(prepare):
+    Path("rows.csv").write_text("question,answer,context\na,b,c\nd,e,\n")
+    error = prepare("rows.csv", "--columns", "user=question,assistant=answer,system=contxt", code=2)
+    assert "no row has the column `contxt`" in error["message"] and "did you mean `context`?" in error["message"]
+    assert "`question`, `answer`, `context`" in error["hint"]
+    prepare("rows.csv", "--columns", "user=question,assistant=answer,system=context", "--valid", 0)
+    assert [[m["content"] for m in r["messages"]] for r in read("train")] == [["c", "a", "b"], ["d", "e"]]

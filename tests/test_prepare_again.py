@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +193,37 @@ def test_a_process_that_is_killed(prepare, two_processes, monkeypatch):
     assert not list(DATA.parent.glob(".new-*")) and not list(DATA.parent.glob(".old-*"))
 
 
+WAITING = """
+import os, time
+from gemma_tune.judge import judged_blocks
+
+class Waits:
+    def __call__(self, block):
+        open(f"{os.getpid()}.pid", "w").close()
+        time.sleep(300)
+
+list(judged_blocks([(n, n) for n in range(2)], Waits(), 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_end_with_their_parent(workplace):
+    """A parent that is killed cannot end them itself."""
+    parent = subprocess.Popen([sys.executable, "-c", WAITING])
+    for _ in range(600):
+        if len(children := [int(path.stem) for path in workplace.glob("*.pid")]) == 2:
+            break
+        time.sleep(0.1)
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]):
+            break
+        time.sleep(0.1)
+    assert not left
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_file_that_breaks_off_leaves_the_old_data(prepare, two_processes, monkeypatch, processes):
     monkeypatch.setattr(module, "_processes", lambda *_: processes)
@@ -216,12 +250,12 @@ def test_a_fault_of_ours_is_reported_and_leaves_the_old_data(prepare, monkeypatc
 def test_preview_shows_what_is_learned(prepare):
     write_rows(Path("rows.jsonl"), [talk(1, 2), row("What is [bold]?", "[bold]A[/bold]"), row("last")])
     preview = prepare("rows.jsonl", "--valid", 0, "--preview", 2)["err"]
-    assert "── row 1 of 2\n<bos><start_of_turn>user\nq0<end_of_turn>\n<start_of_turn>model\n⟦word end 0<end_of_turn>⟧\n" \
+    assert "── sequence 1\n<bos><start_of_turn>user\nq0<end_of_turn>\n<start_of_turn>model\n⟦word end 0<end_of_turn>⟧\n" \
            "<start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\n⟦word word end 1<end_of_turn>⟧\n" in preview
-    assert "── row 2 of 2\n" in preview and "⟦[bold]A[/bold]<end_of_turn>⟧" in preview and "last" not in preview.split("──")[2]
+    assert "── sequence 2\n" in preview and "⟦[bold]A[/bold]<end_of_turn>⟧" in preview and "last" not in preview.split("──")[2]
     assert "⟦" not in prepare("rows.jsonl", "--valid", 0)["err"]
     done = again("--preview", 99, "--quiet")
-    assert done["status"] == "up-to-date" and "── row 3 of 3\n" in done["err"], "also without preparing again"
+    assert done["status"] == "up-to-date" and "── sequence 3\n" in done["err"], "also without preparing again"
 
 
 def test_the_report_has_what_is_documented(prepare):

@@ -71,7 +71,7 @@ no_json = st.text(st.characters(blacklist_characters="\n\0", blacklist_categorie
 lines = st.one_of(any_rows.map(json.dumps), no_json)
 SETTINGS = [(), ("--on-long", "split", "--max-length", 128), ("--on-long", "truncate", "--max-length", 128),
             ("--max-length", 128, "--duplicates", "keep"), ("--near-duplicates", "--take", "chosen"),
-            ("--train-on", "last", "--valid", 2), ("--allow", "placeholder,foreign_marker,control_character"),
+            ("--train-on", "last", "--valid", 0.5), ("--allow", "placeholder,foreign_marker,control_character"),
             ("--columns", "user=question,assistant=answer,system=system")]
 
 

@@ -235,6 +235,18 @@ def test_lines_of_an_array_are_those_where_its_elements_begin(prepare):
         (3, {"messages": [{"role": "user"}]}), (7, 7), (7, 8), (8, {"x": 1}), (10, [])]
 
 
+def test_rows_that_a_preparation_was_refused_for_can_be_looked_up(prepare, cli, tiny):
+    write_rows(Path("rows.jsonl"), [row("good"), *({"n": n} for n in range(30))])
+    result = cli("prepare", "rows.jsonl", "--model", tiny)
+    assert result.code == BAD_INPUT
+    assert "… and 10 more, all in runs/tiny-gemma/rejected.jsonl" in result.err
+    assert "data/rejected.jsonl" not in result.err and "! rejected" not in result.err
+    records = [json.loads(line) for line in Path("runs/tiny-gemma/rejected.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["row"]) for r in records] == [(n + 2, {"n": n}) for n in range(30)]
+    prepare("rows.jsonl")
+    assert not Path("runs/tiny-gemma/rejected.jsonl").exists(), "all of them are in data/rejected.jsonl now"
+
+
 @pytest.mark.parametrize("value, reason", [("NaN", "NaN is not JSON"), ("1e999", "1e999 is too large"),
                                            ("9" * 5000, "is too large"), ("[" * 300 + "]" * 300, "nested too deeply")])
 def test_an_element_that_cannot_be_kept_does_not_spoil_the_array(prepare, value, reason):
@@ -370,7 +382,7 @@ def test_more_bad_rows_than_allowed(refused, prepare):
     assert error["message"] == "29 of 100 rows cannot be used, more than the 20 % allowed"
     assert "--max-rejected 1" in error["hint"]
     assert error["problems"][0].startswith("rows.jsonl:72: neither `messages` nor")
-    assert error["problems"][20:] == ["… and 9 more"]
+    assert error["problems"][20:] == ["… and 9 more, all in runs/tiny-gemma/rejected.jsonl"]
     assert "the 0.5 % allowed" in refused("rows.jsonl", "--max-rejected", 0.005)["message"]
     assert "the 28.9 % allowed" in refused("rows.jsonl", "--max-rejected", 0.289)["message"]
     # Exactly the share that is allowed is allowed; 0.29 * 100 is less than 29 in floating point.

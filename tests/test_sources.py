@@ -399,11 +399,19 @@ def test_parquet_values_become_json():
         "none": None, "kind": "a", "map": {"k": 1.0}, "list": [None, None], "json": {"a": [1]}, "text": "[1]"}
 
 
-def test_bytes_in_parquet_are_an_error_of_their_row():
-    good, bad = rows_of(write_table(pa.table({"text": ["a", "b"], "image": [None, {"bytes": b"\x89PNG"}]})))
-    assert good == Row("rows.parquet", 1, {"text": "a", "image": None})
-    assert bad == Row("rows.parquet", 2, {"text": "b", "image": "4 bytes of binary data"},
-                      "column 'image' holds 4 bytes of binary data, not text")
+def test_bytes_in_parquet_harm_only_who_wants_to_learn_from_them():
+    from gemma_tune.data.formats import Formats, RowError
+
+    good, seen = rows_of(write_table(pa.table({"text": ["a", "b"], "thumb": [None, {"bytes": b"\x89PNG"}]})))
+    assert good == Row("rows.parquet", 1, {"text": "a", "thumb": None})
+    assert seen == Row("rows.parquet", 2, {"text": "b", "thumb": {"not text": "4 bytes of binary data"}})
+    assert Formats().example(seen.value).text == "b"
+    for value in ({"prompt": seen.value["thumb"], "completion": "x"},
+                  {"image": seen.value["thumb"], "conversations": [{"from": "human", "value": "What?"},
+                                                                   {"from": "gpt", "value": "A cat."}]}):
+        with pytest.raises(RowError) as refused:
+            Formats().example(value)
+        assert refused.value.code == "not_text"
 
 
 def test_compressed_parquet():
@@ -593,8 +601,8 @@ def test_a_dataset(hub):
     assert json.loads(Path("keep/hf-org-tiny-Chats.json").read_text()) == {
         "id": ID, "config": "default", "split": "train", "commit": commit}
     assert [row.value for row in hub_rows(f"hf:{ID}:test")] == chats(2)
-    assert len(hub_rows(f"hf:{ID}:train[:10%]")) == 3
-    assert len({p.name for p in Path("keep").iterdir()}) == 3
+    assert [len(hub_rows(f"hf:{ID}:train{part}")) for part in ("[:90%]", "[90%:]", "[:10%]")] == [27, 3, 3]
+    assert len({p.name for p in Path("keep").iterdir()}) == 5, "each has a lock file of its own"
 
 
 def test_a_dataset_is_of_one_commit_and_is_asked_for_once(hub, capfd):

@@ -19,11 +19,11 @@ from gemma_tune.data import tokens
 from gemma_tune.data.selection import Columns, Gathered, select
 from gemma_tune.data.split import choose_valid
 from gemma_tune.data.spool import Kept, Spool, batch_of
-from gemma_tune.data.tokens import TokenWriter, encoding_key, labels_of, lengths_of, open_tokens
+from gemma_tune.data.tokens import TokenWriter, encoding_key, lengths_of, open_tokens
 from gemma_tune.encode import Outcome
 from gemma_tune.errors import WorkFailed
 from gemma_tune.files import os_errors
-from gemma_tune.labels import Encoded
+from gemma_tune.labels import Encoded, labels_of
 
 examples = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told(tmp_path):
 def test_labels_of_ranges_that_touch_and_of_none():
     ids = np.array([5, 6, 7, 8])
     assert labels_of(ids, np.array([0, 1, 1, 3])).tolist() == [5, 6, 7, -100]
-    assert labels_of(ids, [[3, 4]], ignored=-1).tolist() == [-1, -1, -1, 8]
+    assert labels_of(ids, [[3, 4]]).tolist() == [-100, -100, -100, 8]
     assert labels_of(ids, []).tolist() == [-100] * 4
     assert labels_of(ids, []).dtype == np.int64
 
@@ -135,9 +135,9 @@ def test_labels_of_ranges_that_touch_and_of_none():
 def test_the_key_follows_model_code_and_libraries(monkeypatch):
     key = encoding_key("base@1")
     assert key == encoding_key("base@1") and key != encoding_key("base@2")
-    monkeypatch.setattr(tokens, "library_versions", lambda: {"transformers": "0.1", "tokenizers": "0.1"})
+    monkeypatch.setattr(tokens, "library_versions", lambda: {"transformers": "0.1", "tokenizers": "0.1", "jinja2": "1"})
     other = encoding_key("base@1")
-    assert {name for name in key if key[name] != other[name]} == {"transformers", "tokenizers"}
+    assert {name for name in key if key[name] != other[name]} == {"transformers", "tokenizers", "jinja2"}
 
 
 def test_every_module_that_makes_tokens_is_part_of_the_key(tmp_path, monkeypatch):
@@ -149,7 +149,8 @@ def test_every_module_that_makes_tokens_is_part_of_the_key(tmp_path, monkeypatch
     monkeypatch.setattr(tokens, "__file__", str(package / "data" / "tokens.py"))
     before = encoding_key("base")
     assert before["code"] == encoding_key("base")["code"]
-    for name in ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py", "templates/gemma.jinja"):
+    for name in ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py", "judge.py", "data/turns.py",
+                 "data/layouts.py", "templates/gemma.jinja"):
         content = (package / name).read_bytes()
         (package / name).write_bytes(content + b"\n")
         assert encoding_key("base")["code"] != before["code"], name

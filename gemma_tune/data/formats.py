@@ -44,7 +44,7 @@ _SYSTEMS = ("system", "system_prompt")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_CONVERSATIONS))
-_MEDIA = frozenset(("images", "videos", "audios"))
+_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 # How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
 _HAS: dict[str, Callable[[Row, Collection[str]], bool]] = {

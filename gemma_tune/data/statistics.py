@@ -21,7 +21,7 @@ BINS = 14
 KEPT = 99  # per cent of the trained tokens that a suggested limit keeps
 STEP = 64  # suggested limits are multiples of it
 PERCENTILES = (50, 90, 95, 99)
-WHAT_HAPPENS = {"drop": "left out", "split": "divided between turns", "truncate": "cut", "fail": "refused"}
+WHAT_HAPPENS = {"drop": "left out", "split": "divided", "truncate": "cut", "fail": "refused"}
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gemma_tune.labels import labels_of
 from gemma_tune.run_dir import library_versions
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
-# What decides how a conversation becomes tokens: a change in one of these files makes older tokens unusable.
-_SOURCES = ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py")
+# What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
+_SOURCES = ("chat_format.py", "labels.py", "thinking.py", "left_out.py", "encode.py", "judge.py", "data/*.py",
+            "templates/*.jinja")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _BATCH, _MOST_TOKENS = 1_000, 1_000_000  # sequences and tokens that wait in memory for being written
 
 
@@ -31,11 +34,11 @@ def encoding_key(base: str) -> dict[str, str]:
     """
     package = Path(__file__).parent.parent
     code = hashlib.sha256()
-    for path in (*(package / name for name in _SOURCES), *sorted((package / "templates").glob("*.jinja"))):
-        code.update(path.read_bytes() if path.exists() else b"")
+    for pattern in _SOURCES:
+        for path in sorted(package.glob(pattern)):
+            code.update(path.read_bytes())
     libraries = library_versions()
-    return {"base": base, "code": code.hexdigest(), "transformers": libraries["transformers"],
-            "tokenizers": libraries["tokenizers"]}
+    return {"base": base, "code": code.hexdigest(), **{name: libraries[name] for name in _LIBRARIES}}
 
 
 class TokenWriter:
@@ -86,14 +89,6 @@ def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     np.cumsum([len(a) for a in arrays], out=offsets[1:])
     values = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False)))
-
-
-def labels_of(ids: np.ndarray, spans: np.ndarray, ignored: int = -100) -> np.ndarray:
-    """Labels (int64): the id inside the spans, ``ignored`` elsewhere."""
-    labels = np.full(len(ids), ignored, np.int64)
-    for start, end in np.asarray(spans).reshape(-1, 2):
-        labels[start:end] = ids[start:end]
-    return labels
 
 
 def open_tokens(path: Path) -> Any:

@@ -14,6 +14,11 @@ def identifier(value: Any) -> str | None:
     return str(value) if isinstance(value, (str, int)) and value != "" and not isinstance(value, bool) else None
 
 
+def given(value: Any) -> Any:
+    """A value that a table may hold as text, or None where that says that there is nothing."""
+    return None if isinstance(value, str) and value.strip() in ("null", "[]") else value
+
+
 def declarations(value: Any, problems: list[Problem]) -> list[dict[str, Any]] | None:
     """``tools`` of a row as a list of ``{"type": "function", "function": {"name", …}}``; None where there are none.
 

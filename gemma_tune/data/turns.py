@@ -122,7 +122,7 @@ def _as_json(value: Any) -> Any:
 
 def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> None:
     where = f"turn {number}"
-    made = message.get("tool_calls") or message.get("function_call")
+    made = tools.given(message.get("tool_calls")) or tools.given(message.get("function_call"))
     if made and turn["role"] == "assistant":
         turn["tool_calls"] = tools.calls(where, made, problems)
     elif made:
