@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import samples
-from gemma_tune.config import PrepareConfig, as_flags
+from gemma_tune.config import PrepareConfig
 from gemma_tune.errors import UserError
 from gemma_tune.files import json_bytes
 from gemma_tune.run_dir import RunDir, command
+from gemma_tune.settings import as_flags
 
 DEFAULT_NAME = "saved.jsonl"
 

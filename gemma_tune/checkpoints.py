@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.config import TrainConfig, as_flags
+from gemma_tune.config import TrainConfig
 from gemma_tune.errors import UserError
 from gemma_tune.files import sha256_file, write_json
 from gemma_tune.run_dir import command
+from gemma_tune.settings import as_flags
 
 MARKER = "complete.json"
 KEEP = 2

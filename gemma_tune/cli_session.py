@@ -12,9 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from gemma_tune import console
-from gemma_tune.config import CONFIGS, DEFAULT_MODEL, load_yaml, resolve
+from gemma_tune.config import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.run_dir import RUNS, RunDir, find_run, read_manifest
+from gemma_tune.settings import resolve
 
 if TYPE_CHECKING:
     from gemma_tune.models import BaseModel

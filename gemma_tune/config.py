@@ -1,25 +1,21 @@
 """What each stage can be told: one frozen dataclass per stage, read from flags, a YAML file and family defaults.
 
 A field's help text, its limits and its default are declared here once; ``options`` builds the command line from
-them, the YAML reader checks against them, and the manifest records each value together with where it came from.
+them, the YAML reader checks against them, and the manifest records each value together with where it came from. How
+that works is in ``settings``.
 No heavy import: ``gemma-tune --help`` loads this module.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import math
-import reprlib
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from gemma_tune.errors import UserError
+from gemma_tune.settings import StageConfig, converted, near, option, problem_of, shown
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
@@ -30,39 +26,10 @@ ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
 QUANTS = ("f16", "bf16", "q8_0", "q4_0")
 
 
-def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
-    """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
-
-    ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how.
-    """
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
-
-
 def dtype_option() -> Any:
     """The compute type, which every stage that runs a model takes."""
     return option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it faster than "
                           "fp32, and never fp16.", choices=DTYPES)
-
-
-class StageConfig:
-    """Shared behaviour of the stage dataclasses: validation that reports every problem at once."""
-
-    section: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        problems = [p for f in dataclasses.fields(self) if (p := _problem(f, getattr(self, f.name)))]
-        problems += [] if problems else self._more_problems()
-        if problems:
-            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
-                            f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
-
-    def _more_problems(self) -> list[str]:
-        """What is wrong between settings, or in a way that a limit cannot say."""
-        return []
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and YAML."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)
@@ -107,9 +74,9 @@ class PrepareConfig(StageConfig):
         """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
         return dict(part.split("=", 1) for part in self.columns)
 
-    def _more_problems(self) -> list[str]:
+    def more_problems(self) -> list[str]:
         pairs = [part.partition("=") for part in self.columns]
-        problems = [f"columns: {_shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
+        problems = [f"columns: {shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
                     f"{', '.join(COLUMN_ROLES)}" for pair in pairs if pair[0] not in COLUMN_ROLES or not pair[2]]
         roles = {role for role, _, _ in pairs}
         if self.columns and not problems and not {"user", "assistant"} <= roles:
@@ -120,7 +87,7 @@ class PrepareConfig(StageConfig):
             problems.append(f"columns: they exclude --format {self.format}")
         if self.near_duplicates and self.duplicates == "keep":
             problems.append("near_duplicates: it drops rows that `duplicates: keep` would keep; use one of them")
-        problems += [f"allow: {_shown(code)} is not one of {', '.join(ALLOWABLE)}{_near(code, ALLOWABLE)}"
+        problems += [f"allow: {shown(code)} is not one of {', '.join(ALLOWABLE)}{near(code, ALLOWABLE)}"
                      for code in self.allow if code not in ALLOWABLE]
         if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
             problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
@@ -227,59 +194,6 @@ CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
-C = TypeVar("C", bound=StageConfig)
-
-
-@dataclass(frozen=True)
-class Resolved(typing.Generic[C]):
-    """A stage's settings together with the origin of each: ``flag``, ``file``, ``family`` or ``default``."""
-
-    config: C
-    origins: Mapping[str, str]
-
-    def record(self) -> dict[str, dict[str, Any]]:
-        """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
-        return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
-
-
-def as_flags(cls: type[StageConfig], settings: Mapping[str, Any]) -> list[str]:
-    """The command line options that give ``settings``, without those that are defaults anyway."""
-    flags: list[str] = []
-    for f in dataclasses.fields(cls):
-        value = settings.get(f.name)
-        if value is None or value == f.default or value == _plain(f.default):
-            continue
-        name = f.name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else f"{value}"]
-    return flags
-
-
-def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,
-            family: Mapping[str, Any] | None = None) -> Resolved[C]:
-    """Flags win over the file, the file over family defaults, those over the built-in defaults.
-
-    Args:
-        flags: values given on the command line by field name; ``None`` and empty tuples count as not given.
-        from_file: the stage's section of the YAML file, already checked by :func:`load_yaml`.
-        family: defaults of the model's family for this stage.
-
-    Raises:
-        UserError: values outside their limits, all of them together.
-    """
-    values, origins = {}, {}
-    for f in dataclasses.fields(cls):
-        for origin, source in (("flag", flags), ("file", from_file or {}), ("family", family or {})):
-            if source.get(f.name) not in (None, (), []):
-                values[f.name], origins[f.name] = _convert(f.type, source[f.name]), origin
-                break
-        else:
-            origins[f.name] = "default"
-    return Resolved(cls(**values), origins)
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
 
@@ -317,86 +231,17 @@ def _yaml_problems(content: Mapping[str, Any]):
     for key, section in content.items():
         if key in TEXTS:
             if not isinstance(section, str):
-                yield f"{key}: expected text, found {_shown(section)}"
+                yield f"{key}: expected text, found {shown(section)}"
         elif key not in CONFIGS:
-            yield f"{key}: unknown section{_near(str(key), [*TEXTS, *CONFIGS])}"
+            yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):
-            yield f"{key}: expected settings below it, found {_shown(section)}"
+            yield f"{key}: expected settings below it, found {shown(section)}"
         else:
             known = {f.name: f for f in dataclasses.fields(CONFIGS[key])}
             for name, value in section.items():
                 if name not in known:
-                    yield f"{key}.{name}: unknown setting{_near(str(name), known)}"
-                elif (problem := _problem(known[name], _convert(known[name].type, value))) is not None:
+                    yield f"{key}.{name}: unknown setting{near(str(name), known)}"
+                elif (problem := problem_of(known[name], converted(known[name].type, value))) is not None:
                     yield f"{key}.{problem}"
-
-
-def _near(word: str, known) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{match[0]}`?" if match else ""
-
-
-def _kinds(annotation: Any) -> tuple[set[type], bool]:
-    """The plain types of an annotation and whether None is allowed; tuples count as ``tuple``."""
-    resolved = _resolve_annotation(annotation)
-    options = typing.get_args(resolved) if isinstance(resolved, types.UnionType) else (resolved,)
-    plain = {typing.get_origin(o) or o for o in options}
-    return {p for p in plain if p is not type(None)}, type(None) in plain
-
-
-def _resolve_annotation(annotation: Any) -> Any:
-    # `from __future__ import annotations` leaves strings; the names used in this module are all builtins.
-    return eval(annotation, {}, {}) if isinstance(annotation, str) else annotation  # noqa: S307 - own source text
-
-
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
-
-
-def _convert(annotation: Any, value: Any) -> Any:
-    kinds, _ = _kinds(annotation)
-    if tuple in kinds and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if tuple in kinds and isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    # YAML 1.1 reads 2e-4 (without a dot) as text.
-    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            return float(value)
-    return value
-
-
-def _problem(f: dataclasses.Field, value: Any) -> str | None:
-    kinds, optional = _kinds(f.type)
-    if value is None:
-        return None if optional else f"{f.name}: needs a value"
-    if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
-        return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {_shown(value)}"
-    if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
-        return f"{f.name}: expected a list of text, found {_shown(other[0])} in it"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{f.name}: {value} is not a finite number"
-    least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
-    if choices and value not in choices:
-        return f"{f.name}: {_shown(value)} is not one of {', '.join(choices)}{_near(str(value), choices)}"
-    if isinstance(value, str):  # a setting that takes text as well as a number
-        return None
-    if least is not None and value < least:
-        return f"{f.name}: {_shown(value)} is below the least possible {_limit(least)}"
-    if most is not None and value > most:
-        return f"{f.name}: {_shown(value)} is above the largest possible {_limit(most)}"
-    return None
-
-
-def _limit(value: float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _shown(value: Any) -> str:
-    """A value as an error quotes it: on one line and not without end."""
-    return reprlib.repr(value)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

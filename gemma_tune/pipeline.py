@@ -9,11 +9,12 @@ import typer
 
 from gemma_tune import console
 from gemma_tune.cli_session import open_session
-from gemma_tune.config import CONFIGS, load_yaml, resolve
+from gemma_tune.config import CONFIGS, load_yaml
 from gemma_tune.evaluate import evaluate, nothing_to_ask
 from gemma_tune.export import ExportReport, check_target, export
 from gemma_tune.merge import merge
 from gemma_tune.prepare import prepare
+from gemma_tune.settings import resolve
 from gemma_tune.stage import StageReport
 from gemma_tune.train import train
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.config import Resolved
 from gemma_tune.errors import UserError
 from gemma_tune.files import os_errors
 from gemma_tune.listener import Listener
 from gemma_tune.models import BaseModel
 from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
+from gemma_tune.settings import Resolved
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {

@@ -14,8 +14,9 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli import app
-from gemma_tune.config import CONFIGS, DEFAULT_MODEL, StageConfig, TrainConfig, load_yaml, resolve
+from gemma_tune.config import CONFIGS, DEFAULT_MODEL, TrainConfig, load_yaml
 from gemma_tune.errors import BAD_INPUT, UserError
+from gemma_tune.settings import StageConfig, resolve
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
           for f in dataclasses.fields(cls)]

@@ -12,11 +12,12 @@ from gguf_support import LlamaCpp
 from loopback_ollama import LoopbackOllama
 
 from gemma_tune import export
-from gemma_tune.config import ExportConfig, resolve
+from gemma_tune.config import ExportConfig
 from gemma_tune.listener import Listener
 from gemma_tune.modelfile import parse_modelfile
 from gemma_tune.models import load_format
 from gemma_tune.run_dir import Manifest, RunDir
+from gemma_tune.settings import resolve
 from gemma_tune.stage import Session
 
 

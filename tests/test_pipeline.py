@@ -173,7 +173,8 @@ def test_the_stages_can_be_called_from_python(tiny, data):
     script = """
 import sys
 from pathlib import Path
-from gemma_tune.config import PrepareConfig, resolve
+from gemma_tune.config import PrepareConfig
+from gemma_tune.settings import resolve
 from gemma_tune.listener import Listener
 from gemma_tune.models import locate
 from gemma_tune.prepare import prepare
