@@ -142,8 +142,8 @@ PIECES = [("<bos>user\nHi [red]you[/red]\n", False), ("Hello!<end>", True), ("",
 
 def test_in_a_file_learned_text_is_in_brackets(screen):
     out = screen()
-    console_data.preview([PIECES], ["a.jsonl:3"])
-    assert written(out).splitlines()[1:] == ["── a.jsonl:3", "<bos>user", "Hi [red]you[/red]", "⟦Hello!<end>⟧", ""]
+    console_data.preview([PIECES])
+    assert written(out).splitlines()[1:] == ["── sequence 1", "<bos>user", "Hi [red]you[/red]", "⟦Hello!<end>⟧", ""]
 
 
 def test_on_a_terminal_learned_text_is_green_and_the_rest_dim(screen):
@@ -164,9 +164,9 @@ def test_a_terminal_without_colour_gets_brackets(screen, how):
 
 def test_text_cannot_move_the_cursor_or_turn_around(screen):
     out = screen(terminal=True)
-    console_data.preview([[("a\x1b[2Jb\rc\x07\u202ed\ud800\x85", True)]], ["x\x1b]0;y.jsonl:1"])
+    console_data.preview([[("a\x1b[2Jb\rc\x07\u202ed\ud800\x85", True)]])
     shown = written(out)
-    assert "a\\x1b[2Jb\\rc\\x07\\u202ed\\ud800\\x85" in shown and "x\\x1b]0;y" in shown
+    assert "a\\x1b[2Jb\\rc\\x07\\u202ed\\ud800\\x85" in shown
     assert "\x1b[2J" not in shown and "\r" not in shown and "\x07" not in shown
 
 

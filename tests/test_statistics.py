@@ -191,7 +191,7 @@ MANY = simple([100] * 88 + [3000] * 12)
 @pytest.mark.parametrize(("on_long", "expected"), [
     ("drop", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and left out; "
              "--max-length 3008 keeps 99 %"),
-    ("split", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and divided between turns; "
+    ("split", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and divided; "
               "--max-length 3008 keeps 99 %"),
     ("truncate", "12 rows lose 51 % of the trained tokens at 2,048 tokens, and 12 of them the end of the last answer; "
                  "--max-length 3008 keeps 99 %"),
