@@ -19,7 +19,7 @@ from gemma_tune.data.spool import Batch, Spool
 from gemma_tune.data.statistics import Measured, Statistics, opening
 from gemma_tune.data.tokens import TokenWriter
 from gemma_tune.files import json_bytes, write_json
-from gemma_tune.judge import TOO_LONG, Judged, Rejected
+from gemma_tune.judge import TOO_LONG, Judged, Noticed, Rejected
 
 SIDES = ("train", "valid")
 NAMED = 20  # rejected rows kept in memory, to be named in messages
@@ -36,14 +36,8 @@ class Findings:
     first_of: dict[str, str] = field(default_factory=dict)
     examples: list[Rejected] = field(default_factory=list)
     too_long: list[Rejected] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
     by_source: Counter[int] = field(default_factory=Counter)
-    folded: int = 0
-    reasoning: int = 0
-    rewritten: int = 0
-    difference: str = ""
-    systems: int = 0
-    columns: list[str] = field(default_factory=list)
+    noticed: Noticed = field(default_factory=Noticed)
 
     def add(self, judged: Judged, source: int, usable: int) -> None:
         """Count a block of which so many rows are usable."""
@@ -51,13 +45,7 @@ class Findings:
         self.rows += rows
         self.by_source[source] += rows
         self.rejected += len(judged.rejected)
-        self.formats.update(judged.formats)
-        self.folded += judged.folded
-        self.reasoning += judged.reasoning
-        self.rewritten += judged.rewritten
-        self.difference = self.difference or judged.difference
-        self.systems += judged.systems
-        self.columns = self.columns or judged.columns
+        self.noticed.add(judged.noticed)
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
@@ -147,12 +135,12 @@ class DataFiles:
             "rejected_rows": findings.rejected, "duplicate_rows": int(dropped.sum()),
             "near_duplicate_rows": int(selection.near.sum()),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
-            "formats": dict(findings.formats),
+            "formats": dict(findings.noticed.formats),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
             "prompts_with_several_answers": {
                 "prompts": len(conflicts), "rows": sum(map(len, conflicts)),
                 "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
-            "rows_of_several_sequences": {"rows": findings.rewritten, "first": findings.difference},
+            "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": sum(t.sequences for t in tokens.values()), "tokens": sum(t.tokens for t in tokens.values()),
             "trained_tokens": sum(t.trained for t in tokens.values()),

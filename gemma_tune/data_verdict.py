@@ -12,29 +12,29 @@ from gemma_tune.config import PrepareConfig
 from gemma_tune.data.selection import Selection
 from gemma_tune.data_files import NAMED, DataFiles, Findings
 from gemma_tune.errors import UserError
-from gemma_tune.judge import TOO_LONG, Judge
+from gemma_tune.judge import TOO_LONG, Judge, Noticed
 from gemma_tune.listener import Listener
 from gemma_tune.stage import Session
 
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
 
 
-def explain(judge: Judge, findings: Findings, config: PrepareConfig, listener: Listener) -> None:
+def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Listener) -> None:
     """How the rows were read, and what the chat template makes of them."""
     template = judge.chat.template
-    for name, rows in findings.formats.most_common():
+    for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {rows:,} rows")
-    if findings.folded:
-        listener.note(f"the chat template has no place for a system message: in {findings.folded:,} rows it is put "
+    if noticed.folded:
+        listener.note(f"the chat template has no place for a system message: in {noticed.folded:,} rows it is put "
                       "before the first user turn")
-    if findings.rewritten:
-        listener.note(f"{findings.rewritten:,} rows become several sequences, so that each answer is learned after the "
-                      f"prompt that it will have: {findings.difference}")
+    if noticed.rewritten:
+        listener.note(f"{noticed.rewritten:,} rows become several sequences, so that each answer is learned after the "
+                      f"prompt that it will have: {noticed.difference}")
     if "strftime_now" in template:
         listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
                       "what is learned")
-    if findings.reasoning and config.thinking == "auto" and "enable_thinking" in template:
-        listener.note(f"{findings.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
+    if noticed.reasoning and config.thinking == "auto" and "enable_thinking" in template:
+        listener.note(f"{noticed.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path) -> None:
 def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
     """A row may lack a system prompt; if all do, its column's name is wrong."""
     name = config.column_names.get("system")
-    if name and findings.formats["columns"] and not findings.systems:
-        near = difflib.get_close_matches(name, findings.columns, n=1)
+    if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
+        near = difflib.get_close_matches(name, findings.noticed.columns, n=1)
         guess = f"; did you mean `{near[0]}`?" if near else ""
         raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt{guess}",
-                        f"the rows have {', '.join(f'`{c}`' for c in findings.columns)}")
+                        f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
 
 
 def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool) -> None:

@@ -62,13 +62,10 @@ class Rejected:
 
 
 @dataclass
-class Judged:
-    """The results of one block.
+class Noticed:
+    """What is said about rows beside what is wrong with some.
 
     Args:
-        kept: usable rows and those that are too long, as bytes of an Arrow batch (see ``spool``); None if there are
-            none.
-        rejected: all others, and the too long ones.
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
@@ -78,8 +75,6 @@ class Judged:
         columns: what the first row of that format has.
     """
 
-    kept: bytes | None
-    rejected: list[Rejected]
     formats: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
@@ -87,6 +82,31 @@ class Judged:
     difference: str = ""
     systems: int = 0
     columns: list[str] = field(default_factory=list)
+
+    def add(self, later: Noticed) -> None:
+        """Put together with what was noticed about later rows."""
+        self.formats.update(later.formats)
+        self.folded += later.folded
+        self.reasoning += later.reasoning
+        self.rewritten += later.rewritten
+        self.difference = self.difference or later.difference
+        self.systems += later.systems
+        self.columns = self.columns or later.columns
+
+
+@dataclass
+class Judged:
+    """The results of one block.
+
+    Args:
+        kept: usable rows and those that are too long, as bytes of an Arrow batch (see ``spool``); None if there are
+            none.
+        rejected: all others, and the too long ones.
+    """
+
+    kept: bytes | None
+    rejected: list[Rejected]
+    noticed: Noticed = field(default_factory=Noticed)
 
 
 class Judge:
@@ -123,16 +143,16 @@ class Judge:
         if row.error:
             raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
         example = self.formats.example(row.value)
-        judged.formats[example.format] += 1
+        judged.noticed.formats[example.format] += 1
         if example.format == "columns":
-            judged.systems += self.config.column_names.get("system") in row.value
-            judged.columns = judged.columns or list(row.value)[:20]
+            judged.noticed.systems += self.config.column_names.get("system") in row.value
+            judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:
             return {"text": example.text}
-        judged.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
-        judged.reasoning += any("reasoning_content" in m for m in example.messages)
+        judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
+        judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
         return {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
 
     def _kept(self, row: Row, example: Example, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
@@ -146,8 +166,8 @@ class Judge:
                 "use --train-on all, or leave the row out"),)))
             return None
         if len(outcome.full) > 1:
-            judged.rewritten += 1
-            judged.difference = judged.difference or self._difference(row, example)
+            judged.noticed.rewritten += 1
+            judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
         text = json_bytes(example)

@@ -136,7 +136,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         gathered, findings = Gathered(), Findings()
         try:
             _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
-            explain(judge, findings, config, listener)
+            explain(judge, findings.noticed, config, listener)
             with kept_when_refused(files, run.refused_rows):
                 refuse(findings, config, run.refused_rows)
             columns = gathered.columns()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -180,3 +181,11 @@ def fluent_once(talkative, tmp_path_factory) -> Path:
 def fluent(fluent_once, tmp_path, talkative) -> Path:
     """A run of one's own in runs/talkative that answers "Say number 3." with "The number is 3, no more."."""
     return copied_run(fluent_once, tmp_path, talkative)
+
+
+@pytest.fixture
+def prepare(tiny):
+    """``prepare`` on the tiny model, with a check of all files that it writes."""
+    from prepare_support import prepared
+
+    return functools.partial(prepared, tiny)

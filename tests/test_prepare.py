@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import random
@@ -30,12 +29,6 @@ from prepare_support import (
 )
 from template_support import assistant, user
 from test_formats import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT
-
-
-@pytest.fixture
-def prepare(tiny):
-    """``prepare`` on the tiny model, with a check of all files that it writes."""
-    return functools.partial(prepared, tiny)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -33,12 +32,6 @@ from prepare_support import (
 from gemma_tune import judge, samples
 from gemma_tune import prepare as module
 from gemma_tune.errors import WORK_FAILED
-
-
-@pytest.fixture
-def prepare(tiny):
-    """``prepare`` on the tiny model, with a check of all files that it writes."""
-    return functools.partial(prepared, tiny)
 
 
 def again(*args: object) -> dict[str, Any]:

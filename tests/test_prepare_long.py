@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 from pathlib import Path
@@ -27,12 +26,6 @@ from template_support import TOOLS, assistant, call, result, user
 
 LIMIT = 96
 POLICIES = ("drop", "split", "truncate")
-
-
-@pytest.fixture
-def prepare(tiny):
-    """``prepare`` on the tiny model, with a check of all files that it writes."""
-    return functools.partial(prepared, tiny)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import io
 import json
 import os
@@ -12,15 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import rows, write_rows
-from prepare_support import DATA, RECORD, alpaca, contents, kept, prepared, read, report, row
+from prepare_support import DATA, RECORD, alpaca, contents, kept, read, report, row
 
 from gemma_tune.errors import BAD_INPUT
-
-
-@pytest.fixture
-def prepare(tiny):
-    """``prepare`` on the tiny model, with a check of all files that it writes."""
-    return functools.partial(prepared, tiny)
 
 
 @pytest.fixture
