@@ -197,7 +197,7 @@ def _nearly(spool: Spool, threshold: float):
             signatures = batch.bytes_of("signature")
             if len(at):
                 rows = np.stack([np.frombuffer(signatures[n], np.uint8) for n in at])
-                found[batch.first + at] = index.earlier_many(batch.first + at, rows)
+                found[batch.first + at] = index.earlier(batch.first + at, rows)
         return found
 
     return nearly

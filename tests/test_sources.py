@@ -27,7 +27,7 @@ from loopback_hub import LoopbackHub
 from pyarrow import parquet
 
 from gemma_tune.data import json_rows, json_window
-from gemma_tune.data.sources import Row, Source, find_sources, read_blocks, read_rows, source_of
+from gemma_tune.data.sources import Row, Source, find_sources, read_blocks, source_of
 from gemma_tune.errors import BAD_INPUT, WORK_FAILED, UserError
 from gemma_tune.listener import Listener
 
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_file(layout):
     source = write_it[layout]()
     tracemalloc.start()
     try:
-        assert sum(1 for row in read_rows(source) if row.value["text"] == text) == count
+        assert sum(1 for block in read_blocks(source) for row in block.rows() if row.value["text"] == text) == count
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -116,13 +116,10 @@ class NearIndex:
         """How many conversations are remembered."""
         return self._count
 
-    def earlier(self, key: int, signature: np.ndarray) -> int | None:
-        """The key of the first remembered conversation that is nearly the same; else None, and this one is added."""
-        found = int(self.earlier_many(np.array([key]), signature[np.newaxis])[0])
-        return None if found < 0 else found
+    def earlier(self, keys: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+        """Of each conversation in a block, the key of the first remembered one that is nearly the same.
 
-    def earlier_many(self, keys: np.ndarray, signatures: np.ndarray) -> np.ndarray:
-        """The same for a whole block, whose conversations are compared with each other, too.
+        Where there is none, which is -1, it is added. Those of the block are compared with each other, too.
 
         Args:
             keys: int64, shape (n,), not negative: what to call the conversations.

@@ -22,7 +22,7 @@ from gemma_tune.errors import UserError
 from gemma_tune.files import NEW, os_errors
 from gemma_tune.listener import Listener
 
-__all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "read_rows", "source_of"]
+__all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "source_of"]
 
 STDIN = "-"
 KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET}
@@ -39,12 +39,6 @@ def read_blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
             damaged, or a broken JSON document.
     """
     return _READERS[source.kind](source, size)
-
-
-def read_rows(source: Source | Path) -> Iterator[Row]:
-    """All rows of a source, or of one file, in this process; raises what :func:`read_blocks` does."""
-    for block in read_blocks(source if isinstance(source, Source) else source_of(source)):
-        yield from block.rows()
 
 
 def source_of(path: Path, name: str | None = None) -> Source:
