@@ -79,6 +79,8 @@ class PrepareConfig(StageConfig):
         problems = [f"columns: {shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
                     f"{', '.join(COLUMN_ROLES)}" for pair in pairs if pair[0] not in COLUMN_ROLES or not pair[2]]
         roles = {role for role, _, _ in pairs}
+        if len(roles) < len(pairs) and not problems:
+            problems.append("columns: each role can have one column")
         if self.columns and not problems and not {"user", "assistant"} <= roles:
             problems.append("columns: both `user=…` and `assistant=…` are needed")
         if self.format == "columns" and not self.columns:
@@ -89,6 +91,8 @@ class PrepareConfig(StageConfig):
             problems.append("near_duplicates: it drops rows that `duplicates: keep` would keep; use one of them")
         problems += [f"allow: {shown(code)} is not one of {', '.join(ALLOWABLE)}{near(code, ALLOWABLE)}"
                      for code in self.allow if code not in ALLOWABLE]
+        if isinstance(self.valid, str) and self.valid.endswith("%"):
+            problems.append(f"valid: write {self.valid} as a share below 1, such as 0.1")
         if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
             problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
                             "file")

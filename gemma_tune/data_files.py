@@ -22,7 +22,8 @@ from gemma_tune.files import json_bytes, write_json
 from gemma_tune.judge import TOO_LONG, Judged, Noticed, Rejected
 
 SIDES = ("train", "valid")
-NAMED = 20  # rejected rows kept in memory, to be named in messages
+_EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
+_TOO_LONG = 20  # the same of those that are too long
 _GROUPS = 5  # examples of prompts with several answers
 
 
@@ -49,8 +50,8 @@ class Findings:
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
-        self.examples += judged.rejected[:NAMED - len(self.examples)]
-        self.too_long += [r for r in judged.rejected if r.code == TOO_LONG][:NAMED - len(self.too_long)]
+        self.examples += judged.rejected[:_EXAMPLES - len(self.examples)]
+        self.too_long += [r for r in judged.rejected if r.code == TOO_LONG][:_TOO_LONG - len(self.too_long)]
 
 
 class DataFiles:
@@ -79,6 +80,13 @@ class DataFiles:
         """Copy rejected.jsonl to a place that outlives a failure, for the rows to be repaired."""
         self._rejected.flush()
         shutil.copyfile(self._rejected.name, path)
+
+    def long_rows(self, spool: Spool, config: PrepareConfig) -> str | None:
+        """What the limit of the length costs, before anything else is decided about the rows."""
+        statistics = Statistics()
+        for batch in spool.read():
+            statistics.add(_measured(batch, self._names[batch.source]))
+        return statistics.long_message(config.max_length, "drop")
 
     def write(self, spool: Spool, columns: Columns, selection: Selection, findings: Findings, config: PrepareConfig,
               advance: Callable[[int], None]) -> dict[str, Any]:
@@ -130,6 +138,10 @@ class DataFiles:
                 tokens: dict[str, TokenWriter], config: PrepareConfig) -> dict[str, Any]:
         dropped = selection.same_as >= 0
         conflicts = selection.conflicts
+        before = statistics.as_dict(config.max_length, config.on_long)
+        trained = sum(t.trained for t in tokens.values())
+        if before["long"]["message"] and config.on_long == "split":
+            before["long"]["message"] = _divided(before, findings.reasons[TOO_LONG], trained)
         return {
             "rows": findings.rows, "train_rows": tokens["train"].rows, "valid_rows": tokens["valid"].rows,
             "rejected_rows": findings.rejected, "duplicate_rows": int(dropped.sum()),
@@ -143,9 +155,18 @@ class DataFiles:
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": sum(t.sequences for t in tokens.values()), "tokens": sum(t.tokens for t in tokens.values()),
-            "trained_tokens": sum(t.trained for t in tokens.values()),
-            "before_the_limit": statistics.as_dict(config.max_length, config.on_long),
+            "trained_tokens": trained, "before_the_limit": before,
         }
+
+
+def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
+    """What became of longer rows that were to be divided: some may have no part that fits."""
+    long = before["long"]
+    lost = 1 - trained / max(1, before["trained_tokens"])
+    said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: "
+            f"{long['rows'] - rejected:,} divided, {rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
+    return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
+
 
 def _counted(batch: Batch, columns: Columns, selection: Selection) -> np.ndarray:
     """The rows that the figures are about: those that are used, and those that are only too long for it."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.config import PrepareConfig
 from gemma_tune.data.selection import Selection
-from gemma_tune.data_files import NAMED, DataFiles, Findings
+from gemma_tune.data_files import DataFiles, Findings
 from gemma_tune.errors import UserError
 from gemma_tune.judge import TOO_LONG, Judge, Noticed
 from gemma_tune.listener import Listener
 from gemma_tune.stage import Session
 
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
+NAMED = 20  # faults that a failure names
 
 
 def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Listener) -> None:
@@ -47,33 +49,53 @@ def kept_when_refused(files: DataFiles, path: Path) -> Iterator[None]:
         raise
 
 
-def refuse(findings: Findings, config: PrepareConfig, refused: Path) -> None:
+def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: Callable[[], str | None]) -> None:
     """Stop if too many rows are bad.
 
     Args:
         refused: where all of them can be looked up then.
+        long_rows: a sentence on what the limit of the length costs.
 
     Raises:
         UserError: with the first of them.
     """
     bad, total = findings.rejected, findings.rows
-    problems = [f"{item} ({item.problems[0].fix})" for item in findings.examples]
-    if bad > NAMED:
-        problems.append(f"… and {bad - NAMED:,} more, all in {refused}")
-    if (long := findings.reasons[TOO_LONG]) and config.on_long == "fail":
+    long = findings.reasons[TOO_LONG]
+    if long and config.on_long == "fail":
         raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
                         "use --on-long split or drop, or a larger --max-length",
                         [str(item) for item in findings.too_long])
     if bad and config.on_bad_row == "fail":
         raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
-                        problems)
+                        _listed(findings, refused))
+    problems = [*filter(None, [long_rows() if long else None])]
     if bad == total:
-        raise UserError(f"none of the {total:,} rows can be used", "correct the rows named above", problems)
+        fixes = {item.problems[0].fix for item in findings.examples}
+        raise UserError(f"none of the {total:,} rows can be used",
+                        fixes.pop() if len(fixes) == 1 else "correct the rows named above",
+                        [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
-        allowed = f"{config.max_rejected * 100:g} %"
+        allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
+        other = "use a larger --max-length or --on-long split" if 2 * long > bad else "correct them"
         raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
-                        "correct them, or allow more with --max-rejected 1", problems)
+                        f"{other}, or go on without them: --max-rejected {needed:g}",
+                        [*problems, *_listed(findings, refused)])
     _refuse_unknown_system(findings, config)
+
+
+def _listed(findings: Findings, refused: Path) -> list[str]:
+    """Rejected rows with what to do; those with the same fault in one line."""
+    groups: dict[str, list[str]] = {}
+    for item in findings.examples:
+        said = f"{'; '.join(p.reason for p in item.problems)} ({item.problems[0].fix})"
+        groups.setdefault(said, []).append(item.place)
+    shown = list(groups.items())[:NAMED]
+    lines = [f"{places[0]}{f' and {len(places) - 1:,} more rows' if places[1:] else ''}: {said}"
+             for said, places in shown]
+    more = findings.rejected - sum(len(places) for _, places in shown)
+    if more:
+        return [*lines, f"… and {more:,} more, all in {refused}"]
+    return [*lines, f"each of them is in {refused}"] if findings.rejected > len(lines) else lines
 
 
 def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
@@ -117,6 +139,8 @@ def warn(session: Session, findings: Findings, selection: Selection, report: dic
     if report["left_out_answers"]:
         listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "
                       f"into --max-length {session.config.max_length}")
+    if not report["valid_rows"] and session.config.valid:
+        listener.warn("no rows for validation: that needs two different prompts at least")
     if report["duplicate_rows"]:
         listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
                       f"{session.run.duplicate_rows}")

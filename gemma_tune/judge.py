@@ -157,7 +157,8 @@ class Judge:
 
     def _kept(self, row: Row, example: Example, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = "change the conversation so that the chat template takes it"
+            fix = ("use a model whose chat template has tools, or leave the row out" if "tool" in str(outcome) else
+                   "change the conversation so that the chat template takes it")
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
         if not outcome.full:  # --train-on last, and just that turn is not to be learned

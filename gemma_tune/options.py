@@ -18,6 +18,11 @@ def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
     return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False, **extra)
 
 
+def _joined(values: Optional[list[str]]) -> Optional[str]:
+    """An option that may be repeated or hold several values with commas."""
+    return ",".join(values) if values else None
+
+
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"]
     if field.metadata["choices"]:
@@ -55,7 +60,7 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
     help="Prepare this first, with the settings of --config; what it can be: see `gemma-tune prepare --help`. Without "
          "any, what was prepared before is learned.")]
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
-Columns = Annotated[Optional[str], _of(c.PrepareConfig, "columns")]
+Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
@@ -66,7 +71,7 @@ Duplicates = Annotated[Optional[str], _of(c.PrepareConfig, "duplicates")]
 NearDuplicates = Annotated[Optional[bool], _of(c.PrepareConfig, "near_duplicates",
                                                "--near-duplicates/--no-near-duplicates")]
 NearThreshold = Annotated[Optional[float], _of(c.PrepareConfig, "near_threshold")]
-Allow = Annotated[Optional[str], _of(c.PrepareConfig, "allow")]
+Allow = Annotated[Optional[list[str]], _of(c.PrepareConfig, "allow", callback=_joined)]
 OnBadRow = Annotated[Optional[str], _of(c.PrepareConfig, "on_bad_row")]
 MaxRejected = Annotated[Optional[float], _of(c.PrepareConfig, "max_rejected")]
 Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_default=False,
@@ -76,7 +81,7 @@ SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
 Rank = Annotated[Optional[int], _of(c.TrainConfig, "rank")]
 Alpha = Annotated[Optional[float], _of(c.TrainConfig, "alpha")]
 Dropout = Annotated[Optional[float], _of(c.TrainConfig, "dropout")]
-TargetModules = Annotated[Optional[str], _of(c.TrainConfig, "target_modules")]
+TargetModules = Annotated[Optional[list[str]], _of(c.TrainConfig, "target_modules", callback=_joined)]
 LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
 BatchSize = Annotated[Optional[int], _of(c.TrainConfig, "batch_size", "--batch-size", "-b")]
 Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]

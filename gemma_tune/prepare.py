@@ -138,7 +138,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
             explain(judge, findings.noticed, config, listener)
             with kept_when_refused(files, run.refused_rows):
-                refuse(findings, config, run.refused_rows)
+                refuse(findings, config, run.refused_rows, lambda: files.long_rows(spool, config))
             columns = gathered.columns()
             selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
                                _nearly(spool, config.near_threshold) if config.near_duplicates else None)

@@ -342,7 +342,7 @@ QA = {"user": "question", "assistant": "answer", "system": "persona"}
 
 
 @pytest.mark.parametrize("row, found", [
-    ({"question": "a"}, [("missing_column", "the column `answer` is missing")]),
+    ({"question": "a"}, [("missing_column", "the column `answer` is missing; the row has `question`")]),
     ({"question": " ", "answer": None}, [("empty_turn", "the column `question` is empty"), ("empty_turn", "the column `answer` is empty")]),
     ({"question": "a", "answer": 4}, [("not_text", "`answer` is a number, not text")]),
     ({"question": "a", "answer": "b", "persona": []}, [("not_text", "`persona` is a list, not text")]),

@@ -232,7 +232,8 @@ def test_rows_that_a_preparation_was_refused_for_can_be_looked_up(prepare, cli, 
     write_rows(Path("rows.jsonl"), [row("good"), *({"n": n} for n in range(30))])
     result = cli("prepare", "rows.jsonl", "--model", tiny)
     assert result.code == BAD_INPUT
-    assert "… and 10 more, all in runs/tiny-gemma/rejected.jsonl" in result.err
+    assert "rows.jsonl:2 and 29 more rows: neither `messages` nor" in result.err
+    assert "each of them is in runs/tiny-gemma/rejected.jsonl" in result.err
     assert "data/rejected.jsonl" not in result.err and "! rejected" not in result.err
     records = [json.loads(line) for line in Path("runs/tiny-gemma/rejected.jsonl").read_text().splitlines()]
     assert [(r["line"], r["row"]) for r in records] == [(n + 2, {"n": n}) for n in range(30)]
@@ -355,7 +356,7 @@ def test_files_that_hold_no_rows(refused, content, message):
     error = refused("bad.jsonl")
     assert error["message"].startswith(message)
     if message.startswith("none"):
-        assert error["problems"][0].startswith("bad.jsonl:1: ")
+        assert error["problems"][0].startswith(("bad.jsonl:1: ", "bad.jsonl:1 and 1 more rows: "))
     else:  # a file of which nothing can be read stops the others as well
         assert refused("before.jsonl", "bad.jsonl")["message"] == error["message"]
 
@@ -370,10 +371,10 @@ def test_a_broken_first_row_does_not_make_the_file_a_document(prepare):
 
 
 def test_more_bad_rows_than_allowed(refused, prepare):
-    write_rows(Path("rows.jsonl"), [*rows(71), *({"bad": n} for n in range(29))])
+    write_rows(Path("rows.jsonl"), [*rows(71), *({f"bad{n}": n} for n in range(29))])
     error = refused("rows.jsonl", "--max-rejected", 0.2)
     assert error["message"] == "29 of 100 rows cannot be used, more than the 20 % allowed"
-    assert "--max-rejected 1" in error["hint"]
+    assert "--max-rejected 0.29" in error["hint"], "no more than these rows need"
     assert error["problems"][0].startswith("rows.jsonl:72: neither `messages` nor")
     assert error["problems"][20:] == ["… and 9 more, all in runs/tiny-gemma/rejected.jsonl"]
     assert "the 0.5 % allowed" in refused("rows.jsonl", "--max-rejected", 0.005)["message"]

@@ -472,7 +472,13 @@ def test_directories_are_searched_for_data(tree):
     assert found("data/runs/x/data") == [("data/runs/x/data/train.jsonl", "jsonl-or-json")]  # asked for by name
     notes = Notes()
     find_sources(["data", "one.jsonl"], Path("data/keep"), notes)
-    assert notes.notes == ["data: 4 data files"]
+    assert notes.notes == ["data: 4 data files; 1 other passed over (.md)"]
+
+
+def test_globs_leave_out_what_runs_wrote(tree):
+    assert Path("data/runs/x/data/train.jsonl").exists()
+    assert [name for name, _ in found("**/*.jsonl")] == ["one.jsonl"]
+    assert refused("data/runs/*/data/*.jsonl").message.endswith("but what a run wrote, which only counts by its full name")
 
 
 def test_globs(tree):
@@ -547,6 +553,13 @@ def test_standard_input_may_be_compressed_or_parquet(piped):
         piped(content)
         [source] = find_sources(["-"], Path("keep"))
         assert [row.value for row in rows_of(source)] in (VALUES, [{"a": 1}])
+
+
+@pytest.mark.parametrize("content", [b"q,a\n1,2\n", b"\xef\xbb\xbfq;a\n1;2\n", b"q\ta\n1\t2\n"])
+def test_standard_input_may_be_a_table(piped, content):
+    piped(content)
+    [source] = find_sources(["-"], Path("keep"))
+    assert [row.value for row in rows_of(source)] == [{"q": "1", "a": "2"}]
 
 
 def test_standard_input_that_has_nothing(piped, monkeypatch):

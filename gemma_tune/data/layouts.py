@@ -141,7 +141,8 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
                 problems.append(Problem("empty_turn", f"the column `{names[role]}` is empty",
                                         "fill it or leave the row out"))
             else:
-                problems.append(Problem("missing_column", f"the column `{names[role]}` is missing",
+                there = ", ".join(f"`{key}`" for key in list(row)[:8])
+                problems.append(Problem("missing_column", f"the column `{names[role]}` is missing; the row has {there}",
                                         "correct --columns, or leave the row out"))
             turns.append({"role": role, "content": STAND_IN})
     return Draft(turns)

@@ -41,6 +41,9 @@ def read_blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
     return _READERS[source.kind](source, size)
 
 
+_HEAD = 4096  # bytes of standard input from which its kind is told
+
+
 def source_of(path: Path, name: str | None = None) -> Source:
     """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
     return Source(f"{path}" if name is None else name, path, _kind(path) or JSON, os.path.getsize(path))
@@ -114,17 +117,21 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
     if not name:
         raise UserError("a data file's name is empty", _HINT)
     if os.path.isdir(path):
-        paths = sorted(_below(path, keep))
+        there = sorted(_below(path, keep))
+        paths = [p for p in there if _kind(p)]
         if not paths:
             raise UserError(f"{path} is a directory without data files ({', '.join(KINDS)})",
                             "name the files, or another directory")
-        listener.note(f"{path}: {len(paths)} data file{'s' if len(paths) > 1 else ''}")
+        listener.note(f"{path}: {len(paths)} data file{'s' if len(paths) > 1 else ''}{_passed_over(there, paths)}")
     elif not os.path.exists(path) and glob.has_magic(name):
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
+        written = [m for m in matches if any(_is_run(folder, keep) for folder in m.parents)]
+        matches = [m for m in matches if m not in written]
         paths = [m for m in matches if _kind(m)] or matches
         if not paths:
-            raise UserError(f"no file matches {path}", _HINT)
-        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}")
+            raise UserError(f"no file matches {path}"
+                            + (" but what a run wrote, which only counts by its full name" if written else ""), _HINT)
+        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}{_passed_over(matches, paths)}")
     else:
         paths = [path]
     if problems := [problem for path in paths if (problem := _unreadable(path))]:
@@ -133,13 +140,20 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
 
 
 def _below(folder: Path, keep: Path) -> Iterator[Path]:
-    """Files with a known ending below a directory; not hidden ones, and not what a run in it wrote."""
+    """Files below a directory; not hidden ones, and not what a run in it wrote."""
     def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
         raise UserError(f"{error.filename} cannot be read: {error.strerror}", _HINT)
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [f for f in folders if not f.startswith(".") and not _is_run(Path(place, f), keep)]
-        yield from (Path(place, name) for name in names if not name.startswith(".") and _kind(Path(name)))
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
+    """What is said of files that are no data by their names."""
+    others = [path for path in there if path not in set(taken)]
+    endings = ", ".join(sorted({path.suffix or "without an ending" for path in others})[:5])
+    return f"; {len(others)} other{'s' if len(others) > 1 else ''} passed over ({endings})" if others else ""
 
 
 def _is_run(folder: Path, keep: Path) -> bool:
@@ -181,7 +195,7 @@ def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
     """Copy all bytes; their sha256, and the first ones."""
     digest, head = hashlib.sha256(), b""
     while piece := source.read(BLOCK):
-        head = head or piece[:16]
+        head = head or piece[:_HEAD]
         digest.update(piece)
         target.write(piece)
     target.flush()
@@ -194,4 +208,7 @@ def _ending(head: bytes) -> str:
     for magic, ending in ((b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst")):
         if head.startswith(magic):
             return ending
+    first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0]
+    if first[:1] not in (b"{", b"[") and (b"," in first or b";" in first or b"\t" in first):
+        return ".tsv" if b"\t" in first else ".csv"
     return ".jsonl"

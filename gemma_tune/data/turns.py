@@ -210,8 +210,10 @@ def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) ->
     if awaited == ("tool",):
         return Problem("tool_order", f"turn {number} is `{role}` where the result of the tool call in turn {caller} is "
                                      "expected", "add the result as a turn of the role `tool`")
+    begins = role == "assistant" and awaited == ("user",) and number <= 2
+    fix = "remove it, or put a user's turn before it" if begins else "join neighbouring turns of the same role"
     return Problem("alternation", f"turn {number} is `{role}` where `{awaited[0]}` is expected; roles alternate and "
-                                  "begin with `user`", "join neighbouring turns of the same role")
+                                  "begin with `user`", fix)
 
 
 def _match_results(turns: Sequence[Turn], problems: list[Problem]) -> None:
