@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make demo       run the whole path on a real Gemma 3 270M (about five minutes on 2 idle cores)"
 	@echo "make test       run every test"
+	@echo "make benchmark  measure prepare beside datasets and a tokenizer map"
 	@echo "make install    install gemma-tune into $(VENV)"
 	@echo "make lint       check the style"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
@@ -32,6 +33,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+benchmark: $(VENV)/.installed-dev
+	$(BIN)/python tests/benchmarks/prepare_rows.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -163,8 +163,9 @@ def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
     """What became of longer rows that were to be divided: some may have no part that fits."""
     long = before["long"]
     lost = 1 - trained / max(1, before["trained_tokens"])
-    said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: "
-            f"{long['rows'] - rejected:,} divided, {rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
+    divided = long["rows"] - rejected
+    said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: {divided:,} divided, "
+            f"{rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
     return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
 
 

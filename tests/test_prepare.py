@@ -370,3 +370,14 @@ def test_a_system_column_that_no_row_has_is_a_mistake(prepare):
     assert "`question`, `answer`, `context`" in error["hint"]
     prepare("rows.csv", "--columns", "user=question,assistant=answer,system=context", "--valid", 0)
     assert [[m["content"] for m in r["messages"]] for r in read("train")] == [["c", "a", "b"], ["d", "e"]]
+
+
+def test_options_that_are_repeated_add_up(prepare):
+    Path("rows.csv").write_text("q,a\nHello {{name}},Hi\nBell \x07,Ring\n")
+    prepare("rows.csv", "--columns", "user=q", "--columns", "assistant=a", "--allow", "placeholder", "--allow",
+            "control_character", "--valid", 0)
+    assert len(read("train")) == 2
+    error = prepare("rows.csv", "--columns", "user=q,user=a,assistant=a", code=2)
+    assert error["problems"] == ["columns: each role can have one column"]
+    assert prepare("rows.csv", "--valid", "10%", code=2)["problems"] == [
+        "valid: write 10% as a share below 1, such as 0.1"]

@@ -83,6 +83,27 @@ def test_a_longer_row_may_stop_everything(prepare):
     prepare("rows.jsonl", "--max-length", 500, "--on-long", "fail")
 
 
+def test_the_report_tells_what_dividing_cost(prepare):
+    """Rows of one exchange that does not fit cannot be divided: they are rejected, and that is said."""
+    values = [row(f"q{n}", "word " * 60) for n in range(3)] + [talk(1, 1, 1, 1, 60), row("short")]
+    done = prepare(write_rows(Path("rows.jsonl"), values), "--max-length", LIMIT, "--on-long", "split", "--valid", 0)
+    assert done["summary"]["rejected_by_reason"] == {"too_long": 3}
+    said = report()["before_the_limit"]["long"]["message"]
+    lost = 1 - report()["trained_tokens"] / report()["before_the_limit"]["trained_tokens"]
+    assert said.startswith(f"4 rows are longer than {LIMIT} tokens: 1 divided, 3 rejected; {100 * lost:.1f} % of the trained "
+                           "tokens are lost; --max-length ")
+    assert said in done["err"]
+
+
+def test_too_many_long_rows_say_which_limit_would_do(prepare):
+    write_rows(Path("rows.jsonl"), [talk(1), *(talk(n) for n in range(40, 60))])
+    error = prepare("rows.jsonl", "--max-length", LIMIT, "--max-rejected", 0.2, code=2)
+    assert error["problems"][0].startswith("20 rows (") and "--max-length " in error["problems"][0]
+    assert error["hint"].startswith("use a larger --max-length or --on-long split")
+    enough = error["problems"][0].split("--max-length ")[1].split()[0]
+    assert prepare("rows.jsonl", "--max-length", enough, "--max-rejected", 0.2)["summary"]["rejected_rows"] <= 1
+
+
 def exchanges(value: dict[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     """The system prompt, and the turns from each question to the next."""
     first = [m for m in value["messages"] if m["role"] == "system"]
