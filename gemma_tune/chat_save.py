@@ -80,18 +80,14 @@ class Saves:
 
     def command_to_prepare(self, path: Path) -> str:
         """The command that prepares the run's own data together with ``path``, with the settings as they were."""
-        names = [self._typed(name) for name in self.prepared.get("data") or ()] or [_built_in_example()]
+        names = [self.run.found(name) for name in self.prepared.get("data") or ()] or [_built_in_example()]
         if path.resolve() not in {Path(name).resolve() for name in names}:
             names.append(str(path))
         # Saved rows have a format of their own, so it is detected row by row again.
         settings = {k: v for k, v in self.prepared.items() if k not in ("data", "format")}
         if isinstance(settings.get("valid"), str):
-            settings["valid"] = self._typed(settings["valid"])
+            settings["valid"] = self.run.found(settings["valid"])
         return command("prepare", self.run.root, *names, *as_flags(PrepareConfig, settings))
-
-    def _typed(self, name: str) -> str:
-        """Recorded data as one names it from here; the manifest has paths relative to the run."""
-        return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.run.root.resolve() / name))
 
 
 def _built_in_example() -> str:

@@ -124,8 +124,7 @@ class DataFiles:
                 tokens[side].add(sequences[n])
             elif columns.usable[at]:
                 duplicates.write(json_bytes({
-                    **self._place(columns, at), "same_as": "{file}:{line}".format(
-                        **self._place(columns, selection.same_as[at])),
+                    **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),
                     "kind": "near" if selection.near[at] else "exact", "row": json.loads(texts[n])}))
 
     def _place(self, columns: Columns, at: int) -> dict[str, Any]:
@@ -186,7 +185,6 @@ def _lost(batch: Batch) -> np.ndarray:
 
 def _measured(batch: Batch, name: str) -> Measured:
     lengths, lengths_at = batch.lists("full_lengths")
-    counts, _ = batch.lists("full_counts")
     spans, spans_at = batch.lists("full_spans")
     rows = np.arange(batch.size)
     return Measured(

@@ -74,10 +74,9 @@ def _as_before(session: Session) -> Session:
             value = kept["value"]
             changes[field.name] = tuple(value) if isinstance(value, list) else value
             origins[field.name] = kept["from"]
-    root = session.run.root.resolve()
-    changes["data"] = tuple(_found_again(root, name) for name in before["data"]["value"])
+    changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
-        changes["valid"] = _found_again(root, changes["valid"])
+        changes["valid"] = session.run.found(changes["valid"])
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
     others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
@@ -85,12 +84,6 @@ def _as_before(session: Session) -> Session:
         session.listener.note(f"settings as before: {', '.join(others)}")
     return replace(session, resolved=replace(session.resolved, config=replace(session.config, **changes),
                                              origins=origins))
-
-
-def _found_again(root: Path, name: str) -> str:
-    if name.startswith("gemma_tune:"):  # our own data, see RunDir.relative
-        return f"{Path(__file__).parent / name.removeprefix('gemma_tune:')}"
-    return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(root / name))
 
 
 def _sources(session: Session) -> tuple[list[Source], list[Source]]:

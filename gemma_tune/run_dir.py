@@ -120,6 +120,12 @@ class RunDir:
             here, root = path.resolve(), self.root.resolve()
         return Path(os.path.relpath(here, root)).as_posix()
 
+    def found(self, name: str) -> str:
+        """What :meth:`relative` made of a path, as one names it from the current directory; ``hf:`` names stay."""
+        if name.startswith("gemma_tune:"):
+            return f"{Path(__file__).parent / name.removeprefix('gemma_tune:')}"
+        return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.root.resolve() / name))
+
 
 @dataclass
 class Manifest:
