@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: help install demo test lint benchmark clean
+.PHONY: help install demo test lint benchmark benchmark-train named-data clean
 
 help:
 	@echo "make demo       run the whole path on a real Gemma 3 270M (about five minutes on 2 idle cores)"
 	@echo "make test       run every test"
 	@echo "make benchmark  measure prepare beside datasets and a tokenizer map"
+	@echo "make benchmark-train DATA=chats.jsonl   measure train beside TRL on the first 64 rows"
 	@echo "make install    install gemma-tune into $(VENV)"
 	@echo "make lint       check the style"
 	@echo "make clean      remove $(VENV) and caches; runs/ stays"
@@ -36,6 +37,12 @@ test: $(VENV)/.installed-dev
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/prepare_rows.py
+
+named-data:
+	@test -n "$(DATA)" || { echo "name the conversations: make benchmark-train DATA=chats.jsonl"; exit 2; }
+
+benchmark-train: named-data $(VENV)/.installed-dev
+	$(BIN)/python tests/benchmarks/train_speed.py "$(DATA)"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,16 @@ import typer
 
 from gemma_tune import __version__, console
 from gemma_tune import options as o
-from gemma_tune.cli_session import Command, as_json, finish, open_session, prepare_first, run_one, stdin_is_terminal
+from gemma_tune.cli_session import (
+    Command,
+    as_json,
+    finish,
+    open_session,
+    prepare_first,
+    run_one,
+    show_plan,
+    stdin_is_terminal,
+)
 from gemma_tune.errors import UserError
 from gemma_tune.run_dir import command
 
@@ -58,23 +67,27 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 @app.command(cls=Command)
 def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
           run: o.Run = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
-          target_modules: o.TargetModules = None, learning_rate: o.LearningRate = None,
-          batch_size: o.BatchSize = None, accumulation: o.Accumulation = None, epochs: o.Epochs = None,
-          max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
+          rslora: o.RsLora = None, dora: o.Dora = None, target_modules: o.TargetModules = None,
+          learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None, accumulation: o.Accumulation = None,
+          epochs: o.Epochs = None, max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
           weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
-          activation_checkpointing: o.Checkpointing = None, eval_steps: o.EvalSteps = None,
-          save_steps: o.SaveSteps = None, seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False,
-          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+          micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
+          compile: o.Compile = None, eval_steps: o.EvalSteps = None, save_steps: o.SaveSteps = None,
+          seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+          config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
     end. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the
-    same command goes on.
+    same command goes on. With --dry-run it only shows steps, memory and time.
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """
+    from gemma_tune.train import plan_training
     from gemma_tune.train import train as stage
 
+    if dry_run:
+        return show_plan(ctx, plan_training)
     prepared = prepare_first(ctx) if data else {}
     report = run_one(ctx, "train", stage)
     finish(ctx, report, (command("chat", report.run), command("merge", report.run)), **prepared)

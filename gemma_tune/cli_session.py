@@ -74,8 +74,9 @@ def open_session(ctx: typer.Context, section: str, *, starts: bool = False,
     wanted = params.get("model") or content.get("model")
     root = _run_directory(params.get("run") or content.get("run"), wanted, starts)
     listener.note(f"run: {root}")
+    # `prepare` needs no weights, and `train` looks whether it has the memory for them before it asks for them.
     model, manifest = _model_and_manifest(root, wanted, params.get("revision") or content.get("revision"), starts,
-                                          listener)
+                                          listener, weights=section not in ("prepare", "train"))
     family, reasons = family_defaults(model.config["model_type"], section)
     resolved = resolve(CONFIGS[section], flags, content.get(section), family)
     for name, reason in zip(family, reasons):
@@ -91,7 +92,8 @@ def _run_directory(run: str | None, model_id: str | None, starts: bool) -> Path:
     return find_run(run, model_id)
 
 
-def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Any):
+def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Any, *,
+                        weights: bool):
     from gemma_tune.models import locate, recorded_id
     from gemma_tune.run_dir import Manifest
 
@@ -101,10 +103,11 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
             raise UserError(f"{root} is not a run yet: it has no manifest.json",
                             f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
                             + (f" --model {wanted}" if wanted else ""))
-        model = locate(wanted or DEFAULT_MODEL, revision, listener)
+        model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
-    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded)
+    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
+                   weights=weights)
     _refuse_other_model(root, recorded, model, wanted)
     if model.fingerprint != recorded["fingerprint"]:
         listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
@@ -139,6 +142,22 @@ def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *
         return stage(session)
     finally:
         session.listener.close()
+
+
+def show_plan(ctx: typer.Context, plan: Callable[[Session], Any]) -> None:
+    """``train --dry-run``: the plan as a table, or as JSON.
+
+    Raises:
+        UserError: DATA was named, which would have to be prepared, and that writes.
+    """
+    if ctx.params["data"]:
+        raise UserError("--dry-run plans the training of what is prepared, and prepares nothing itself",
+                        f"prepare it first: gemma-tune prepare {' '.join(ctx.params['data'])}")
+    planned = run_one(ctx, "train", plan)
+    if not (ctx.params["quiet"] and ctx.params["json"]):
+        console.plan(planned)
+    if ctx.params["json"]:
+        console.result_json(planned.as_json())
 
 
 def prepare_first(ctx: typer.Context) -> dict[str, Any]:

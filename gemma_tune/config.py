@@ -105,14 +105,24 @@ class TrainConfig(StageConfig):
 
     section: ClassVar[str] = "train"
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
-    alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r.", least=1e-6)
+    alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
+                          least=1e-6)
     dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
+    rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
+                                 "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "
+                                 "2.")
+    dora: bool = option(False, "DoRA: learn each row's length apart from its direction. Closer to full fine-tuning at "
+                               "low ranks; a step takes longer, and the merged model is as fast as any.")
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
     batch_size: int = option(4, "Conversations in one forward pass on one device.", least=1)
-    accumulation: int = option(1, "Forward passes per optimiser step; effective batch = batch size x accumulation.",
-                               least=1)
+    accumulation: int = option(1, "Forward passes per optimiser step; effective batch = batch size x accumulation x "
+                                  "processes.", least=1)
+    num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
+                                least=1)
+    strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
+                                  "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
     epochs: float = option(4.0, "Passes over the training data.", least=0.001)
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
@@ -122,15 +132,26 @@ class TrainConfig(StageConfig):
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
     dtype: str = dtype_option()
     qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
-    activation_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    micro_batch: int | None = option(None, "Conversations that go through the model at once; a batch is worked on in "
+                                           "such pieces, and learns the same.", least=1,
+                                     auto="as many of the batch as fit the memory")
+    activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
+                                                         "slower.", auto="only if the memory asks for it")
+    compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
+                                  "compiler: for long trainings. The point where it breaks even is shown.")
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
     @property
     def effective_batch(self) -> int:
-        """Conversations per optimiser step of one process."""
-        return self.batch_size * self.accumulation
+        """Conversations per optimiser step of all processes together."""
+        return self.batch_size * self.accumulation * self.num_processes
+
+    def more_problems(self) -> list[str]:
+        if self.micro_batch and self.micro_batch > self.batch_size:
+            return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        return []
 
 
 @dataclass(frozen=True)

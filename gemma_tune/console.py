@@ -214,6 +214,16 @@ def what_next(commands: Sequence[str], advice: str | None = None) -> None:
         err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
 
 
+def plan(planned: Any) -> None:
+    """What a training would do, and what to think about before."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in planned.as_table().items():
+        table.add_row(name, Text(text, overflow="fold"))
+    err.print(table)
+    for note in planned.notes:
+        prose(Text(f"! {note}", style="yellow"))
+
+
 def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
     """Stages of a run: name, state, when it ended, what lies where."""
     table = Table(title=escape(model), title_justify="left")

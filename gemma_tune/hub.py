@@ -46,7 +46,8 @@ _NEVER = (*_PICKLED, "*.py", "*.onnx", "*.gguf", "consolidated*", "adapter_*")
 _INDEX = "model.safetensors.index.json"
 
 
-def fetch_model(model_id: str, revision: str | None = None, *, on_progress: Progress | None = None) -> HubModel:
+def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = True,
+                on_progress: Progress | None = None) -> HubModel:
     """Bring a model's files into the local cache, all of one commit.
 
     Without a connection, or with ``HF_HUB_OFFLINE=1``, a whole copy in the cache is used. A commit that is whole in the
@@ -55,6 +56,7 @@ def fetch_model(model_id: str, revision: str | None = None, *, on_progress: Prog
     Args:
         model_id: ``organisation/name``, or an old id without organisation.
         revision: a branch, a tag or a full commit; by default the newest commit of ``main``.
+        weights: False leaves the weights where they are, and counts a copy without them as whole.
         on_progress: called with a file's name, the bytes that arrived and the bytes in all, and finally with both
             equal; it may be called from another thread.
 
@@ -62,22 +64,24 @@ def fetch_model(model_id: str, revision: str | None = None, *, on_progress: Prog
         HubError: the model cannot be had; ``kind`` says why.
     """
     request = request_for(model_id, revision)
-    if revision and COMMIT.fullmatch(revision) and not _missing(request.snapshot(revision)):
+    if revision and COMMIT.fullmatch(revision) and not _missing(request.snapshot(revision), weights):
         return request.model(revision, from_cache=True)
     if variable := offline_wanted():
-        return _from_cache(request, hub_error("forbidden", request, variable))
+        return _from_cache(request, hub_error("forbidden", request, variable), weights)
     with quietly():
         request = replace(request, token=token_for(request))
         try:
             commit, files = explained(request, lambda: _look_up(request))
         except HubError as failure:
             if failure.kind in ("offline", "server"):
-                return _from_cache(request, failure)
+                return _from_cache(request, failure, weights)
             raise
+        files = [file for file in files if weights or not file.is_weights]
         explained(request, lambda: _download(request, commit, files, on_progress or (lambda *_: None)))
-    if lacking := _missing(request.snapshot(commit)):
+    if lacking := _missing(request.snapshot(commit), weights):
         raise hub_error("bad repo", request, f"at {commit[:12]} is not a whole model, it lacks {', '.join(lacking)}")
-    _remember(request, commit)
+    if weights or not _serves(request):
+        _remember(request, commit)
     return request.model(commit)
 
 
@@ -90,6 +94,10 @@ class _File:
     name: str
     size: int
     blob: str | None
+
+    @property
+    def is_weights(self) -> bool:
+        return self.name.endswith(".safetensors")
 
 
 def _look_up(request: Request) -> tuple[str, list[_File]]:
@@ -139,7 +147,7 @@ def _download(request: Request, commit: str, files: list[_File], on_progress: Pr
     """
     from huggingface_hub import hf_hub_download
 
-    weights = [file for file in files if file.name.endswith(".safetensors")]
+    weights = [file for file in files if file.is_weights]
     for file in [file for file in files if file not in weights] + weights:
         if file in weights[:1]:
             _check_room(request, commit, weights)
@@ -180,15 +188,15 @@ def _check_room(request: Request, commit: str, files: list[_File]) -> None:
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
-def _missing(snapshot: Path) -> list[str]:
-    """What a snapshot lacks to be whole; empty when it is."""
+def _missing(snapshot: Path, weights: bool = True) -> list[str]:
+    """What a snapshot lacks to be whole, with or without weights; empty when it is."""
     if not snapshot.is_dir():
         return ["everything"]
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # false for a link whose target is gone
     lacking = [] if "config.json" in names else ["config.json"]
     if not any(_matches(name, _VOCABULARY) for name in names):
         lacking.append("the tokenizer")
-    if "model.safetensors" in names:
+    if not weights or "model.safetensors" in names:
         return lacking
     if _INDEX in names:
         return lacking + sorted(_shards(snapshot / _INDEX) - names)
@@ -202,17 +210,35 @@ def _shards(index: Path) -> set[str]:
         return {f"a readable {index.name}"}
 
 
-def _from_cache(request: Request, failure: HubError) -> HubModel:
-    """The cached copy, because the Hub cannot be asked; without a whole one, the failure, and what the copy lacks."""
+def _from_cache(request: Request, failure: HubError, weights: bool) -> HubModel:
+    """The cached copy, because the Hub cannot be asked; without a whole one, the failure, and what the copy lacks.
+
+    One with weights is preferred also where they are not needed yet: later they will be.
+    """
     commits = [commit for commit in _cached_commits(request) if request.snapshot(commit).is_dir()]
-    for commit in commits:
-        if not _missing(request.snapshot(commit)):
-            return request.model(commit, from_cache=True)
+    for needed in (True, weights):
+        for commit in commits:
+            if not _missing(request.snapshot(commit), needed):
+                return request.model(commit, from_cache=True)
     if commits and failure.kind == "offline":
-        lacking = ", ".join(_missing(request.snapshot(commits[0])))
+        lacking = ", ".join(_missing(request.snapshot(commits[0]), weights))
         raise HubError("offline", f"{failure.message}; the copy in the cache, of commit {commits[0][:12]}, is not "
                        f"whole: it lacks {lacking}", str(failure.hint), failure.detail)
     raise failure
+
+
+def _serves(request: Request) -> bool:
+    """Whether the branch or tag is known, with a whole model, for work without a connection."""
+    try:
+        commit = _ref(request).read_text(encoding="utf-8").strip()
+    except OSError:
+        return False
+    return COMMIT.fullmatch(commit) is not None and not _missing(request.snapshot(commit))
+
+
+def _ref(request: Request) -> Path:
+    """The file that says which commit the branch or tag was when it was last asked for."""
+    return request.folder / "refs" / (request.revision or "main")
 
 
 def _cached_commits(request: Request) -> list[str]:
@@ -221,7 +247,7 @@ def _cached_commits(request: Request) -> list[str]:
     if request.revision and COMMIT.fullmatch(request.revision):
         commits.append(request.revision)
     with contextlib.suppress(OSError):
-        commits.append((request.folder / "refs" / (request.revision or "main")).read_text(encoding="utf-8").strip())
+        commits.append(_ref(request).read_text(encoding="utf-8").strip())
     if request.revision is None:
         folders = sorted((request.folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
         commits += [folder.name for folder in folders]
@@ -230,7 +256,7 @@ def _cached_commits(request: Request) -> list[str]:
 
 def _remember(request: Request, commit: str) -> None:
     """Record what a branch or tag was, for work without a connection; only now, so that it names a whole snapshot."""
-    ref = request.folder / "refs" / (request.revision or "main")
+    ref = _ref(request)
     if request.revision == commit:
         return
     with contextlib.suppress(OSError):  # a read-only cache works just as well online

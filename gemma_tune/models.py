@@ -84,10 +84,11 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def locate(model_id: str, revision: str | None, listener: Listener,
-           known: Mapping[str, Any] | None = None) -> BaseModel:
+           known: Mapping[str, Any] | None = None, *, weights: bool = True) -> BaseModel:
     """Find the model that ``--model`` names and make it a local checkpoint.
 
     Args:
+        weights: False leaves a hub's weights for :func:`with_weights`; configuration and tokenizer are there.
         known: the manifest's record of the same model, which saves reading unchanged weights again.
 
     Raises:
@@ -107,7 +108,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         raise UserError(f"there is no directory {model_id}", "check the path given to --model")
     if "/" not in model_id and difflib.get_close_matches(model_id.lower(), [DEMO], cutoff=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
-    return _from_hub(model_id, revision, listener)
+    return _from_hub(model_id, revision, listener, weights)
 
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
@@ -115,10 +116,19 @@ def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     return str(root / record["path"]) if record.get("path") else record["id"]
 
 
-def _from_hub(model_id: str, revision: str | None, listener: Listener) -> BaseModel:
+def with_weights(model: BaseModel, listener: Listener) -> BaseModel:
+    """The same model after its weights were downloaded, where it comes from a hub and they are not here yet.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    return _from_hub(model.id, model.revision, listener, weights=True) if model.source == "hub" else model
+
+
+def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: bool) -> BaseModel:
     from gemma_tune.hub import fetch_model
 
-    found = fetch_model(model_id, revision, on_progress=listener.progress)
+    found = fetch_model(model_id, revision, weights=weights, on_progress=listener.progress)
     return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
                      f"{found.id}@{found.revision}", {})
 

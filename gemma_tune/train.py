@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gemma_tune.adapter import TOWERS, lora_config, target_modules
 from gemma_tune.chat_format import ChatFormat
 from gemma_tune.checkpoints import (
     Training,
@@ -20,10 +20,11 @@ from gemma_tune.checkpoints import (
     training_key,
     unfinished,
 )
-from gemma_tune.config import TrainConfig
 from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory, sha256_file
+from gemma_tune.memory import Choice, available, choose, described, refuse_what_does_not_fit
+from gemma_tune.model_shape import ModelShape, shape_of
 from gemma_tune.models import (
     Placement,
     choose_placement,
@@ -32,15 +33,11 @@ from gemma_tune.models import (
     load_model,
     out_of_memory,
     quiet_libraries,
+    with_weights,
 )
+from gemma_tune.plan import Plan, Side, make_plan, steps_per_epoch, total_steps, warmup_steps
 from gemma_tune.run_dir import command
-from gemma_tune.stage import Finished, Session, StageReport, run_stage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Towers that a text fine-tune must not touch, by the names transformers gives them.
-_TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|multimodal|embed_vision|embed_audio)")
+from gemma_tune.stage import Finished, Session, StageReport, require_inputs, run_stage
 
 
 def train(session: Session) -> StageReport:
@@ -55,9 +52,30 @@ def train(session: Session) -> StageReport:
     return run_stage(session, "train", _train, unfinished=waiting is not None)
 
 
+def plan_training(session: Session) -> Plan:
+    """What :func:`train` would do with these settings; nothing is written, and no weights are needed.
+
+    Raises:
+        UserError: no data, or settings that this model cannot be trained with.
+    """
+    quiet_libraries()
+    session = replace(session, inputs=require_inputs(session.run, session.manifest, "train"))
+    train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
+    placement = choose_placement(session.config.dtype)
+    shape, choice = _fit(session, int(train_rows.lengths.max()), placement)
+    notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
+    if waiting := unfinished(session.run.checkpoints, session.manifest.finished_training):
+        notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
+    last = session.manifest.stages.get("train", {"base": None, "summary": {}})
+    same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
+        "dtype")) == (placement.device, placement.short)
+    return make_plan(shape, session.config, placement, choice, train_rows, valid_rows, notes=notes,
+                     tokens_per_second=last["summary"].get("tokens_per_second") if same else None)
+
+
 def _train(session: Session) -> Finished:
     quiet_libraries()  # before their import, which has something to say already
-    from gemma_tune.trainer import MetricsLog, StopRequest
+    from gemma_tune.callbacks import MetricsLog, StopRequest
 
     config, run, listener = session.config, session.run, session.listener
     prepared = session.settings_of("prepare")
@@ -68,20 +86,27 @@ def _train(session: Session) -> Finished:
     checkpoint = _checkpoint_to_resume(session, key)
     placement, training = _placement_and_training(config, key, checkpoint)
     listener.note(f"computing in {placement.reason}")
-    model = load_model(session.model.path, placement, four_bit=config.qlora)
-    steps = _steps(len(train_rows), config)
+    longest = int(lengths_of(train_rows).max())
+    _, choice = _fit(session, longest, placement)
+    listener.note(described(choice, longest))
+    refuse_what_does_not_fit(choice, config, longest, listener)
+    if checkpoint is None:
+        clear(run.checkpoints)
+    model = load_model(with_weights(session.model, listener).path, placement, four_bit=config.qlora)
+    steps = total_steps(len(train_rows), config)
     listener.note(f"{len(train_rows):,} sequences x {config.epochs:g} epochs in batches of "
                   f"{config.effective_batch}: {steps} steps")
     log = MetricsLog(run.metrics, listener, step_of(checkpoint) if checkpoint else 0)
     stop = StopRequest(listener)
-    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, (log, stop), training)
+    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, (log, stop), training)
     log.trainer = trainer
     with stop:
         summary = _run(trainer, log, stop, session, checkpoint)
     _save_adapter(session, trainer.model, chat)
     _plot(log.records, run.plot)
     summary |= {"training_id": training.id, "device": placement.device, "dtype": placement.short,
-                "effective_batch": config.effective_batch,
+                "effective_batch": config.effective_batch, "micro_batch": choice.micro_batch,
+                "activation_checkpointing": choice.checkpointing,
                 "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
     return Finished({"adapter": run.adapter}, summary)
 
@@ -115,63 +140,34 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     finished = session.manifest.finished_training
     checkpoints = session.run.checkpoints
     checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict())
-    if checkpoint is None:
-        clear(checkpoints)
-    else:
+    if checkpoint:
         session.listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
     return checkpoint
 
 
-def _steps_per_epoch(rows: int, config: TrainConfig) -> int:
-    return -(-rows // config.effective_batch)  # rounded up: the last batch may be smaller
+def _fit(session: Session, longest: int, placement: Placement) -> tuple[ModelShape, Choice]:
+    """How large the model is, and how a batch of its longest rows can go through it here."""
+    shape = shape_of(session.model.path, session.config, placement.dtype)
+    return shape, choose(shape, session.config, longest, placement.device, available(placement.device))
 
 
-def _steps(rows: int, config: Any) -> int:
-    steps = max(1, round(_steps_per_epoch(rows, config) * config.epochs))
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
-def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
-    """Full names of the linear layers to adapt: those of the text model, or the ones whose last name is wanted.
-
-    Raises:
-        UserError: names that match nothing, with the names there are.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-    linear = {name for name, module in model.named_modules()
-              if isinstance(module, torch.nn.Linear) and module is not head and not _TOWERS.search(name)}
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    if unknown := [w for w in wanted if w not in leaves]:
-        near = difflib.get_close_matches(unknown[0], leaves, n=1)
-        guess = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
-                        f"its linear layers are {', '.join(leaves)}")
-    chosen = sorted(name for name in linear if not wanted or name.rsplit(".", 1)[-1] in wanted)
-    if not chosen:
-        raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
-    return chosen
-
-
-def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, callbacks, training):
-    from peft import LoraConfig
+def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, callbacks, training):
     from transformers import PrinterCallback, ProgressCallback
 
-    from gemma_tune.trainer import FiniteGuard, GemmaTrainer
+    from gemma_tune.callbacks import FiniteGuard
+    from gemma_tune.trainer import GemmaTrainer
 
     config = session.config
     chosen = target_modules(model, config.target_modules)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     session.listener.note(f"LoRA of rank {config.rank} on {len(chosen)} linear layers ({', '.join(leaves)})")
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen,
-                      task_type="CAUSAL_LM")
     try:
         trainer = GemmaTrainer(
-            model=model, args=_arguments(session, steps, len(train_rows), placement, bool(len(valid_rows))),
+            model=model, args=_arguments(session, steps, len(train_rows), placement, choice, bool(len(valid_rows))),
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
-            processing_class=chat.tokenizer, peft_config=lora, callbacks=[*callbacks, FiniteGuard()],
-            training=training, lengths=lengths_of(train_rows))
+            processing_class=chat.tokenizer, peft_config=lora_config(config, chosen),
+            callbacks=[*callbacks, FiniteGuard()], training=training, listener=session.listener,
+            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), micro_batch=choice.micro_batch)
     except ValueError as e:
         if "DataParallel" in str(e):
             raise UserError("several GPUs are visible, and one process trains on one of them",
@@ -189,7 +185,7 @@ def _name_for_others(model: Any, session: Session) -> None:
     Only at the end: PEFT asks the hub about a base model with a hub id whenever it saves a checkpoint.
     """
     peft_config = model.peft_config["default"]
-    if not any(_TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
+    if not any(TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
         # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
         peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
     base = session.model
@@ -197,20 +193,21 @@ def _name_for_others(model: Any, session: Session) -> None:
     peft_config.revision = base.revision
 
 
-def _arguments(session: Session, steps: int, rows: int, placement: Any, evaluates: bool):
+def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: Choice,
+               evaluates: bool):
     import torch
     from trl import SFTConfig
 
     config = session.config
-    per_epoch = _steps_per_epoch(rows, config)
+    per_epoch = steps_per_epoch(rows, config)
     return SFTConfig(
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate, warmup_steps=round(config.warmup * steps), max_grad_norm=config.clip,
+        learning_rate=config.learning_rate, warmup_steps=warmup_steps(steps, config), max_grad_norm=config.clip,
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         weight_decay=config.weight_decay, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=choice.checkpointing,
         logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
         save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
@@ -222,20 +219,20 @@ def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[
     """Evaluate, train, evaluate; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
     try:
-        trainer.check_head()
-        if evaluates and checkpoint is None:
-            trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
-        if log.first_step < trainer.args.max_steps:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        else:  # it was interrupted after the last step: all that is missing is the adapter
-            trainer.state.global_step = trainer.state.max_steps = log.first_step
-            _load_trained(trainer.model, checkpoint)
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is saved",
-                              "repeat the same command to go on from there, or: "
-                              + command_to_finish(session.run.checkpoints, session.config.as_dict()))
-        if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
-            trainer.evaluate()
+        with trainer.fast(session.config.compile):
+            if evaluates and checkpoint is None:
+                trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
+            if log.first_step < trainer.args.max_steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:  # it was interrupted after the last step: all that is missing is the adapter
+                trainer.state.global_step = trainer.state.max_steps = log.first_step
+                _load_trained(trainer.model, checkpoint)
+            if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+                raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is "
+                                  "saved", "repeat the same command to go on from there, or: "
+                                  + command_to_finish(session.run.checkpoints, session.config.as_dict()))
+            if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
+                trainer.evaluate()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise out_of_memory(e) from e

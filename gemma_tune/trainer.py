@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our loss, our evaluation, guards against bad numbers, and a clean way to stop.
+"""TRL's SFTTrainer with our loss, our batches and our evaluation, that finds its own way when memory runs out.
 
 TRL's own LM head computes entropy and accuracy over the whole vocabulary for every position; on a CPU that is four
 fifths of a step. Overriding ``compute_loss`` in a subclass is the way TRL's documentation recommends.
@@ -6,23 +6,25 @@ fifths of a step. Overriding ``compute_loss`` in a subclass is the way TRL's doc
 
 from __future__ import annotations
 
-import json
-import math
-import signal
-import threading
+import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from trl import SFTTrainer
 
+from gemma_tune.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.checkpoints import Training, rotate, seal
-from gemma_tune.errors import UserError, WorkFailed
+from gemma_tune.errors import UserError
+from gemma_tune.heads import install_summed_loss
+from gemma_tune.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.listener import Listener
-from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
+from gemma_tune.loss import IGNORE_INDEX
+from gemma_tune.models import is_out_of_memory
 
 
 class GemmaTrainer(SFTTrainer):
@@ -30,84 +32,217 @@ class GemmaTrainer(SFTTrainer):
 
     Args:
         training: what the checkpoints belong to.
-        lengths: tokens of each training sequence.
+        lengths: tokens of each training sequence, and of each validation sequence.
+        micro_batch: rows that go through the model at once; a batch is worked on in such pieces.
     """
 
-    def __init__(self, *args: Any, training: Training, lengths: Sequence[int], **kwargs: Any):
+    def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
+                 micro_batch: int, listener: Listener, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.training, self.lengths = training, lengths
+        self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.tokens_seen = 0
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.head = install_summed_loss(self.causal_lm)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The base model, without PEFT and wrappers."""
+        return self.accelerator.unwrap_model(self.model).get_base_model()
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy in nats over the trained tokens of the effective batch (fp32 scalar)."""
         if return_outputs:
             raise NotImplementedError("the logits are never built; evaluate() needs the loss alone")
-        total, count = self._summed_loss(inputs)
-        if self.model.training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
-        return total / (count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        total = self._summed_loss(model, inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        # Gradients are averaged over the processes, each of which divides by the tokens of all of them.
+        return total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
-    def _summed_loss(self, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
-        body, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
-        hidden = body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                      use_cache=False).last_hidden_state
-        text = causal_lm.config.get_text_config()
-        # Granite divides its logits, Cohere multiplies them; what else a head may do is found by check_head.
-        scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
-        total = linear_cross_entropy(hidden, head.weight, inputs["labels"], scale=scale,
-                                     softcap=getattr(text, "final_logit_softcapping", None))
-        return total, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+    @staticmethod
+    def _summed_loss(model, inputs) -> torch.Tensor:
+        """In nats, through the wrapped model, whose hooks gather weights and average gradients."""
+        return model(input_ids=inputs["input_ids"], labels=inputs["labels"])["loss"]
 
-    def check_head(self, tolerance: float = 0.02) -> None:
-        """Compare our loss with the model's own logits on the beginning of one row, before anything is trained.
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward pass of one batch, in pieces that fit the memory.
+
+        Raises:
+            RuntimeError: out of memory with a single row, or with several processes, which must stay in step.
+        """
+        inputs = self._prepare_inputs(inputs)
+        earlier = [p.grad.clone() if p.grad is not None else None for p in self._trainable()]
+        while True:
+            try:
+                loss = self._piecewise_step(model, inputs, num_items_in_batch)
+                break
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e) or self.micro_batch == 1 or self.accelerator.num_processes > 1:
+                    raise
+            # Outside the handler, whose traceback keeps the activations alive.
+            for parameter, grad in zip(self._trainable(), earlier):
+                parameter.grad = None if grad is None else grad.clone()
+            self._halve_micro_batch()
+        self.tokens_seen += int(inputs["lengths"].sum())
+        return loss
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _piecewise_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        parts = list(pieces(inputs, self.micro_batch))
+        loss = torch.zeros((), device=self.accelerator.device)
+        for n, part in enumerate(parts):
+            # Only the last piece of a step sends its gradients to the other processes.
+            wait = self.accelerator.no_sync(model) if n < len(parts) - 1 else contextlib.nullcontext()
+            with wait:
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def _halve_micro_batch(self) -> None:
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before, self.micro_batch = self.micro_batch, self.micro_batch // 2
+        self.listener.warn(f"out of memory with {before} conversations at once: going on with {self.micro_batch}; a "
+                           "step still learns from the same ones")
+
+    # ---- before the first step ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def fast(self, compiled: bool = False) -> Iterator[None]:
+        """Faster layers in place of the library's, checked against the model's own logits, and the longest batch tried.
+
+        Args:
+            compiled: try ``torch.compile`` too, and keep it if it is faster.
 
         Raises:
             UserError: the model's head does something that the loss here does not know; training it would be wrong.
         """
-        causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
-        shortest = min(range(len(self.lengths)), key=self.lengths.__getitem__)
-        ids = torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=causal_lm.device)[None]
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            ours, count = self._summed_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-            logits = causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-            theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
-        self.model.train(was_training)
-        if not abs(ours - theirs) <= tolerance * theirs.abs() + 0.02 * count:
-            raise UserError(f"this model ({causal_lm.config.model_type}) computes its logits in a way that gemma-tune "
-                            f"does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the model itself",
-                            "use a model of another family, such as Gemma, Llama or Qwen")
+        ids = self._sample()
+        theirs = self._loss_by_logits(ids)
+        with contextlib.ExitStack() as layers:
+            layers.enter_context(fast_layers(self.model))
+            self._compare(ids, theirs)
+            seconds = self.probe()
+            self.listener.note(f"the longest batch takes {seconds:.1f} s")
+            if compiled and not self._compile(layers):
+                layers.enter_context(fast_layers(self.model))
+            yield
+
+    def _compile(self, layers: contextlib.ExitStack) -> bool:
+        """Put compiled layers in place of the fast ones; False, with nothing in place, where that does not help."""
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
+        before = self.probe()
+        layers.close()
+        self.listener.note("compiling the model's layers, which can take some minutes")
+        layers.enter_context(compiled_layers(self.model))
+        try:
+            compiling = self.probe()
+            after = self.probe()
+        except (TorchDynamoException, InductorError) as e:
+            layers.close()
+            self.listener.warn(f"--compile does not work here, going on without it: {str(e).strip().splitlines()[0]}")
+            return False
+        kept, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())
+        self.listener.note(sentence)
+        if not kept:
+            layers.close()
+        return kept
+
+    def _longest_batches_worth(self) -> float:
+        """The whole training in batches as long as the longest."""
+        longest = sum(self.lengths[0][row] for row in next(iter(self._sampler())))
+        epochs = self.args.max_steps * self._share(self.args.gradient_accumulation_steps).step / len(self.lengths[0])
+        return float(sum(self.lengths[0]) * epochs / longest / self.accelerator.num_processes)
+
+    def _sample(self) -> torch.Tensor:
+        """The beginning of the shortest row (1, length)."""
+        shortest = int(min(range(len(self.lengths[0])), key=self.lengths[0].__getitem__))
+        return torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=self.causal_lm.device)[None]
+
+    def _loss_by_logits(self, ids: torch.Tensor) -> float:
+        with self._evaluating():
+            logits = self.causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+            return torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+
+    def _compare(self, ids: torch.Tensor, theirs: float, tolerance: float = 0.02) -> None:
+        with self._evaluating():
+            ours = self._summed_loss(self.model, {"input_ids": ids, "labels": ids}).item()
+        count = max(1, ids.shape[1] - 1)
+        if not abs(ours - theirs) <= tolerance * (abs(theirs) + count):
+            raise UserError(f"this model ({self.causal_lm.config.model_type}) computes its logits in a way that "
+                            f"gemma-tune does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the "
+                            "model itself", "use a model of another family, such as Gemma, Llama or Qwen")
+
+    def probe(self) -> float:
+        """Forward and backward pass of the longest batch, before anything else takes time; returns its seconds.
+
+        Memory that does not suffice shows here, and the micro-batch becomes one that fits.
+        """
+        sampler = self._sampler()
+        batch = self._prepare_inputs(collate([self.train_dataset[int(row)] for row in next(iter(sampler))]))
+        count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        began = time.perf_counter()
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(self.model):
+            self.training_step(self.model, batch, count)
+        self.tokens_seen = 0
+        self.model.zero_grad(set_to_none=True)
+        return time.perf_counter() - began
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean loss over all trained tokens of the validation rows.
 
         The trainer's own evaluation averages the means of batches, in which a token of a short answer counts more.
         """
-        was_training = self.model.training
-        self.model.eval()
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                batch_total, batch_count = self._summed_loss(self._prepare_inputs(batch))
-                total, count = total + batch_total.item(), count + batch_count.item()
-        self.model.train(was_training)
+        batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        with self._evaluating():
+            for batch in loader(self.eval_dataset, batches, self.accelerator):
+                for part in pieces(batch, self.micro_batch):
+                    sums[0] += self._summed_loss(self.model, part)
+                    sums[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum()
+        total, count = self.accelerator.reduce(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    # ---- data, log, checkpoints --------------------------------------------------------------------------------------
+
+    def _share(self, accumulation: int) -> Share:
+        return Share(self.args.per_device_train_batch_size, accumulation, self.accelerator.num_processes,
+                     self.accelerator.process_index)
+
+    def _sampler(self) -> LengthGroupedBatches:
+        return LengthGroupedBatches(self.lengths[0], self._share(self.args.gradient_accumulation_steps), self.args.seed)
+
+    def get_train_dataloader(self):
+        """Batches of rows of similar length, each row once per epoch."""
+        return loader(self.train_dataset, self._sampler(), self.accelerator)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without TRL's metrics of its own head."""
         Trainer.log(self, logs, start_time)
-
-    def _get_train_sampler(self, train_dataset=None):
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedBatches(self.lengths, batch * self.args.world_size, self.args.seed)
 
     def _save_checkpoint(self, model, trial):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
@@ -115,161 +250,3 @@ class GemmaTrainer(SFTTrainer):
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         seal(checkpoint, self.training)
         rotate(checkpoint.parent)
-
-
-class LengthGroupedBatches(torch.utils.data.Sampler[int]):
-    """Rows of similar length together, in an order that depends on the seed and the epoch alone.
-
-    Steps are formed from whole effective batches, so accumulation does not change what a step learns from. The global
-    random state is not used: a resumed epoch has the order that it had before. The first step of the training gets
-    the longest rows, so that memory that does not suffice shows at once.
-
-    Args:
-        lengths: tokens of each row.
-        batch: rows per optimiser step.
-        seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of an epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        groups = [order[n:n + 50 * self.batch] for n in range(0, len(order), 50 * self.batch)]
-        steps = []
-        for group in groups:
-            group.sort(key=self.lengths.__getitem__, reverse=True)
-            steps += [group[n:n + self.batch] for n in range(0, len(group), self.batch)]
-        # An incomplete batch stays last: moved forward, it would shift the borders of all later steps.
-        rest = [steps.pop()] if len(steps[-1]) < self.batch else []
-        steps = [steps[n] for n in torch.randperm(len(steps), generator=generator).tolist()] + rest
-        if self.epoch == 0:
-            whole = len(steps) - len(rest) or 1
-            longest = max(range(whole), key=lambda n: max(self.lengths[row] for row in steps[n]))
-            steps[0], steps[longest] = steps[longest], steps[0]
-        return iter([row for step in steps for row in step])
-
-
-class MetricsLog(TrainerCallback):
-    """Writes logs/metrics.jsonl as training goes and tells the listener; speed excludes evaluation and saving."""
-
-    def __init__(self, path: Path, listener: Listener, resumed_step: int):
-        self.path, self.listener = path, listener
-        self.trainer: GemmaTrainer | None = None
-        self.busy = 0.0  # seconds in training steps
-        self.first_step = resumed_step
-        self.records = _earlier_records(path, resumed_step)
-        self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
-        self.seconds_before = max((r.get("training_seconds", 0.0) for r in self.records), default=0.0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.busy += time.perf_counter() - self._began
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
-            return
-        done = max(1, state.global_step - self.first_step)
-        self._add({"step": state.global_step, "steps": state.max_steps, "epoch": round(logs["epoch"], 4),
-                   "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
-                   "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
-                   "tokens_per_second": round(self.tokens_per_second, 1),
-                   "seconds_left": round(self.busy / done * (state.max_steps - state.global_step), 1)})
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._add({"step": state.global_step, "steps": state.max_steps, "eval_loss": metrics["eval_loss"]})
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens (no padding) of all training steps, those before an interruption included."""
-        return self.tokens_before + (self.trainer.tokens_seen if self.trainer else 0)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens (no padding) per second spent in training steps of this process."""
-        return self.trainer.tokens_seen / self.busy if self.busy and self.trainer else 0.0
-
-    def _add(self, record: dict[str, Any]) -> None:
-        record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
-        self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-        self.listener.metrics(record)
-
-
-def _earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
-    """Records up to the checkpoint that training goes on from; later ones will be written again."""
-    if resumed_step == 0 or not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line being written when the process was killed
-            continue
-        if record["step"] <= resumed_step:
-            records.append(record)
-    return records
-
-
-class FiniteGuard(TrainerCallback):
-    """Stops before the optimiser sees a gradient that is not finite: the trained state stays the last good one."""
-
-    in_a_row = 0
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        bad = [name for name, p in model.named_parameters()
-               if p.grad is not None and not torch.isfinite(p.grad).all()]
-        # In fp16 the loss scaler finds its factor by skipping steps that overflow; only many in a row mean trouble.
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if bad and (not args.fp16 or self.in_a_row > 20):
-            raise WorkFailed(f"the gradient of {len(bad)} tensors is not finite at step {state.global_step + 1} "
-                             f"({bad[0]}, …)", "train again with --force and a lower --learning-rate or --clip "
-                                               "0.3, or with --dtype fp32; checkpoints before it are kept")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise WorkFailed(f"the loss is {logs['loss']} at step {state.global_step}",
-                             "train again with --force and a lower --learning-rate, or with --dtype fp32")
-
-
-class StopRequest(TrainerCallback):
-    """First Ctrl-C or SIGTERM: save at the step's end and leave. A second one stops at once."""
-
-    def __init__(self, listener: Listener):
-        self.listener, self.requested = listener, False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        # Python delivers signals to the main thread only; a trainer in another thread is stopped by its owner.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.listener.warn("stopping after this step and saving it; press Ctrl-C again to stop at once")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-        return control

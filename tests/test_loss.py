@@ -92,11 +92,10 @@ def test_gradcheck(softcap):
 
 
 @pytest.mark.parametrize("row_block", [1, 4, 256])
-@pytest.mark.parametrize("strip_rows", [1, 2, 100])
-def test_blocks_and_strips_of_any_size_give_the_same(monkeypatch, row_block, strip_rows):
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 21])
+def test_blocks_and_chunks_of_any_size_give_the_same(monkeypatch, row_block, chunk):
     monkeypatch.setattr(module, "ROW_BLOCK", row_block)
-    monkeypatch.setattr(module, "CPU_STRIP", strip_rows * VOCABULARY)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     hidden, weight, labels = batch()
     assert (labels[:, 1:] != IGNORE_INDEX).sum() % 4 != 0, "the last block must be shorter than the others"
     expected, expected_gradient = reference(hidden, weight, labels, softcap=4.0, scale=0.5)

@@ -481,7 +481,7 @@ def test_live_progress_on_a_terminal(prepared):
 
 def stop_at(monkeypatch, step: int) -> None:
     """As if Ctrl-C came during this step."""
-    from gemma_tune.trainer import StopRequest
+    from gemma_tune.callbacks import StopRequest
 
     plain = StopRequest.on_step_end
 

@@ -1,0 +1,112 @@
+"""DoRA layers: the length of each row of the adapted weight is learned by itself (Liu et al. 2024, arXiv 2402.09353).
+
+``y = g (W x + s B A x)`` with ``g = m / ||W + s B A||``, the norm taken of each row, and constant for the gradient
+(section 4.3 there).
+
+PEFT's own forward pass multiplies B A out in fp32 for the norm, in every layer, at every step and for every token that
+is generated; it starts from norms rounded to the type of W, so that a fresh adapter is not quite the base model; and it
+loads a trained m into that type. Only what is computed changes here: adapters are saved and loaded by plain PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
+
+
+class Dora(DoraLinearVariant):
+    """The forward pass of one layer; dropout is on the input of A alone.
+
+    Args:
+        squares: ||w||^2 of each row of W (out,), fp32.
+        gain: g (out,) in fp32 where the adapter will not change, None to compute it each time.
+    """
+
+    def __init__(self, squares: torch.Tensor, gain: torch.Tensor | None = None):
+        self.squares, self.gain = squares, gain
+
+    def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any):
+        """Args: x (…, in); result (…, out), what the base layer gave. Returns (…, out) in result's type."""
+        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        scale, bias = module.scaling[active_adapter], module.get_base_layer().bias
+        narrow = result.dtype
+        inner = torch.nn.functional.linear(module.lora_dropout[active_adapter](x.to(narrow)), a.to(narrow))
+        out = result if bias is None else result - bias
+        out = out + torch.nn.functional.linear(inner, (b * scale).to(narrow))
+        # g is close to 1, where bf16 has steps of 0.4 %: too coarse for what is learned.
+        out = (out * self._gain(module, active_adapter, a, b, scale)).to(narrow)
+        return out if bias is None else out + bias
+
+    def _gain(self, module: Any, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.gain is not None:
+            return self.gain
+        with torch.no_grad():
+            norm = self._norm(module.get_base_layer(), a, b, scale)
+        return module.lora_magnitude_vector[name].weight / norm
+
+    def _norm(self, base: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """||w + s d|| of each row (out,), d = b A, from ||w||^2 + 2 s w·d + s^2 ||d||^2 without a matrix like W."""
+        along = base(a.to(base.weight.dtype) if base.weight.is_floating_point() else a)  # (r, out): A W^T
+        along = (along if base.bias is None else along - base.bias).t()
+        mixed = 2 * along.float() + scale * (b @ (a @ a.t()))
+        return self.squares.to(b.device).addcmul((b * mixed).sum(1).new_full((), 1), (b * mixed).sum(1), value=scale).sqrt()
+
+
+def start_from_base(model: torch.nn.Module) -> int:
+    """Let an untrained adapter's DoRA layers compute as above and begin as the base model; returns how many there are.
+
+    Args:
+        model: a PEFT model whose B are zero still.
+    """
+    count = 0
+    for layer, name in _layers(model):
+        squares = _weight(layer).square().sum(1)
+        layer.lora_magnitude_vector[name].weight.data.copy_(squares.sqrt())
+        _install(layer, name, Dora(squares))
+        count += 1
+    return count
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Compute g once in each DoRA layer of a trained adapter, which was loaded in fp32; A and B get the type of W."""
+    with torch.no_grad():
+        for layer, name in _layers(model):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            weight = _weight(layer)
+            norm = torch.linalg.vector_norm(weight + layer.scaling[name] * (b @ a), dim=1)
+            _install(layer, name, Dora(weight.square().sum(1), layer.lora_magnitude_vector[name].weight / norm))
+            for part in (layer.lora_A[name], layer.lora_B[name]):
+                part.to(layer.get_base_layer().weight.dtype)
+
+
+def uses_dora(adapter: Path) -> bool:
+    """Whether an adapter directory says so; False where it cannot be read."""
+    try:
+        return bool(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("use_dora"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:
+    """DoRA layers with the name of their adapter."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            yield from ((layer, name) for name, kind in layer.lora_variant.items()
+                        if isinstance(kind, DoraLinearVariant))
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    """W (out, in) in fp32; of a 4-bit layer, what it computes with."""
+    return dequantize_module_weight(layer.get_base_layer()).detach().float()
+
+
+def _install(layer: Any, name: str, variant: Dora) -> None:
+    layer.lora_variant[name] = variant
+    layer.cast_input_dtype_enabled = False  # x stays in the type that it is multiplied in
