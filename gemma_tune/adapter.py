@@ -47,3 +47,10 @@ def lora_config(config: TrainConfig, chosen: Sequence[str]) -> LoraConfig:
 
     return LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
                       use_dora=config.dora, target_modules=list(chosen), task_type="CAUSAL_LM")
+
+
+def described_adapter(config: TrainConfig) -> str:
+    """Kind, rank and scale of an adapter in a few words."""
+    kind = "DoRA" if config.dora else "LoRA"
+    formula = "alpha / sqrt(r)" if config.rslora else "alpha / r"
+    return f"{kind} of rank {config.rank}, scaled by {formula} = {config.scale:.4g}"

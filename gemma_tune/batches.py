@@ -1,7 +1,8 @@
 """Which rows make a step, in what order, and how they become tensors: nothing is wasted on padding or sent twice.
 
-Rows of similar length go together, so little of a batch is padding. (Packing several rows into one, with a mask that
-keeps them apart, measured slower on a CPU: its attention computes blocks that the mask throws away.)
+Rows of similar length go together, so little of a batch is padding. Packing several rows into one, with a mask that
+keeps them apart, was measured on a CPU with Gemma 3 270M: 4 rows of 110 to 480 tokens took 17 to 31 % longer than
+padded, as attention computes blocks that the mask throws away.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
         order = torch.randperm(len(self.lengths), generator=generator).numpy()
         size = self.share.step
         steps = []
-        for start in range(0, len(order), _GROUP * size):
-            group = order[start:start + _GROUP * size]
+        # A group begins only where a whole step is left, so the longest row of all is in a whole step of its group.
+        starts = range(0, max(1, len(order) - size + 1), _GROUP * size)
+        for start, end in zip(starts, [*starts[1:], len(order)]):
+            group = order[start:end]
             group = group[np.argsort(-self.lengths[group], kind="stable")]
             steps += [group[n:n + size] for n in range(0, len(group), size)]
         # An incomplete step stays last: moved forward, it would shift the borders of all later steps.
@@ -152,7 +155,7 @@ def pieces(batch: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, torc
 
 
 def loader(dataset: Any, batches: torch.utils.data.Sampler, accelerator: Any) -> Any:
-    """A data loader on the accelerator's device. The sampler knows the processes, so accelerate must not shard again."""
+    """A data loader on the accelerator's device, which accelerate must not shard: the sampler knows the processes."""
     from accelerate.data_loader import prepare_data_loader
 
     plain = torch.utils.data.DataLoader(Rows(dataset), batch_sampler=batches, collate_fn=collate,

@@ -7,12 +7,14 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
+from gemma_tune import processes
 from gemma_tune.errors import WorkFailed
 from gemma_tune.listener import Listener
 
@@ -21,18 +23,25 @@ if TYPE_CHECKING:
 
 
 class MetricsLog(TrainerCallback):
-    """Writes logs/metrics.jsonl as training goes and tells the listener; speed excludes evaluation and saving."""
+    """Writes logs/metrics.jsonl as training goes and tells the listener; speed excludes evaluation and saving.
 
-    def __init__(self, path: Path, listener: Listener, resumed_step: int):
+    Args:
+        path: of the file; of several processes only the main one writes it.
+        resumed_step: the step of the checkpoint that training goes on from, 0 without one.
+        earlier: records up to that step, see :func:`earlier_records`.
+    """
+
+    def __init__(self, path: Path, listener: Listener, resumed_step: int, earlier: Sequence[dict[str, Any]]):
         self.path, self.listener = path, listener
         self.trainer: GemmaTrainer | None = None
         self.busy = 0.0  # seconds in training steps
         self.first_step = resumed_step
-        self.records = _earlier_records(path, resumed_step)
+        self.records = list(earlier)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
         self.seconds_before = max((r.get("training_seconds", 0.0) for r in self.records), default=0.0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        if processes.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -56,22 +65,23 @@ class MetricsLog(TrainerCallback):
     @property
     def tokens(self) -> int:
         """Real tokens (no padding) of all training steps, those before an interruption included."""
-        return self.tokens_before + (self.trainer.tokens_seen if self.trainer else 0)
+        return self.tokens_before + (self.trainer.tokens_of_all if self.trainer else 0)
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens (no padding) per second spent in training steps of this process."""
-        return self.trainer.tokens_seen / self.busy if self.busy and self.trainer else 0.0
+        """Real tokens (no padding) of all processes per second spent in training steps of this command."""
+        return self.trainer.tokens_of_all / self.busy if self.busy and self.trainer else 0.0
 
     def _add(self, record: dict[str, Any]) -> None:
         record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        if processes.is_main():
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
         self.listener.metrics(record)
 
 
-def _earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
+def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
     """Records up to the checkpoint that training goes on from; later ones will be written again."""
     if resumed_step == 0 or not path.exists():
         return []
@@ -92,8 +102,9 @@ class FiniteGuard(TrainerCallback):
     in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        bad = [name for name, p in model.named_parameters()
-               if p.grad is not None and not torch.isfinite(p.grad).all()]
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        if processes.any_of(bool(bad)):  # a process may hold only a part of each gradient
+            bad = sorted({name for names in processes.gathered(bad) for name in names})
         # In fp16 the loss scaler finds its factor by skipping steps that overflow; only many in a row mean trouble.
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad and (not args.fp16 or self.in_a_row > 20):
@@ -107,8 +118,13 @@ class FiniteGuard(TrainerCallback):
                              "train again with --force and a lower --learning-rate, or with --dtype fp32")
 
 
+def _finite(grad: torch.Tensor) -> bool:
+    """Of what this process holds."""
+    return bool(torch.isfinite(grad.to_local() if hasattr(grad, "to_local") else grad).all())
+
+
 class StopRequest(TrainerCallback):
-    """First Ctrl-C or SIGTERM: save at the step's end and leave. A second one stops at once."""
+    """First Ctrl-C or SIGTERM: save at the step's end and leave, all processes together. A second one stops at once."""
 
     def __init__(self, listener: Listener):
         self.listener, self.requested = listener, False
@@ -132,6 +148,7 @@ class StopRequest(TrainerCallback):
         self.listener.warn("stopping after this step and saving it; press Ctrl-C again to stop at once")
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.requested = processes.any_of(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control

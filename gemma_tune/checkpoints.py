@@ -19,6 +19,8 @@ from gemma_tune.settings import as_flags
 
 MARKER = "complete.json"
 KEEP = 2
+# Settings that change how a training is computed, not what is learned.
+_WAYS = ("dtype", "micro_batch", "activation_checkpointing", "compile")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Training:
 def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any]) -> str:
     """What a checkpoint depends on: base model, training rows, chat template and settings, as one hex digest.
 
-    Not on ``dtype``: with ``auto`` a probe decides, and a resumed training stays with what was chosen first.
+    Not on ``dtype``: with ``auto`` a probe decides, and a resumed training stays with what was chosen first. Not on how
+    a batch is worked on either, so that a training that ran out of memory can go on in smaller pieces.
     """
-    kept = {name: value for name, value in settings.items() if name != "dtype"}
+    kept = {name: value for name, value in settings.items() if name not in _WAYS}
     content = json.dumps({"base": base, "rows": rows, "template": template, "settings": kept}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -10,19 +10,21 @@ from gemma_tune import __version__, console
 from gemma_tune import options as o
 from gemma_tune.cli_session import (
     Command,
+    Commands,
     as_json,
     finish,
     open_session,
     prepare_first,
     run_one,
     show_plan,
+    start_processes,
     stdin_is_terminal,
 )
 from gemma_tune.errors import UserError
 from gemma_tune.run_dir import command
 
 app = typer.Typer(
-    name="gemma-tune", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    name="gemma-tune", cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
     pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
     help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
     epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
@@ -69,12 +71,13 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           run: o.Run = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
           rslora: o.RsLora = None, dora: o.Dora = None, target_modules: o.TargetModules = None,
           learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None, accumulation: o.Accumulation = None,
-          epochs: o.Epochs = None, max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
+          num_processes: o.NumProcesses = None, strategy: o.Strategy = None, epochs: o.Epochs = None,
+          max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
           weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
           micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
           compile: o.Compile = None, eval_steps: o.EvalSteps = None, save_steps: o.SaveSteps = None,
-          seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
-          config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+          seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
+          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
@@ -83,6 +86,8 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """
+    if not dry_run:
+        start_processes(ctx)
     from gemma_tune.train import plan_training
     from gemma_tune.train import train as stage
 

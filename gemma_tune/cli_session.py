@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from gemma_tune import console
+from gemma_tune import console, processes
 from gemma_tune.config import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.run_dir import RUNS, RunDir, find_run, read_manifest
@@ -22,12 +22,30 @@ if TYPE_CHECKING:
     from gemma_tune.stage import Session
 
 
+class Commands(TyperGroup):
+    """The command line; where ``accelerate launch`` runs it several times, one process speaks for all."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not processes.is_main():
+            console.mute()
+        return super().main(*args, **kwargs)
+
+
 class Command(TyperCommand):
     """A command whose errors are a message, a hint and an exit code instead of a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = [self.name, *args]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
+        unexpected = None
         try:
-            return super().invoke(ctx)
+            if not self._takes_part(ctx):
+                return None
+            result = super().invoke(ctx)
+            processes.leave()
+            return result
         except UserError as e:
             problem = e
         except KeyboardInterrupt:
@@ -38,17 +56,67 @@ class Command(TyperCommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(WorkFailed.exit_code) from None
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
-            if type(e).__module__.startswith(("click", "typer")) or ctx.params.get("debug"):
+            if type(e).__module__.startswith(("click", "typer")):
                 raise
+            unexpected = e
             problem = WorkFailed(f"unexpected {type(e).__name__}: {e}",
                                  "repeat with --debug and report the traceback; finished stages are kept")
+            problem.__cause__ = e
+        shown = processes.settle(problem)
+        if shown is None:  # another process shows it
+            raise typer.Exit(problem.exit_code)
+        console.unmute()
         if ctx.params.get("debug"):
-            raise problem
-        if ctx.params.get("json"):
-            console.result_json({"error": {"message": problem.message, "hint": problem.hint,
-                                           "problems": list(problem.problems), "exit_code": problem.exit_code}})
-        console.error(problem)
-        raise typer.Exit(problem.exit_code)
+            raise unexpected if unexpected is not None and shown is problem else shown
+        _show(shown, ctx.params)
+        raise typer.Exit(shown.exit_code)
+
+
+    def _takes_part(self, ctx: Any) -> bool:
+        """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""
+        here = processes.place()
+        together = here.count > 1 and self.name == "train" and not ctx.params["dry_run"]
+        if together:
+            processes.join(lambda problem: _show(problem, ctx.params))
+        elif here.rank == 0:
+            processes.forget()
+        if together and here.rank:
+            from gemma_tune.train import follow
+
+            follow()
+            processes.leave()
+        return here.rank == 0
+
+
+def _show(problem: UserError, params: Mapping[str, Any]) -> None:
+    if params.get("json"):
+        console.result_json({"error": {"message": problem.message, "hint": problem.hint,
+                                       "problems": list(problem.problems), "exit_code": problem.exit_code}})
+    console.error(problem)
+
+
+def start_processes(ctx: typer.Context) -> None:
+    """``train --num-processes N``: the same command as N processes, unless this is one of them.
+
+    Raises:
+        UserError: settings that cannot be used.
+        typer.Exit: the processes have ended; with their exit code.
+    """
+    from gemma_tune.launch import launch
+
+    params = ctx.params
+    content = load_yaml(params["config"]) if params.get("config") else {}
+    wanted = resolve(CONFIGS["train"], params, content.get("train")).config.num_processes
+    if not processes.joined():
+        if wanted > 1:
+            raise typer.Exit(launch(wanted, ctx.meta["arguments"]))
+        return
+    there = processes.place().count
+    if params["num_processes"] not in (None, there):
+        raise UserError(f"--num-processes {wanted} was asked for, and {there} processes were launched",
+                        "leave --num-processes out where accelerate launch or torchrun starts them")
+    if wanted != there:
+        params["num_processes"] = there
 
 
 def open_session(ctx: typer.Context, section: str, *, starts: bool = False,

@@ -9,6 +9,7 @@ No heavy import: ``gemma-tune --help`` loads this module.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,9 @@ class TrainConfig(StageConfig):
     rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
                                  "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "
                                  "2.")
-    dora: bool = option(False, "DoRA: learn each row's length apart from its direction. Closer to full fine-tuning at "
-                               "low ranks; a step takes longer, and the merged model is as fast as any.")
+    dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to full "
+                               "fine-tuning at low ranks; it takes more memory while training, and none after "
+                               "merging.")
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
@@ -142,6 +144,11 @@ class TrainConfig(StageConfig):
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def effective_batch(self) -> int:

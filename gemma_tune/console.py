@@ -6,6 +6,7 @@ People read stderr; stdout carries results alone. Without a terminal there are p
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gemma_tune import processes
 from gemma_tune.errors import UserError
 from gemma_tune.listener import Listener
 from gemma_tune.prompts import headline
@@ -43,6 +45,17 @@ LABELS = {
     "check_largest_error": "largest rounding error of a matrix",
     "ollama_name": "name in Ollama",
 }
+
+
+def mute() -> None:
+    """Show nothing, whoever prints: another process of the same command does."""
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it lasts as long as the process
+
+
+def unmute() -> None:
+    """Show again."""
+    if not processes.is_main():
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def figure(name: str, value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gemma_tune.errors import UserError
 from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 
 _ROWS = 1024  # positions on which two heads are timed against each other
@@ -26,7 +27,13 @@ def install_summed_loss(causal_lm: Any) -> str:
 
     Returns:
         ``gemma-tune`` or ``trl``.
+
+    Raises:
+        UserError: the head adds a bias, which the loss here does not know.
     """
+    if getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"this model ({causal_lm.config.model_type}) adds a bias to its logits, which gemma-tune does "
+                        "not know", "use a model of another family, such as Gemma, Llama or Qwen")
     theirs = causal_lm.forward
     head = _ours
     if causal_lm.device.type != "cpu" and hasattr(causal_lm.get_output_embeddings(), "weight"):
@@ -72,13 +79,13 @@ def _trl(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch
 
 def _trl_head(causal_lm: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed loss by TRL's chunked kernel; hidden (rows, length, d), targets (rows, length)."""
-    from trl.kernels.chunked_logprob import _ChunkedLogProbFunction
+    from trl.kernels import ChunkedLogProbFunction
 
     kept = targets != IGNORE_INDEX
     after = _after_product(causal_lm)
     output = causal_lm.get_output_embeddings()
-    found = _ChunkedLogProbFunction.apply(hidden[kept], _gathered(output.weight), output.bias, targets[kept], 1.0, _TRL_CHUNK,
-                                          after["softcap"], after["scale"], ("log_probs",))
+    found = ChunkedLogProbFunction.apply(hidden[kept], _gathered(output.weight), output.bias, targets[kept], 1.0,
+                                         _TRL_CHUNK, after["softcap"], after["scale"], ("log_probs",))
     return -found[0].sum()
 
 

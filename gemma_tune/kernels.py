@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from gemma_tune.attention import causal_attention_or
+
 
 class LoraLinear(torch.autograd.Function):
     """``x W^T + b + s (d A^T) B^T`` for a frozen W, with d = dropout(x) or x itself.
@@ -121,6 +123,7 @@ def fast_layers(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     with contextlib.ExitStack() as undo:
         counts = {"adapters": _replace_adapters(model, undo), "norms": _replace_norms(model, undo),
                   "rotations": _replace_rotations(model, undo)}
+        _replace_attention(undo)
         yield counts
 
 
@@ -151,8 +154,8 @@ def worth_compiling(before: float, after: float, compiling: float, batches: floa
         batches: how many such batches the training is worth.
     """
     if after >= before:
-        return False, (f"compiling took {compiling:.0f} s and did not help ({after:.2f} s instead of {before:.2f} s for "
-                       "the longest batch): going on without it")
+        return False, (f"compiling took {compiling:.0f} s and did not help ({after:.2f} s instead of {before:.2f} s "
+                       "for the longest batch): going on without it")
     even = compiling / (before - after)
     verdict = "it pays" if even < batches else "it does not pay: leave --compile out next time"
     return True, (f"compiling took {compiling:.0f} s and saves {before - after:.2f} of {before:.2f} s on the longest "
@@ -189,7 +192,9 @@ def _dense(layer: Any) -> Callable[[], torch.Tensor] | None:
         return None
     if type(base) is torch.nn.Linear:
         return lambda: base.weight
-    if type(base).__name__ == "Linear4bit" and getattr(base.weight, "quant_state", None) is not None:
+    state = getattr(base.weight, "quant_state", None)
+    # Weights that bitsandbytes has packed for answering on a CPU cannot be read back, see models.load_model.
+    if type(base).__name__ == "Linear4bit" and state and not getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import dequantize_4bit
 
         return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state)
@@ -290,18 +295,39 @@ def _replace_rotations(model: torch.nn.Module, undo: contextlib.ExitStack) -> in
     return count
 
 
+def _replace_attention(undo: contextlib.ExitStack) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    theirs = FUNCTIONS["sdpa"]
+    undo.callback(FUNCTIONS.__setitem__, "sdpa", theirs)
+    FUNCTIONS["sdpa"] = causal_attention_or(theirs)
+
+
 def _rotation_like(theirs: Callable | None) -> Callable | None:
     """Our function with the arguments and the result of a family's own, None where there is none that agrees."""
     if theirs is None:
         return None
     names = list(inspect.signature(theirs).parameters)
     tensors = torch.randn(4, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    angles = [tensors[2, :, 0], tensors[3, :, 0]]
     for ours in (_pair, _single):
-        if names != list(inspect.signature(ours).parameters):
-            continue
-        heads = list(tensors[:2] if ours is _pair else tensors[:1])
-        angles = [tensors[2, :, 0], tensors[3, :, 0]]
-        expected, got = theirs(*heads, *angles), ours(*heads, *angles)
-        pairs = zip(expected, got) if ours is _pair else [(expected, got)]
-        return ours if all(_same(e, g) for e, g in pairs) else None
+        if names == list(inspect.signature(ours).parameters):
+            heads = list(tensors[:2] if ours is _pair else tensors[:1])
+            narrow = [x.bfloat16() for x in heads]  # some families give back the type of the heads, some the wider one
+            partial_angles = [x[..., :4] for x in angles]  # some turn a part of each head and leave the rest
+            cases = [[*heads, *angles], [*narrow, *angles], [*heads, *partial_angles]]
+            return ours if all(_equal_results(theirs, ours, case) for case in cases) else None
     return None
+
+
+def _equal_results(theirs: Callable, ours: Callable, tensors: list[torch.Tensor]) -> bool:
+    """Whether both functions give the same numbers in the same type, or both refuse these shapes."""
+    results = []
+    for function in (theirs, ours):
+        try:
+            found = function(*tensors)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            found = ()
+        results.append(found if isinstance(found, tuple) else (found,))
+    expected, got = results
+    return len(expected) == len(got) and all(e.dtype == g.dtype and _same(e, g) for e, g in zip(expected, got))

@@ -26,9 +26,12 @@ NF4_BYTES = (4 + 0.127) / 8
 WORKING_LINEAR, WORKING_NORM = 2.5, 16
 # The loss holds a chunk of the logits of a block of rows, never all of them; see loss.py.
 LOGITS = 64_000_000
-# Python with its libraries, data and threads on a CPU; on a GPU, the libraries' workspaces beside the context, which is
-# there when its free memory is asked for.
-OVERHEAD = {"cpu": 700_000_000, "cuda": 300_000_000, "mps": 300_000_000}
+# Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
+# larger than the sum of all tensors without it, for each 0.4 GB of activations.
+FRAGMENTATION = 1.25
+# On a CPU, Python with its libraries and threads, and a tokenizer of 262k entries: resident set measured before the
+# weights. On a GPU, the libraries' workspaces beside the context, which is there when its free memory is asked for.
+OVERHEAD = {"cpu": 950_000_000, "cuda": 300_000_000, "mps": 300_000_000}
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
       largest of them is unpacked while it is used.
     - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number.
-    - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`). With ``checkpointing`` the
-      inputs of all layers (tokens x hidden size each), and what one layer keeps.
+    - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
+      ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
       norm, which never exist together.
 
@@ -95,7 +98,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
     working = max(LOGITS, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
                   WORKING_NORM * tokens * shape.hidden)
-    return Memory(weights, 4 * shape.adapter, 4 * shape.adapter, 8 * shape.adapter, kept, working, OVERHEAD[device])
+    return Memory(weights=weights, adapter=4 * shape.adapter, gradients=4 * shape.adapter, optimizer=8 * shape.adapter,
+                  activations=round(FRAGMENTATION * kept), working=working, overhead=OVERHEAD[device])
 
 
 def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> Choice:

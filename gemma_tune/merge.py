@@ -1,6 +1,8 @@
 """``merge``: the adapter goes into the 16-bit base, tensor by tensor, and the result is checked against base + adapter.
 
-LoRA: W' = W + s (B A) with s = alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1), computed in
+LoRA: W' = W + s (B A) with s = alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1), or with
+s = alpha / sqrt(r) (rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). DoRA gives each row of W' the length
+m that was learned for it: m W' / ||W'|| (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5). Computed in
 fp32 and rounded once to the type of W on disk. Tensors without an adapter are copied as they are, under the names and
 in the shards of the base.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 # Copied from the base beside the weights; tokenizer and chat template come from the adapter, which trained with them.
 _COPIED = ("config.json", "tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
 _PREFIX = "base_model.model."
+# Settings of PEFT's LoRA that change what an adapter computes, none of which `train` has.
+_OTHER_KINDS = ("lora_bias", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+                "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+                "use_bdlora", "use_qalora")
 # The merged weights are rounded to 16 bits once more than base + adapter. Measured on Gemma 3 270M that moves
 # a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats.
 MAX_DIVERGENCE = 0.02
@@ -51,15 +58,25 @@ def merge(session: Session) -> StageReport:
 
 @dataclass(frozen=True)
 class Lora:
-    """One layer's adapter: ``a`` (r, in), ``b`` (out, r), fp32, and the scale alpha / r."""
+    """One layer's adapter: ``a`` (r, in), ``b`` (out, r), fp32, the scale s, and with DoRA ``magnitude`` (out,)."""
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
 
     def delta(self) -> torch.Tensor:
         """The change of the weight, (out, in), fp32."""
         return (self.b @ self.a) * self.scale
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (out, in) with the adapter in it, fp32."""
+        import torch
+
+        changed = weight.float() + self.delta()
+        if self.magnitude is None:
+            return changed
+        return (self.magnitude / torch.linalg.norm(changed, dim=1)).view(-1, 1) * changed
 
 
 def _merge(session: Session) -> Finished:
@@ -95,22 +112,33 @@ def read_adapter(adapter: Path, hub_id: str | None = None) -> dict[str, Lora]:
                         f"this run's model is {hub_id}", "merge it in the run of its own base model")
     _refuse_other_kinds(adapter, config)
     layers, rest = {}, dict(tensors)
-    for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
-        module = name.removesuffix(".lora_A.weight")
-        a, b = rest.pop(name).float(), rest.pop(f"{module}.lora_B.weight").float()
-        layers[module.removeprefix(_PREFIX)] = Lora(a, b, config["lora_alpha"] / a.shape[0])
+    parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
+    for module in [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]:
+        if lost := [part for part in parts if f"{module}.{part}" not in rest]:
+            raise UserError(f"{adapter} lacks {module}.{lost[0]}", "train again: gemma-tune train --force")
+        a, b, *magnitude = (rest.pop(f"{module}.{part}").float() for part in parts)
+        name = module.removeprefix(_PREFIX)
+        layers[name] = Lora(a, b, _scale(config, name, a.shape[0]), *magnitude)
     if rest or not layers:
         raise UserError(f"{adapter} holds tensors that merge does not know" if rest else f"{adapter} adapts no layer",
                         "train it again with gemma-tune", sorted(rest)[:20])
     return layers
 
 
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of a layer; PEFT's ``alpha_pattern`` gives some layers an alpha of their own, by the ends of their names."""
+    from peft.utils.other import get_pattern_key
+
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def _refuse_other_kinds(adapter: Path, config: Mapping[str, Any]) -> None:
-    expected = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False,
-                "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False}
-    other = [f"{k}: {config[k]!r}" for k, v in expected.items() if config.get(k, v) != v and config.get(k)]
+    expected = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(_OTHER_KINDS)
+    other = [f"{k}: {config[k]!r}" for k, v in expected.items() if config.get(k) and config[k] != v]
     if other:
-        raise UserError(f"{adapter} is a kind of adapter that gemma-tune does not merge yet",
+        raise UserError(f"{adapter} is a kind of adapter that gemma-tune does not merge",
                         "merge it with PEFT's merge_and_unload", other)
 
 
@@ -180,11 +208,11 @@ def weight_files(checkpoint: Path) -> list[Path]:
 def _added(name: str, weight: torch.Tensor, layer: Lora) -> torch.Tensor:
     import torch
 
-    delta = layer.delta()
-    if delta.shape != weight.shape:
-        raise UserError(f"{name} has the shape {tuple(weight.shape)} in the base, {tuple(delta.shape)} in the adapter",
+    shape = (layer.b.shape[0], layer.a.shape[1])
+    if shape != weight.shape:
+        raise UserError(f"{name} has the shape {tuple(weight.shape)} in the base, {shape} in the adapter",
                         "the adapter belongs to another model: merge it in its own run")
-    merged = (weight.float() + delta).to(weight.dtype)
+    merged = layer.merged(weight).to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise WorkFailed(f"{name} is not finite after merging", "train again with a lower --learning-rate")
     return merged

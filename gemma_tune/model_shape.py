@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Where a model's code cannot run on shapes (it looks at values), bytes kept for each number that goes into or comes
-# out of a linear layer. Gemma 3 and Llama keep 4.5 to 6 in bf16; see tests/benchmarks/memory_peak.py.
-KEPT_PER_NUMBER = 8
+# Where a model's code cannot run on shapes (it looks at values): how many numbers are kept for each that goes into or
+# comes out of an adapted layer. Gemma 3 270M keeps 1.3, SmolLM2 1.1.
+KEPT_PER_NUMBER = 2
 _ATTENTION = "gemma_tune_counted"
 
 
@@ -80,7 +80,9 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype) -> Model
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()), linear=sum(linear.values()),
-        active=_active(model, text_config), adapter=config.rank * sum(m.in_features + m.out_features for m in adapted),
+        active=_active(model, text_config),
+        adapter=config.rank * sum(m.in_features + m.out_features for m in adapted)
+        + config.dora * sum(m.out_features for m in adapted),
         adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
         attention=text_config.num_attention_heads * (getattr(text_config, "head_dim", None)
@@ -126,15 +128,19 @@ def _counter(model: PreTrainedModel, config: TrainConfig, chosen: list[str]) -> 
     """``kept`` of :class:`ModelShape`; the adapter is put on the model."""
     from peft import get_peft_model
 
+    from gemma_tune.dora import start_from_base
+
     through = sum(module.in_features + module.out_features for module in map(model.get_submodule, chosen))
     adapted = get_peft_model(model, lora_config(config, chosen), low_cpu_mem_usage=True).train()
+    if config.dora:
+        start_from_base(adapted)
 
     @cache
     def kept(rows: int, length: int) -> int:
         try:
             return _kept(adapted, rows, length)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            return rows * length * through * KEPT_PER_NUMBER
+            return rows * length * through * KEPT_PER_NUMBER * adapted.dtype.itemsize
 
     return kept
 

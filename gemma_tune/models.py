@@ -240,7 +240,7 @@ def quiet_libraries() -> None:
     import transformers
 
     # Deprecations inside the libraries are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -358,6 +358,11 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
             trust_remote_code=False, output_loading_info=True, **extra)
         if not four_bit:
             model = model.to(placement.device)
+        # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
+        # layout without a backward pass, whose return rounds the scales.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     except ImportError as e:
         raise UserError(f"this needs a package that is not installed: {str(e).splitlines()[0]}",
                         "pip install bitsandbytes (Linux and Windows), or leave --qlora out") from e
@@ -382,7 +387,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory(error: Exception) -> UserError:
     """The advice for a model or batch that does not fit."""
-    return UserError(f"out of memory: {str(error).splitlines()[0]}",
+    said = str(error).splitlines() or [type(error).__name__]  # Python's own MemoryError says nothing
+    return UserError(f"out of memory: {said[0]}",
                      "use --batch-size 1 --accumulation 4, --activation-checkpointing, --qlora, or a smaller model")
 
 
@@ -395,8 +401,14 @@ def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from gemma_tune.dora import settle, uses_dora
+
     try:
-        return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False).eval()
+        dora = uses_dora(adapter)
+        tuned = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=dora).eval()
+        if dora:
+            settle(tuned)
+        return tuned
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         raise UserError(f"the adapter {adapter} does not fit this base model: {str(e).splitlines()[0]}",
                         "train again: gemma-tune train --force") from e

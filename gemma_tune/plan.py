@@ -196,21 +196,20 @@ def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) 
 
 
 def product_speed(shape: ModelShape, placement: Placement, seconds: float = 0.3) -> float:
-    """Operations per second of a matrix product of this model's sizes, in its type and on its device; the best of
-    as many as fit into ``seconds``."""
+    """Operations per second of matrix products of this model's sizes, in its type and on its device, for about so
+    many seconds; other programs that want the processor are there in training, too."""
     import torch
 
     a = torch.ones(1024, shape.hidden, dtype=placement.dtype, device=placement.device)
     b = torch.ones(shape.hidden, shape.widest, dtype=placement.dtype, device=placement.device)
-    best, end = float("inf"), time.perf_counter() + seconds
     (a @ b)[0, 0].item()  # the first product includes choosing and preparing the kernel
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+    products, start = 0, time.perf_counter()
+    while (busy := time.perf_counter() - start) < seconds:
         for _ in range(4):
             c = a @ b
         c[0, 0].item()  # waits for a GPU
-        best = min(best, (time.perf_counter() - start) / 4)
-    return 2 * a.shape[0] * b.numel() / best
+        products += 4
+    return 2 * a.shape[0] * b.numel() * products / busy
 
 
 def _span(seconds: float) -> str:

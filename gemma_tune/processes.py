@@ -13,9 +13,11 @@ No heavy import: ``gemma-tune --help`` loads this module.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 T = TypeVar("T")
 _store: Any = None  # torch.distributed.Store while this process takes part in a training of several
+_settled = threading.Event()  # what this process shows in the end is known
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Place:
 
 def place() -> Place:
     """This process's place, as ``accelerate launch``, ``torchrun`` and :mod:`gemma_tune.launch` tell it."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    if "RANK" not in os.environ:
         return Place()
-    return Place(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]),
+    count = int(os.environ["WORLD_SIZE"])
+    return Place(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)),
                  int(os.environ.get("LOCAL_WORLD_SIZE", count)))
 
 
@@ -73,8 +76,11 @@ def forget_accelerate() -> None:
         del os.environ[name]
 
 
-def join() -> None:
+def join(show: Callable[[UserError], None]) -> None:
     """Meet the other processes; each takes the GPU with its local number, or a part of the CPU.
+
+    Args:
+        show: shows another process's problem if this one hangs because of it.
 
     Raises:
         UserError: more processes than GPUs.
@@ -99,6 +105,8 @@ def join() -> None:
     distributed.init_process_group(backend, store=distributed.PrefixStore("group", store), rank=rank,
                                    world_size=count, timeout=PATIENCE)
     _store = distributed.PrefixStore("gemma-tune", store)
+    if rank == 0:
+        threading.Thread(target=_watch, args=(show,), daemon=True).start()
 
 
 def joined() -> bool:
@@ -178,9 +186,15 @@ def leave() -> None:
     global _store
     if not joined():
         return
-    if is_main() and not _store.check(["verdict"]):
+    import torch
+
+    here = place()
+    if here.rank == 0 and not _store.check(["verdict"]):
         _store.set("verdict", "end")
-    _part()
+    torch.distributed.destroy_process_group()
+    _store.set(f"left {here.rank}", "")
+    if here.rank == 0:  # the store ends with this process, so it goes last
+        _until(lambda: _store.check([f"left {rank}" for rank in range(here.count)]), 5)
     _store = None
 
 
@@ -200,46 +214,48 @@ def settle(problem: UserError) -> UserError | None:
 
 
 def _settle_main(problem: UserError) -> UserError:
-    if problem.__cause__ is not None and _until(lambda: _store.check(["failed"]), 3):
-        other = json.loads(_store.get("failed"))
-        problem = type(problem)(other["message"], other["hint"], other["problems"])
-        problem.exit_code = other["exit_code"]
-    elif problem.__cause__ is not None and _lost(problem.__cause__):
-        problem = WorkFailed("another process of this training ended without a word",
-                             "perhaps memory ran out and the system killed it: --micro-batch 1 needs less")
-    _store.set("told", "")
-    if not _store.check(["verdict"]):
-        _store.set("verdict", "end")
-    _part()
+    """Ending is enough to tell the others."""
+    if _lost(problem):
+        problem = _of_another() if _until(lambda: _store.check(["failed"]), 3) else WorkFailed(
+            "another process of this training ended without a word",
+            "perhaps memory ran out and the system killed it: --micro-batch 1 needs less")
+    _settled.set()
     return problem
 
 
 def _settle_other(problem: UserError) -> UserError | None:
-    lost = problem.__cause__ is not None and _lost(problem.__cause__)
-    if not lost:
-        _store.set("failed", json.dumps({"message": problem.message, "hint": problem.hint, "exit_code":
-                                         problem.exit_code, "problems": list(problem.problems)}))
-    told = _until(lambda: _store.check(["told"]), 15)
-    _part()
-    return None if told or lost else problem
+    if _lost(problem):
+        return None
+    _store.set("failed", json.dumps({"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code,
+                                     "problems": list(problem.problems)}))
+    # Not before the main one knows: it may learn of this process's end first, and of its reason never.
+    return None if _until(lambda: _store.check(["told"]), 15) else problem
 
 
-def _lost(error: BaseException) -> bool:
-    """Whether an exception only says that another process is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe"))
+def _of_another() -> UserError:
+    values = json.loads(_store.get("failed"))
+    problem = WorkFailed(values["message"], values["hint"], values["problems"])
+    problem.exit_code = values["exit_code"]
+    return problem
 
 
-def _part() -> None:
-    """Close the connections, so that nobody waits for this process; the main one, which has the store, goes last."""
-    import torch
+def _watch(show: Callable[[UserError], None]) -> None:
+    """On the main process, in a thread: end it with another's problem, even if a GPU waits for the other forever."""
+    with contextlib.suppress(RuntimeError):  # the store is gone: the launcher has ended it
+        while joined() and not _store.check(["failed"]):
+            time.sleep(0.5)
+        if joined():
+            _store.set("told", "")
+            if not _settled.wait(10):
+                show(_of_another())
+                os._exit(_of_another().exit_code)
 
-    here = place()
-    torch.distributed.destroy_process_group()
-    _store.set(f"left {here.rank}", "")
-    if here.rank == 0:
-        _until(lambda: _store.check([f"left {rank}" for rank in range(here.count)]), 5)
+
+def _lost(problem: UserError) -> bool:
+    """Whether a problem only says that another process is gone."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+    cause = problem.__cause__
+    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:

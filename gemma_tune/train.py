@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.adapter import TOWERS, lora_config, target_modules
+from gemma_tune import processes
+from gemma_tune.adapter import TOWERS, described_adapter, lora_config, target_modules
 from gemma_tune.chat_format import ChatFormat
 from gemma_tune.checkpoints import (
     Training,
@@ -23,6 +24,7 @@ from gemma_tune.checkpoints import (
 from gemma_tune.data.tokens import encoding_key, lengths_of, open_tokens
 from gemma_tune.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.files import replacing_directory, sha256_file
+from gemma_tune.listener import Listener
 from gemma_tune.memory import Choice, available, choose, described, refuse_what_does_not_fit
 from gemma_tune.model_shape import ModelShape, shape_of
 from gemma_tune.models import (
@@ -73,16 +75,45 @@ def plan_training(session: Session) -> Plan:
                      tokens_per_second=last["summary"].get("tokens_per_second") if same else None)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """All that the processes of one training have to agree on.
+
+    Args:
+        checkpoint: what training goes on from, or None.
+        earlier: records of the log up to there.
+    """
+
+    session: Session
+    training: Training
+    checkpoint: Path | None
+    placement: Placement
+    choice: Choice
+    earlier: list[dict[str, Any]]
+
+
+def follow() -> None:
+    """Take part in a training that the main process leads, in :func:`train`; it may find nothing to do."""
+    job = processes.received()
+    if job is not None:
+        _work(job)
+
+
 def _train(session: Session) -> Finished:
+    job = _decide(session)
+    processes.share(replace(job, session=replace(job.session, listener=Listener())))
+    return Finished({"adapter": session.run.adapter}, _work(job))
+
+
+def _decide(session: Session) -> _Job:
     quiet_libraries()  # before their import, which has something to say already
-    from gemma_tune.callbacks import MetricsLog, StopRequest
+    from gemma_tune.callbacks import earlier_records
 
     config, run, listener = session.config, session.run, session.listener
-    prepared = session.settings_of("prepare")
-    chat = load_format(session.model.path, session.model.config["model_type"], prepared.get("thinking", "auto"))
-    train_rows, valid_rows = _prepared_sequences(session)
+    _refuse_processes(config)
+    train_rows, _ = _prepared_sequences(session)
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
-    key = training_key(session.model.fingerprint, tokens, chat.template, config.as_dict())
+    key = training_key(session.model.fingerprint, tokens, _format(session).template, config.as_dict())
     checkpoint = _checkpoint_to_resume(session, key)
     placement, training = _placement_and_training(config, key, checkpoint)
     listener.note(f"computing in {placement.reason}")
@@ -92,23 +123,54 @@ def _train(session: Session) -> Finished:
     refuse_what_does_not_fit(choice, config, longest, listener)
     if checkpoint is None:
         clear(run.checkpoints)
-    model = load_model(with_weights(session.model, listener).path, placement, four_bit=config.qlora)
+    session = replace(session, model=with_weights(session.model, listener))
+    earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
+    return _Job(session, training, checkpoint, placement, choice, earlier)
+
+
+def _refuse_processes(config: Any) -> None:
+    here = processes.place().count
+    if config.num_processes != here:
+        raise UserError(f"{config.num_processes} processes were asked for, and this is one of {here}",
+                        "start them: gemma-tune train --num-processes N, or accelerate launch -m gemma_tune train")
+    if config.strategy == "fsdp" and here == 1:
+        raise UserError("--strategy fsdp divides the model among several processes, and this is one",
+                        "add --num-processes N, or leave --strategy out")
+
+
+def _format(session: Session) -> ChatFormat:
+    """The tokenizer and the chat template that the data was prepared with."""
+    thinking = session.settings_of("prepare").get("thinking", "auto")
+    return load_format(session.model.path, session.model.config["model_type"], thinking)
+
+
+def _work(job: _Job) -> dict[str, Any]:
+    """What every process of the training does; the main one also saves. Returns figures for the summary."""
+    quiet_libraries()
+    from gemma_tune.callbacks import MetricsLog, StopRequest
+
+    session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
+    chat = _format(session)
+    train_rows, valid_rows = _prepared_sequences(session)
+    model = load_model(session.model.path, job.placement, four_bit=config.qlora)
     steps = total_steps(len(train_rows), config)
     listener.note(f"{len(train_rows):,} sequences x {config.epochs:g} epochs in batches of "
                   f"{config.effective_batch}: {steps} steps")
-    log = MetricsLog(run.metrics, listener, step_of(checkpoint) if checkpoint else 0)
+    log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
     stop = StopRequest(listener)
-    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, (log, stop), training)
+    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice, (log, stop),
+                       job.training)
     log.trainer = trainer
     with stop:
-        summary = _run(trainer, log, stop, session, checkpoint)
-    _save_adapter(session, trainer.model, chat)
-    _plot(log.records, run.plot)
-    summary |= {"training_id": training.id, "device": placement.device, "dtype": placement.short,
-                "effective_batch": config.effective_batch, "micro_batch": choice.micro_batch,
-                "activation_checkpointing": choice.checkpointing,
-                "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
-    return Finished({"adapter": run.adapter}, summary)
+        summary = _run(trainer, log, stop, session, job.checkpoint)
+    if processes.is_main():
+        _save_adapter(session, trainer.model, chat)
+        _plot(log.records, run.plot)
+    return summary | {
+        "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
+        "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
+        "activation_checkpointing": job.choice.checkpointing,
+        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
 
 
 def _prepared_sequences(session: Session) -> tuple[Any, Any]:
@@ -148,19 +210,22 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
 def _fit(session: Session, longest: int, placement: Placement) -> tuple[ModelShape, Choice]:
     """How large the model is, and how a batch of its longest rows can go through it here."""
     shape = shape_of(session.model.path, session.config, placement.dtype)
-    return shape, choose(shape, session.config, longest, placement.device, available(placement.device))
+    # Processes on a CPU share its memory; each has a GPU to itself.
+    share = session.config.num_processes if placement.device == "cpu" else 1
+    return shape, choose(shape, session.config, longest, placement.device, available(placement.device) // share)
 
 
 def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, callbacks, training):
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.callbacks import FiniteGuard
+    from gemma_tune.dora import start_from_base
     from gemma_tune.trainer import GemmaTrainer
 
     config = session.config
     chosen = target_modules(model, config.target_modules)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    session.listener.note(f"LoRA of rank {config.rank} on {len(chosen)} linear layers ({', '.join(leaves)})")
+    session.listener.note(f"{described_adapter(config)}, on {len(chosen)} linear layers ({', '.join(leaves)})")
     try:
         trainer = GemmaTrainer(
             model=model, args=_arguments(session, steps, len(train_rows), placement, choice, bool(len(valid_rows))),
@@ -169,13 +234,12 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
             callbacks=[*callbacks, FiniteGuard()], training=training, listener=session.listener,
             lengths=(lengths_of(train_rows), lengths_of(valid_rows)), micro_batch=choice.micro_batch)
     except ValueError as e:
-        if "DataParallel" in str(e):
-            raise UserError("several GPUs are visible, and one process trains on one of them",
-                            "choose one: CUDA_VISIBLE_DEVICES=0 gemma-tune train …") from e
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if config.dora:
+        start_from_base(trainer.model)
     return trainer
 
 
@@ -200,7 +264,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
 
     config = session.config
     per_epoch = steps_per_epoch(rows, config)
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate, warmup_steps=warmup_steps(steps, config), max_grad_norm=config.clip,
@@ -212,7 +276,14 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
         save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
         report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=False)
+        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=False,
+        # A step leaves no tensor out: a process without a row of its own has gradients of zero. Buffers are constants.
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would put the model on all of them with DataParallel
+        session.listener.note(f"training on one GPU of {torch.cuda.device_count()}; all train together with "
+                              f"--num-processes {torch.cuda.device_count()}")
+    return arguments
 
 
 def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:

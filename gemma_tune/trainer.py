@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
+from gemma_tune import processes
 from gemma_tune.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.checkpoints import Training, rotate, seal
 from gemma_tune.errors import UserError
@@ -40,7 +41,8 @@ class GemmaTrainer(SFTTrainer):
                  micro_batch: int, listener: Listener, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
-        self.tokens_seen = 0
+        self.tokens_seen = self.tokens_of_all = 0  # of this process; of all, when log() was called last
+        self.in_step = False
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -76,18 +78,19 @@ class GemmaTrainer(SFTTrainer):
             RuntimeError: out of memory with a single row, or with several processes, which must stay in step.
         """
         inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["lengths"])
         earlier = [p.grad.clone() if p.grad is not None else None for p in self._trainable()]
         while True:
             try:
                 loss = self._piecewise_step(model, inputs, num_items_in_batch)
                 break
             except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e) or self.micro_batch == 1 or self.accelerator.num_processes > 1:
+                if not is_out_of_memory(e) or min(self.micro_batch, rows) == 1 or self.in_step:
                     raise
             # Outside the handler, whose traceback keeps the activations alive.
             for parameter, grad in zip(self._trainable(), earlier):
                 parameter.grad = None if grad is None else grad.clone()
-            self._halve_micro_batch()
+            self._halve_micro_batch(rows)
         self.tokens_seen += int(inputs["lengths"].sum())
         return loss
 
@@ -104,11 +107,12 @@ class GemmaTrainer(SFTTrainer):
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss
 
-    def _halve_micro_batch(self) -> None:
+    def _halve_micro_batch(self, rows: int) -> None:
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-        before, self.micro_batch = self.micro_batch, self.micro_batch // 2
+        before = min(self.micro_batch, rows)  # the last batch of an epoch can have fewer
+        self.micro_batch = before // 2
         self.listener.warn(f"out of memory with {before} conversations at once: going on with {self.micro_batch}; a "
                            "step still learns from the same ones")
 
@@ -194,9 +198,13 @@ class GemmaTrainer(SFTTrainer):
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.accelerator.no_sync(self.model):
             self.training_step(self.model, batch, count)
+        seconds = time.perf_counter() - began
         self.tokens_seen = 0
         self.model.zero_grad(set_to_none=True)
-        return time.perf_counter() - began
+        self.micro_batch = processes.least(self.micro_batch)
+        # Memory that runs out later does so in one process, while the others wait for its gradients.
+        self.in_step = self.accelerator.num_processes > 1
+        return seconds
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -242,11 +250,14 @@ class GemmaTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without TRL's metrics of its own head."""
+        self.tokens_of_all = processes.total(self.tokens_seen)
         Trainer.log(self, logs, start_time)
 
     def _save_checkpoint(self, model, trial):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
         Trainer._save_checkpoint(self, model, trial)
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        seal(checkpoint, self.training)
-        rotate(checkpoint.parent)
+        processes.wait_for_all()  # each has written its random state
+        if processes.is_main():
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            seal(checkpoint, self.training)
+            rotate(checkpoint.parent)

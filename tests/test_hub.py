@@ -228,6 +228,62 @@ def test_an_interrupted_download_stops_at_once_and_the_rest_comes_later(hub, fol
     assert not hub.paths(containing="config.json")
 
 
+# ---- weights later ---------------------------------------------------------------------------------------------------
+
+def test_without_weights_everything_else_comes_and_the_weights_come_later(hub, folder, visit):
+    commit = hub.add_repo(ID, folder)
+    light = fetch_model(ID, weights=False)
+    assert (light.revision, light.from_cache) == (commit, False)
+    assert {"config.json", "tokenizer.json", "tokenizer.model", "model.safetensors.index.json"} <= cached_files(light.path)
+    assert not hub.paths(containing="of-00002.safetensors")
+    before = len(hub.requests)
+    assert fetch_model(ID, commit, weights=False).from_cache and len(hub.requests) == before
+    hub.requests.clear()
+    whole = fetch_model(ID, commit)
+    assert (whole.path, whole.from_cache) == (light.path, False)
+    assert {path.rsplit("/", 1)[1] for path in hub.paths(containing="/resolve/")} == {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
+def test_a_copy_without_weights_is_whole_only_for_those_who_need_none(hub, folder, go_offline):
+    commit = hub.add_repo(ID, folder)
+    fetch_model(ID, weights=False)
+    go_offline()
+    for revision in (None, "main", commit):
+        assert fetch_model(ID, revision, weights=False).revision == commit
+        error = failure(revision=revision)
+        assert error.kind == "offline" and "lacks model-00001-of-00002.safetensors" in error.message
+
+
+def test_a_newer_commit_without_weights_does_not_take_the_place_of_a_whole_one(hub, folder, go_offline, tmp_path):
+    whole = hub.add_repo(ID, folder)
+    fetch_model(ID)
+    newer = hub.commit(ID, write_model(tmp_path / "newer", value=2.0))
+    assert fetch_model(ID, weights=False).revision == newer
+    go_offline()
+    for revision in (None, "main"):
+        assert fetch_model(ID, revision).revision == whole
+        assert fetch_model(ID, revision, weights=False).revision == whole, "later the weights will be needed"
+    assert fetch_model(ID, newer, weights=False).revision == newer
+
+
+def test_a_refused_licence_shows_without_weights_too(hub, folder, visit):
+    hub.add_repo(ID, folder, gated=True)
+    visit(hub.add_token(GOOD))
+    with pytest.raises(HubError) as caught:
+        fetch_model(ID, weights=False)
+    assert caught.value.kind == "licence"
+
+
+def test_a_repository_without_usable_weights_is_refused_before_they_are_needed(hub, folder, visit):
+    for weights in folder.glob("model*.safetensors"):
+        weights.unlink()
+    hub.add_repo(ID, folder)
+    with pytest.raises(HubError) as caught:
+        fetch_model(ID, weights=False)
+    assert caught.value.kind == "bad_repo" and "pickle" in caught.value.message
+
+
 # ---- without the Hub -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(params=["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "no connection"])

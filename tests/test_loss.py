@@ -106,7 +106,7 @@ def test_blocks_and_chunks_of_any_size_give_the_same(monkeypatch, row_block, chu
 
 
 def test_more_rows_than_one_block():
-    hidden, weight, labels = batch(rows=4, length=301, dtype=torch.float32)
+    hidden, weight, labels = batch(rows=4, length=1101, dtype=torch.float32)
     assert (labels[:, 1:] != IGNORE_INDEX).sum() > 2 * module.ROW_BLOCK
     expected, expected_gradient = reference(hidden, weight, labels)
     total = linear_cross_entropy(hidden, weight, labels)
@@ -218,16 +218,32 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_logits_of_a_batch_are_never_built(dtype):
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_the_logits_of_a_batch_are_never_built(monkeypatch, dtype, with_grad):
+    monkeypatch.setattr(module, "ROW_BLOCK", 256)
+    monkeypatch.setattr(module, "CHUNK", 256 * 300)
     generator = torch.Generator().manual_seed(0)
     rows, length, vocabulary = 4, 257, 4096
-    hidden = torch.randn(rows, length, 8, generator=generator).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, length, 8, generator=generator).to(dtype).requires_grad_(with_grad)
     weight = torch.randn(vocabulary, 8, generator=generator).to(dtype)
     labels = torch.randint(0, vocabulary, (rows, length), generator=generator)
     with Allocations() as seen:
-        linear_cross_entropy(hidden, weight, labels).backward()
-    assert seen.products == 2 * 4, "the mode sees the work"
-    assert seen.largest == module.ROW_BLOCK * vocabulary
+        total = linear_cross_entropy(hidden, weight, labels)
+        if with_grad:
+            total.backward()
+    chunks = 4 * math.ceil(vocabulary / 300)
+    assert seen.products == chunks * (1 + with_grad), "each chunk of logits is made once, and used once for the gradient"
+    assert seen.largest == module.CHUNK
     with Allocations() as plain:
         reference(hidden, weight, labels)
     assert plain.largest >= rows * (length - 1) * vocabulary, "the plain way does build them"
+
+
+def test_the_sizes_that_are_used_bound_the_memory():
+    """Whatever the vocabulary."""
+    hidden, weight, labels = batch(rows=1, length=1026, dtype=torch.bfloat16)
+    weight = weight.repeat(32, 1)
+    labels[:, 1:] = labels[:, 1:].clamp(min=0)
+    with Allocations() as seen:
+        linear_cross_entropy(hidden, weight, labels).backward()
+    assert module.CHUNK // 2 < seen.largest <= module.CHUNK < 1025 * len(weight)

@@ -192,8 +192,8 @@ def test_adapter_tensors_of_another_shape_or_layer_are_refused(trained, tiny, tm
     assert e.value.problems == ("model.layers.9.self_attn.q_proj", "model.x")
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]},
-                                    {"rank_pattern": {"q_proj": 2}}, {"peft_type": "LOHA"}, {"bias": "all"}])
+@pytest.mark.parametrize("change", [{"modules_to_save": ["lm_head"]}, {"lora_bias": True}, {"peft_type": "LOHA"},
+                                    {"bias": "all"}, {"use_qalora": True}, {"layer_replication": [[0, 2]]}])
 def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
     path = trained / "tiny-gemma_lora_adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -201,6 +201,44 @@ def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
     result = cli("merge")
     assert result.code == 2
     assert next(iter(change)) in result.err
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, tmp_path, rslora, dora):
+    """Of an adapter that was made elsewhere: PEFT finds them by the ends of their names, the first pattern first."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from gemma_tune.merge import merge_weights, read_adapter
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", use_rslora=rslora, use_dora=dora, task_type="CAUSAL_LM",
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 3},
+        alpha_pattern={"layers.0.self_attn.q_proj": 5.0, "q_proj": 9.0, r"mlp\.down.*": 1.0}))
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if p.requires_grad and "magnitude" not in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.2
+    model.save_pretrained(tmp_path / "adapter")
+    layers = read_adapter(tmp_path / "adapter")
+    root = 2 ** 0.5 if rslora else 2
+    assert layers["model.layers.0.self_attn.q_proj"].scale == pytest.approx(5 / root)
+    assert layers["model.layers.1.self_attn.q_proj"].scale == pytest.approx(9 / root)
+    assert {tuple(lora.a.shape[:1]) for name, lora in layers.items() if "layers.1.mlp" in name} == {(3,)}
+    merge_weights(tiny, layers, tmp_path, lambda *a: None)
+    expected = peft_merge(tiny, tmp_path / "adapter")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_an_adapter_without_a_part_is_named(cli, trained):
+    path = trained / "tiny-gemma_lora_adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    remember(trained)
+    result = cli("merge")
+    assert result.code == 2
+    assert "lacks base_model.model.model.layers.0" in result.err and "lora_magnitude_vector" in result.err
 
 
 def test_a_damaged_adapter_is_named(cli, trained):

@@ -30,7 +30,8 @@ def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
         assert (model["id"], model["source"], model["path"]) == ("google/tiny-gemma-it", "hub", None)
         first = model["revision"]
         assert len(first) == 40
-        # The branch moves on; the run stays on its commit, and nothing is asked of the hub for it.
+        assert not hub.paths(containing=".safetensors"), "prepare needs no weights"
+        # The branch moves on; the run stays on its commit. The weights come when there is something to train, once.
         moved = tmp_path / "moved"
         shutil.copytree(tiny, moved)
         (moved / "README.md").write_text("moved")
@@ -40,6 +41,12 @@ def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
         assert trained.returncode == 0, trained.stderr
         manifest = json.loads(Path("runs/tiny-gemma-it/manifest.json").read_text())
         assert manifest["model"]["revision"] == first
+        files = [path for path in hub.paths(containing="/resolve/") if path not in
+                 [r.path for r in hub.requests[:asked]]]
+        assert files and set(files) == {f"/google/tiny-gemma-it/resolve/{first}/model.safetensors"}
+        asked = len(hub.requests)
+        again = command("train", *QUICK, "--force", "--json", env=env)
+        assert again.returncode == 0, again.stderr
         assert [r.path for r in hub.requests[asked:] if "google" in r.path] == []
         adapter = json.loads(Path("runs/tiny-gemma-it/tiny-gemma-it_lora_adapter/adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("google/tiny-gemma-it", first)

@@ -567,8 +567,7 @@ def test_a_head_that_the_loss_does_not_know_is_refused(cli, prepared, monkeypatc
     from gemma_tune.trainer import GemmaTrainer
 
     plain = GemmaTrainer._summed_loss
-    monkeypatch.setattr(GemmaTrainer, "_summed_loss", lambda self, inputs: (
-        plain(self, inputs)[0] * 1.3, plain(self, inputs)[1]))
+    monkeypatch.setattr(GemmaTrainer, "_summed_loss", staticmethod(lambda model, inputs: plain(model, inputs) * 1.3))
     result = cli("train", *QUICK)
     assert result.code == 2
     assert "computes its logits in a way that gemma-tune does not know" in result.err
