@@ -11,7 +11,8 @@ from gemma_tune.config import TrainConfig
 from gemma_tune.errors import UserError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # Towers that a text fine-tune must not touch, by the names transformers gives them.
@@ -54,3 +55,8 @@ def described_adapter(config: TrainConfig) -> str:
     kind = "DoRA" if config.dora else "LoRA"
     formula = "alpha / sqrt(r)" if config.rslora else "alpha / r"
     return f"{kind} of rank {config.rank}, scaled by {formula} = {config.scale:.4g}"
+
+
+def trained_weights(model: PeftModel) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes. By itself it would ask for the base model too, which may be in shards."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -32,12 +32,15 @@ class Training:
         key: hex digest of what its result depends on, see :func:`training_key`.
         settings: of ``train``, for the command that finishes it.
         compute: device and type, such as ``cpu bf16``.
+        micro_batch: conversations that go through the model at once; 0 where nobody has chosen yet. Sums in another
+            order are rounded differently, so a resumed training keeps it.
     """
 
     id: str
     key: str
     settings: Mapping[str, Any]
     compute: str
+    micro_batch: int = 0
 
 
 def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any]) -> str:

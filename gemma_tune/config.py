@@ -112,8 +112,8 @@ class TrainConfig(StageConfig):
     rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
                                  "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "
                                  "2.")
-    dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to full "
-                               "fine-tuning at low ranks; it takes more memory while training, and none after "
+    dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to "
+                               "full fine-tuning at low ranks; it takes more memory while training, and none after "
                                "merging.")
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
                                              auto="every linear layer of the text model")
@@ -154,6 +154,11 @@ class TrainConfig(StageConfig):
     def effective_batch(self) -> int:
         """Conversations per optimiser step of all processes together."""
         return self.batch_size * self.accumulation * self.num_processes
+
+    @property
+    def shards(self) -> int:
+        """Parts that the base model is divided into, each with a process of its own."""
+        return self.num_processes if self.strategy == "fsdp" else 1
 
     def more_problems(self) -> list[str]:
         if self.micro_batch and self.micro_batch > self.batch_size:

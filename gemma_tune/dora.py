@@ -22,7 +22,10 @@ from peft.utils.integrations import dequantize_module_weight
 
 
 class Dora(DoraLinearVariant):
-    """The forward pass of one layer; dropout is on the input of A alone.
+    """The forward pass of one layer.
+
+    Dropout is on the input of A alone. PEFT, like the authors' code, drops it in (g - 1) W x too, for which x goes
+    through W a second time; on average both are the same.
 
     Args:
         squares: ||w||^2 of each row of W (out,), fp32, for an adapter that changes.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gemma_tune.errors import UserError
+from gemma_tune.kernels import gathered
 from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 
 _ROWS = 1024  # positions on which two heads are timed against each other
@@ -50,8 +51,7 @@ def install_summed_loss(causal_lm: Any) -> str:
 
 def _ours(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     hidden = _hidden(causal_lm, input_ids)
-    return linear_cross_entropy(hidden, _gathered(causal_lm.get_output_embeddings().weight), labels,
-                                **_after_product(causal_lm))
+    return linear_cross_entropy(hidden, _weight(causal_lm), labels, **_after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -68,9 +68,12 @@ def _after_product(causal_lm: Any) -> dict[str, Any]:
     return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
 
 
-def _gathered(weight: torch.Tensor) -> torch.Tensor:
-    """The whole head, also where FSDP keeps it in shards outside of its own forward pass."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def _weight(causal_lm: Any) -> torch.Tensor:
+    """The whole head (vocabulary, d). As the input embedding too, FSDP has gathered it for the forward pass already."""
+    weight = causal_lm.get_output_embeddings().weight
+    if hasattr(weight, "full_tensor") and causal_lm.config.get_text_config().tie_word_embeddings:
+        weight = causal_lm.get_input_embeddings().weight
+    return gathered(weight)
 
 
 def _trl(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -83,14 +86,14 @@ def _trl_head(causal_lm: Any, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
     kept = targets != IGNORE_INDEX
     after = _after_product(causal_lm)
-    output = causal_lm.get_output_embeddings()
-    found = ChunkedLogProbFunction.apply(hidden[kept], _gathered(output.weight), output.bias, targets[kept], 1.0,
-                                         _TRL_CHUNK, after["softcap"], after["scale"], ("log_probs",))
+    bias = causal_lm.get_output_embeddings().bias
+    found = ChunkedLogProbFunction.apply(hidden[kept], _weight(causal_lm), bias, targets[kept], 1.0, _TRL_CHUNK,
+                                         after["softcap"], after["scale"], ("log_probs",))
     return -found[0].sum()
 
 
 def _faster(causal_lm: Any) -> Callable[..., torch.Tensor]:
-    weight = causal_lm.get_output_embeddings().weight
+    weight = _weight(causal_lm)
     hidden = torch.randn(1, _ROWS, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
     labels = torch.randint(weight.shape[0], (1, _ROWS), device=weight.device)
 

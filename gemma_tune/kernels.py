@@ -162,6 +162,11 @@ def worth_compiling(before: float, after: float, compiling: float, batches: floa
                   f"batch: even after {even:,.0f} such batches, and this training is worth {batches:,.0f}; {verdict}")
 
 
+def gathered(weight: torch.Tensor) -> torch.Tensor:
+    """The whole of a weight that FSDP keeps in shards; all processes have to ask for it."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def _set(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute until ``undo`` is closed."""
     own = vars(owner)
@@ -237,7 +242,7 @@ def _replace_norms(model: torch.nn.Module, undo: contextlib.ExitStack) -> int:
         if kind not in offsets:
             offsets[kind] = _offset(norm, eps)
         if (offset := offsets[kind]) is not None:
-            weight = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
+            weight = gathered(norm.weight.detach()).to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
             _set(undo, norm, "forward", partial(_normed, weight=weight, eps=eps))
             count += 1
     return count
@@ -257,6 +262,7 @@ def _epsilon(norm: torch.nn.Module) -> float | None:
 def _offset(norm: torch.nn.Module, eps: float) -> float | None:
     """What a family adds to the stored weight (Gemma 1 to 3: 1; others: 0), found by trying; None if neither fits."""
     trial = copy.deepcopy(norm).to_empty(device="cpu").double()  # a norm on the meta device can be tried as well
+    trial.weight = torch.nn.Parameter(torch.empty(norm.weight.shape, dtype=torch.float64))  # and one in shards
     with torch.no_grad():
         trial.weight.normal_(generator=torch.Generator().manual_seed(0))
         x = torch.randn(4, len(trial.weight), generator=torch.Generator().manual_seed(1))

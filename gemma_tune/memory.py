@@ -29,9 +29,11 @@ LOGITS = 64_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.
 FRAGMENTATION = 1.25
-# On a CPU, Python with its libraries and threads, and a tokenizer of 262k entries: resident set measured before the
-# weights. On a GPU, the libraries' workspaces beside the context, which is there when its free memory is asked for.
-OVERHEAD = {"cpu": 950_000_000, "cuda": 300_000_000, "mps": 300_000_000}
+# On a CPU, Python with its libraries and threads (resident set before the weights), and the tokenizer for each entry of
+# its vocabulary. On a GPU, the libraries' workspaces beside the context, which is there when its free memory is asked
+# for; this one is a guess.
+OVERHEAD = {"cpu": 700_000_000, "cuda": 300_000_000, "mps": 300_000_000}
+TOKENIZER = 950
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ class Choice:
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
-             device: str) -> Memory:
-    """Peak memory of a training step, in bytes.
+             device: str, shards: int = 1) -> Memory:
+    """Peak memory of a training step of one process, in bytes.
 
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
-      largest of them is unpacked while it is used.
+      largest of them is unpacked while it is used. In ``shards`` each process has its part, the whole head, and two
+      layers: the one in use and the next.
     - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number.
     - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
       ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
@@ -88,18 +91,22 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         micro_batch: conversations at once.
         longest: tokens of the longest one.
         device: ``cpu``, ``cuda`` or ``mps``.
+        shards: processes that share the weights among them.
     """
     tokens = micro_batch * longest
     kept = shape.kept(micro_batch, longest)
     if checkpointing:
         kept = min(kept, shape.layers * tokens * shape.hidden * shape.item + kept // shape.layers)
     weights = shape.parameters * shape.item
+    if shards > 1:
+        weights = weights // shards + shape.head * shape.item + 2 * weights // shape.layers
     if four_bit:
         weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
     working = max(LOGITS, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
                   WORKING_NORM * tokens * shape.hidden)
+    overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
     return Memory(weights=weights, adapter=4 * shape.adapter, gradients=4 * shape.adapter, optimizer=8 * shape.adapter,
-                  activations=round(FRAGMENTATION * kept), working=working, overhead=OVERHEAD[device])
+                  activations=round(FRAGMENTATION * kept), working=working, overhead=overhead)
 
 
 def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> Choice:
@@ -114,7 +121,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     first = None
     for checkpointing, micro_batch in _candidates(config):
         memory = estimate(shape, micro_batch, longest, checkpointing=checkpointing, four_bit=config.qlora,
-                          device=device)
+                          device=device, shards=config.shards)
         choice = Choice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "")
         first = first or choice
         if choice.fits:

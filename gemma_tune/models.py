@@ -333,8 +333,11 @@ def bf16_speed(size: int = 1024, repeats: int = 3) -> float:
     return times[torch.float32] / times[torch.bfloat16]
 
 
-def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False) -> PreTrainedModel:
+def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1) -> PreTrainedModel:
     """Load a checkpoint for computing; every weight must be there and none may be left over.
+
+    Args:
+        shards: processes that read and hold a part each (FSDP2); all of them have to call this.
 
     Raises:
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files.
@@ -350,13 +353,17 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype)
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
     # Gemma 2 caps its attention logits, which SDPA cannot do.
     attention = "eager" if read_config(checkpoint)["model_type"] == "gemma2" else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
             trust_remote_code=False, output_loading_info=True, **extra)
-        if not four_bit:
+        if not four_bit and shards == 1:
             model = model.to(placement.device)
         # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
         # layout without a backward pass, whose return rounds the scales.
@@ -389,7 +396,7 @@ def out_of_memory(error: Exception) -> UserError:
     """The advice for a model or batch that does not fit."""
     said = str(error).splitlines() or [type(error).__name__]  # Python's own MemoryError says nothing
     return UserError(f"out of memory: {said[0]}",
-                     "use --batch-size 1 --accumulation 4, --activation-checkpointing, --qlora, or a smaller model")
+                     "use --micro-batch 1, --activation-checkpointing, --qlora, or a smaller model")
 
 
 def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import typer
 
 from gemma_tune import console
 from gemma_tune.cli_session import open_session
-from gemma_tune.config import CONFIGS, load_yaml
+from gemma_tune.config import CONFIGS, TrainConfig, load_yaml
 from gemma_tune.evaluate import evaluate, nothing_to_ask
 from gemma_tune.export import ExportReport, check_target, export
+from gemma_tune.launch import launch
 from gemma_tune.merge import merge
 from gemma_tune.prepare import prepare
-from gemma_tune.settings import resolve
-from gemma_tune.stage import StageReport
+from gemma_tune.settings import as_flags, resolve
+from gemma_tune.stage import Session, StageReport
 from gemma_tune.train import train
 
 _ORDER = {"prepare": prepare, "train": train, "eval": evaluate, "merge": merge, "export-ollama": export}
@@ -33,6 +35,9 @@ def run_pipeline(ctx: typer.Context) -> tuple[dict[str, StageReport], ExportRepo
             session.listener.note(f"skipped: {reason}")
             continue
         try:
+            if name == "train" and session.config.num_processes > 1:
+                _train_in_processes(ctx, session)
+                session = replace(open_session(ctx, name), force=False)  # with its result, which is up to date
             done = stage(session)
         finally:
             session.listener.close()
@@ -41,6 +46,25 @@ def run_pipeline(ctx: typer.Context) -> tuple[dict[str, StageReport], ExportRepo
         # Later stages work on the run that the first one found, also when it was not named.
         ctx.params["run"] = str(reports[name].run)
     return reports, done
+
+
+def _train_in_processes(ctx: typer.Context, session: Session) -> None:
+    """`train` as a command of its own, with the same settings; its result is up to date afterwards.
+
+    Raises:
+        typer.Exit: it failed, and has said why.
+    """
+    params = ctx.params
+    given = {f.name: params.get(f.name) for f in fields(TrainConfig)}
+    arguments = ["train", "--run", str(session.run.root), *as_flags(TrainConfig, given, defaults=True)]
+    arguments += ["--config", str(params["config"])] if params.get("config") else []
+    arguments += [f"--{name}" for name in ("force", "quiet", "debug") if params[name]]
+    code = launch(session.config.num_processes, arguments)
+    if code and params["json"]:
+        console.result_json({"error": {"message": "`train` did not finish", "hint": "it said why on standard error",
+                                       "problems": [], "exit_code": code}})
+    if code:
+        raise typer.Exit(code)
 
 
 def _check_all_settings(params: Mapping[str, Any]) -> None:

@@ -159,6 +159,11 @@ def least(value: int) -> int:
     return _reduced(value, "MIN")
 
 
+def most(value: int) -> int:
+    """The largest of all processes' values."""
+    return _reduced(value, "MAX")
+
+
 def total(value: int) -> int:
     """The sum of all processes' values."""
     return _reduced(value, "SUM")

@@ -64,12 +64,12 @@ class Resolved(typing.Generic[C]):
         return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
 
 
-def as_flags(cls: type[StageConfig], settings: Mapping[str, Any]) -> list[str]:
-    """The command line options that give ``settings``, without those that are defaults anyway."""
+def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: bool = False) -> list[str]:
+    """The command line options that give ``settings``; those that are defaults anyway are left out unless asked for."""
     flags: list[str] = []
     for f in dataclasses.fields(cls):
         value = settings.get(f.name)
-        if value is None or value == f.default or value == plain(f.default):
+        if value is None or not defaults and value in (f.default, plain(f.default)):
             continue
         name = f.name.replace("_", "-")
         if isinstance(value, bool):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import processes
-from gemma_tune.adapter import TOWERS, described_adapter, lora_config, target_modules
+from gemma_tune.adapter import TOWERS, described_adapter, lora_config, target_modules, trained_weights
 from gemma_tune.chat_format import ChatFormat
 from gemma_tune.checkpoints import (
     Training,
@@ -119,6 +119,8 @@ def _decide(session: Session) -> _Job:
     listener.note(f"computing in {placement.reason}")
     longest = int(lengths_of(train_rows).max())
     _, choice = _fit(session, longest, placement)
+    if training.micro_batch and config.micro_batch is None:
+        choice = replace(choice, micro_batch=training.micro_batch)
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     if checkpoint is None:
@@ -133,9 +135,14 @@ def _refuse_processes(config: Any) -> None:
     if config.num_processes != here:
         raise UserError(f"{config.num_processes} processes were asked for, and this is one of {here}",
                         "start them: gemma-tune train --num-processes N, or accelerate launch -m gemma_tune train")
-    if config.strategy == "fsdp" and here == 1:
+    if config.strategy != "fsdp":
+        return
+    if here == 1:
         raise UserError("--strategy fsdp divides the model among several processes, and this is one",
                         "add --num-processes N, or leave --strategy out")
+    if left := [f"--{name}" for name in ("qlora", "dora", "compile") if getattr(config, name)]:
+        raise UserError(f"--strategy fsdp does not go together with {' and '.join(left)}",
+                        f"leave out {' and '.join(left)}, or train with --strategy ddp")
 
 
 def _format(session: Session) -> ChatFormat:
@@ -152,7 +159,7 @@ def _work(job: _Job) -> dict[str, Any]:
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     chat = _format(session)
     train_rows, valid_rows = _prepared_sequences(session)
-    model = load_model(session.model.path, job.placement, four_bit=config.qlora)
+    model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
     steps = total_steps(len(train_rows), config)
     listener.note(f"{len(train_rows):,} sequences x {config.epochs:g} epochs in batches of "
                   f"{config.effective_batch}: {steps} steps")
@@ -195,7 +202,9 @@ def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> t
     if kept and kept[1] != placement.short:
         raise UserError(f"the interrupted training computed in {kept[1]}, and --dtype asks for {placement.short}",
                         "leave --dtype out to finish it, or start anew with --force")
-    return placement, Training(marker["id"] if marker else uuid.uuid4().hex, key, config.as_dict(), compute)
+    if marker is None:
+        return placement, Training(uuid.uuid4().hex, key, config.as_dict(), compute)
+    return placement, Training(marker["id"], key, config.as_dict(), compute, marker.get("micro_batch", 0))
 
 
 def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
@@ -335,7 +344,8 @@ def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
                          "train again with a lower --learning-rate, or with --dtype fp32")
     _name_for_others(model, session)
     with replacing_directory(session.run.adapter) as folder:
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False,
+                              state_dict=trained_weights(model))
         chat.tokenizer.save_pretrained(folder)
         generation = model.get_base_model().generation_config
         generation.eos_token_id = chat.stop_ids

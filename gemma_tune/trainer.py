@@ -10,6 +10,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from gemma_tune import processes
+from gemma_tune.adapter import trained_weights
 from gemma_tune.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.checkpoints import Training, rotate, seal
 from gemma_tune.errors import UserError
@@ -39,15 +41,19 @@ class GemmaTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
                  micro_batch: int, listener: Listener, **kwargs: Any):
+        self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.tokens_seen = self.tokens_of_all = 0  # of this process; of all, when log() was called last
-        self.in_step = False
+        self.in_step = self.sharded
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.head = install_summed_loss(self.causal_lm)
+        if self.sharded:  # DDP takes care of the adapter, which every process holds whole
+            self.model._ddp_params_and_buffers_to_ignore = [
+                name for name, p in self.model.named_parameters(remove_duplicate=False) if hasattr(p, "full_tensor")]
 
     @property
     def causal_lm(self) -> Any:
@@ -98,7 +104,7 @@ class GemmaTrainer(SFTTrainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _piecewise_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        parts = list(pieces(inputs, self.micro_batch))
+        parts = self._pieces(inputs)
         loss = torch.zeros((), device=self.accelerator.device)
         for n, part in enumerate(parts):
             # Only the last piece of a step sends its gradients to the other processes.
@@ -106,6 +112,12 @@ class GemmaTrainer(SFTTrainer):
             with wait:
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss
+
+    def _pieces(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        parts = list(pieces(batch, self.micro_batch))
+        if self.sharded:  # in each pass the processes gather every layer from each other, so all make as many
+            parts += [self._prepare_inputs(collate([]))] * (processes.most(len(parts)) - len(parts))
+        return parts
 
     def _halve_micro_batch(self, rows: int) -> None:
         gc.collect()
@@ -133,10 +145,15 @@ class GemmaTrainer(SFTTrainer):
         with contextlib.ExitStack() as layers:
             layers.enter_context(fast_layers(self.model))
             self._compare(ids, theirs)
+            if self.args.activation_checkpointing:  # train() would, but the probe comes before it
+                self.model.activation_checkpointing_enable()
             seconds = self.probe()
             self.listener.note(f"the longest batch takes {seconds:.1f} s")
             if compiled and not self._compile(layers):
                 layers.enter_context(fast_layers(self.model))
+            self.micro_batch = processes.least(self.micro_batch)
+            # Memory that runs out later does so in one process, while the others wait for its gradients.
+            self.in_step = self.accelerator.num_processes > 1
             yield
 
     def _compile(self, layers: contextlib.ExitStack) -> bool:
@@ -201,9 +218,6 @@ class GemmaTrainer(SFTTrainer):
         seconds = time.perf_counter() - began
         self.tokens_seen = 0
         self.model.zero_grad(set_to_none=True)
-        self.micro_batch = processes.least(self.micro_batch)
-        # Memory that runs out later does so in one process, while the others wait for its gradients.
-        self.in_step = self.accelerator.num_processes > 1
         return seconds
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -217,7 +231,7 @@ class GemmaTrainer(SFTTrainer):
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         with self._evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
-                for part in pieces(batch, self.micro_batch):
+                for part in self._pieces(batch):
                     sums[0] += self._summed_loss(self.model, part)
                     sums[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum()
         total, count = self.accelerator.reduce(sums).tolist()
@@ -253,11 +267,26 @@ class GemmaTrainer(SFTTrainer):
         self.tokens_of_all = processes.total(self.tokens_seen)
         Trainer.log(self, logs, start_time)
 
+    def _save(self, output_dir=None, state_dict=None):
+        Trainer._save(self, output_dir, trained_weights(self.model))
+
     def _save_checkpoint(self, model, trial):
         # Past TRL's version, which also writes a model card into the checkpoint directory.
         Trainer._save_checkpoint(self, model, trial)
         processes.wait_for_all()  # each has written its random state
         if processes.is_main():
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            seal(checkpoint, self.training)
+            seal(checkpoint, replace(self.training, micro_batch=self.micro_batch))
             rotate(checkpoint.parent)
+
+
+def _stay_in_shards(model: Any) -> bool:
+    """Whether each process holds a part of the base model; the Trainer may then treat it like any frozen model.
+
+    It would refuse to save an optimiser for such a model, because it thinks of trained shards. Only the adapter is
+    trained here, and that is whole.
+    """
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return False
+    model._is_distributed_loading_by_transformers = False
+    return True

@@ -267,6 +267,16 @@ def test_a_newer_commit_without_weights_does_not_take_the_place_of_a_whole_one(h
     assert fetch_model(ID, newer, weights=False).revision == newer
 
 
+def test_offline_a_whole_copy_is_preferred_to_the_branch_without_weights(hub, folder, go_offline, tmp_path):
+    whole = hub.add_repo(ID, folder)
+    fetch_model(ID, whole)  # by its commit, so that no branch is known to be at it
+    newer = hub.commit(ID, write_model(tmp_path / "newer", value=2.0))
+    assert fetch_model(ID, weights=False).revision == newer
+    go_offline()
+    assert fetch_model(ID).revision == fetch_model(ID, weights=False).revision == whole
+    assert fetch_model(ID, "main", weights=False).revision == newer
+
+
 def test_a_refused_licence_shows_without_weights_too(hub, folder, visit):
     hub.add_repo(ID, folder, gated=True)
     visit(hub.add_token(GOOD))

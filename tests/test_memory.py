@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, tiny, data
     monkeypatch.setattr("gemma_tune.train.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     result = cli("train", *QUICK, "--force")
     assert result.code == 2
-    assert "needs about 1.0" in result.err and "0.50 GB are available" in result.err and "Hint: " in result.err
+    assert "needs about 0.77 GB of memory with 1 conversation of" in result.err and "0.50 GB are available" in result.err and "Hint: " in result.err
     assert checkpoint.exists(), "what was refused must not have deleted anything"
 
 
@@ -239,7 +239,7 @@ def test_the_hint_names_a_length_that_fits(cli, tiny, data, monkeypatch):
 def test_memory_is_said_before_the_training(cli, trained):
     result = cli("train", *QUICK, "--force")
     assert result.code == 0
-    assert "memory: about 1.0" in result.err and "with 4 x " in result.err
+    assert "memory: about 0.77 GB of " in result.err and "with 4 x " in result.err
 
 
 def test_weights_are_downloaded_only_when_they_fit(cli, tiny, data, tmp_path, monkeypatch):

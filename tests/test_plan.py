@@ -17,7 +17,7 @@ from gemma_tune.config import TrainConfig
 from gemma_tune.memory import Choice, Memory
 from gemma_tune.model_shape import ModelShape
 from gemma_tune.models import choose_placement
-from gemma_tune.plan import Side, make_plan, total_steps
+from gemma_tune.plan import EFFICIENCY, Side, make_plan, total_steps
 
 SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapted=7, head=10**5, hidden=64, widest=128,
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
@@ -146,10 +146,10 @@ def test_measured_time_grows_with_the_work(monkeypatch):
 
     # Per token: 4 x active + 6 x adapter + 14 x length x layers x attention; 4 x head for each learned token
     work = 800 * (4 * 10**6 + 6 * 10**4 + 14 * 100 * 2 * 64) + 400 * 4 * 10**5
-    assert seconds(epochs=1.0) == pytest.approx(work / (0.45e9))
-    assert seconds(epochs=3.0) == pytest.approx(3 * work / (0.45e9))
+    assert seconds(epochs=1.0) == pytest.approx(work / (EFFICIENCY * 1e9))
+    assert seconds(epochs=3.0) == pytest.approx(3 * work / (EFFICIENCY * 1e9))
     again = Choice(4, True, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "")
-    assert seconds(again, epochs=1.0) == pytest.approx((work + 800 * 2 * 10**6) / (0.45e9))
+    assert seconds(again, epochs=1.0) == pytest.approx((work + 800 * 2 * 10**6) / (EFFICIENCY * 1e9))
 
 
 @same_examples(300)

@@ -389,7 +389,7 @@ def test_out_of_memory_says_what_helps(cli, prepared, monkeypatch):
     monkeypatch.setattr(GemmaTrainer, "compute_loss", full)
     result = cli("train", *QUICK)
     assert result.code == 2
-    assert "out of memory" in result.err and "--batch-size 1 --accumulation 4" in result.err
+    assert "out of memory" in result.err and "--micro-batch 1, --activation-checkpointing" in result.err
 
 
 def test_activation_checkpointing_changes_nothing(cli, prepared):

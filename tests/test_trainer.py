@@ -121,7 +121,7 @@ def test_not_even_one_conversation_fits(cli, prepared, monkeypatch, where, error
     assert result.code == 2, result.err
     assert memory.sizes == [4, 2, 1]
     assert "Error: out of memory: " in result.err and said in result.err
-    assert "Hint: use --batch-size 1 --accumulation 4, --activation-checkpointing, --qlora" in result.err
+    assert "Hint: use --micro-batch 1, --activation-checkpointing, --qlora" in result.err
     assert not (RUN / "tiny-gemma_lora_adapter").exists()
 
 
@@ -171,3 +171,94 @@ def test_the_longest_batch_is_tried_first_and_leaves_nothing_behind(cli, prepare
     longest = sorted(trainers[0].lengths[0].tolist(), reverse=True)[:4]
     assert sorted(events[1], reverse=True) == sorted(events[4], reverse=True) == longest
     assert "the longest batch takes" in result.err
+
+
+# --- what an interrupted training goes on with
+
+def test_a_resumed_training_keeps_its_micro_batch_unless_told_otherwise(cli, prepared, monkeypatch):
+    """Also where the memory would now allow another one: sums in another order are rounded differently."""
+    from gemma_tune import train
+    from gemma_tune.callbacks import StopRequest
+
+    flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32")
+    roomy = train.available
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "on_step_begin", lambda self, args, state, control, **_: (
+            setattr(self, "requested", state.global_step + 1 == 2)))
+        patch.setattr(train, "_fit", _with_micro_batch(train._fit, 2))
+        assert cli("train", *flags).code == 130
+    resumed = cli("train", *flags, "--json")
+    assert resumed.code == 0, resumed.err
+    assert train.available is roomy
+    summary = resumed.json["summary"]
+    assert (summary["resumed_from_step"], summary["micro_batch"]) == (2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "on_step_begin", lambda self, args, state, control, **_: (
+            setattr(self, "requested", state.global_step + 1 == 2)))
+        assert cli("train", *flags, "--force").code == 130
+    smaller = cli("train", *flags, "--micro-batch", 1, "--json")
+    assert smaller.code == 0, smaller.err
+    assert (smaller.json["summary"]["resumed_from_step"], smaller.json["summary"]["micro_batch"]) == (2, 1)
+
+
+def _with_micro_batch(fit, rows: int):
+    from dataclasses import replace
+
+    def chosen(*args):
+        shape, choice = fit(*args)
+        return shape, replace(choice, micro_batch=rows)
+
+    return chosen
+
+
+# --- --compile
+
+@pytest.mark.parametrize(("before", "after", "batches", "kept", "says"), [
+    (2.0, 1.0, 100, True, "even after 60 such batches, and this training is worth 100; it pays"),
+    (2.0, 1.0, 10, True, "even after 60 such batches, and this training is worth 10; it does not pay"),
+    (2.0, 2.0, 1e9, False, "did not help")])
+def test_the_break_even_of_compiling(before, after, batches, kept, says):
+    from gemma_tune.kernels import worth_compiling
+
+    answer, sentence = worth_compiling(before, after, 60.0, batches)
+    assert answer is kept and says in sentence
+
+
+def test_compiled_layers_learn_the_same(cli, prepared, monkeypatch):
+    """Whatever is faster on this machine: the compiled layers are kept here, and are plain ones afterwards."""
+    from gemma_tune import trainer
+
+    compiled, worth = [], trainer.worth_compiling
+    # Traced and split into forward and backward pass, but not translated to C++, which takes a minute.
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: plain(self, backend="aot_eager", **kwargs))
+    monkeypatch.setattr(trainer, "worth_compiling", lambda before, after, compiling, batches: (
+        compiled.append(worth(before, after, compiling, batches)) or (True, "compiled layers are kept")))
+    losses = []
+    for flags in ((), ("--compile",)):
+        result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--lr", 1e-2, "--force", "--json", *flags)
+        assert result.code == 0, result.err
+        losses.append(result.json["summary"]["eval_loss_after"])
+    assert compiled and "compiled layers are kept" in result.err
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_probe_recomputes_activations_where_the_training_does(cli, prepared, monkeypatch):
+    probed, plain = [], GemmaTrainer.probe
+    monkeypatch.setattr(GemmaTrainer, "probe", lambda self: (
+        probed.append(self.causal_lm.is_activation_checkpointing) or plain(self)))
+    for flag in ("--activation-checkpointing", "--no-activation-checkpointing"):
+        assert cli("train", *FLAGS, flag, "--force").code == 0
+    assert probed == [True, False]
+
+
+def test_without_a_compiler_the_training_goes_on(cli, prepared, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch._dynamo.reset()
+    result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--compile")
+    assert result.code == 0, result.err
+    assert "--compile does not work here, going on without it" in result.err
