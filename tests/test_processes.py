@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from gemma_tune import processes
 from gemma_tune.config import TrainConfig
-from gemma_tune.errors import UserError
+from gemma_tune.errors import UserError, WorkFailed
 
 # 27 rows of different lengths in steps of 4: one process gets more of the last step than the other, in more pieces.
 SETTINGS = ("--epochs", "2", "--rank", "4", "--dtype", "fp32", "--learning-rate", "1e-3", "--batch-size", "2",
@@ -202,13 +202,23 @@ def test_the_whole_path_trains_in_processes(tiny, tmp_path, cli):
 def happens(folder: Path, what: str) -> dict[str, str]:
     """The environment in which ``what`` happens to the second process in its fourth step."""
     (folder / "sitecustomize.py").write_text(EVENT.format(what=what))
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_bad_input_is_said_once(tmp_path):
     done = python("gemma_tune", "train", "--run", tmp_path / "none", "--num-processes", 2, "--json")
     assert error_of(done)["exit_code"] == 2
     assert "is not a run yet" in done.err
+
+
+def test_before_they_meet_the_main_process_speaks_for_what_is_the_same_for_all(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    usage, own = UserError("more processes than GPUs"), WorkFailed("its GPU does not answer")
+    assert processes.settle(usage) is None
+    assert processes.settle(own) is own
+    monkeypatch.setenv("RANK", "0")
+    assert processes.settle(usage) is usage
 
 
 def test_wrong_usage_under_accelerate_is_said_once():
