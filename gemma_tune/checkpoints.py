@@ -15,12 +15,12 @@ from gemma_tune.config import TrainConfig
 from gemma_tune.errors import UserError
 from gemma_tune.files import sha256_file, write_json
 from gemma_tune.run_dir import command
-from gemma_tune.settings import as_flags
+from gemma_tune.settings import as_flags, same_result
 
 MARKER = "complete.json"
 KEEP = 2
-# Settings that change how a training is computed, not what is learned.
-_WAYS = ("dtype", "micro_batch", "activation_checkpointing", "compile")
+# Settings that change how a training is computed, not what is learned; dtype's is kept with the training.
+_WAYS = ("dtype", *same_result(TrainConfig))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
         finish = (f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force" if changed else
                   "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
-                        f"({changed or 'the data or the base model changed'})", finish)
+                        f"({changed or 'the data, the base model or gemma-tune changed'})", finish)
     return None
 
 
@@ -131,7 +131,8 @@ def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    changed = [f"{name}: {old[name]} then, {new.get(name)} now" for name in old if old[name] != new.get(name)]
+    changed = [f"{name}: {old[name]} then, {new.get(name)} now" for name in old
+               if name not in _WAYS and old[name] != new.get(name)]
     return "; ".join(changed)
 
 

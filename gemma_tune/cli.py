@@ -185,10 +185,10 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             max_length: o.MaxLength = None, on_long: o.OnLong = None, rank: o.Rank = None,
             learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
             accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
-            qlora: o.QLora = None, activation_checkpointing: o.Checkpointing = None, questions: o.Questions = None,
-            quant: o.Quant = None, name: o.Name = None, create: o.Create = None, host: o.Host = None,
-            force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
-            debug: o.Debug = False) -> None:
+            qlora: o.QLora = None, micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
+            questions: o.Questions = None, quant: o.Quant = None, name: o.Name = None, create: o.Create = None,
+            host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+            config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """All stages in order: prepare, train, eval, merge, export-ollama.
 
     Reads your data; writes everything the single commands write, and ends with base and tuned answers side by side.

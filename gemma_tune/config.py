@@ -118,8 +118,9 @@ class TrainConfig(StageConfig):
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
-    batch_size: int = option(4, "Conversations in one forward pass on one device.", least=1)
-    accumulation: int = option(1, "Forward passes per optimiser step; effective batch = batch size x accumulation x "
+    batch_size: int = option(4, "Conversations of a batch on one device; --micro-batch says how many go through the "
+                                "model at once.", least=1)
+    accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
                                   "processes.", least=1)
     num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
                                 least=1)
@@ -135,12 +136,14 @@ class TrainConfig(StageConfig):
     dtype: str = dtype_option()
     qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
     micro_batch: int | None = option(None, "Conversations that go through the model at once; a batch is worked on in "
-                                           "such pieces, and learns the same.", least=1,
+                                           "such pieces, and learns the same.", least=1, same_result=True,
                                      auto="as many of the batch as fit the memory")
     activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
-                                                         "slower.", auto="only if the memory asks for it")
+                                                         "slower.", same_result=True,
+                                                   auto="only if the memory asks for it")
     compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
-                                  "compiler: for long trainings. The point where it breaks even is shown.")
+                                  "compiler: for long trainings. The point where it breaks even is shown.",
+                           same_result=True)
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
@@ -163,6 +166,9 @@ class TrainConfig(StageConfig):
     def more_problems(self) -> list[str]:
         if self.micro_batch and self.micro_batch > self.batch_size:
             return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        if self.strategy == "fsdp":
+            return [f"strategy: fsdp does not go together with {name}; leave one of them out"
+                    for name in ("qlora", "dora", "compile") if getattr(self, name)]
         return []
 
 

@@ -51,7 +51,9 @@ def install_summed_loss(causal_lm: Any) -> str:
 
 def _ours(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     hidden = _hidden(causal_lm, input_ids)
-    return linear_cross_entropy(hidden, _weight(causal_lm), labels, **_after_product(causal_lm))
+    weight = _weight(causal_lm)
+    # Under autocast the last norm may hand on fp32.
+    return linear_cross_entropy(hidden.to(weight.dtype), weight, labels, **_after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:

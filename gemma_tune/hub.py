@@ -64,7 +64,8 @@ def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = T
         HubError: the model cannot be had; ``kind`` says why.
     """
     request = request_for(model_id, revision)
-    if revision and COMMIT.fullmatch(revision) and not _missing(request.snapshot(revision), weights):
+    # The weights come last: where they are, the rest is. Without them only the Hub knows what else there is.
+    if revision and COMMIT.fullmatch(revision) and not _missing(request.snapshot(revision)):
         return request.model(revision, from_cache=True)
     if variable := offline_wanted():
         return _from_cache(request, hub_error("forbidden", request, variable), weights)

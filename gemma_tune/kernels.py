@@ -212,6 +212,8 @@ def _adapted(layer: Any, original: Callable, dense: Callable[[], torch.Tensor], 
         return original(x, *args, **kwargs)
     name = layer.active_adapters[0]
     rows = x.reshape(-1, x.shape[-1])
+    if layer.get_base_layer().weight.is_floating_point():  # under autocast a norm may hand on fp32
+        rows = rows.to(layer.get_base_layer().weight.dtype)
     dropout = layer.lora_dropout[name]
     dropped = rows if isinstance(dropout, torch.nn.Identity) or not layer.training else dropout(rows)
     out = LoraLinear.apply(rows, dropped, dense, layer.get_base_layer().bias, layer.lora_A[name].weight,

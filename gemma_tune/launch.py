@@ -90,6 +90,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # PyTorch would give each process all cores, and the operating system's remarks on sockets are not for people.
     defaults = {"OMP_NUM_THREADS": max(1, _cores() // count), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if sys.platform == "linux":  # nothing from outside this machine has to do with it
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {n: str(v) for n, v in defaults.items()} | os.environ | {n: str(v) for n, v in there.items()}
 
 

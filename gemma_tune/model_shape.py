@@ -85,15 +85,19 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype) -> Model
         + config.dora * sum(m.out_features for m in adapted),
         adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
-        attention=text_config.num_attention_heads * (getattr(text_config, "head_dim", None)
-                                                     or text_config.hidden_size // text_config.num_attention_heads),
+        attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(model, config, chosen))
+
+
+def _attention_width(config: PretrainedConfig) -> int:
+    """Heads times their width; 0 for a family without attention."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
 
 
 def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedConfig, PreTrainedModel]:
     """The text model's configuration, and the model on the meta device."""
-    import torch
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoConfig
 
     from gemma_tune.models import quiet_libraries
 
@@ -102,14 +106,24 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
     try:
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = "eager" if config.model_type == "gemma2" else _ATTENTION  # as models.load_model
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention,
-                                                     trust_remote_code=False)
+        model = _on_meta(config, dtype, attention)
     except (ValueError, KeyError, ImportError, OSError) as e:
         raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: "
                         f"{str(e).strip().splitlines()[0]}", "use a causal language model that the installed "
                         "transformers knows, or: pip install --upgrade transformers") from e
     return config.get_text_config(), model
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention,
+                                                    trust_remote_code=False)
+        except KeyError:  # a family with a fixed list of attentions, such as Falcon
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:

@@ -47,7 +47,7 @@ class Place:
 
 def place() -> Place:
     """This process's place, as ``accelerate launch``, ``torchrun`` and :mod:`gemma_tune.launch` tell it."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return Place()
     count = int(os.environ["WORLD_SIZE"])
     return Place(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)),
@@ -246,11 +246,12 @@ def _of_another() -> UserError:
 
 def _watch(show: Callable[[UserError], None]) -> None:
     """On the main process, in a thread: end it with another's problem, even if a GPU waits for the other forever."""
+    store = _store
     with contextlib.suppress(RuntimeError):  # the store is gone: the launcher has ended it
-        while joined() and not _store.check(["failed"]):
+        while joined() and not store.check(["failed"]):
             time.sleep(0.5)
         if joined():
-            _store.set("told", "")
+            store.set("told", "")
             if not _settled.wait(10):
                 show(_of_another())
                 os._exit(_of_another().exit_code)

@@ -64,6 +64,11 @@ class Resolved(typing.Generic[C]):
         return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
 
 
+def same_result(cls: type[StageConfig]) -> tuple[str, ...]:
+    """Names of the settings that say how something is computed, and leave the result as it is."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("same_result"))
+
+
 def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: bool = False) -> list[str]:
     """The command line options that give ``settings``; those that are defaults anyway are left out unless asked for."""
     flags: list[str] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gemma_tune.files import os_errors
 from gemma_tune.listener import Listener
 from gemma_tune.models import BaseModel
 from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
-from gemma_tune.settings import Resolved
+from gemma_tune.settings import Resolved, StageConfig, plain, same_result
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -220,7 +220,7 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> Stag
     if record is None:
         return None
     state = state_of(session.run, session.manifest, stage)
-    changed = _changes(record, session.resolved.record(), inputs)
+    changed = _changes(record, session.config, inputs)
     if state.status == "done" and not changed:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")
         return _report(session, stage, "up-to-date", 0.0)
@@ -228,10 +228,12 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> Stag
     return None
 
 
-def _changes(record: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
-    old = record["config"]
-    changed = [f"{name}: {old.get(name, {}).get('value')} -> {entry['value']}" for name, entry in settings.items()
-               if name not in old or old[name]["value"] != entry["value"]]
+def _changes(record: Mapping[str, Any], config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
+    # A setting that an older version did not have was, in effect, at its default.
+    old = {f.name: plain(f.default) for f in fields(config)}
+    old |= {name: entry["value"] for name, entry in record["config"].items()}
+    changed = [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
+               if name not in same_result(type(config)) and old[name] != value]
     before = {name: item["sha256"] for name, item in record["inputs"].items()}
     if before != {name: item["sha256"] for name, item in inputs.items()}:
         changed.append("other input files")

@@ -118,13 +118,9 @@ def _decide(session: Session) -> _Job:
     placement, training = _placement_and_training(config, key, checkpoint)
     listener.note(f"computing in {placement.reason}")
     longest = int(lengths_of(train_rows).max())
-    _, choice = _fit(session, longest, placement)
-    if training.micro_batch and config.micro_batch is None:
-        choice = replace(choice, micro_batch=training.micro_batch)
+    _, choice = _fit(session, longest, placement, training.micro_batch)
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
-    if checkpoint is None:
-        clear(run.checkpoints)
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     return _Job(session, training, checkpoint, placement, choice, earlier)
@@ -140,9 +136,6 @@ def _refuse_processes(config: Any) -> None:
     if here == 1:
         raise UserError("--strategy fsdp divides the model among several processes, and this is one",
                         "add --num-processes N, or leave --strategy out")
-    if left := [f"--{name}" for name in ("qlora", "dora", "compile") if getattr(config, name)]:
-        raise UserError(f"--strategy fsdp does not go together with {' and '.join(left)}",
-                        f"leave out {' and '.join(left)}, or train with --strategy ddp")
 
 
 def _format(session: Session) -> ChatFormat:
@@ -216,12 +209,21 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     return checkpoint
 
 
-def _fit(session: Session, longest: int, placement: Placement) -> tuple[ModelShape, Choice]:
-    """How large the model is, and how a batch of its longest rows can go through it here."""
+def _fit(session: Session, longest: int, placement: Placement, before: int = 0) -> tuple[ModelShape, Choice]:
+    """How large the model is, and how a batch of its longest rows can go through it here.
+
+    Args:
+        before: the micro-batch that a resumed training had, which is kept if it fits.
+    """
     shape = shape_of(session.model.path, session.config, placement.dtype)
     # Processes on a CPU share its memory; each has a GPU to itself.
-    share = session.config.num_processes if placement.device == "cpu" else 1
-    return shape, choose(shape, session.config, longest, placement.device, available(placement.device) // share)
+    share = processes.place().local_count if placement.device == "cpu" else 1
+    room = available(placement.device) // share
+    if before and session.config.micro_batch is None:
+        kept = choose(shape, replace(session.config, micro_batch=before), longest, placement.device, room)
+        if kept.fits:
+            return shape, kept
+    return shape, choose(shape, session.config, longest, placement.device, room)
 
 
 def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, callbacks, training):
@@ -300,6 +302,8 @@ def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[
     evaluates = trainer.eval_dataset is not None
     try:
         with trainer.fast(session.config.compile):
+            if checkpoint is None and processes.is_main():  # only now: what can fail at once has not
+                clear(session.run.checkpoints)
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
             if log.first_step < trainer.args.max_steps:

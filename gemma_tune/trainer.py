@@ -43,6 +43,8 @@ class GemmaTrainer(SFTTrainer):
                  micro_batch: int, listener: Listener, **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
+        for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
+            parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.tokens_seen = self.tokens_of_all = 0  # of this process; of all, when log() was called last
         self.in_step = self.sharded
@@ -85,7 +87,8 @@ class GemmaTrainer(SFTTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         rows = len(inputs["lengths"])
-        earlier = [p.grad.clone() if p.grad is not None else None for p in self._trainable()]
+        divisible = min(self.micro_batch, rows) > 1 and not self.in_step
+        earlier = [p.grad.clone() if divisible and p.grad is not None else None for p in self._trainable()]
         while True:
             try:
                 loss = self._piecewise_step(model, inputs, num_items_in_batch)
@@ -161,7 +164,11 @@ class GemmaTrainer(SFTTrainer):
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import InductorError
 
-        before = self.probe()
+        if not hasattr(self.causal_lm.get_decoder(), "layers"):
+            layers.close()
+            self.listener.warn("--compile does not know this model's layers, going on without it")
+            return False
+        before, micro_batch = self.probe(), self.micro_batch
         layers.close()
         self.listener.note("compiling the model's layers, which can take some minutes")
         layers.enter_context(compiled_layers(self.model))
@@ -170,12 +177,14 @@ class GemmaTrainer(SFTTrainer):
             after = self.probe()
         except (TorchDynamoException, InductorError) as e:
             layers.close()
+            self.micro_batch = micro_batch
             self.listener.warn(f"--compile does not work here, going on without it: {str(e).strip().splitlines()[0]}")
             return False
         kept, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())
         self.listener.note(sentence)
         if not kept:
             layers.close()
+            self.micro_batch = micro_batch
         return kept
 
     def _longest_batches_worth(self) -> float:
@@ -228,13 +237,13 @@ class GemmaTrainer(SFTTrainer):
         The trainer's own evaluation averages the means of batches, in which a token of a short answer counts more.
         """
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        total, count = 0.0, 0
         with self._evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
-                    sums[0] += self._summed_loss(self.model, part)
-                    sums[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum()
-        total, count = self.accelerator.reduce(sums).tolist()
+                    total += self._summed_loss(self.model, part).item()
+                    count += int((part["labels"][:, 1:] != IGNORE_INDEX).sum())
+        total, count = map(sum, zip(*processes.gathered((total, count))))
         metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
