@@ -71,7 +71,6 @@ class Command(TyperCommand):
         _show(shown, ctx.params)
         raise typer.Exit(shown.exit_code)
 
-
     def _takes_part(self, ctx: Any) -> bool:
         """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""
         here = processes.place()

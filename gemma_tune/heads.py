@@ -88,8 +88,7 @@ def _trl_head(causal_lm: Any, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
     kept = targets != IGNORE_INDEX
     after = _after_product(causal_lm)
-    bias = causal_lm.get_output_embeddings().bias
-    found = ChunkedLogProbFunction.apply(hidden[kept], _weight(causal_lm), bias, targets[kept], 1.0, _TRL_CHUNK,
+    found = ChunkedLogProbFunction.apply(hidden[kept], _weight(causal_lm), None, targets[kept], 1.0, _TRL_CHUNK,
                                          after["softcap"], after["scale"], ("log_probs",))
     return -found[0].sum()
 

@@ -610,3 +610,43 @@ def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch)
     result = cli("train", *QUICK)
     assert result.code == 2
     assert "out of memory" in result.err and "--activation-checkpointing" in result.err
+
+
+# --- settings that leave the result as it is
+
+def test_how_a_batch_is_worked_on_does_not_train_again(cli, prepared):
+    assert cli("train", *QUICK).code == 0
+    for flags in (("--micro-batch", 1), ("--activation-checkpointing",), ("--compile",)):
+        again = cli("train", *QUICK, *flags, "--json")
+        assert (again.code, again.json["status"]) == (0, "up-to-date"), again.err
+    assert cli("train", *QUICK, "--accumulation", 2, "--json").json["status"] == "done"
+
+
+def test_an_adapter_of_a_version_with_fewer_settings_is_up_to_date(cli, prepared):
+    assert cli("train", *QUICK).code == 0
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("rslora", "dora", "compile", "micro_batch", "num_processes", "strategy"):
+        del manifest["stages"]["train"]["config"][name]
+    path.write_text(json.dumps(manifest))
+    assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
+    again = cli("train", *QUICK, "--rslora", "--json")
+    assert again.json["status"] == "done" and "`train` runs again: rslora: False -> True" in again.err
+
+
+def test_the_adapter_of_a_4_bit_base_is_trained_in_fp32(cli, prepared):
+    """As bf16, a small step would often be lost in rounding."""
+    from safetensors.torch import load_file
+
+    assert cli("train", *QUICK, "--qlora").code == 0
+    tensors = load_file(prepared / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert any((t != t.to(torch.bfloat16)).any() for t in tensors.values())
+
+
+def test_force_keeps_an_interrupted_training_until_the_new_one_has_begun(cli, prepared, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", *LONG).code == 130
+    assert cli("train", *LONG, "--target-modules", "no_proj", "--force").code == 2
+    assert cli("train", *LONG, "--json").json["summary"]["resumed_from_step"] > 0
