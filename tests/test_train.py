@@ -194,7 +194,7 @@ def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, ti
     assert cli("prepare", data, "--train-on", "last").code == 0
     refused = cli("train", *LONG)
     assert refused.code == 2
-    assert "holds an interrupted training with other settings or data (the data or the base model changed)" in refused.err
+    assert "holds an interrupted training with other settings or data (the data, the base model or gemma-tune changed)" in refused.err
     result = cli("train", *LONG, "--force", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
 
