@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemma_tune.errors import UserError
-from gemma_tune.kernels import gathered
+from gemma_tune.kernels import unsharded
 from gemma_tune.loss import IGNORE_INDEX, linear_cross_entropy
 
 _ROWS = 1024  # positions on which two heads are timed against each other
@@ -75,7 +75,7 @@ def _weight(causal_lm: Any) -> torch.Tensor:
     weight = causal_lm.get_output_embeddings().weight
     if hasattr(weight, "full_tensor") and causal_lm.config.get_text_config().tie_word_embeddings:
         weight = causal_lm.get_input_embeddings().weight
-    return gathered(weight)
+    return unsharded(weight)
 
 
 def _trl(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

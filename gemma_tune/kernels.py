@@ -121,7 +121,7 @@ def fast_layers(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         How many layers of each kind were replaced.
     """
     with contextlib.ExitStack() as undo:
-        counts = {"adapters": _replace_adapters(model, undo), "norms": _replace_norms(model, undo),
+        counts = {"adapters": _replace_adapters(model, undo, _fused), "norms": _replace_norms(model, undo),
                   "rotations": _replace_rotations(model, undo)}
         _replace_attention(undo)
         yield counts
@@ -136,7 +136,7 @@ def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
     """
     layers = model.get_base_model().get_decoder().layers
     with contextlib.ExitStack() as undo:
-        _replace_adapters(model, undo, _adapted_plainly)
+        _replace_adapters(model, undo, _plain)
         for layer in layers:
             undo.callback(setattr, layer, "_compiled_call_impl", None)
             layer.compile(dynamic=True)
@@ -162,7 +162,7 @@ def worth_compiling(before: float, after: float, compiling: float, batches: floa
                   f"batch: even after {even:,.0f} such batches, and this training is worth {batches:,.0f}; {verdict}")
 
 
-def gathered(weight: torch.Tensor) -> torch.Tensor:
+def unsharded(weight: torch.Tensor) -> torch.Tensor:
     """The whole of a weight that FSDP keeps in shards; all processes have to ask for it."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
@@ -176,13 +176,14 @@ def _set(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
-def _replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack, by: Callable | None = None) -> int:
+def _replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack, by: Callable) -> int:
+    """Compute with ``by(layer, dense, x)``, where ``dense`` gives the base weight."""
     from peft.tuners.lora import LoraLayer
 
     count = 0
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and (dense := _dense(layer)) is not None:
-            _set(undo, layer, "forward", partial(by or _adapted, layer, layer.forward, dense))
+            _set(undo, layer, "forward", partial(_adapted, layer, layer.forward, partial(by, layer, dense)))
             count += 1
     return count
 
@@ -206,10 +207,13 @@ def _dense(layer: Any) -> Callable[[], torch.Tensor] | None:
     return None
 
 
-def _adapted(layer: Any, original: Callable, dense: Callable[[], torch.Tensor], x: torch.Tensor,
-             *args: Any, **kwargs: Any) -> torch.Tensor:
+def _adapted(layer: Any, original: Callable, ours: Callable, x: torch.Tensor, *args: Any, **kwargs: Any):
     if layer.disable_adapters or layer.merged or args or kwargs:
         return original(x, *args, **kwargs)
+    return ours(x)
+
+
+def _fused(layer: Any, dense: Callable[[], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     name = layer.active_adapters[0]
     rows = x.reshape(-1, x.shape[-1])
     if layer.get_base_layer().weight.is_floating_point():  # under autocast a norm may hand on fp32
@@ -221,11 +225,8 @@ def _adapted(layer: Any, original: Callable, dense: Callable[[], torch.Tensor], 
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _adapted_plainly(layer: Any, original: Callable, dense: Callable[[], torch.Tensor], x: torch.Tensor,
-                     *args: Any, **kwargs: Any) -> torch.Tensor:
+def _plain(layer: Any, dense: Callable[[], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The same in operations that a compiler can see through."""
-    if layer.disable_adapters or layer.merged or args or kwargs:
-        return original(x, *args, **kwargs)
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight.to(x.dtype), (layer.lora_B[name].weight * layer.scaling[name]).to(x.dtype)
     linear = torch.nn.functional.linear
@@ -244,7 +245,7 @@ def _replace_norms(model: torch.nn.Module, undo: contextlib.ExitStack) -> int:
         if kind not in offsets:
             offsets[kind] = _offset(norm, eps)
         if (offset := offsets[kind]) is not None:
-            weight = gathered(norm.weight.detach()).to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
+            weight = unsharded(norm.weight.detach()).to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
             _set(undo, norm, "forward", partial(_normed, weight=weight, eps=eps))
             count += 1
     return count

@@ -99,13 +99,13 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
     """The text model's configuration, and the model on the meta device."""
     from transformers import AttentionInterface, AutoConfig
 
-    from gemma_tune.models import quiet_libraries
+    from gemma_tune.models import needs_eager_attention, quiet_libraries
 
     quiet_libraries()
     AttentionInterface.register(_ATTENTION, _counted_attention)
     try:
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-        attention = "eager" if config.model_type == "gemma2" else _ATTENTION  # as models.load_model
+        attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
         model = _on_meta(config, dtype, attention)
     except (ValueError, KeyError, ImportError, OSError) as e:
         raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: "

@@ -333,6 +333,11 @@ def bf16_speed(size: int = 1024, repeats: int = 3) -> float:
     return times[torch.float32] / times[torch.bfloat16]
 
 
+def needs_eager_attention(model_type: str) -> bool:
+    """Gemma 2 caps its attention logits, which SDPA cannot do."""
+    return model_type == "gemma2"
+
+
 def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1) -> PreTrainedModel:
     """Load a checkpoint for computing; every weight must be there and none may be left over.
 
@@ -357,8 +362,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         from transformers.distributed import DistributedConfig
 
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    # Gemma 2 caps its attention logits, which SDPA cannot do.
-    attention = "eager" if read_config(checkpoint)["model_type"] == "gemma2" else "sdpa"
+    attention = "eager" if needs_eager_attention(read_config(checkpoint)["model_type"]) else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,

@@ -52,7 +52,7 @@ class GemmaTrainer(SFTTrainer):
         # not divide by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.head = install_summed_loss(self.causal_lm)
+        install_summed_loss(self.causal_lm)
         if self.sharded:  # DDP takes care of the adapter, which every process holds whole
             self.model._ddp_params_and_buffers_to_ignore = [
                 name for name, p in self.model.named_parameters(remove_duplicate=False) if hasattr(p, "full_tensor")]
@@ -87,14 +87,14 @@ class GemmaTrainer(SFTTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         rows = len(inputs["lengths"])
-        divisible = min(self.micro_batch, rows) > 1 and not self.in_step
-        earlier = [p.grad.clone() if divisible and p.grad is not None else None for p in self._trainable()]
+        earlier = [p.grad.clone() if self._divisible(rows) and p.grad is not None else None
+                   for p in self._trainable()]
         while True:
             try:
                 loss = self._piecewise_step(model, inputs, num_items_in_batch)
                 break
             except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e) or min(self.micro_batch, rows) == 1 or self.in_step:
+                if not is_out_of_memory(e) or not self._divisible(rows):
                     raise
             # Outside the handler, whose traceback keeps the activations alive.
             for parameter, grad in zip(self._trainable(), earlier):
@@ -102,6 +102,10 @@ class GemmaTrainer(SFTTrainer):
             self._halve_micro_batch(rows)
         self.tokens_seen += int(inputs["lengths"].sum())
         return loss
+
+    def _divisible(self, rows: int) -> bool:
+        """Whether a batch of so many rows could go through the model in smaller pieces than now."""
+        return min(self.micro_batch, rows) > 1 and not self.in_step
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
