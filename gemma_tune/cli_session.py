@@ -248,6 +248,26 @@ def prepare_first(ctx: typer.Context) -> dict[str, Any]:
     return {"prepare": as_json(report)}
 
 
+def take_adapter(ctx: typer.Context) -> bool:
+    """``merge --adapter``: work on the base model that the adapter names, unless another one is named.
+
+    Returns:
+        Whether an adapter from elsewhere is named, which can begin a run.
+
+    Raises:
+        UserError: settings that cannot be used, no adapter there, or one that names no base.
+    """
+    from gemma_tune.adapter_files import named_base
+
+    params = ctx.params
+    content = load_yaml(params["config"]) if params.get("config") else {}
+    adapter = resolve(CONFIGS["merge"], params, content.get("merge")).config.adapter
+    if adapter and not (params["model"] or content.get("model")):
+        params["model"], revision = named_base(Path(adapter).expanduser())
+        params["revision"] = params["revision"] or content.get("revision") or revision
+    return bool(adapter)
+
+
 def stdin_is_terminal() -> bool:
     """Whether a person can be asked."""
     return sys.stdin is not None and sys.stdin.isatty()

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemma_tune.errors import UserError
-from gemma_tune.settings import StageConfig, converted, near, option, problem_of, shown
+from gemma_tune.settings import StageConfig, converted, near, option, problem_of, shown, size_in_bytes
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
+MERGED_DTYPES = ("bf16", "fp16", "fp32")
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system")
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
-QUANTS = ("f16", "bf16", "q8_0", "q4_0")
+# Number formats of GGUF files, the widest first; `gguf_types` says what they mean.
+QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
 
 
 def dtype_option() -> Any:
@@ -215,7 +217,22 @@ class MergeConfig(StageConfig):
     """Settings of ``merge``."""
 
     section: ClassVar[str] = "merge"
-    check: bool = option(True, "Compare the merged model with base plus adapter on a held-out prompt.")
+    adapter: str | None = option(None, "A PEFT adapter that was trained elsewhere: its directory. The base model is "
+                                       "the one that it names, or --base.", same_result=True,
+                                 auto="the run's own")
+    dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
+                               auto="each tensor's own in the base")
+    max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")
+    check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.")
+    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32)
+    push: str | None = option(None, "Push the merged model to the Hugging Face Hub, to this repository (account/name), "
+                                    "with a model card.", same_result=True, auto="stay here")
+    private: bool = option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
+
+    def more_problems(self) -> list[str]:
+        if self.max_shard_size is not None and size_in_bytes(self.max_shard_size) is None:
+            return [f"max_shard_size: {shown(self.max_shard_size)} is no size; write 5GB or 500MB"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -223,14 +240,24 @@ class ExportConfig(StageConfig):
     """Settings of ``export-ollama``."""
 
     section: ClassVar[str] = "export-ollama"
-    quant: str = option("q8_0", "Number format of the GGUF's matrices.", choices=QUANTS)
+    quant: tuple[str, ...] = option((), "Number format of the GGUF's matrices; several with commas, each a file of its "
+                                        "own.", choices=QUANTS, auto="by the model's size")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
-    system: str | None = option(None, "System prompt to put into the Modelfile.", auto="none")
+    system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
+                                auto="the data's, where every conversation has the same one")
+    parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
+                                            "repeated.", auto="the base model's own sampling settings")
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
                                                                                 "length in training")
+    measure: bool = option(True, "Measure on the validation rows what each number format loses.")
+    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
+                                       "Ollama template.", auto="on where a llama.cpp engine is installed")
+    converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture that "
+                                         "gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
-                                       "with --create its absence is an error.")
-    host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434")
+                                       "with --create its absence is an error.", same_result=True)
+    host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
+                              same_result=True)
 
 
 CONFIGS: dict[str, type[StageConfig]] = {

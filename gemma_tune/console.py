@@ -43,7 +43,7 @@ LABELS = {
     "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
-    "ollama_name": "name in Ollama",
+    "ollama_name": "name in Ollama", "ids_equal": "token ids as in training", "answers_equal": "greedy answers equal",
 }
 
 
@@ -94,6 +94,15 @@ class ConsoleListener(Listener):
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         if not self.quiet:
             err.print(figures_table(title, rows))
+
+    def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        if not self.quiet:
+            table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+            for heading in rows[0]:
+                table.add_column(escape(heading), overflow="fold")
+            for row in rows[1:]:
+                table.add_row(*(Text(cell) for cell in row))
+            err.print(table)
 
     def data_report(self, report: Mapping[str, Any]) -> None:
         if not self.quiet:

@@ -7,18 +7,16 @@ exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF h
 from __future__ import annotations
 
 import json
-import mmap
-import struct
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from gguf import GGUF_MAGIC, GGUFValueType, GGUFWriter, Keys, TokenType
+from gguf import GGUFWriter, Keys, TokenType
 
 from gemma_tune.errors import UserError
+from gemma_tune.gguf_reader import read_gguf_metadata
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -27,11 +25,6 @@ SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
 ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
 PADDING_SCORE = -10000.0  # what it gives an id that no token claims
 
-_SCALARS = {
-    GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "|b1",
-    GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
-}  # fmt: skip
 _ID_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
     "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
@@ -47,12 +40,16 @@ class SentencePieceVocab:
         scores: merge priority of each token; the highest is merged first.
         types: `gguf.TokenType` numbers (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
         special_ids: ids of "bos", "eos", "unk" and "pad", those that the vocabulary has.
+        add_bos: whether plain text gets a BOS.
+        add_space_prefix: whether a text, and what follows a special token, gets a space before it.
     """
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
     special_ids: dict[str, int] = field(default_factory=dict)
+    add_bos: bool = True
+    add_space_prefix: bool = False
 
 
 def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
@@ -104,12 +101,30 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePiece
     added = {i: (tokens[i], False) for i, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
     added.update((i, token) for i, token in _added_tokens(checkpoint).items() if i < vocab_size)
     for i, (text, special) in added.items():
-        control = special or _looks_special(text)
+        control = special or looks_special(text)
         tokens[i] = text if control else text.replace(SPACE, " ")
         scores[i] = ADDED_TOKEN_SCORE
         types[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
-    _refuse_duplicates(tokens, path)
+    refuse_duplicates(tokens, path)
     return SentencePieceVocab(tokens, scores, types, _special_ids(model, vocab_size))
+
+
+def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+    """Read a vocabulary of Llama 2 or an early Mistral, as `load_sentencepiece_vocab` does.
+
+    Whether they add a BOS and a space is asked of the tokenizer that Transformers loads. Some add the space at the
+    start of a text alone ("legacy": false), llama.cpp behind every special token or nowhere: a rendered chat starts
+    with a special token, so what happens behind one decides.
+
+    Raises:
+        UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load.
+    """
+    from gemma_tune.models import load_tokenizer
+
+    vocab, tokenizer = load_sentencepiece_vocab(checkpoint, vocab_size), load_tokenizer(checkpoint)
+    behind = tokenizer(f"{tokenizer.bos_token}a", add_special_tokens=False)["input_ids"][1]
+    return replace(vocab, add_bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+                   add_space_prefix=tokenizer.convert_ids_to_tokens(behind).startswith(SPACE))
 
 
 def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: str | None, eot: int | None) -> None:
@@ -134,90 +149,12 @@ def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: 
         writer.add_uint32(_ID_KEYS[name], i)
     if eot is not None:
         writer.add_eot_token_id(eot)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(vocab.add_bos)
     writer.add_add_sep_token(False)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(vocab.add_space_prefix)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-
-
-def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """Read a GGUF's key-value metadata; a hundred times faster than `gguf.GGUFReader` on a vocabulary of 262144.
-
-    Args:
-        path: a little-endian GGUF of version 2 or 3; its tensors aren't looked at.
-        keys: what to return; all when None.
-
-    Returns:
-        key → str, bool, int or float; numeric arrays as numpy arrays, string arrays as list[bytes].
-
-    Raises:
-        UserError: not a GGUF, another version, or cut short.
-    """
-    broken = "Copy or download it again."
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            magic, version, _tensors, count = struct.unpack_from("<IIQQ", data, 0)
-            if magic != GGUF_MAGIC or version not in (2, 3):
-                raise UserError(f"{path} is not a little-endian GGUF file of version 2 or 3.", broken)
-            return _read_pairs(data, 24, count, keys)
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.") from error
-    except (struct.error, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error}.", broken) from error
-
-
-def _read_pairs(data: mmap.mmap, at: int, count: int, keys: Collection[str] | None) -> dict[str, Any]:
-    """Walk `count` key-value pairs from byte offset `at`; raise ValueError where the file ends too early."""
-    pairs = {}
-    for _ in range(count):
-        key, at = _read_string(data, at)
-        (kind,) = struct.unpack_from("<I", data, at)
-        value, at = _read_value(data, at + 4, GGUFValueType(kind))
-        name = key.decode("utf-8")
-        if keys is None or name in keys:
-            pairs[name] = value
-    return pairs
-
-
-def _read_value(data: mmap.mmap, at: int, kind: GGUFValueType) -> tuple[Any, int]:
-    """Read one value of type `kind` at byte offset `at`: the value and the offset behind it."""
-    if kind == GGUFValueType.STRING:
-        raw, at = _read_string(data, at)
-        return raw.decode("utf-8"), at
-    if kind != GGUFValueType.ARRAY:
-        dtype = np.dtype(_SCALARS[kind])
-        return np.frombuffer(_slice(data, at, dtype.itemsize), dtype)[0].item(), at + dtype.itemsize
-    item_kind, count = struct.unpack_from("<IQ", data, at)
-    at += 12
-    if item_kind == GGUFValueType.STRING:
-        return _read_strings(data, at, count)
-    dtype = np.dtype(_SCALARS[GGUFValueType(item_kind)])  # an array of arrays is a KeyError: no tokenizer has one
-    return np.frombuffer(_slice(data, at, count * dtype.itemsize), dtype), at + count * dtype.itemsize
-
-
-def _read_string(data: mmap.mmap, at: int) -> tuple[bytes, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    return _slice(data, at + 8, length), at + 8 + length
-
-
-def _read_strings(data: mmap.mmap, at: int, count: int) -> tuple[list[bytes], int]:
-    """Read an array of strings; a loop of its own because it runs once per token."""
-    length_at, size, strings = struct.Struct("<Q").unpack_from, len(data), []
-    for _ in range(count):
-        start = at + 8
-        at = start + length_at(data, at)[0]
-        if at > size:
-            raise ValueError("it ends in the middle of its metadata")
-        strings.append(data[start:at])
-    return strings, at
-
-
-def _slice(data: mmap.mmap, at: int, length: int) -> bytes:
-    if at + length > len(data):
-        raise ValueError("it ends in the middle of its metadata")
-    return data[at : at + length]
 
 
 def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
@@ -330,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}.", "Copy it again from the base model.") from error
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """Tokens that Gemma's files list as ordinary although they never stand for text; llama.cpp's converter agrees."""
     brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
@@ -338,7 +275,7 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
+def refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
     """llama.cpp looks tokens up by text and aborts the whole process when two ids share one."""
     twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
     if twice:

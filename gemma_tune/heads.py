@@ -53,7 +53,7 @@ def _ours(causal_lm: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torc
     hidden = _hidden(causal_lm, input_ids)
     weight = _weight(causal_lm)
     # Under autocast the last norm may hand on fp32.
-    return linear_cross_entropy(hidden.to(weight.dtype), weight, labels, **_after_product(causal_lm))
+    return linear_cross_entropy(hidden.to(weight.dtype), weight, labels, **after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return causal_lm.get_decoder()(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
 
 
-def _after_product(causal_lm: Any) -> dict[str, Any]:
+def after_product(causal_lm: Any) -> dict[str, Any]:
     """What the family does to the logits; what else a head may do is found by ``GemmaTrainer.fast``."""
     text = causal_lm.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
@@ -87,7 +87,7 @@ def _trl_head(causal_lm: Any, hidden: torch.Tensor, targets: torch.Tensor) -> to
     from trl.kernels import ChunkedLogProbFunction
 
     kept = targets != IGNORE_INDEX
-    after = _after_product(causal_lm)
+    after = after_product(causal_lm)
     found = ChunkedLogProbFunction.apply(hidden[kept], _weight(causal_lm), None, targets[kept], 1.0, _TRL_CHUNK,
                                          after["softcap"], after["scale"], ("log_probs",))
     return -found[0].sum()
@@ -99,7 +99,7 @@ def _faster(causal_lm: Any) -> Callable[..., torch.Tensor]:
     labels = torch.randint(weight.shape[0], (1, _ROWS), device=weight.device)
 
     def ours() -> torch.Tensor:
-        return linear_cross_entropy(hidden, weight, labels, **_after_product(causal_lm))
+        return linear_cross_entropy(hidden, weight, labels, **after_product(causal_lm))
 
     def theirs() -> torch.Tensor:
         return _trl_head(causal_lm, hidden[:, :-1], labels[:, 1:])

@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,14 +58,14 @@ class HubError(UserError):
 
     Attributes:
         kind: ``bad_id``, ``no_token``, ``bad_token``, ``licence``, ``token_scope``, ``not_found``,
-            ``revision_not_found``, ``offline``, ``disk_full``, ``server``, ``bad_repo`` or ``cache``.
+            ``revision_not_found``, ``offline``, ``disk_full``, ``quota``, ``server``, ``bad_repo`` or ``cache``.
         detail: the library's exception in its own words, for ``--debug``.
     """
 
     def __init__(self, kind: str, message: str, hint: str, detail: str = ""):
         super().__init__(redact(message), redact(hint))
         self.kind, self.detail = kind, redact(detail)
-        if kind in ("offline", "disk_full", "server"):  # nothing was wrong with the input
+        if kind in ("offline", "disk_full", "quota", "server"):  # nothing was wrong with the input
             self.exit_code = WORK_FAILED
 
 
@@ -89,13 +89,14 @@ def _known_tokens() -> Iterator[str]:
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Request:
-    """One call's id and revision, where it is sent, and as whom."""
+    """One call's id and revision, where it is sent, and as whom; and failures that it words in its own way."""
 
     id: str
     revision: str | None
     endpoint: str
     cache: Path
     token: str | None = field(default=None, repr=False)
+    failures: Mapping[str, tuple[str, str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -109,19 +110,26 @@ class Request:
 
 
 def request_for(model_id: str, revision: str | None) -> Request:
-    from huggingface_hub import constants
-
-    # The library reads HF_ENDPOINT when it is imported, which may be long before; ours is the value of now.
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
-    request = Request(model_id, revision, endpoint, Path(constants.HF_HUB_CACHE).expanduser())
-    if not re.match(r"https?://[^/\s]+", endpoint):
-        raise hub_error("bad endpoint", request)
+    request = to_hub(model_id, revision)
     if not MODEL_ID.fullmatch(model_id):
         link = re.match(r"(?:https?://)?[^/\s]+\.[a-z]+/([\w.-]+/[\w.-]+)", model_id)
         raise hub_error("bad id", request, f"use the id alone: `--model {link[1]}`" if link else _near(model_id) or
                        "an id is organisation/name, like google/gemma-3-270m-it; a local model is its folder's path")
     if revision is not None and _BAD_REVISION.search(revision):
         raise hub_error("bad revision", request)
+    return request
+
+
+def to_hub(repo_id: str, revision: str | None = None,
+           failures: Mapping[str, tuple[str, str, str]] | None = None) -> Request:
+    """A request to the hub of now, as nobody yet, whatever its id looks like."""
+    from huggingface_hub import constants
+
+    # The library reads HF_ENDPOINT when it is imported, which may be long before; ours is the value of now.
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
+    request = Request(repo_id, revision, endpoint, Path(constants.HF_HUB_CACHE).expanduser(), failures=failures or {})
+    if not re.match(r"https?://[^/\s]+", endpoint):
+        raise hub_error("bad endpoint", request)
     return request
 
 
@@ -229,7 +237,7 @@ _FAILURES = {  # case: kind, message, hint
 
 def hub_error(case: str, request: Request, why: str = "") -> HubError:
     """Fill in a case's message and hint."""
-    kind, message, hint = _FAILURES[case]
+    kind, message, hint = request.failures.get(case) or _FAILURES[case]
     variable = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
     near = _near(request.id)
     words = {

@@ -29,3 +29,6 @@ class Listener:
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Figures to read as a table: name and value."""
+
+    def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """A table of several columns, the first row being its heading."""

@@ -1,296 +1,178 @@
 """``merge``: the adapter goes into the 16-bit base, tensor by tensor, and the result is checked against base + adapter.
 
-LoRA: W' = W + s (B A) with s = alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1), or with
-s = alpha / sqrt(r) (rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). DoRA gives each row of W' the length
-m that was learned for it: m W' / ||W'|| (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5). Computed in
-fp32 and rounded once to the type of W on disk. Tensors without an adapter are copied as they are, under the names and
-in the shards of the base.
+``adapter_files`` says what an adapter holds, ``merge_plan`` what each tensor is made of, ``merge_weights`` computes and
+writes, ``merge_check`` compares.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
-import math
+import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gemma_tune import samples
-from gemma_tune.chat_format import ChatFormat, FormatError
-from gemma_tune.errors import UserError, WorkFailed
-from gemma_tune.files import replacing_directory
-from gemma_tune.generation import greedy_continuations
-from gemma_tune.models import add_adapter, choose_placement, load_format, load_model
-from gemma_tune.prompts import Prompt, read_prompts
-from gemma_tune.stage import Finished, Session, StageReport, run_stage
+from gemma_tune.adapter_files import Adapter, read_adapter
+from gemma_tune.card import model_card
+from gemma_tune.checkpoint_tensors import open_tensors
+from gemma_tune.errors import UserError
+from gemma_tune.files import NEW, replacing_directory
+from gemma_tune.merge_check import check, renamed_adapter
+from gemma_tune.merge_plan import Plan, plan_merge
+from gemma_tune.merge_weights import lay_out, require_space, write_files
+from gemma_tune.settings import size_in_bytes
+from gemma_tune.stage import OUTSIDE, Finished, Session, StageReport, run_stage
 
-if TYPE_CHECKING:
-    import torch
-
-# Copied from the base beside the weights; tokenizer and chat template come from the adapter, which trained with them.
-_COPIED = ("config.json", "tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
-_PREFIX = "base_model.model."
-# Settings of PEFT's LoRA that change what an adapter computes, none of which `train` has.
-_OTHER_KINDS = ("lora_bias", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
-                "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-                "use_bdlora", "use_qalora")
-# The merged weights are rounded to 16 bits once more than base + adapter. Measured on Gemma 3 270M that moves
-# a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats.
-MAX_DIVERGENCE = 0.02
-LARGEST_FP32_CHECK = 3_000_000_000  # bytes of 16-bit weights up to which the check computes in fp32
-CHECK_TOKENS = 64  # longest answer of the check
-CHECK_ROWS = 100  # prepared rows of each side that are looked at for its prompt
+# Copied beside the weights: from the base always, and from the adapter, which trained with them, or else the base.
+_OF_BASE = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+              "added_tokens.json", "vocab.*", "merges.txt")
+_TYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 
 
 def merge(session: Session) -> StageReport:
-    """Merge and check.
+    """Merge and check, and push to the Hub where that is asked for.
 
     Raises:
-        UserError: no adapter, an adapter of another base model or of a kind that is not merged here.
-        WorkFailed: the merged model does not answer as base + adapter does; nothing is replaced then.
+        UserError: no adapter, an adapter of another base model or of a kind that is not merged here, a base that is
+            damaged or quantised; a repository that cannot be pushed to.
+        WorkFailed: no room on the disk, or the merged model does not answer as base + adapter does. Nothing is
+            replaced then.
     """
-    return run_stage(session, "merge", _merge)
+    session, elsewhere = _with_adapter(session)
+    config = session.config
+    if config.push:
+        from gemma_tune.publish import check_push, push_folder
+
+        check_push(config.push, private=config.private)
+    report = run_stage(session, "merge", _merge, elsewhere=elsewhere)
+    if config.push:
+        address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
+        report = replace(report, summary=report.summary | {"pushed": address})
+    return report
 
 
-@dataclass(frozen=True)
-class Lora:
-    """One layer's adapter: ``a`` (r, in), ``b`` (out, r), fp32, the scale s, and with DoRA ``magnitude`` (out,)."""
+def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
+    """The session with its adapter's path as the manifest keeps it, and the adapter if no training of the run made it.
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    magnitude: torch.Tensor | None = None
-
-    def delta(self) -> torch.Tensor:
-        """The change of the weight, (out, in), fp32."""
-        return (self.b @ self.a) * self.scale
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (out, in) with the adapter in it, fp32."""
-        import torch
-
-        changed = weight.float() + self.delta()
-        if self.magnitude is None:
-            return changed
-        return (self.magnitude / torch.linalg.norm(changed, dim=1)).view(-1, 1) * changed
+    A run that was begun by ``merge --adapter`` keeps to that adapter.
+    """
+    stages, named = session.manifest.stages, session.config.adapter
+    before = stages.get("merge", {"inputs": {}})["inputs"].get(f"{OUTSIDE}adapter")
+    if not named and before and "train" not in stages:
+        named = session.run.found(before["path"])
+        session.listener.note(f"adapter: {named}, as before")
+    if not named:
+        return session, {}
+    path = Path(os.path.expanduser(named))
+    if not path.is_dir():
+        raise UserError(f"there is no directory {named}", "name a PEFT adapter's directory with --adapter")
+    config = replace(session.config, adapter=session.run.relative(path))
+    return replace(session, resolved=replace(session.resolved, config=config)), {"adapter": path}
 
 
 def _merge(session: Session) -> Finished:
-    adapter = session.inputs["adapter"]
-    layers = read_adapter(adapter, session.model.id if session.model.source == "hub" else None)
-    with replacing_directory(session.run.merged) as folder:
-        session.listener.note(f"adding {len(layers)} adapted layers to {session.model.name}, in fp32")
-        count = merge_weights(session.model.path, layers, folder, session.listener.progress)
-        _copy_around(session, folder)
-        summary = {"merged_tensors": len(layers), "tensors": count}
-        if session.config.check:
-            summary |= check(session, folder)
+    run, config, listener = session.run, session.config, session.listener
+    base = session.model.path
+    _refuse_quantised(session)
+    adapter = read_adapter(session.inputs["adapter"])
+    _compare_bases(session, adapter)
+    dtype = _TYPES[config.dtype][0] if config.dtype else None
+    plan = plan_merge(open_tensors(base), adapter, dtype)
+    layout = lay_out(plan, base, size_in_bytes(config.max_shard_size) if config.max_shard_size else None)
+    require_space(plan.bytes, run.root)
+    if plan.untied:
+        listener.note("the adapter changes embedding and output layer apart from each other: they become two tensors")
+    with replacing_directory(run.merged) as folder:
+        listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
+        write_files(layout, folder, listener.progress)
+        _copy_around(session, folder, plan)
+        summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
+        if config.check:
+            summary |= _checked(session, folder, adapter, plan.renamed)
+        (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
-    return Finished({"merged": session.run.merged}, summary)
+    return Finished({"merged": run.merged}, summary)
 
 
-def read_adapter(adapter: Path, hub_id: str | None = None) -> dict[str, Lora]:
-    """Adapted layers by the base's module name.
-
-    Raises:
-        UserError: damaged, trained on another base model, or of a kind whose merge is not implemented.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"the adapter {adapter} cannot be read: {e}", "train again: gemma-tune train --force") from e
-    if hub_id and config.get("base_model_name_or_path") != hub_id:
-        raise UserError(f"the adapter {adapter} was trained on {config.get('base_model_name_or_path')}, "
-                        f"this run's model is {hub_id}", "merge it in the run of its own base model")
-    _refuse_other_kinds(adapter, config)
-    layers, rest = {}, dict(tensors)
-    parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else [])]
-    for module in [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]:
-        if lost := [part for part in parts if f"{module}.{part}" not in rest]:
-            raise UserError(f"{adapter} lacks {module}.{lost[0]}", "train again: gemma-tune train --force")
-        a, b, *magnitude = (rest.pop(f"{module}.{part}").float() for part in parts)
-        name = module.removeprefix(_PREFIX)
-        layers[name] = Lora(a, b, _scale(config, name, a.shape[0]), *magnitude)
-    if rest or not layers:
-        raise UserError(f"{adapter} holds tensors that merge does not know" if rest else f"{adapter} adapts no layer",
-                        "train it again with gemma-tune", sorted(rest)[:20])
-    return layers
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of a layer; PEFT's ``alpha_pattern`` gives some layers an alpha of their own, by the ends of their names."""
-    from peft.utils.other import get_pattern_key
-
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _refuse_other_kinds(adapter: Path, config: Mapping[str, Any]) -> None:
-    expected = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(_OTHER_KINDS)
-    other = [f"{k}: {config[k]!r}" for k, v in expected.items() if config.get(k) and config[k] != v]
-    if other:
-        raise UserError(f"{adapter} is a kind of adapter that gemma-tune does not merge",
-                        "merge it with PEFT's merge_and_unload", other)
-
-
-def merge_weights(base: Path, layers: Mapping[str, Lora], out: Path, progress: Any) -> int:
-    """Write the base's shards with the adapter added; returns the number of tensors.
-
-    One shard is in memory at a time.
+def _refuse_quantised(session: Session) -> None:
+    """A base of 4 or 8 bits would be rounded to them once more.
 
     Raises:
-        UserError: an adapted layer that the base does not have or whose shape differs, all of them together.
-        WorkFailed: a merged tensor that is not finite in its type.
+        UserError: it is one.
     """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    shards = weight_files(base)
-    todo = dict(layers)
-    total = 0
-    for n, shard in enumerate(shards):
-        progress("merging", n, len(shards))
-        tensors = {}
-        with safe_open(shard, framework="pt") as f, torch.inference_mode():
-            for name in f.keys():
-                tensor = f.get_tensor(name)
-                layer = todo.pop(module_name(name), None)
-                tensors[name] = tensor if layer is None else _added(name, tensor, layer)
-            save_file(tensors, out / shard.name, metadata={"format": "pt"})
-        total += len(tensors)
-    if todo:
-        raise UserError(f"{len(todo)} adapted layers are not in {base}: the adapter belongs to another model",
-                        "merge it in the run of its own base model", sorted(todo)[:20])
-    if (index := base / "model.safetensors.index.json").exists():
-        shutil.copyfile(index, out / index.name)
-    progress("merging", len(shards), len(shards))
-    return total
+    quantised = session.model.config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "a quantised type") if isinstance(quantised, dict) else quantised
+        likely = re.sub(r"(-unsloth)?-bnb-4bit$", "", session.model.id)
+        raise UserError(f"{session.model.id} is quantised ({method}), and merging into it would round the result again",
+                        "name the 16-bit model that it was made from"
+                        + (f": --base {likely}" if likely != session.model.id else " with --base"))
 
 
-def module_name(tensor: str) -> str:
-    """The module that a tensor on disk belongs to, as the running model calls it.
-
-    Multimodal Gemma 3 repositories store ``language_model.model.layers…`` for ``model.language_model.layers…``.
-    """
-    module = tensor.removesuffix(".weight")
-    stored = "language_model.model."
-    return f"model.language_model.{module.removeprefix(stored)}" if module.startswith(stored) else module
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint's weights, by its index where there is one.
+def _compare_bases(session: Session, adapter: Adapter) -> None:
+    """Whether an adapter was trained on the run's model, as far as names tell; shapes are compared later.
 
     Raises:
-        UserError: a shard is missing, or there are no weights.
+        UserError: this run's own adapter was trained on another model.
     """
-    index = checkpoint / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    model, trained_on = session.model, adapter.base_id
+    if model.source != "hub":
+        return
+    if trained_on != model.id:
+        says = f"the adapter {adapter.folder} was trained on {trained_on}"
+        if not session.config.adapter:
+            raise UserError(f"{says}, this run's model is {model.id}", "merge it in the run of its own base model")
+        session.listener.warn(f"{says}; it is merged into {model.id}")
+        return
+    revision = adapter.config.get("revision")
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != model.revision:
+        session.listener.warn(f"the adapter was trained on commit {revision} of {model.id}, and is merged into "
+                              f"{model.revision}; for the former: --revision {revision}")
+
+
+def _checked(session: Session, folder: Path, adapter: Adapter, renamed: Mapping[str, str]) -> dict[str, Any]:
+    if not renamed:
+        return check(session, folder, adapter.folder)
+    with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as place:
+        return check(session, folder, renamed_adapter(adapter, renamed, Path(place)))
+
+
+def _copy_around(session: Session, folder: Path, plan: Plan) -> None:
+    """Configuration and licence of the base; tokenizer, chat template and generation settings of the training."""
+    base, adapter = session.model.path, session.inputs["adapter"]
+    trained_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    # A tokenizer comes with its chat template, in its own file or in tokenizer_config.json: never two of them.
+    own_template = trained_tokenizer or any(adapter.glob("chat_template*"))
+    _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
+                         *(() if own_template else ("chat_template*",))))
+    _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    changed = _configured(config, session.config.dtype, plan.untied)
+    if changed == config:
+        shutil.copyfile(base / "config.json", folder / "config.json")
     else:
-        names = sorted(p.name for p in checkpoint.glob("*.safetensors"))
-    missing = [name for name in names if not (checkpoint / name).is_file()]
-    if missing or not names:
-        raise UserError(f"{checkpoint} lacks weights: {', '.join(missing) or 'no *.safetensors file'}",
-                        "download the model again")
-    return [checkpoint / name for name in names]
+        (folder / "config.json").write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _added(name: str, weight: torch.Tensor, layer: Lora) -> torch.Tensor:
-    import torch
-
-    shape = (layer.b.shape[0], layer.a.shape[1])
-    if shape != weight.shape:
-        raise UserError(f"{name} has the shape {tuple(weight.shape)} in the base, {shape} in the adapter",
-                        "the adapter belongs to another model: merge it in its own run")
-    merged = layer.merged(weight).to(weight.dtype)
-    if not torch.isfinite(merged).all():
-        raise WorkFailed(f"{name} is not finite after merging", "train again with a lower --learning-rate")
-    return merged
-
-
-def _copy_around(session: Session, folder: Path) -> None:
-    """Config, licence and tokenizer.model of the base; tokenizer, chat template and generation settings of training."""
-    for pattern in _COPIED:
-        for path in session.model.path.glob(pattern):
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    adapter = session.inputs["adapter"]
-    for path in adapter.iterdir():
-        if path.is_file() and not path.name.startswith("adapter_") and path.name != "README.md":
-            shutil.copyfile(path, folder / path.name)
-    base = session.model
-    (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\nbase_model: {base.id}\ntags: [sft, gemma-tune]\n---\n\n"
-        f"# {base.name}, fine-tuned\n\nMerged by gemma-tune from {base.id} and a LoRA adapter.\n", encoding="utf-8")
 
 
-def check(session: Session, merged: Path) -> dict[str, Any]:
-    """Compare the merged model with base + adapter on a held-out prompt.
-
-    The adapter's own greedy answer is the yardstick: both models read it, and their next-token distributions are
-    compared at every position.
-
-    Raises:
-        WorkFailed: mean divergence above ``MAX_DIVERGENCE`` nats.
-    """
-    chat = load_format(session.inputs["adapter"], session.model.config["model_type"])
-    # In fp32 what is left to differ is the rounding of the merged weights; a large model would not fit twice as wide.
-    small = sum(p.stat().st_size for p in weight_files(merged)) < LARGEST_FP32_CHECK
-    placement = choose_placement("fp32" if small else "auto")
-    tuned = add_adapter(load_model(session.model.path, placement), session.inputs["adapter"])
-    prompt = _prompt_ids(session, chat, tuned.config.get_text_config().max_position_embeddings - CHECK_TOKENS)
-    [expected] = greedy_continuations(tuned, chat, [prompt], CHECK_TOKENS)
-    ids = prompt + chat.tokenizer(expected.text, add_special_tokens=False).input_ids
-    before = _log_probabilities(tuned, ids, expected.tokens)
-    del tuned
-    gc.collect()
-    model = load_model(merged, placement)
-    [answer] = greedy_continuations(model, chat, [prompt], CHECK_TOKENS)
-    after = _log_probabilities(model, ids, expected.tokens)
-    divergence = (before.exp() * (before - after)).sum(-1).mean().item()
-    likeliest = before.argmax(1, keepdim=True)
-    figures = {"check_same_answer": answer.text == expected.text, "check_answer_tokens": expected.tokens,
-               "check_divergence": divergence,
-               "check_max_logprob_difference": (before - after).gather(1, likeliest).abs().max().item()}
-    if not divergence <= MAX_DIVERGENCE:
-        raise WorkFailed(f"the merged model differs from base + adapter by {divergence:.3g} nats per token "
-                         f"(at most {MAX_DIVERGENCE} expected); it was not kept",
-                         "please report this; meanwhile use the adapter itself")
-    if not figures["check_same_answer"]:
-        session.listener.warn("the merged model's greedy answer differs in wording from base + adapter's, although "
-                              f"the distributions agree ({divergence:.2g} nats per token)")
-    return figures
-
-
-def _prompt_ids(session: Session, chat: ChatFormat, room: int) -> list[int]:
-    """Ids of the first prompt of the run's data, held-out rows first, that leaves room for an answer."""
-    limit = min(room, session.settings_of("prepare").get("max_length", room))
-    for prompt in itertools.chain(_first_prompts(session.run.valid_rows), _first_prompts(session.run.train_rows)):
-        try:
-            if fitted := prompt.fitted(chat, limit):
-                return fitted.ids(chat)
-        except FormatError:  # the data was prepared again, for another template
-            continue
-    return Prompt(samples.heldout_questions()[0]["messages"]).ids(chat)
-
-
-def _first_prompts(path: Path) -> Iterator[Prompt]:
-    return itertools.islice(read_prompts(path), CHECK_ROWS) if path.exists() else iter(())
-
-
-def _log_probabilities(model: Any, ids: list[int], answer_tokens: int) -> torch.Tensor:
-    """fp32 log-probabilities (answer_tokens + 1, vocabulary) from the prompt's last position on."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=answer_tokens + 1).logits[0]
-    return torch.log_softmax(logits.float(), -1).cpu()
+def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with what the merge has changed; of a text part's as well."""
+    changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if dtype:
+        # Older versions of transformers call it torch_dtype.
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        changed |= dict.fromkeys(names, _TYPES[dtype][1])
+    parts = {name: _configured(part, dtype if {"dtype", "torch_dtype"} & part.keys() else None,
+                               untied and name == "text_config")
+             for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    return {**config, **parts, **changed}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 # Written last into a cached checkpoint: its existence means that the conversion completed.
 _WHOLE = "complete.json"
-CONVERTER = 1  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+CONVERTER = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from gemma_tune.gguf_bpe import set_pre_tokenizer
+    from gemma_tune.gguf_reader import read_gguf_metadata
     from gemma_tune.gguf_tokenizer import sentencepiece_model_from_gguf
 
     quiet_libraries()
@@ -226,6 +228,13 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         text = model.config
         text.query_pre_attn_scalar = (text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62
                                       else text.head_dim)
+    names = read_gguf_metadata(gguf, {"tokenizer.ggml.model", "tokenizer.ggml.pre"})
+    cuts = names.get("tokenizer.ggml.pre", "default")
+    # Transformers' loader cuts words as GPT-2 does where it doesn't know the name, as of SmolLM2's.
+    if (names.get("tokenizer.ggml.model") == "gpt2" and not set_pre_tokenizer(tokenizer.backend_tokenizer, cuts)
+            and type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"):
+        raise UserError(f"{gguf} cuts text into words by llama.cpp's {cuts!r}, which is not known here",
+                        "name the model's Hugging Face repository instead of its GGUF file")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
@@ -255,15 +264,23 @@ def load_format(checkpoint: Path, model_type: str, thinking: str = "auto") -> Ch
     Raises:
         UserError: no tokenizer there, no chat template for it, or one that cannot switch thinking on.
     """
+    return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking)
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer of a checkpoint or adapter directory.
+
+    Raises:
+        UserError: there is none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     quiet_libraries()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
                         "copy the tokenizer files of the base model into it") from e
-    return ChatFormat(tokenizer, model_type, _stop_ids(checkpoint), thinking)
 
 
 def _stop_ids(checkpoint: Path) -> list[int]:

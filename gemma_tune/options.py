@@ -23,6 +23,11 @@ def _joined(values: Optional[list[str]]) -> Optional[str]:
     return ",".join(values) if values else None
 
 
+def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
+    """The same for names that people write in capitals as well, such as Q4_K_M."""
+    return ",".join(values).lower() if values else None
+
+
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"]
     if field.metadata["choices"]:
@@ -120,10 +125,23 @@ Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer th
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
+MergeBase = Annotated[Optional[str], typer.Option(
+    "--model", "-m", "--base", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo`. (default: "
+                                    "the run's own, or the one that --adapter names)", show_default=False)]
+Adapter = Annotated[Optional[str], _of(c.MergeConfig, "adapter", metavar="DIR")]
+MergedDtype = Annotated[Optional[str], _of(c.MergeConfig, "dtype")]
+MaxShardSize = Annotated[Optional[str], _of(c.MergeConfig, "max_shard_size", metavar="SIZE")]
 Check = Annotated[Optional[bool], _of(c.MergeConfig, "check", "--check/--no-check")]
-Quant = Annotated[Optional[str], _of(c.ExportConfig, "quant", "--quant", "-Q")]
+CheckPrompts = Annotated[Optional[int], _of(c.MergeConfig, "check_prompts")]
+Push = Annotated[Optional[str], _of(c.MergeConfig, "push", metavar="ACCOUNT/NAME")]
+Private = Annotated[Optional[bool], _of(c.MergeConfig, "private", "--private/--public")]
+Quant = Annotated[Optional[list[str]], _of(c.ExportConfig, "quant", "--quant", "-Q", callback=_joined_lower)]
 Name = Annotated[Optional[str], _of(c.ExportConfig, "name")]
 ExportSystem = Annotated[Optional[str], _of(c.ExportConfig, "system", "--system", "-s")]
 NumCtx = Annotated[Optional[int], _of(c.ExportConfig, "num_ctx")]
+Parameter = Annotated[Optional[list[str]], _of(c.ExportConfig, "parameter", metavar="NAME=VALUE")]
+Measure = Annotated[Optional[bool], _of(c.ExportConfig, "measure", "--measure/--no-measure")]
+Verify = Annotated[Optional[bool], _of(c.ExportConfig, "verify", "--verify/--no-verify")]
+Converter = Annotated[Optional[str], _of(c.ExportConfig, "converter", metavar="PATH")]
 Create = Annotated[Optional[bool], _of(c.ExportConfig, "create", "--create/--no-create")]
 Host = Annotated[Optional[str], _of(c.ExportConfig, "host")]

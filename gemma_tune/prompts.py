@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+LOOKED_AT = 100  # rows of each file that are looked at for prompts
 TEXT_TOKENS = 32  # of a plain text, as the beginning that a model continues
 
 
@@ -70,6 +73,27 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
         for line in lines:
             if line.strip():
                 yield prompt_of(json.loads(line))
+
+
+def held_out(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
+    """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be.
+
+    Args:
+        files: of prepared rows, those first that training has not seen; one that is missing has none.
+        chat: the :class:`gemma_tune.chat_format.ChatFormat`.
+        count: at most so many. Only ``LOOKED_AT`` rows of each file are looked at.
+    """
+    from gemma_tune.chat_format import FormatError
+
+    found: list[Prompt] = []
+    for path in files:
+        for prompt in itertools.islice(read_prompts(path), LOOKED_AT) if path.exists() else ():
+            if len(found) == count:
+                return found
+            with contextlib.suppress(FormatError):  # the data was prepared again, for another template
+                if fitted := prompt.fitted(chat, limit):
+                    found.append(fitted)
+    return found
 
 
 def shown(turn: Mapping[str, Any]) -> str:

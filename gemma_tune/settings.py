@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
@@ -152,8 +153,9 @@ def problem_of(f: dataclasses.Field, value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{f.name}: {value} is not a finite number"
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
-    if choices and value not in choices:
-        return f"{f.name}: {shown(value)} is not one of {', '.join(choices)}{near(str(value), choices)}"
+    for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
+        if single not in choices:
+            return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{near(str(single), choices)}"
     if isinstance(value, str):  # a setting that takes text as well as a number
         return None
     if least is not None and value < least:
@@ -161,6 +163,19 @@ def problem_of(f: dataclasses.Field, value: Any) -> str | None:
     if most is not None and value > most:
         return f"{f.name}: {shown(value)} is above the largest possible {_limit(most)}"
     return None
+
+
+def size_in_bytes(text: str) -> int | None:
+    """A size as people write it, such as 5GB or 500 MiB; None if it is none.
+
+    >>> size_in_bytes("1.5GB"), size_in_bytes("2KiB")
+    (1500000000, 2048)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        return None
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")) or None
 
 
 def _limit(value: float) -> str:

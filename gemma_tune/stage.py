@@ -29,6 +29,8 @@ NEEDS: dict[str, dict[str, tuple[str, str]]] = {
     "export-ollama": {"merged": ("merge", "merged")},
 }
 
+OUTSIDE = "outside_"  # before the name of an input that comes from outside the run instead of from another stage
+
 # Outputs that no stage reads and people work on: rejected rows are there to be repaired.
 FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report")
 
@@ -102,7 +104,7 @@ def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
             upstream = state_of(run, manifest, maker[0])
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).is_file() and (change := _change(run, path, item)):
+        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item)):
             return State("stale", f"{path.name} {change}")
     return State("done")
 
@@ -130,14 +132,14 @@ def _change(run: RunDir, path: Path, item: Mapping[str, Any]) -> str | None:
         return f"cannot be read: {e.strerror}"
 
 
-def require_inputs(run: RunDir, manifest: Manifest, stage: str) -> dict[str, Path]:
-    """Paths of the artifacts that ``stage`` reads.
+def require_inputs(run: RunDir, manifest: Manifest, stage: str, *without: str) -> dict[str, Path]:
+    """Paths of the artifacts that ``stage`` reads, but for those in ``without``.
 
     Raises:
         UserError: one is missing or damaged; the hint is the command that makes it.
     """
     return {name: require_output(run, manifest, stage, maker, output)
-            for name, (maker, output) in NEEDS[stage].items()}
+            for name, (maker, output) in NEEDS[stage].items() if name not in without}
 
 
 def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, output: str) -> Path:
@@ -161,12 +163,14 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
 
 
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
-              extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False) -> StageReport:
+              extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False,
+              elsewhere: Mapping[str, Path] | None = None) -> StageReport:
     """Run one stage under the run's lock, unless its result is up to date, and record it.
 
     Args:
         work: does the work; it replaces an artifact only when its successor is whole.
         extra_inputs: files from outside the run, fingerprinted like the others.
+        elsewhere: inputs from outside the run, in place of what another stage makes under the same name.
         unfinished: an interrupted repetition of this stage waits to be finished, so it is not up to date.
 
     Raises:
@@ -182,10 +186,13 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         # An updated record (same model, perhaps another place) replaces the one on the disk.
         moved = manifest.model != session.manifest.model
         manifest.model = session.manifest.model
-        inputs = require_inputs(run, manifest, stage)
-        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs, session.force)
-        _warn_of_stale_inputs(session, stage)
-        fingerprints = _fingerprints(session, {**inputs, **(extra_inputs or {})}, stage)
+        outside = dict(elsewhere or {})
+        inputs = require_inputs(run, manifest, stage, *outside)
+        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs | outside,
+                          session.force)
+        _warn_of_stale_inputs(session, {maker for name, (maker, _) in NEEDS[stage].items() if name in inputs})
+        named = {f"{OUTSIDE}{name}": path for name, path in outside.items()}
+        fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
         if not (session.force or unfinished) and (kept := _up_to_date(session, stage, fingerprints)):
             if moved:
                 manifest.save(run)
@@ -202,8 +209,8 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
     return _report(session, stage, "done", time.monotonic() - clock)
 
 
-def _warn_of_stale_inputs(session: Session, stage: str) -> None:
-    for maker in {maker for maker, _ in NEEDS[stage].values()}:
+def _warn_of_stale_inputs(session: Session, makers: set[str]) -> None:
+    for maker in makers:
         state = state_of(session.run, session.manifest, maker)
         if state.status == "stale":
             session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it: "

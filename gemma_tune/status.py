@@ -10,7 +10,7 @@ from gemma_tune.checkpoints import command_to_finish, unfinished, whole
 from gemma_tune.errors import UserError
 from gemma_tune.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.run_dir import STAGES, Lock, RunDir, command, find_run, read_manifest
-from gemma_tune.stage import State, state_of
+from gemma_tune.stage import OUTSIDE, State, state_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
     paths = RunDir(root, manifest.model_name)
     _notice_changed_base(root, manifest.model)
     rows, next_step = [], command("chat", root)
+    # What was merged from an adapter that was trained elsewhere needs none of the stages before.
+    outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
+    not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage)
@@ -50,7 +53,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
-        if state.status != "done":
+        if state.status != "done" and stage not in not_needed:
             next_step = resume or command(stage, root)
     owner = Lock.owner_of(root)
     if owner:

@@ -36,6 +36,27 @@ def with_thinking(template: str, thinking: str) -> str:
     return template
 
 
+def choice_in(template: str) -> bool | None:
+    """The choice that :func:`with_thinking` put in front; None without one."""
+    return next((value == "true" for value in ("true", "false") if template.startswith(_CHOICE.format(value))), None)
+
+
+def settled(template: str, thinking: bool | None) -> str:
+    """The template of a GGUF file: thinking stands as in training, whatever the program that reads the file says.
+
+    llama.cpp always gives ``enable_thinking`` a value, by itself true: a choice for where there is none never holds
+    there, and a template that is silent on thinking (Gemma 4) asks for it.
+
+    Args:
+        thinking: how the template's switch stands where nobody sets it; None without a switch.
+    """
+    choice = choice_in(template)
+    if thinking is None or (choice is None and thinking):
+        return template
+    value = "true" if thinking else "false"
+    return "{%- set enable_thinking = " + value + " -%}" + template.removeprefix(_CHOICE.format(value))
+
+
 def opened_thought(prompt: str) -> str:
     """The beginning of a thought with which a prompt ends; empty where it ends otherwise."""
     found = _OPEN_AT_END.search(prompt)

@@ -23,6 +23,14 @@ for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 
+LONGEST = ("test_real.py", "test_processes.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that several workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @dataclass
 class Result:
     """What a command did."""

@@ -87,10 +87,14 @@ def make_checkpoint(folder: Path, model: bytes, shard_size: str = "1GB", **chang
 class LlamaCpp:
     """A GGUF loaded into real llama.cpp (its server, from the xllamacpp wheel), on a loopback address."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, exact: bool = False):
+        """With ``exact``, keys and values are kept in float32 and attention is computed from them."""
         import xllamacpp
 
         params = xllamacpp.CommonParams()
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.model.path = str(path)
         params.n_ctx, params.cpuparams.n_threads, params.warmup, params.verbosity = 256, 1, False, -1
         self._server = xllamacpp.Server(params)

@@ -24,8 +24,12 @@ A wrong token: 401 "Invalid credentials in Authorization header" everywhere else
 Datasets: a repository whose id begins with ``datasets/`` (``add_repo("datasets/org/name", folder)``), as in its address;
 ``datasets.load_dataset`` works with it.
 
+Writing (``loopback_uploads``): a token writes to its account's repositories, to those of ``orgs`` where its role is not
+``read``, or with ``writes`` to the named accounts and repositories alone; ``role="read"`` writes nowhere. ``files`` and
+``is_private`` tell what became of it.
+
 Revisions: ``add_repo`` makes the first commit of ``main``; ``commit`` adds one and moves a branch; ``tag`` names one.
-Faults: ``fail`` answers a status, ``cut`` breaks the connection in the middle of a file, ``on_request`` runs a function
+Faults: ``fail`` answers a status, ``cut`` breaks the connection in the middle of a file, down or up, ``on_request`` runs a function
 before an answer (to move a branch while something is being downloaded). Every request is kept in ``requests``.
 """
 
@@ -36,13 +40,16 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback_uploads import Uploads
 
 LARGE = (".safetensors", ".bin", ".gguf", "tokenizer.model")  # names that the Hub keeps in LFS
 
@@ -76,6 +83,9 @@ class _Token:
     accepted: frozenset[str]
     sees: frozenset[str]
     gated_right: bool
+    role: str
+    orgs: Mapping[str, str]
+    writes: frozenset[str]
 
 
 @dataclass
@@ -87,6 +97,7 @@ class _Fault:
     times: int | None
     status: int = 0
     after: int | None = None
+    message: str | None = None
 
     def hits(self, method: str, path: str) -> bool:
         if self.times == 0 or self.part not in path or self.method not in (None, method):
@@ -111,6 +122,7 @@ class LoopbackHub:
         self._moved: dict[str, str] = {}
         self._tokens: dict[str, _Token] = {}
         self._faults: list[_Fault] = []
+        self.uploads = Uploads(self)
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
 
@@ -144,6 +156,15 @@ class LoopbackHub:
         """Add a commit with exactly the folder's files and move the branch to it; returns the commit."""
         files = {path.relative_to(folder).as_posix(): path.read_bytes()
                  for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+        return self.add_commit(repo_id, files, branch=branch)
+
+    def create(self, repo_id: str, files: dict[str, bytes], *, private: bool = False) -> str:
+        """A repository made of files in memory; returns its commit."""
+        self._repos[repo_id] = _Repo(repo_id, False, private, False)
+        return self.add_commit(repo_id, files)
+
+    def add_commit(self, repo_id: str, files: dict[str, bytes], *, branch: str = "main") -> str:
+        """Add a commit with exactly these files and move the branch to it; returns the commit."""
         repo = self._repos[repo_id]
         digest = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode())
         for name, content in files.items():
@@ -163,32 +184,56 @@ class LoopbackHub:
         self._moved[old_id] = new_id
 
     def add_token(self, token: str, *, user: str = "tester", accepted: Iterable[str] = (), sees: Iterable[str] = (),
-                  gated_right: bool = True) -> str:
+                  gated_right: bool = True, role: str = "write", orgs: Mapping[str, str] | None = None,
+                  writes: Iterable[str] | None = None) -> str:
         """Make a token valid.
 
         Args:
             accepted: ids of gated repositories whose licence the account accepted.
             sees: ids of private repositories that the account may read.
             gated_right: False makes a fine-grained token that may not read gated repositories.
+            role: ``write`` or ``read``.
+            orgs: organisations of the account, and its role in each: ``admin``, ``write``, ``contributor`` or ``read``.
+            writes: makes a fine-grained token that may write to these accounts or repositories.
         """
-        self._tokens[token] = _Token(user, frozenset(accepted), frozenset(sees), gated_right)
+        self._tokens[token] = _Token(user, frozenset(accepted), frozenset(sees), gated_right,
+                                     role if writes is None else "fineGrained", orgs or {}, frozenset(writes or ()))
         return token
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
-    def fail(self, part: str, status: int, *, method: str | None = None, times: int | None = None) -> None:
+    def fail(self, part: str, status: int, *, method: str | None = None, times: int | None = None,
+             message: str | None = None) -> None:
         """Answer requests whose path contains ``part`` with a status, the given number of times or always."""
-        self._faults.append(_Fault(method, part, times, status=status))
+        self._faults.append(_Fault(method, part, times, status=status, message=message))
 
-    def cut(self, part: str, after: int, *, times: int | None = 1) -> None:
-        """Break the connection after that many bytes of a file whose path contains ``part``."""
-        self._faults.append(_Fault("GET", part, times, after=after))
+    def cut(self, part: str, after: int, *, times: int | None = 1, method: str = "GET") -> None:
+        """Break the connection after that many bytes of a file whose path contains ``part``; with PUT, of an upload."""
+        self._faults.append(_Fault(method, part, times, after=after))
 
     def heal(self) -> None:
         """Forget all faults."""
         self._faults.clear()
 
     # ---- the tests' side ---------------------------------------------------------------------------------------------
+
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        """What ``main`` holds now."""
+        repo = self._repos[repo_id]
+        return repo.commits[repo.refs["main"]]
+
+    def is_private(self, repo_id: str) -> bool:
+        return self._repos[repo_id].private
+
+    @staticmethod
+    def is_large(name: str) -> bool:
+        """Whether a file is kept in LFS."""
+        return name.endswith(LARGE)
+
+    @staticmethod
+    def blob(name: str, content: bytes) -> str:
+        """A file's id: its sha256 in LFS, git's own for a small one."""
+        return _blob(name, content)
 
     def paths(self, method: str | None = None, containing: str = "") -> list[str]:
         """Paths of the requests so far, in order."""
@@ -271,19 +316,33 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle()
 
     def do_POST(self) -> None:
-        self.form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+        self._handle()
+
+    def do_PUT(self) -> None:
         self._handle()
 
     def _handle(self) -> None:
         if self.hub.on_request is not None:
             self.hub.on_request(self.command, self.path)
-        answer = self._faulty() or self._answer()
+        with self.hub._lock:
+            fault = next((one for one in self.hub._faults if one.hits(self.command, self.path)), None)
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault is not None and fault.after is not None and self.command != "GET":
+            self.rfile.read(min(fault.after, length))
+            answer = _Answer(0)
+        else:
+            self.body = self.rfile.read(length)
+            answer = self._faulty(fault) or self._answer()
         with self.hub._lock:
             self.hub.requests.append(Request(self.command, self.path, self._token(), self.headers.get("Range"),
                                              answer.status))
         self._send(answer)
 
     def _send(self, answer: _Answer) -> None:
+        if answer.status == 0:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.send_response(answer.status)
         for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
             self.send_header(name, value)
@@ -298,11 +357,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _token(self) -> str | None:
         return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
-    def _faulty(self) -> _Answer | None:
-        with self.hub._lock:
-            fault = next((one for one in self.hub._faults if one.hits(self.command, self.path)), None)
+    def _faulty(self, fault: _Fault | None) -> _Answer | None:
         if fault is None:
             return None
+        if fault.message is not None:
+            return _refusal(fault.status, fault.message)
         if fault.after is None:
             return _Answer(fault.status, b"the loopback hub was told to fail", {"Content-Type": "text/plain"})
         whole = self._answer()
@@ -312,6 +371,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> _Answer:
         path = urlsplit(self.path).path
+        if written := self.hub.uploads.answer(self.command, unquote(path), self.body, self._token()):
+            if written.status < 400:
+                return _json(written.value)
+            refusal = _refusal(written.status, written.value["error"], written.code)
+            return _Answer(written.status, json.dumps(written.value).encode(), refusal.headers)
         if path == "/api/whoami-v2":
             return self._whoami()
         api = re.fullmatch(r"/api/(?:models/)?([^/]+(?:/[^/]+)??|datasets/[^/]+/[^/]+)"
@@ -331,7 +395,14 @@ class _Handler(BaseHTTPRequestHandler):
         if token is None:
             return _refusal(401, "Invalid credentials in Authorization header" if self._token() else
                             "Invalid username or password.")
-        return _json({"type": "user", "name": token.user, "auth": {"type": "access_token"}})
+        details: dict[str, Any] = {"displayName": "a token", "role": token.role}
+        if token.role == "fineGrained":
+            scopes = [{"entity": {"_id": "0" * 24, "type": "model" if "/" in name else "user", "name": name},
+                       "permissions": ["repo.content.read", "repo.write"]} for name in sorted(token.writes)]
+            details["fineGrained"] = {"canReadGatedRepos": token.gated_right, "global": [], "scoped": scopes}
+        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in token.orgs.items()]
+        return _json({"type": "user", "name": token.user, "orgs": orgs,
+                      "auth": {"type": "access_token", "accessToken": details}})
 
     def _visible(self, repo_id: str, *, file: bool = False) -> _Answer | None:
         """The refusal, or the redirect, that this visitor gets for a repository; None when it may go on."""
@@ -345,7 +416,8 @@ class _Handler(BaseHTTPRequestHandler):
                             "authenticated to access it. Please log in.", "GatedRepo")
         if sent and token is None:
             return _refusal(401, "Invalid credentials in Authorization header")
-        if repo is None or repo.private and not (token and repo_id in token.sees):
+        if repo is None or repo.private and not (token and repo_id in token.sees
+                                                 or self.hub.uploads.may_write(sent, repo_id)):
             if token is None:
                 return _refusal(401, "Invalid username or password.",
                                 "RepoNotFound" if self.hub.name_missing else None)
@@ -374,7 +446,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(_tree(repo.commits[commit], folder, "true" in query.get("recursive", ["false"])[0].lower()))
         if what == "paths-info":
             entries = _tree(repo.commits[commit], "", recursive=True)
-            return _json([entry for entry in entries if entry["path"] in self.form.get("paths", [])])
+            return _json([entry for entry in entries if entry["path"] in parse_qs(self.body.decode()).get("paths", [])])
         names = [_sibling(name, content, "blobs" in query) for name, content in repo.commits[commit].items()]
         return _json({"_id": "0" * 24, "id": repo.id, "modelId": repo.id, "sha": commit, "private": repo.private,
                       "gated": "manual" if repo.gated else False, "disabled": repo.disabled, "siblings": names,

@@ -2,7 +2,9 @@
 
 It stores blobs by their real digest, makes models only from uploaded GGUF files, refuses what the real server refuses
 (`server/create.go` before and after Ollama's pull request #14969, `server/routes.go`, `types/model/name.go`), streams
-NDJSON, and answers a chat with a fixed text. Faults can be switched on by name. Every request is recorded.
+NDJSON, and answers a chat with a fixed text, of which `num_predict` may cut words off. It shows the prompt that it would
+make where that is asked for, and asks models that can think to do so, as the real one does. Faults can be switched on by
+name. Every request is recorded.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import re
 import socket
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ANSWER = "This is the loopback server's answer."
+THOUGHT = "They want to know who I am."
 VERSIONS = {"0.33": "0.33.0", "0.34.1": "0.34.1"}
 FAULTS = frozenset(
     {
@@ -33,6 +36,12 @@ FAULTS = frozenset(
         "foreign-host",  # takes every Host header for a foreign one
         "chat-slow",  # answers no chat until the server is stopped
         "chat-error",
+        "chat-error-inside",  # an error inside HTTP 200
+        "chat-endless",  # goes on until num_predict
+        "chat-empty",
+        "chat-marker",  # the first stop is in the answer, which goes on after it
+        "chat-new-turn",  # the answer is followed by a turn of Gemma's
+        "no-render",  # as servers that do not know _debug_render_only, which answer instead
     }
 )
 QUANTIZE = (
@@ -54,11 +63,25 @@ class Recorded:
     size: int = 0
 
 
-class LoopbackOllama:
-    """`with LoopbackOllama("0.33", faults={"create-cut"}) as server:`, then server.url, .models, .requests."""
+def plain_prompt(system: str, messages: list[dict]) -> str:
+    """Stands in for Ollama's rendering of a model's TEMPLATE."""
+    turns = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+    return "".join(f"[{turn['role']}]{turn['content']}" for turn in [*turns, *messages])
 
-    def __init__(self, generation: str = "0.34.1", faults: Iterable[str] = ()):
-        self.version, self.faults = VERSIONS[generation], set(faults)
+
+class LoopbackOllama:
+    """`with LoopbackOllama("0.33", faults={"create-cut"}) as server:`, then server.url, .models, .requests.
+
+    Args:
+        version: what the server says of itself, where it is not its generation's.
+        thinks: whether the template in the GGUF files is one that can think, which the server reads off.
+        render: makes the prompt of a system text and messages, in the place of the server's templates.
+    """
+
+    def __init__(self, generation: str = "0.34.1", faults: Iterable[str] = (), *, version: str | None = None,
+                 thinks: bool = False, render: Callable[[str, list[dict]], str] = plain_prompt):
+        self.version, self.faults = version or VERSIONS[generation], set(faults)
+        self.thinks, self.render = thinks, render
         assert self.faults <= FAULTS, self.faults - FAULTS
         self.strict = generation == "0.34.1"
         self.models: dict[str, dict] = {}  # what /api/create was given, by full name (with its tag)
@@ -254,7 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
             for single in (value if isinstance(value, list) else [value])
         ]
         texts = {key: model[key] for key in ("template", "system", "license", "renderer", "parser") if key in model}
-        self._json(texts | {"parameters": "\n".join(parameters), "capabilities": ["completion"]})
+        self._json(texts | {"parameters": "\n".join(parameters), "capabilities": self._capabilities(model)})
+
+    def _capabilities(self, model: dict) -> list[str]:
+        thinks = self.ollama.thinks if "parser" not in model else model["parser"] == "gemma4"
+        return ["completion", "thinking"] if thinks else ["completion"]
 
     def _post_api_chat(self) -> None:
         model = self._model()
@@ -265,10 +292,37 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(500, "llama runner process has terminated: exit status 2")
         if "chat-slow" in self.ollama.faults:
             self.ollama.stopped.wait(30)
-        words = f"{model.get('system', '')} {' '.join(m['content'] for m in self.record.body['messages'])}".split()
-        answer = {"message": {"role": "assistant", "content": ANSWER}, "done": True, "done_reason": "stop"}
-        counts = {"prompt_eval_count": len(words), "eval_count": len(ANSWER.split())}
-        self._json({"model": self.record.body["model"]} | answer | counts)
+        asked, options = self.record.body, self.record.body.get("options", {})
+        can_think = "thinking" in self._capabilities(model)
+        if asked.get("think") and not can_think:
+            raise _Refusal(400, f'"{asked["model"]}" does not support thinking')
+        if "chat-error-inside" in self.ollama.faults:
+            return self._json({"error": "an error was encountered while running the model"})
+        prompt = self.ollama.render(model.get("system", ""), asked["messages"])
+        if asked.get("_debug_render_only") and "no-render" not in self.ollama.faults:
+            return self._json({"model": asked["model"], "_debug_info": {"rendered_template": prompt}})
+        thought = THOUGHT if asked.get("think", can_think) else ""
+        answer, ended = self._answer(model, thought, options.get("num_predict", -1))
+        message = {"role": "assistant", "content": answer} | ({"thinking": thought} if thought else {})
+        counts = {"prompt_eval_count": len(prompt.split()), "eval_count": len(answer.split()),
+                  "total_duration": 1_500_000_000, "load_duration": 250_000_000}
+        self._json({"model": asked["model"], "message": message, "done": True,
+                    "done_reason": "stop" if ended else "length"} | counts)
+
+    def _answer(self, model: dict, thought: str, num_predict: int) -> tuple[str, bool]:
+        """What is left of the answer after so many words, thoughts included, and whether it is all."""
+        faults, answer = self.ollama.faults, ANSWER
+        if "chat-empty" in faults:
+            answer = "\n"
+        if "chat-marker" in faults:
+            answer += f"{model['parameters']['stop'][0]}\nAnd on it goes."
+        if "chat-new-turn" in faults:
+            answer += "\n<start_of_turn>user\nAnd you?"
+        if "chat-endless" in faults:
+            answer = " ".join([ANSWER] * 1000)
+        room = len(answer.split()) if num_predict < 0 else max(0, num_predict - len(thought.split()))
+        cut = len(answer.split()) > room
+        return (" ".join(answer.split()[:room]), False) if cut else (answer, True)
 
 
 def _full_name(name: str) -> str:

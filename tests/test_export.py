@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from gguf_support import LlamaCpp
 from loopback_ollama import LoopbackOllama
 
-from gemma_tune import export
-from gemma_tune.config import ExportConfig
-from gemma_tune.listener import Listener
 from gemma_tune.modelfile import parse_modelfile
-from gemma_tune.models import load_format
-from gemma_tune.run_dir import Manifest, RunDir
-from gemma_tune.settings import resolve
-from gemma_tune.stage import Session
 
 
 @pytest.fixture
@@ -46,26 +37,6 @@ def test_writes_gguf_and_modelfile(cli, merged, quant):
     assert read["parameters"]["num_ctx"] == 1024, "the model's own context is shorter than the default"
     assert read["parameters"]["temperature"] == 0.0, "the base has no sampling settings, so transformers is greedy"
     assert "<bos>" not in read["template"] and "<start_of_turn>user" in read["template"]
-
-
-@pytest.mark.parametrize(("room", "max_length", "longest", "expected"), [
-    (32768, 2048, 900, 4096),  # never less than what Ollama gives by itself
-    (32768, 8192, 5000, 5000),  # as long as the longest in training
-    (32768, 8192, 100_000, 8192),  # longer rows were cut or left out: training did not see more
-    (6000, 8192, 100_000, 6000), (2048, 8192, 100, 2048),  # no more than the model can
-    (32768, 8192, None, 8192),  # a run of an earlier version
-])
-def test_the_context_fits_the_training_and_the_model(tiny, tmp_path, room, max_length, longest, expected):
-    merged = shutil.copytree(tiny, tmp_path / "merged")
-    config = json.loads((merged / "config.json").read_text())
-    (merged / "config.json").write_text(json.dumps(config | {"max_position_embeddings": room}))
-    summary = {} if longest is None else {"longest": longest}
-    manifest = Manifest({"name": "tiny-gemma"}, {
-        "prepare": {"config": {"max_length": {"value": max_length, "from": "flag"}}, "summary": summary}})
-    session = Session(RunDir(tmp_path, "tiny-gemma"), SimpleNamespace(name="tiny-gemma"), resolve(ExportConfig, {}),
-                      Listener(), manifest)
-    target = export._target(session, merged, load_format(merged, "gemma3_text"))
-    assert target.parameters["num_ctx"] == expected
 
 
 def test_without_a_server_it_says_what_to_do(cli, merged):

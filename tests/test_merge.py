@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_merge_kinds as merge_kinds
 import torch
 from conftest import QUICK, make_model, write_rows
 from safetensors import safe_open
@@ -100,14 +101,11 @@ print(json.dumps([text, type(model).__name__, model.generation_config.eos_token_
 def test_shards_stay_as_they_are(trained, adapter, tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from gemma_tune.merge import merge_weights, read_adapter
-
     base, out = tmp_path / "sharded", tmp_path / "out"
-    out.mkdir()
     AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="40KB")
     shards = sorted(p.name for p in base.glob("*.safetensors"))
     assert len(shards) > 2
-    merge_weights(base, read_adapter(adapter), out, lambda *a: None)
+    merge_kinds.merged(base, adapter, out)
     assert sorted(p.name for p in out.glob("*.safetensors")) == shards
     expected = peft_merge(tiny, adapter)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -116,24 +114,11 @@ def test_shards_stay_as_they_are(trained, adapter, tiny, tmp_path):
             assert torch.equal(f.get_tensor(name), expected[name])
 
 
-def test_a_missing_shard_is_named(trained, adapter, tiny, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from gemma_tune.errors import UserError
-    from gemma_tune.merge import merge_weights, read_adapter
-
-    base = tmp_path / "sharded"
-    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="40KB")
-    lost = sorted(base.glob("*.safetensors"))[1]
-    lost.unlink()
-    with pytest.raises(UserError, match=lost.name):
-        merge_weights(base, read_adapter(adapter), tmp_path, lambda *a: None)
-
-
 def test_a_wrong_merge_is_noticed_and_not_kept(cli, trained, adapter, monkeypatch):
-    from gemma_tune import merge
+    from gemma_tune import merge_weights
 
-    monkeypatch.setattr(merge.Lora, "delta", lambda self: -(self.b @ self.a) * self.scale)
+    right = merge_weights._Change.delta
+    monkeypatch.setattr(merge_weights._Change, "delta", lambda self, *rows: -right(self, *rows))
     result = cli("merge")
     assert result.code == 1
     assert "differs from base + adapter" in result.err
@@ -179,20 +164,7 @@ def test_a_run_of_another_model_is_refused(cli, trained, tmp_path):
     assert "--run" in result.err
 
 
-def test_adapter_tensors_of_another_shape_or_layer_are_refused(trained, tiny, tmp_path):
-    from gemma_tune.errors import UserError
-    from gemma_tune.merge import Lora, merge_weights
-
-    lora = Lora(torch.zeros(2, 7), torch.zeros(64, 2), 1.0)
-    with pytest.raises(UserError, match="shape"):
-        merge_weights(tiny, {"model.layers.0.self_attn.q_proj": lora}, tmp_path, lambda *a: None)
-    lora = Lora(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
-    with pytest.raises(UserError) as e:
-        merge_weights(tiny, {"model.layers.9.self_attn.q_proj": lora, "model.x": lora}, tmp_path, lambda *a: None)
-    assert e.value.problems == ("model.layers.9.self_attn.q_proj", "model.x")
-
-
-@pytest.mark.parametrize("change", [{"modules_to_save": ["lm_head"]}, {"lora_bias": True}, {"peft_type": "LOHA"},
+@pytest.mark.parametrize("change", [{"lora_bias": True}, {"peft_type": "LOHA"},
                                     {"bias": "all"}, {"use_qalora": True}, {"layer_replication": [[0, 2]]}])
 def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
     path = trained / "tiny-gemma_lora_adapter" / "adapter_config.json"
@@ -201,35 +173,6 @@ def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
     result = cli("merge")
     assert result.code == 2
     assert next(iter(change)) in result.err
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
-def test_layers_with_a_rank_and_an_alpha_of_their_own(tiny, tmp_path, rslora, dora):
-    """Of an adapter that was made elsewhere: PEFT finds them by the ends of their names, the first pattern first."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from gemma_tune.merge import merge_weights, read_adapter
-
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), LoraConfig(
-        r=4, lora_alpha=6, target_modules="all-linear", use_rslora=rslora, use_dora=dora, task_type="CAUSAL_LM",
-        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 3},
-        alpha_pattern={"layers.0.self_attn.q_proj": 5.0, "q_proj": 9.0, r"mlp\.down.*": 1.0}))
-    generator = torch.Generator().manual_seed(2)
-    for name, p in model.named_parameters():
-        if p.requires_grad and "magnitude" not in name:
-            p.data = torch.randn(p.shape, generator=generator) * 0.2
-    model.save_pretrained(tmp_path / "adapter")
-    layers = read_adapter(tmp_path / "adapter")
-    root = 2 ** 0.5 if rslora else 2
-    assert layers["model.layers.0.self_attn.q_proj"].scale == pytest.approx(5 / root)
-    assert layers["model.layers.1.self_attn.q_proj"].scale == pytest.approx(9 / root)
-    assert {tuple(lora.a.shape[:1]) for name, lora in layers.items() if "layers.1.mlp" in name} == {(3,)}
-    merge_weights(tiny, layers, tmp_path, lambda *a: None)
-    expected = peft_merge(tiny, tmp_path / "adapter")
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 def test_an_adapter_without_a_part_is_named(cli, trained):
@@ -252,24 +195,6 @@ def test_a_damaged_adapter_is_named(cli, trained):
     shutil.rmtree(trained / "tiny-gemma_lora_adapter")
     gone = cli("merge")
     assert gone.code == 2 and "is gone" in gone.err and "gemma-tune train" in gone.err
-
-
-def test_names_of_multimodal_repositories(tmp_path):
-    """They store `language_model.model.layers…` for the module `model.language_model.layers…`."""
-    from gemma_tune.merge import Lora, merge_weights
-
-    base, out = tmp_path / "base", tmp_path / "out"
-    base.mkdir()
-    out.mkdir()
-    name = "language_model.model.layers.0.self_attn.q_proj.weight"
-    tensors = {name: torch.zeros(4, 4, dtype=torch.bfloat16), "vision_tower.q_proj.weight": torch.ones(2, 2)}
-    save_file(tensors, base / "model.safetensors")
-    lora = Lora(torch.ones(1, 4), torch.ones(4, 1), 0.5)
-    merge_weights(base, {"model.language_model.layers.0.self_attn.q_proj": lora}, out, lambda *a: None)
-    merged = load_file(out / "model.safetensors")
-    assert merged.keys() == tensors.keys()
-    assert torch.equal(merged[name], torch.full((4, 4), 0.5, dtype=torch.bfloat16))
-    assert torch.equal(merged["vision_tower.q_proj.weight"], tensors["vision_tower.q_proj.weight"])
 
 
 def test_merge_works_without_the_data(cli, trained):
@@ -307,17 +232,19 @@ def chat_row(question: str, **more) -> dict:
     ([], [], None), (None, None, None)])
 def test_the_check_asks_the_first_prompt_that_fits(tmp_path, valid, train, expected):
     from gemma_tune import samples
-    from gemma_tune.merge import _prompt_ids
+    from gemma_tune.merge_check import _prompts
 
     for name, records in (("valid", valid), ("train", train)):
         if records is not None:
             write_rows(tmp_path / name, records)
     session = SimpleNamespace(run=SimpleNamespace(valid_rows=tmp_path / "valid", train_rows=tmp_path / "train"),
-                              settings_of=lambda stage: {"max_length": 100})
+                              config=SimpleNamespace(check_prompts=1), settings_of=lambda stage: {"max_length": 100})
     expected = samples.heldout_questions()[0]["messages"][-1]["content"] if expected is None else expected
-    assert "".join(map(chr, _prompt_ids(session, Letters(), 300))).endswith(expected)
+    [ids] = _prompts(session, Letters(), 300)
+    assert "".join(map(chr, ids)).endswith(expected)
     session.settings_of = lambda stage: {}
-    assert len(_prompt_ids(session, Letters(), 100)) <= 100 or valid in ([], None)
+    [ids] = _prompts(session, Letters(), 100)
+    assert len(ids) <= 100 or valid in ([], None)
 
 
 def test_a_model_of_plain_text_is_checked_too(cli, tiny, tmp_path):

@@ -16,7 +16,6 @@ import pytest
 from loopback_ollama import ANSWER, LoopbackOllama
 
 from gemma_tune.errors import UserError, WorkFailed
-from gemma_tune.modelfile import OllamaChat
 from gemma_tune.ollama import (
     Server,
     create_model,
@@ -26,8 +25,10 @@ from gemma_tune.ollama import (
     install_hint,
     manual_command,
     ollama_host,
+    tagged,
     validate_model_name,
 )
+from gemma_tune.ollama_template import OllamaChat
 
 GENERATIONS = ["0.33", "0.34.1"]
 CHAT = OllamaChat("{{ range .Messages }}{{ .Content }}{{ end }}", ("<end_of_turn>",))
@@ -146,6 +147,16 @@ def test_the_servers_own_rule_agrees(ollama, gguf):
 )
 def test_the_default_name(model_name, expected):
     assert validate_model_name(default_model_name(model_name)) == expected
+
+
+def test_a_number_format_as_a_tag():
+    assert tagged("me/m", "q4_k_m") == "me/m:q4_k_m"
+    assert tagged("host:1/me/m", "f16") == "host:1/me/m:f16"
+    with pytest.raises(UserError, match="'m:v1' has a tag") as raised:
+        tagged("m:v1", "q8_0")
+    assert "leave :v1 out of --name" in raised.value.hint
+    with pytest.raises(UserError, match="is not a name"):
+        tagged("a b", "q8_0")
 
 
 # --- finding the server
@@ -268,10 +279,7 @@ def test_a_model_is_made_and_answers(ollama, gguf):
         steps = [(done, total) for what, done, total in seen if what == status]
         assert len(steps) == 4 and steps == sorted(steps) and steps[-1] == (size, size)
     assert [what for what, *_ in seen][-3:] == ["parsing GGUF", "writing manifest", "success"]
-
-    check = generate_check(found(ollama), "me/gemma-tuned:v1", ASK, timeout=5)
-    assert check == {"answer": ANSWER, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 6}
-    assert ollama.requests[-1].body == {"model": "me/gemma-tuned:v1", "messages": ASK, "stream": False}
+    assert generate_check(found(ollama), "me/gemma-tuned:v1", ASK, timeout=5)["answer"] == ANSWER
 
 
 def test_what_was_stored_can_be_shown(ollama, gguf):
@@ -372,23 +380,6 @@ def test_a_file_that_changes_while_it_is_uploaded(change, ollama, gguf):
     with pytest.raises(WorkFailed, match="changed while it was uploaded"):
         create_model(found(ollama), "m", gguf, CHAT, {}, on_progress=rewrite)
     assert ollama.models == {}
-
-
-# --- asking it
-
-
-def test_a_model_that_is_not_there(ollama):
-    with pytest.raises(WorkFailed, match="could not answer with m: model 'm' not found") as raised:
-        generate_check(found(ollama), "m", ASK, timeout=5)
-    assert "ollama list" in raised.value.hint
-
-
-@pytest.mark.parametrize(("fault", "why"), [("chat-error", "exit status 2"), ("chat-slow", "did not answer in time")])
-def test_a_model_that_gives_no_answer(fault, why, gguf):
-    with LoopbackOllama(faults={fault}) as server:
-        create_model(found(server), "m", gguf, CHAT, {})
-        with pytest.raises(WorkFailed, match=why):
-            generate_check(found(server), "m", ASK, timeout=0.3)
 
 
 # --- the double refuses what the real server refuses

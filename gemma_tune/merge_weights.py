@@ -1,0 +1,246 @@
+"""Writing the merged model's safetensors files, tensor by tensor and some rows at a time.
+
+LoRA: W' = W + s (B A) with s = alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1), or with
+s = alpha / sqrt(r) (rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). DoRA gives each row of W' the length
+m that was learned for it: m W' / ||W'|| (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5). Computed in
+fp32 and rounded once to the type on the disk. What the adapter leaves alone is copied as bytes.
+
+Files are read and written, not mapped into memory, so that what is in memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gemma_tune.adapter_files import Lora
+from gemma_tune.checkpoint_tensors import INDEX, SINGLE, StoredTensor
+from gemma_tune.errors import UserError, WorkFailed
+from gemma_tune.memory import gigabytes
+from gemma_tune.merge_plan import Piece, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK = 1 << 21  # numbers that are computed at once
+_COPIED = 1 << 24  # bytes that are copied at once
+_SPARE = 100_000_000  # bytes on the disk for tokenizer, configuration and whatever else writes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors go to which file, and the index that names them; ``index`` is None for a single file."""
+
+    files: dict[str, list[Piece]]
+    index: bytes | None
+
+
+def lay_out(plan: Plan, base: Path, max_shard_size: int | None = None) -> Layout:
+    """The base's own files, or as many as it takes to keep each below ``max_shard_size`` bytes.
+
+    A tensor that is larger gets a file of its own.
+    """
+    files: dict[str, list[Piece]] = {}
+    if max_shard_size is None:
+        for piece in plan.pieces:
+            files.setdefault(piece.file, []).append(piece)
+    else:
+        shards = list(_shards(plan.pieces, max_shard_size))
+        names = ([SINGLE] if len(shards) == 1 else
+                 [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))])
+        files = dict(zip(names, shards))
+    if list(files) == [SINGLE]:
+        return Layout(files, None)
+    return Layout(files, _index(files, plan, base / INDEX))
+
+
+def _shards(pieces: Iterable[Piece], largest: int) -> Iterator[list[Piece]]:
+    shard: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if shard and size + piece.bytes > largest:
+            yield shard
+            shard, size = [], 0
+        shard.append(piece)
+        size += piece.bytes
+    yield shard
+
+
+def _index(files: Mapping[str, Sequence[Piece]], plan: Plan, base: Path) -> bytes:
+    """The base's index where it is still right, else a new one with its remarks."""
+    old = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else {}
+    new = {piece.name: name for name, pieces in files.items() for piece in pieces}
+    metadata = dict(old.get("metadata") or {})
+    if new == old.get("weight_map") and metadata.get("total_size", plan.bytes) == plan.bytes:
+        return base.read_bytes()
+    metadata.pop("total_parameters", None)
+    content = {"metadata": metadata | {"total_size": plan.bytes}, "weight_map": dict(sorted(new.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def require_space(size: int, folder: Path) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        WorkFailed: with the figures.
+    """
+    free = shutil.disk_usage(folder).free
+    if size + _SPARE > free:
+        raise WorkFailed(f"the merged model takes {gigabytes(size)}, and {gigabytes(free)} are free on the disk of "
+                         f"{folder}", "free some space, or work on another disk with --run DIR; nothing was changed")
+
+
+def write_files(layout: Layout, folder: Path, progress: Any) -> None:
+    """Write all files of the merged model's weights.
+
+    Raises:
+        WorkFailed: a tensor that is not finite in its type.
+        UserError: a file that ends too early.
+    """
+    total, done = sum(map(len, layout.files.values())), 0
+    for name, pieces in layout.files.items():
+        with open(folder / name, "wb") as out:
+            out.write(header(pieces))
+            for piece in pieces:
+                progress("merging", done, total)
+                for block in blocks(piece):
+                    out.write(block)
+                done += 1
+    if layout.index is not None:
+        (folder / INDEX).write_bytes(layout.index)
+    progress("merging", total, total)
+
+
+def header(pieces: Sequence[Piece]) -> bytes:
+    """What comes before the numbers in a safetensors file: the header's length, and names, types, shapes and places.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        entries[piece.name] = {"dtype": piece.dtype, "shape": list(piece.source.shape),
+                               "data_offsets": [at, at + piece.bytes]}
+        at += piece.bytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def blocks(piece: Piece) -> Iterator[memoryview]:
+    """The bytes of a merged tensor, in order; each block is overwritten by the next.
+
+    Raises:
+        WorkFailed: numbers that are not finite in the tensor's type.
+        UserError: its file ends too early.
+    """
+    with open(piece.source.path, "rb", buffering=0) as file:
+        if piece.copied:
+            yield from _read(piece.source, file, 0, piece.source.bytes, _COPIED)
+        else:
+            yield from _computed(piece, file)
+
+
+def _read(tensor: StoredTensor, file: BinaryIO, start: int, length: int, step: int) -> Iterator[memoryview]:
+    """``length`` bytes of a tensor from its byte ``start`` on, ``step`` at a time."""
+    buffer = bytearray(min(step, length))
+    file.seek(tensor.offset + start)
+    for at in range(0, length, step):
+        view = memoryview(buffer)[:min(step, length - at)]
+        done = 0
+        while done < len(view):
+            if not (count := file.readinto(view[done:])):
+                raise UserError(f"{tensor.path} ends within {tensor.name}", "download the model again")
+            done += count
+        yield view
+
+
+def _computed(piece: Piece, file: BinaryIO) -> Iterator[memoryview]:
+    import torch
+
+    target = _torch_type(piece.dtype)
+    change = None if piece.lora is None else _Change(piece.lora, piece.transposed)
+    with torch.inference_mode():
+        if change and change.magnitude is not None and piece.transposed:
+            change.measure_columns(_numbers(piece.source, file))
+        for first, numbers in _numbers(piece.source, file):
+            merged = (numbers if change is None else change.added(first, numbers)).to(target)
+            if not torch.isfinite(merged).all():
+                why = (f"its numbers are too large for {piece.dtype}" if target == torch.float16 and
+                       torch.isfinite(numbers).all() else "it holds infinities or no numbers")
+                raise WorkFailed(f"{piece.name} is not finite after merging: {why}",
+                                 "use --dtype bf16" if target == torch.float16 else
+                                 "train again with a lower --learning-rate, or download the base model again")
+            yield memoryview(merged.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def _numbers(tensor: StoredTensor, file: BinaryIO) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of a tensor as (first row, numbers (rows, rest)) in fp32; fp64 stays.
+
+    A tensor without a second dimension has rows of one number.
+    """
+    import torch
+
+    rows = tensor.shape[0] if tensor.shape else 1
+    width = math.prod(tensor.shape[1:])
+    if not rows * width:
+        return
+    stored = _torch_type(tensor.dtype)
+    row = tensor.bytes // rows
+    count = max(1, _BLOCK // width)
+    for n, block in enumerate(_read(tensor, file, 0, tensor.bytes, count * row)):
+        numbers = torch.frombuffer(block, dtype=stored).view(-1, width)
+        yield n * count, numbers.to(torch.promote_types(stored, torch.float32))
+
+
+class _Change:
+    """What LoRA does to a stored matrix (n, m): the change is s L R, with L (n, r) and R (r, m)."""
+
+    def __init__(self, lora: Lora, transposed: bool):
+        import torch
+
+        a, b, magnitude = (None if t is None else torch.from_numpy(t.rows()) for t in (lora.a, lora.b, lora.magnitude))
+        self.left, self.right = (a.T, b.T) if transposed else (b, a)
+        self.scale, self.transposed = lora.scale, transposed
+        self.magnitude = magnitude
+        self._lengths = None
+
+    def delta(self, first: int, count: int) -> torch.Tensor:
+        """Rows ``first`` to ``first + count`` of the change, (count, m), fp32."""
+        return (self.left[first:first + count] @ self.right) * self.scale
+
+    def measure_columns(self, rows: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Where an output is a column, DoRA's lengths need all rows before the first can be written."""
+        squares = sum((numbers + self.delta(first, len(numbers))).double().square().sum(0) for first, numbers in rows)
+        self._lengths = squares.sqrt().float()
+
+    def added(self, first: int, numbers: torch.Tensor) -> torch.Tensor:
+        """Rows of W with the change in them; ``numbers`` may be overwritten."""
+        import torch
+
+        changed = numbers + self.delta(first, len(numbers))
+        if self.magnitude is None:
+            return changed
+        if self.transposed:
+            return (self.magnitude / self._lengths) * changed
+        lengths = torch.linalg.norm(changed, dim=1)
+        return (self.magnitude[first:first + len(numbers)] / lengths).view(-1, 1) * changed
+
+
+def _torch_type(dtype: str) -> torch.dtype:
+    import torch
+
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
+
+
+def write_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    """Copy tensors to a file under the names given."""
+    pieces = [Piece(name, tensor, tensor.dtype, path.name) for name, tensor in tensors.items()]
+    write_files(Layout({path.name: pieces}, None), path.parent, lambda *_: None)
+
+
