@@ -100,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
         return config
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}",
                         f"name a directory that has {CONFIG} and {WEIGHTS}") from e
     except (OSError, ValueError, RecursionError) as e:

@@ -211,11 +211,11 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
     stages, exported = run_pipeline(ctx)
     steps = (command("chat", exported.stage.run), *exported.next_steps)
-    console.run_summary(stages, steps, exported.advice)
+    console.run_summary(stages, steps, exported.advice, exported.elsewhere)
     if json:
         console.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
-                             "advice": exported.advice,
-                             "stages": {n: as_json(r) for n, r in stages.items()}})
+                             "advice": exported.advice, "elsewhere": list(exported.elsewhere),
+                             "answer": exported.answer, "stages": {n: as_json(r) for n, r in stages.items()}})
 
 
 @app.command(cls=Command)

@@ -190,7 +190,7 @@ def _refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseMode
 
 def finish(ctx: typer.Context, report: Any, next_steps: tuple[str, ...] = (), **extra: Any) -> None:
     """Show a stage's result to people, and as JSON to programs."""
-    console.stage_result(report, ctx.params["quiet"], next_steps, extra.get("advice"))
+    console.stage_result(report, ctx.params["quiet"], next_steps, extra.get("advice"), extra.get("elsewhere", ()))
     if ctx.params["json"]:
         console.result_json(as_json(report) | extra | {"next": list(next_steps)})
 

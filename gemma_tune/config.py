@@ -252,8 +252,8 @@ class ExportConfig(StageConfig):
     measure: bool = option(True, "Measure on the validation rows what each number format loses.")
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
                                        "Ollama template.", auto="on where a llama.cpp engine is installed")
-    converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture that "
-                                         "gemma-tune does not know.", auto="none")
+    converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
+                                         "that gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",

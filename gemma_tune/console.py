@@ -216,7 +216,8 @@ def result_json(value: Any) -> None:
     result(text)
 
 
-def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None) -> None:
+def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None,
+                 elsewhere: Sequence[str] = ()) -> None:
     """What a stage made, and what to type next."""
     state = "up to date" if report.status == "up-to-date" else f"done in {_duration(report.seconds)}"
     err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
@@ -225,15 +226,19 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advic
             err.print(figures_table("", report.summary))
         for path in report.artifacts.values():
             err.print(Text(f"  {path}"))
-        what_next(next_steps, advice)
+        what_next(next_steps, advice, elsewhere)
 
 
-def what_next(commands: Sequence[str], advice: str | None = None) -> None:
-    """Commands to type next, after what has to be done before."""
+def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Sequence[str] = ()) -> None:
+    """Commands to type next, after what has to be done before; and commands of other programs for the same file."""
     if advice:
         prose(Text(advice))
     for n, step in enumerate(commands):
         err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
+    for step in elsewhere:
+        err.print(Text.assemble(("or with llama.cpp: ", "bold"), step))
+    if elsewhere:
+        prose(Text("LM Studio and Jan open the same GGUF file."))
 
 
 def plan(planned: Any) -> None:
@@ -273,7 +278,8 @@ def _shortened(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None) -> None:
+def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None,
+                elsewhere: Sequence[str] = ()) -> None:
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
     train = stages["train"].summary
     evaluated = stages["eval"].summary if "eval" in stages else {"answers": [], "questions": 0}
@@ -298,4 +304,4 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     for report in stages.values():
         for path in report.artifacts.values():
             err.print(Text(f"  {path}"))
-    what_next(next_steps, advice)
+    what_next(next_steps, advice, elsewhere)

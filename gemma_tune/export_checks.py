@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.architectures import Architecture
-from gemma_tune.chat_format import ChatFormat
 from gemma_tune.config import ExportConfig
 from gemma_tune.engine import find_engine
 from gemma_tune.errors import UserError
+from gemma_tune.export_files import Source
 from gemma_tune.gguf_writer import write_gguf
 from gemma_tune.memory import available
 from gemma_tune.models import choose_placement, load_model
-from gemma_tune.ollama_target import Target
 from gemma_tune.parity import HELD_OUT, verify
 from gemma_tune.parity_report import Parity
 from gemma_tune.prompts import Prompt, held_out
@@ -72,15 +71,13 @@ def wants_engine(config: ExportConfig) -> bool:
     return engine is not None
 
 
-def check_files(session: Session, chat: ChatFormat, target: Target, files: Mapping[str, Path],
-                architecture: Architecture | None) -> Checks:
+def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> Checks:
     """Compare the files with the merged model, which is loaded once for all of it.
 
     Args:
         files: number format → GGUF.
-        architecture: None for files of llama.cpp's converter, whose tensors are not known here.
     """
-    config = session.config
+    config, architecture = session.config, source.architecture
     rows, reason = _rows(session, architecture)
     compare = wants_engine(config)
     unchecked = [f"the loss of the number formats: {reason}"] if config.measure and rows is None else []
@@ -92,7 +89,7 @@ def check_files(session: Session, chat: ChatFormat, target: Target, files: Mappi
     if model is None:
         unchecked += [f"answers: {reason}"] if compare else []
         unchecked += [f"the loss of the number formats: {reason}"] if rows is not None else []
-    parity = _compared(session, chat, target, files, model if architecture else None, architecture) if compare else None
+    parity = _compared(session, source, files, model) if compare else None
     losses = {}
     if model is not None and rows is not None and architecture is not None:
         task = "measuring the loss of " + ", ".join(files)
@@ -119,29 +116,27 @@ def _loaded(session: Session) -> tuple[Any | None, str]:
     return load_model(merged, placement), ""
 
 
-def _compared(session: Session, chat: ChatFormat, target: Target, files: Mapping[str, Path], model: Any,
-              architecture: Architecture | None) -> Parity:
+def _compared(session: Session, source: Source, files: Mapping[str, Path], model: Any) -> Parity:
     """Ids and answers; among the files one in f16, which tells the writer's part of a difference from the format's."""
     limit = min(session.settings_of("prepare").get("max_length", 2048), 2048)
     rows = (session.run.valid_rows, session.run.train_rows)
-    prompts: list[Prompt] = held_out(rows, chat, limit, HELD_OUT)
-    with _with_f16(session, chat, files, architecture) as all_files:
-        return verify(chat, target.chat, all_files, prompts, merged_model=model, listener=session.listener)
+    prompts: list[Prompt] = held_out(rows, source.chat, limit, HELD_OUT)
+    with _with_f16(session, source, files) as all_files:
+        return verify(source.chat, source.target.chat, all_files, prompts, merged_model=model,
+                      listener=session.listener)
 
 
 @contextmanager
-def _with_f16(session: Session, chat: ChatFormat, files: Mapping[str, Path],
-              architecture: Architecture | None) -> Iterator[Mapping[str, Path]]:
-    merged = session.inputs["merged"]
-    size = sum(p.stat().st_size for p in merged.glob("*.safetensors"))
-    if architecture is None or size > SMALL or {"f32", "f16", "bf16"} & files.keys():
+def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+    size = sum(p.stat().st_size for p in source.merged.glob("*.safetensors"))
+    if source.architecture is None or size > SMALL or {"f32", "f16", "bf16"} & files.keys():
         yield files
         return
-    # Beside the others, under a name that the next command clears away if this one is killed.
+    # Under a name that the next command clears away if this one is killed.
     extra = session.run.ollama / f".new-{session.run.model_name}-f16.gguf"
     try:
-        write_gguf(merged, extra, REFERENCE, name=session.run.model_name, chat_template=chat.template,
-                   eot_token_id=chat.terminator_id)
+        write_gguf(source.merged, extra, REFERENCE, name=source.name, eot_token_id=source.chat.terminator_id,
+                   chat_template=source.template)
         yield {REFERENCE: extra, **files}
     finally:
         extra.unlink(missing_ok=True)

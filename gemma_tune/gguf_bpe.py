@@ -104,7 +104,7 @@ def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> BpeVocab:
     added = {entry["id"]: entry for entry in content["added_tokens"]}
     texts = {i: text for text, i in content["model"]["vocab"].items()} | {i: e["content"] for i, e in added.items()}
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    types = [int(_type(tokens[i], i in texts, added.get(i))) for i in range(vocab_size)]
+    types = [int(_type(i, tokens[i], added.get(i))) for i in range(vocab_size)]
     refuse_duplicates(tokens, path)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     return BpeVocab(tokens, types, merges, pre, _special_ids(tokenizer, checkpoint, vocab_size), *ends)
@@ -218,10 +218,10 @@ def _ends(tokenizer: Any) -> tuple[bool, bool] | None:
     return None
 
 
-def _type(text: str, used: bool, added: dict[str, Any] | None) -> TokenType:
+def _type(i: int, text: str, added: dict[str, Any] | None) -> TokenType:
     if added is not None:
         return TokenType.CONTROL if added["special"] or looks_special(text) else TokenType.USER_DEFINED
-    return TokenType.NORMAL if used else TokenType.UNUSED
+    return TokenType.UNUSED if text == f"[PAD{i}]" else TokenType.NORMAL
 
 
 def _special_ids(tokenizer: Any, checkpoint: Path, vocab_size: int) -> dict[str, int]:

@@ -117,14 +117,18 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
     with a special token, so what happens behind one decides.
 
     Raises:
-        UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load.
+        UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load, or has another rule for spaces.
     """
+    from gemma_tune.architectures import CONVERTER
     from gemma_tune.models import load_tokenizer
 
     vocab, tokenizer = load_sentencepiece_vocab(checkpoint, vocab_size), load_tokenizer(checkpoint)
-    behind = tokenizer(f"{tokenizer.bos_token}a", add_special_tokens=False)["input_ids"][1]
+    ids = [tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"] for text in ("a", " a")]
+    behind = ["".join(tokenizer.convert_ids_to_tokens(some[1:])) for some in ids]
+    if behind not in (["a", f"{SPACE}a"], [f"{SPACE}a", f"{SPACE}{SPACE}a"]):
+        raise UserError(f"{checkpoint} has a tokenizer that puts spaces before text as llama.cpp can't.", CONVERTER)
     return replace(vocab, add_bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
-                   add_space_prefix=tokenizer.convert_ids_to_tokens(behind).startswith(SPACE))
+                   add_space_prefix=behind[0] != "a")
 
 
 def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: str | None, eot: int | None) -> None:

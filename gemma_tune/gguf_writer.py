@@ -280,8 +280,8 @@ def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTens
     # Tied: llama.cpp uses the embedding when the file has no output.weight.
     wanted = [spec for spec in wanted if not (spec.tied_to and _same(spec, stored))]
     if not model.own_head and (own := [spec.source for spec in wanted if spec.tied_to]):
-        raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and llama.cpp knows no other output head for "
-                        f"{model.name}.", "Train without the output head, or with tied embeddings.")
+        raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
+                        "other output head.", "Train without the output head, or with tied embeddings.")
     choices = choose_types(quant, [(spec.name, spec.shape) for spec in wanted], model)
     return [PlannedTensor(spec, stored.get(spec.source or ""), choice)
             for spec, choice in zip(wanted, choices, strict=True)]

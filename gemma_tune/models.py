@@ -207,34 +207,26 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from gemma_tune.gguf_bpe import set_pre_tokenizer
-    from gemma_tune.gguf_reader import read_gguf_metadata
+    from gemma_tune.gguf_base import REPOSITORY, mend
     from gemma_tune.gguf_tokenizer import sentencepiece_model_from_gguf
 
     quiet_libraries()
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    alone = folder / gguf.name  # the loader mixes in the tokenizer files that lie beside a GGUF
+    try:
+        alone.symlink_to(gguf.resolve())
+    except OSError:  # Windows gives not everybody the right to link
+        alone = gguf
+    where = {"pretrained_model_name_or_path": alone.parent, "gguf_file": gguf.name, "local_files_only": True}
     try:
         # The loader's progress bar has no switch; it would fight with ours.
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, OSError, KeyError, NotImplementedError) as e:
-        raise UserError(f"{gguf} cannot be dequantised: {e}",
-                        "name the model's Hugging Face repository instead of its GGUF file") from e
-    if model.config.model_type == "gemma3_text":
-        # A GGUF does not hold this number: llama.cpp derives it (its 27B, the model of 62 layers, is the exception),
-        # while transformers' loader leaves its own default.
-        text = model.config
-        text.query_pre_attn_scalar = (text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62
-                                      else text.head_dim)
-    names = read_gguf_metadata(gguf, {"tokenizer.ggml.model", "tokenizer.ggml.pre"})
-    cuts = names.get("tokenizer.ggml.pre", "default")
-    # Transformers' loader cuts words as GPT-2 does where it doesn't know the name, as of SmolLM2's.
-    if (names.get("tokenizer.ggml.model") == "gpt2" and not set_pre_tokenizer(tokenizer.backend_tokenizer, cuts)
-            and type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"):
-        raise UserError(f"{gguf} cuts text into words by llama.cpp's {cuts!r}, which is not known here",
-                        "name the model's Hugging Face repository instead of its GGUF file")
+    except (ValueError, OSError, KeyError, RuntimeError) as e:  # RuntimeError: sizes that don't fit, and others
+        raise UserError(f"{gguf} cannot be dequantised: {e}", REPOSITORY) from e
+    (folder / gguf.name).unlink(missing_ok=True)
+    mend(model, tokenizer, gguf)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_tune.architectures import Architecture, TensorSpec
+from gemma_tune.errors import WorkFailed
 from gemma_tune.gguf_reader import GgufFile
 from gemma_tune.labels import IGNORE_INDEX
 
@@ -98,6 +99,7 @@ def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, P
 
     Raises:
         UserError: a file that cannot be read.
+        WorkFailed: a tensor that the model does not have.
     """
     import torch
 
@@ -105,7 +107,7 @@ def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, P
     if not positions:
         return {}
     progress = on_progress or (lambda done, total: None)
-    weights = _weights(model)
+    weights = _weights(model, architecture)
     model.eval()
     with torch.inference_mode():
         progress(0, len(files) + 1)
@@ -204,15 +206,9 @@ def _predictions(model: Any, positions: Sequence[_Position]) -> Iterable[tuple[t
             yield torch.log_softmax(logits, 1), row.labels[start:start + step]
 
 
-def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """The model's tensors by :func:`_plain` names."""
-    return {_plain(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the part that tells a multimodal model's text from the rest: files and running models
-    put it in different places."""
-    return name.replace("language_model.", "", 1)
+def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """The running model's tensors by their ``source``; a multimodal model calls them otherwise, as its files do."""
+    return {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def _round_to_f16(weights: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
@@ -220,19 +216,23 @@ def _round_to_f16(weights: Mapping[str, torch.Tensor], architecture: Architectur
     import torch
 
     for spec in architecture.tensors:
-        tensor = weights.get(_plain(spec.source)) if spec.source else None
+        tensor = weights.get(spec.source or "")
         if tensor is not None and tensor.ndim > 1:
             tensor.copy_(tensor.to(torch.float16))
 
 
 def _put(weights: Mapping[str, torch.Tensor], file: GgufFile, architecture: Architecture) -> None:
     """Write a file's tensors over the model's. A head that the file does not have is the embedding, as in llama.cpp."""
-    names = {spec.source: spec.name for spec in architecture.tensors}
+    names = {spec.source: spec.name for spec in architecture.tensors if spec.source}
     for spec in architecture.tensors:
-        tensor = weights.get(_plain(spec.source)) if spec.source else None
+        tensor = weights.get(spec.source or "")
         stored = spec.name if spec.name in file.tensors else names.get(spec.tied_to)
         if tensor is not None and stored is not None:
             _put_one(tensor, spec, file, stored)
+        elif spec.source and spec.name in file.tensors and not spec.optional:
+            # Left as it is, it would make the format look better than it is.
+            raise WorkFailed(f"the running model has no tensor for {spec.name} of {file.path.name}",
+                             "please report this; --no-measure leaves the measurement out")
 
 
 def _put_one(tensor: torch.Tensor, spec: TensorSpec, file: GgufFile, stored: str) -> None:

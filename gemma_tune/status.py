@@ -42,10 +42,10 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
                         f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
     paths = RunDir(root, manifest.model_name)
     _notice_changed_base(root, manifest.model)
-    rows, next_step = [], command("chat", root)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
+    rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage)

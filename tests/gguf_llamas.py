@@ -45,8 +45,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "smollm2": ("llama", {"tie_word_embeddings": True}, "smollm"),
     "llama3": ("llama", {"rope_parameters": LLAMA_3_1, "head_dim": 32}, "llama-bpe"),
-    "biases": ("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}, "smaug-bpe"),
-    "mistral": ("mistral", {"sliding_window": 128, "head_dim": 24}, "tekken"),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "smaug-bpe"),
+    "mistral": ("mistral", {"sliding_window": 128, "head_dim": 24, "rope_parameters": LINEAR}, "tekken"),
     "mistral-yarn": ("mistral", {"sliding_window": None, "rope_parameters": YARN}, "gpt-2"),
     "qwen2": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.6}}, "qwen2"),
     "qwen3": ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "head_dim": 32,

@@ -29,6 +29,7 @@ from gemma_tune.architectures import architecture_of
 from gemma_tune.checkpoint_tensors import open_tensors
 from gemma_tune.converter import convert_with
 from gemma_tune.errors import UserError, WorkFailed
+from gemma_tune.gguf_check import worst_error
 from gemma_tune.gguf_gemma4_vocab import load_gemma4_vocab
 from gemma_tune.gguf_writer import GgufSummary, write_gguf
 from gemma_tune.listener import Listener
@@ -125,10 +126,15 @@ def test_llama_cpp_cuts_text_as_gemma_4s_tokenizer_does(family: Any) -> None:
     assert [stop(i) for i in (1, made.end, tokenizer.convert_tokens_to_ids("<|turn>"))] == ["eos", "eos", "limit"]
 
 
-def test_tokens_that_generation_never_gives(editable: Any, tmp_path: Path) -> None:
-    folder = editable("gemma")
-    (folder / "generation_config.json").write_text('{"suppress_tokens": [17, 18]}')
-    assert contents(export(folder, tmp_path / "m.gguf").path)["tokenizer.ggml.suppress_tokens"] == [17, 18]
+def test_tokens_that_generation_never_gives(editable: Any, family: Any, tmp_path: Path) -> None:
+    """As Gemma 4 has for pictures and sounds: llama.cpp gives another token, the next likely one."""
+    folder, prompt = editable("gemma"), [2, 50, 60]
+    likeliest = family("gemma").network(torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": likeliest[:1]}))
+    path = export(folder, tmp_path / "m.gguf").path
+    assert contents(path)["tokenizer.ggml.suppress_tokens"] == likeliest[:1]
+    found = [LlamaCpp(file).complete(prompt, 1)["tokens"] for file in (family("gemma").gguf, path)]
+    assert found == [likeliest[:1], likeliest[1:]]
 
 
 # ---- llama.cpp's own converter -------------------------------------------------------------------------------------
@@ -278,6 +284,8 @@ def test_of_a_multimodal_repository_only_the_text_part_is_written(editable: Any,
     assert renamed.keys() != state.keys()
     save_file(renamed, folder / "model.safetensors")
     assert export(folder, tmp_path / "m.gguf").path.read_bytes() == reference
+    config = json.loads((folder / "config.json").read_text())
+    assert worst_error(folder, tmp_path / "m.gguf", architecture_of(config, folder)) == (0.0, "")
     save_file({**renamed, "model.second_tower.weight": torch.ones(2)}, folder / "model.safetensors")
     with pytest.raises(UserError, match="don't fit") as error:
         export(folder, tmp_path / "m.gguf")

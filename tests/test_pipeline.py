@@ -29,7 +29,7 @@ def test_all_stages_in_order(cli, tiny, data):
         "train": ["train", *QUICK, "--json"],
         "eval": ["eval", "--questions", 1, "--max-new-tokens", 8, "--json"],
         "merge": ["merge", "--json"],
-        "export-ollama": ["export-ollama", "--quant", "f16", "--json"],
+        "export-ollama": ["export-ollama", "--quant", "f16", "--no-verify", "--json"],
     }
     for stage, args in steps.items():
         result = cli(*args)
@@ -121,7 +121,8 @@ def test_the_config_file_is_below_flags_and_above_defaults(cli, tiny, data):
 
 
 def test_run_does_everything_and_sums_up(cli, tiny, data):
-    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n")
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n"
+                                  "export-ollama: {verify: false}\n")
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert list(result.json["stages"]) == ["prepare", "train", "eval", "merge", "export-ollama"]
@@ -224,7 +225,7 @@ def test_version(cli):
 
 
 def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
-    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\n")
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--valid", 0, "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
@@ -232,7 +233,7 @@ def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
 
 
 def test_run_on_plain_text_leaves_the_comparison_out(cli, tiny, tmp_path):
-    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\n")
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
     texts = [{"text": f"Box {n}: the quick brown fox jumps over the lazy dog."} for n in range(8)]
     result = cli("run", write_rows(tmp_path / "texts.jsonl", texts), "--model", tiny, "--epochs", 1, "--valid", 0.5,
                  "--config", "quick.yaml", "--json")

@@ -127,11 +127,6 @@ def complete(config: Mapping[str, Any], path: Path) -> Any:
                         [f"{path}: {error}"]) from error
 
 
-def require(config: Mapping[str, Any], path: Path, keys: tuple[str, ...]) -> None:
-    """Refuse a configuration without some of ``keys``."""
-    refuse(path, [f"{key} is missing" for key in keys if config.get(key) is None])
-
-
 def refuse(path: Path, problems: list[str]) -> None:
     """Raise the problems that a configuration has, if any."""
     if problems:
