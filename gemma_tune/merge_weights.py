@@ -102,15 +102,23 @@ def write_files(layout: Layout, folder: Path, progress: Any) -> None:
         WorkFailed: a tensor that is not finite in its type.
         UserError: a file that ends too early.
     """
+    import torch
+
     total, done = sum(map(len, layout.files.values())), 0
-    for name, pieces in layout.files.items():
-        with open(folder / name, "wb") as out:
-            out.write(header(pieces))
-            for piece in pieces:
-                progress("merging", done, total)
-                for block in blocks(piece):
-                    out.write(block)
-                done += 1
+    threads = torch.get_num_threads()
+    # Blocks are small, and threads that wait for one another spin: on a busy machine that took ten times as long.
+    torch.set_num_threads(1)
+    try:
+        for name, pieces in layout.files.items():
+            with open(folder / name, "wb") as out:
+                out.write(header(pieces))
+                for piece in pieces:
+                    progress("merging", done, total)
+                    for block in blocks(piece):
+                        out.write(block)
+                    done += 1
+    finally:
+        torch.set_num_threads(threads)
     if layout.index is not None:
         (folder / INDEX).write_bytes(layout.index)
     progress("merging", total, total)
@@ -168,19 +176,23 @@ def _computed(piece: Piece, file: BinaryIO) -> Iterator[memoryview]:
     with torch.inference_mode():
         if change and change.magnitude is not None and piece.transposed:
             change.measure_columns(_numbers(piece.source, file))
+        buffer = torch.empty(0, dtype=target)
         for first, numbers in _numbers(piece.source, file):
-            merged = (numbers if change is None else change.added(first, numbers)).to(target)
+            if change is not None:
+                change.add_to(numbers, first)
+            buffer = buffer if len(buffer) else torch.empty_like(numbers, dtype=target)
+            merged = buffer[:len(numbers)].copy_(numbers)
             if not _finite(merged):
                 why = (f"its numbers are too large for {piece.dtype}" if target == torch.float16 and
                        _finite(numbers) else "it holds infinities or no numbers")
                 raise WorkFailed(f"{piece.name} is not finite after merging: {why}",
                                  "use --dtype bf16" if target == torch.float16 else
                                  "train again with a lower --learning-rate, or download the base model again")
-            yield memoryview(merged.contiguous().view(torch.uint8).numpy()).cast("B")
+            yield memoryview(merged.view(torch.uint8).numpy()).cast("B")
 
 
 def _numbers(tensor: StoredTensor, file: BinaryIO) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows of a tensor as (first row, numbers (rows, rest)) in fp32; fp64 stays.
+    """Rows of a tensor as (first row, numbers (rows, rest)) in fp32, fp64 as it is; the next ones overwrite them.
 
     A tensor without a second dimension has rows of one number.
     """
@@ -193,9 +205,11 @@ def _numbers(tensor: StoredTensor, file: BinaryIO) -> Iterator[tuple[int, torch.
     stored = _torch_type(tensor.dtype)
     row = tensor.bytes // rows
     count = max(1, _BLOCK // width)
+    # One buffer for all: memory that is asked for anew has to be cleared by the system each time.
+    buffer = torch.empty(min(count, rows), width, dtype=torch.promote_types(stored, torch.float32))
     for n, block in enumerate(_read(tensor, file, 0, tensor.bytes, count * row)):
         numbers = torch.frombuffer(block, dtype=stored).view(-1, width)
-        yield n * count, numbers.to(torch.promote_types(stored, torch.float32))
+        yield n * count, buffer[:len(numbers)].copy_(numbers)
 
 
 def _finite(numbers: torch.Tensor) -> bool:
@@ -212,31 +226,36 @@ class _Change:
         import torch
 
         a, b, magnitude = (None if t is None else torch.from_numpy(t.rows()) for t in (lora.a, lora.b, lora.magnitude))
-        self.left, self.right = (a.T, b.T) if transposed else (b, a)
+        self.left, self.right = (a.T.contiguous(), b.T.contiguous()) if transposed else (b, a)
         self.scale, self.transposed = lora.scale, transposed
         self.magnitude = magnitude
-        self._lengths = None
+        self._lengths = self._product = None
 
     def delta(self, first: int, count: int) -> torch.Tensor:
-        """Rows ``first`` to ``first + count`` of the change, (count, m), fp32."""
-        return (self.left[first:first + count] @ self.right) * self.scale
+        """Rows ``first`` to ``first + count`` of the change, (count, m), fp32; the next call overwrites them."""
+        import torch
+
+        if self._product is None or len(self._product) < count:
+            self._product = torch.empty(count, self.right.shape[1])
+        return torch.mm(self.left[first:first + count], self.right, out=self._product[:count]).mul_(self.scale)
 
     def measure_columns(self, rows: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Where an output is a column, DoRA's lengths need all rows before the first can be written."""
-        squares = sum((numbers + self.delta(first, len(numbers))).double().square().sum(0) for first, numbers in rows)
-        self._lengths = squares.sqrt().float()
+        changed = (numbers.add_(self.delta(first, len(numbers))) for first, numbers in rows)
+        self._lengths = sum(numbers.double().square_().sum(0) for numbers in changed).sqrt().float()
 
-    def added(self, first: int, numbers: torch.Tensor) -> torch.Tensor:
-        """Rows of W with the change in them; ``numbers`` may be overwritten."""
+    def add_to(self, numbers: torch.Tensor, first: int) -> None:
+        """Put the change into rows of W, of which ``first`` is the first."""
         import torch
 
-        changed = numbers + self.delta(first, len(numbers))
+        numbers.add_(self.delta(first, len(numbers)))
         if self.magnitude is None:
-            return changed
+            return
         if self.transposed:
-            return (self.magnitude / self._lengths) * changed
-        lengths = torch.linalg.norm(changed, dim=1)
-        return (self.magnitude[first:first + len(numbers)] / lengths).view(-1, 1) * changed
+            numbers.mul_(self.magnitude / self._lengths)
+        else:
+            lengths = torch.linalg.norm(numbers, dim=1)
+            numbers.mul_((self.magnitude[first:first + len(numbers)] / lengths).view(-1, 1))
 
 
 def _torch_type(dtype: str) -> torch.dtype:

@@ -191,6 +191,12 @@ def test_frequencies_of_llama_3_1(llama: Any) -> None:
     assert divisors.min() == 1 and divisors.max() == 8 and len(set(divisors.tolist())) > 2
 
 
+def test_a_sliding_window_limits_the_context(llama: Any) -> None:
+    """llama.cpp knows no window for Mistral: longer contexts would be computed in another way."""
+    assert read_gguf_metadata(llama("mistral").gguf)["llama.context_length"] == 128
+    assert read_gguf_metadata(llama("mistral-yarn").gguf)["llama.context_length"] == 256
+
+
 def test_released_configurations() -> None:
     """Keys as in Qwen/Qwen2.5-0.5B-Instruct, HuggingFaceTB/SmolLM2-135M-Instruct, mistralai/Mistral-7B-Instruct-v0.1."""
     qwen = architecture({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
@@ -380,6 +386,8 @@ def test_a_gguf_becomes_a_checkpoint_of_the_same_model(
     made = llama(name)
     checkpoint = dequantised(made.gguf, sha256_file(made.gguf), Listener())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # Other tokenizer files lie beside this GGUF.
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<|endoftext|>")
     for text in (*TEXTS, "wizards", "<turn>a<think>"):
         assert tokenizer(text).input_ids == made.tokenizer(text).input_ids, text
     again = export(checkpoint, tmp_path / "again.gguf", made.done).path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class _Kind:
 
     arch: gguf.MODEL_ARCH
     permuted: bool
-    biases: Any
+    biases: Callable[[Any], tuple[str, ...]]
     fixed: Mapping[str, Any]
 
 
@@ -59,7 +59,7 @@ _KINDS = {
 }
 
 
-def make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
+def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
     """A model of one `kind`.
 
     Raises:
@@ -78,7 +78,7 @@ def make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
                         left_out=lambda name: name.endswith(".rotary_emb.inv_freq"))
 
 
-MAKERS = {model_type: partial(make, kind) for model_type, kind in _KINDS.items()}
+MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}
 
 
 def _tokenizer(checkpoint: Path) -> str:
