@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats.
 MAX_DIVERGENCE = 0.02
 LARGEST_FP32_CHECK = 1_500_000_000  # parameters up to which the check computes in fp32
-ANSWER_TOKENS = 32  # longest answer of the check; of four prompts it takes as long as loading the models
+ANSWER_TOKENS = 32  # longest answer of the check
 
 
 @dataclass(frozen=True)
