@@ -41,6 +41,8 @@ LABELS = {
     "tuned_ended": "tuned: answers that end by themselves", "base_in_form": "base: answers in the example's form",
     "tuned_in_form": "tuned: answers in the example's form", "merged_tensors": "layers merged",
     "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
+    "check_prompts": "prompts of the check", "check_same_tokens": "same likeliest tokens",
+    "check_skipped": "not checked", "pushed": "published",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
     "ollama_name": "name in Ollama", "ids_equal": "token ids as in training", "answers_equal": "greedy answers equal",

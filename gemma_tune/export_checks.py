@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.architectures import Architecture
+from gemma_tune.checkpoint_tensors import open_tensors
 from gemma_tune.config import ExportConfig
 from gemma_tune.engine import find_engine
 from gemma_tune.errors import UserError
 from gemma_tune.export_files import Source
 from gemma_tune.gguf_writer import write_gguf
-from gemma_tune.memory import available
-from gemma_tune.models import choose_placement, load_model
+from gemma_tune.memory import place
+from gemma_tune.models import load_model
 from gemma_tune.parity import HELD_OUT, verify
 from gemma_tune.parity_report import Parity
 from gemma_tune.prompts import Prompt, held_out
 from gemma_tune.quant_loss import REFERENCE, Loss, measure, validation_rows
 from gemma_tune.stage import Session
 
-# Bytes of the merged weights, in 16 bits, up to which the checks compute in fp32, and up to which an f16 file is made
-# for the comparison of answers alone.
-SMALL = 3_000_000_000
-ROOM = 1.15  # of the weights' size, for what a model needs besides
+SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,8 @@ def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | No
 def _loaded(session: Session) -> tuple[Any | None, str]:
     """The merged model, or None and why not: a process that takes too much memory is killed without a word."""
     merged = session.inputs["merged"]
-    size = sum(p.stat().st_size for p in merged.glob("*.safetensors"))
-    placement = choose_placement("fp32" if size < SMALL else "auto")
-    need = int(size * ROOM) * (2 if placement.short == "fp32" else 1)
-    if need > (room := available(placement.device)):
-        return None, f"the merged model takes {need / 1e9:.1f} GB to load, and {room / 1e9:.1f} GB are free"
-    return load_model(merged, placement), ""
+    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()))
+    return (load_model(merged, placement), "") if placement else (None, lacking)
 
 
 def _compared(session: Session, source: Source, files: Mapping[str, Path], model: Any) -> Parity:

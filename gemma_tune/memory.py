@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma_tune.config import TrainConfig
 from gemma_tune.errors import UserError
 from gemma_tune.listener import Listener
 from gemma_tune.model_shape import ModelShape
 
+if TYPE_CHECKING:
+    from gemma_tune.models import Placement
+
 # What is left for the system and for what estimates miss.
 USABLE = 0.9
+LARGEST_FP32 = 1_500_000_000  # parameters up to which models that are compared compute in fp32
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
 NF4_BYTES = (4 + 0.127) / 8
 # What lives beside what is kept while the gradient goes through one layer, for each token: so many numbers of the
@@ -209,6 +214,28 @@ def available(device: str) -> int:
     import psutil
 
     return min(psutil.virtual_memory().available, *_left_by_groups()) + psutil.Process().memory_info().rss
+
+
+def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
+    """Where and how a model computes that is loaded to be compared; None and the reason if it does not fit the memory.
+
+    In fp32 what is left to differ is the rounding of the weights, so small models compute in it.
+
+    Args:
+        parameters: of the model.
+        extra: bytes that are needed besides.
+    """
+    from gemma_tune.models import choose_placement
+
+    first = "fp32" if parameters < LARGEST_FP32 else "auto"
+    for dtype in dict.fromkeys((first, "auto", "bf16")):
+        placement = choose_placement(dtype)
+        need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
+        # A checkpoint goes through the computer's own memory on its way to a GPU.
+        room = min(available(device) for device in {placement.device, "cpu"})
+        if need <= USABLE * room:
+            return placement, ""
+    return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
 
 
 def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -20,9 +20,9 @@ from gemma_tune.adapter_files import CONFIG, WEIGHTS, Adapter
 from gemma_tune.checkpoint_tensors import open_tensors, read_header
 from gemma_tune.errors import WorkFailed
 from gemma_tune.generation import Answer, greedy_continuations
-from gemma_tune.memory import OVERHEAD, USABLE, available, gigabytes
+from gemma_tune.memory import place
 from gemma_tune.merge_weights import write_tensors
-from gemma_tune.models import Placement, add_adapter, choose_placement, load_format, load_model
+from gemma_tune.models import add_adapter, load_format, load_model
 from gemma_tune.prompts import Prompt, held_out
 from gemma_tune.stage import Session
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # The merged weights are rounded to 16 bits once more than base + adapter. Measured on Gemma 3 270M that moves
 # a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats.
 MAX_DIVERGENCE = 0.02
-LARGEST_FP32_CHECK = 1_500_000_000  # parameters up to which the check computes in fp32
 ANSWER_TOKENS = 32  # longest answer of the check
 
 
@@ -64,7 +63,8 @@ def check(session: Session, merged: Path, adapter: Path) -> dict[str, Any]:
     text = config.get("text_config") or config
     context = text.get("max_position_embeddings") or text.get("n_positions") or 2048
     prompts = _prompts(session, chat, context - ANSWER_TOKENS)
-    placement, lacking = _place(merged, adapter, len(prompts) * ANSWER_TOKENS * len(chat.tokenizer) * 4)
+    scores = 2 * len(prompts) * ANSWER_TOKENS * len(chat.tokenizer) * 4  # bytes of log-probabilities that are compared
+    placement, lacking = place(sum(map(_parameters, (merged, adapter))), scores)
     if placement is None:
         session.listener.warn(f"the merged model was not compared with base + adapter: {lacking}")
         return {"check_skipped": lacking}
@@ -126,27 +126,7 @@ def _prompts(session: Session, chat: ChatFormat, room: int) -> list[list[int]]:
     return [prompt.ids(chat) for prompt in found or examples]
 
 
-def _place(merged: Path, adapter: Path, scores: int) -> tuple[Placement | None, str]:
-    """Where and how both models compute, one after the other; None and the reason if they do not fit the memory.
-
-    In fp32 what is left to differ is the rounding of the merged weights, so small models compute in it.
-
-    Args:
-        scores: bytes of log-probabilities that are kept for the comparison.
-    """
-    numbers = sum(_numbers(folder) for folder in (merged, adapter))
-    first = "fp32" if numbers < LARGEST_FP32_CHECK else "auto"
-    for dtype in dict.fromkeys((first, "auto", "bf16")):
-        placement = choose_placement(dtype)
-        need = numbers * placement.dtype.itemsize + 2 * scores + OVERHEAD[placement.device]
-        # A checkpoint goes through the computer's own memory on its way to a GPU.
-        room = min(available(device) for device in {placement.device, "cpu"})
-        if need <= USABLE * room:
-            return placement, ""
-    return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
-
-
-def _numbers(folder: Path) -> int:
+def _parameters(folder: Path) -> int:
     """Parameters of a checkpoint or an adapter."""
     tensors = read_header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else open_tensors(folder).values()
     return sum(math.prod(tensor.shape) for tensor in tensors)

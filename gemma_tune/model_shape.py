@@ -90,7 +90,9 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype) -> Model
 
 
 def _attention_width(config: PretrainedConfig) -> int:
-    """Heads times their width; 0 for a family without attention."""
+    """Heads times their width, of the widest layer: Gemma 4 has two widths. 0 for a family without attention."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(map(_attention_width, config.per_layer_config))
     heads = getattr(config, "num_attention_heads", 0)
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
 

@@ -387,9 +387,9 @@ def test_an_adapter_of_the_text_part_alone(cli, trained, tmp_path):
 # --- the check
 
 def test_without_the_memory_the_check_is_left_out_with_its_reason(cli, trained, monkeypatch):
-    from gemma_tune import merge_check
+    from gemma_tune import memory
 
-    monkeypatch.setattr(merge_check, "available", lambda device: 10_000_000)
+    monkeypatch.setattr(memory, "available", lambda device: 10_000_000)
     result = cli("merge", "--json")
     assert result.code == 0
     assert "was not compared" in result.err

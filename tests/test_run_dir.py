@@ -34,7 +34,8 @@ OUTPUTS = {
     "train": {"adapter": "tiny-gemma_lora_adapter"},
     "eval": {"report": "report.md"},
     "merge": {"merged": "tiny-gemma_lora_merged"},
-    "export-ollama": {"gguf": "ollama/tiny-gemma-q8_0.gguf", "modelfile": "ollama/Modelfile"},
+    "export-ollama": {"gguf": "ollama/tiny-gemma-q8_0.gguf", "modelfile": "ollama/Modelfile",
+                      "export_report": "ollama/report.md"},
 }
 
 

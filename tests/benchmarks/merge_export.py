@@ -1,11 +1,12 @@
-"""What merging takes in time and memory, beside copying the files and beside PEFT's own merge.
+"""What merging and exporting take in time and memory, beside copying, PEFT's own merge and llama.cpp's converter.
 
 Each contender runs in a process of its own on the same synthetic checkpoint: layers shaped as Gemma 3's, random bf16
 numbers, several files; and an adapter of rank 16 on every linear layer. Peaks are the largest resident set that the
 system recorded. Every contender makes its files durable (fsync), and reads them from the system's cache where that
 holds them. Run it from the repository:
 ``python tests/benchmarks/merge_export.py merge --size 4 --peft-size 1`` (GB of weights; PEFT's holds the whole model, so
-it has a smaller one, on which ours is measured as well; 0 leaves it out).
+it has a smaller one, on which ours is measured as well; 0 leaves it out), or
+``python tests/benchmarks/merge_export.py export --size 2``, which writes GGUF files with the demo model's vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,34 @@ def peft(folder: Path, out: Path) -> None:
         sync(path)
 
 
-CONTENDERS = {"copy": copy, "ours": ours, "peft": peft}
+def export(quant: str, folder: Path, out: Path) -> None:
+    """A GGUF as `gemma-tune export-ollama` writes it, read back and compared."""
+    from gemma_tune.architectures import architecture_of
+    from gemma_tune.gguf_check import worst_error
+    from gemma_tune.gguf_writer import write_gguf
+    from gemma_tune.models import read_config
+
+    base = folder / "base"
+    write_gguf(base, out / "model.gguf", quant, name="benchmark", chat_template=None, eot_token_id=None)
+    worst_error(base, out / "model.gguf", architecture_of(read_config(base), base / "config.json"))
+
+
+def convert(quant: str, folder: Path, out: Path) -> None:
+    """llama.cpp's converter."""
+    from gemma_tune.converter import convert_with
+    from gemma_tune.listener import Listener
+
+    out.mkdir()
+    os.environ["PYTHONPATH"] = str(CONVERTER)
+    convert_with(CONVERTER, folder / "base", out / "model.gguf", quant, Listener())
+
+
+CONVERTER = Path(sys.prefix) / "llama.cpp"  # where `make test` puts it
+QUANTS = ("f16", "q8_0", "q4_k_m")
+CONVERTED = QUANTS[:2]
+CONTENDERS = {"copy": copy, "ours": ours, "peft": peft,
+              **{f"ours {quant}": partial(export, quant) for quant in QUANTS},
+              **{f"llama.cpp {quant}": partial(convert, quant) for quant in CONVERTED}}
 
 
 def worker(name: str, folder: Path) -> None:
@@ -151,9 +180,10 @@ def worker(name: str, folder: Path) -> None:
     clock = time.perf_counter()
     CONTENDERS[name](folder, folder / "out")
     seconds = time.perf_counter() - clock
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-                      "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)}))
+    usages = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"seconds": seconds, "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages),
+                      "peak_bytes": max(usage.ru_maxrss for usage in usages)
+                      * (1 if sys.platform == "darwin" else 1024)}))
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
@@ -163,15 +193,29 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def merge(size: float, peft_size: float) -> dict[str, Any]:
-    """Measure: first without PEFT on ``size`` GB, then all on ``peft_size`` GB."""
+def add_vocabulary(base: Path) -> None:
+    """The demo model's tokenizer, which is Gemma 3's."""
+    from gemma_tune.listener import Listener
+    from gemma_tune.models import locate
+
+    for path in locate("demo", None, Listener()).path.glob("*token*"):
+        shutil.copyfile(path, base / path.name)
+
+
+def run(part: str, size: float, peft_size: float) -> dict[str, Any]:
+    """Measure merging, first without PEFT on ``size`` GB, then all on ``peft_size`` GB; or exporting."""
     results = {}
-    for gigabytes, names in ((size, ("copy", "ours")), (peft_size, ("copy", "ours", "peft"))):
+    convertible = CONVERTED if CONVERTER.is_dir() else ()
+    parts = {"merge": ((size, ("copy", "ours")), (peft_size, ("copy", "ours", "peft"))),
+             "export": ((size, ("copy", *(f"ours {q}" for q in QUANTS), *(f"llama.cpp {q}" for q in convertible))),)}
+    for gigabytes, names in parts[part]:
         if not gigabytes:
             continue
         with tempfile.TemporaryDirectory(prefix="gemma-tune-merge-") as place:
             # Apart from here: a child begins with its parent's peak.
             subprocess.run([sys.executable, __file__, "make", str(gigabytes), place], check=True)
+            if part == "export":
+                add_vocabulary(Path(place) / "base")
             layers, vocabulary = layers_of(gigabytes)
             largest = 2 * max(vocabulary * HIDDEN, INNER * HIDDEN)
             weights = sum(path.stat().st_size for path in (Path(place) / "base").iterdir())
@@ -186,12 +230,12 @@ def main() -> None:
     if sys.argv[1:2] == ["make"]:
         return make(Path(sys.argv[3]), float(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("merge",))
+    parser.add_argument("part", choices=("merge", "export"))
     parser.add_argument("--size", type=float, default=4.0)
     parser.add_argument("--peft-size", type=float, default=1.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    results = merge(options.size, options.peft_size)
+    results = run(options.part, options.size, options.peft_size)
     if options.json:
         return print(json.dumps(results))
     for title, row in results.items():
@@ -199,7 +243,7 @@ def main() -> None:
               f"{os.cpu_count()} processors")
         for name in (name for name in CONTENDERS if name in row):
             took = row[name]
-            print(f"  {name:5} {took['seconds']:7.1f} s  {took['cpu_seconds']:7.1f} s CPU  "
+            print(f"  {name:14} {took['seconds']:7.1f} s  {took['cpu_seconds']:7.1f} s CPU  "
                   f"peak {took['peak_bytes'] / 1e9:5.2f} GB")
 
 
