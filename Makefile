@@ -38,8 +38,9 @@ install: $(VENV)/.installed-demo,verify
 demo: $(VENV)/.installed-demo,verify
 	$(BIN)/gemma-tune run --model demo
 
+# One thread for each of the workers, which would otherwise wait for each other's.
 test: $(VENV)/.installed-dev $(VENV)/llama.cpp
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/prepare_rows.py

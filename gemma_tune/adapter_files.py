@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: missing or damaged.
     """
     path = folder / CONFIG
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "name a PEFT adapter's directory with --adapter; one of the "
+                                                           "Hub is downloaded first: hf download NAME --local-dir DIR")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -121,7 +124,8 @@ def named_base(folder: Path) -> tuple[str, str | None]:
     looks_local = Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
     if looks_local and not Path(base).expanduser().exists():
         raise UserError(f"the adapter {folder} was trained on {base}, which is not here", name_it)
-    return base, config.get("revision")
+    revision = config.get("revision")
+    return base, revision if isinstance(revision, str) else None
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -133,6 +137,8 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = read_config(folder)
     _refuse_other_kinds(folder, config)
+    if problems := list(_unusable(config)):
+        raise UserError(f"{folder} cannot be read: {CONFIG} has values that make no sense", _AGAIN, problems)
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder} holds pickled weights, which can run code when they are read",
                         "load it with PEFT where you trust it, and save it with save_pretrained, which writes "
@@ -152,6 +158,8 @@ def read_adapter(folder: Path) -> Adapter:
         part = next((p for p, kind in _PARTS.items() if name.endswith(f".{p}") and kind in kinds), None)
         if tensor.dtype not in READABLE:
             rest.append(f"{stored}: {tensor.dtype}")
+        elif name == stored:  # PEFT leaves out what does not begin as it should, without an error
+            rest.append(stored)
         elif part:
             parts.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
         elif ".base_layer." in name:
@@ -164,11 +172,36 @@ def read_adapter(folder: Path) -> Adapter:
             rest.append(stored)
     if rest:
         raise UserError(f"{folder} holds {len(rest)} tensors that merge does not know",
-                        "merge it with PEFT's merge_and_unload", sorted(rest)[:20])
+                        "save it with PEFT's save_pretrained, which names a layer's tensors "
+                        f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
+                        sorted(rest)[:20])
     layers = {layer: _layer(folder, layer, found, config) for layer, found in parts.items()}
     if not layers and not copies:
         raise UserError(f"{folder} adapts no layer", _AGAIN)
     return Adapter(folder, layers, copies, base_tensors, config)
+
+
+def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that are used here and whose values cannot be."""
+    saved, alpha = config.get("modules_to_save") or [], config.get("lora_alpha", 8)
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        yield f"modules_to_save: {saved!r} is no list of names"
+    if not _is_number(alpha):
+        yield f"lora_alpha: {alpha!r} is no number"
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            yield f"{name}: {patterns!r} does not give numbers to names of layers"
+            continue
+        for pattern in patterns:
+            try:
+                re.compile(_ending(pattern))
+            except re.error as e:
+                yield f"{name}: {pattern!r} is no pattern: {e}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_saved(name: str, modules: Sequence[str]) -> bool:
@@ -191,6 +224,8 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise UserError(f"{folder}: {layer} has factors of the shapes {a.shape} and {b.shape}, which give no matrix",
                         "only adapters of linear layers and embeddings are merged; see PEFT's merge_and_unload")
+    if (rank := _own(config, "rank_pattern", layer, config.get("r", a.shape[0]))) != a.shape[0]:
+        raise UserError(f"{folder}: {CONFIG} gives {layer} the rank {rank}, and its factors have {a.shape[0]}", _AGAIN)
     if magnitude and magnitude.shape != (b.shape[0],):
         raise UserError(f"{folder}: the lengths of {layer} have the shape {magnitude.shape}, not {(b.shape[0],)}",
                         _AGAIN)
@@ -198,15 +233,23 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """s of a layer.
-
-    PEFT's ``alpha_pattern`` gives some layers an alpha of their own: the first pattern that is the end of a layer's
-    name, from a dot on (``get_pattern_key`` in its ``utils/other.py``).
-    """
-    own = (alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()
-           if re.match(rf"(.*\.)?({pattern})$", layer))
-    alpha = next(own, config.get("lora_alpha", 8))
+    """s of a layer."""
+    alpha = _own(config, "alpha_pattern", layer, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _own(config: Mapping[str, Any], patterns: str, layer: str, others: Any) -> Any:
+    """What PEFT's ``rank_pattern`` or ``alpha_pattern`` gives a layer, else what the others have.
+
+    The first pattern counts that is the end of the layer's name, from a dot on (``get_pattern_key`` in its
+    ``utils/other.py``).
+    """
+    return next((value for pattern, value in (config.get(patterns) or {}).items()
+                 if re.match(_ending(pattern), layer)), others)
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:

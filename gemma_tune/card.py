@@ -7,6 +7,7 @@ elsewhere, it is silent about the training.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gemma_tune.base_licence import base_licence, licence_note
 from gemma_tune.run_dir import library_versions
 from gemma_tune.stage import Session
 
+_WHERE = "  # the repository, or the folder with these files"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -169,12 +171,17 @@ def _versions() -> str:
 
 # ---- use -------------------------------------------------------------------------------------------------------------
 
+def card_in_repository(card: str, repo_id: str) -> str:
+    """A card whose example loads the model from a repository, wherever it did before."""
+    return re.sub(rf'^name = ".*"(?={_WHERE}$)', lambda _: f"name = {json.dumps(repo_id)}", card, count=1, flags=re.M)
+
+
 def _usage(session: Session) -> str:
     where = getattr(session.config, "push", None) or session.run.merged.name
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = {json.dumps(where)}  # the repository, or the folder with these files
+name = {json.dumps(where)}{_WHERE}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
 messages = [{{"role": "user", "content": "Hello!"}}]

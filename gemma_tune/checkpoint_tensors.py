@@ -121,8 +121,8 @@ def open_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
 def _read_index(index: Path) -> dict[str, str]:
     """Read the list of a sharded checkpoint: tensor name → file name."""
     if not index.is_file():
-        hint = "Point to a merged checkpoint in safetensors format: `gemma-tune merge` makes one."
-        raise UserError(f"{index.parent} holds neither {SINGLE} nor {INDEX}.", hint)
+        raise UserError(f"{index.parent} holds neither {SINGLE} nor {INDEX}.",
+                        "Merge or download the model again: shards are read with the index that belongs to them.")
     again = "Merge or download the model again."
     try:
         listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

@@ -173,6 +173,9 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
+    if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
+        raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
+                        f"name its place once with --model DIR/{Path(recorded['path']).name}")
     model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
                    weights=weights)
     _refuse_other_model(root, recorded, model, wanted)

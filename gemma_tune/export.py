@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
         WorkFailed: ``create`` is asked for, and no server answers.
     """
     model_names(config.name or ollama.default_model_name(model_name), config.quant or ("",))
+    if half := [text for text in (config.system or "", *config.parameter) if re.search("[\ud800-\udfff]", text)]:
+        raise UserError(f"this is not text in UTF-8: {half[0]!r}", "check the terminal's encoding, or put it into a "
+                                                                   "--config file that is saved as UTF-8")
     parse_parameters(config.parameter)
     wants_engine(config)
     if config.converter is not None:
@@ -66,13 +69,14 @@ def _export(session: Session) -> Finished:
     source = _source(session)
     _say(session, source.target)
     quants = _quants(session, source)
+    modelfiles = _modelfiles(session, source.target, quants)
     run.ollama.mkdir(exist_ok=True)
     # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
     files = {quant: run.ollama / f"{NEW}{run.model_name}-{quant}.gguf" for quant in quants}
     try:
         figures = {quant: write_file(source, path, quant, listener) for quant, path in files.items()}
         checks = check_files(session, source, files)
-        return _finished(session, source.target, files, figures, checks)
+        return _finished(session, modelfiles, files, figures, checks)
     finally:
         for path in files.values():
             path.unlink(missing_ok=True)
@@ -121,20 +125,37 @@ def _quants(session: Session, source: Source) -> tuple[str, ...]:
     return chosen
 
 
-def _finished(session: Session, target: Target, files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]],
-              checks: Checks) -> Finished:
+def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, tuple[str, Path, bytes]]:
+    """By number format: the name in Ollama, and the Modelfile's path and content.
+
+    Raises:
+        UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
+    """
+    names, folder = model_names(target.name, quants), session.run.ollama
+    found = {}
+    for quant, name in names.items():
+        path = folder / ("Modelfile" if quant == quants[0] else f"Modelfile-{quant}")
+        text = render_modelfile(
+            f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
+            license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
+                                                        f"ollama create {name} -f {path.name}"])
+        found[quant] = (name, path, text.encode())
+    return found
+
+
+def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]], files: Mapping[str, Path],
+              figures: Mapping[str, dict[str, Any]], checks: Checks) -> Finished:
     """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
-    names = model_names(target.name, tuple(files))
     outputs = {}
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
-        modelfile = run.ollama / ("Modelfile" if quant == first else f"Modelfile-{quant}")
+        name, modelfile, content = modelfiles[quant]
         os.replace(path, gguf)
-        _write_modelfile(session, modelfile, gguf, replace(target, name=names[quant]))
+        write_atomic(modelfile, content)
         suffix = "" if quant == first else f"_{quant}"
         outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
-        figures[quant].update({"file": gguf.name, "ollama_name": names[quant], **checks.figures(quant)})
+        figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
     sync(run.ollama)
     if earlier := sorted(p.name for p in run.ollama.glob("*.gguf") if p not in outputs.values()):
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
@@ -142,16 +163,9 @@ def _finished(session: Session, target: Target, files: Mapping[str, Path], figur
     write_atomic(report, markdown(run.model_name, figures, checks).encode())
     _show(session, figures, checks)
     main = figures[first]
-    summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": names[first]}
+    summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
     summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
-
-
-def _write_modelfile(session: Session, path: Path, gguf: Path, target: Target) -> None:
-    write_atomic(path, render_modelfile(
-        gguf.name, target.chat, parameters=target.parameters, system=target.system, license_text=target.license,
-        comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
-                       f"ollama create {target.name} -f {path.name}"]).encode())
 
 
 def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> None:

@@ -14,7 +14,7 @@ from gemma_tune.architectures import Architecture
 from gemma_tune.checkpoint_tensors import open_tensors
 from gemma_tune.config import ExportConfig
 from gemma_tune.engine import find_engine
-from gemma_tune.errors import UserError
+from gemma_tune.errors import UserError, WorkFailed
 from gemma_tune.export_files import Source
 from gemma_tune.gguf_writer import write_gguf
 from gemma_tune.memory import place
@@ -129,10 +129,15 @@ def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> It
         return
     # Under a name that the next command clears away if this one is killed.
     extra = session.run.ollama / f".new-{session.run.model_name}-f16.gguf"
+    compared = {REFERENCE: extra, **files}
     try:
-        write_gguf(source.merged, extra, REFERENCE, name=source.name, eot_token_id=source.chat.terminator_id,
-                   chat_template=source.template)
-        yield {REFERENCE: extra, **files}
+        try:
+            write_gguf(source.merged, extra, REFERENCE, name=source.name, eot_token_id=source.chat.terminator_id,
+                       chat_template=source.template)
+        except (UserError, WorkFailed) as e:  # no space for it, or numbers beyond its range: no fault of the others
+            session.listener.note(f"answers are compared without a file in f16: {e.message}")
+            compared = files
+        yield compared
     finally:
         extra.unlink(missing_ok=True)
 

@@ -33,6 +33,10 @@ def os_errors(path: Path) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkFailed(f"the disk is full: {place}", "free some space and run the same command again; "
                                                            "what was finished before is untouched") from e
+        if e.errno == errno.EFBIG:
+            raise WorkFailed(f"the file would be larger than its file system, or `ulimit -f`, allows: {place}",
+                             "work on another disk with --run DIR; `merge --max-shard-size 2GB` writes smaller files"
+                             ) from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
                                                                "directory's permissions") from e

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.adapter_files import Adapter, read_adapter
 from gemma_tune.card import model_card
@@ -24,11 +24,15 @@ from gemma_tune.files import NEW, replacing_directory
 from gemma_tune.merge_check import check, renamed_adapter
 from gemma_tune.merge_plan import Plan, plan_merge
 from gemma_tune.merge_weights import lay_out, require_space, write_files
+from gemma_tune.models import load_format
 from gemma_tune.settings import size_in_bytes
 from gemma_tune.stage import OUTSIDE, Finished, Session, StageReport, run_stage
 
+if TYPE_CHECKING:
+    from gemma_tune.chat_format import ChatFormat
+
 # Copied beside the weights: from the base always, and from the adapter, which trained with them, or else the base.
-_OF_BASE = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+_OF_BASE = ("tokenizer.model", "*processor_config.json", "LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
               "added_tokens.json", "vocab.*", "merges.txt")
 _TYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
@@ -82,18 +86,23 @@ def _merge(session: Session) -> Finished:
     adapter = read_adapter(session.inputs["adapter"])
     _compare_bases(session, adapter)
     dtype = _TYPES[config.dtype][0] if config.dtype else None
-    plan = plan_merge(open_tensors(base), adapter, dtype)
+    tensors = open_tensors(base)
+    plan = plan_merge(tensors, adapter, dtype)
     layout = lay_out(plan, base, size_in_bytes(config.max_shard_size) if config.max_shard_size else None)
     require_space(plan.bytes, run.root)
-    if plan.untied:
+    if len(plan.pieces) > len(tensors):
         listener.note("the adapter changes embedding and output layer apart from each other: they become two tensors")
+    if config.dtype == "fp16" and session.model.config["model_type"].startswith("gemma"):
+        listener.warn("Gemma's activations can be too large for fp16: where the merged model is loaded, give "
+                      "dtype=bfloat16 or float32")
     with replacing_directory(run.merged) as folder:
+        _copy_around(session, folder, plan)
+        chat = _chat_format(session, folder) if config.check else None
         listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
         write_files(layout, folder, listener.progress)
-        _copy_around(session, folder, plan)
         summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
-        if config.check:
-            summary |= _checked(session, folder, adapter, plan.renamed)
+        if chat:
+            summary |= _checked(session, folder, chat, adapter, plan.renamed)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
     return Finished({"merged": run.merged}, summary)
@@ -135,11 +144,25 @@ def _compare_bases(session: Session, adapter: Adapter) -> None:
                               f"{model.revision}; for the former: --revision {revision}")
 
 
-def _checked(session: Session, folder: Path, adapter: Adapter, renamed: Mapping[str, str]) -> dict[str, Any]:
+def _chat_format(session: Session, folder: Path) -> ChatFormat:
+    """What the check asks with; looked for before the weights are written, which can take long.
+
+    Raises:
+        UserError: there is no usable tokenizer, or no chat template.
+    """
+    try:
+        return load_format(folder, session.model.config["model_type"])
+    except UserError as e:
+        raise UserError(f"the merged model could not be asked anything: {e.message}",
+                        f"{e.hint}; or merge without the comparison: --no-check") from e
+
+
+def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter,
+             renamed: Mapping[str, str]) -> dict[str, Any]:
     if not renamed:
-        return check(session, folder, adapter.folder)
+        return check(session, folder, chat, adapter.folder)
     with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as place:
-        return check(session, folder, renamed_adapter(adapter, renamed, Path(place)))
+        return check(session, folder, chat, renamed_adapter(adapter, renamed, Path(place)))
 
 
 def _copy_around(session: Session, folder: Path, plan: Plan) -> None:

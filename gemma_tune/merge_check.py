@@ -22,7 +22,7 @@ from gemma_tune.errors import WorkFailed
 from gemma_tune.generation import Answer, greedy_continuations
 from gemma_tune.memory import place
 from gemma_tune.merge_weights import write_tensors
-from gemma_tune.models import add_adapter, load_format, load_model
+from gemma_tune.models import add_adapter, load_model
 from gemma_tune.prompts import Prompt, held_out
 from gemma_tune.stage import Session
 
@@ -45,11 +45,12 @@ class _Reading:
     scores: list[torch.Tensor]
 
 
-def check(session: Session, merged: Path, adapter: Path) -> dict[str, Any]:
+def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path) -> dict[str, Any]:
     """Compare the merged model with base + adapter.
 
     Args:
-        merged: the merged checkpoint, with its tokenizer.
+        merged: the merged checkpoint.
+        chat: its tokenizer and chat template.
         adapter: as PEFT can load it for the base.
 
     Returns:
@@ -58,7 +59,6 @@ def check(session: Session, merged: Path, adapter: Path) -> dict[str, Any]:
     Raises:
         WorkFailed: mean divergence above ``MAX_DIVERGENCE`` nats.
     """
-    chat = load_format(merged, session.model.config["model_type"])
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") or config
     context = text.get("max_position_embeddings") or text.get("n_positions") or 2048

@@ -18,7 +18,9 @@ from gemma_tune.errors import UserError
 
 HEAD = "lm_head.weight"
 _RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
-            (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."))
+            (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+            # Repositories, and versions of transformers before 5, put the tower's parts one level deeper.
+            (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."))
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)\.weight$")
 _ROWS = 4096  # of a matrix that are compared at once
 _ANOTHER_MODEL = "the adapter belongs to another model: merge it into its own base"

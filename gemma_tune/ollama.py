@@ -143,7 +143,7 @@ def _follow(response: httpx.Response, on_progress: Progress) -> None:
             raise refused("make the model", str(error))
         status = json_field(line, "status")
         if not isinstance(status, str):
-            raise WorkFailed(f"Ollama answered something that is not a status: {line[:200]!r}")
+            raise WorkFailed(f"Ollama answered something that is not a status: {line[:200]!r}", LOOK_AT_LOG)
         done, total = (json_field(line, key) for key in ("completed", "total"))
         on_progress(status, done or 0, total or 0)
     if status != "success":

@@ -1,6 +1,6 @@
 """Conversations that show where a template or a tokenizer goes its own way: turns, white space, scripts, code.
 
-Of three it is known that llama.cpp goes its own way with some models. They are compared like the others, so that the
+Of four it is known that llama.cpp goes its own way with some models. They are compared like the others, so that the
 difference is seen, and seen to end; it is not the fault of an export.
 """
 
@@ -24,7 +24,8 @@ _TALKS: dict[str, tuple[str | None, ...]] = {
     "Chinese": ("请用中文回答。", "什么是自由现金流？", "经营现金流减去资本支出。", "谢谢，再见！"),
     "code": (None, f"What is wrong here?\n\n```python\n{_CODE}```", f"```python\n{_CODE}```\n",
              'C:\\temp\\n "x" <b>&amp;</b>'),
-    "other scripts": (None, "Ünïcødé e\u0301 नमस्ते สวัสดี مرحبا שלום Привет 안녕하세요 こんにちは 1,234.50 €"),
+    "other scripts": (None, "Ünïcødé नमस्ते สวัสดี مرحبا שלום Привет 안녕하세요 こんにちは 1,234.50 €"),
+    "accents apart": (None, "cafe\u0301 man\u0303ana"),
     "padded wide spaces": (None, "\u3000\u3000什么？\u00a0"),
     "40 spaces in a row": (None, f"a{' ' * 40}b"),
     "other digits": (None, "½ cup, point ①, x²"),
@@ -32,6 +33,7 @@ _TALKS: dict[str, tuple[str | None, ...]] = {
 # Name, the columns that may differ, and why.
 LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     "padded wide spaces": ((LLAMA_CPP,), "llama.cpp's template engine trims ASCII white space only"),
+    "accents apart": (COLUMNS, "llama.cpp does not put letters and accents together (NFC) as this tokenizer does"),
     "40 spaces in a row": (COLUMNS, "llama.cpp divides long runs of spaces otherwise"),
     "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -70,11 +71,13 @@ def push_folder(folder: Path, repo_id: str, listener: Listener, *, private: bool
 
     request = push_request(repo_id)
     files = _files(folder)
-    with quietly():
+    with quietly(), tempfile.TemporaryDirectory() as place:
         api = api_for(request)
         info = ask(request, lambda: _repository(api, repo_id, private))
         _check_repository(request, info, private)
         request = replace(request, id=info.id)  # an old name leads to the repository that was renamed
+        if "README.md" in files:
+            files["README.md"] = _renamed_card(files["README.md"], info.id, Path(place))
         size = sum(path.stat().st_size for path in files.values())
         listener.note(f"pushing {len(files)} files, {size / 1e6:,.0f} MB, to {request.endpoint}/{info.id}, which is "
                       f"{'private' if info.private else 'public'}")
@@ -151,6 +154,16 @@ def _files(folder: Path) -> dict[str, Path]:
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{folder} holds no model to push", "make it again: gemma-tune merge --force")
     return dict(sorted(files.items(), key=lambda item: (item[1].stat().st_size, item[0])))
+
+
+def _renamed_card(card: Path, repo_id: str, folder: Path) -> Path:
+    """The card for this repository: it may have been written before anybody thought of a push, or for another one."""
+    from gemma_tune.card import card_in_repository
+
+    text = card.read_text(encoding="utf-8")
+    renamed = folder / card.name
+    renamed.write_text(card_in_repository(text, repo_id), encoding="utf-8", newline="\n")
+    return renamed
 
 
 def _check_card(request: Request, card: Path) -> None:

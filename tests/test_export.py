@@ -13,6 +13,7 @@ from gguf_support import LlamaCpp
 from loopback_ollama import LoopbackOllama
 
 from gemma_tune import go_template
+from gemma_tune.errors import WorkFailed
 from gemma_tune.modelfile import parse_modelfile
 
 
@@ -182,6 +183,27 @@ def test_what_fails_leaves_the_earlier_file(export, merged, monkeypatch):
     assert export("--force").code == 130
     assert {p.name: p.read_bytes() for p in (merged / "ollama").iterdir()} == before
     assert export().err.count("is up to date") == 1
+
+
+@pytest.mark.parametrize(("system", "said"), [('a"""\nb', 'ends in """'), ("\udcff", "not text in UTF-8")])
+def test_what_a_modelfile_cannot_hold_is_refused_before_any_work(export, merged, system, said):
+    result = export("--system", system)
+    assert result.code == 2 and said in result.err
+    assert not (merged / "ollama").exists()
+
+
+def test_no_room_for_the_file_to_compare_with_is_no_failure(cli, merged, monkeypatch):
+    """The export's own file is whole, and is compared without the one in f16."""
+    from gemma_tune import export_checks
+
+    def full(*_, **__):
+        raise WorkFailed("0.1 GB free")
+
+    monkeypatch.setattr(export_checks, "write_gguf", full)
+    result = cli("export-ollama", "--quant", "q8_0", "--verify", "--no-measure", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["summary"]["parity"]["greedy"]) == ["q8_0"]
+    assert "without a file in f16: 0.1 GB free" in result.err
 
 
 def test_several_formats_at_once(cli, merged):

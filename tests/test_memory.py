@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, make_model
+from gguf_families import make_family
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub
@@ -64,6 +65,13 @@ def test_several_key_heads(tmp_path):
     for length in (20, 100):
         counted = shape_of(model, SMALL, torch.bfloat16).kept(2, length)
         assert real_kept(model, 2, length, torch.bfloat16) <= counted <= 1.25 * real_kept(model, 2, length, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["gemma4-large", "gemma4-small"])
+def test_layers_of_two_widths(tmp_path, family):
+    """As in Gemma 4, whose configuration has no one width to tell."""
+    make_family(family, tmp_path)
+    assert shape_of(tmp_path, SMALL, torch.bfloat16).attention == 4 * 32
 
 
 def test_sizes_are_those_of_the_model(tiny):

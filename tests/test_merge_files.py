@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -228,7 +229,8 @@ def test_no_room_on_the_disk_is_told_before(cli, trained, monkeypatch):
     assert not MERGED.exists()
 
 
-def test_the_disk_fills_up_while_writing(cli, trained, monkeypatch):
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EFBIG, "--max-shard-size")])
+def test_the_disk_fills_up_while_writing(cli, trained, monkeypatch, number, said):
     from gemma_tune import merge_weights
 
     assert cli("merge", "--no-check").code == 0
@@ -238,11 +240,11 @@ def test_the_disk_fills_up_while_writing(cli, trained, monkeypatch):
     def full(piece):
         yield from blocks(piece)
         if "layers.1" in piece.name:
-            raise OSError(28, "No space left on device", "model.safetensors")
+            raise OSError(number, os.strerror(number), "model.safetensors")
 
     monkeypatch.setattr(merge_weights, "blocks", full)
     result = cli("merge", "--no-check", "--force")
-    assert result.code == 1 and "the disk is full" in result.err
+    assert result.code == 1 and said in result.err
     assert contents(MERGED) == before
     assert not [path for path in trained.iterdir() if path.name.startswith((".new-", ".old-"))]
 
@@ -305,12 +307,49 @@ def test_its_base_is_the_one_that_it_names(cli, trained, tiny, tmp_path):
     assert "was trained on /gone/model, which is not here" in result.err and "--base" in result.err
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file"])
-def test_what_is_no_adapter_is_refused(cli, tmp_path, name):
+@pytest.mark.parametrize(("name", "said"), [
+    ("nowhere", "there is no directory"), ("file", "there is no directory"), (".", "it has no adapter_config.json")])
+def test_what_is_no_adapter_is_refused(cli, tmp_path, name, said):
     (tmp_path / "file").write_text("")
     result = cli("merge", "--adapter", tmp_path / name)
-    assert result.code == 2
-    assert f"{name} is not a PEFT adapter: it has no adapter_config.json" in result.err
+    assert result.code == 2 and said in result.err
+
+
+def test_without_a_chat_template_nothing_is_written(cli, trained, monkeypatch):
+    from test_merge import remember
+
+    from gemma_tune import chat_format, merge
+
+    (trained / "tiny-gemma_lora_adapter" / "chat_template.jinja").unlink()
+    remember(trained)
+    monkeypatch.setattr(chat_format, "family_template", lambda model_type: None)
+    monkeypatch.setattr(merge, "write_files", lambda *args: pytest.fail("the weights were written"))
+    result = cli("merge")
+    assert result.code == 2 and "has no chat template" in result.err and "--no-check" in result.err
+
+
+def test_a_base_that_was_moved_is_named_once(cli, trained, tiny, tmp_path):
+    base = tmp_path / "elsewhere" / "tiny-gemma"
+    shutil.copytree(tiny, base)
+    manifest = json.loads((trained / "manifest.json").read_text())
+    manifest["model"]["path"] = "../../gone/tiny-gemma"
+    (trained / "manifest.json").write_text(json.dumps(manifest))
+    result = cli("merge", "--no-check")
+    assert result.code == 2 and "gone/tiny-gemma" in result.err and "--model DIR/tiny-gemma" in result.err
+    assert cli("merge", "--no-check", "--base", base).code == 0
+    assert cli("merge", "--no-check", "--json").json["status"] == "up-to-date"
+
+
+def test_licences_and_settings_of_processors_are_copied(cli, trained, tiny, tmp_path):
+    base = tmp_path / "base" / "tiny-gemma"
+    shutil.copytree(tiny, base)
+    kept = ("LICENSE.txt", "LICENCE", "USE_POLICY.md", "NOTICE", "video_preprocessor_config.json")
+    for name in kept:
+        (base / name).write_text("{}")
+    adapter = trained / "tiny-gemma_lora_adapter"
+    result = cli("merge", "--no-check", "--adapter", adapter, "--base", base, "--run", "new")
+    assert result.code == 0, result.err
+    assert {*kept} <= {path.name for path in Path("new/tiny-gemma_lora_merged").iterdir()}
 
 
 OLD, NEW = "1" * 40, "2" * 40

@@ -187,6 +187,19 @@ NAMES = {  # the base's on the disk, the adapter's
     "text part as a model": ("model", "model.language_model"),
     "no prefix": ("", "model"),
 }
+TOWERS = {  # of pictures: the base's on the disk, the adapter's
+    "as Gemma 3 stores it": ("vision_tower.vision_model", "model.vision_tower"),
+    "an older adapter": ("vision_tower.vision_model", "model.vision_tower.vision_model"),
+    "an older adapter, a newer base": ("model.vision_tower", "model.vision_tower.vision_model"),
+}
+
+
+@pytest.mark.parametrize("case", TOWERS)
+def test_the_part_for_pictures(tmp_path, case):
+    from gemma_tune.merge_plan import running_name
+
+    stored, adapters = (f"{name}.encoder.layers.0.mlp.fc1.weight" for name in TOWERS[case])
+    assert running_name(stored) == running_name(adapters)
 
 
 @pytest.mark.parametrize("case", NAMES)
@@ -248,6 +261,34 @@ def test_every_tensor_of_the_adapter_is_used_or_listed(tmp_path):
         merged(base, adapter, tmp_path / "out2")
     assert raised.value.problems == ("model.layers.0.self_attn.q_proj.weight has the shape (32, 32) in the base, "
                                      "(32, 31) in the adapter",)
+
+
+def test_what_peft_would_leave_out_is_not_merged(tmp_path):
+    """The check would compare with a base without an adapter."""
+    from gemma_tune.adapter_files import read_adapter
+    from gemma_tune.errors import UserError
+
+    _, adapter, _ = make(tmp_path, gemma(), **SAVED)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.removeprefix("base_model.model."): t for name, t in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="4 tensors that merge does not know"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"lora_alpha": "x"}, "lora_alpha: 'x' is no number"), ({"alpha_pattern": ["q"]}, "alpha_pattern: ['q'] does not"),
+    ({"rank_pattern": {"(": 4}}, "rank_pattern: '(' is no pattern"), ({"modules_to_save": "norm"}, "no list of names"),
+    ({"r": 5}, "the rank 5, and its factors have 4")])
+def test_settings_that_cannot_be(tmp_path, settings, said):
+    from gemma_tune.adapter_files import read_adapter
+    from gemma_tune.errors import UserError
+
+    _, adapter, _ = make(tmp_path, gemma(), **SAVED)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError) as raised:
+        read_adapter(adapter)
+    assert said in " ".join([raised.value.message, *raised.value.problems])
 
 
 def test_pickled_weights_are_not_read(tmp_path):

@@ -119,6 +119,15 @@ def test_merge_pushes_what_it_made_and_says_where(cli, hub, visit, trained):
     assert not hub.paths("PUT")
 
 
+def test_a_model_that_was_merged_before_names_the_repository(cli, hub, visit, trained):
+    assert cli("merge", "--run", trained, "--no-check").code == 0
+    assert b'name = "tiny-gemma_lora_merged"' in (trained / "tiny-gemma_lora_merged/README.md").read_bytes()
+    for repo_id in (ID, f"{ID}-2"):
+        result = cli("merge", "--run", trained, "--no-check", "--push", repo_id, "--json")
+        assert result.json["status"] == "up-to-date"
+        assert f'name = "{repo_id}"  #'.encode() in hub.files(repo_id)["README.md"]
+
+
 def test_merge_asks_before_any_work(cli, hub, visit, trained):
     visit(role="read")
     result = cli("merge", "--run", trained, "--push", ID)
