@@ -223,8 +223,9 @@ class MergeConfig(StageConfig):
     dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
                                auto="each tensor's own in the base")
     max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")
-    check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.")
-    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32)
+    check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.",
+                         check=True)
+    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32, check=True)
     push: str | None = option(None, "Push the merged model to the Hugging Face Hub, to this repository (account/name), "
                                     "with a model card.", same_result=True, auto="stay here")
     private: bool = option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
@@ -249,9 +250,9 @@ class ExportConfig(StageConfig):
                                             "repeated.", auto="the base model's own sampling settings")
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
                                                                                 "length in training")
-    measure: bool = option(True, "Measure on the validation rows what each number format loses.")
+    measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
-                                       "Ollama template.", auto="on where a llama.cpp engine is installed")
+                                       "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
                                          "that gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "

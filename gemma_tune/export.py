@@ -106,7 +106,8 @@ def _say(session: Session, target: Target) -> None:
     for note in target.chat.notes:
         session.listener.warn(note)
     if target.system and (lost := lossy_runes(target.system)):
-        session.listener.warn(f"a Modelfile cannot hold these characters of the system prompt: {lost!r}")
+        session.listener.warn(f"`ollama create -f` would drop these characters of the system prompt from the "
+                              f"Modelfile: {lost!r}; a model that this command creates has them")
 
 
 def _quants(session: Session, source: Source) -> tuple[str, ...]:
@@ -157,7 +158,8 @@ def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]
         outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
         figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
     sync(run.ollama)
-    if earlier := sorted(p.name for p in run.ollama.glob("*.gguf") if p not in outputs.values()):
+    there = {*run.ollama.glob("*.gguf"), *run.ollama.glob("Modelfile*")}
+    if earlier := sorted(path.name for path in there - set(outputs.values())):
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
     report = run.ollama / "report.md"
     write_atomic(report, markdown(run.model_name, figures, checks).encode())
@@ -171,12 +173,14 @@ def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]
 def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> None:
     """Tables for people, and what was not checked."""
     listener = session.listener
-    if checks.losses:
+    if checks.losses or len(figures) > 1:
         listener.grid("number formats", format_rows(figures, checks.losses))
     if checks.parity:
         listener.grid("token ids of whole prompts, against Hugging Face's", checks.parity.rows())
         if checks.parity.greedy:
             listener.grid("greedy answers, against the merged model's", checks.parity.greedy_rows())
+        if checks.merged:
+            listener.note(checks.merged)
         if not checks.parity.ok:
             listener.warn("prompts are not the same everywhere: see the table, and ollama/report.md")
     for text in checks.unchecked:

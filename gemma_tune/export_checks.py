@@ -36,11 +36,13 @@ class Checks:
         losses: by number format; f16 is always among them, as the yardstick.
         parity: token ids and answers, or None.
         unchecked: what was not checked, and why, one sentence each.
+        merged: how the merged model compares to base + adapter, the step before these.
     """
 
     losses: Mapping[str, Loss] = field(default_factory=dict)
     parity: Parity | None = None
     unchecked: tuple[str, ...] = ()
+    merged: str = ""
 
     def figures(self, quant: str) -> dict[str, Any]:
         """One format's figures for the manifest."""
@@ -81,9 +83,10 @@ def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> 
     compare = wants_engine(config)
     unchecked = [f"the loss of the number formats: {reason}"] if config.measure and rows is None else []
     if not compare and config.verify is None:
-        unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp)")
+        unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
+                         "with --verify)")
     if not compare and rows is None:
-        return Checks(unchecked=tuple(unchecked))
+        return Checks(unchecked=tuple(unchecked), merged=_merged(session))
     model, reason = _loaded(session)
     if model is None:
         unchecked += [f"answers: {reason}"] if compare else []
@@ -93,7 +96,17 @@ def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> 
     if model is not None and rows is not None and architecture is not None:
         task = "measuring the loss of " + ", ".join(files)
         losses = measure(model, rows, files, architecture, on_progress=partial(session.listener.progress, task))
-    return Checks(losses, parity, tuple(unchecked))
+    return Checks(losses, parity, tuple(unchecked), _merged(session))
+
+
+def _merged(session: Session) -> str:
+    """What `merge` found, as a sentence; it stands before the files in the chain from the adapter to an answer."""
+    found = session.manifest.stages.get("merge", {"summary": {}})["summary"]
+    if "check_same_tokens" not in found:  # not checked, or by an earlier version
+        return ""
+    return (f"The merged model against base + adapter, as `merge` measured it: {found['check_same_answers']} of "
+            f"{found['check_prompts']} greedy answers equal, {found['check_same_tokens']:.1%} of the likeliest tokens, "
+            f"divergence {found['check_divergence']:.2g} nats per token.")
 
 
 def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | None, str]:
@@ -171,6 +184,8 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks
                       "per token, and how often the likeliest token is f16's."]
     if checks.parity:
         lines += ["", checks.parity.markdown().rstrip()]
+    if checks.merged:
+        lines += ["", checks.merged]
     if checks.unchecked:
         lines += ["", "## Not checked", "", *(f"- {text}" for text in checks.unchecked)]
     return "\n".join(lines) + "\n"

@@ -70,6 +70,15 @@ def same_result(cls: type[StageConfig]) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("same_result"))
 
 
+def asks_more(cls: type[StageConfig], name: str, before: Any, now: Any) -> bool:
+    """Whether a setting that changed asks for something that an earlier result does not have.
+
+    Settings with ``check`` in their metadata say how much a result is compared: less of it is there already.
+    """
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return bool(now) and now > (before or 0) if field.metadata.get("check") else True
+
+
 def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: bool = False) -> list[str]:
     """The command line options that give ``settings``; those that are defaults anyway are left out unless asked for."""
     flags: list[str] = []

@@ -17,7 +17,7 @@ from gemma_tune.files import os_errors
 from gemma_tune.listener import Listener
 from gemma_tune.models import BaseModel
 from gemma_tune.run_dir import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
-from gemma_tune.settings import Resolved, StageConfig, plain, same_result
+from gemma_tune.settings import Resolved, StageConfig, asks_more, plain, same_result
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -240,7 +240,8 @@ def _changes(record: Mapping[str, Any], config: StageConfig, inputs: Mapping[str
     old = {f.name: plain(f.default) for f in fields(config)}
     old |= {name: entry["value"] for name, entry in record["config"].items()}
     changed = [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
-               if name not in same_result(type(config)) and old[name] != value]
+               if name not in same_result(type(config)) and old[name] != value
+               and asks_more(type(config), name, old[name], value)]
     before = {name: item["sha256"] for name, item in record["inputs"].items()}
     if before != {name: item["sha256"] for name, item in inputs.items()}:
         changed.append("other input files")

