@@ -46,7 +46,7 @@ LABELS = {
     "check_skipped": "not checked", "pushed": "published",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
-    "ollama_name": "name in Ollama", "ids_equal": "token ids as in training", "answers_equal": "greedy answers equal",
+    "ollama_name": "name in Ollama",
 }
 
 

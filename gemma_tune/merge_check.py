@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
     from gemma_tune.chat_format import ChatFormat
 
-# The merged weights are rounded to 16 bits once more than base + adapter. Measured on Gemma 3 270M that moves
-# a token's distribution by about 1e-4 nats; a wrong merge moves it by whole nats, or by what a weak adapter does.
-MAX_DIVERGENCE = 0.02
-ROUNDING = 2e-3  # nats that rounding is allowed whatever the adapter does
-PART_OF_EFFECT = 0.25  # of what the adapter itself changes
+# The merged weights are rounded to 16 bits once more than base + adapter, which takes back changes below half of a
+# weight's last bit. Measured in nats per token: 1e-4 on Gemma 3 270M, 1e-2 on SmolLM2 135M, both with an adapter that
+# changes about one; a wrong merge moves as much as the adapter does.
+ROUNDING = 5e-3  # nats that are allowed whatever the adapter changes
+PART_OF_EFFECT = 0.25  # of what it changes
 ANSWER_TOKENS = 32  # longest answer of the check
 
 
@@ -59,7 +59,7 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path) -> di
         The figures of the comparison, or why there is none: the models do not fit the memory.
 
     Raises:
-        WorkFailed: mean divergence above ``MAX_DIVERGENCE`` nats, or near what the adapter itself changes.
+        WorkFailed: the mean divergence is near what the adapter itself changes.
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") or config
@@ -111,16 +111,17 @@ def compare(before: _Reading, after: Sequence[Answer], scores_of: Any) -> dict[s
 
 def _judge(session: Session, figures: dict[str, Any]) -> dict[str, Any]:
     divergence, effect = figures["check_divergence"], figures["check_adapter_effect"]
-    allowed = min(MAX_DIVERGENCE, max(ROUNDING, PART_OF_EFFECT * effect))
+    allowed = max(ROUNDING, PART_OF_EFFECT * effect)
     if not divergence <= allowed:
         raise WorkFailed(f"the merged model differs from base + adapter by {divergence:.3g} nats per token (at most "
                          f"{allowed:.3g} expected; the adapter itself changes {effect:.3g}); it was not kept",
-                         "please report this; meanwhile use the adapter itself")
+                         "merge with --dtype fp32, where nothing is rounded; if that differs as well, please report it "
+                         "and use the adapter itself meanwhile")
     if not figures["check_same_answer"]:
         session.listener.warn(f"{figures['check_prompts'] - figures['check_same_answers']} of "
                               f"{figures['check_prompts']} greedy answers of the merged model differ in wording from "
-                              "base + adapter's, although the distributions agree "
-                              f"({divergence:.2g} nats per token)")
+                              f"base + adapter's: rounding to 16 bits changes {divergence:.2g} nats per token, the "
+                              f"adapter {effect:.2g}; --dtype fp32 rounds nothing")
     return figures
 
 

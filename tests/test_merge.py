@@ -127,7 +127,7 @@ def test_a_wrong_merge_is_noticed_and_not_kept(cli, trained, adapter, monkeypatc
 
 
 @pytest.mark.parametrize(("divergence", "effect", "kept"), [
-    (1e-3, 5e-4, True), (5e-3, 1.0, True), (5e-3, 6e-3, False), (0.03, 1.0, False), (float("nan"), 1.0, False)])
+    (4e-3, 5e-4, True), (0.02, 1.0, True), (7e-3, 8e-3, False), (0.3, 1.0, False), (float("nan"), 1.0, False)])
 def test_a_merge_is_not_kept_that_differs_as_much_as_the_adapter_changes(divergence, effect, kept):
     from gemma_tune.errors import WorkFailed
     from gemma_tune.merge_check import _judge
