@@ -93,10 +93,12 @@ def _question(session: Session, chat: ChatFormat) -> Prompt:
     return next(plain, Prompt(samples.heldout_questions()[0]["messages"]))
 
 
-def _same_prompt(chat: ChatFormat, prompt: Prompt, laid_out: str) -> bool:
-    """Whether a server's text of a prompt is training's; either may spell out the BOS token."""
-    bos = chat.tokenizer.bos_token or ""
-    return laid_out.removeprefix(bos) == chat.render(prompt.messages, prompt=True).removeprefix(bos)
+def _same_prompt(chat: ChatFormat, target: Target, prompt: Prompt, laid_out: str) -> bool:
+    """Whether a server's text of a prompt is Hugging Face's; either may spell out the BOS token."""
+    messages, bos = prompt.messages, chat.tokenizer.bos_token or ""
+    if target.system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
+        messages = [{"role": "system", "content": target.system}, *messages]
+    return laid_out.removeprefix(bos) == chat.render(messages, prompt=True).removeprefix(bos)
 
 
 def _ask(session: Session, server: Server, target: Target, chat: ChatFormat) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _ask(session: Session, server: Server, target: Target, chat: ChatFormat) -> 
     session.listener.note(f"asking {target.name} a held-out prompt")
     laid_out = ollama.rendered_prompt(server, target.name, prompt.messages, PATIENCE, chat=target.chat)
     answer = ollama.generate_check(server, target.name, prompt.messages, PATIENCE, ANSWER_TOKENS, chat=target.chat)
-    answer["prompt_as_trained"] = None if laid_out is None else _same_prompt(chat, prompt, laid_out)
+    answer["prompt_as_trained"] = None if laid_out is None else _same_prompt(chat, target, prompt, laid_out)
     if answer["prompt_as_trained"] is False:
         session.listener.warn(f"Ollama lays out a prompt for {target.name} otherwise than training did: {laid_out!r}")
     if answer["done_reason"] != "stop":

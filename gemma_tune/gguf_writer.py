@@ -60,7 +60,7 @@ class GgufSummary:
         quant: the name from `QUANTS` that was asked for.
         tensor_count: tensors in the file.
         tensor_types: GGML type name → number of tensors.
-        fallbacks: (tensor, reason) for each matrix that could not take its type and is F16 instead.
+        fallbacks: (tensor, reason) for each matrix whose rows do not fit the type that was asked for.
     """
 
     path: Path

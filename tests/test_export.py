@@ -120,6 +120,7 @@ def test_a_new_model_is_asked_a_held_out_prompt(export, merged, go_cache):
         assert answer["answer"] and answer["done_reason"] == "stop" and answer["prompt_as_trained"] is True
         asked = [r.body for r in server.requests if r.path == "/api/chat" and "_debug_render_only" not in r.body]
         assert asked[0]["messages"][-1]["content"].startswith("Say number")
+        assert export("--host", server.url, "--system", "Be brief.", "--json").json["answer"]["prompt_as_trained"] is True
     with LoopbackOllama(faults=["chat-endless"]) as server:
         result = export("--host", server.url)
         assert result.code == 0 and "did not end its answer within 256 tokens" in result.err
