@@ -16,6 +16,16 @@ import numpy as np
 
 from gemma_tune.errors import UserError
 
+# What every transformer here has, and the keys for it.
+SIZES = {
+    "hidden_size": gguf.GGUFWriter.add_embedding_length,
+    "num_hidden_layers": gguf.GGUFWriter.add_block_count,
+    "intermediate_size": gguf.GGUFWriter.add_feed_forward_length,
+    "num_attention_heads": gguf.GGUFWriter.add_head_count,
+    "num_key_value_heads": gguf.GGUFWriter.add_head_count_kv,
+    "rms_norm_eps": gguf.GGUFWriter.add_layer_norm_rms_eps,
+}
+
 
 @dataclass(frozen=True)
 class Change:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from gemma_tune.architectures import PLUS_ONE, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.architectures import PLUS_ONE, SIZES, Architecture, Change, TensorSpec, complete, refuse
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ACTIVATION = "gelu_pytorch_tanh"
@@ -25,12 +25,7 @@ _OTHER_PARTS = re.compile(
 
 _KEYS = {
     "max_position_embeddings": gguf.GGUFWriter.add_context_length,
-    "hidden_size": gguf.GGUFWriter.add_embedding_length,
-    "num_hidden_layers": gguf.GGUFWriter.add_block_count,
-    "intermediate_size": gguf.GGUFWriter.add_feed_forward_length,
-    "num_attention_heads": gguf.GGUFWriter.add_head_count,
-    "num_key_value_heads": gguf.GGUFWriter.add_head_count_kv,
-    "rms_norm_eps": gguf.GGUFWriter.add_layer_norm_rms_eps,
+    **SIZES,
     "head_dim": gguf.GGUFWriter.add_key_length,
 }
 

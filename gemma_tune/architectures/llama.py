@@ -13,17 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_tune.architectures import Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.architectures import SIZES, Architecture, Change, TensorSpec, complete, refuse
 from gemma_tune.architectures.gemma import EMBEDDING, HEAD, differing
-
-_KEYS = {
-    "hidden_size": gguf.GGUFWriter.add_embedding_length,
-    "num_hidden_layers": gguf.GGUFWriter.add_block_count,
-    "intermediate_size": gguf.GGUFWriter.add_feed_forward_length,
-    "num_attention_heads": gguf.GGUFWriter.add_head_count,
-    "num_key_value_heads": gguf.GGUFWriter.add_head_count_kv,
-    "rms_norm_eps": gguf.GGUFWriter.add_layer_norm_rms_eps,
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ def _context_length(config: Any) -> int:
 
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
     writer.add_context_length(_context_length(config))
-    for key, add_number in _KEYS.items():
+    for key, add_number in SIZES.items():
         add_number(writer, getattr(config, key))
     if stated_dim is not None:
         writer.add_key_length(stated_dim)
