@@ -63,8 +63,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None) -> Expor
     """
     files = [(stage.artifacts[key], stage.artifacts[key.replace("gguf", "modelfile", 1)])
              for key in stage.artifacts if key.startswith("gguf")]
-    base = session.config.name or ollama.default_model_name(session.model.name)
-    names = list(model_names(base, tuple(stage.summary["quants"])).values())
+    names = [figures["ollama_name"] for figures in stage.summary["quants"].values()]
     elsewhere = (f"llama-cli -m {shlex.quote(files[0][0])}",)
     if server is None:
         steps = [ollama.manual_command(Path(modelfile), name) for name, (_, modelfile) in zip(names, files)]

@@ -18,13 +18,13 @@ from gemma_tune.errors import UserError, WorkFailed
 from gemma_tune.export_checks import Checks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export_files import Source, write_file
 from gemma_tune.files import NEW, sync, write_atomic
-from gemma_tune.gguf_types import recommended
+from gemma_tune.gguf_types import QUANTS, recommended
 from gemma_tune.modelfile import lossy_runes, render_modelfile
 from gemma_tune.models import load_format, read_config
 from gemma_tune.ollama_target import Target, parse_parameters, target_for
 from gemma_tune.stage import Finished, Session, run_stage
 
-COARSE = ("q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
+COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
 
 
 def export(session: Session) -> ExportReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from gemma_tune.gguf_writer import write_gguf
 from gemma_tune.memory import place
 from gemma_tune.models import load_model
 from gemma_tune.parity import HELD_OUT, verify
-from gemma_tune.parity_report import Parity
+from gemma_tune.parity_report import Parity, markdown_table
 from gemma_tune.prompts import Prompt, held_out
 from gemma_tune.quant_loss import REFERENCE, Loss, measure, validation_rows
 from gemma_tune.stage import Session
@@ -178,7 +178,7 @@ def _size(count: int) -> str:
 
 def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> str:
     """ollama/report.md."""
-    lines = [f"# {name} in GGUF", "", "## Number formats", "", *as_markdown(format_rows(figures, checks.losses))]
+    lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
     if loss := checks.losses.get(REFERENCE):
         lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
                       "per token, and how often the likeliest token is f16's."]
@@ -189,9 +189,3 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks
     if checks.unchecked:
         lines += ["", "## Not checked", "", *(f"- {text}" for text in checks.unchecked)]
     return "\n".join(lines) + "\n"
-
-
-def as_markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table of rows, the first of which is its heading."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, Keys, TokenType
+from gguf import GGUFWriter, TokenType
 
 from gemma_tune.architectures import CONVERTER
 from gemma_tune.errors import UserError
-from gemma_tune.gguf_tokenizer import looks_special, refuse_duplicates
+from gemma_tune.gguf_tokenizer import ID_KEYS, add_special_ids, looks_special, refuse_duplicates
 
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -48,8 +48,6 @@ _SAME = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "smaug-bpe": ("dbrx", "glm4", "chatglm-bpe"),
 }
-_ID_KEYS = {"bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID, "unk": Keys.Tokenizer.UNK_ID,
-            "pad": Keys.Tokenizer.PAD_ID}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,7 @@ def add_bpe_tokenizer(writer: GGUFWriter, vocab: BpeVocab, chat_template: str | 
     writer.add_token_list(vocab.tokens)
     writer.add_token_types(vocab.types)
     writer.add_token_merges(vocab.merges)
-    for name, i in ids.items():
-        writer.add_uint32(_ID_KEYS[name], i)
-    if eot is not None:
-        writer.add_eot_token_id(eot)
+    add_special_ids(writer, ids, eot)
     writer.add_add_bos_token(vocab.add_bos)
     writer.add_add_eos_token(vocab.add_eos)
     writer.add_add_space_prefix(False)
@@ -228,7 +223,7 @@ def _special_ids(tokenizer: Any, checkpoint: Path, vocab_size: int) -> dict[str,
     """Ids of the special tokens: the tokenizer's, else those of config.json (Qwen's tokenizer has no BOS)."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     found = {}
-    for name in _ID_KEYS:
+    for name in ID_KEYS:
         ids = [getattr(tokenizer, f"{name}_token_id"), config.get(f"{name}_token_id")]
         usable = [i for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
         if usable:

@@ -110,8 +110,7 @@ def _expected(spec: TensorSpec, shards: Mapping[str, tuple[Path, str]]) -> Itera
     from safetensors import safe_open
 
     path, name = shards[spec.source]
-    group = spec.change.rows if spec.change else 1
-    step = max(1, _ELEMENTS // spec.shape[-1] // group) * group if len(spec.shape) > 1 else spec.shape[0]
+    step = spec.rows_at_a_time(_ELEMENTS)
     for start in range(0, spec.shape[0], step):
         # Opened anew each time: what was read of a mapped file counts as memory for as long as it is open.
         with safe_open(path, framework="pt") as f:

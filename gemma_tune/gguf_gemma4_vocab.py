@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, Keys, TokenType
+from gguf import GGUFWriter, TokenType
 
 from gemma_tune.architectures import CONVERTER
 from gemma_tune.errors import UserError
-from gemma_tune.gguf_tokenizer import ADDED_TOKEN_SCORE, SPACE, refuse_duplicates
+from gemma_tune.gguf_tokenizer import ADDED_TOKEN_SCORE, ID_KEYS, SPACE, add_special_ids, refuse_duplicates
 
 # llama.cpp's parser of chats looks for these in the generated text, where control tokens are not shown.
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
-_ID_KEYS = {"bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID, "unk": Keys.Tokenizer.UNK_ID,
-            "pad": Keys.Tokenizer.PAD_ID, "mask": Keys.Tokenizer.MASK_ID}  # fmt: skip
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
@@ -77,10 +75,7 @@ def add_gemma4_tokenizer(writer: GGUFWriter, vocab: Gemma4Vocab, chat_template: 
     writer.add_token_scores([ADDED_TOKEN_SCORE] * len(vocab.tokens))  # the key has to be there; merges go by rank
     writer.add_token_types(vocab.types)
     writer.add_token_merges(vocab.merges)
-    for name, i in vocab.special_ids.items():
-        writer.add_uint32(_ID_KEYS[name], i)
-    if eot is not None:
-        writer.add_eot_token_id(eot)
+    add_special_ids(writer, vocab.special_ids, eot)
     writer.add_add_space_prefix(False)
     writer.add_add_bos_token(True)
     if chat_template is not None:
@@ -147,7 +142,7 @@ def _special_ids(checkpoint: Path, tokens: list[str]) -> dict[str, int]:
     path, ids = checkpoint / "tokenizer_config.json", {text: i for i, text in enumerate(tokens)}
     config = _read_config(path)
     found = {}
-    for name in _ID_KEYS:
+    for name in (*ID_KEYS, "mask"):
         token = config.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
         if text in ids:

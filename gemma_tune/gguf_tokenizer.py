@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
 ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
 PADDING_SCORE = -10000.0  # what it gives an id that no token claims
 
-_ID_KEYS = {
+ID_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
     "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
 }  # fmt: skip
@@ -65,7 +65,7 @@ def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
         UserError: the file isn't a whole GGUF, or its token arrays don't make a vocabulary.
     """
     wanted = {Keys.General.ARCHITECTURE, Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES,
-              Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.ADD_PREFIX, *_ID_KEYS.values()}  # fmt: skip
+              Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.ADD_PREFIX, *ID_KEYS.values()}  # fmt: skip
     metadata = read_gguf_metadata(gguf_path, wanted)
     if metadata.get(Keys.Tokenizer.MODEL) != "llama":
         return None
@@ -149,16 +149,21 @@ def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: 
     writer.add_token_list(vocab.tokens)
     writer.add_token_scores(vocab.scores)
     writer.add_token_types(vocab.types)
-    for name, i in vocab.special_ids.items():
-        writer.add_uint32(_ID_KEYS[name], i)
-    if eot is not None:
-        writer.add_eot_token_id(eot)
+    add_special_ids(writer, vocab.special_ids, eot)
     writer.add_add_bos_token(vocab.add_bos)
     writer.add_add_sep_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocab.add_space_prefix)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
+
+
+def add_special_ids(writer: GGUFWriter, ids: Mapping[str, int], eot: int | None) -> None:
+    """Add the ids of special tokens, by the names in `ID_KEYS` or ``mask``, and of the token that ends a turn."""
+    for name, i in ids.items():
+        writer.add_uint32({**ID_KEYS, "mask": Keys.Tokenizer.MASK_ID}[name], i)
+    if eot is not None:
+        writer.add_eot_token_id(eot)
 
 
 def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
@@ -172,7 +177,7 @@ def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
         raise UserError(f"{path} has no whole vocabulary (tokens, scores and token types of one length).", hint)
     texts = [raw.decode("utf-8", errors="replace") for raw in arrays[0]]
     types = arrays[2].tolist()
-    ids = {name: metadata.get(key, -1) for name, key in _ID_KEYS.items()}
+    ids = {name: metadata.get(key, -1) for name, key in ID_KEYS.items()}
     ids = {name: i if i < len(texts) else -1 for name, i in ids.items()}
     ids["unk"] = _unknown_id(path, texts, types, ids["unk"])
     model = ModelProto()
@@ -290,5 +295,5 @@ def refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
 def _special_ids(model: ModelProto, vocab_size: int) -> dict[str, int]:
     """Ids of the special tokens, from the trainer's record: fine-tuning changes tokenizer_config.json, never this."""
     spec = model.trainer_spec
-    named = {name: getattr(spec, f"{name}_id") for name in _ID_KEYS}
+    named = {name: getattr(spec, f"{name}_id") for name in ID_KEYS}
     return {name: i for name, i in named.items() if 0 <= i < vocab_size}

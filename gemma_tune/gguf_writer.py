@@ -109,7 +109,7 @@ class PlannedTensor:
             assert spec.values is not None
             yield spec.values
             return
-        step = rows_at_a_time(spec)
+        step = spec.rows_at_a_time(CHUNK_ELEMENTS)
         for start in range(0, spec.shape[0], step):
             rows = self.stored.rows(start, start + step)
             rows = spec.change.forward(rows) if spec.change else rows
@@ -124,14 +124,6 @@ class PlannedTensor:
         if largest > LARGEST[type]:
             hint = "Export with --quant bf16."
             raise UserError(f"The checkpoint's {self.spec.source} holds {largest:g}, too large for {type.name}.", hint)
-
-
-def rows_at_a_time(spec: TensorSpec) -> int:
-    """How many rows of a tensor (or numbers of a vector) to have in memory at once, whole groups of them."""
-    if len(spec.shape) == 1:
-        return spec.shape[0]
-    group = spec.change.rows if spec.change else 1
-    return max(1, CHUNK_ELEMENTS // spec.shape[1] // group) * group
 
 
 def write_gguf(
@@ -290,7 +282,7 @@ def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTens
 def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:
     """Whether an explicit output head equals the embedding, bit for bit after conversion; some rows at a time."""
     one, two = (stored[name] for name in (spec.source or "", spec.tied_to or ""))
-    rows, step = spec.shape[0], rows_at_a_time(spec)
+    rows, step = spec.shape[0], spec.rows_at_a_time(CHUNK_ELEMENTS)
     return all(np.array_equal(one.rows(i, i + step), two.rows(i, i + step)) for i in range(0, rows, step))
 
 

@@ -111,10 +111,11 @@ class Parity:
 
     def markdown(self) -> str:
         """A section for report.md."""
-        lines = ["## Parity", "", "Token ids of whole prompts against Hugging Face's.", "", *_table(self.rows()), ""]
+        lines = ["## Parity", "", "Token ids of whole prompts against Hugging Face's.", "",
+                 *markdown_table(self.rows()), ""]
         if self.greedy:
             lines += ["Greedy answers of each GGUF in llama.cpp against the merged model's in transformers.", "",
-                      *_table(self.greedy_rows())]
+                      *markdown_table(self.greedy_rows())]
         else:
             lines.append(f"Greedy answers: not checked: {self.greedy_unchecked}")
         return "\n".join([*lines, "", f"Checked with {self.engine}."]) + "\n"
@@ -124,7 +125,7 @@ def _share(agreement: Agreement) -> str:
     return f"{100 * agreement.leading / agreement.tokens:.1f} %" if agreement.tokens else "–"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """A Markdown table of rows, the first of which is its heading."""
     for n, row in enumerate(rows):
         cells = (" ".join(cell.replace("|", "\\|").splitlines()) for cell in row)

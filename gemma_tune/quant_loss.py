@@ -238,8 +238,7 @@ def _put(weights: Mapping[str, torch.Tensor], file: GgufFile, architecture: Arch
 def _put_one(tensor: torch.Tensor, spec: TensorSpec, file: GgufFile, stored: str) -> None:
     import torch
 
-    group = spec.change.rows if spec.change else 1
-    step = max(1, _ELEMENTS // spec.shape[-1] // group) * group if len(spec.shape) > 1 else spec.shape[0]
+    step = spec.rows_at_a_time(_ELEMENTS)
     for start in range(0, spec.shape[0], step):
         part = tensor[start:start + step]
         values = file.rows(stored, start, start + len(part)).reshape(part.shape)

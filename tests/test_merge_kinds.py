@@ -222,11 +222,8 @@ def test_names_on_the_disk_are_kept(tmp_path, case):
         assert torch.equal(back[name], tensor), name
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"), ({"lora_bias": True}, "lora_bias"),
-    ({"bias": "all"}, "bias: 'all'")])
-def test_kinds_that_are_not_merged(tmp_path, settings, said):
+def refused_settings(tmp_path, settings):
+    """How an adapter is refused whose adapter_config.json says something else besides."""
     from gemma_tune.adapter_files import read_adapter
     from gemma_tune.errors import UserError
 
@@ -235,8 +232,17 @@ def test_kinds_that_are_not_merged(tmp_path, settings, said):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(UserError) as raised:
         read_adapter(adapter)
-    assert said in " ".join([raised.value.message, *raised.value.problems])
-    assert "PEFT" in raised.value.hint
+    return raised.value
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"), ({"lora_bias": True}, "lora_bias"),
+    ({"bias": "all"}, "bias: 'all'")])
+def test_kinds_that_are_not_merged(tmp_path, settings, said):
+    refused = refused_settings(tmp_path, settings)
+    assert said in " ".join([refused.message, *refused.problems])
+    assert "PEFT" in refused.hint
 
 
 def test_every_tensor_of_the_adapter_is_used_or_listed(tmp_path):
@@ -280,15 +286,8 @@ def test_what_peft_would_leave_out_is_not_merged(tmp_path):
     ({"rank_pattern": {"(": 4}}, "rank_pattern: '(' is no pattern"), ({"modules_to_save": "norm"}, "no list of names"),
     ({"r": 5}, "the rank 5, and its factors have 4")])
 def test_settings_that_cannot_be(tmp_path, settings, said):
-    from gemma_tune.adapter_files import read_adapter
-    from gemma_tune.errors import UserError
-
-    _, adapter, _ = make(tmp_path, gemma(), **SAVED)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    with pytest.raises(UserError) as raised:
-        read_adapter(adapter)
-    assert said in " ".join([raised.value.message, *raised.value.problems])
+    refused = refused_settings(tmp_path, settings)
+    assert said in " ".join([refused.message, *refused.problems])
 
 
 def test_pickled_weights_are_not_read(tmp_path):

