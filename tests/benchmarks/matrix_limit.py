@@ -41,7 +41,7 @@ class Shapes:
 
 def shapes_of(model: Any, rank: int) -> Shapes:
     """The shapes of a transformers model (which may lie on the meta device) with LoRA on every linear layer."""
-    from gemma_tune.adapter import target_modules
+    from gemma_tune.lora.layers import target_modules
 
     linear = Counter((module.in_features, module.out_features, not _READS_EMBEDDINGS.search(name))
                      for name in target_modules(model, ()) if (module := model.get_submodule(name)))

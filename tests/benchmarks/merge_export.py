@@ -109,7 +109,7 @@ def make(folder: Path, size: float) -> None:
 
 def copy(folder: Path, out: Path) -> None:
     """The base's files, as ``cp`` does it."""
-    from gemma_tune.files import sync
+    from gemma_tune.base.files import sync
 
     out.mkdir()
     for path in (folder / "base").iterdir():
@@ -119,12 +119,12 @@ def copy(folder: Path, out: Path) -> None:
 
 def ours(folder: Path, out: Path) -> None:
     """The weights as `gemma-tune merge` writes them, with everything that the command imports."""
-    import gemma_tune.merge  # noqa: F401 - for its memory
-    from gemma_tune.adapter_files import read_adapter
-    from gemma_tune.checkpoint_tensors import open_tensors
-    from gemma_tune.files import replacing_directory
-    from gemma_tune.merge_plan import plan_merge
-    from gemma_tune.merge_weights import lay_out, write_files
+    import gemma_tune.merge.stage  # noqa: F401 - for its memory
+    from gemma_tune.base.files import replacing_directory
+    from gemma_tune.base.tensors import open_tensors
+    from gemma_tune.lora.files import read_adapter
+    from gemma_tune.merge.plan import plan_merge
+    from gemma_tune.merge.weights import lay_out, write_files
 
     plan = plan_merge(open_tensors(folder / "base"), read_adapter(folder / "adapter"))
     with replacing_directory(out) as new:
@@ -137,7 +137,7 @@ def peft(folder: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from gemma_tune.files import sync
+    from gemma_tune.base.files import sync
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload().save_pretrained(out)
@@ -147,10 +147,10 @@ def peft(folder: Path, out: Path) -> None:
 
 def export(quant: str, folder: Path, out: Path) -> None:
     """A GGUF as `gemma-tune export-ollama` writes it, read back and compared."""
-    from gemma_tune.architectures import architecture_of
-    from gemma_tune.gguf_check import worst_error
-    from gemma_tune.gguf_writer import write_gguf
-    from gemma_tune.models import read_config
+    from gemma_tune.gguf.architectures.registry import architecture_of
+    from gemma_tune.gguf.check import worst_error
+    from gemma_tune.gguf.writer import write_gguf
+    from gemma_tune.models.source import read_config
 
     base = folder / "base"
     write_gguf(base, out / "model.gguf", quant, name="benchmark", chat_template=None, eot_token_id=None)
@@ -159,8 +159,8 @@ def export(quant: str, folder: Path, out: Path) -> None:
 
 def convert(quant: str, folder: Path, out: Path) -> None:
     """llama.cpp's converter."""
-    from gemma_tune.converter import convert_with
-    from gemma_tune.listener import Listener
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.gguf.converter import convert_with
 
     out.mkdir()
     os.environ["PYTHONPATH"] = str(CONVERTER)
@@ -195,8 +195,8 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 def add_vocabulary(base: Path) -> None:
     """The demo model's tokenizer, which is Gemma 3's."""
-    from gemma_tune.listener import Listener
-    from gemma_tune.models import locate
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models.source import locate
 
     for path in locate("demo", None, Listener()).path.glob("*token*"):
         shutil.copyfile(path, base / path.name)

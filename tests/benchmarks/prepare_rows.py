@@ -99,8 +99,8 @@ def main() -> None:
     size = data.stat().st_size
     print(f"{options.rows:,} rows, {size / 1e6:,.0f} MB, {os.cpu_count()} cores")
 
-    from gemma_tune.listener import Listener
-    from gemma_tune.models import load_format, locate
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models.source import load_format, locate
 
     model = locate(options.model, None, Listener())  # makes the demo's checkpoint before anything is measured
     (folder / "baseline.py").write_text(BASELINE)

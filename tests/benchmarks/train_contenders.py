@@ -38,9 +38,9 @@ def measure_limit(job: dict[str, Any]) -> dict[str, Any]:
     from matrix_limit import limit, measure_rates, shapes_of
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gemma_tune.data.tokens import lengths_of, open_tokens
-    from gemma_tune.listener import Listener
-    from gemma_tune.models import choose_placement, locate
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.encoding.tokens import lengths_of, open_tokens
+    from gemma_tune.models.source import choose_placement, locate
 
     checkpoint = locate(job["model"], None, Listener()).path
     placement = choose_placement("auto")
@@ -71,7 +71,7 @@ def trl_best(job: dict[str, Any]) -> dict[str, Any]:
     similar length together; on a GPU its fused kernels, where the package that has them is installed."""
     from datasets import Dataset
 
-    from gemma_tune.data.tokens import open_tokens
+    from gemma_tune.encoding.tokens import open_tokens
 
     model_settings: dict[str, Any] = {"dtype": "bfloat16" if job["dtype"] == "bf16" else "float32"}
     settings: dict[str, Any] = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
@@ -121,7 +121,7 @@ def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str
 
 def _tokenizer(job: dict[str, Any]) -> Any:
     """The checkpoint's tokenizer with the chat template that this project trains with."""
-    from gemma_tune.models import load_format, read_config
+    from gemma_tune.models.source import load_format, read_config
 
     checkpoint = Path(job["checkpoint"])
     return load_format(checkpoint, read_config(checkpoint)["model_type"]).tokenizer
@@ -133,9 +133,9 @@ def fp32(job: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup, set_seed
 
-    from gemma_tune.adapter import target_modules
-    from gemma_tune.batches import LengthGroupedBatches, Share
-    from gemma_tune.data.tokens import lengths_of, open_tokens
+    from gemma_tune.encoding.tokens import lengths_of, open_tokens
+    from gemma_tune.lora.layers import target_modules
+    from gemma_tune.train.batches import LengthGroupedBatches, Share
 
     rows, size = open_tokens(Path(job["tokens"])), job["batch_size"]
     model = _base_in_fp32(job)
@@ -172,7 +172,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import PeftModel
 
-    from gemma_tune.data.tokens import open_tokens
+    from gemma_tune.encoding.tokens import open_tokens
 
     rows = open_tokens(Path(job["held_out"]))
     count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
@@ -191,7 +191,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
 def _base_in_fp32(job: dict[str, Any]) -> Any:
     import torch
 
-    from gemma_tune.models import Placement, load_model
+    from gemma_tune.models.source import Placement, load_model
 
     return load_model(Path(job["checkpoint"]), Placement(job["device"], torch.float32, "the reference"))
 

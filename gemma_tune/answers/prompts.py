@@ -1,0 +1,114 @@
+"""Prompts from prepared rows: what ``eval`` asks and ``merge`` checks with, and a turn as people read it."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+LOOKED_AT = 100  # rows of each file that are looked at for prompts
+TEXT_TOKENS = 32  # of a plain text, as the beginning that a model continues
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What comes before an answer: turns and the tools on offer, or the beginning of a plain text."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    text: str | None = None
+
+    def ids(self, chat: Any) -> list[int]:
+        """Token ids, after which the answer begins. Of a plain text the first half, at most ``TEXT_TOKENS``.
+
+        Args:
+            chat: the :class:`gemma_tune.encoding.chat_format.ChatFormat`.
+
+        Raises:
+            FormatError: the chat template refuses the turns.
+        """
+        if self.text is None:
+            return chat.prompt_ids(self.messages, tools=self.tools)
+        ids = [int(n) for n in chat.encode_text(self.text).ids]
+        return ids[:max(1, min(TEXT_TOKENS, len(ids) // 2))]
+
+    def fitted(self, chat: Any, limit: int) -> Prompt | None:
+        """The prompt, or the system message and the last exchanges of it, as many as ``limit`` tokens hold.
+
+        Conversations of any length are trained in parts (``prepare --on-long split``). None if no exchange fits.
+
+        Raises:
+            FormatError: the chat template refuses the turns.
+        """
+        if self.text is not None:
+            return self
+        system = [turn for turn in self.messages[:1] if turn["role"] == "system"]
+        # The whole conversation first: it nearly always fits.
+        begins = [n for n, turn in enumerate(self.messages) if turn["role"] == "user"]
+        shorter = [replace(self, messages=[*system, *self.messages[n:]]) for n in begins]
+        if shorter and len(shorter[0].ids(chat)) <= limit:
+            return shorter[0]
+        first = bisect.bisect_left(shorter, True, key=lambda prompt: len(prompt.ids(chat)) <= limit)
+        return shorter[first] if first < len(shorter) else None
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a line of train.jsonl or valid.jsonl: everything before the last answer that is learned."""
+    if "text" in row:
+        return Prompt([], text=row["text"])
+    messages = row["messages"]
+    last = max(n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False)
+    # Which turns are learned does not matter to a model that answers.
+    return Prompt([{k: v for k, v in turn.items() if k != "train"} for turn in messages[:last]], row.get("tools"))
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """Prompts of a file of prepared rows, one after the other: such a file can be larger than memory."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield prompt_of(json.loads(line))
+
+
+def held_out(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
+    """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be.
+
+    Args:
+        files: of prepared rows, those first that training has not seen; one that is missing has none.
+        chat: the :class:`gemma_tune.encoding.chat_format.ChatFormat`.
+        count: at most so many. Only ``LOOKED_AT`` rows of each file are looked at.
+    """
+    from gemma_tune.encoding.chat_format import FormatError
+
+    found: list[Prompt] = []
+    for path in files:
+        for prompt in itertools.islice(read_prompts(path), LOOKED_AT) if path.exists() else ():
+            if len(found) == count:
+                return found
+            with contextlib.suppress(FormatError):  # the data was prepared again, for another template
+                if fitted := prompt.fitted(chat, limit):
+                    found.append(fitted)
+    return found
+
+
+def shown(turn: Mapping[str, Any]) -> str:
+    """A turn's text for people, with the tools that it calls."""
+    calls = [call["function"] for call in turn.get("tool_calls") or ()]
+    lines = [f"calls {call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
+    return "\n".join([turn["content"], *lines] if turn["content"] else lines)
+
+
+def headline(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The first line of the last thing that the user said."""
+    said = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+    return next((line.strip() for line in said.splitlines() if line.strip()), "")
+
+
+def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Names of the tools on offer."""
+    return [tool["function"]["name"] for tool in tools or ()]

@@ -1,0 +1,187 @@
+"""Files that are either whole or not there: atomic writes, directory swaps, fingerprints.
+
+Replacing a directory takes two renames. Between them the old one lies beside its place as ``.old-<name>``;
+:func:`recover` puts it back after a crash, so that a finished artifact is never lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError, WorkFailed
+
+NEW, OLD = ".new-", ".old-"
+PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
+_CHUNK = 1 << 20
+_line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal while writing below ``path`` into an error that says what to do."""
+    try:
+        yield
+    except OSError as e:
+        place = e.filename or path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WorkFailed(f"the disk is full: {place}", "free some space and run the same command again; "
+                                                           "what was finished before is untouched") from e
+        if e.errno == errno.EFBIG:
+            raise WorkFailed(f"the file would be larger than its file system, or `ulimit -f`, allows: {place}",
+                             "work on another disk with --run DIR; `merge --max-shard-size 2GB` writes smaller files"
+                             ) from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
+                                                               "directory's permissions") from e
+        if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"{place} is in the way: {e.strerror}", "choose another place with --run DIR") from e
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a directory, durable."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # it has no such call and needs none
+        return
+    # Opened for reading where that is enough: a copied file can be read-only. Windows syncs only what it may write.
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file that is synced and renamed: readers see the old content or the new one."""
+    temporary = path.with_name(NEW + path.name)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
+
+
+def json_bytes(content: Any, indent: int | None = None) -> bytes:
+    """JSON with its final line feed, as UTF-8. Half a surrogate pair has no UTF-8 form and stays a JSON escape."""
+    text = _line_of(content) if indent is None else json.dumps(content, ensure_ascii=False, indent=indent)
+    return (text + "\n").encode(errors="backslashreplace")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON atomically."""
+    write_atomic(path, json_bytes(content, indent=2))
+
+
+@contextlib.contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    fresh = target.with_name(NEW + target.name)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        for path in (*fresh.rglob("*"), fresh):
+            sync(path)
+        _swap(target, fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _swap(target: Path, fresh: Path) -> None:
+    old = target.with_name(OLD + target.name)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(*folders: Path) -> list[str]:
+    """Undo directory swaps that a crash interrupted, and remove what they left; returns the names put back.
+
+    Looks at what lies directly in ``folders``, where swaps happen, and never deeper: a run directory may hold other
+    runs, or be somebody's home. Only called by the owner of the run's lock.
+    """
+    restored = []
+    for leftover in [p for folder in folders for p in folder.glob(f"{OLD}*")]:
+        target = leftover.with_name(leftover.name.removeprefix(OLD))
+        if target.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            os.rename(leftover, target)
+            restored.append(target.name)
+    for leftover in [p for folder in folders for p in folder.glob(f"{NEW}*")]:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return restored
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of one file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
+    if path.is_file():
+        return [(path.name, path)]
+    if patterns:
+        return sorted((p.name, p) for p in {p for pattern in patterns for p in path.glob(pattern)} if p.is_file())
+    return sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")
+                  if p.is_file() and not p.name.startswith("."))
+
+
+def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Sequence[str] = ()) -> dict[str, Any]:
+    """sha256, size in bytes and a stamp (names, sizes, modification times) of a file or a directory's files.
+
+    Hidden files do not count; ``patterns`` restricts a directory to such files directly in it. With ``known``, an
+    earlier result of this function, the content is read again only if the stamp differs: a fingerprint of several
+    gigabytes is otherwise too slow to check before every stage.
+
+    Raises:
+        FileNotFoundError: if ``path`` does not exist.
+    """
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    members = [(name, p, p.stat()) for name, p in _members(path, patterns)]
+    stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
+    size = sum(s.st_size for _, _, s in members)
+    if known and known.get("stamp") == stamp:
+        return {"sha256": known["sha256"], "bytes": size, "stamp": stamp}
+    single = path.is_file()
+    digest = hashlib.sha256()
+    for name, member, _ in members:
+        digest.update(b"" if single else f"{name}\0{sha256_file(member)}\n".encode())
+    sha = sha256_file(path) if single else digest.hexdigest()
+    return {"sha256": sha, "bytes": size, "stamp": stamp}

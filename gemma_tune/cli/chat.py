@@ -1,0 +1,147 @@
+"""The interactive side of ``chat``: reading lines, commands that begin with a slash, and interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.chat.conversation import Conversation, answers
+from gemma_tune.cli import console
+
+HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
+        "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
+        "/save [FILE]  keep the conversation as training data\n"
+        "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
+
+
+def interactive(conversation: Conversation) -> None:
+    """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
+    with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
+        import readline  # noqa: F401 - its import gives input() line editing and history
+    console.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
+    while True:
+        try:
+            line = _read_line().strip()
+        except KeyboardInterrupt:
+            console.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
+            continue
+        except EOFError:
+            console.err.print()
+            return
+        if line.startswith("/"):
+            if not _command(conversation, line):
+                return
+        elif line:
+            _exchange(conversation, line)
+
+
+def _read_line() -> str:
+    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file."""
+    if sys.stdout.isatty():
+        return input("\n> ")
+    console.err.print("\n> ", end="", markup=False)
+    return input()
+
+
+def _command(conversation: Conversation, line: str) -> bool:
+    """Obey a slash command; False means leave."""
+    name, _, rest = line.partition(" ")
+    if name in ("/exit", "/quit", "/bye"):
+        return False
+    if name == "/reset":
+        conversation.reset()
+        _say("(the conversation starts anew)")
+    elif name == "/system":
+        conversation.reset(rest.strip())
+        _say(f"(system prompt: {conversation.system or 'none'})")
+    elif name in ("/fix", "/save"):
+        try:
+            (_fix if name == "/fix" else _save)(conversation, rest.strip())
+        except UserError as e:
+            console.error(e)
+    else:
+        unknown = "" if name in ("/help", "/?") else f"(there is no {name})\n"
+        _say(unknown + HELP)
+    return True
+
+
+def _say(text: str) -> None:
+    console.err.print(text, markup=False, style="dim")
+
+
+def _fix(conversation: Conversation, text: str) -> None:
+    if conversation.turns and not text:
+        _say("(the right answer; a line with a dot alone ends it, Ctrl-C leaves the answer as it is)")
+        try:
+            text = _several_lines()
+        except KeyboardInterrupt:
+            _say("\n(the answer stays as it is)")
+            return
+    conversation.correct(text)
+    _say("(the answer is replaced)")
+
+
+def _several_lines() -> str:
+    lines = []
+    with contextlib.suppress(EOFError):
+        while (line := _read_line()) != ".":
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _save(conversation: Conversation, name: str) -> None:
+    path, changed = conversation.save(name)
+    _say(f"({'saved in' if changed else 'already in'} {path})")
+    if conversation.cut:
+        _say(f"({conversation.cut} answer(s) were cut off and are not learned; /fix TEXT mends the last one)")
+    console.what_next([conversation.saves.command_to_prepare(path)])
+
+
+def _exchange(conversation: Conversation, line: str) -> None:
+    """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
+    try:
+        stream = conversation.ask(line)
+        try:
+            for piece in stream:
+                console.piece(piece)
+        except KeyboardInterrupt:
+            stream.stop()
+        console.result("")
+        conversation.keep(line, stream.finish())
+    except KeyboardInterrupt:  # a second one, while the last token is still being computed
+        console.err.print("(stopped; this answer is not kept)", style="dim")
+    except UserError as e:
+        console.error(e)
+
+
+def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool) -> None:
+    """Answer prompts independently of each other; Ctrl-C ends all of it.
+
+    Raises:
+        UserError: a prompt that does not fit into the model's context, or is not UTF-8 text.
+    """
+    for prompt, stream in answers(conversation, _text(prompts)):
+        try:
+            for piece in stream:
+                if not as_json:
+                    console.piece(piece)
+        except BaseException:  # also a closed pipe; the interpreter must not end while a thread is inside torch
+            stream.stop()
+            stream.finish()
+            raise
+        answer = stream.finish()
+        if as_json:
+            console.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
+                                 "ended": answer.ended, "model": conversation.which})
+        else:
+            console.result("")
+
+
+def _text(lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as e:
+        raise UserError(f"standard input is not {e.encoding} text (byte {e.start} of a part of it)",
+                        "save the prompts as UTF-8") from e

@@ -1,0 +1,237 @@
+"""The command line: options become settings, a stage runs, its result is shown. Stages are imported when needed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gemma_tune import __version__
+from gemma_tune.base.errors import UserError
+from gemma_tune.cli import console
+from gemma_tune.cli import options as o
+from gemma_tune.cli.session import (
+    Command,
+    Commands,
+    as_json,
+    finish,
+    open_session,
+    prepare_first,
+    run_one,
+    show_plan,
+    start_processes,
+    stdin_is_terminal,
+    take_adapter,
+)
+from gemma_tune.run.directory import command
+
+app = typer.Typer(
+    name="gemma-tune", cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
+    help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
+    epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
+           "Just to see it: gemma-tune run --model demo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"gemma-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                               help="Show the version.")] = False) -> None:
+    pass
+
+
+@app.command(cls=Command)
+def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, take: o.Take = None,
+            train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
+            max_length: o.MaxLength = None, on_long: o.OnLong = None, seed: o.SplitSeed = None,
+            duplicates: o.Duplicates = None, near_duplicates: o.NearDuplicates = None,
+            near_threshold: o.NearThreshold = None, allow: o.Allow = None, on_bad_row: o.OnBadRow = None,
+            max_rejected: o.MaxRejected = None, preview: o.Preview = 0, force: o.Force = False,
+            quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Check your conversations, label and tokenise them, and split them into training and validation.
+
+    Reads JSONL, JSON, CSV, TSV and Parquet: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
+    data/train.jsonl, data/valid.jsonl, data/rejected.jsonl (with file, line and reason), data/duplicates.jsonl and a
+    report on lengths and findings. Begins the run.
+
+    Example: gemma-tune prepare chats.jsonl --model google/gemma-3-270m-it --preview 3
+    """
+    from gemma_tune.prepare.stage import prepare as stage
+
+    report = run_one(ctx, "prepare", lambda session: stage(session, preview), starts=True)
+    finish(ctx, report, (command("train", report.run),))
+
+
+@app.command(cls=Command)
+def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
+          run: o.Run = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
+          rslora: o.RsLora = None, dora: o.Dora = None, target_modules: o.TargetModules = None,
+          learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None, accumulation: o.Accumulation = None,
+          num_processes: o.NumProcesses = None, strategy: o.Strategy = None, epochs: o.Epochs = None,
+          max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
+          weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
+          micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
+          compile: o.Compile = None, eval_steps: o.EvalSteps = None, save_steps: o.SaveSteps = None,
+          seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
+          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Train a LoRA adapter on the prepared conversations.
+
+    Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
+    end. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the
+    same command goes on. With --dry-run it only shows steps, memory and time.
+
+    Example: gemma-tune train --epochs 3 --learning-rate 1e-4
+    """
+    if not dry_run:
+        start_processes(ctx)
+    from gemma_tune.train.stage import plan_training
+    from gemma_tune.train.stage import train as stage
+
+    if dry_run:
+        return show_plan(ctx, plan_training)
+    prepared = prepare_first(ctx) if data else {}
+    report = run_one(ctx, "train", stage)
+    finish(ctx, report, (command("chat", report.run), command("merge", report.run)), **prepared)
+
+
+@app.command(cls=Command)
+def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
+         system: o.System = None, base: o.Base = None, merged: o.Merged = None, temperature: o.Temperature = None,
+         top_p: o.TopP = None, top_k: o.TopK = None, repetition_penalty: o.RepetitionPenalty = None,
+         max_new_tokens: o.MaxNewTokens = None, seed: o.SampleSeed = None, dtype: o.Dtype = None,
+         quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Talk to the tuned model, or with --base to the untuned one.
+
+    Reads the base model and the adapter. On a terminal it is a conversation, in which /fix corrects an answer and /save
+    keeps the conversation as training data; with --prompt it answers once; otherwise every line of standard input gets
+    its own answer on standard output.
+
+    Example: gemma-tune chat --prompt "Revenue rose 20 %, cash flow fell. What might that mean?"
+    """
+    import sys
+
+    from gemma_tune.chat.conversation import open_conversation
+    from gemma_tune.cli.chat import interactive, one_by_one
+
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
+    session = open_session(ctx, "chat")
+    conversation = open_conversation(session)
+    if prompt is None and stdin_is_terminal() and not json:
+        interactive(conversation)
+    else:
+        one_by_one(conversation, sys.stdin if prompt is None else [prompt], json)
+
+
+@app.command("eval", cls=Command)
+def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, questions: o.Questions = None,
+             max_new_tokens: o.EvalTokens = None, dtype: o.Dtype = None, force: o.Force = False,
+             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Answer held-out prompts with the base and the tuned model, side by side.
+
+    Reads the adapter and data/valid.jsonl. Writes report.md.
+
+    Example: gemma-tune eval --questions 5
+    """
+    from gemma_tune.evaluate.stage import evaluate as stage
+
+    report = run_one(ctx, "eval", stage)
+    if not quiet:
+        console.comparison(report.summary["answers"])
+    finish(ctx, report, (command("merge", report.run),))
+
+
+@app.command(cls=Command)
+def merge(ctx: typer.Context, model: o.MergeBase = None, revision: o.Revision = None, run: o.Run = None,
+          adapter: o.Adapter = None, dtype: o.MergedDtype = None, max_shard_size: o.MaxShardSize = None,
+          check: o.Check = None, check_prompts: o.CheckPrompts = None, push: o.Push = None, private: o.Private = None,
+          force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
+          debug: o.Debug = False) -> None:
+    """Add the adapter to the 16-bit base model.
+
+    Reads the adapter and the base model. Writes <model name>_lora_merged/, a checkpoint that plain transformers loads,
+    and checks that it answers as base plus adapter does. With --adapter it takes a PEFT adapter that was trained
+    elsewhere, and needs no training before.
+
+    Example: gemma-tune merge --push my-account/my-model
+    """
+    outside = take_adapter(ctx)
+    from gemma_tune.merge.stage import merge as stage
+
+    report = run_one(ctx, "merge", stage, starts=outside)
+    pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
+    finish(ctx, report, (command("export-ollama", report.run),), **pushed)
+
+
+@app.command("export-ollama", cls=Command)
+def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quant: o.Quant = None,
+                  name: o.Name = None, system: o.ExportSystem = None, parameter: o.Parameter = None,
+                  num_ctx: o.NumCtx = None, measure: o.Measure = None, verify: o.Verify = None,
+                  converter: o.Converter = None, create: o.Create = None, host: o.Host = None, force: o.Force = False,
+                  quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
+                  debug: o.Debug = False) -> None:
+    """Write GGUF files and a Modelfile, check them, and create the model in Ollama.
+
+    Reads the merged model. Writes ollama/<model name>-<quant>.gguf, ollama/Modelfile and ollama/report.md with what
+    each number format loses and how the token ids compare. Without an Ollama server all are made, and the command to
+    type later is shown. The same file runs in llama.cpp, LM Studio and Jan.
+
+    Example: gemma-tune export-ollama --quant q8_0,q4_k_m --name my-analyst
+    """
+    from gemma_tune.export.stage import export as stage
+
+    done = run_one(ctx, "export-ollama", stage)
+    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice,
+           elsewhere=list(done.elsewhere), answer=done.answer)
+
+
+@app.command("run", cls=Command)
+def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, valid: o.Valid = None,
+            max_length: o.MaxLength = None, on_long: o.OnLong = None, rank: o.Rank = None,
+            learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
+            accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
+            qlora: o.QLora = None, micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
+            questions: o.Questions = None, quant: o.Quant = None, name: o.Name = None, create: o.Create = None,
+            host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+            config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """All stages in order: prepare, train, eval, merge, export-ollama.
+
+    Reads your data; writes everything the single commands write, and ends with base and tuned answers side by side.
+    Stages that are up to date are skipped. Settings that are no option here come from a --config file.
+
+    Example: gemma-tune run chats.jsonl --model google/gemma-3-270m-it
+    """
+    from gemma_tune.cli.pipeline import run_pipeline
+
+    stages, exported = run_pipeline(ctx)
+    steps = (command("chat", exported.stage.run), *exported.next_steps)
+    console.run_summary(stages, steps, exported.advice, exported.elsewhere)
+    if json:
+        console.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
+                             "advice": exported.advice, "elsewhere": list(exported.elsewhere),
+                             "answer": exported.answer, "stages": {n: as_json(r) for n, r in stages.items()}})
+
+
+@app.command(cls=Command)
+def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o.Json = False,
+           debug: o.Debug = False) -> None:
+    """What a run has, what is stale, and what to type next.
+
+    Reads the manifest and the files it names. Writes nothing.
+
+    Example: gemma-tune status
+    """
+    from gemma_tune.cli.status import describe_run
+
+    found = describe_run(run, model)
+    console.status_table(f"{found.root} · {found.model}", found.rows)
+    console.err.print(f"next: {found.next_step}", markup=False)
+    if json:
+        console.result_json(found.as_json())

@@ -1,0 +1,149 @@
+"""How the data is shown: the report of ``prepare`` and the preview of what is learned. Part of ``console``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tune.cli import console
+
+BAR = 32  # cells of the longest bar
+_EIGHTHS = "▏▎▍▌▋▊▉█"
+# Control characters and marks that turn the direction of writing: they would change the terminal, not be read on it.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "sequences",
+            "tokens", "trained_tokens")
+
+
+def data_report(report: Mapping[str, Any]) -> None:
+    """The content of data/report.json for people; whatever is missing from it is not shown.
+
+    Args:
+        report: numbers by name (see ``_FIGURES``); ``before_the_limit``, the figures of ``Statistics.as_dict``;
+            ``rejected_by_reason`` (number by code) and ``first_rejected`` ("file:line" by code);
+            ``prompts_with_several_answers`` (``prompts``, ``rows``, ``examples``: lists of "file:line").
+    """
+    figures = {name: report[name] for name in _FIGURES if report.get(name) or name == "rows" and name in report}
+    if figures.get("sequences") == figures.get("train_rows", 0) + figures.get("valid_rows", 0):
+        figures.pop("sequences", None)  # one for each row, as usual
+    console.err.print(console.figures_table("data", figures))
+    lengths = report.get("before_the_limit")
+    if lengths and lengths["rows"]:
+        _lengths(lengths)
+    _rejected(report.get("rejected_by_reason", {}), report.get("first_rejected", {}))
+    _several_answers(report.get("prompts_with_several_answers"))
+
+
+def _lengths(figures: Mapping[str, Any]) -> None:
+    length, long = figures["length"], figures["long"]
+    console.err.print(Text("tokens per row", style="italic"))
+    for line in _histogram(figures["histogram"], long["max_length"]):
+        console.err.print(line)
+    parts = [f"half have at most {length['p50']:,}"]
+    parts += [f"{p} % {length[f'p{p}']:,}" for p in (90, 95, 99)]
+    console.prose(Text(f"{', '.join(parts)}, the longest {length['longest']:,}"))
+    if long["message"]:
+        console.prose(Text(f"! {long['message']}", style="yellow"))
+    if _mixed(figures["scripts"]):
+        console.prose(Text("writing systems: " + ", ".join(
+            f"{name} {_share(share)}" for name, share in figures["scripts"].items())))
+    _examples("longest", figures["longest_rows"])
+    _examples("shortest", figures["shortest_rows"])
+
+
+def _histogram(bins: Sequence[Mapping[str, int]], max_length: int) -> Iterator[Text]:
+    most = max(item["rows"] for item in bins)
+    width = max(len(f"{item['to']:,}") for item in bins)
+    arrow = "←" if _has_blocks() else "<"
+    for item in bins:
+        inside = item["from"] <= max_length <= item["to"] and item is not bins[-1]
+        yield Text.assemble(f"  {item['from']:>{width},} - {item['to']:>{width},}  ",
+                            (_bar(item["rows"], most), "cyan"), f" {item['rows']:,}",
+                            (f"  {arrow} --max-length" if inside else "", "yellow"))
+
+
+def _bar(value: int, most: int) -> str:
+    """A bar as long as the value in comparison with the most; never empty where there is something."""
+    eighths = max(round(8 * BAR * value / most), 1 if value else 0)
+    if not _has_blocks():
+        return "#" * -(-eighths // 8)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def _has_blocks() -> bool:
+    return console.err.encoding.lower().startswith("utf")
+
+
+def _mixed(scripts: Mapping[str, float]) -> bool:
+    """Whether a second writing system is more than an accident: in one row of a hundred."""
+    return sum(share >= 0.01 for share in scripts.values()) > 1
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share >= 0.01 else "under 1 %"
+
+
+def _examples(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = []
+    for row in rows:
+        lines += [(f"{row['tokens']:,}", Text(_visible(f"{row['file']}:{row['line']}"))),
+                  ("", Text(_visible(row["opening"]), style="dim", no_wrap=True, overflow="ellipsis"))]
+    _list(name, lines)
+
+
+def _rejected(reasons: Mapping[str, int], first: Mapping[str, str]) -> None:
+    _list("rejected", [(f"{rows:,}", Text(code + (f", first {_visible(first[code])}" if code in first else "")))
+                       for code, rows in sorted(reasons.items(), key=lambda item: -item[1])])
+
+
+def _several_answers(found: Mapping[str, Any] | None) -> None:
+    if not found or not found["prompts"]:
+        return
+    example = f", such as {_visible(' and '.join(found['examples'][0]))}" if found["examples"] else ""
+    prompts = "1 prompt has" if found["prompts"] == 1 else f"{found['prompts']:,} prompts have"
+    console.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
+
+
+def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:
+    """Numbers and what they are about: in columns on a terminal; whole lines in a file, which can be searched."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(min_width=8)
+    grid.add_column(justify="right", min_width=6)
+    grid.add_column(overflow="fold")
+    for n, (number, text) in enumerate(lines):
+        if console.err.is_terminal:
+            grid.add_row(name if n == 0 else "", number, text)
+        else:
+            console.err.print(Text(f"{name if n == 0 else '':8}  {number:>6}  {text.plain}"))
+    if grid.row_count:
+        console.err.print(grid)
+
+
+def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
+    """Rows as the model gets them, with what is learned in green, or in ⟦brackets⟧ where there is no colour.
+
+    Args:
+        rows: sequences in pieces of their decoded text, each with whether it is learned.
+    """
+    coloured = console.err.is_terminal and console.err.color_system is not None and not console.err.no_color
+    console.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
+                  else Text("⟦learned⟧, everything else is only read"))
+    for n, pieces in enumerate(rows):
+        console.err.print(Text(f"── sequence {n + 1}", style="bold"))
+        console.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
+
+
+def _piece(text: str, trained: bool, coloured: bool) -> tuple[str, str]:
+    text = _visible(text)
+    if coloured:
+        return text, "green" if trained else "dim"
+    return (f"⟦{text}⟧" if trained else text), ""
+
+
+def _visible(text: str) -> str:
+    """Text in which nothing but line ends and tabs moves the cursor."""
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)

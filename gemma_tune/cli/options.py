@@ -1,0 +1,147 @@
+"""Every command line option, declared once; help texts, defaults and limits come from ``config``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.markup import escape
+
+from gemma_tune.config import stages as c
+
+
+def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
+    """The option of one configuration field."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False, **extra)
+
+
+def _joined(values: Optional[list[str]]) -> Optional[str]:
+    """An option that may be repeated or hold several values with commas."""
+    return ",".join(values) if values else None
+
+
+def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
+    """The same for names that people write in capitals as well, such as Q4_K_M."""
+    return ",".join(values).lower() if values else None
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"]
+    if field.metadata["choices"]:
+        text += f" One of {', '.join(field.metadata['choices'])}."
+    default = field.metadata.get("auto")
+    if default is None and isinstance(field.default, bool):
+        default = "on" if field.default else "off"
+    elif default is None and field.default not in (None, ()):
+        default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return escape(text if default is None else f"{text} (default: {default})")
+
+
+# Shared by the commands
+Model = Annotated[Optional[str], typer.Option(
+    "--model", "-m", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo` (needs no account). "
+                          f"(default: the run's own, else {c.DEFAULT_MODEL})", show_default=False)]
+Revision = Annotated[Optional[str], typer.Option(
+    "--revision", help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)",
+    show_default=False)]
+Run = Annotated[Optional[str], typer.Option(
+    "--run", "-r", envvar="GEMMA_TUNE_RUN", help="Run directory. (default: runs/<model name>, else the newest run)",
+    show_default=False)]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Run even if the result is up to date.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
+ConfigFile = Annotated[Optional[Path], typer.Option(
+    "--config", help="YAML file with settings (sections: prepare, train, …); flags win over it.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Data = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
+    show_default=False)]
+TrainData = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[DATA]...", show_default=False,
+    help="Prepare this first, with the settings of --config; what it can be: see `gemma-tune prepare --help`. Without "
+         "any, what was prepared before is learned.")]
+Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
+Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
+Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
+TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
+Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
+Valid = Annotated[Optional[str], _of(c.PrepareConfig, "valid")]
+MaxLength = Annotated[Optional[int], _of(c.PrepareConfig, "max_length")]
+OnLong = Annotated[Optional[str], _of(c.PrepareConfig, "on_long")]
+Duplicates = Annotated[Optional[str], _of(c.PrepareConfig, "duplicates")]
+NearDuplicates = Annotated[Optional[bool], _of(c.PrepareConfig, "near_duplicates",
+                                               "--near-duplicates/--no-near-duplicates")]
+NearThreshold = Annotated[Optional[float], _of(c.PrepareConfig, "near_threshold")]
+Allow = Annotated[Optional[list[str]], _of(c.PrepareConfig, "allow", callback=_joined)]
+OnBadRow = Annotated[Optional[str], _of(c.PrepareConfig, "on_bad_row")]
+MaxRejected = Annotated[Optional[float], _of(c.PrepareConfig, "max_rejected")]
+Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_default=False,
+                                      help="Show N prepared rows with what is learned and what is not.")]
+SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
+
+Rank = Annotated[Optional[int], _of(c.TrainConfig, "rank")]
+Alpha = Annotated[Optional[float], _of(c.TrainConfig, "alpha")]
+Dropout = Annotated[Optional[float], _of(c.TrainConfig, "dropout")]
+RsLora = Annotated[Optional[bool], _of(c.TrainConfig, "rslora", "--rslora/--no-rslora")]
+Dora = Annotated[Optional[bool], _of(c.TrainConfig, "dora", "--dora/--no-dora")]
+TargetModules = Annotated[Optional[list[str]], _of(c.TrainConfig, "target_modules", callback=_joined)]
+LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
+BatchSize = Annotated[Optional[int], _of(c.TrainConfig, "batch_size", "--batch-size", "-b")]
+Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]
+NumProcesses = Annotated[Optional[int], _of(c.TrainConfig, "num_processes")]
+Strategy = Annotated[Optional[str], _of(c.TrainConfig, "strategy")]
+Epochs = Annotated[Optional[float], _of(c.TrainConfig, "epochs", "--epochs", "-e")]
+MaxSteps = Annotated[Optional[int], _of(c.TrainConfig, "max_steps")]
+Warmup = Annotated[Optional[float], _of(c.TrainConfig, "warmup")]
+Schedule = Annotated[Optional[str], _of(c.TrainConfig, "schedule")]
+WeightDecay = Annotated[Optional[float], _of(c.TrainConfig, "weight_decay")]
+Clip = Annotated[Optional[float], _of(c.TrainConfig, "clip")]
+Dtype = Annotated[Optional[str], _of(c.TrainConfig, "dtype")]
+QLora = Annotated[Optional[bool], _of(c.TrainConfig, "qlora", "--qlora/--no-qlora")]
+MicroBatch = Annotated[Optional[int], _of(c.TrainConfig, "micro_batch")]
+Checkpointing = Annotated[Optional[bool], _of(c.TrainConfig, "activation_checkpointing",
+                                              "--activation-checkpointing/--no-activation-checkpointing")]
+Compile = Annotated[Optional[bool], _of(c.TrainConfig, "compile", "--compile/--no-compile")]
+EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
+SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
+                                                        "nothing, and download no weights.")]
+TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]
+
+Temperature = Annotated[Optional[float], _of(c.ChatConfig, "temperature", "--temperature", "-t")]
+TopP = Annotated[Optional[float], _of(c.ChatConfig, "top_p")]
+TopK = Annotated[Optional[int], _of(c.ChatConfig, "top_k")]
+RepetitionPenalty = Annotated[Optional[float], _of(c.ChatConfig, "repetition_penalty")]
+MaxNewTokens = Annotated[Optional[int], _of(c.ChatConfig, "max_new_tokens", "--max-new-tokens", "-n")]
+System = Annotated[Optional[str], _of(c.ChatConfig, "system", "--system", "-s")]
+Base = Annotated[Optional[bool], _of(c.ChatConfig, "base", "--base")]
+Merged = Annotated[Optional[bool], _of(c.ChatConfig, "merged", "--merged")]
+SampleSeed = Annotated[Optional[int], _of(c.ChatConfig, "seed")]
+Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer this and leave.", show_default=False)]
+
+Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
+EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
+MergeBase = Annotated[Optional[str], typer.Option(
+    "--model", "-m", "--base", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo`. (default: "
+                                    "the run's own, or the one that --adapter names)", show_default=False)]
+Adapter = Annotated[Optional[str], _of(c.MergeConfig, "adapter", metavar="DIR")]
+MergedDtype = Annotated[Optional[str], _of(c.MergeConfig, "dtype")]
+MaxShardSize = Annotated[Optional[str], _of(c.MergeConfig, "max_shard_size", metavar="SIZE")]
+Check = Annotated[Optional[bool], _of(c.MergeConfig, "check", "--check/--no-check")]
+CheckPrompts = Annotated[Optional[int], _of(c.MergeConfig, "check_prompts")]
+Push = Annotated[Optional[str], _of(c.MergeConfig, "push", metavar="ACCOUNT/NAME")]
+Private = Annotated[Optional[bool], _of(c.MergeConfig, "private", "--private/--public")]
+Quant = Annotated[Optional[list[str]], _of(c.ExportConfig, "quant", "--quant", "-Q", callback=_joined_lower)]
+Name = Annotated[Optional[str], _of(c.ExportConfig, "name")]
+ExportSystem = Annotated[Optional[str], _of(c.ExportConfig, "system", "--system", "-s")]
+NumCtx = Annotated[Optional[int], _of(c.ExportConfig, "num_ctx")]
+Parameter = Annotated[Optional[list[str]], _of(c.ExportConfig, "parameter", metavar="NAME=VALUE")]
+Measure = Annotated[Optional[bool], _of(c.ExportConfig, "measure", "--measure/--no-measure")]
+Verify = Annotated[Optional[bool], _of(c.ExportConfig, "verify", "--verify/--no-verify")]
+Converter = Annotated[Optional[str], _of(c.ExportConfig, "converter", metavar="PATH")]
+Create = Annotated[Optional[bool], _of(c.ExportConfig, "create", "--create/--no-create")]
+Host = Annotated[Optional[str], _of(c.ExportConfig, "host")]

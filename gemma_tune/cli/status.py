@@ -1,0 +1,77 @@
+"""``status``: the manifest compared with what lies on the disk. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.run.directory import STAGES, Lock, RunDir, command, find_run, read_manifest
+from gemma_tune.run.stage import OUTSIDE, State, state_of
+from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run's stages: ``rows`` are (stage, state, ended, artifacts)."""
+
+    root: Path
+    model: str
+    rows: list[tuple[str, str, str, str]]
+    next_step: str
+    in_use_by: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
+                "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
+
+
+def describe_run(run: str | None, model_id: str | None) -> RunStatus:
+    """State of every stage, and the next command.
+
+    Raises:
+        UserError: no run there, or a damaged manifest.
+    """
+    root = find_run(run, model_id)
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root} is not a run yet: it has no manifest.json",
+                        f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
+    paths = RunDir(root, manifest.model_name)
+    _notice_changed_base(root, manifest.model)
+    # What was merged from an adapter that was trained elsewhere needs none of the stages before.
+    outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
+    not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
+    rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
+    for stage in reversed(STAGES):
+        state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
+        state = state or state_of(paths, manifest, stage)
+        record = manifest.stages.get(stage, {})
+        where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
+        shown = f"{state.status}: {state.reason}" if state.reason else state.status
+        rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
+        if state.status != "done" and stage not in not_needed:
+            next_step = resume or command(stage, root)
+    owner = Lock.owner_of(root)
+    if owner:
+        next_step = f"wait for {owner}"
+    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner)
+
+
+def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
+    """A training that was stopped after the last one that is recorded, and the command that finishes it."""
+    marker = unfinished(run.checkpoints, manifest.finished_training)
+    if marker is None:
+        return None, None
+    return (State("interrupted", f"{whole(run.checkpoints)[-1].name} is saved"),
+            command_to_finish(run.checkpoints, marker["settings"]))
+
+
+def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
+    """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
+    path = root / model["path"] if model.get("path") else None
+    if path is not None and path.exists():
+        model["fingerprint"] = fingerprint(path, model["files"], CHECKPOINT_FILES)["sha256"]

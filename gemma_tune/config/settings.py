@@ -1,0 +1,200 @@
+"""How settings are declared, checked and combined; what settings there are is in ``config``.
+
+A setting is a field of a frozen dataclass made with :func:`option`. No heavy import: ``gemma-tune --help`` loads this
+module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from gemma_tune.base.errors import UserError
+
+
+def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
+    """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
+
+    ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
+
+
+class StageConfig:
+    """Shared behaviour of the stage dataclasses: validation that reports every problem at once."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, getattr(self, f.name)))]
+        problems += [] if problems else self.more_problems()
+        if problems:
+            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
+                            f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
+
+    def more_problems(self) -> list[str]:
+        """What is wrong between settings, or in a way that a limit cannot say."""
+        return []
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Resolved(typing.Generic[C]):
+    """A stage's settings together with the origin of each: ``flag``, ``file``, ``family`` or ``default``."""
+
+    config: C
+    origins: Mapping[str, str]
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
+        return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
+
+
+def same_result(cls: type[StageConfig]) -> tuple[str, ...]:
+    """Names of the settings that say how something is computed, and leave the result as it is."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("same_result"))
+
+
+def asks_more(cls: type[StageConfig], name: str, before: Any, now: Any) -> bool:
+    """Whether a setting that changed asks for something that an earlier result does not have.
+
+    Settings with ``check`` in their metadata say how much a result is compared: less of it is there already.
+    """
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return bool(now) and now > (before or 0) if field.metadata.get("check") else True
+
+
+def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: bool = False) -> list[str]:
+    """The command line options that give ``settings``; those that are defaults anyway are left out unless asked for."""
+    flags: list[str] = []
+    for f in dataclasses.fields(cls):
+        value = settings.get(f.name)
+        if value is None or not defaults and value in (f.default, plain(f.default)):
+            continue
+        name = f.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else f"{value}"]
+    return flags
+
+
+def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,
+            family: Mapping[str, Any] | None = None) -> Resolved[C]:
+    """Flags win over the file, the file over family defaults, those over the built-in defaults.
+
+    Args:
+        flags: values given on the command line by field name; ``None`` and empty tuples count as not given.
+        from_file: the stage's section of the YAML file, already checked by :func:`load_yaml`.
+        family: defaults of the model's family for this stage.
+
+    Raises:
+        UserError: values outside their limits, all of them together.
+    """
+    values, origins = {}, {}
+    for f in dataclasses.fields(cls):
+        for origin, source in (("flag", flags), ("file", from_file or {}), ("family", family or {})):
+            if source.get(f.name) not in (None, (), []):
+                values[f.name], origins[f.name] = converted(f.type, source[f.name]), origin
+                break
+        else:
+            origins[f.name] = "default"
+    return Resolved(cls(**values), origins)
+
+
+def near(word: str, known) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{match[0]}`?" if match else ""
+
+
+def _kinds(annotation: Any) -> tuple[set[type], bool]:
+    """The plain types of an annotation and whether None is allowed; tuples count as ``tuple``."""
+    resolved = _resolve_annotation(annotation)
+    options = typing.get_args(resolved) if isinstance(resolved, types.UnionType) else (resolved,)
+    plain = {typing.get_origin(o) or o for o in options}
+    return {p for p in plain if p is not type(None)}, type(None) in plain
+
+
+def _resolve_annotation(annotation: Any) -> Any:
+    # `from __future__ import annotations` leaves strings; the names used in this module are all builtins.
+    return eval(annotation, {}, {}) if isinstance(annotation, str) else annotation  # noqa: S307 - own source text
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
+
+
+def converted(annotation: Any, value: Any) -> Any:
+    kinds, _ = _kinds(annotation)
+    if tuple in kinds and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if tuple in kinds and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    # YAML 1.1 reads 2e-4 (without a dot) as text.
+    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return value
+
+
+def problem_of(f: dataclasses.Field, value: Any) -> str | None:
+    kinds, optional = _kinds(f.type)
+    if value is None:
+        return None if optional else f"{f.name}: needs a value"
+    if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
+        return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
+    if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
+        return f"{f.name}: expected a list of text, found {shown(other[0])} in it"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{f.name}: {value} is not a finite number"
+    least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
+    for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
+        if single not in choices:
+            return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{near(str(single), choices)}"
+    if isinstance(value, str):  # a setting that takes text as well as a number
+        return None
+    if least is not None and value < least:
+        return f"{f.name}: {shown(value)} is below the least possible {_limit(least)}"
+    if most is not None and value > most:
+        return f"{f.name}: {shown(value)} is above the largest possible {_limit(most)}"
+    return None
+
+
+def size_in_bytes(text: str) -> int | None:
+    """A size as people write it, such as 5GB or 500 MiB; None if it is none.
+
+    >>> size_in_bytes("1.5GB"), size_in_bytes("2KiB")
+    (1500000000, 2048)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        return None
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")) or None
+
+
+def _limit(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: on one line and not without end."""
+    return reprlib.repr(value)
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

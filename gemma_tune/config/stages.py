@@ -1,0 +1,318 @@
+"""What each stage can be told: one frozen dataclass per stage, read from flags, a YAML file and family defaults.
+
+A field's help text, its limits and its default are declared here once; ``options`` builds the command line from
+them, the YAML reader checks against them, and the manifest records each value together with where it came from. How
+that works is in ``settings``.
+No heavy import: ``gemma-tune --help`` loads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.config.settings import StageConfig, converted, near, option, problem_of, shown, size_in_bytes
+
+DEFAULT_MODEL = "google/gemma-3-270m-it"
+DTYPES = ("auto", "bf16", "fp32", "fp16")
+MERGED_DTYPES = ("bf16", "fp16", "fp32")
+LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
+FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
+COLUMN_ROLES = ("user", "assistant", "system")
+ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
+# Number formats of GGUF files, the widest first; `gguf_types` says what they mean.
+QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
+
+
+def dtype_option() -> Any:
+    """The compute type, which every stage that runs a model takes."""
+    return option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it faster than "
+                          "fp32, and never fp16.", choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class PrepareConfig(StageConfig):
+    """Settings of ``prepare``."""
+
+    section: ClassVar[str] = "prepare"
+    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, also .gz and "
+                                       ".zst), directories, globs, `-` for standard input, or "
+                                       "hf:org/name[/config][:split][@revision]. Without any, what the run was "
+                                       "prepared from before, else the built-in financial analysis example.")
+    format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
+    columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
+                                          "user=question,assistant=answer,system=context.", auto="none")
+    take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
+                              choices=("chosen",), auto="refuse them")
+    train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
+                           choices=("all", "last"))
+    thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
+                                   "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "
+                                   "keeps the choice.", choices=("auto", "on", "off"))
+    valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
+                                least=0.0)
+    max_length: int = option(2048, "Longest sequence in tokens.", least=16)
+    on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
+                                  "divides it between turns, `truncate` cuts it (and the last answer may lose its "
+                                  "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
+    seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED)
+    duplicates: str = option("drop", "What happens to a conversation that was there before; what is dropped is listed "
+                                     "in data/duplicates.jsonl.", choices=("drop", "keep"))
+    near_duplicates: bool = option(False, "Also drop conversations that are nearly the same as an earlier one.")
+    near_threshold: float = option(0.85, "From which similarity on (Jaccard, of word triples) conversations are "
+                                         "nearly the same.", least=0.5, most=1.0)
+    allow: tuple[str, ...] = option((), "Findings that do not reject a row: placeholder, control_character, "
+                                        "foreign_marker.", auto="none")
+    on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
+                             choices=("reject", "fail"))
+    max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
+        return dict(part.split("=", 1) for part in self.columns)
+
+    def more_problems(self) -> list[str]:
+        pairs = [part.partition("=") for part in self.columns]
+        problems = [f"columns: {shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
+                    f"{', '.join(COLUMN_ROLES)}" for pair in pairs if pair[0] not in COLUMN_ROLES or not pair[2]]
+        roles = {role for role, _, _ in pairs}
+        if len(roles) < len(pairs) and not problems:
+            problems.append("columns: each role can have one column")
+        if self.columns and not problems and not {"user", "assistant"} <= roles:
+            problems.append("columns: both `user=…` and `assistant=…` are needed")
+        if self.format == "columns" and not self.columns:
+            problems.append("format: `columns` needs --columns user=…,assistant=…")
+        if self.columns and self.format not in (None, "columns"):
+            problems.append(f"columns: they exclude --format {self.format}")
+        if self.near_duplicates and self.duplicates == "keep":
+            problems.append("near_duplicates: it drops rows that `duplicates: keep` would keep; use one of them")
+        problems += [f"allow: {shown(code)} is not one of {', '.join(ALLOWABLE)}{near(code, ALLOWABLE)}"
+                     for code in self.allow if code not in ALLOWABLE]
+        if isinstance(self.valid, str) and self.valid.endswith("%"):
+            problems.append(f"valid: write {self.valid} as a share below 1, such as 0.1")
+        if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
+            problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
+                            "file")
+        return problems
+
+
+@dataclass(frozen=True)
+class TrainConfig(StageConfig):
+    """Settings of ``train``."""
+
+    section: ClassVar[str] = "train"
+    rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
+    alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
+                          least=1e-6)
+    dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
+    rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
+                                 "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "
+                                 "2.")
+    dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to "
+                               "full fine-tuning at low ranks; it takes more memory while training, and none after "
+                               "merging.")
+    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
+                                             auto="every linear layer of the text model")
+    learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
+    batch_size: int = option(4, "Conversations of a batch on one device; --micro-batch says how many go through the "
+                                "model at once.", least=1)
+    accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
+                                  "processes.", least=1)
+    num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
+                                least=1)
+    strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
+                                  "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001)
+    max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
+    schedule: str = option("cosine", "How the learning rate falls after the warm-up.",
+                           choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
+    clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
+    dtype: str = dtype_option()
+    qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
+    micro_batch: int | None = option(None, "Conversations that go through the model at once; a batch is worked on in "
+                                           "such pieces, and learns the same.", least=1, same_result=True,
+                                     auto="as many of the batch as fit the memory")
+    activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
+                                                         "slower.", same_result=True,
+                                                   auto="only if the memory asks for it")
+    compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
+                                  "compiler: for long trainings. The point where it breaks even is shown.",
+                           same_result=True)
+    eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
+    save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
+    seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def effective_batch(self) -> int:
+        """Conversations per optimiser step of all processes together."""
+        return self.batch_size * self.accumulation * self.num_processes
+
+    @property
+    def shards(self) -> int:
+        """Parts that the base model is divided into, each with a process of its own."""
+        return self.num_processes if self.strategy == "fsdp" else 1
+
+    def more_problems(self) -> list[str]:
+        if self.micro_batch and self.micro_batch > self.batch_size:
+            return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        if self.strategy == "fsdp":
+            return [f"strategy: fsdp does not go together with {name}; leave one of them out"
+                    for name in ("qlora", "dora", "compile") if getattr(self, name)]
+        return []
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How an answer is drawn; fields that are None follow the base model's own generation settings."""
+
+    temperature: float | None = option(None, "Sampling temperature; 0 always takes the likeliest token.", least=0.0,
+                                       auto="the model's own")
+    top_p: float | None = option(None, "Nucleus sampling: smallest set of tokens with this probability.",
+                                 least=0.0, most=1.0, auto="the model's own")
+    top_k: int | None = option(None, "Sample among this many likeliest tokens; 0 turns it off.", least=0,
+                               auto="the model's own")
+    repetition_penalty: float | None = option(None, "Above 1, tokens that were already used become less likely.",
+                                              least=0.1, auto="the model's own")
+    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1)
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingConfig, StageConfig):
+    """Settings of ``chat``."""
+
+    section: ClassVar[str] = "chat"
+    system: str | None = option(None, "System prompt to start with.", auto="none")
+    base: bool = option(False, "Answer with the untuned base model instead.")
+    merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
+    seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
+                              most=LARGEST_SEED, auto="random")
+    dtype: str = dtype_option()
+
+
+@dataclass(frozen=True)
+class EvalConfig(StageConfig):
+    """Settings of ``eval``."""
+
+    section: ClassVar[str] = "eval"
+    questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
+    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1)
+    dtype: str = dtype_option()
+
+
+@dataclass(frozen=True)
+class MergeConfig(StageConfig):
+    """Settings of ``merge``."""
+
+    section: ClassVar[str] = "merge"
+    adapter: str | None = option(None, "A PEFT adapter that was trained elsewhere: its directory. The base model is "
+                                       "the one that it names, or --base.", same_result=True,
+                                 auto="the run's own")
+    dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
+                               auto="each tensor's own in the base")
+    max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")
+    check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.",
+                         check=True)
+    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32, check=True)
+    push: str | None = option(None, "Push the merged model to the Hugging Face Hub, to this repository (account/name), "
+                                    "with a model card.", same_result=True, auto="stay here")
+    private: bool = option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
+
+    def more_problems(self) -> list[str]:
+        if self.max_shard_size is not None and size_in_bytes(self.max_shard_size) is None:
+            return [f"max_shard_size: {shown(self.max_shard_size)} is no size; write 5GB or 500MB"]
+        return []
+
+
+@dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    """Settings of ``export-ollama``."""
+
+    section: ClassVar[str] = "export-ollama"
+    quant: tuple[str, ...] = option((), "Number format of the GGUF's matrices; several with commas, each a file of its "
+                                        "own.", choices=QUANTS, auto="by the model's size")
+    name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
+    system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
+                                auto="the data's, where every conversation has the same one")
+    parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
+                                            "repeated.", auto="the base model's own sampling settings")
+    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
+                                                                                "length in training")
+    measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
+    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
+                                       "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)
+    converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
+                                         "that gemma-tune does not know.", auto="none")
+    create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
+                                       "with --create its absence is an error.", same_result=True)
+    host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
+                              same_result=True)
+
+
+CONFIGS: dict[str, type[StageConfig]] = {
+    c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
+}
+TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
+
+    Raises:
+        UserError: unreadable file, broken YAML (with its line), unknown keys or wrong types, all together.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}",
+                        "check the path given to --config") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation there") from e
+    except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
+        raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
+                        "write `train:` and its settings indented below it")
+    problems = list(_yaml_problems(content))
+    if problems:
+        raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
+                        f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
+    return content
+
+
+def _yaml_problems(content: Mapping[str, Any]):
+    for key, section in content.items():
+        if key in TEXTS:
+            if not isinstance(section, str):
+                yield f"{key}: expected text, found {shown(section)}"
+        elif key not in CONFIGS:
+            yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
+        elif section is None:  # all its settings are commented out
+            continue
+        elif not isinstance(section, dict):
+            yield f"{key}: expected settings below it, found {shown(section)}"
+        else:
+            known = {f.name: f for f in dataclasses.fields(CONFIGS[key])}
+            for name, value in section.items():
+                if name not in known:
+                    yield f"{key}.{name}: unknown setting{near(str(name), known)}"
+                elif (problem := problem_of(known[name], converted(known[name].type, value))) is not None:
+                    yield f"{key}.{problem}"

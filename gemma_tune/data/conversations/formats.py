@@ -1,0 +1,181 @@
+"""From a row of any known format to an example: a conversation, or a text for continued training.
+
+``layouts``, ``glaive`` and ``preference`` know the formats, ``turns`` and ``tools`` what a conversation is. Here is
+decided which format a row has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_tune.data.conversations import layouts, preference, tools
+from gemma_tune.data.conversations.glaive import glaive, is_chat
+from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, quoted
+from gemma_tune.data.conversations.turns import Turn, conversation
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is learned from one row. Of ``messages`` and ``text`` exactly one is there.
+
+    Attributes:
+        format: one of ``config.FORMATS``.
+        messages: turns as ``data.turns`` describes them.
+        tools: OpenAI's schemas, None where the row has none.
+        text: for continued training, as the row has it.
+    """
+
+    format: str
+    messages: list[Turn] | None
+    tools: list[dict[str, Any]] | None
+    text: str | None
+
+
+# Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
+_QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
+              "document")
+_ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
+            "chosen", "a")
+_SYSTEMS = ("system", "system_prompt")
+_CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
+# Beside one of these, `text` is not what there is to learn.
+_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_CONVERSATIONS))
+_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+
+# How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
+_HAS: dict[str, Callable[[Row, Collection[str]], bool]] = {
+    "preference": preference.is_preference,
+    "messages": lambda row, keys: "messages" in keys,
+    "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
+                                   or isinstance(layouts.turn_list(row.get("conversation")), list)),
+    # The instruction may be null where the input says it all.
+    "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
+    "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,
+    "text": lambda row, keys: "text" in keys,
+}
+_REASONS = {
+    "preference": "`chosen` and `rejected`, or another pair of a better and a worse answer",
+    "messages": "a list `messages`",
+    "sharegpt": "a list `conversations`, or Glaive's text `chat`",
+    "alpaca": "`instruction` and `output`, or Dolly's `response`",
+    "prompt-completion": "`prompt` and `completion`",
+    "text": "`text` and no column of questions or answers",
+}
+_READERS: dict[str, Callable[[Row, list[Problem]], layouts.Draft]] = {
+    "preference": preference.chosen,
+    "messages": layouts.messages,
+    "sharegpt": lambda row, problems: (glaive if is_chat(row.get("chat")) and row.get("conversations") is None
+                                       else layouts.sharegpt)(row, problems),
+    "alpaca": layouts.alpaca,
+    "prompt-completion": layouts.prompt_completion,
+}
+
+
+class Formats:
+    """Reads rows of the named format, or finds the format of each row by itself."""
+
+    def __init__(self, name: str | None = None, columns: Mapping[str, str] | None = None, take: str | None = None):
+        """
+        Args:
+            name: one of ``config.FORMATS``; None finds the format row by row.
+            columns: names of the columns by role: ``{"user": "question", "assistant": "answer"}``. Rows that have
+                none of them may have another format, unless ``name`` says otherwise.
+            take: ``chosen`` learns the better answer of preference rows, which are refused otherwise.
+        """
+        self.name, self.columns, self.take = name, dict(columns or {}), take
+
+    def describe(self, format: str) -> str:
+        """A format with the reason for which a row is taken to have it."""
+        reason = _REASONS.get(format) or " and ".join(f"`{name}`" for name in self.columns.values())
+        return f"{format} (rows have {reason})"
+
+    def example(self, value: Any) -> Example:
+        """The checked example of one row.
+
+        Raises:
+            RowError: everything for which it cannot be learned from.
+        """
+        if not isinstance(value, dict):
+            raise RowError([Problem("not_an_object", f"a row is a JSON object, this one is {kind(value)}",
+                                    'write {"messages": […]} on the line')])
+        format = self._format(value)
+        if format == "text":
+            return _text(value)
+        if format == "preference" and self.take != "chosen":
+            raise RowError([preference.refusal(value)])
+        problems: list[Problem] = []
+        if format == "columns":
+            draft = layouts.columns(value, self.columns, problems)
+        else:
+            draft = _READERS[format](value, problems)
+        messages = conversation(draft.messages, problems, draft.key)
+        declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
+        if not _MEDIA.isdisjoint(value) and (media := [key for key in _MEDIA if value.get(key)]):
+            problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
+                                    "leave the row out"))
+        if problems:
+            raise RowError(problems)
+        return Example(format, messages, declared or None, None)
+
+    def _format(self, row: Row) -> str:
+        if self.name == "columns":
+            return "columns"
+        if self.name is not None:
+            if not _HAS[self.name](row, row.keys()):
+                raise RowError([Problem("unknown_format", f"not a row of the format `{self.name}`, which has "
+                                                          f"{_REASONS[self.name]}; {_found(row)}",
+                                        "leave --format out to have the format of each row found")])
+            return self.name
+        if any(column in row for role, column in self.columns.items() if role != "system"):
+            return "columns"
+        format = _detected(row)
+        if format is not None:
+            return format
+        if self.columns:
+            return "columns"
+        raise RowError([_unknown(row)])
+
+
+def _detected(row: Row) -> str | None:
+    # Where rows of several formats share a table, the columns of the others are there and empty.
+    filled = {key for key, value in row.items() if value is not None}
+    for keys in (filled, row.keys()) if len(filled) < len(row) else (filled,):
+        for format, has in _HAS.items():
+            if has(row, keys) and (format != "text" or _NOT_BESIDE_TEXT.isdisjoint(keys)):
+                return format
+    return None
+
+
+def _text(row: Row) -> Example:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise RowError([Problem("not_text", f"`text` is {kind(text)}, not text", "make `text` a string")])
+    if not text.strip():
+        raise RowError([Problem("empty_turn", "`text` is empty", "fill it or leave the row out")])
+    if damaged(text):
+        raise RowError([Problem("broken_text", "`text` contains damaged characters", "export the text as UTF-8 again")])
+    return Example("text", None, None, text)
+
+
+def _found(row: Row) -> str:
+    return f"it has {', '.join(quoted(key) for key in list(row)[:6]) or 'nothing'}"
+
+
+def _unknown(row: Row) -> Problem:
+    reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
+    question, answer, system = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, _SYSTEMS))
+    if question and answer:
+        named = f"user={question},assistant={answer}" + (f",system={system}" if system else "")
+        return Problem("unknown_format", reason, f"use --columns {named}")
+    return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
+                                             "`output`, or name them with --columns user=…,assistant=…")
+
+
+def _column(row: Row, names: Collection[str]) -> str | None:
+    """The first column with one of the names, in any case, that holds text."""
+    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+    return next((by_name[name] for name in names if name in by_name), None)

@@ -1,0 +1,148 @@
+"""Rows of single columns (Alpaca, prompt and completion, named columns) and of ShareGPT as lists of turns.
+
+A reader takes a row and a list of problems, which it adds to, and returns a :class:`Draft`: turns that still have to be
+checked. A text that cannot be used is replaced by a stand-in, so that the rest of its row is judged as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.problems import Problem, kind
+
+STAND_IN = "…"
+
+
+class Draft(NamedTuple):
+    """Turns as a row has them: ``key`` is the column they come from, for messages; ``tools`` its declarations."""
+
+    messages: Any
+    key: str = "messages"
+    tools: Any = None
+
+
+def user(content: Any) -> dict[str, Any]:
+    """A user turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    """An assistant turn."""
+    return {"role": "assistant", "content": content}
+
+
+def text_of(row: Mapping[str, Any], key: str, problems: list[Problem]) -> str:
+    """A column that is text or missing, without outer white space."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        problems.append(Problem("not_text", f"`{key}` is {kind(value)}, not text", f"make `{key}` a string"))
+        return STAND_IN
+    return value.strip()
+
+
+def turn_list(value: Any) -> Any:
+    """A list of turns that a table holds as JSON text; anything else as it is, for a text may be any JSON, too."""
+    found = _json_list(value)
+    turns = isinstance(found, list) and found and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found)
+    return found if turns else value
+
+
+def _json_list(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return strict_json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """The turns, with the row's own column ``system`` in front unless it is there already."""
+    if not row.get("system") or not isinstance(messages, list):
+        return messages
+    system = text_of(row, "system", problems)
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if not system or _is_system(first, system):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _is_system(turn: Mapping[str, Any], text: str) -> bool:
+    if turn.get("role") != "system" and turn.get("from") != "system":
+        return False
+    return any(isinstance(said, str) and said.strip() == text for said in (turn.get("content"), turn.get("value")))
+
+
+def declared(row: Mapping[str, Any]) -> Any:
+    """The tools of a row, under either of OpenAI's names."""
+    return row.get("functions") if row.get("tools") is None else row["tools"]
+
+
+def messages(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
+    """OpenAI: ``messages``, ``tools``."""
+    return Draft(with_system(turn_list(row["messages"]), row, problems), tools=declared(row))
+
+
+def sharegpt(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
+    """``conversations`` (or ``conversation``) with ``from`` and ``value``; ``system``, ``tools``."""
+    key = "conversations" if row.get("conversations") is not None or "conversation" not in row else "conversation"
+    return Draft(with_system(turn_list(row.get(key)), row, problems), key, declared(row))
+
+
+def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
+    """``instruction``, ``input``, ``output``, with ``system`` and ``history``; Dolly's ``context``, ``response``."""
+    # One after the other, so that a row has its problems in the order in which it is read.
+    parts = [text_of(row, key, problems) for key in ("instruction", "input", "context")]
+    question = "\n\n".join([parts[0], *filter(None, parts[1:])]).strip()
+    answer = row.get("output") if row.get("output") is not None else row.get("response")
+    turns = [*history(row, problems), user(question), assistant(answer)]
+    return Draft(with_system(turns, row, problems))
+
+
+def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, Any]]:
+    """Earlier turns of an Alpaca row: pairs of a question and its answer."""
+    pairs = _json_list(row.get("history"))
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        problems.append(Problem("not_text", "`history` is not a list of pairs of a question and its answer",
+                                'write [["question", "answer"], …]'))
+        return []
+    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+
+
+def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
+    """``prompt`` and ``completion``, each a text or a list of turns."""
+    turns: list[Any] = []
+    for key, turn in (("prompt", user), ("completion", assistant)):
+        value = turn_list(row.get(key))
+        turns += value if isinstance(value, list) else [turn(text_of(row, key, problems))]
+    return Draft(with_system(turns, row, problems), "prompt", declared(row))
+
+
+def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
+    """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``."""
+    turns = []
+    for role in ("system", "user", "assistant"):
+        if role == "user" and isinstance(_json_list(row.get("history")), list):
+            turns += history(row, problems)
+        if role not in names:
+            continue
+        text = text_of(row, names[role], problems)
+        if text:
+            turns.append({"role": role, "content": text})
+        elif role != "system":
+            if names[role] in row:
+                problems.append(Problem("empty_turn", f"the column `{names[role]}` is empty",
+                                        "fill it or leave the row out"))
+            else:
+                there = ", ".join(f"`{key}`" for key in list(row)[:8])
+                problems.append(Problem("missing_column", f"the column `{names[role]}` is missing; the row has {there}",
+                                        "correct --columns, or leave the row out"))
+            turns.append({"role": role, "content": STAND_IN})
+    return Draft(turns)

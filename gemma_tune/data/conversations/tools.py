@@ -1,0 +1,151 @@
+"""Tool declarations and tool calls as OpenAI writes them, from the other ways in which they are found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+
+
+def identifier(value: Any) -> str | None:
+    """The id of a call, which some programs number."""
+    return str(value) if isinstance(value, (str, int)) and value != "" and not isinstance(value, bool) else None
+
+
+def given(value: Any) -> Any:
+    """A value that a table may hold as text, or None where that says that there is nothing."""
+    return None if isinstance(value, str) and value.strip() in ("null", "[]") else value
+
+
+def declarations(value: Any, problems: list[Problem]) -> list[dict[str, Any]] | None:
+    """``tools`` of a row as a list of ``{"type": "function", "function": {"name", …}}``; None where there are none.
+
+    Taken are also bare functions, a single one, and either as a JSON text.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = strict_json.loads(value)
+        except ValueError as e:
+            problems.append(_bad_tools(f"`tools` is text that is not JSON: {strict_json.reason(e)}"))
+            return None
+    if value is None or value in ("", [], {}) or isinstance(value, str) and not value.strip():
+        return None
+    if not isinstance(value, (list, dict)):
+        problems.append(_bad_tools(f"`tools` is {kind(value)}, not a list of functions"))
+        return None
+    found = [_declaration(number, tool, problems)
+             for number, tool in enumerate(value if isinstance(value, list) else [value], start=1)]
+    return [tool for tool in found if tool is not None]
+
+
+def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, Any] | None:
+    if isinstance(tool, str):
+        try:
+            tool = strict_json.loads(tool)
+        except ValueError as e:
+            problems.append(_bad_tools(f"tool {number} is text that is not JSON: {strict_json.reason(e)}"))
+            return None
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("function") is not None else tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        problems.append(_bad_tools(f"tool {number} has no function name: {quoted(tool)}"))
+        return None
+    if isinstance(function.get("parameters"), str):
+        try:
+            function = function | {"parameters": strict_json.loads(function["parameters"])}
+        except ValueError as e:
+            problems.append(_bad_tools(f"the parameters of tool {number} are text that is not JSON: "
+                                       f"{strict_json.reason(e)}"))
+            return None
+    if not isinstance(function.get("parameters"), (dict, type(None))):
+        problems.append(_bad_tools(f"the parameters of tool {number} are {kind(function['parameters'])}, not an "
+                                   "object"))
+        return None
+    if function is tool:  # a bare one may carry the `type` that belongs around it
+        function = {key: value for key, value in tool.items() if key != "type"}
+    if (fault := _unwritable(function)) is not None:
+        problems.append(_bad_tools(f"tool {number} contains {fault}"))
+        return None
+    return {"type": "function", "function": function}
+
+
+def _bad_tools(reason: str) -> Problem:
+    return Problem("tools", reason, 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}, …]')
+
+
+def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any]]:
+    """``tool_calls`` of a turn as ``[{"id"?, "type": "function", "function": {"name", "arguments": {…}}}]``.
+
+    Taken are also bare calls, a single one, and either as a JSON text.
+    """
+    if isinstance(value, str):
+        try:
+            value = strict_json.loads(value)
+        except ValueError as e:
+            problems.append(Problem(
+                "tool_arguments", f"{where} calls a tool in text that is not JSON: {strict_json.reason(e)}",
+                'write {"name": "…", "arguments": {…}}'))
+            return []
+    if not isinstance(value, (list, dict)):
+        problems.append(_bad_call(f"the tool calls of {where} are {kind(value)}, not a list"))
+        return []
+    found = [_call(f"tool call {number} of {where}", call, problems)
+             for number, call in enumerate(value if isinstance(value, list) else [value], start=1)]
+    return [call for call in found if call is not None]
+
+
+def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | None:
+    function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        problems.append(_bad_call(f"{where} has no function name: {quoted(call)}"))
+        return None
+    arguments = _arguments(where, function, problems)
+    if arguments is None:
+        return None
+    fault = _DAMAGE if damaged(function["name"]) else _unwritable(arguments)
+    if fault == _DAMAGE:
+        problems.append(Problem("broken_text", f"{where} contains {fault}", "export the text as UTF-8 again"))
+        return None
+    if fault is not None:
+        problems.append(_bad_arguments(f"the arguments of {where} contain {fault}"))
+        return None
+    number = identifier(call.get("id"))
+    return ({} if number is None else {"id": number}) | {
+        "type": "function", "function": {"name": function["name"].strip(), "arguments": arguments}}
+
+
+def _arguments(where: str, function: dict[str, Any], problems: list[Problem]) -> dict[str, Any] | None:
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            # A function without parameters is called with nothing at all by some programs.
+            arguments = strict_json.loads(arguments) if arguments.strip() else {}
+        except ValueError as e:
+            problems.append(_bad_arguments(f"the arguments of {where} are not JSON: {strict_json.reason(e)}"))
+            return None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        problems.append(_bad_arguments(f"the arguments of {where} are {kind(arguments)}, not an object"))
+        return None
+    return arguments
+
+
+def _bad_arguments(reason: str) -> Problem:
+    return Problem("tool_arguments", reason, 'write them as a JSON object, such as {"city": "Paris"}')
+
+
+def _bad_call(reason: str) -> Problem:
+    return Problem("tool_calls", reason,
+                   'write [{"type": "function", "function": {"name": "…", "arguments": {…}}}]')
+
+
+_DAMAGE = "damaged characters"
+
+
+def _unwritable(value: Any) -> str | None:
+    """What keeps a value from being written as JSON in UTF-8; values from other files than JSON can hold anything."""
+    try:
+        return _DAMAGE if damaged(json.dumps(value, ensure_ascii=False, allow_nan=False)) else None
+    except (TypeError, ValueError, RecursionError):
+        return "a value that JSON does not have"

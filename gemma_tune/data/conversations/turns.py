@@ -1,0 +1,245 @@
+"""A list of turns, as any format has it, becomes a checked conversation.
+
+A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text without outer white space), and
+where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of the tool that answers), ``reasoning_content`` and
+``"train": False``. Nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from gemma_tune.data.conversations import tools
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+
+Turn = dict[str, Any]
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "function_call": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PLAIN = ({"role", "content"}, {"from", "value"})
+
+
+def conversation(messages: Any, problems: list[Problem], key: str = "messages") -> list[Turn]:
+    """The normalised turns of ``messages``; what is wrong with them is added to ``problems``.
+
+    Args:
+        key: the column they come from, for the message.
+    """
+    if not isinstance(messages, list) or not messages:
+        problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
+                                               "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
+        return []
+    turns = [_turn(number, message, problems) for number, message in enumerate(messages, start=1)]
+    known = [turn for turn in turns if turn is not None]
+    if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
+        _check_order(known, problems)
+    return known
+
+
+def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
+    if not isinstance(message, dict):
+        problems.append(Problem("not_an_object", f"turn {number} is {kind(message)}, not an object",
+                                'write {"role": "user", "content": "…"}'))
+        return None
+    name = message.get("role")
+    name = message.get("from") if name is None else name
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        meant = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+        problems.append(Problem("unknown_role", f"turn {number} has the role {quoted(name)}; known are system, user, "
+                                                "assistant, tool", f"write `{meant}`" if meant else "rename the role"))
+        return None
+    content = message.get("content")
+    content = message.get("value") if content is None else content
+    turn: Turn = {"role": role, "content": ""}
+    if name == "function_call":
+        turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
+        content = ""
+    if message.keys() not in _PLAIN:
+        _extras(number, message, turn, problems)
+    _content(number, content, turn, problems)
+    return turn
+
+
+def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
+    role = turn["role"]
+    may_be_empty = role == "tool" or "tool_calls" in turn
+    if isinstance(content, list):
+        content = _joined(number, content, problems)
+    elif role == "tool" and isinstance(content, dict):
+        content = _as_json(content)
+    if content is None and "tool_calls" in turn:
+        content = ""
+    if not isinstance(content, str):
+        if content is not _REPORTED:
+            problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
+                                    "make it a string"))
+        return
+    turn["content"] = content.strip()
+    if not turn["content"] and not may_be_empty:
+        problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
+    elif damaged(content):
+        problems.append(Problem("broken_text", f"turn {number} contains damaged characters",
+                                "export the text as UTF-8 again"))
+
+
+_REPORTED = object()  # in place of a content whose problem is already in the list
+
+
+def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
+    """The text of a list of parts, one below the other as vLLM and llama.cpp hand them to a template of texts."""
+    texts = []
+    for position, part in enumerate(parts, start=1):
+        text = part if isinstance(part, str) else None
+        if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
+            text = part.get("text")
+        if not isinstance(text, str):
+            sort = part.get("type") if isinstance(part, dict) else None
+            problems.append(Problem(
+                "not_text", f"the content of turn {number} is a list whose part {position} is "
+                            f"{kind(part) if sort is None else quoted(sort)}, not text",
+                "keep only parts of the form {\"type\": \"text\", \"text\": \"…\"}"))
+            return _REPORTED
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _as_json(value: Any) -> Any:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return value
+
+
+def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> None:
+    where = f"turn {number}"
+    made = tools.given(message.get("tool_calls")) or tools.given(message.get("function_call"))
+    if made and turn["role"] == "assistant":
+        turn["tool_calls"] = tools.calls(where, made, problems)
+    elif made:
+        problems.append(Problem("tool_order", f"{where} is `{turn['role']}` and calls tools; only `assistant` can",
+                                "move the call into an assistant turn"))
+    if message.get("tool_responses"):  # Gemma's own way, which holds several turns in one
+        problems.append(Problem("tool_order", f"{where} carries `tool_responses`",
+                                "write each as a turn of the role `tool`"))
+    if turn["role"] == "tool":
+        if (answered := tools.identifier(message.get("tool_call_id"))) is not None:
+            turn["tool_call_id"] = answered
+        if isinstance(message.get("name"), str) and message["name"].strip():
+            turn["name"] = message["name"].strip()
+        if damaged(f"{turn.get('tool_call_id')} {turn.get('name')}"):
+            problems.append(Problem("broken_text", f"the name or id of {where} contains damaged characters",
+                                    "export the text as UTF-8 again"))
+    elif turn["role"] == "assistant":
+        _reasoning(where, message, turn, problems)
+        if not _learned(where, message, problems):
+            turn["train"] = False
+
+
+def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -> None:
+    for key in _REASONING:
+        text = message.get(key)
+        if text is None or isinstance(text, bool):  # some programs note here whether there was any
+            continue
+        if not isinstance(text, str):
+            problems.append(Problem("not_text", f"`{key}` of {where} is {kind(text)}, not text", "make it a string"))
+        elif damaged(text):
+            problems.append(Problem("broken_text", f"`{key}` of {where} contains damaged characters",
+                                    "export the text as UTF-8 again"))
+        elif text.strip():
+            turn["reasoning_content"] = text.strip()
+            return
+
+
+def _learned(where: str, message: Turn, problems: list[Problem]) -> bool:
+    """Whether an assistant turn is learned: ``train`` (true, false) and OpenAI's ``weight`` (1, 0) both say so."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (not isinstance(weight, (int, float)) or weight not in (0, 1)):
+        problems.append(Problem("turn_weight", f"{where} has the weight {quoted(weight)}; an answer is learned or not",
+                                "use 0 or 1"))
+    if train is not None and not isinstance(train, bool):
+        problems.append(Problem("turn_weight", f"`train` of {where} is {quoted(train)}", "use true or false"))
+    return weight != 0 and train is not False
+
+
+def _check_order(turns: Sequence[Turn], problems: list[Problem]) -> None:
+    """User and assistant alternate; after a call come its results, then the assistant again."""
+    awaited = ("user",)  # roles that may come now
+    caller = 0  # number of the turn whose call was the last
+    with_tools = False
+    for number, turn in enumerate(turns, start=1):
+        role = turn["role"]
+        if role == "system":
+            if number > 1:
+                problems.append(Problem("system_inside", f"turn {number} is a system message; it can only be the first",
+                                        "move it to the front"))
+            continue
+        if role not in awaited:
+            problems.append(_misplaced(number, role, awaited, caller))
+        if role == "user":
+            awaited = ("assistant",)
+        elif role == "tool":
+            with_tools, awaited = True, ("assistant", "tool")
+        elif "tool_calls" in turn:
+            awaited, caller = ("tool",), number
+        else:
+            awaited = ("user",)
+    if turns[-1]["role"] != "assistant":
+        problems.append(Problem("no_answer", f"the conversation ends with `{turns[-1]['role']}`; there is no answer to "
+                                             "learn", "end it with an assistant turn"))
+    elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
+        problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
+                                "leave the row out, or remove `train` and `weight` from an answer"))
+    if with_tools:
+        _match_results(turns, problems)
+
+
+def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) -> Problem:
+    if role == "tool":
+        return Problem("tool_order", f"turn {number} is the result of a tool that was not called before it",
+                       "put the assistant's `tool_calls` before it, or leave the row out")
+    if awaited == ("tool",):
+        return Problem("tool_order", f"turn {number} is `{role}` where the result of the tool call in turn {caller} is "
+                                     "expected", "add the result as a turn of the role `tool`")
+    begins = role == "assistant" and awaited == ("user",) and number <= 2
+    fix = "remove it, or put a user's turn before it" if begins else "join neighbouring turns of the same role"
+    return Problem("alternation", f"turn {number} is `{role}` where `{awaited[0]}` is expected; roles alternate and "
+                                  "begin with `user`", fix)
+
+
+def _match_results(turns: Sequence[Turn], problems: list[Problem]) -> None:
+    """Give every result the name of its tool, by the call's id or else by position, and check the ids."""
+    made: list[Turn] = []
+    caller = first = 0
+    for number, turn in enumerate([*turns, {"role": "end"}], start=1):
+        if turn["role"] == "tool":
+            first = first or number
+            continue
+        if made and first:
+            _match(caller, made, first, turns[first - 1:number - 1], problems)
+        made, caller, first = turn.get("tool_calls", []), number, 0
+
+
+def _match(caller: int, made: Sequence[Turn], first: int, results: Sequence[Turn], problems: list[Problem]) -> None:
+    by_id = {call["id"]: call for call in made if "id" in call}
+    for position, result in enumerate(results):
+        answered = result.get("tool_call_id")
+        if answered is not None and len(by_id) == len(made) and answered not in by_id:
+            problems.append(Problem("tool_order", f"turn {first + position} answers the tool call {quoted(answered)}, "
+                                                  f"which turn {caller} does not make", "correct its `tool_call_id`"))
+        call = by_id.get(answered) or (made[position] if position < len(made) else None)
+        if call is not None:
+            result.setdefault("name", call["function"]["name"])
+    answers = {result.get("tool_call_id") for result in results}
+    if None not in answers and (missing := [name for name in by_id if name not in answers]):
+        problems.append(Problem("tool_order", f"the tool call {quoted(missing[0])} of turn {caller} has no result",
+                                "add its result as a turn of the role `tool`"))

@@ -1,0 +1,163 @@
+"""Bytes of a file become text, piece by piece: decompression, byte order marks, UTF-8 and UTF-16.
+
+What is not text is an error that names the line and the offset in bytes, of the decompressed data where a file is
+compressed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import itertools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.data.reading.rows import BLOCK, Source
+
+COMPRESSED = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
+_HEAD = 4096  # a NUL byte up to here means a binary file, whatever else is wrong with it
+_ZSTD_INPUT = 1 << 13  # what comes out of one step may be a thousand times larger
+_UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
+_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+_MAGIC = {  # first bytes of what is often given by mistake, and what to do about it
+    b"\x1f\x8b": "it is gzip data: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is Zstandard data: let its name end in .zst",
+    b"PAR1": "it is a Parquet file: let its name end in .parquet",
+    b"PK\x03\x04": "it is an Excel file or a zip archive: save it as CSV, or unpack it",
+    b"BZh": "it is bzip2 data: unpack it first",
+    b"\xfd7zXZ": "it is xz data: unpack it first",
+}
+
+
+def compression(path: Path) -> str | None:
+    """The compression that a file's name promises: ``gzip``, ``Zstandard`` or None."""
+    return COMPRESSED.get(path.suffix.lower())
+
+
+def hint_by_content(head: bytes) -> str | None:
+    """What to do with a file that begins like this and was read as text; None when nothing is known."""
+    return next((hint for magic, hint in _MAGIC.items() if head.startswith(magic)), None)
+
+
+class TextFile:
+    """A source's text as pieces of bounded length; every iteration reads it anew.
+
+    Attributes:
+        done: share of the file's bytes that were read so far, from 0 to 1.
+
+    Raises (while iterating):
+        UserError: neither UTF-8 nor UTF-16 with a byte order mark, binary, or damaged compressed data.
+    """
+
+    def __init__(self, source: Source, size: int = BLOCK):
+        self.name, self.path, self.size, self.done = source.name, source.path, size, 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        pieces = self.bytes()
+        head = b""
+        for piece in pieces:
+            head += piece
+            if len(head) >= _HEAD:
+                break
+        decoder = _Decoder(self.name, head)
+        for piece in itertools.chain([head], pieces):
+            yield from self._cut(decoder.text(piece))
+        yield from self._cut(decoder.text(b"", final=True))
+
+    def _cut(self, text: str) -> Iterator[str]:
+        for start in range(0, len(text), self.size):
+            yield text[start:start + self.size]
+
+    def bytes(self) -> Iterator[bytes]:
+        """The decompressed content."""
+        try:
+            with open(self.path, "rb") as raw:
+                total = max(1, self.path.stat().st_size)
+                for piece in _decompressed(raw, compression(self.path), self.size):
+                    self.done = min(1.0, raw.tell() / total)
+                    yield piece
+        except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as e:
+            raise UserError(f"{self.name} is damaged: {e}", "copy or download it again, or check that its name fits "
+                                                            "its content; nothing was written") from e
+        except OSError as e:
+            raise UserError(f"{self.name} cannot be read: {e.strerror or e}", "check the file and its permissions") \
+                from e
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _decompressed(raw: IO[bytes], how: str | None, size: int) -> Iterator[bytes]:
+    if how == "Zstandard":
+        yield from _zstandard(raw)
+        return
+    stream = gzip.GzipFile(fileobj=raw) if how == "gzip" else raw
+    while piece := stream.read(size):
+        yield piece
+
+
+def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
+    """Frame by frame: the library's own stream reader takes a frame that was cut off for a whole one."""
+    import zstandard
+
+    frame = None
+    try:
+        while piece := raw.read(_ZSTD_INPUT):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(piece)
+                piece = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as e:
+        raise _Damaged(f"{e}".removeprefix("zstd decompressor error: ").removeprefix("zstd decompress error: ")) from e
+    if frame is not None:
+        raise _Damaged("the Zstandard data ends too early")
+
+
+class _Decoder:
+    """Decodes what comes in pieces and knows where in the file it is."""
+
+    def __init__(self, name: str, head: bytes):
+        self.name, self.head, self.lines = name, head[:_HEAD], 0
+        mark, encoding = next(((m, e) for m, e in _MARKS if head.startswith(m)), (b"", "utf-8"))
+        if encoding.startswith("utf-32"):
+            raise UserError(f"{name} is UTF-32 text, not UTF-8", _UTF8_HINT)
+        if encoding == "utf-8" and (at := self.head.find(0)) >= 0:
+            raise self._binary(at)
+        self.encoding = encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._skip = len(mark)
+        self._offset = len(mark)  # of the first byte that is not decoded yet
+        self._waiting = 0  # bytes of a character whose others are in the next piece
+
+    def text(self, piece: bytes, final: bool = False) -> str:
+        piece, self._skip = piece[self._skip:], 0
+        try:
+            text = self._decoder.decode(piece, final)
+        except UnicodeDecodeError as e:
+            good = e.object[:e.start].decode(self.encoding)
+            raise self._nul(good) or self._undecodable(e, good) from e
+        if "\0" in text:
+            raise self._nul(text)
+        waited, self._waiting = self._waiting, len(self._decoder.getstate()[0])
+        self._offset += waited + len(piece) - self._waiting
+        self.lines += text.count("\n")
+        return text
+
+    def _nul(self, text: str) -> UserError | None:
+        at = text.find("\0")
+        return self._binary(self._offset + len(text[:at].encode(self.encoding))) if at >= 0 else None
+
+    def _binary(self, at: int) -> UserError:
+        return UserError(f"{self.name} is a binary file (byte {at})", hint_by_content(self.head) or _UTF8_HINT)
+
+    def _undecodable(self, e: UnicodeDecodeError, good: str) -> UserError:
+        label = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
+        line = self.lines + good.count("\n") + 1
+        return UserError(f"{self.name}:{line}: not {label} text (byte {e.object[e.start]:#04x}) at offset "
+                         f"{self._offset + e.start}", hint_by_content(self.head) or _UTF8_HINT)

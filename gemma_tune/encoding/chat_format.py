@@ -1,0 +1,302 @@
+"""From a conversation to token ids and labels, for any chat template.
+
+What is trained is defined by the template itself: the prompt up to an assistant turn must be a prefix of the render
+that includes the turn, and the difference, up to and including the turn's terminator, is what the model learns to
+write. So the ids in training are those that the model sees when it is asked, and every answer is learned with its
+end (a Gemma whose mask leaves `<end_of_turn>` out never stops).
+
+Where a template writes earlier turns differently once later ones are there (Qwen 3 and Gemma 4 drop their reasoning),
+a conversation becomes several sequences, each with the prompt that the model will be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
+from gemma_tune.encoding.left_out import (
+    CALL,
+    QUESTION,
+    TOOLS,
+    Messages,
+    Tools,
+    kinds_in,
+    left_out_kinds,
+    refuse_ignored,
+    refuse_lost_answer,
+    refuse_lost_question,
+)
+from gemma_tune.encoding.templates import family_template
+from gemma_tune.encoding.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
+
+
+class ChatFormat:
+    """A tokenizer with the chat template that is used everywhere: training, chat, merge and export.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; its ``chat_template`` is set when it has none.
+        model_type: ``model_type`` of the model's config.json, which names the family.
+        other_stop_ids: ids that end an answer by the model's generation settings (Llama 3 has three).
+        thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is.
+
+    Raises:
+        UserError: no template known, one that does not end an assistant's turn, one without a switch for thinking
+            where it is to be on, or a tokenizer of the slow kind.
+    """
+
+    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto"):
+        self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
+                            "convert it with transformers, or use another model")
+        self.template_origin = "the model's own"
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = family_template(model_type)
+            self.template_origin = f"gemma-tune's for {model_type}: this base model has none"
+        if not tokenizer.chat_template:
+            raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
+                            "use an instruction-tuned version of it (often named …-it or …-Instruct)")
+        if not isinstance(tokenizer.chat_template, str):
+            tokenizer.chat_template = tokenizer.get_chat_template()
+        tokenizer.chat_template = with_thinking(tokenizer.chat_template, thinking)
+        self.template: str = tokenizer.chat_template
+        self._labeller = Labeller(tokenizer)
+        self._variables = {**tokenizer.special_tokens_map, "documents": None}
+        self._compiled = _compiled(self.template)
+        self.folds_system = False
+        self.folds_system = not self._shows_system()
+        self.terminator_id = self._find_terminator()
+        self.calls_end_id = self._find_calls_end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Child processes that are not forked get a copy; a compiled template cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "_compiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compiled = _compiled(self.template)
+
+    @cached_property
+    def terminator(self) -> str:
+        """The token that ends an assistant's turn, such as ``<end_of_turn>``."""
+        return self.tokenizer.convert_ids_to_tokens(self.terminator_id)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer: the terminators, the end of text, and what else ends the base's."""
+        ids = {self.terminator_id, self.calls_end_id, self.tokenizer.eos_token_id, *self.other_stop_ids}
+        return sorted(ids - {None})
+
+    @cached_property
+    def markers(self) -> list[str]:
+        """The tokenizer's special tokens, longest first; none of them belongs in a turn's text."""
+        special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        special |= {self.terminator, self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+        return sorted((t for t in special if t.strip()), key=lambda t: (-len(t), t))
+
+    def render(self, messages: Messages, *, prompt: bool = False, tools: Tools = None) -> str:
+        """The conversation as text; with ``prompt`` it ends where the assistant is to begin.
+
+        Raises:
+            FormatError: if the template refuses the conversation.
+        """
+        return self._render(self._for_template(messages), tools, prompt)
+
+    def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
+        """Ids of the prompt for the next answer, with exactly one BOS."""
+        return self._labeller.ids(self.render(messages, prompt=True, tools=tools))
+
+    def encode(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Encoded]:
+        """Sequences for training: each learned assistant turn, with its terminator, is in exactly one of them.
+
+        Args:
+            messages: turns; ``"train": False`` on an assistant's keeps it from being learned.
+            tools: schemas of the functions that the assistant may call.
+            train_on: ``all`` or ``last``, the assistant turns that are learned.
+
+        Raises:
+            FormatError: when a prompt is not what its answer is rendered after, the template leaves out a part of the
+                conversation, or a turn's end would not be learned.
+        """
+        [result] = self.encode_many([(messages, tools)], train_on=train_on)
+        if isinstance(result, FormatError):
+            raise result
+        return result
+
+    def encode_many(self, items: Sequence[tuple[Messages, Tools]], *,
+                    train_on: str = "all") -> list[list[Encoded] | FormatError]:
+        """As :meth:`encode`, for many conversations (messages and tools) at once."""
+        drafts: list[list[Draft] | FormatError] = []
+        for messages, tools in items:
+            try:
+                drafts.append(self.drafts(messages, tools, train_on=train_on))
+            except FormatError as e:
+                drafts.append(e)
+        encoded = iter(self._labeller.encode([d for row in drafts if isinstance(row, list) for d in row]))
+        results: list[list[Encoded] | FormatError] = []
+        for row in drafts:
+            sequences = row if isinstance(row, FormatError) else [next(encoded) for _ in row]
+            failures = [s for s in sequences if isinstance(s, FormatError)] if isinstance(sequences, list) else []
+            results.append(failures[0] if failures else sequences)
+        return results
+
+    def encode_text(self, text: str) -> Encoded:
+        """A plain text for continued training: BOS (if the tokenizer or the template adds one), the text, EOS.
+
+        The first token is not learned.
+        """
+        [encoded] = self.encode_texts([text])
+        return encoded
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """As :meth:`encode_text`, for many texts at once."""
+        bos = self.tokenizer.bos_token
+        return self._labeller.encode_texts(texts, bool(bos) and self.render([QUESTION], prompt=True).startswith(bos))
+
+    def drafts(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Draft]:
+        """The texts of the sequences of :meth:`encode`, with the ranges that are learned.
+
+        Raises:
+            FormatError: as there.
+        """
+        turns = self._for_template(messages)
+        if kinds := kinds_in(turns, tools):
+            refuse_ignored(kinds & self._ignored)
+        folded = len(messages) - len(turns)
+        drafts: list[Draft] = []
+        text, learned, seen = "", [], 0
+        for i in _learned_turns(messages, train_on):
+            prompt, answer, mark = self._turn(turns[:i - folded + 1], tools)
+            if learned and not prompt.startswith(text):
+                drafts.append(Draft(text, tuple(learned)))
+                learned, seen = [], 0
+            refuse_lost_question(turns[seen:i - folded], None if learned else tools, prompt)
+            text, seen = prompt + answer, i - folded
+            learned.append((len(prompt), len(text), mark))
+        return [*drafts, Draft(text, tuple(learned))] if learned else []
+
+    def difference(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> str:
+        """How the template first writes earlier turns in another way, so that a new sequence begins; empty if never."""
+        drafts = self.drafts(messages, tools, train_on=train_on)
+        return first_difference(drafts[0].text, drafts[1].text) if len(drafts) > 1 else ""
+
+    def _turn(self, turns: Messages, tools: Tools) -> tuple[str, str, str]:
+        """Prompt and answer of the last turn, up to its end, and the special token that ends it."""
+        turn = turns[-1]
+        if self.thinking == "off" and "reasoning_content" in turn:
+            raise FormatError(NO_REASONING)
+        prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
+        answer = answer_after(prompt, full)
+        marks = {self.terminator}
+        if "tool_calls" in turn and self.calls_end_id is not None:
+            marks.add(self.tokenizer.convert_ids_to_tokens(self.calls_end_id))
+        end, mark = max((answer.rfind(mark), mark) for mark in marks)
+        if end < 0:
+            raise FormatError(f"the answer would be learned without its end ({self.terminator})")
+        answer = answer[:end + len(mark)]
+        refuse_lost_answer(turn, opened_thought(prompt) + answer)
+        return prompt, answer, mark
+
+    @cached_property
+    def _ignored(self) -> set[str]:
+        return left_out_kinds(lambda turns, tools, prompt: self._render(turns, tools, prompt))
+
+    def _render(self, turns: Messages, tools: Tools = None, prompt: bool = False) -> str:
+        """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
+        from jinja2 import TemplateError
+
+        if not turns:
+            raise FormatError("the chat template refuses it: nothing stands before the assistant's turn")
+        try:
+            return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
+                                         **self._variables)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                RecursionError) as e:
+            raise FormatError(f"the chat template refuses it: {e}") from e
+
+    def _for_template(self, messages: Messages) -> list[dict[str, Any]]:
+        """The turns as templates expect them.
+
+        For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
+        """
+        turns = [_plain(message) for message in messages]
+        if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
+            return turns
+        system, first, *rest = turns
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def _shows_system(self) -> bool:
+        """Whether the template writes a system message; some refuse it, and some leave it out in silence."""
+        system, question = {"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}
+        try:
+            return system["content"] in self.render([system, question], prompt=True)
+        except FormatError:
+            return False
+
+    def _find_terminator(self) -> int:
+        """The first special token after an answer, read from the template itself."""
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "gemma"}
+        try:
+            prompt, full = self.render([question], prompt=True), self.render([question, answer])
+        except FormatError as e:
+            raise _unusable(e) from e
+        try:
+            tail = answer_after(prompt, full).partition("gemma")[2]
+        except FormatError as e:
+            raise UserError(str(e), "such a model cannot be trained faithfully; use one whose chat template has no "
+                                    "such case") from e
+        if special := self._special_ids(tail):
+            return special[0]
+        raise UserError("the chat template does not end an assistant's turn with a special token, so a model trained "
+                        "on it could never stop", "use a model whose template marks the end of a turn")
+
+    def _find_calls_end(self) -> int | None:
+        """The special token that ends a turn with tool calls, as far as the template has these.
+
+        It is the terminator in most templates; Gemma 4 goes on with the results, and its calls end where they begin.
+        """
+        try:
+            prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
+            answer = answer_after(prompt, full).rstrip()
+        except FormatError:
+            return None
+        special = self._special_ids(answer)
+        if not special or self.terminator_id in special:
+            return self.terminator_id if special else None
+        return special[-1] if answer.endswith(self.tokenizer.convert_ids_to_tokens(special[-1])) else None
+
+    def _special_ids(self, text: str) -> list[int]:
+        """The special tokens in a text, less those that stand for white space."""
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return [i for i in self._labeller.ids(text) if i in special and self.tokenizer.decode([i]).strip()]
+
+
+def _compiled(template: str) -> Any:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        return _compile_jinja_template(template)
+    except TemplateError as e:
+        raise _unusable(e) from e
+
+
+def _unusable(error: Exception) -> UserError:
+    return UserError(f"the model's chat template cannot be used: {error}",
+                     "mend its chat_template.jinja, or use another model")
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn with what concerns templates only; reasoning has two names there."""
+    turn = {key: value for key, value in message.items() if value not in (None, []) and key != "train"}
+    return {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+
+
+def _learned_turns(messages: Messages, train_on: str) -> list[int]:
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    return [n for n in turns if messages[n].get("train") is not False]

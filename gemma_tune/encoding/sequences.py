@@ -1,0 +1,151 @@
+"""From a row to the token sequences that training gets, none of them longer than the limit.
+
+A conversation is usually one sequence. It becomes several where the chat template writes earlier turns differently
+once later ones are there (reasoning that is dropped), or where ``--on-long split`` divides it between turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
+
+Example = dict[str, Any]  # a line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row.
+
+    Args:
+        full: its sequences without any limit.
+        kept: those that training gets, each at most ``max_length`` tokens; empty if the row is too long.
+    """
+
+    full: Sequence[Encoded]
+    kept: Sequence[Encoded]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence without the limit."""
+        return max((len(s.ids) for s in self.full), default=0)
+
+
+class Encoder:
+    """Encodes rows as ``prepare`` was told to.
+
+    Args:
+        chat: tokenizer and template.
+        max_length: longest sequence in tokens.
+        on_long: ``drop`` and ``fail`` keep nothing of a longer row, ``truncate`` cuts its sequences, ``split`` divides
+            it between turns (a plain text between tokens).
+        train_on: ``all`` or ``last``, the assistant turns that are learned.
+    """
+
+    def __init__(self, chat: ChatFormat, max_length: int, on_long: str = "drop", train_on: str = "all"):
+        self.chat, self.max_length, self.on_long, self.train_on = chat, max_length, on_long, train_on
+
+    def encode(self, examples: Sequence[Example]) -> list[Outcome | FormatError]:
+        """One result for each row; a :class:`FormatError` where the template cannot render or label it."""
+        results: list[Any] = [None] * len(examples)
+        chats = [n for n, example in enumerate(examples) if "messages" in example]
+        encoded = self.chat.encode_many([(examples[n]["messages"], examples[n].get("tools")) for n in chats],
+                                        train_on=self.train_on)
+        for n, result in zip(chats, encoded):
+            try:
+                results[n] = result if isinstance(result, FormatError) else self._limited_chat(examples[n], result)
+            except FormatError as e:  # a part of a conversation may be refused where the whole is not
+                results[n] = e
+        texts = [n for n, example in enumerate(examples) if "text" in example]
+        for n, result in zip(texts, self.chat.encode_texts([examples[n]["text"] for n in texts])):
+            results[n] = self._limited_text(result)
+        return results
+
+    def _fits(self, sequences: Sequence[Encoded]) -> bool:
+        return all(len(s.ids) <= self.max_length for s in sequences)
+
+    def _limited_chat(self, example: Example, full: Sequence[Encoded]) -> Outcome:
+        if self._fits(full):
+            return Outcome(full, full)
+        if self.on_long == "split":
+            messages = _only_last(example["messages"]) if self.train_on == "last" else example["messages"]
+            return Outcome(full, self._pieces(messages, example.get("tools")))
+        return Outcome(full, self._cut(full))
+
+    def _limited_text(self, full: Encoded) -> Outcome:
+        if self._fits([full]):
+            return Outcome([full], [full])
+        if self.on_long == "split":
+            # Each part begins with the last token of the one before, which predicts its first new one.
+            starts = range(0, len(full.ids) - 1, self.max_length - 1)
+            return Outcome([full], [p for n in starts if (p := part(full, n, n + self.max_length)) is not None])
+        return Outcome([full], self._cut([full]))
+
+    def _cut(self, sequences: Sequence[Encoded]) -> list[Encoded]:
+        if self.on_long != "truncate":
+            return []
+        return [p for s in sequences if (p := part(s, 0, self.max_length)) is not None]
+
+    def _pieces(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[Encoded]:
+        """Runs of whole exchanges, each as long as fits and after the system prompt; what fits nowhere is left out.
+
+        Exchanges of which nothing is learned stand before the next learned one, as many as fit.
+        """
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        starts = [n for n, m in enumerate(messages) if m["role"] == "user"]
+        exchanges = [messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)])]
+        learned = [n for n, exchange in enumerate(exchanges)
+                   if any(m["role"] == "assistant" and m.get("train") is not False for m in exchange)]
+
+        def encoded(first: int, end: int) -> list[Encoded] | None:
+            turns = [m for exchange in exchanges[first:end] for m in exchange]
+            sequences = self.chat.encode([*system, *turns], tools)
+            return sequences if self._fits(sequences) else None
+
+        kept: list[Encoded] = []
+        done = 0
+        for n in learned:
+            if n < done:
+                continue
+            size = _last_that(lambda size, end=n + 1: encoded(end - size, end) is not None, 0, n + 1 - done)
+            first, done = n + 1 - size, n + 1
+            if size:
+                end = _last_that(lambda end, first=first: encoded(first, end) is not None, done, len(exchanges))
+                done = max(m for m in learned if m < end) + 1
+                kept += encoded(first, done) or []
+        return kept
+
+
+def part(sequence: Encoded, start: int, end: int) -> Encoded | None:
+    """Tokens ``start`` to ``end`` of a sequence, up to the last learned one; None if nothing in it is learned."""
+    spans = np.clip(sequence.spans, start, end) - start
+    spans[:, 0] = np.maximum(spans[:, 0], 1)  # nothing stands before the first token that could predict it
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    if not len(spans):
+        return None
+    return Encoded(sequence.ids[start:start + int(spans[-1, 1])], spans)
+
+
+def _last_that(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number above ``low`` and up to ``high`` for which a monotone condition holds; ``low`` if none."""
+    step = 1  # in growing steps at first: what is asked about far beyond the answer takes long
+    while low < high and holds(min(low + step, high)):
+        low, step = min(low + step, high), 2 * step
+    high = min(low + step - 1, high)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _only_last(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``--train-on last`` written into the turns: a piece's last answer is not the conversation's."""
+    last = max(n for n, m in enumerate(messages) if m["role"] == "assistant")
+    return [{**m, "train": False} if m["role"] == "assistant" and n != last else m for n, m in enumerate(messages)]

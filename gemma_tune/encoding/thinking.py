@@ -1,0 +1,91 @@
+"""Reasoning in chat templates: the switch for it, and prompts that open a thought or rule one out."""
+
+from __future__ import annotations
+
+import re
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.labels import FormatError
+
+NO_REASONING = "the prompt asks for an answer without reasoning (thinking is off), and this one has some"
+# Put in front of a template, so that the choice is saved with it and holds wherever the model is used.
+_CHOICE = "{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking = {} -%}}{{%- endif -%}}"
+_EMPTY_AT_END = re.compile(r"(<\|channel>thought\s*<channel\|>|<think>\s*</think>)\s*\Z")
+_OPEN_AT_END = re.compile(r"(<\|channel>thought|<think>)\s*\Z")
+_OPENED = re.compile(r"<\|channel>|<think>")
+
+
+def with_thinking(template: str, thinking: str) -> str:
+    """The template with a choice in front, in place of an earlier one.
+
+    Args:
+        thinking: ``on``, ``off``, or ``auto``, which leaves it as it is.
+
+    Raises:
+        UserError: ``on`` for a template without a switch.
+    """
+    if thinking == "auto":
+        return template
+    for earlier in ("true", "false"):
+        template = template.removeprefix(_CHOICE.format(earlier))
+    if "enable_thinking" in template:
+        return _CHOICE.format("true" if thinking == "on" else "false") + template
+    if thinking == "on":
+        raise UserError("this model's chat template has no switch for thinking, so it cannot be turned on",
+                        "leave --thinking out, or use a model that thinks, such as Gemma 4 or Qwen 3")
+    return template
+
+
+def choice_in(template: str) -> bool | None:
+    """The choice that :func:`with_thinking` put in front; None without one."""
+    return next((value == "true" for value in ("true", "false") if template.startswith(_CHOICE.format(value))), None)
+
+
+def settled(template: str, thinking: bool | None) -> str:
+    """The template of a GGUF file: thinking stands as in training, whatever the program that reads the file says.
+
+    llama.cpp always gives ``enable_thinking`` a value, by itself true: a choice for where there is none never holds
+    there, and a template that is silent on thinking (Gemma 4) asks for it.
+
+    Args:
+        thinking: how the template's switch stands where nobody sets it; None without a switch.
+    """
+    choice = choice_in(template)
+    if thinking is None or (choice is None and thinking):
+        return template
+    value = "true" if thinking else "false"
+    return "{%- set enable_thinking = " + value + " -%}" + template.removeprefix(_CHOICE.format(value))
+
+
+def opened_thought(prompt: str) -> str:
+    """The beginning of a thought with which a prompt ends; empty where it ends otherwise."""
+    found = _OPEN_AT_END.search(prompt)
+    return found[0] if found else ""
+
+
+def answer_after(prompt: str, full: str) -> str:
+    """What the model is to write after the prompt, read from a render that includes the turn.
+
+    Some prompts end with an empty thought, by which the model is told not to think, and that is not written again with
+    the turn itself (Gemma 4's larger ones): the answer is then learned after the prompt as it is served.
+
+    Raises:
+        FormatError: the template does not write the turn after the prompt.
+    """
+    if full.startswith(prompt):
+        return full[len(prompt):]
+    empty = _EMPTY_AT_END.search(prompt)
+    if empty and full.startswith(prompt[:empty.start()]):
+        answer = full[empty.start():]
+        if not _OPENED.match(answer):
+            return answer
+        raise FormatError(NO_REASONING)
+    opened = "; the prompt opens a thought, and this answer begins without" if opened_thought(prompt) else ""
+    raise FormatError(first_difference(prompt, full) + opened)
+
+
+def first_difference(prompt: str, full: str) -> str:
+    """What a template writes at first, and what in its place later, as a sentence."""
+    n = next((n for n, (a, b) in enumerate(zip(prompt, full)) if a != b), min(len(prompt), len(full)))
+    return (f"the chat template is not prefix-consistent: it writes {prompt[n:n + 30]!r} at first, and "
+            f"{full[n:n + 30]!r} in its place once the next turn is there (character {n})")

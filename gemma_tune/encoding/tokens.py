@@ -1,0 +1,114 @@
+"""Token sequences in Arrow files: written as a stream, read memory-mapped, so that their number does not matter.
+
+``train.arrow`` and ``valid.arrow`` in ``data/tokens/`` have the columns ``input_ids`` (list of int32), ``spans``
+(list of int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL
+file, from 0). The manifest says what they depend on beside the data, see :func:`encoding_key`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gemma_tune.base.files import PACKAGE
+from gemma_tune.encoding.labels import labels_of
+from gemma_tune.run.directory import library_versions
+
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
+# What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
+_SOURCES = ("encoding/*.py", "encoding/templates/*.jinja", "data/reading/*.py", "data/conversations/*.py",
+            "base/strict_json.py", "prepare/*.py")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_BATCH, _MOST_TOKENS = 1_000, 1_000_000  # sequences and tokens that wait in memory for being written
+
+
+def encoding_key(base: str) -> dict[str, str]:
+    """What tokens depend on beside the rows and the settings: tokenizer and template, code and library versions.
+
+    Args:
+        base: fingerprint of the base model, which covers its tokenizer and template.
+    """
+    code = hashlib.sha256()
+    for pattern in _SOURCES:
+        found = sorted(PACKAGE.glob(pattern))
+        if not found:  # a file that was moved would otherwise stop counting without a word
+            raise FileNotFoundError(f"{PACKAGE / pattern} names no file of gemma-tune")
+        for path in found:
+            code.update(path.read_bytes())
+    libraries = library_versions()
+    return {"base": base, "code": code.hexdigest(), **{name: libraries[name] for name in _LIBRARIES}}
+
+
+class TokenWriter:
+    """Writes one side's sequences; a context manager."""
+
+    def __init__(self, path: Path):
+        self.rows = self.sequences = self.tokens = self.trained = 0
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, SCHEMA)
+        self._ids: list[np.ndarray] = []
+        self._spans: list[np.ndarray] = []
+        self._row: list[int] = []
+        self._waiting = 0
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """The next row's sequences: ids (int32), and spans (int32: start, end, start, …)."""
+        for ids, spans in sequences:
+            # Copies: the arrays are views of a whole block of rows with their texts.
+            self._ids.append(ids.copy())
+            self._spans.append(spans.copy())
+            self._row.append(self.rows)
+            self.tokens += len(ids)
+            self._waiting += len(ids)
+            self.trained += int(spans[1::2].sum() - spans[::2].sum())
+        self.rows += 1
+        self.sequences += len(sequences)
+        if len(self._ids) >= _BATCH or self._waiting >= _MOST_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._ids:
+            columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32))]
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self._ids, self._spans, self._row, self._waiting = [], [], [], 0
+
+
+def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    """A column of int32 lists from one array per row."""
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(a) for a in arrays], out=offsets[1:])
+    values = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False)))
+
+
+def open_tokens(path: Path) -> Any:
+    """The sequences as a memory-mapped ``datasets.Dataset`` that yields ``input_ids`` and ``labels``."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(path)).with_transform(_with_labels)
+
+
+def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    pairs = [(np.asarray(ids, np.int64), spans) for ids, spans in zip(batch["input_ids"], batch["spans"])]
+    return {"input_ids": [ids for ids, _ in pairs], "labels": [labels_of(ids, spans) for ids, spans in pairs]}
+
+
+def lengths_of(dataset: Any) -> np.ndarray:
+    """Tokens of each sequence (int64), without reading them."""
+    import pyarrow.compute as pc
+
+    column = dataset.data.column("input_ids")
+    return pc.list_value_length(column).to_numpy().astype(np.int64)

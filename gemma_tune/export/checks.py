@@ -1,0 +1,191 @@
+"""What is known about exported files: what each number format loses; whether prompts and answers are as trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.answers.prompts import Prompt, held_out
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.tensors import open_tensors
+from gemma_tune.config.stages import ExportConfig
+from gemma_tune.export.files import Source
+from gemma_tune.export.parity import HELD_OUT, verify
+from gemma_tune.export.parity_report import Parity, markdown_table
+from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
+from gemma_tune.gguf.architectures.registry import Architecture
+from gemma_tune.gguf.engine import find_engine
+from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.models.source import load_model
+from gemma_tune.run.stage import Session
+from gemma_tune.train.memory import place
+
+SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What was found out about the files of one export.
+
+    Args:
+        losses: by number format; f16 is always among them, as the yardstick.
+        parity: token ids and answers, or None.
+        unchecked: what was not checked, and why, one sentence each.
+        merged: how the merged model compares to base + adapter, the step before these.
+    """
+
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    parity: Parity | None = None
+    unchecked: tuple[str, ...] = ()
+    merged: str = ""
+
+    def figures(self, quant: str) -> dict[str, Any]:
+        """One format's figures for the manifest."""
+        return vars(self.losses[quant]) if quant in self.losses else {}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The rest for the manifest."""
+        found: dict[str, Any] = {"unchecked": list(self.unchecked)} if self.unchecked else {}
+        if REFERENCE in self.losses:
+            found["f16_perplexity"] = self.losses[REFERENCE].perplexity
+        if self.parity:
+            found["parity"] = self.parity.as_json()
+        return found
+
+
+def wants_engine(config: ExportConfig) -> bool:
+    """Whether llama.cpp is to run the files.
+
+    Raises:
+        UserError: it was asked for, and there is none.
+    """
+    engine = find_engine() if config.verify is not False else None
+    if config.verify and engine is None:
+        raise UserError("--verify needs a llama.cpp engine, and none is installed",
+                        "pip install xllamacpp, or put llama-server on the PATH")
+    return engine is not None
+
+
+def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> Checks:
+    """Compare the files with the merged model, which is loaded once for all of it.
+
+    Args:
+        files: number format → GGUF.
+    """
+    config, architecture = session.config, source.architecture
+    rows, reason = _rows(session, architecture)
+    compare = wants_engine(config)
+    unchecked = [f"the loss of the number formats: {reason}"] if config.measure and rows is None else []
+    if not compare and config.verify is None:
+        unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
+                         "with --verify)")
+    if not compare and rows is None:
+        return Checks(unchecked=tuple(unchecked), merged=_merged(session))
+    model, reason = _loaded(session)
+    if model is None:
+        unchecked += [f"answers: {reason}"] if compare else []
+        unchecked += [f"the loss of the number formats: {reason}"] if rows is not None else []
+    parity = _compared(session, source, files, model) if compare else None
+    losses = {}
+    if model is not None and rows is not None and architecture is not None:
+        task = "measuring the loss of " + ", ".join(files)
+        losses = measure(model, rows, files, architecture, on_progress=partial(session.listener.progress, task))
+    return Checks(losses, parity, tuple(unchecked), _merged(session))
+
+
+def _merged(session: Session) -> str:
+    """What `merge` found, as a sentence; it stands before the files in the chain from the adapter to an answer."""
+    found = session.manifest.stages.get("merge", {"summary": {}})["summary"]
+    if "check_same_tokens" not in found:  # not checked, or by an earlier version
+        return ""
+    return (f"The merged model against base + adapter, as `merge` measured it: {found['check_same_answers']} of "
+            f"{found['check_prompts']} greedy answers equal, {found['check_same_tokens']:.1%} of the likeliest tokens, "
+            f"divergence {found['check_divergence']:.2g} nats per token.")
+
+
+def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | None, str]:
+    if not session.config.measure:
+        return None, "--no-measure"
+    if architecture is None:
+        return None, "the converter's tensors are not known here"
+    return validation_rows(session)
+
+
+def _loaded(session: Session) -> tuple[Any | None, str]:
+    """The merged model, or None and why not: a process that takes too much memory is killed without a word."""
+    merged = session.inputs["merged"]
+    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()))
+    return (load_model(merged, placement), "") if placement else (None, lacking)
+
+
+def _compared(session: Session, source: Source, files: Mapping[str, Path], model: Any) -> Parity:
+    """Ids and answers; among the files one in f16, which tells the writer's part of a difference from the format's."""
+    limit = min(session.settings_of("prepare").get("max_length", 2048), 2048)
+    rows = (session.run.valid_rows, session.run.train_rows)
+    prompts: list[Prompt] = held_out(rows, source.chat, limit, HELD_OUT)
+    with _with_f16(session, source, files) as all_files:
+        return verify(source.chat, source.target.chat, all_files, prompts, merged_model=model,
+                      listener=session.listener)
+
+
+@contextmanager
+def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+    size = sum(p.stat().st_size for p in source.merged.glob("*.safetensors"))
+    if source.architecture is None or size > SMALL or {"f32", "f16", "bf16"} & files.keys():
+        yield files
+        return
+    # Under a name that the next command clears away if this one is killed.
+    extra = session.run.ollama / f".new-{session.run.model_name}-f16.gguf"
+    compared = {REFERENCE: extra, **files}
+    try:
+        try:
+            write_gguf(source.merged, extra, REFERENCE, name=source.name, eot_token_id=source.chat.terminator_id,
+                       chat_template=source.template)
+        except (UserError, WorkFailed) as e:  # no space for it, or numbers beyond its range: no fault of the others
+            session.listener.note(f"answers are compared without a file in f16: {e.message}")
+            compared = files
+        yield compared
+    finally:
+        extra.unlink(missing_ok=True)
+
+
+# --- as tables --------------------------------------------------------------------------------------------------------
+
+
+def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Loss]) -> list[tuple[str, ...]]:
+    """Number formats with their size and what they lose, the first row being the heading."""
+    rows = [("format", "size", "perplexity", "against f16", "divergence (nats)", "same likeliest token")]
+    reference = losses.get(REFERENCE)
+    if reference and REFERENCE not in figures:
+        rows.append((REFERENCE, "–", f"{reference.perplexity:.3f}", "", "", ""))
+    for quant, figure in figures.items():
+        size, loss = _size(figure["bytes"]), losses.get(quant)
+        rows.append((quant, size, "–", "", "", "") if loss is None or reference is None else
+                    (quant, size, f"{loss.perplexity:.3f}", f"{loss.perplexity / reference.perplexity - 1:+.2%}",
+                     f"{loss.kl:.4f}", f"{loss.agreement:.1%}"))
+    return rows
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> str:
+    """ollama/report.md."""
+    lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
+    if loss := checks.losses.get(REFERENCE):
+        lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
+                      "per token, and how often the likeliest token is f16's."]
+    if checks.parity:
+        lines += ["", checks.parity.markdown().rstrip()]
+    if checks.merged:
+        lines += ["", checks.merged]
+    if checks.unchecked:
+        lines += ["", "## Not checked", "", *(f"- {text}" for text in checks.unchecked)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,116 @@
+"""From exported files to a model that answers: in Ollama where a server is, else as commands to type."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma_tune import samples
+from gemma_tune.answers.prompts import Prompt, held_out
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.export.target import Target, target_for
+from gemma_tune.models.source import load_format
+from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.server import Server
+from gemma_tune.run.stage import Session, StageReport
+
+ANSWER_TOKENS = 256  # longest answer of the question that a new model is asked
+PATIENCE = 600.0  # seconds for it: the server first loads the model
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The stage's report, and what became of the model in Ollama.
+
+    Args:
+        name: the model's name in Ollama.
+        created: whether it is there now.
+        next_steps: commands that are left to do.
+        elsewhere: commands for other programs that take the same file.
+        advice: what to do before the next steps.
+        answer: what Ollama answered to a held-out prompt, with ``done_reason`` and counts of tokens.
+    """
+
+    stage: StageReport
+    name: str
+    created: bool
+    next_steps: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
+    advice: str | None = None
+    answer: Mapping[str, Any] | None = None
+
+
+def model_names(name: str, quants: Sequence[str]) -> dict[str, str]:
+    """The model's name in Ollama for each number format: a tag tells several apart.
+
+    Raises:
+        UserError: a name that Ollama does not take.
+    """
+    ollama.validate_model_name(name)
+    return {quant: ollama.tagged(name, quant) if len(quants) > 1 else name for quant in quants}
+
+
+def deploy(session: Session, stage: StageReport, server: Server | None) -> ExportReport:
+    """Create the exported models in Ollama and ask the first one a held-out prompt.
+
+    Args:
+        server: None where none answers, or none is wanted: the commands to type are given instead.
+
+    Raises:
+        WorkFailed: Ollama refuses, is too old, or its model does not answer.
+    """
+    files = [(stage.artifacts[key], stage.artifacts[key.replace("gguf", "modelfile", 1)])
+             for key in stage.artifacts if key.startswith("gguf")]
+    names = [figures["ollama_name"] for figures in stage.summary["quants"].values()]
+    elsewhere = (f"llama-cli -m {shlex.quote(files[0][0])}",)
+    if server is None:
+        steps = [ollama.manual_command(Path(modelfile), name) for name, (_, modelfile) in zip(names, files)]
+        advice = None if session.config.create is False else ollama.install_hint()
+        return ExportReport(stage, names[0], False, (*steps, f"ollama run {names[0]}"), elsewhere, advice)
+    chat = load_format(session.run.merged, session.model.config["model_type"])
+    target = target_for(session, session.run.merged, chat)
+    for name, (gguf, _) in zip(names, files, strict=True):
+        _create(session, server, replace(target, name=name), Path(gguf))
+    answer = _ask(session, server, replace(target, name=names[0]), chat)
+    return ExportReport(stage, names[0], True, (f"ollama run {names[0]}",), elsewhere, answer=answer)
+
+
+def _create(session: Session, server: Server, target: Target, gguf: Path) -> None:
+    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.url}")
+    ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
+                        session.listener.progress)
+
+
+def _question(session: Session, chat: ChatFormat) -> Prompt:
+    """A held-out prompt that Ollama can be asked: one without tools, which it writes down in its own way."""
+    room = session.model.config.get("max_position_embeddings", 4096) - ANSWER_TOKENS
+    limit = min(room, session.settings_of("prepare").get("max_length", room))
+    prompts = held_out((session.run.valid_rows, session.run.train_rows), chat, limit, 20)
+    plain = (p for p in prompts if p.text is None and not p.tools and all(turn["content"] for turn in p.messages))
+    return next(plain, Prompt(samples.heldout_questions()[0]["messages"]))
+
+
+def _same_prompt(chat: ChatFormat, target: Target, prompt: Prompt, laid_out: str) -> bool:
+    """Whether a server's text of a prompt is Hugging Face's; either may spell out the BOS token."""
+    messages, bos = prompt.messages, chat.tokenizer.bos_token or ""
+    if target.system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
+        messages = [{"role": "system", "content": target.system}, *messages]
+    return laid_out.removeprefix(bos) == chat.render(messages, prompt=True).removeprefix(bos)
+
+
+def _ask(session: Session, server: Server, target: Target, chat: ChatFormat) -> dict[str, Any]:
+    """Ask a held-out prompt; a model that does not end its answer is told of, as a short training can leave one so."""
+    prompt = _question(session, chat)
+    session.listener.note(f"asking {target.name} a held-out prompt")
+    laid_out = ollama.rendered_prompt(server, target.name, prompt.messages, PATIENCE, chat=target.chat)
+    answer = ollama.generate_check(server, target.name, prompt.messages, PATIENCE, ANSWER_TOKENS, chat=target.chat)
+    answer["prompt_as_trained"] = None if laid_out is None else _same_prompt(chat, target, prompt, laid_out)
+    if answer["prompt_as_trained"] is False:
+        session.listener.warn(f"Ollama lays out a prompt for {target.name} otherwise than training did: {laid_out!r}")
+    if answer["done_reason"] != "stop":
+        session.listener.warn(f"{target.name} did not end its answer within {ANSWER_TOKENS} tokens; `gemma-tune eval` "
+                              "shows whether the adapter itself does")
+    return answer

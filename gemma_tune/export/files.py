@@ -1,0 +1,106 @@
+"""One GGUF file of the merged model: by our own writer, or by llama.cpp's converter for other architectures."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.listener import Listener
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.export.target import Target
+from gemma_tune.gguf.architectures.registry import Architecture
+from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.converter import OUTTYPES, convert_with
+from gemma_tune.gguf.template import gguf_template
+from gemma_tune.gguf.types import llama_quantize
+from gemma_tune.gguf.writer import write_gguf
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every file of an export is made from.
+
+    Args:
+        merged: the merged checkpoint.
+        name: the model's name for people.
+        architecture: None where ``converter``, a llama.cpp checkout, writes the files.
+    """
+
+    merged: Path
+    name: str
+    chat: ChatFormat
+    target: Target
+    architecture: Architecture | None
+    converter: Path | None = None
+
+    @property
+    def template(self) -> str:
+        """The chat template that goes into the files."""
+        return gguf_template(self.chat, self.target.chat.think)
+
+
+def write_file(source: Source, out: Path, quant: str, listener: Listener) -> dict[str, Any]:
+    """Write ``out`` in a number format and compare it with the checkpoint; its figures for the manifest.
+
+    Raises:
+        UserError: a checkpoint that cannot be written.
+        WorkFailed: no space, or the file does not hold the checkpoint's weights.
+    """
+    if source.architecture is None:
+        _convert(source, out, quant, listener)
+        return {"bytes": out.stat().st_size, "converter": "llama.cpp"}
+    progress = functools.partial(listener.progress, f"writing {quant}")
+    written = write_gguf(source.merged, out, quant, name=source.name, chat_template=source.template,
+                         eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
+                         on_tensor=lambda done, total, _: progress(done, total))
+    for reason, count in Counter(reason for _, reason in written.fallbacks).items():
+        listener.note(f"{quant}: {count} {'matrix' if count == 1 else 'matrices'}: {reason}")
+    error, tensor = worst_error(source.merged, out, source.architecture)
+    return {"bytes": written.size_bytes, "tensor_types": written.tensor_types, "largest_error": error,
+            "largest_error_tensor": tensor}
+
+
+def _sampling(parameters: Mapping[str, Any]) -> dict[str, float]:
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+             "repeat_penalty": "repetition_penalty"}
+    return {ours: parameters[theirs] for theirs, ours in names.items() if theirs in parameters}
+
+
+def _convert(source: Source, out: Path, quant: str, listener: Listener) -> None:
+    """By the converter, and llama.cpp's quantiser where the converter has no such format."""
+    assert source.converter is not None
+    with _with_template(source, out.parent) as checkpoint:
+        if quant in OUTTYPES:
+            return convert_with(source.converter, checkpoint, out, quant, listener)
+        wide = out.with_name(f"{out.name}.bf16")
+        try:
+            convert_with(source.converter, checkpoint, wide, "bf16", listener)
+            llama_quantize(wide, out, quant)
+        finally:
+            wide.unlink(missing_ok=True)
+
+
+@contextmanager
+def _with_template(source: Source, folder: Path) -> Iterator[Path]:
+    """The checkpoint with the chat template of :attr:`Source.template`, which the converter reads from there."""
+    merged, name = source.merged, "chat_template.jinja"
+    if (merged / name).is_file() and (merged / name).read_text(encoding="utf-8") == source.template:
+        yield merged
+        return
+    view = folder / f".new-{merged.name}"
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir()
+    try:
+        for path in merged.iterdir():
+            if path.is_file() and path.name != name:
+                (view / path.name).symlink_to(path.resolve())
+        (view / name).write_text(source.template, encoding="utf-8")
+        yield view
+    finally:
+        shutil.rmtree(view, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Conversations that show where a template or a tokenizer goes its own way: turns, white space, scripts, code.
+
+Of four it is known that llama.cpp goes its own way with some models. They are compared like the others, so that the
+difference is seen, and seen to end; it is not the fault of an export.
+"""
+
+from __future__ import annotations
+
+from gemma_tune.answers.prompts import Prompt
+from gemma_tune.export.parity_report import COLUMNS, LLAMA_CPP
+
+_CODE = 'def mean(xs):\n\t"""Of xs."""\n\tif not xs:\n\t\treturn {}  # {{ empty }}\n\n\n    return sum(xs) / len(xs)\n'
+_EMOJI = "👩‍👩‍👧 🇩🇪🇯🇵 👍🏽 ✌️ 1️⃣ 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🙂"
+
+# The first text of each is the system message, then user and assistant in turn; the last is the user's.
+_TALKS: dict[str, tuple[str | None, ...]] = {
+    "no system": (None, "Hi"),
+    "system": ("Answer briefly.", "What is cash flow?"),
+    "several turns": (None, "one", "two", "three", "four", "five"),
+    "system, several turns": ("Be brief.\n\nBe kind.", "one", "two", "three"),
+    "padded white space": (None, " \n  hi\t", "\n\n yes  \n", "\t so, what? \n\n"),
+    "padded system": ("\n S \n\n", "\n  hi "),
+    "emoji": (_EMOJI, f"What is {_EMOJI}?", _EMOJI, "👩🏾‍🚀"),
+    "Chinese": ("请用中文回答。", "什么是自由现金流？", "经营现金流减去资本支出。", "谢谢，再见！"),
+    "code": (None, f"What is wrong here?\n\n```python\n{_CODE}```", f"```python\n{_CODE}```\n",
+             'C:\\temp\\n "x" <b>&amp;</b>'),
+    "other scripts": (None, "Ünïcødé नमस्ते สวัสดี مرحبا שלום Привет 안녕하세요 こんにちは 1,234.50 €"),
+    "accents apart": (None, "cafe\u0301 man\u0303ana"),
+    "padded wide spaces": (None, "\u3000\u3000什么？\u00a0"),
+    "40 spaces in a row": (None, f"a{' ' * 40}b"),
+    "other digits": (None, "½ cup, point ①, x²"),
+}
+# Name, the columns that may differ, and why.
+LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
+    "padded wide spaces": ((LLAMA_CPP,), "llama.cpp's template engine trims ASCII white space only"),
+    "accents apart": (COLUMNS, "llama.cpp does not put letters and accents together (NFC) as this tokenizer does"),
+    "40 spaces in a row": (COLUMNS, "llama.cpp divides long runs of spaces otherwise"),
+    "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
+}
+
+
+def built_in() -> dict[str, Prompt]:
+    """The conversations by name, each ending with a question."""
+    return {name: Prompt(_messages(*texts)) for name, texts in _TALKS.items()}
+
+
+def _messages(system: str | None, *texts: str | None) -> list[dict[str, str]]:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text or ""} for n, text in enumerate(texts)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]

@@ -1,0 +1,187 @@
+"""``export-ollama``: the merged model as GGUF files with a Modelfile, checked, and as a model in Ollama."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.files import NEW, sync, write_atomic
+from gemma_tune.config.stages import ExportConfig
+from gemma_tune.export.checks import Checks, check_files, format_rows, markdown, wants_engine
+from gemma_tune.export.deploy import ExportReport, deploy, model_names
+from gemma_tune.export.files import Source, write_file
+from gemma_tune.export.target import Target, parse_parameters, target_for
+from gemma_tune.gguf.architectures.registry import Architecture, architecture_of
+from gemma_tune.gguf.converter import find_converter
+from gemma_tune.gguf.types import QUANTS, recommended
+from gemma_tune.models.source import load_format, read_config
+from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
+from gemma_tune.run.stage import Finished, Session, run_stage
+
+COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
+
+
+def export(session: Session) -> ExportReport:
+    """Write and check the GGUF files and the Modelfile, then create the model in Ollama.
+
+    Raises:
+        UserError: no merged model, an architecture without a writer, a bad name.
+        WorkFailed: with ``create``, no Ollama server; a GGUF does not hold the merged weights; Ollama refuses.
+    """
+    server = check_target(session.config, session.model.name)
+    if server:
+        ollama.check_version(server, session.model.config["model_type"])
+    stage = run_stage(session, "export-ollama", _export)
+    return deploy(session, stage, server)
+
+
+def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
+    """What can be known before any work: names, parameters, tools that are needed, and whether a server answers.
+
+    Raises:
+        UserError: a bad name, address or parameter; no engine for ``verify``; no such converter.
+        WorkFailed: ``create`` is asked for, and no server answers.
+    """
+    model_names(config.name or ollama.default_model_name(model_name), config.quant or ("",))
+    if half := [text for text in (config.system or "", *config.parameter) if re.search("[\ud800-\udfff]", text)]:
+        raise UserError(f"this is not text in UTF-8: {half[0]!r}", "check the terminal's encoding, or put it into a "
+                                                                   "--config file that is saved as UTF-8")
+    parse_parameters(config.parameter)
+    wants_engine(config)
+    if config.converter is not None:
+        find_converter(Path(config.converter))
+    url = ollama.ollama_host({"OLLAMA_HOST": config.host} if config.host else os.environ)
+    server = None if config.create is False else ollama.find_server(url)
+    if config.create and server is None:
+        raise WorkFailed(f"no Ollama server answers at {url}",
+                         f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
+    return server
+
+
+def _export(session: Session) -> Finished:
+    run, listener = session.run, session.listener
+    source = _source(session)
+    _say(session, source.target)
+    quants = _quants(session, source)
+    modelfiles = _modelfiles(session, source.target, quants)
+    run.ollama.mkdir(exist_ok=True)
+    # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
+    files = {quant: run.ollama / f"{NEW}{run.model_name}-{quant}.gguf" for quant in quants}
+    try:
+        figures = {quant: write_file(source, path, quant, listener) for quant, path in files.items()}
+        checks = check_files(session, source, files)
+        return _finished(session, modelfiles, files, figures, checks)
+    finally:
+        for path in files.values():
+            path.unlink(missing_ok=True)
+
+
+def _source(session: Session) -> Source:
+    config, merged = session.config, session.inputs["merged"]
+    chat = load_format(merged, session.model.config["model_type"])
+    converter = None if config.converter is None else Path(config.converter)
+    return Source(merged, f"{session.run.model_name}-tuned", chat, target_for(session, merged, chat),
+                  _architecture(merged, converter), converter)
+
+
+def _architecture(merged: Path, converter: Path | None) -> Architecture | None:
+    """The model's architecture; None where the converter that was named has to write it."""
+    try:
+        return architecture_of(read_config(merged), merged / "config.json")
+    except UserError:
+        if converter is None:
+            raise
+        return None
+
+
+def _say(session: Session, target: Target) -> None:
+    for note in target.notes:
+        session.listener.note(note)
+    for note in target.chat.notes:
+        session.listener.warn(note)
+    if target.system and (lost := lossy_runes(target.system)):
+        session.listener.warn(f"`ollama create -f` would drop these characters of the system prompt from the "
+                              f"Modelfile: {lost!r}; a model that this command creates has them")
+
+
+def _quants(session: Session, source: Source) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(session.config.quant))
+    if not chosen:
+        if source.architecture:
+            parameters = sum(math.prod(spec.shape) for spec in source.architecture.tensors if not spec.tied_to)
+        else:  # 16 bits each
+            parameters = sum(p.stat().st_size for p in source.merged.glob("*.safetensors")) // 2
+        quant, reason = recommended(parameters, from_gguf=session.model.source in ("gguf", "demo"))
+        session.listener.note(f"number format {quant}: {reason}")
+        chosen = (quant,)
+    if session.model.source in ("gguf", "demo") and (coarse := [quant for quant in chosen if quant in COARSE]):
+        session.listener.warn(f"the base model came from a GGUF, so its weights lie on the steps of few bits: rounding "
+                              f"to {', '.join(coarse)} can take what was learned back to them; the table tells")
+    return chosen
+
+
+def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, tuple[str, Path, bytes]]:
+    """By number format: the name in Ollama, and the Modelfile's path and content.
+
+    Raises:
+        UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
+    """
+    names, folder = model_names(target.name, quants), session.run.ollama
+    found = {}
+    for quant, name in names.items():
+        path = folder / ("Modelfile" if quant == quants[0] else f"Modelfile-{quant}")
+        text = render_modelfile(
+            f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
+            license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
+                                                        f"ollama create {name} -f {path.name}"])
+        found[quant] = (name, path, text.encode())
+    return found
+
+
+def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]], files: Mapping[str, Path],
+              figures: Mapping[str, dict[str, Any]], checks: Checks) -> Finished:
+    """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
+    run, first = session.run, next(iter(files))
+    outputs = {}
+    for quant, path in files.items():
+        gguf = path.with_name(path.name.removeprefix(NEW))
+        name, modelfile, content = modelfiles[quant]
+        os.replace(path, gguf)
+        write_atomic(modelfile, content)
+        suffix = "" if quant == first else f"_{quant}"
+        outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
+        figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
+    sync(run.ollama)
+    there = {*run.ollama.glob("*.gguf"), *run.ollama.glob("Modelfile*")}
+    if earlier := sorted(path.name for path in there - set(outputs.values())):
+        session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
+    report = run.ollama / "report.md"
+    write_atomic(report, markdown(run.model_name, figures, checks).encode())
+    _show(session, figures, checks)
+    main = figures[first]
+    summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
+    summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
+    return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
+
+
+def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> None:
+    """Tables for people, and what was not checked."""
+    listener = session.listener
+    if checks.losses or len(figures) > 1:
+        listener.grid("number formats", format_rows(figures, checks.losses))
+    if checks.parity:
+        listener.grid("token ids of whole prompts, against Hugging Face's", checks.parity.rows())
+        if checks.parity.greedy:
+            listener.grid("greedy answers, against the merged model's", checks.parity.greedy_rows())
+        if checks.merged:
+            listener.note(checks.merged)
+        if not checks.parity.ok:
+            listener.warn("prompts are not the same everywhere: see the table, and ollama/report.md")
+    for text in checks.unchecked:
+        listener.note(f"not checked: {text}")

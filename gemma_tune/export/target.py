@@ -1,0 +1,205 @@
+"""What Ollama is to be told about an exported model: name, template, parameters, system prompt and licence."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.config.settings import near
+from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
+from gemma_tune.ollama.template import OllamaChat, chat_for
+
+if TYPE_CHECKING:
+    from gemma_tune.encoding.chat_format import ChatFormat
+    from gemma_tune.models.source import BaseModel
+    from gemma_tune.run.stage import Session
+
+# Ollama's own default of 4096 tokens or fewer would cut conversations that were trained whole.
+LEAST_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Ollama is to be told about the model.
+
+    Args:
+        system: for SYSTEM; None leaves the template's own default there, an empty text puts none.
+        notes: where a setting comes from that nobody gave, one sentence each.
+    """
+
+    name: str
+    chat: OllamaChat
+    parameters: dict[str, Any]
+    system: str | None
+    license: str | None
+    notes: tuple[str, ...] = ()
+
+
+def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
+    """Everything that Ollama is told, from the settings, the data, the merged model and its base.
+
+    Raises:
+        UserError: a parameter that Ollama does not take, or a template that cannot be reproduced there.
+    """
+    from gemma_tune.models.source import read_config
+
+    config, settings = read_config(merged), session.config
+    laid_out = chat_for(chat.template, config["model_type"], eos_token=chat.tokenizer.eos_token)
+    system, notes = settings.system, ()
+    if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
+        notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
+    parameters = {"num_ctx": _context(session, config), **sampling_parameters(merged), **_own_parameters(settings)}
+    return Target(settings.name or ollama.default_model_name(session.model.name), laid_out, parameters, system,
+                  licence_text(merged, session.model), notes)
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= length else line[:length - 1] + "…")
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def _context(session: Session, config: Mapping[str, Any]) -> int:
+    room = (config.get("text_config") or config).get("max_position_embeddings", LEAST_CONTEXT)
+    return session.config.num_ctx or min(max(LEAST_CONTEXT, _longest_in_training(session)), room)
+
+
+def _longest_in_training(session: Session) -> int:
+    """An upper bound of the tokens of training's longest sequence; 0 where the manifest does not tell."""
+    summary = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
+    limit = session.settings_of("prepare").get("max_length", 0)
+    return min(summary.get("longest", limit), limit)  # the longest row is measured before the limit
+
+
+def sampling_parameters(checkpoint: Path) -> dict[str, Any]:
+    """Ollama's names for the model's own sampling settings.
+
+    A model without any answers greedily in transformers; temperature 0 keeps that, where Ollama's default is 0.8.
+    """
+    try:
+        own = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        own = {}
+    if not own.get("do_sample"):
+        return {"temperature": 0.0}
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
+    return {"temperature": 1.0} | {theirs: own[ours] for ours, theirs in names.items() if own.get(ours) is not None}
+
+
+def _own_parameters(settings: Any) -> dict[str, Any]:
+    own = parse_parameters(settings.parameter)
+    if settings.num_ctx is not None and own.get("num_ctx", settings.num_ctx) != settings.num_ctx:
+        raise UserError(f"--num-ctx {settings.num_ctx} and --parameter num_ctx={own['num_ctx']} contradict each other",
+                        "leave one of them out")
+    return own
+
+
+def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """Texts such as ``temperature=0.3`` as Ollama's parameters, with their types; several ``stop`` add up to a list.
+
+    Raises:
+        UserError: no such parameter, a value of another type, one given twice; all of them together.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        try:
+            if not equals:
+                raise ValueError("expected NAME=VALUE")
+            if name == "typical_p":
+                raise ValueError("Ollama 0.34.1 and later refuse it for a model; send it with requests instead")
+            if name not in PARAMETERS:
+                raise ValueError(f"Ollama has no such model parameter{near(name, PARAMETERS)}")
+            read = _converted(PARAMETERS[name], value)
+            if name != "stop" and values.get(name, read) != read:
+                raise ValueError("given twice, with different values")
+            values[name] = [*values.get("stop", []), read] if name == "stop" else read
+        except ValueError as problem:
+            problems.append(f"{text}: {problem}")
+    if problems:
+        raise UserError("these parameters cannot be given to Ollama", f"Known: {', '.join(PARAMETERS)}.", problems)
+    return values
+
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def _converted(kind: type, text: str) -> Any:
+    """A parameter's value; of ``stop`` a single text, white space and all.
+
+    Raises:
+        ValueError: the text is of another type.
+    """
+    bare = text.strip()
+    if kind is list and text:
+        return text
+    if kind is bool and bare.lower() in ("true", "false"):
+        return bare.lower() == "true"
+    if kind is int and re.fullmatch(r"[+-]?[0-9]{1,18}", bare):
+        return int(bare)
+    if kind is float and _NUMBER.fullmatch(bare) and math.isfinite(float(bare)):
+        return float(bare)
+    raise ValueError(f"expected {TYPE_NAMES[kind]}")
+
+
+# --- system prompt and licence --------------------------------------------------------------------------------------
+
+
+def constant_system(*files: Path) -> str | None:
+    """The system prompt that every conversation in these files of prepared rows opens with.
+
+    None if one has another or has none, or there is no conversation. Reads line by line: the files can be larger than
+    memory. One that is missing has no rows.
+    """
+    found: str | None = None
+    for path in files:
+        if not path.exists():
+            continue
+        with open(path, "rb") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                system = _system_of(json.loads(line))
+                if not system or (found is not None and system != found):
+                    return None
+                found = system
+    return found
+
+
+def _system_of(row: Mapping[str, Any]) -> str | None:
+    first = next(iter(row.get("messages") or ()), {})
+    content = first.get("content") if first.get("role") == "system" else None
+    return content if isinstance(content, str) else None
+
+
+def licence_text(merged: Path, base: BaseModel) -> str | None:
+    """The licence of the model: the file in the merged model's directory, else name and address of the base's."""
+    from gemma_tune.models.licence import base_licence
+
+    names = re.compile(r"(licen[sc]e|copying)([.-].*)?", re.IGNORECASE)
+    for path in sorted(p for p in merged.iterdir() if names.fullmatch(p.name) and p.is_file()):
+        return path.read_text(encoding="utf-8", errors="replace")
+    stated = base_licence(base)
+    if not stated:
+        return None
+    name, link = _LICENCES.get(stated["license"], (stated.get("license_name") or stated["license"], ""))
+    return ": ".join(filter(None, (name, stated.get("license_link") or link))) + "\n"
+
+
+# What the licences of common base models are called, and where their texts are.
+_LICENCES = {
+    "gemma": ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
+    "apache-2.0": ("Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
+    "mit": ("MIT License", "https://opensource.org/license/mit"),
+}

@@ -1,0 +1,203 @@
+"""The Llama type: Llama and SmolLM2, Mistral, Qwen 2, 2.5 and 3 (dense), as tensors and metadata in GGUF."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
+from gemma_tune.gguf.architectures.registry import SIZES, Architecture, Change, TensorSpec, complete, refuse
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What sets one member of the type apart from the others.
+
+    Args:
+        arch: as llama.cpp knows it.
+        permuted: whether rotated pairs are neighbours in llama.cpp's q and k, see :func:`_neighbours`.
+        biases: the tensors that have a bias, for a configuration.
+        fixed: settings that llama.cpp computes in one way only.
+    """
+
+    arch: gguf.MODEL_ARCH
+    permuted: bool
+    biases: Callable[[Any], tuple[str, ...]]
+    fixed: Mapping[str, Any]
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def _llama_biases(config: Any) -> tuple[str, ...]:
+    attention = (*_QKV, "self_attn.o_proj") if getattr(config, "attention_bias", False) else ()
+    return attention + (("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") if getattr(config, "mlp_bias", False) else ())
+
+
+_KINDS = {
+    "llama": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases, {}),
+    "mistral": _Kind(gguf.MODEL_ARCH.LLAMA, True, lambda config: (), {}),
+    "qwen2": _Kind(gguf.MODEL_ARCH.QWEN2, False, lambda config: _QKV, {}),
+    "qwen3": _Kind(gguf.MODEL_ARCH.QWEN3, False, lambda config: (), {"attention_bias": False}),
+}
+
+
+def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
+    """A model of one `kind`.
+
+    Raises:
+        UserError: settings that llama.cpp has no key for and computes differently.
+    """
+    whole = complete(config, path)
+    heads = whole.num_attention_heads
+    dim = getattr(whole, "head_dim", None) or whole.hidden_size // heads
+    refuse(path, [*differing(whole, hidden_act="silu", is_causal=True, **kind.fixed), *_rope_problems(kind, whole)])
+    # The length of a head goes into a key of its own where it is said, or isn't the usual one.
+    stated = dim if config.get("head_dim") or dim * heads != whole.hidden_size else None
+    return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, whole, dim),
+                        partial(_metadata, kind, whole, dim, stated), _tokenizer(path.parent), whole.vocab_size,
+                        whole.num_hidden_layers, heads, whole.num_key_value_heads, tied=whole.tie_word_embeddings,
+                        # Old checkpoints store what follows from the configuration.
+                        left_out=lambda name: name.endswith(".rotary_emb.inv_freq"))
+
+
+MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}
+
+
+def _tokenizer(checkpoint: Path) -> str:
+    """The kind of vocabulary: Llama 2 and the first Mistrals have SentencePiece's, whose BPE falls back to bytes."""
+    try:
+        model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):  # whoever reads the vocabulary says what is wrong
+        return "sentencepiece-llama" if (checkpoint / "tokenizer.model").is_file() else "bpe"
+    return "sentencepiece-llama" if model.get("byte_fallback") else "bpe"
+
+
+def _neighbours(dim: int) -> Change:
+    """The order of rows in q and k: Transformers rotates row i of a head with row i + dim/2, llama.cpp's ``llama``
+    the rows 2i and 2i + 1. (Meta's own weights are in the second order.)"""
+    def forward(values: np.ndarray) -> np.ndarray:
+        return values.reshape(-1, 2, dim // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+    def backward(values: np.ndarray) -> np.ndarray:
+        return values.reshape(-1, dim // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+    return Change(forward, backward, rows=dim)
+
+
+def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
+    """Every tensor, in the order in which they are written."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    block = {
+        "input_layernorm": (hidden,), "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
+        **({"self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,)} if kind.arch == gguf.MODEL_ARCH.QWEN3 else {}),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    parts = {f"{part}.weight": shape for part, shape in block.items()}
+    parts |= {f"{part}.bias": block[part][:1] for part in kind.biases(config)}
+    shapes = {
+        EMBEDDING: (config.vocab_size, hidden),
+        **{f"model.layers.{i}.{part}": shape for i in range(config.num_hidden_layers) for part, shape in parts.items()},
+        "model.norm.weight": (hidden,),
+        HEAD: (config.vocab_size, hidden),
+    }
+    names, change = gguf.get_tensor_name_map(kind.arch, config.num_hidden_layers), _neighbours(dim)
+    specs = tuple(TensorSpec(names.get_name(source, (".weight", ".bias")), shape, source,
+                             change if kind.permuted and (".q_proj." in source or ".k_proj." in source) else None,
+                             tied_to=EMBEDDING if source == HEAD else None)
+                  for source, shape in shapes.items())
+    if config.rope_parameters["rope_type"] != "llama3":
+        return specs
+    return (TensorSpec("rope_freqs.weight", (dim // 2,), values=_llama3_divisors(config.rope_parameters, dim)), *specs)
+
+
+def _llama3_divisors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
+    """What Llama 3.1 divides each of its dim/2 frequencies by: 1 for short waves, `factor` for long ones, and between
+    the two a mean of the frequencies, weighted by how many waves fit the original context.
+
+    As in Meta's ``apply_scaling`` (llama-models, models/llama3/model.py) and Transformers' ``llama3`` rope type.
+
+    Returns:
+        float32 (dim/2,).
+    """
+    steps = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    length = np.float32(2 * math.pi) * np.float32(rope["rope_theta"]) ** steps  # of the wave, in tokens
+    factor, low, high = (np.float32(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = np.float32(rope["original_max_position_embeddings"])
+    part = (original / length - low) / (high - low)
+    divisors = 1 / ((1 - part) / factor + part)
+    return np.where(length < original / high, 1, np.where(length > original / low, factor, divisors)).astype(np.float32)
+
+
+def _rope_problems(kind: _Kind, config: Any) -> list[str]:
+    rope = config.rope_parameters
+    # llama.cpp reads the divisors of Llama 3.1 for its `llama` architecture only.
+    known = {"default", "linear", "yarn"} | ({"llama3"} if kind.arch == gguf.MODEL_ARCH.LLAMA else set())
+    found = [] if rope["rope_type"] in known else [
+        f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
+    fixed = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+    return found + [f"{key} is {rope[key]!r} and llama.cpp computes with {value!r}" for key, value in fixed.items()
+                    if rope.get(key) not in (None, value)]
+
+
+def _context_length(config: Any) -> int:
+    """The longest context that llama.cpp computes as Transformers does: it knows no sliding window for these models,
+    and within the window there is no difference."""
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) and (kinds is None or "sliding_attention" in kinds)
+    return min(config.max_position_embeddings, config.sliding_window) if slides else config.max_position_embeddings
+
+
+def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
+    writer.add_context_length(_context_length(config))
+    for key, add_number in SIZES.items():
+        add_number(writer, getattr(config, key))
+    if stated_dim is not None:
+        writer.add_key_length(stated_dim)
+        writer.add_value_length(stated_dim)
+    if kind.arch == gguf.MODEL_ARCH.LLAMA:
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(dim)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        _add_yarn(rope, config.max_position_embeddings, writer)
+
+
+def _add_yarn(rope: Mapping[str, Any], max_positions: int, writer: gguf.GGUFWriter) -> None:
+    original = rope["original_max_position_embeddings"]
+    factor = float(rope["factor"] or max_positions / original)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    attention = _attention_factor(rope, factor)
+    if attention is not None:
+        # llama.cpp multiplies the factor of the paper by this one, Transformers puts its own in the place of it.
+        writer.add_rope_scaling_attn_factors(attention / _mscale(factor))
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
+    """What scales the rotated q and k, where it isn't YaRN's own 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22)."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    return None
+
+
+def _mscale(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

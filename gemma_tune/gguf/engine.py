@@ -1,0 +1,225 @@
+"""Real llama.cpp on a GGUF file: the engine under Ollama, LM Studio and Jan, asked over its own HTTP interface.
+
+It comes from the ``xllamacpp`` wheel, or is a ``llama-server`` on the PATH. Either runs in a process of its own:
+llama.cpp aborts on some damaged files, and writes to the terminal from C++.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from gemma_tune.base.errors import UserError, WorkFailed
+
+ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
+INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PATH"
+# What llama.cpp prints of an error: "0.00.038.483 E srv  load_model: failed to load model", or a failed assertion.
+_ERROR_LINE = re.compile(r"^(?:[\d.]+ E +(.*)|(.*GGML_ASSERT.*)|.*\b(error: .*))$", re.MULTILINE)
+
+
+class EngineRefused(WorkFailed):
+    """The engine works, and refuses this request: a conversation that its template engine cannot render."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids of an answer without what ended it; ``ended`` says that the model ended it itself."""
+
+    ids: tuple[int, ...]
+    ended: bool
+
+
+def find_engine() -> str | None:
+    """``xllamacpp <version>``, else ``llama-server <path>``; None where llama.cpp is not installed."""
+    if importlib.util.find_spec("xllamacpp"):
+        return f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+    server = shutil.which("llama-server")
+    return f"llama-server {server}" if server else None
+
+
+def engine_name() -> str:
+    """The engine without a path, for records."""
+    return re.sub(r"^(llama-server) .*", r"\1", find_engine() or "")
+
+
+class Engine:
+    """A GGUF file loaded into llama.cpp, on the CPU; a context manager.
+
+    Args:
+        gguf: the file.
+        context: tokens of the longest prompt with its answer.
+
+    Raises:
+        UserError: llama.cpp is not installed.
+        WorkFailed: it cannot load the file, or ends while it is asked something; the message has its own words.
+    """
+
+    def __init__(self, gguf: Path, context: int):
+        engine = find_engine()
+        if engine is None:
+            raise UserError("no llama.cpp engine is installed", INSTALL_HINT)
+        kind, _, server = engine.partition(" ")
+        binary = kind == "llama-server"
+        command = _server_command(server, gguf, context) if binary else _child_command(gguf, context)
+        self.gguf, self._log = gguf, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        # Backtraces start a debugger where there is one, which takes long and tells people nothing.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
+                                         stdout=self._log if binary else subprocess.PIPE,
+                                         env=os.environ | {"GGML_NO_BACKTRACE": "1"})
+        try:
+            address = self._answering(command[-1]) if binary else self._printed()
+            # Without trust_env a proxy of the environment would be asked for this machine's own addresses.
+            self._client = httpx.Client(base_url=address, timeout=None, trust_env=False)  # noqa: S113 - may take long
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._end()
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special: put BOS in front where the GGUF asks for it.
+            parse_special: read ``<start_of_turn>`` and its kind as tokens and not as text.
+        """
+        return self._post("/tokenize", content=text, add_special=add_special, parse_special=parse_special)["tokens"]
+
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+        """The conversation as the GGUF's chat template renders it, up to where the answer begins, less its BOS.
+
+        Raises:
+            EngineRefused: the template cannot render it.
+        """
+        return self._post("/apply-template", messages=list(messages), **({"tools": list(tools)} if tools else {}))[
+            "prompt"]
+
+    def complete(self, ids: Sequence[int], count: int) -> Completion:
+        """The greedy answer of up to ``count`` tokens to a prompt of token ids."""
+        reply = self._post("/completion", prompt=list(ids), n_predict=count, temperature=0, top_k=1, repeat_penalty=1,
+                           return_tokens=True, cache_prompt=False)
+        ended = reply["stop_type"] == "eos"
+        return Completion(tuple(reply["tokens"][:-1] if ended else reply["tokens"]), ended)
+
+    def _post(self, endpoint: str, **body: Any) -> dict[str, Any]:
+        try:
+            reply = self._client.post(endpoint, json=body)
+            content = reply.json()
+        except (httpx.HTTPError, ValueError) as e:
+            raise self._failed(f"llama.cpp broke down at {endpoint}") from e
+        if reply.is_error:
+            message = content.get("error", {}).get("message", "") if isinstance(content, dict) else ""
+            raise EngineRefused(f"llama.cpp refuses it: {message or reply.status_code}")
+        return content
+
+    def _printed(self) -> str:
+        """The address that the child process prints when the file is loaded."""
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)["address"]
+        raise self._failed(f"llama.cpp cannot load {self.gguf}")
+
+    def _answering(self, port: str) -> str:
+        """The address of a ``llama-server``, once the file is loaded."""
+        address = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            while self._process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    # Another program may have taken the port: then this server ends, and the model is another one.
+                    if client.get("/health").is_success and _same_file(client.get("/props").json(), self.gguf):
+                        return address
+                time.sleep(0.1)
+        raise self._failed(f"llama.cpp cannot load {self.gguf}")
+
+    def _failed(self, what: str) -> WorkFailed:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)  # its last words are in the log when it has ended
+        code = self._process.poll()
+        self._log.seek(0)
+        words = engine_words(self._log.read().decode(errors="replace"))
+        ended = f"it ended with code {code}" if code is not None else ""
+        return WorkFailed("; ".join(part for part in (what, words or ended) if part),
+                          "run the same command again with --force to write the file anew; if it stays like this, "
+                          "--no-verify leaves the check out")
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a process that has ended
+            self._process.stdin.close()
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._log.close()
+
+
+def engine_words(log: str) -> str:
+    """The error lines of llama.cpp's output, at most three; without any, its last line."""
+    lines = [next(filter(None, match.groups())).strip() for match in _ERROR_LINE.finditer(log)]
+    lines = [re.sub(r"\s+", " ", line) for line in dict.fromkeys(lines)] or log.strip().splitlines()[-1:]
+    return "; ".join(lines[:3])
+
+
+def threads() -> int:
+    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+def _server_command(server: str, gguf: Path, context: int) -> list[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [server, "--model", str(gguf), "--ctx-size", str(context), "--parallel", "1", "--threads", str(threads()),
+            "--n-gpu-layers", "0", "--no-warmup", "--jinja", "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _same_file(props: Mapping[str, Any], gguf: Path) -> bool:
+    return Path(props.get("model_path", "")).name == gguf.name
+
+
+def _child_command(gguf: Path, context: int) -> list[str]:
+    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context)]
+
+
+def serve(gguf: str, context: int) -> None:
+    """Load a file with xllamacpp, print the address as JSON, and serve until standard input is closed."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = gguf
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+    params.cpuparams.n_threads = threads()
+    params.warmup, params.cache_ram_mib, params.verbosity = False, 0, ERRORS_ONLY
+    server = xllamacpp.Server(params)
+    print(json.dumps({"address": server.listening_address}), flush=True)
+    sys.stdin.buffer.read()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,164 @@
+"""Gemma 4's vocabulary in GGUF: SentencePiece's pieces, but with the order of merges written out, from
+``tokenizer.json``.
+
+llama.cpp has a kind of its own for it, ``gemma4``: spaces become "▁", the text is cut at line ends, and the pieces are
+merged by rank, characters without a piece becoming bytes. A ``tokenizer.json`` that works in another way is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.architectures.registry import CONVERTER
+from gemma_tune.gguf.vocabulary.sentencepiece import (
+    ADDED_TOKEN_SCORE,
+    ID_KEYS,
+    SPACE,
+    add_special_ids,
+    refuse_duplicates,
+)
+
+# llama.cpp's parser of chats looks for these in the generated text, where control tokens are not shown.
+VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+@dataclass(frozen=True)
+class Gemma4Vocab:
+    """The vocabulary as GGUF wants it.
+
+    Args:
+        tokens: the text of each token by its id, unique.
+        types: `gguf.TokenType` numbers.
+        merges: pairs of pieces, a space between them, the first to merge first.
+        special_ids: ids of "bos", "eos", "unk", "pad" and "mask", those that the tokenizer has.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    special_ids: dict[str, int]
+
+
+def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Gemma4Vocab:
+    """Read ``tokenizer.json``, and which tokens are special from ``tokenizer_config.json``.
+
+    Args:
+        checkpoint: a Hugging Face checkpoint folder.
+        vocab_size: rows of the embedding, the length of the result; ids that no token has become ``[PAD<id>]``.
+
+    Raises:
+        UserError: a file is missing or broken, llama.cpp would cut text into other tokens, or two ids have one text.
+    """
+    path = checkpoint / "tokenizer.json"
+    content = _read(path)
+    _refuse_others(path, content)
+    try:
+        texts = {i: text for text, i in content["model"]["vocab"].items()}
+        added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
+        merges = [_merge(pair) for pair in content["model"]["merges"]]
+        texts.update((i, _text(entry)) for i, entry in added.items())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} holds no whole vocabulary: {error}.", "Copy it again from the base model.") from error
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    types = [int(_type(tokens[i], i in texts, added.get(i))) for i in range(vocab_size)]
+    refuse_duplicates(tokens, path)
+    return Gemma4Vocab(tokens, types, merges, _special_ids(checkpoint, tokens))
+
+
+def add_gemma4_tokenizer(writer: GGUFWriter, vocab: Gemma4Vocab, chat_template: str | None, eot: int | None) -> None:
+    """Add the ``tokenizer.*`` keys to a GGUF whose header isn't written yet, as `gguf_tokenizer.add_tokenizer` does."""
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_scores([ADDED_TOKEN_SCORE] * len(vocab.tokens))  # the key has to be there; merges go by rank
+    writer.add_token_types(vocab.types)
+    writer.add_token_merges(vocab.merges)
+    add_special_ids(writer, vocab.special_ids, eot)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(True)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}.", hint) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} is not a tokenizer.", hint)
+    return content
+
+
+def _refuse_others(path: Path, content: dict[str, Any]) -> None:
+    """Refuse what cuts text otherwise than llama.cpp's ``gemma4`` does."""
+    model, normalizer, cut = content["model"], content.get("normalizer"), content.get("pre_tokenizer")
+    problems = []
+    if (model.get("type"), model.get("byte_fallback"), model.get("dropout")) != ("BPE", True, None):
+        problems.append("its model isn't BPE with byte_fallback and without dropout")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) == 1:
+        [normalizer] = normalizer["normalizers"]
+    if normalizer != _SPACES:
+        problems.append(f"its normalizer doesn't replace each space by {SPACE} and nothing else")
+    # A cut at spaces finds none: the normalizer, which comes before it, has replaced them.
+    if cut is not None and (cut.get("type"), cut.get("pattern")) != ("Split", {"String": " "}):
+        problems.append(f"its pre_tokenizer {cut.get('type')} is not known")
+    trimming = [entry["content"] for entry in content.get("added_tokens") or ()
+                if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")]
+    if trimming:
+        problems.append(f"added tokens take the white space around them: {', '.join(trimming[:10])}")
+    pieces = ("".join(pair).replace(" ", "") for pair in model.get("merges") or ())
+    if across := [repr(piece) for piece in pieces if "\n" in piece and piece.strip("\n")]:
+        problems.append(f"pieces go across line ends, where llama.cpp cuts: {', '.join(across[:10])}")
+    if problems:
+        raise UserError(f"{path} is not a tokenizer as Gemma 4's: llama.cpp would cut text into other tokens.",
+                        CONVERTER,
+                        [f"{path}: {problem}" for problem in problems])
+
+
+def _merge(pair: str | list[str]) -> str:
+    """A merge in one string, as older files have it; newer ones list the two pieces."""
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return f"{left} {right}"
+
+
+def _text(entry: dict[str, Any]) -> str:
+    """What an added token matches. llama.cpp looks for it before spaces are replaced."""
+    return entry["content"].replace(SPACE, " ") if entry.get("normalized") else entry["content"]
+
+
+def _type(text: str, used: bool, added: dict[str, Any] | None) -> TokenType:
+    if not used:
+        return TokenType.UNUSED
+    if added is not None:
+        return TokenType.CONTROL if added.get("special") and text not in VISIBLE else TokenType.USER_DEFINED
+    return TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL
+
+
+def _special_ids(checkpoint: Path, tokens: list[str]) -> dict[str, int]:
+    path, ids = checkpoint / "tokenizer_config.json", {text: i for i, text in enumerate(tokens)}
+    config = _read_config(path)
+    found = {}
+    for name in (*ID_KEYS, "mask"):
+        token = config.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in ids:
+            found[name] = ids[text]
+    return found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
+        raise UserError(f"{path} can't be read: {error}.", hint) from error

@@ -1,0 +1,299 @@
+"""SentencePiece vocabularies, from a GGUF into a `tokenizer.model` and from a checkpoint into GGUF's token arrays.
+
+Why both ways: Transformers 5 saves only `tokenizer.json`, whose BPE merges llama.cpp can't use for Gemma; every
+exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF has no such file, but all it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGUFWriter, Keys, TokenType
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.reader import read_gguf_metadata
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
+ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
+PADDING_SCORE = -10000.0  # what it gives an id that no token claims
+
+ID_KEYS = {
+    "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
+    "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SentencePieceVocab:
+    """The vocabulary as GGUF wants it: three lists of equal length, indexed by token id.
+
+    Args:
+        tokens: the text of each token, unique; a space is "▁" in ordinary pieces and " " in user-defined ones.
+        scores: merge priority of each token; the highest is merged first.
+        types: `gguf.TokenType` numbers (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
+        special_ids: ids of "bos", "eos", "unk" and "pad", those that the vocabulary has.
+        add_bos: whether plain text gets a BOS.
+        add_space_prefix: whether a text, and what follows a special token, gets a space before it.
+    """
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    special_ids: dict[str, int] = field(default_factory=dict)
+    add_bos: bool = True
+    add_space_prefix: bool = False
+
+
+def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
+    """Rebuild the SentencePiece `tokenizer.model` that a GGUF's token arrays were made from.
+
+    Args:
+        gguf_path: a GGUF file of version 2 or 3.
+
+    Returns:
+        the serialised protobuf, proven to load in SentencePiece; None when the vocabulary isn't SentencePiece's.
+
+    Raises:
+        UserError: the file isn't a whole GGUF, or its token arrays don't make a vocabulary.
+    """
+    wanted = {Keys.General.ARCHITECTURE, Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES,
+              Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.ADD_PREFIX, *ID_KEYS.values()}  # fmt: skip
+    metadata = read_gguf_metadata(gguf_path, wanted)
+    if metadata.get(Keys.Tokenizer.MODEL) != "llama":
+        return None
+    model = _model_from_arrays(gguf_path, metadata).SerializeToString()
+    _check_loads(model, gguf_path)
+    return model
+
+
+def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+    """Read a checkpoint's vocabulary the way llama.cpp's converter does, so that both write the same arrays.
+
+    The pieces of `tokenizer.model` come first; tokens added on top of them (`added_tokens.json`, `tokenizer.json`,
+    `tokenizer_config.json`, the last wins) replace or extend them: a special one is CONTROL, any other USER_DEFINED
+    with real spaces. Ids that nothing claims become `[PAD<id>]`; ids from `vocab_size` on have no embedding and are
+    left out (Gemma 3 1B has one such token, for images).
+
+    Args:
+        checkpoint: a Hugging Face checkpoint folder.
+        vocab_size: rows of the embedding, the length of the result.
+
+    Raises:
+        UserError: `tokenizer.model` is missing or broken, or two ids have the same text (llama.cpp aborts on those).
+    """
+    path = checkpoint / "tokenizer.model"
+    model = _parse_model(path)
+    pieces = model.pieces[:vocab_size]
+    tokens, scores, types = [p.piece for p in pieces], [p.score for p in pieces], [int(p.type) for p in pieces]
+    unclaimed = range(len(pieces), vocab_size)
+    tokens += [f"[PAD{i}]" for i in unclaimed]
+    scores += [PADDING_SCORE] * len(unclaimed)
+    types += [int(TokenType.UNUSED)] * len(unclaimed)
+    # What SentencePiece alone knows to be user-defined gets the same treatment as an added token that isn't special.
+    added = {i: (tokens[i], False) for i, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
+    added.update((i, token) for i, token in _added_tokens(checkpoint).items() if i < vocab_size)
+    for i, (text, special) in added.items():
+        control = special or looks_special(text)
+        tokens[i] = text if control else text.replace(SPACE, " ")
+        scores[i] = ADDED_TOKEN_SCORE
+        types[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+    refuse_duplicates(tokens, path)
+    return SentencePieceVocab(tokens, scores, types, _special_ids(model, vocab_size))
+
+
+def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+    """Read a vocabulary of Llama 2 or an early Mistral, as `load_sentencepiece_vocab` does.
+
+    Whether they add a BOS and a space is asked of the tokenizer that Transformers loads. Some add the space at the
+    start of a text alone ("legacy": false), llama.cpp behind every special token or nowhere: a rendered chat starts
+    with a special token, so what happens behind one decides.
+
+    Raises:
+        UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load, or has another rule for spaces.
+    """
+    from gemma_tune.gguf.architectures.registry import CONVERTER
+    from gemma_tune.models.source import load_tokenizer
+
+    vocab, tokenizer = load_sentencepiece_vocab(checkpoint, vocab_size), load_tokenizer(checkpoint)
+    ids = [tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"] for text in ("a", " a")]
+    behind = ["".join(tokenizer.convert_ids_to_tokens(some[1:])) for some in ids]
+    if behind not in (["a", f"{SPACE}a"], [f"{SPACE}a", f"{SPACE}{SPACE}a"]):
+        raise UserError(f"{checkpoint} has a tokenizer that puts spaces before text as llama.cpp can't.", CONVERTER)
+    return replace(vocab, add_bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+                   add_space_prefix=behind[0] != "a")
+
+
+def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: str | None, eot: int | None) -> None:
+    """Add the `tokenizer.*` keys to a GGUF that is being written.
+
+    The end of text stays what the base says (`<eos>`), and the end of a turn goes into a key of its own: llama.cpp
+    stops at both (it puts the eos and eot ids into its end-of-generation set), and so does Ollama's engine. Making the
+    end of a turn the eos would leave `<eos>`, which the model may still produce, without its meaning.
+
+    Args:
+        writer: a writer whose header isn't written yet.
+        vocab: the vocabulary.
+        chat_template: Jinja text; no key is written when None.
+        eot: id of the token that ends a turn; no key is written when None.
+    """
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_scores(vocab.scores)
+    writer.add_token_types(vocab.types)
+    add_special_ids(writer, vocab.special_ids, eot)
+    writer.add_add_bos_token(vocab.add_bos)
+    writer.add_add_sep_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocab.add_space_prefix)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def add_special_ids(writer: GGUFWriter, ids: Mapping[str, int], eot: int | None) -> None:
+    """Add the ids of special tokens, by the names in `ID_KEYS` or ``mask``, and of the token that ends a turn."""
+    for name, i in ids.items():
+        writer.add_uint32({**ID_KEYS, "mask": Keys.Tokenizer.MASK_ID}[name], i)
+    if eot is not None:
+        writer.add_eot_token_id(eot)
+
+
+def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
+    """Build the protobuf from GGUF metadata; `path` is for messages only."""
+    # SentencePiece's own classes, which Transformers uses too: a second copy of them can't live in one process.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    arrays = [metadata.get(key) for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES, Keys.Tokenizer.TOKEN_TYPE)]
+    if any(array is None for array in arrays) or len({len(array) for array in arrays}) != 1:
+        hint = "Use a GGUF made by llama.cpp's converter."
+        raise UserError(f"{path} has no whole vocabulary (tokens, scores and token types of one length).", hint)
+    texts = [raw.decode("utf-8", errors="replace") for raw in arrays[0]]
+    types = arrays[2].tolist()
+    ids = {name: metadata.get(key, -1) for name, key in ID_KEYS.items()}
+    ids = {name: i if i < len(texts) else -1 for name, i in ids.items()}
+    ids["unk"] = _unknown_id(path, texts, types, ids["unk"])
+    model = ModelProto()
+    for i, (text, score, kind) in enumerate(zip(texts, arrays[1].tolist(), types, strict=True)):
+        kind = _piece_type(kind, is_unknown=i == ids["unk"])
+        # Text is matched after its spaces became "▁", while llama.cpp matches user-defined tokens before that.
+        piece = text.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else text
+        model.pieces.add(piece=piece, score=score, type=kind)
+    _fill_specs(model, metadata, ids)
+    return model
+
+
+def _unknown_id(path: Path, texts: list[str], types: list[int], declared: int) -> int:
+    """The one token that SentencePiece is to treat as unknown: the declared one, else the typed one, else `<unk>`."""
+    if declared >= 0:
+        return declared
+    if int(TokenType.UNKNOWN) in types:
+        return types.index(int(TokenType.UNKNOWN))
+    if "<unk>" in texts:
+        return texts.index("<unk>")
+    raise UserError(f"{path} has no unknown token, which SentencePiece needs.", "Use the original base model instead.")
+
+
+def _piece_type(kind: int, is_unknown: bool) -> int:
+    """SentencePiece wants exactly one UNKNOWN piece; llama.cpp's files often have none (`<unk>` is CONTROL there)."""
+    if is_unknown:
+        return int(TokenType.UNKNOWN)
+    if kind == TokenType.UNKNOWN:
+        return int(TokenType.CONTROL)
+    return kind if TokenType.NORMAL <= kind <= TokenType.BYTE else int(TokenType.NORMAL)
+
+
+def _fill_specs(model: ModelProto, metadata: dict[str, Any], ids: dict[str, int]) -> None:
+    """Set how the pieces are to be used: BPE, identity normalisation, ids of the special tokens (-1 where absent)."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(model.pieces)
+    trainer.byte_fallback = any(p.type == p.BYTE for p in model.pieces)
+    for name, i in ids.items():
+        setattr(trainer, f"{name}_id", i)
+        if i >= 0:  # SentencePiece finds the ids through these texts
+            setattr(trainer, f"{name}_piece", model.pieces[i].piece)
+    normalizer.name = "identity"
+    # Without the key llama.cpp adds a space for every "llama" vocabulary; Gemma never wants it.
+    gemma = str(metadata.get(Keys.General.ARCHITECTURE, "")).startswith("gemma")
+    normalizer.add_dummy_prefix = bool(metadata.get(Keys.Tokenizer.ADD_PREFIX, not gemma))
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+
+
+def _check_loads(model: bytes, path: Path) -> None:
+    """SentencePiece refuses duplicates, empty pieces and a missing byte; better here than at the next export."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError) as error:
+        hint = "Use the original base model (a hub id or a folder) instead of the GGUF."
+        raise UserError(f"The vocabulary of {path} doesn't make a SentencePiece model: {error}", hint) from error
+
+
+def _parse_model(path: Path) -> ModelProto:
+    """Parse `tokenizer.model`; a missing or broken file is a UserError that says where to get it."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    hint = f"Copy tokenizer.model from the base model's repository into {path.parent}, then try again."
+    if not path.is_file():
+        raise UserError(f"{path} is missing: without it the exported model would tokenize text wrongly.", hint)
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path} is not a SentencePiece model.", hint) from error
+    if not model.pieces:
+        raise UserError(f"{path} holds no tokens.", hint)
+    return model
+
+
+def _added_tokens(checkpoint: Path) -> dict[int, tuple[str, bool]]:
+    """Tokens that the Hugging Face files add: id → (text, special). Missing files add nothing."""
+    added = {int(i): (text, False) for text, i in _read_json(checkpoint / "added_tokens.json").items()}
+    entries: list[dict[str, Any]] = list(_read_json(checkpoint / "tokenizer.json").get("added_tokens", ()))
+    decoder = _read_json(checkpoint / "tokenizer_config.json").get("added_tokens_decoder", {})
+    entries += [{**entry, "id": i} for i, entry in decoder.items()]
+    added.update((int(e["id"]), (e["content"], bool(e.get("special")))) for e in entries)
+    return added
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.", "Copy it again from the base model.") from error
+
+
+def looks_special(text: str) -> bool:
+    """Tokens that Gemma's files list as ordinary although they never stand for text; llama.cpp's converter agrees."""
+    brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(start) and text.endswith(end) for start, end in brackets
+    )
+
+
+def refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
+    """llama.cpp looks tokens up by text and aborts the whole process when two ids share one."""
+    twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
+    if twice:
+        hint = "Give each added token its own text, or remove it from tokenizer.json."
+        raise UserError(f"{path} and the added tokens give several ids the same text: {', '.join(twice[:10])}.", hint)
+
+
+def _special_ids(model: ModelProto, vocab_size: int) -> dict[str, int]:
+    """Ids of the special tokens, from the trainer's record: fine-tuning changes tokenizer_config.json, never this."""
+    spec = model.trainer_spec
+    named = {name: getattr(spec, f"{name}_id") for name in ID_KEYS}
+    return {name: i for name, i in named.items() if 0 <= i < vocab_size}

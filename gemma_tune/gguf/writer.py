@@ -1,0 +1,331 @@
+"""Writes a merged checkpoint as one GGUF file of its final type; memory use doesn't grow with the model.
+
+Everything is planned and checked first (config, vocabulary, every tensor's name, shape and type, disk space), so that
+what is wrong is reported at once and before a byte is written. The tensors then stream, some rows at a time, from
+safetensors into a file beside the target, which is renamed over it at the very end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.files import sync
+from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
+from gemma_tune.gguf.architectures.registry import Architecture, TensorSpec, architecture_of
+from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.gguf.types import (
+    FILE_TYPES,
+    LARGEST,
+    QUANTS,
+    Choice,
+    choose_types,
+    llama_quantize,
+    needs_llama_quantize,
+    quantise,
+)
+from gemma_tune.gguf.vocabulary import Vocabulary, load_vocabulary
+
+CHUNK_ELEMENTS = 4 * 1024 * 1024  # rows read at a time: 16 MiB as float32, and a few times that while quantising
+METADATA_MARGIN = 1024 * 1024  # bytes allowed for metadata besides the vocabulary
+
+_SAMPLING = {
+    "temperature": (gguf.GGUFWriter.add_sampling_temp, float),
+    "top_k": (gguf.GGUFWriter.add_sampling_top_k, int),
+    "top_p": (gguf.GGUFWriter.add_sampling_top_p, float),
+    "min_p": (gguf.GGUFWriter.add_sampling_min_p, float),
+    "repetition_penalty": (gguf.GGUFWriter.add_sampling_penalty_repeat, float),
+}
+
+
+@dataclass(frozen=True)
+class GgufSummary:
+    """What was written.
+
+    Args:
+        path: the finished file.
+        size_bytes: its size.
+        quant: the name from `QUANTS` that was asked for.
+        tensor_count: tensors in the file.
+        tensor_types: GGML type name → number of tensors.
+        fallbacks: (tensor, reason) for each matrix whose rows do not fit the type that was asked for.
+    """
+
+    path: Path
+    size_bytes: int
+    quant: str
+    tensor_count: int
+    tensor_types: dict[str, int]
+    fallbacks: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor on its way into the file.
+
+    Args:
+        spec: its names, shape, and what happens to its values.
+        stored: where the checkpoint holds it; None where the values are in ``spec``.
+        choice: GGML type to write.
+    """
+
+    spec: TensorSpec
+    stored: StoredTensor | None
+    choice: Choice
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the GGUF, in bytes. `GGUFWriter` asks for it."""
+        block, size = gguf.GGML_QUANT_SIZES[self.choice.type]
+        return math.prod(self.spec.shape) // block * size
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the tensor's bytes. With `nbytes` this is all that `GGUFWriter.write_tensor_data` wants of an array;
+        the package's own lazy arrays do the same."""
+        for rows in self.chunks():
+            # Not the array's own tofile(): that doesn't say why writing failed.
+            file.write(np.ascontiguousarray(quantise(rows, self.choice.type)).data)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the values as float32 arrays, one of shape (length,) or several of (some rows, columns).
+
+        Raises:
+            UserError: a value is NaN, infinite, or too large for the type.
+        """
+        spec = self.spec
+        if self.stored is None:
+            assert spec.values is not None
+            yield spec.values
+            return
+        step = spec.rows_at_a_time(CHUNK_ELEMENTS)
+        for start in range(0, spec.shape[0], step):
+            rows = self.stored.rows(start, start + step)
+            rows = spec.change.forward(rows) if spec.change else rows
+            self._check_values(rows)
+            yield rows
+
+    def _check_values(self, rows: np.ndarray) -> None:
+        largest, type = float(max(rows.max(), -rows.min())), self.choice.type  # NaN wins both
+        if not math.isfinite(largest):
+            hint = "Training diverged or the merge went wrong: train again with a lower learning rate."
+            raise UserError(f"The checkpoint's {self.spec.source} holds NaN or infinite values.", hint)
+        if largest > LARGEST[type]:
+            hint = "Export with --quant bf16."
+            raise UserError(f"The checkpoint's {self.spec.source} holds {largest:g}, too large for {type.name}.", hint)
+
+
+def write_gguf(
+    checkpoint: Path,
+    out: Path,
+    quant: str,
+    *,
+    name: str,
+    chat_template: str | None,
+    eot_token_id: int | None,
+    sampling: Mapping[str, float] | None = None,
+    on_tensor: Callable[[int, int, str], None] | None = None,
+) -> GgufSummary:
+    """Write `checkpoint` as the GGUF file `out`.
+
+    Args:
+        checkpoint: a Hugging Face folder of a model that `architecture_of` knows: config.json, safetensors in one or
+            several files, and the tokenizer's files.
+        out: the file to write; an earlier one is replaced only when the new one is whole.
+        quant: one of `QUANTS`.
+        name: the model's name for people.
+        chat_template: Jinja text for the file; none is written when None.
+        eot_token_id: id of the token that ends a turn, so that generation stops there.
+        sampling: defaults for generation, named as in generation_config.json.
+        on_tensor: called after each tensor with how many are done, how many there are, and its name.
+
+    Raises:
+        UserError: the checkpoint or an argument can't be used; everything found before writing is listed together.
+        WorkFailed: not enough disk space, or writing failed. `out` is then as it was.
+    """
+    sampling = sampling or {}
+    _check_arguments(quant, sampling)
+    model = architecture_of(_read_config(checkpoint), checkpoint / "config.json")
+    vocab = load_vocabulary(model, checkpoint)
+    if eot_token_id is not None and not 0 <= eot_token_id < len(vocab.tokens):
+        hint = "Use a tokenizer and a model that belong together."
+        raise UserError(f"The end-of-turn token {eot_token_id} is not one of the {len(vocab.tokens)} tokens.", hint)
+    if needs_llama_quantize(quant, [(spec.name, spec.shape) for spec in model.tensors], model):
+        return _with_llama_quantize(checkpoint, out, quant, name=name, chat_template=chat_template,
+                                    eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor)
+    with replacing(out) as partial, ExitStack() as stack:
+        plan = _plan(model, checkpoint, quant)
+        _check_space(out.parent, plan, vocab)
+        writer = gguf.GGUFWriter(partial, model.name)
+        stack.callback(writer.close)
+        _add_tensor_infos(writer, plan)  # before the metadata, which counts parameters
+        _add_general(writer, name)
+        model.metadata(writer)
+        writer.add_file_type(FILE_TYPES[quant])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in sampling.items():
+            add, number = _SAMPLING[key]
+            add(writer, number(value))
+        if suppressed := _suppressed(checkpoint):
+            writer.add_array("tokenizer.ggml.suppress_tokens", suppressed)
+        vocab.add(writer, chat_template, eot_token_id)
+        _write_file(writer, plan, on_tensor)
+    types = dict(Counter(t.choice.type.name for t in plan))
+    fallbacks = tuple((t.spec.name, t.choice.fallback) for t in plan if t.choice.fallback)
+    return GgufSummary(out, out.stat().st_size, quant, len(plan), types, fallbacks)
+
+
+def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: Any) -> GgufSummary:
+    """`write_gguf` by way of an unquantised file, which holds every value as it is, and llama.cpp's own program."""
+    whole = "bf16" if {tensor.dtype for tensor in open_tensors(checkpoint).values()} == {"BF16"} else "f32"
+    unquantised = out.with_name(out.name + ".unquantised")
+    try:
+        written = write_gguf(checkpoint, unquantised, whole, **settings)
+        llama_quantize(unquantised, out, quant)
+    finally:
+        unquantised.unlink(missing_ok=True)
+    types = Counter(tensor.type.name for tensor in GgufFile(out, keys=()).tensors.values())
+    return replace(written, path=out, size_bytes=out.stat().st_size, quant=quant, tensor_types=dict(types))
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Lend a path beside `out`; what was written there becomes `out` when all went well, and is removed when not.
+
+    What a killed run left at that path is removed first.
+
+    Raises:
+        WorkFailed: for any OSError within.
+    """
+    partial = out.with_name(out.name + ".partial")  # the same each time, so that a killed run leaves one at most
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        yield partial
+        os.replace(partial, out)
+        sync(out.parent)
+    except OSError as error:
+        hint = "Check free space and permissions there, then run the command again."
+        raise WorkFailed(f"Writing {out} failed: {error.strerror or error}.", hint) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_arguments(quant: str, sampling: Mapping[str, float]) -> None:
+    if quant not in QUANTS:
+        raise UserError(f"Unknown quantisation {quant!r}.", f"Choose one of: {', '.join(QUANTS)}.")
+    unknown = [key for key in sampling if key not in _SAMPLING]
+    if unknown:
+        raise UserError(f"Unknown sampling settings: {', '.join(unknown)}.", f"Known: {', '.join(_SAMPLING)}.")
+
+
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "Point to a folder that holds a whole Hugging Face checkpoint."
+        raise UserError(f"{path} can't be read: {error}.", hint) from error
+
+
+def _suppressed(checkpoint: Path) -> list[int]:
+    """Tokens that generation never gives, by generation_config.json: those for pictures and sounds in Gemma 4."""
+    try:
+        own = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{checkpoint / 'generation_config.json'} is not valid JSON: {error}.",
+                        "Copy it again from the base model.") from error
+    return list(own.get("suppress_tokens") or ())
+
+
+def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTensor]:
+    """Give every tensor its type; all that is missing, unknown or misshapen is one UserError."""
+    stored = {model.canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()
+              if not model.left_out(name)}
+    wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
+              or not (spec.optional or (spec.tied_to and model.tied))]
+    known = {spec.source: spec for spec in wanted if spec.source}
+    problems = [f"{name} is missing" for name in known if name not in stored]
+    problems += [f"{stored[name].name} is not a tensor of this model" for name in stored if name not in known]
+    for name in known.keys() & stored.keys():
+        found = stored[name]
+        if found.shape != known[name].shape:
+            problems.append(f"{found.name} has shape {found.shape}, config.json asks for {known[name].shape}")
+        if found.dtype not in READABLE:
+            problems.append(f"{found.name} is {found.dtype}, which can't be exported: merge into a 16-bit base")
+    if problems:
+        hint = "Merge again from the original base model."
+        raise UserError(f"The weights in {checkpoint} don't fit its config.json.", hint, sorted(problems))
+    # Tied: llama.cpp uses the embedding when the file has no output.weight.
+    wanted = [spec for spec in wanted if not (spec.tied_to and _same(spec, stored))]
+    if not model.own_head and (own := [spec.source for spec in wanted if spec.tied_to]):
+        raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
+                        "other output head.", "Train without the output head, or with tied embeddings.")
+    choices = choose_types(quant, [(spec.name, spec.shape) for spec in wanted], model)
+    return [PlannedTensor(spec, stored.get(spec.source or ""), choice)
+            for spec, choice in zip(wanted, choices, strict=True)]
+
+
+def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether an explicit output head equals the embedding, bit for bit after conversion; some rows at a time."""
+    one, two = (stored[name] for name in (spec.source or "", spec.tied_to or ""))
+    rows, step = spec.shape[0], spec.rows_at_a_time(CHUNK_ELEMENTS)
+    return all(np.array_equal(one.rows(i, i + step), two.rows(i, i + step)) for i in range(0, rows, step))
+
+
+def _check_space(folder: Path, plan: list[PlannedTensor], vocab: Vocabulary) -> None:
+    """Refuse to start what can't be finished. An earlier file stays until the end, so its space doesn't count."""
+    tensors = sum(gguf.GGUFWriter.ggml_pad(t.nbytes, gguf.GGUF_DEFAULT_ALIGNMENT) for t in plan)
+    needed = tensors + sum(len(text.encode()) + 16 for text in vocab.tokens) + METADATA_MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        hint = "Free some space, choose a smaller --quant, or another folder."
+        raise WorkFailed(f"{folder} has {free / 1e9:.2f} GB free; the GGUF file takes {needed / 1e9:.2f} GB.", hint)
+
+
+def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[PlannedTensor]) -> None:
+    for tensor in plan:
+        # The number type is a formality: with `raw_dtype` given it only says that the shape counts elements.
+        writer.add_tensor_info(tensor.spec.name, tensor.spec.shape, np.dtype(np.float32), tensor.nbytes,
+                               tensor.choice.type)
+
+
+def _add_general(writer: gguf.GGUFWriter, name: str) -> None:
+    """Add the `general.*` keys that follow from the name and the number of parameters."""
+    counts = writer.get_total_parameter_count()
+    _, _, basename, finetune, version, size = gguf.Metadata.get_model_id_components(name, counts[0])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    for value, add in ((basename, writer.add_basename), (finetune, writer.add_finetune), (version, writer.add_version)):
+        if value:
+            add(value)
+    writer.add_size_label(size or gguf.size_label(*counts))
+
+
+def _write_file(
+    writer: gguf.GGUFWriter, plan: list[PlannedTensor], on_tensor: Callable[[int, int, str], None] | None
+) -> None:
+    """Write header, metadata and tensors to the writer's file, and make sure that they are on the disk."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, tensor in enumerate(plan, start=1):
+        writer.write_tensor_data(tensor)  # type: ignore[arg-type]  # see PlannedTensor.tofile
+        if on_tensor:
+            on_tensor(done, len(plan), tensor.spec.name)
+    writer.flush()
+    for file in writer.fout or ():
+        os.fsync(file.fileno())

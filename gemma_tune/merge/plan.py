@@ -1,0 +1,219 @@
+"""What each tensor of the merged model is made of: names, shapes and tied embeddings, before anything is written.
+
+Checkpoints name some tensors otherwise than the running model does, by which an adapter names its layers. The renames
+are those of transformers' ``conversion_mapping.py`` for multimodal models (``llava``, which Gemma 3 and PaliGemma use):
+``language_model.model.X`` on the disk is ``model.language_model.X`` in memory. The files keep their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.tensors import READABLE, StoredTensor
+from gemma_tune.lora.files import Adapter, Lora
+
+HEAD = "lm_head.weight"
+_RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
+            (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+            # Repositories, and versions of transformers before 5, put the tower's parts one level deeper.
+            (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."))
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)\.weight$")
+_ROWS = 4096  # of a matrix that are compared at once
+_ANOTHER_MODEL = "the adapter belongs to another model: merge it into its own base"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the merged model.
+
+    Attributes:
+        name: in the file.
+        source: where its numbers come from, in the base or in the adapter.
+        dtype: the number type that it is written in, as safetensors calls it.
+        file: name of the file that it goes to.
+        lora: what is added.
+        transposed: it is stored as (in, out).
+    """
+
+    name: str
+    source: StoredTensor
+    dtype: str
+    file: str
+    lora: Lora | None = None
+    transposed: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return dataclasses.replace(self.source, dtype=self.dtype).bytes
+
+    @property
+    def copied(self) -> bool:
+        """Its bytes are the source's."""
+        return self.lora is None and self.dtype == self.source.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The merged model's tensors in the order in which they are written.
+
+    Attributes:
+        changed: layers and tensors that the adapter changes.
+        untied: the head becomes another tensor than the embedding, which they may have shared in the base.
+        renamed: layers and tensors that the running base calls otherwise than the adapter: adapter's name → base's.
+    """
+
+    pieces: list[Piece]
+    changed: int
+    untied: bool
+    renamed: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.bytes for piece in self.pieces)
+
+
+def running_name(stored: str) -> str:
+    """What the running model calls a tensor or layer of a checkpoint."""
+    for pattern, new in _RENAMES:
+        name, count = re.subn(pattern, new, stored)
+        if count:
+            return name
+    return stored
+
+
+def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | None = None) -> Plan:
+    """Find a tensor of the base for everything that the adapter holds.
+
+    Args:
+        base: the tensors of the checkpoint by their names on the disk, as ``open_tensors`` gives them.
+        dtype: the type to write floating-point tensors in, as safetensors calls it; None keeps each one's own.
+
+    Raises:
+        UserError: the adapter changes what the base does not have, or has in another shape; all of it is listed.
+    """
+    names = _Names(base)
+    layers = {names.of(f"{layer}.weight"): lora for layer, lora in adapter.layers.items()}
+    copies = {names.of(name): tensor for name, tensor in adapter.copies.items()}
+    in_training = {names.of(name): tensor for name, tensor in adapter.base_tensors.items()}
+    if names.missing:
+        raise UserError(f"{len(names.missing)} tensors that {adapter.folder} adapts are not in the base model",
+                        _ANOTHER_MODEL, sorted(names.missing)[:20])
+    before = dict(base)
+    if names.tied:  # one tensor under two names
+        before[HEAD] = base[names.tied]
+        shared = in_training.get(names.tied) or in_training.get(HEAD)
+        in_training |= {names.tied: shared, HEAD: shared} if shared else {}
+    sources = {name: copies.get(name) or in_training.get(name) or tensor for name, tensor in before.items()}
+    transposed = _transposed(before, layers, adapter)
+    if problems := [*_unlike_base(before, sources), *_unfit_layers(before, layers, transposed)]:
+        raise UserError(f"{adapter.folder} does not fit the base model", _ANOTHER_MODEL, problems[:20])
+    touched = {names.embedding, names.head} & (layers.keys() | copies.keys())
+    untied = bool(touched) and not (names.tied and _agree(names.tied, layers, copies))
+    kept = [name for name in sources if untied or not (names.tied and name == HEAD)]
+    pieces = [Piece(names.on_disk(name), sources[name], _dtype(before[name].dtype, dtype), before[name].path.name,
+                    layers.get(name), name in transposed) for name in kept]
+    return Plan(pieces, sum(name in layers or name in copies for name in kept), untied, names.renamed)
+
+
+def _dtype(own: str, wanted: str | None) -> str:
+    return wanted if wanted and own in READABLE else own
+
+
+class _Names:
+    """The base's tensors by the names that an adapter may use.
+
+    Attributes:
+        embedding: the input embedding's name on the disk; None if there is none under a known name.
+        head: the output layer's; ``HEAD`` where it shares the embedding.
+        tied: ``embedding`` where the head is no tensor of its own.
+        missing: what was asked for and is not there.
+        renamed: as in :class:`Plan`.
+    """
+
+    def __init__(self, base: Mapping[str, StoredTensor]):
+        self._stored = {running_name(name): name for name in base}
+        self.embedding = next((name for name in base if _EMBEDDING.search(name)), None)
+        self.head = self._stored.get(HEAD, HEAD)
+        self.tied = None if HEAD in self._stored else self.embedding
+        self.missing: list[str] = []
+        self.renamed: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        """The name on the disk of the adapter's tensor ``name``; a head that shares the embedding is ``HEAD``."""
+        asked = running_name(name)
+        if asked == HEAD and self.tied:
+            return HEAD
+        for candidate in _candidates(asked):
+            if candidate in self._stored:
+                if candidate != asked:
+                    self.renamed[name] = candidate
+                return self._stored[candidate]
+        self.missing.append(name)
+        return name
+
+    def on_disk(self, name: str) -> str:
+        """What a tensor is called in the files; a head that was none before, as its repository would."""
+        wrapped = name == HEAD and self.tied and self.tied.startswith("language_model.")
+        return f"language_model.{HEAD}" if wrapped else name
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """Names that the base may have for an adapter's tensor, the likeliest first."""
+    yield name
+    # The text part of a multimodal model was adapted by itself, or the other way round.
+    if name.startswith("model.language_model."):
+        yield name.replace("model.language_model.", "model.", 1)
+    elif name.startswith("model."):
+        yield name.replace("model.", "model.language_model.", 1)
+    # Some repositories, as GPT-2's, leave out the name that all layers have in common.
+    yield re.sub(r"^(transformer|model)\.", "", name)
+
+
+def _transposed(base: Mapping[str, StoredTensor], layers: Mapping[str, Lora], adapter: Adapter) -> set[str]:
+    """Layers that are stored as (in, out): embeddings, and the ``Conv1D`` of GPT-2's like.
+
+    PEFT's ``fan_in_fan_out`` says so, but where an adapter has layers of both kinds it is that of the last one, so the
+    shape decides; a square weight is taken as the others are.
+    """
+    embeddings = {name for name, lora in layers.items() if lora.embedding}
+    square = {name for name, lora in layers.items() if lora.shape[0] == lora.shape[1]} - embeddings
+    turned = {name for name in layers.keys() - embeddings - square if base[name].shape == layers[name].shape[::-1]}
+    return embeddings | turned | (square if adapter.transposed or turned else set())
+
+
+def _unlike_base(base: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor]) -> Iterator[str]:
+    for name, source in sources.items():
+        if source.shape != base[name].shape:
+            yield f"{name} has the shape {base[name].shape} in the base, {source.shape} in the adapter"
+
+
+def _unfit_layers(base: Mapping[str, StoredTensor], layers: Mapping[str, Lora], transposed: set[str]) -> Iterator[str]:
+    for name, lora in layers.items():
+        shape = lora.shape[::-1] if name in transposed else lora.shape
+        if base[name].shape != shape:
+            yield f"{name} has the shape {base[name].shape} in the base, {shape} in the adapter"
+        elif base[name].dtype not in READABLE:
+            yield f"{name} is {base[name].dtype} in the base, which is not a type that numbers are added to"
+
+
+def _agree(tied: str, layers: Mapping[str, Lora], copies: Mapping[str, StoredTensor]) -> bool:
+    """Whether head and embedding stay one tensor: both were trained, to the same (PEFT's ``ensure_weight_tying``)."""
+    if tied in copies and HEAD in copies:
+        return not {tied, HEAD} & layers.keys() and _equal(copies[tied], copies[HEAD])
+    embedding, head = layers.get(tied), layers.get(HEAD)
+    if not embedding or not head or {tied, HEAD} & copies.keys() or embedding.magnitude or head.magnitude:
+        return False  # DoRA's lengths are those of columns in one, of rows in the other
+    return (embedding.scale == head.scale and _equal(embedding.a, head.b, turned=True)
+            and _equal(embedding.b, head.a, turned=True))
+
+
+def _equal(one: StoredTensor, other: StoredTensor, turned: bool = False) -> bool:
+    if one.shape != (other.shape[::-1] if turned else other.shape):
+        return False
+    if turned:
+        return bool((one.rows() == other.rows().T).all())
+    return all((one.rows(n, n + _ROWS) == other.rows(n, n + _ROWS)).all() for n in range(0, one.shape[0], _ROWS))

@@ -1,0 +1,201 @@
+"""``merge``: the adapter goes into the 16-bit base, tensor by tensor, and the result is checked against base + adapter.
+
+``adapter_files`` says what an adapter holds, ``merge_plan`` what each tensor is made of, ``merge_weights`` computes and
+writes, ``merge_check`` compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import NEW, replacing_directory
+from gemma_tune.base.tensors import open_tensors
+from gemma_tune.config.settings import size_in_bytes
+from gemma_tune.lora.files import Adapter, read_adapter
+from gemma_tune.merge.card import model_card
+from gemma_tune.merge.check import check, renamed_adapter
+from gemma_tune.merge.plan import Plan, plan_merge
+from gemma_tune.merge.weights import lay_out, require_space, write_files
+from gemma_tune.models.source import load_format
+from gemma_tune.run.stage import OUTSIDE, Finished, Session, StageReport, run_stage
+
+if TYPE_CHECKING:
+    from gemma_tune.encoding.chat_format import ChatFormat
+
+# Copied beside the weights: from the base always, and from the adapter, which trained with them, or else the base.
+_OF_BASE = ("tokenizer.model", "*processor_config.json", "LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+              "added_tokens.json", "vocab.*", "merges.txt")
+_TYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
+
+
+def merge(session: Session) -> StageReport:
+    """Merge and check, and push to the Hub where that is asked for.
+
+    Raises:
+        UserError: no adapter, an adapter of another base model or of a kind that is not merged here, a base that is
+            damaged or quantised; a repository that cannot be pushed to.
+        WorkFailed: no room on the disk, or the merged model does not answer as base + adapter does. Nothing is
+            replaced then.
+    """
+    session, elsewhere = _with_adapter(session)
+    config = session.config
+    if config.push:
+        from gemma_tune.merge.push import check_push, push_folder
+
+        check_push(config.push, private=config.private)
+    report = run_stage(session, "merge", _merge, elsewhere=elsewhere)
+    if config.push:
+        address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
+        report = replace(report, summary=report.summary | {"pushed": address})
+    return report
+
+
+def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
+    """The session with its adapter's path as the manifest keeps it, and the adapter if no training of the run made it.
+
+    A run that was begun by ``merge --adapter`` keeps to that adapter.
+    """
+    stages, named = session.manifest.stages, session.config.adapter
+    before = stages.get("merge", {"inputs": {}})["inputs"].get(f"{OUTSIDE}adapter")
+    if not named and before and "train" not in stages:
+        named = session.run.found(before["path"])
+        session.listener.note(f"adapter: {named}, as before")
+    if not named:
+        return session, {}
+    path = Path(os.path.expanduser(named))
+    if not path.is_dir():
+        raise UserError(f"there is no directory {named}", "name a PEFT adapter's directory with --adapter")
+    config = replace(session.config, adapter=session.run.relative(path))
+    return replace(session, resolved=replace(session.resolved, config=config)), {"adapter": path}
+
+
+def _merge(session: Session) -> Finished:
+    run, config, listener = session.run, session.config, session.listener
+    base = session.model.path
+    _refuse_quantised(session)
+    adapter = read_adapter(session.inputs["adapter"])
+    _compare_bases(session, adapter)
+    dtype = _TYPES[config.dtype][0] if config.dtype else None
+    tensors = open_tensors(base)
+    plan = plan_merge(tensors, adapter, dtype)
+    layout = lay_out(plan, base, size_in_bytes(config.max_shard_size) if config.max_shard_size else None)
+    require_space(plan.bytes, run.root)
+    if len(plan.pieces) > len(tensors):
+        listener.note("the adapter changes embedding and output layer apart from each other: they become two tensors")
+    if config.dtype == "fp16" and session.model.config["model_type"].startswith("gemma"):
+        listener.warn("Gemma's activations can be too large for fp16: where the merged model is loaded, give "
+                      "dtype=bfloat16 or float32")
+    with replacing_directory(run.merged) as folder:
+        _copy_around(session, folder, plan)
+        chat = _chat_format(session, folder) if config.check else None
+        listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
+        write_files(layout, folder, listener.progress)
+        summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
+        if chat:
+            summary |= _checked(session, folder, chat, adapter, plan.renamed)
+        (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
+        summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
+    return Finished({"merged": run.merged}, summary)
+
+
+def _refuse_quantised(session: Session) -> None:
+    """A base of 4 or 8 bits would be rounded to them once more.
+
+    Raises:
+        UserError: it is one.
+    """
+    quantised = session.model.config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "a quantised type") if isinstance(quantised, dict) else quantised
+        likely = re.sub(r"(-unsloth)?-bnb-4bit$", "", session.model.id)
+        raise UserError(f"{session.model.id} is quantised ({method}), and merging into it would round the result again",
+                        "name the 16-bit model that it was made from"
+                        + (f": --base {likely}" if likely != session.model.id else " with --base"))
+
+
+def _compare_bases(session: Session, adapter: Adapter) -> None:
+    """Whether an adapter was trained on the run's model, as far as names tell; shapes are compared later.
+
+    Raises:
+        UserError: this run's own adapter was trained on another model.
+    """
+    model, trained_on = session.model, adapter.base_id
+    if model.source != "hub":
+        return
+    if trained_on != model.id:
+        says = f"the adapter {adapter.folder} was trained on {trained_on}"
+        if not session.config.adapter:
+            raise UserError(f"{says}, this run's model is {model.id}", "merge it in the run of its own base model")
+        session.listener.warn(f"{says}; it is merged into {model.id}")
+        return
+    revision = adapter.config.get("revision")
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != model.revision:
+        session.listener.warn(f"the adapter was trained on commit {revision} of {model.id}, and is merged into "
+                              f"{model.revision}; for the former: --revision {revision}")
+
+
+def _chat_format(session: Session, folder: Path) -> ChatFormat:
+    """What the check asks with; looked for before the weights are written, which can take long.
+
+    Raises:
+        UserError: there is no usable tokenizer, or no chat template.
+    """
+    try:
+        return load_format(folder, session.model.config["model_type"])
+    except UserError as e:
+        raise UserError(f"the merged model could not be asked anything: {e.message}",
+                        f"{e.hint}; or merge without the comparison: --no-check") from e
+
+
+def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter,
+             renamed: Mapping[str, str]) -> dict[str, Any]:
+    if not renamed:
+        return check(session, folder, chat, adapter.folder)
+    with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as place:
+        return check(session, folder, chat, renamed_adapter(adapter, renamed, Path(place)))
+
+
+def _copy_around(session: Session, folder: Path, plan: Plan) -> None:
+    """Configuration and licence of the base; tokenizer, chat template and generation settings of the training."""
+    base, adapter = session.model.path, session.inputs["adapter"]
+    trained_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    # A tokenizer comes with its chat template, in its own file or in tokenizer_config.json: never two of them.
+    own_template = trained_tokenizer or any(adapter.glob("chat_template*"))
+    _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
+                         *(() if own_template else ("chat_template*",))))
+    _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    changed = _configured(config, session.config.dtype, plan.untied)
+    if changed == config:
+        shutil.copyfile(base / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with what the merge has changed; of a text part's as well."""
+    changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if dtype:
+        # Older versions of transformers call it torch_dtype.
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        changed |= dict.fromkeys(names, _TYPES[dtype][1])
+    parts = {name: _configured(part, dtype if {"dtype", "torch_dtype"} & part.keys() else None,
+                               untied and name == "text_config")
+             for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    return {**config, **parts, **changed}

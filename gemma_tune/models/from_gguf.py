@@ -1,0 +1,65 @@
+"""A base model that comes as a GGUF: what Transformers' loader of such files leaves out or gets wrong, put right.
+
+What can't be put right is refused: the model would train, but as another model than the one in the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
+
+_DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
+REPOSITORY = "name the model's Hugging Face repository instead of its GGUF file"
+
+
+def mend(model: Any, tokenizer: Any, gguf: Path) -> None:
+    """Correct a model's configuration and its tokenizer, as Transformers loaded them from the file ``gguf``.
+
+    Raises:
+        UserError: the file holds what the loader left out.
+    """
+    file = GgufFile(gguf)
+    if model.config.model_type == "gemma3_text":
+        # A GGUF does not hold this number: llama.cpp derives it (its 27B, the model of 62 layers, is the exception),
+        # while the loader leaves its own default.
+        text = model.config
+        text.query_pre_attn_scalar = (text.hidden_size // text.num_attention_heads if text.num_hidden_layers == 62
+                                      else text.head_dim)
+    _stretch_rotations(model.config, file)
+    _cut_words(tokenizer, file)
+    if lost := _unread_biases(model, file):
+        raise UserError(f"{gguf} holds tensors that Transformers' loader drops: {', '.join(lost[:5])}", REPOSITORY)
+
+
+def _stretch_rotations(config: Any, file: GgufFile) -> None:
+    """The loader drops how a rotary embedding was stretched for long contexts. Linearly is one number."""
+    prefix = f"{file.metadata['general.architecture']}.rope.scaling"
+    rope = (config.rope_parameters or {}) if hasattr(config, "rope_parameters") else {}
+    full = rope.get("full_attention", rope)
+    kind = file.metadata.get(f"{prefix}.type", "none")
+    kind = "llama3" if _DIVISORS in file.tensors and config.model_type in ("llama", "mistral") else kind
+    if kind == "none" or full.get("rope_type") == kind:
+        return
+    if kind != "linear" or not full:
+        raise UserError(f"{file.path} stretches its rotary embedding by {kind!r}, which Transformers' loader drops",
+                        REPOSITORY)
+    full |= {"rope_type": kind, "factor": file.metadata[f"{prefix}.factor"]}
+
+
+def _cut_words(tokenizer: Any, file: GgufFile) -> None:
+    """The loader cuts words as GPT-2 does where it doesn't know llama.cpp's name, as of SmolLM2's."""
+    if file.metadata.get("tokenizer.ggml.model") != "gpt2":
+        return
+    name, backend = file.metadata.get("tokenizer.ggml.pre", "default"), tokenizer.backend_tokenizer
+    if not set_pre_tokenizer(backend, name) and type(backend.pre_tokenizer).__name__ == "ByteLevel":
+        raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
+
+
+def _unread_biases(model: Any, file: GgufFile) -> list[str]:
+    """The biases in the file where the model has fewer: the loader wants none that the configuration doesn't name."""
+    biases = [name for name in file.tensors if name.endswith(".bias")]
+    return biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []

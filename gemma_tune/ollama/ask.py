@@ -1,0 +1,117 @@
+"""A model in Ollama is asked a question, to see that it loads, answers and stops, and what prompt it gets.
+
+Sources: Ollama's `api/types.go` and `server/routes.go` (/api/show, /api/chat: a model that can think is asked to,
+unless the request says otherwise; `_debug_render_only`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.ollama.server import PATIENCE, Server, check_status, client_of, json_field, refused, talking_to
+from gemma_tune.ollama.template import FAMILIES, OllamaChat
+
+Turn = Mapping[str, Any]
+
+
+def capabilities(server: Server, name: str, timeout: float = 30.0) -> frozenset[str]:
+    """What the server takes the model to be able to do, such as "thinking"; nothing from servers that do not tell.
+
+    Raises:
+        WorkFailed: no such model, no answer, or an error from the server.
+    """
+    shown = json_field(_post(server, "/api/show", {"model": name}, timeout, f"show {name}").content, "capabilities")
+    return frozenset(word for word in shown if isinstance(word, str)) if isinstance(shown, list) else frozenset()
+
+
+def generate_check(server: Server, name: str, messages: Sequence[Turn], timeout: float, num_predict: int = 256, *,
+                   chat: OllamaChat | None = None) -> dict[str, Any]:
+    """One greedy answer of the model, the same each time.
+
+    Args:
+        messages: what comes before the answer.
+        timeout: seconds without a byte; the server first loads the model.
+        num_predict: most tokens of the answer.
+        chat: what the model was made with: its markers are looked for in the answer, and it is asked to think or not as
+            in training.
+
+    Returns:
+        answer; done_reason ("stop": it ended by itself; "length": it was cut); prompt_eval_count and eval_count in
+        tokens; seconds in all and load_seconds of them for loading. What the server does not tell is None.
+
+    Raises:
+        WorkFailed: no answer in time, an empty one, one with a turn's marker in it, or an error from the server.
+    """
+    request = _request(server, name, messages, chat, num_predict)
+    content = _post(server, "/api/chat", request, timeout, f"answer with {name}").content
+    message = json_field(content, "message")
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise WorkFailed(f"Ollama answered something that is not a message: {content[:200]!r}")
+    answer, counts = message["content"], ("done_reason", "prompt_eval_count", "eval_count")
+    _check_answer(name, answer, bool(message.get("thinking")), chat)
+    return {"answer": answer, **{key: json_field(content, key) for key in counts},
+            "seconds": _seconds(json_field(content, "total_duration")),
+            "load_seconds": _seconds(json_field(content, "load_duration"))}
+
+
+def rendered_prompt(server: Server, name: str, messages: Sequence[Turn], timeout: float = PATIENCE, *,
+                    chat: OllamaChat | None = None) -> str | None:
+    """The prompt that the server makes of the messages; it may begin with the text of BOS.
+
+    None from servers that ignore the question (they answer instead, with one token).
+
+    Raises:
+        WorkFailed: no answer in time, or an error from the server.
+    """
+    request = _request(server, name, messages, chat, 1) | {"_debug_render_only": True}
+    content = _post(server, "/api/chat", request, timeout, f"lay out a prompt for {name}").content
+    debug = json_field(content, "_debug_info")
+    text = debug.get("rendered_template") if isinstance(debug, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _request(server: Server, name: str, messages: Sequence[Turn], chat: OllamaChat | None,
+             num_predict: int) -> dict[str, Any]:
+    options = {"temperature": 0, "seed": 0, "num_predict": num_predict}
+    request = {"model": name, "messages": [_as_sent(turn) for turn in messages], "stream": False, "options": options}
+    if chat is not None and chat.think is not None and "thinking" in capabilities(server, name):
+        request["think"] = chat.think
+    return request
+
+
+def _as_sent(turn: Turn) -> dict[str, str]:
+    """A turn of a conversation without tools; Ollama has a name of its own for reasoning."""
+    sent = {"role": turn["role"], "content": turn.get("content") or ""}
+    return sent | ({"thinking": turn["reasoning_content"]} if turn.get("reasoning_content") else {})
+
+
+def _post(server: Server, path: str, request: Mapping[str, Any], timeout: float, doing: str) -> httpx.Response:
+    """The answer to a request that is not streamed. An error can come inside HTTP 200."""
+    with client_of(server.url, timeout) as client, talking_to(server.url):
+        response = client.post(path, json=request)
+    check_status(response, doing)
+    if error := json_field(response.content, "error"):
+        raise refused(doing, str(error))
+    return response
+
+
+def _check_answer(name: str, answer: str, thought: bool, chat: OllamaChat | None) -> None:
+    if not answer.strip():
+        what = "only thought, and answered nothing" if thought else "answered nothing"
+        raise WorkFailed(f"{name} {what} in Ollama",
+                         "See whether `gemma-tune chat` gets an answer from the same model. If it does, update Ollama "
+                         "and run the same command again; if not, the training is at fault.")
+    opening = {family: mark for mark, family, _ in FAMILIES}
+    marks = (*chat.stops, opening.get(chat.family)) if chat is not None else ()
+    if mark := next((mark for mark in marks if mark and mark in answer), None):
+        raise WorkFailed(f"{name} does not stop at the end of its turn in Ollama: its answer has {mark!r} in it",
+                         f"`ollama show {name} --parameters` should list it as a stop. If it does, look for {mark!r} "
+                         "inside the answers of the data; if not, update Ollama and run the same command again.")
+
+
+def _seconds(nanoseconds: object) -> float | None:
+    return nanoseconds / 1e9 if isinstance(nanoseconds, int) else None

@@ -1,0 +1,177 @@
+"""The text of a Modelfile, and the parameters of a model in Ollama.
+
+Sources: Ollama's `parser/parser.go` (the grammar) and `api/types.go` (parameters).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.ollama.template import OllamaChat
+from gemma_tune.ollama.turns import lossy_runes
+
+# In the order in which they are written. Ollama: "unknown parameter 'x'" for any other.
+PARAMETERS: dict[str, type] = {
+    "num_ctx": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repeat_penalty": float,
+    "seed": int, "num_predict": int, "repeat_last_n": int, "presence_penalty": float, "frequency_penalty": float,
+    "num_keep": int, "num_batch": int, "num_gpu": int, "main_gpu": int, "num_thread": int, "use_mmap": bool,
+    "stop": list,
+}  # fmt: skip
+
+
+def merged_parameters(chat: OllamaChat, parameters: Mapping[str, object]) -> dict[str, object]:
+    """The parameters to store: the caller's and the template's stops, in the fixed order.
+
+    Raises:
+        UserError: unknown names and wrong types, all of them together.
+    """
+    problems = []
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            problems.append(f"{name}: Ollama has no such model parameter")
+        elif not _fits(PARAMETERS[name], value):
+            problems.append(f"{name}: {value!r} is not {TYPE_NAMES[PARAMETERS[name]]}")
+    if problems:
+        raise UserError("these parameters cannot be given to Ollama", f"Known: {', '.join(PARAMETERS)}.", problems)
+    stops = parameters.get("stop", [])
+    stops = dict.fromkeys([*chat.stops, *([stops] if isinstance(stops, str) else stops)])  # once each, in order
+    values = {name: parameters[name] for name in PARAMETERS if name in parameters and name != "stop"}
+    return values | ({"stop": list(stops)} if stops else {})
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a text or a list of texts"}
+
+
+def _fits(kind: type, value: object) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is list:
+        texts = [value] if isinstance(value, str) else value
+        return isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def system_text(chat: OllamaChat, system: str | None) -> str | None:
+    """What belongs in SYSTEM: the caller's text, else the template's own; line breaks as `\\n` on every route."""
+    return unix_lines(system if system is not None else chat.default_system or "") or None
+
+
+def unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def render_modelfile(
+    gguf_name: str,
+    chat: OllamaChat,
+    *,
+    parameters: Mapping[str, object],
+    system: str | None,
+    license_text: str | None,
+    comment_lines: Sequence[str] = (),
+) -> str:
+    """The text of a Modelfile that stands beside its GGUF file.
+
+    Ask `lossy_runes` about `system` and `license_text` first: what it lists is lost on this route.
+
+    Raises:
+        UserError: a parameter, the file name or a text that a Modelfile cannot hold.
+    """
+    if not re.fullmatch(r"[^/\\:\s]([^/\\:\r\n]*[^/\\:\s])?", gguf_name) or lossy_runes(gguf_name):
+        raise UserError(f"{gguf_name!r} cannot stand in FROM", "Use a plain file name without / \\ : or line breaks.")
+    lines = [f"# {line}".rstrip() for text in comment_lines for line in re.split(r"[\r\n]+", text)]
+    lines.append(f"FROM ./{gguf_name}")
+    texts = {"TEMPLATE": chat.template, "SYSTEM": system_text(chat, system), "LICENSE": unix_lines(license_text or "")}
+    if chat.template is not None:
+        lines.append(f"TEMPLATE {_quoted('TEMPLATE', chat.template)}")
+    lines += [f"{name} {value}" for name, value in (("RENDERER", chat.renderer), ("PARSER", chat.parser)) if value]
+    for name, value in merged_parameters(chat, parameters).items():
+        for single in value if isinstance(value, list) else [value]:
+            text = _quoted("a stop", single) if isinstance(single, str) else str(single).lower()
+            lines.append(f"PARAMETER {name} {text}")
+    lines += [f"{name} {_quoted(name, text)}" for name in ("SYSTEM", "LICENSE") if (text := texts[name])]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(what: str, text: str) -> str:
+    """In three quotes. There are no escapes, so the first line that ends in three quotes ends the value."""
+    if re.search(r'"""[^\S\n]*\n', "".join(c for c in text if c not in lossy_runes(text))):
+        raise UserError(
+            f'{what} has a line that ends in """, where a Modelfile would cut it off',
+            "Write the three quotes differently, or put a character after them.",
+        )
+    return f'"""{text}"""'
+
+
+def parse_modelfile(text: str) -> dict:
+    """Reads a Modelfile as Ollama does, to check that what was written comes back.
+
+    Returns:
+        `from`, `template`, `system`, `renderer`, `parser`, ... (the last one wins); `license` and `message` (lists);
+        `parameters` (numbers converted; `stop` is a list).
+
+    Raises:
+        UserError: Ollama would refuse it, with the line.
+    """
+    found: dict = {"parameters": {}}
+    lines = list(enumerate(unix_lines(text).split("\n"), start=1))[::-1]
+    while lines:
+        number, line = lines.pop()
+        if not line.strip(" \t") or line.lstrip(" \t").startswith("#"):
+            continue
+        key, word, value = _instruction(line.lstrip(" \t"), number)
+        while (whole := _unquoted(value)) is None:
+            if not lines:
+                raise UserError(f"line {number} of the Modelfile opens a quotation that never ends")
+            value += "\n" + lines.pop()[1]
+        _store(found, key, word, whole)
+    if "from" not in found:
+        raise UserError("the Modelfile has no FROM line")
+    return found
+
+
+def _instruction(line: str, number: int) -> tuple[str, str, str]:
+    """(instruction, name of a parameter or role of a message, start of the value)."""
+    match = re.fullmatch(r"([A-Za-z]+)[ \t](.*)", line)
+    if not match or match[1].lower() not in _INSTRUCTIONS:
+        raise UserError(f"line {number} of the Modelfile has no instruction that Ollama knows: {line[:40]!r}")
+    key, value = match[1].lower(), match[2]
+    if key not in ("parameter", "message"):
+        return key, "", value
+    match = re.fullmatch(r"([A-Za-z0-9_]+)[ \t](.*)", value)
+    if not match or (key == "parameter" and match[1] not in PARAMETERS):
+        raise UserError(f"line {number} of the Modelfile is incomplete, or Ollama has no such parameter: {line[:40]!r}")
+    return key, match[1], match[2]
+
+
+_INSTRUCTIONS = (
+    "from", "license", "template", "system", "adapter", "draft", "renderer", "parser", "parameter", "message",
+    "requires",
+)  # fmt: skip
+
+
+def _unquoted(value: str) -> str | None:
+    """The value without its quotes, or None while it is not complete."""
+    value = "".join(c for c in value if c not in lossy_runes(value)).strip()
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            closed = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if closed else None
+    return value
+
+
+def _store(found: dict, key: str, word: str, value: str) -> None:
+    if key == "parameter":
+        kind = PARAMETERS[word]
+        if kind is list:
+            found["parameters"].setdefault(word, []).append(value)
+        else:
+            found["parameters"][word] = value == "true" if kind is bool else kind(value)
+    elif key in ("license", "message"):
+        found.setdefault(key, []).append(value if key == "license" else {"role": word, "content": value})
+    else:
+        found[key] = value

@@ -1,0 +1,278 @@
+"""Rows become conversations, checks and tokens: the work of ``prepare`` that needs no other row.
+
+It runs block by block, in this process or in several, and its results are compact, as they cross process borders.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.files import json_bytes
+from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.conversations.checks import Checks
+from gemma_tune.data.conversations.formats import Formats, Problem, RowError
+from gemma_tune.data.reading.sources import Block, Row
+from gemma_tune.encoding.chat_format import FormatError
+from gemma_tune.encoding.sequences import Encoder, Example, Outcome
+from gemma_tune.prepare.near import signature
+from gemma_tune.prepare.scripts import script_of
+from gemma_tune.prepare.spool import Kept, batch_of
+
+TOO_LONG = "too_long"
+T = TypeVar("T")
+_as_key = json.JSONEncoder(sort_keys=True).encode
+_AHEAD = 2  # blocks for each process that wait or are being worked on
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used, and every problem it has."""
+
+    row: Row
+    problems: tuple[Problem, ...]
+
+    @property
+    def code(self) -> str:
+        """The first problem's code."""
+        return self.problems[0].code
+
+    @property
+    def place(self) -> str:
+        return f"{self.row.file}:{self.row.line}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {'; '.join(p.reason for p in self.problems)}"
+
+    def record(self) -> dict[str, Any]:
+        """As it is kept in rejected.jsonl: nothing of the row is lost."""
+        first, *others = self.problems
+        more = {"others": [vars(p) for p in others]} if others else {}
+        return {"file": self.row.file, "line": self.row.line, **vars(first), **more, "row": self.row.value}
+
+
+@dataclass
+class Noticed:
+    """What is said about rows beside what is wrong with some.
+
+    Args:
+        formats: number of rows by format.
+        folded: rows whose system message had to go into the first user turn.
+        reasoning: rows with reasoning in them.
+        rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
+        difference: what that way is, in the first of them.
+        systems: rows that have the column which ``--columns system=…`` names.
+        columns: what the first row of that format has.
+    """
+
+    formats: Counter[str] = field(default_factory=Counter)
+    folded: int = 0
+    reasoning: int = 0
+    rewritten: int = 0
+    difference: str = ""
+    systems: int = 0
+    columns: list[str] = field(default_factory=list)
+
+    def add(self, later: Noticed) -> None:
+        """Put together with what was noticed about later rows."""
+        self.formats.update(later.formats)
+        self.folded += later.folded
+        self.reasoning += later.reasoning
+        self.rewritten += later.rewritten
+        self.difference = self.difference or later.difference
+        self.systems += later.systems
+        self.columns = self.columns or later.columns
+
+
+@dataclass
+class Judged:
+    """The results of one block.
+
+    Args:
+        kept: usable rows and those that are too long, as bytes of an Arrow batch (see ``spool``); None if there are
+            none.
+        rejected: all others, and the too long ones.
+    """
+
+    kept: bytes | None
+    rejected: list[Rejected]
+    noticed: Noticed = field(default_factory=Noticed)
+
+
+class Judge:
+    """Checks and encodes blocks of rows.
+
+    Args:
+        chat: tokenizer and template.
+        config: settings of ``prepare``.
+    """
+
+    def __init__(self, chat: Any, config: PrepareConfig):
+        self.config, self.chat = config, chat
+        self.formats = Formats(config.format, config.column_names, config.take)
+        self.checks = Checks(chat.markers, config.allow)
+        self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
+
+    def __call__(self, block: Block) -> Judged:
+        judged = Judged(None, [])
+        rows: list[Row] = []
+        examples: list[Example] = []
+        for row in block.rows():
+            try:
+                examples.append(self._example(row, judged))
+                rows.append(row)
+            except RowError as e:
+                judged.rejected.append(Rejected(row, e.problems))
+        kept = [k for row, example, outcome in zip(rows, examples, self.encoder.encode(examples))
+                if (k := self._kept(row, example, outcome, judged))]
+        judged.rejected.sort(key=lambda r: r.row.line)
+        judged.kept = batch_of(kept) if kept else None
+        return judged
+
+    def _example(self, row: Row, judged: Judged) -> Example:
+        if row.error:
+            raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
+        example = self.formats.example(row.value)
+        judged.noticed.formats[example.format] += 1
+        if example.format == "columns":
+            judged.noticed.systems += self.config.column_names.get("system") in row.value
+            judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
+        if problems := self.checks.problems(example):
+            raise RowError(problems)
+        if example.messages is None:
+            return {"text": example.text}
+        judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
+        judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
+        return {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
+
+    def _kept(self, row: Row, example: Example, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
+        if isinstance(outcome, FormatError):
+            fix = ("use a model whose chat template has tools, or leave the row out" if "tool" in str(outcome) else
+                   "change the conversation so that the chat template takes it")
+            judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
+            return None
+        if not outcome.full:  # --train-on last, and just that turn is not to be learned
+            judged.rejected.append(Rejected(row, (Problem(
+                "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
+                "use --train-on all, or leave the row out"),)))
+            return None
+        if len(outcome.full) > 1:
+            judged.noticed.rewritten += 1
+            judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
+        if not outcome.kept:
+            judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
+        text = json_bytes(example)
+        texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
+        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(text, digest_size=16).digest(),
+                    prompt=self._prompt(example), turns=len(example.get("messages", ())),
+                    script=script_of("\n".join(texts)),
+                    signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
+
+    def _difference(self, row: Row, example: Example) -> str:
+        found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
+        return f"{row.file}:{row.line}: {found}"
+
+    def _too_long(self, outcome: Outcome) -> Problem:
+        if self.config.on_long in ("split", "truncate"):
+            what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
+            return Problem(TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
+                                     f"and {what}", f"use --max-length {outcome.longest}, or shorten the conversation")
+        return Problem(TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
+                       f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
+
+    def _prompt(self, example: Example) -> int:
+        """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split."""
+        prompt = example.get("text") or [{key: value for key, value in m.items() if key != "tool_call_id"}
+                                         for m in example["messages"] if m["role"] != "assistant"]
+        tools = [example["tools"]] if "tools" in example else []
+        content = _as_key([self.config.seed, prompt, *tools]).encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+# --- several processes
+
+_judge: Judge | None = None  # of this process; children that are forked inherit it, with the tokenizer in its memory
+
+
+def judged_blocks(blocks: Iterable[tuple[T, Block]], judge: Judge, processes: int) -> Iterator[tuple[T, Block, Judged]]:
+    """Every block, with what it came with and its results, in order. Reading stays at most a few blocks ahead.
+
+    Raises:
+        WorkFailed: a process was killed, which is what happens when memory runs out.
+    """
+    if processes < 2:
+        for origin, block in blocks:
+            yield origin, block, judge(block)
+        return
+    global _judge
+    _judge = judge
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    pool = ProcessPoolExecutor(processes, mp_context=_context(), initializer=_begin, initargs=_arguments(judge))
+    waiting: deque[tuple[T, Block, Any]] = deque()
+    gc.collect()
+    gc.freeze()  # or the children's garbage collectors would write to, and so copy, all memory that they share
+    try:
+        for origin, block in blocks:
+            waiting.append((origin, block, pool.submit(_work, block)))
+            if len(waiting) >= processes * _AHEAD:
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+    except BrokenProcessPool as e:
+        raise WorkFailed("a process that prepares rows was killed, perhaps because memory ran out",
+                         "close other programs and run the same command again") from e
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
+        _judge = None
+
+
+def _next(waiting: deque[tuple[T, Block, Any]]) -> tuple[T, Block, Judged]:
+    origin, block, future = waiting.popleft()
+    return origin, block, future.result()
+
+
+def _context() -> Any:
+    import multiprocessing
+
+    # Forked children share the loaded tokenizer. Elsewhere (macOS, Windows) forking is unsafe or unknown.
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+def _arguments(judge: Judge) -> tuple[Any, ...]:
+    return (None,) if sys.platform == "linux" else (judge,)
+
+
+def _begin(judge: Judge | None) -> None:
+    """Start of a child process. Ctrl-C is for the parent, which ends its children."""
+    import signal
+    import threading
+
+    global _judge
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if judge is not None:
+        _judge = judge
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its children, which would wait for work for ever."""
+    import multiprocessing
+
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(block: Block) -> Judged:
+    assert _judge is not None
+    return _judge(block)

@@ -1,0 +1,222 @@
+"""``prepare``: the user's rows become checked conversations and their tokens, split into training and validation.
+
+Every input row ends up in exactly one of train.jsonl, valid.jsonl, rejected.jsonl and duplicates.jsonl; nothing is cut
+or dropped in silence. Two passes with constant memory: the first checks and encodes every row, in several processes
+where there is much to do; the second, which knows all rows, writes them. The files are replaced together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune import samples
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import replacing_directory
+from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.reading.sources import Source, find_sources, read_blocks
+from gemma_tune.encoding.labels import IGNORE_INDEX
+from gemma_tune.encoding.tokens import encoding_key, open_tokens
+from gemma_tune.models.source import load_format
+from gemma_tune.prepare.files import DataFiles, Findings
+from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
+from gemma_tune.prepare.near import NearIndex
+from gemma_tune.prepare.selection import Gathered, select
+from gemma_tune.prepare.spool import Spool
+from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
+from gemma_tune.run.stage import Finished, Session, StageReport, run_stage
+
+_SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
+_MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory
+_BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
+
+
+def prepare(session: Session, preview: int = 0) -> StageReport:
+    """Check, encode, split and write the data.
+
+    Args:
+        preview: show so many of the prepared sequences to the listener, also if all was up to date.
+
+    Raises:
+        UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
+    """
+    session = _as_before(session)
+    sources, held_out = _sources(session)
+    session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
+    inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
+    inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
+    recorded = session.manifest.stages.get("prepare")
+    if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
+        session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
+        session = replace(session, force=True)
+    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
+    if preview:
+        _preview(session, preview)
+    return report
+
+
+# --- which data
+
+def _as_before(session: Session) -> Session:
+    """Preparing again without naming data means the same data in the same way, but for what is said now."""
+    before = session.manifest.stages.get("prepare", {"config": {}})["config"]
+    if session.config.data or not before:
+        return session
+    origins, changes = dict(session.resolved.origins), {}
+    for field in fields(PrepareConfig):
+        kept = before.get(field.name)
+        if kept and kept["from"] not in ("default", "family") and origins[field.name] == "default":
+            value = kept["value"]
+            changes[field.name] = tuple(value) if isinstance(value, list) else value
+            origins[field.name] = kept["from"]
+    changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
+    if isinstance(changes.get("valid"), str):
+        changes["valid"] = session.run.found(changes["valid"])
+    if changes["data"]:
+        session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
+    others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
+    if others:
+        session.listener.note(f"settings as before: {', '.join(others)}")
+    return replace(session, resolved=replace(session.resolved, config=replace(session.config, **changes),
+                                             origins=origins))
+
+
+def _sources(session: Session) -> tuple[list[Source], list[Source]]:
+    """The data, and what is named for validation."""
+    config, run, listener = session.config, session.run, session.listener
+    names = list(config.data) or [str(samples.training_path())]
+    if config.valid == "-" and "-" in names:
+        raise UserError("standard input is named for training and for validation", "save one of them to a file")
+    sources = find_sources(names, run.inputs, listener)
+    held_out = find_sources([config.valid], run.inputs, listener) if isinstance(config.valid, str) else []
+    known = {source.path.resolve() for source in sources}
+    if twice := [source.name for source in held_out if source.path.resolve() in known]:
+        raise UserError(f"{', '.join(twice)} is named for training and for validation",
+                        "leave it out of one, or keep a share aside: --valid 0.1")
+    return sources, held_out
+
+
+def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
+    """Settings with names relative to the run, so that both can be moved together."""
+    copy = next((source.path for source in sources if source.name == "<stdin>"), None)
+
+    def kept(name: str) -> str:
+        if name.startswith("hf:"):
+            return name
+        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(name)))
+
+    config = session.config
+    valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
+    return replace(config, data=tuple(kept(name) for name in config.data), valid=valid)
+
+
+# --- the two passes
+
+def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source]) -> Finished:
+    config, run, listener = session.config, session.run, session.listener
+    chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
+    listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    judge = Judge(chat, config)
+    # Rows held out by file come first: a training row that repeats one of them is the duplicate.
+    ordered = [*held_out, *sources]
+    with replacing_directory(run.data) as folder, DataFiles(folder, [s.name for s in ordered]) as files:
+        spool = Spool(folder / "spool")
+        gathered, findings = Gathered(), Findings()
+        try:
+            _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
+            explain(judge, findings.noticed, config, listener)
+            with kept_when_refused(files, run.refused_rows):
+                refuse(findings, config, run.refused_rows, lambda: files.long_rows(spool, config))
+            columns = gathered.columns()
+            selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
+                               _nearly(spool, config.near_threshold) if config.near_duplicates else None)
+            refuse_empty_sides(selection, config, bool(held_out))
+            report = files.write(spool, columns, selection, findings, config,
+                                 lambda rows: listener.progress("writing rows", rows, spool.size))
+        finally:
+            spool.close()
+    run.refused_rows.unlink(missing_ok=True)
+    warn(session, findings, selection, report)
+    listener.data_report(report)
+    outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
+               "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
+               "data_report": run.data_report}
+    return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
+
+
+def _first_pass(session, sources, held_out: int, judge: Judge, spool: Spool, gathered: Gathered, findings: Findings,
+                files: DataFiles) -> None:
+    before = np.cumsum([0, *(source.size or 0 for source in sources)])
+    total = int(before[-1])
+    blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source, _BLOCK))
+    for number, block, judged in judged_blocks(blocks, judge, _processes(sources, total)):
+        done = before[number] + block.done * (before[number + 1] - before[number])
+        session.listener.progress("checking rows", round(done), total)
+        _take(judged, number, number < held_out, spool, gathered, findings, files)
+
+
+def _take(judged: Judged, source: int, is_held_out: bool, spool: Spool, gathered: Gathered, findings: Findings,
+          files: DataFiles) -> None:
+    files.reject(judged.rejected)
+    if judged.kept is None:
+        findings.add(judged, source, 0)
+        return
+    batch = spool.add(judged.kept, source)
+    usable = np.diff(batch.lists("lengths")[1]) > 0
+    findings.add(judged, source, int(usable.sum()))
+    gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable, is_held_out)
+
+
+def _processes(sources: Sequence[Source], total: int) -> int:
+    """How many processes check rows: one where there is little to do."""
+    if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_PROCESSES)
+
+
+def _nearly(spool: Spool, threshold: float):
+    """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
+    def nearly(candidates: np.ndarray) -> np.ndarray:
+        found = np.full(len(candidates), -1, np.int64)
+        index = NearIndex(threshold)
+        for batch in spool.read():
+            at = np.flatnonzero(candidates[batch.first:batch.first + batch.size])
+            signatures = batch.bytes_of("signature")
+            if len(at):
+                rows = np.stack([np.frombuffer(signatures[n], np.uint8) for n in at])
+                found[batch.first + at] = index.earlier(batch.first + at, rows)
+        return found
+
+    return nearly
+
+
+# --- what is shown
+
+def _preview(session: Session, count: int) -> None:
+    """The first training sequences as training sees them: text in pieces, each learned or not."""
+    chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking)
+    sequences = open_tokens(session.run.tokens / "train.arrow")
+    rows = []
+    for sequence in sequences.select(range(min(count, len(sequences)))):
+        learned = sequence["labels"] != IGNORE_INDEX
+        edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+        rows.append([(chat.tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
+                     for a, b in zip(edges, edges[1:])])
+    session.listener.preview(rows)
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the report that the manifest keeps."""
+    names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
+             "tokens", "trained_tokens")
+    before = report["before_the_limit"]
+    length = before["length"]
+    return {**{name: report[name] for name in names}, "turns": before["turns"], "shortest": length["shortest"],
+            "longest": length["longest"], **{p: length[p] for p in ("p50", "p90", "p99")},
+            "max_length": before["long"]["max_length"]}

@@ -1,0 +1,146 @@
+"""What ``prepare`` says about the rows, and when it refuses to go on with them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.prepare.files import DataFiles, Findings
+from gemma_tune.prepare.judge import TOO_LONG, Judge, Noticed
+from gemma_tune.prepare.selection import Selection
+from gemma_tune.run.stage import Session
+
+SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
+NAMED = 20  # faults that a failure names
+
+
+def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Listener) -> None:
+    """How the rows were read, and what the chat template makes of them."""
+    template = judge.chat.template
+    for name, rows in noticed.formats.most_common():
+        listener.note(f"format: {judge.formats.describe(name)}: {rows:,} rows")
+    if noticed.folded:
+        listener.note(f"the chat template has no place for a system message: in {noticed.folded:,} rows it is put "
+                      "before the first user turn")
+    if noticed.rewritten:
+        listener.note(f"{noticed.rewritten:,} rows become several sequences, so that each answer is learned after the "
+                      f"prompt that it will have: {noticed.difference}")
+    if "strftime_now" in template:
+        listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
+                      "what is learned")
+    if noticed.reasoning and config.thinking == "auto" and "enable_thinking" in template:
+        listener.note(f"{noticed.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
+
+
+@contextmanager
+def kept_when_refused(files: DataFiles, path: Path) -> Iterator[None]:
+    """If the rows are refused, what is wrong with each stays in a file of the run, for them to be repaired."""
+    try:
+        yield
+    except UserError:
+        files.keep_rejected(path)
+        raise
+
+
+def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: Callable[[], str | None]) -> None:
+    """Stop if too many rows are bad.
+
+    Args:
+        refused: where all of them can be looked up then.
+        long_rows: a sentence on what the limit of the length costs.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    bad, total = findings.rejected, findings.rows
+    long = findings.reasons[TOO_LONG]
+    if long and config.on_long == "fail":
+        raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
+                        "use --on-long split or drop, or a larger --max-length",
+                        [str(item) for item in findings.too_long])
+    if bad and config.on_bad_row == "fail":
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
+                        _listed(findings, refused))
+    problems = [*filter(None, [long_rows() if long else None])]
+    if bad == total:
+        fixes = {item.problems[0].fix for item in findings.examples}
+        raise UserError(f"none of the {total:,} rows can be used",
+                        fixes.pop() if len(fixes) == 1 else "correct the rows named above",
+                        [*problems, *_listed(findings, refused)])
+    if bad / total > config.max_rejected:
+        allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
+        other = "use a larger --max-length or --on-long split" if 2 * long > bad else "correct them"
+        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
+                        f"{other}, or go on without them: --max-rejected {needed:g}",
+                        [*problems, *_listed(findings, refused)])
+    _refuse_unknown_system(findings, config)
+
+
+def _listed(findings: Findings, refused: Path) -> list[str]:
+    """Rejected rows with what to do; those with the same fault in one line."""
+    groups: dict[str, list[str]] = {}
+    for item in findings.examples:
+        said = f"{'; '.join(p.reason for p in item.problems)} ({item.problems[0].fix})"
+        groups.setdefault(said, []).append(item.place)
+    shown = list(groups.items())[:NAMED]
+    lines = [f"{places[0]}{f' and {len(places) - 1:,} more rows' if places[1:] else ''}: {said}"
+             for said, places in shown]
+    more = findings.rejected - sum(len(places) for _, places in shown)
+    if more:
+        return [*lines, f"… and {more:,} more, all in {refused}"]
+    return [*lines, f"each of them is in {refused}"] if findings.rejected > len(lines) else lines
+
+
+def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
+    """A row may lack a system prompt; if all do, its column's name is wrong."""
+    name = config.column_names.get("system")
+    if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
+        near = difflib.get_close_matches(name, findings.noticed.columns, n=1)
+        guess = f"; did you mean `{near[0]}`?" if near else ""
+        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt{guess}",
+                        f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
+
+
+def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool) -> None:
+    """Stop if nothing is left to train on, or to validate with where that was asked for.
+
+    Raises:
+        UserError: with what to ask for instead.
+    """
+    train, valid = (int((selection.kept & side).sum()) for side in (~selection.valid, selection.valid))
+    if not train:
+        raise UserError("no row is left for training: all that can be used is in the validation file as well",
+                        "name other rows to train on, or keep a share aside: --valid 0.1")
+    if held_out and not valid:
+        raise UserError("no row of the validation file can be used",
+                        "correct it, or keep a share of the data aside: --valid 0.1")
+    if isinstance(config.valid, float) and config.valid >= 1 and config.valid >= train + valid:
+        raise UserError(f"--valid {config.valid:g} asks for as many rows as can be used, {train + valid:,}",
+                        "ask for fewer, or for a share: --valid 0.1")
+
+
+def warn(session: Session, findings: Findings, selection: Selection, report: dict[str, Any]) -> None:
+    """What is left out, and what to be careful about."""
+    listener = session.listener
+    for item in findings.examples[:SHOWN]:
+        listener.warn(f"rejected {item}")
+    if (more := findings.rejected - SHOWN) > 0:
+        listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
+    if selection.asked_on_both_sides:
+        listener.warn(f"{selection.asked_on_both_sides:,} training rows ask what validation rows ask; the validation "
+                      "loss will look better than it is")
+    if report["left_out_answers"]:
+        listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "
+                      f"into --max-length {session.config.max_length}")
+    if not report["valid_rows"] and session.config.valid:
+        listener.warn("no rows for validation: that needs two different prompts at least")
+    if report["duplicate_rows"]:
+        listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
+                      f"{session.run.duplicate_rows}")

@@ -1,0 +1,254 @@
+"""What every stage shares: up to date or not, stale inputs, the record written last.
+
+A stage is a function that gets a :class:`Session` and returns a :class:`Finished`. Whether it has to run at all is
+decided here from the manifest: same inputs, same settings and an intact output mean that it is up to date.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import os_errors
+from gemma_tune.base.listener import Listener
+from gemma_tune.config.settings import Resolved, StageConfig, asks_more, plain, same_result
+from gemma_tune.models.source import BaseModel
+from gemma_tune.run.directory import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
+
+# What a stage reads that another stage makes: input name -> (stage, its output).
+NEEDS: dict[str, dict[str, tuple[str, str]]] = {
+    "prepare": {},
+    "train": {"train_rows": ("prepare", "train_rows"), "valid_rows": ("prepare", "valid_rows"),
+              "tokens": ("prepare", "tokens")},
+    "eval": {"valid_rows": ("prepare", "valid_rows"), "adapter": ("train", "adapter")},
+    "merge": {"adapter": ("train", "adapter")},
+    "export-ollama": {"merged": ("merge", "merged")},
+}
+
+OUTSIDE = "outside_"  # before the name of an input that comes from outside the run instead of from another stage
+
+# Outputs that no stage reads and people work on: rejected rows are there to be repaired.
+FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report")
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
+
+    run: RunDir
+    model: BaseModel
+    resolved: Resolved
+    listener: Listener
+    manifest: Manifest
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    force: bool = False
+
+    @property
+    def config(self) -> Any:
+        """The stage's settings."""
+        return self.resolved.config
+
+    def settings_of(self, stage: str) -> dict[str, Any]:
+        """Recorded settings of an earlier stage by name, without their origins."""
+        record = self.manifest.stages.get(stage, {"config": {}})
+        return {name: entry["value"] for name, entry in record["config"].items()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a stage made: output paths by name, and the figures worth keeping."""
+
+    outputs: Mapping[str, Path]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """The outcome for the caller: ``status`` is ``done`` or ``up-to-date``."""
+
+    stage: str
+    status: str
+    run: Path
+    summary: dict[str, Any]
+    artifacts: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class State:
+    """A stage in the manifest: ``missing``, ``done``, ``stale`` (an input changed) or ``damaged``, and why."""
+
+    status: str
+    reason: str = ""
+
+
+def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
+    """Compare what the manifest says of a stage with what lies on the disk."""
+    record = manifest.stages.get(stage)
+    if record is None:
+        return State("missing")
+    if damage := _damage(run, stage, record["outputs"]):
+        return State("damaged", damage)
+    if record["base"] != manifest.model["fingerprint"]:
+        return State("stale", "the base model changed")
+    for name, item in record["inputs"].items():
+        maker = NEEDS[stage].get(name)
+        if maker:
+            current = manifest.stages.get(maker[0], {}).get("outputs", {}).get(maker[1])
+            if current is None or current["sha256"] != item["sha256"]:
+                return State("stale", f"`{maker[0]}` has run again with another result since")
+            upstream = state_of(run, manifest, maker[0])
+            if upstream.status != "done":
+                return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
+        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item)):
+            return State("stale", f"{path.name} {change}")
+    return State("done")
+
+
+def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any]) -> str | None:
+    read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
+    if unnamed := sorted(read_by_others - outputs.keys()):
+        return f"the manifest does not name its {', '.join(unnamed)}"
+    for name, item in outputs.items():
+        path = run.root / item["path"]
+        if name in FOR_PEOPLE:
+            continue
+        if not path.exists():
+            return f"{item['path']} is gone"
+        if change := _change(run, path, item):
+            return f"{item['path']} {change}"
+    return None
+
+
+def _change(run: RunDir, path: Path, item: Mapping[str, Any]) -> str | None:
+    """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
+    try:
+        return None if describe(run, path, item)["sha256"] == item["sha256"] else "was changed"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+
+
+def require_inputs(run: RunDir, manifest: Manifest, stage: str, *without: str) -> dict[str, Path]:
+    """Paths of the artifacts that ``stage`` reads, but for those in ``without``.
+
+    Raises:
+        UserError: one is missing or damaged; the hint is the command that makes it.
+    """
+    return {name: require_output(run, manifest, stage, maker, output)
+            for name, (maker, output) in NEEDS[stage].items() if name not in without}
+
+
+def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, output: str) -> Path:
+    """Path of the artifact ``output`` of the stage ``maker``, for use in ``stage``; a stale one is good enough.
+
+    Raises:
+        UserError: it is missing, damaged, or was made from another base model; the hint is the command that makes it.
+    """
+    state = state_of(run, manifest, maker)
+    make_it = command(maker, run.root)
+    if state.status == "missing":
+        raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
+                        f"run it first: {make_it}")
+    if state.status == "damaged":
+        raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
+                        f"make it again: {make_it} --force")
+    if maker != "prepare" and manifest.stages[maker]["base"] != manifest.model["fingerprint"]:
+        raise UserError(f"the result of `{maker}` belongs to another base model than {manifest.model['id']} is now",
+                        f"train for this one: {command('train', run.root, '--force')}")
+    return run.root / manifest.stages[maker]["outputs"][output]["path"]
+
+
+def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
+              extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False,
+              elsewhere: Mapping[str, Path] | None = None) -> StageReport:
+    """Run one stage under the run's lock, unless its result is up to date, and record it.
+
+    Args:
+        work: does the work; it replaces an artifact only when its successor is whole.
+        extra_inputs: files from outside the run, fingerprinted like the others.
+        elsewhere: inputs from outside the run, in place of what another stage makes under the same name.
+        unfinished: an interrupted repetition of this stage waits to be finished, so it is not up to date.
+
+    Raises:
+        UserError: missing input, run in use, no permission; and whatever ``work`` raises.
+    """
+    assert stage in STAGES
+    run = session.run
+    with Lock(run.root, stage) as lock, os_errors(run.root):
+        for name in lock.restored:
+            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+        # Read again under the lock: another command may have finished since the session was opened.
+        manifest = read_manifest(run.root) or session.manifest
+        # An updated record (same model, perhaps another place) replaces the one on the disk.
+        moved = manifest.model != session.manifest.model
+        manifest.model = session.manifest.model
+        outside = dict(elsewhere or {})
+        inputs = require_inputs(run, manifest, stage, *outside)
+        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs | outside,
+                          session.force)
+        _warn_of_stale_inputs(session, {maker for name, (maker, _) in NEEDS[stage].items() if name in inputs})
+        named = {f"{OUTSIDE}{name}": path for name, path in outside.items()}
+        fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
+        if not (session.force or unfinished) and (kept := _up_to_date(session, stage, fingerprints)):
+            if moved:
+                manifest.save(run)
+            return kept
+        started, clock = now(), time.monotonic()
+        finished = work(session)
+        manifest.stages[stage] = {
+            "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
+            "config": session.resolved.record(), "inputs": fingerprints,
+            "outputs": {name: describe(run, path) for name, path in finished.outputs.items()},
+            "summary": finished.summary,
+        }
+        manifest.save(run)
+    return _report(session, stage, "done", time.monotonic() - clock)
+
+
+def _warn_of_stale_inputs(session: Session, makers: set[str]) -> None:
+    for maker in makers:
+        state = state_of(session.run, session.manifest, maker)
+        if state.status == "stale":
+            session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it: "
+                                  f"{command(maker, session.run.root)}")
+
+
+def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> dict[str, Any]:
+    known = session.manifest.stages.get(stage, {"inputs": {}})["inputs"]
+    return {name: describe(session.run, path, known.get(name)) for name, path in inputs.items()}
+
+
+def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> StageReport | None:
+    record = session.manifest.stages.get(stage)
+    if record is None:
+        return None
+    state = state_of(session.run, session.manifest, stage)
+    changed = _changes(record, session.config, inputs)
+    if state.status == "done" and not changed:
+        session.listener.note(f"`{stage}` is up to date; --force runs it again")
+        return _report(session, stage, "up-to-date", 0.0)
+    session.listener.note(f"`{stage}` runs again: {state.reason or '; '.join(changed)}")
+    return None
+
+
+def _changes(record: Mapping[str, Any], config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
+    # A setting that an older version did not have was, in effect, at its default.
+    old = {f.name: plain(f.default) for f in fields(config)}
+    old |= {name: entry["value"] for name, entry in record["config"].items()}
+    changed = [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
+               if name not in same_result(type(config)) and old[name] != value
+               and asks_more(type(config), name, old[name], value)]
+    before = {name: item["sha256"] for name, item in record["inputs"].items()}
+    if before != {name: item["sha256"] for name, item in inputs.items()}:
+        changed.append("other input files")
+    return changed
+
+
+def _report(session: Session, stage: str, status: str, seconds: float) -> StageReport:
+    record = session.manifest.stages[stage]
+    artifacts = {name: str(session.run.root / item["path"]) for name, item in record["outputs"].items()}
+    return StageReport(stage, status, session.run.root, record["summary"], artifacts, seconds)

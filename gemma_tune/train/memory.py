@@ -1,0 +1,274 @@
+"""Whether a training fits the memory, known before its weights are loaded or downloaded.
+
+:func:`estimate` says what a step needs, :func:`available` what there is, and :func:`choose` finds how many
+conversations go through the model at once. What a step learns from does not depend on that: a batch is worked on in
+pieces, whose gradients are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train.shape import ModelShape
+
+if TYPE_CHECKING:
+    from gemma_tune.models.source import Placement
+
+# What is left for the system and for what estimates miss.
+USABLE = 0.9
+LARGEST_FP32 = 1_500_000_000  # parameters up to which models that are compared compute in fp32
+# NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
+NF4_BYTES = (4 + 0.127) / 8
+# What lives beside what is kept while the gradient goes through one layer, for each token: so many numbers of the
+# widest linear layer in the compute type (measured 1.7 to 2.4, in bf16 and fp32, Gemma 3 and Llama), or so many bytes
+# for each number of a norm, which computes in fp32 (measured 14).
+WORKING_LINEAR, WORKING_NORM = 2.5, 16
+# The loss holds a chunk of the logits of a block of rows, never all of them; see loss.py.
+LOGITS = 64_000_000
+# Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
+# larger than the sum of all tensors without it, for each 0.4 GB of activations.
+FRAGMENTATION = 1.25
+# On a CPU, Python with its libraries and threads (resident set before the weights), and the tokenizer for each entry of
+# its vocabulary. On a GPU, the libraries' workspaces beside the context, which is there when its free memory is asked
+# for; this one is a guess.
+OVERHEAD = {"cpu": 700_000_000, "cuda": 300_000_000, "mps": 300_000_000}
+TOKENIZER = 950
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a training needs, in bytes; the fields say where it goes, see :func:`estimate`."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a batch goes through the model.
+
+    Attributes:
+        micro_batch: conversations at once; a divisor of the batch size unless the user said otherwise.
+        checkpointing: activations are recomputed in the backward pass.
+        memory: what that needs with the longest rows.
+        available: bytes that there are.
+        fits: ``memory`` is within the share of ``available`` that may be used.
+        reason: why so, in words.
+    """
+
+    micro_batch: int
+    checkpointing: bool
+    memory: Memory
+    available: int
+    fits: bool
+    reason: str
+
+
+def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
+             device: str, shards: int = 1) -> Memory:
+    """Peak memory of a training step of one process, in bytes.
+
+    - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
+      largest of them is unpacked while it is used. In ``shards`` each process has its part, the whole head, and two
+      layers: the one in use and the next.
+    - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number.
+    - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
+      ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
+    - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
+      norm, which never exist together.
+
+    Args:
+        micro_batch: conversations at once.
+        longest: tokens of the longest one.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        shards: processes that share the weights among them.
+    """
+    tokens = micro_batch * longest
+    kept = shape.kept(micro_batch, longest)
+    if checkpointing:
+        kept = min(kept, shape.layers * tokens * shape.hidden * shape.item + kept // shape.layers)
+    weights = shape.parameters * shape.item
+    if shards > 1:
+        weights = weights // shards + shape.head * shape.item + 2 * weights // shape.layers
+    if four_bit:
+        weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
+    working = max(LOGITS, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
+                  WORKING_NORM * tokens * shape.hidden)
+    overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
+    return Memory(weights=weights, adapter=4 * shape.adapter, gradients=4 * shape.adapter, optimizer=8 * shape.adapter,
+                  activations=round(FRAGMENTATION * kept), working=working, overhead=overhead)
+
+
+def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> Choice:
+    """The most conversations at once that fit; activations are recomputed only if not even one fits otherwise.
+
+    Args:
+        config: ``micro_batch`` and ``activation_checkpointing`` are kept where the user set them.
+        longest: tokens of the longest row.
+        room: bytes that there are.
+    """
+    asked = config.micro_batch is not None or config.activation_checkpointing is not None
+    first = None
+    for checkpointing, micro_batch in _candidates(config):
+        memory = estimate(shape, micro_batch, longest, checkpointing=checkpointing, four_bit=config.qlora,
+                          device=device, shards=config.shards)
+        choice = Choice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "")
+        first = first or choice
+        if choice.fits:
+            break
+    reason = "as asked" if asked else "they fit" if choice is first else (
+        f"{_counted(first.micro_batch)} would need {gigabytes(first.memory.total)}")
+    return Choice(choice.micro_batch, choice.checkpointing, choice.memory, room, choice.fits, reason)
+
+
+def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:
+    """Checkpointing and micro-batch in the order of preference, the fastest first."""
+    sizes = [config.micro_batch] if config.micro_batch else [
+        n for n in range(config.batch_size, 0, -1) if config.batch_size % n == 0]
+    modes = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
+    return ((checkpointing, size) for checkpointing in modes for size in sizes)
+
+
+def refuse_what_does_not_fit(choice: Choice, config: TrainConfig, longest: int, listener: Listener) -> None:
+    """A CPU reports no lack of memory: the system kills the process. So it is refused before anything is loaded.
+
+    Whoever set the least there is, ``--micro-batch 1 --activation-checkpointing``, is only warned.
+
+    Raises:
+        UserError: it does not fit; the hint says what helps.
+    """
+    if choice.fits:
+        return
+    memory = choice.memory
+    says = (f"this training needs about {gigabytes(memory.total)} of memory with {_counted(choice.micro_batch)} of "
+            f"{longest:,} tokens at once, and {gigabytes(choice.available)} are available")
+    if config.micro_batch == 1 and config.activation_checkpointing:
+        listener.warn(f"{says}; it may be killed")
+        return
+    raise UserError(says, _what_helps(choice, config, longest))
+
+
+def _what_helps(choice: Choice, config: TrainConfig, longest: int) -> str:
+    memory, room = choice.memory, USABLE * choice.available
+    fixed = memory.total - memory.activations - memory.working
+    ways = []
+    if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
+        ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
+    if not config.qlora and memory.weights > memory.total / 4:
+        ways.append("--qlora keeps the weights in 4 bits")
+    if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:
+        shorter = max(64, int(longest * (room - fixed) / (memory.activations + memory.working)) // 64 * 64)
+        ways.append(f"prepare again with --max-length {shorter}")
+    ways.append("a smaller model, or more memory, and other programs closed")
+    return "; or ".join(ways) + "; --micro-batch 1 --activation-checkpointing tries it all the same"
+
+
+def described(choice: Choice, longest: int) -> str:
+    """The choice in one line."""
+    memory = choice.memory
+    adapter = memory.adapter + memory.gradients + memory.optimizer
+    recomputed = ", recomputed in the backward pass" if choice.checkpointing else ""
+    return (f"memory: about {gigabytes(memory.total)} of {gigabytes(choice.available)} available (weights "
+            f"{gigabytes(memory.weights)}, adapter and optimiser {gigabytes(adapter)}, activations "
+            f"{gigabytes(memory.activations + memory.working)} with {choice.micro_batch} x {longest:,} tokens at once"
+            f"{recomputed}, libraries {gigabytes(memory.overhead)})")
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:.2f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
+
+
+def _counted(rows: int) -> str:
+    return "1 conversation" if rows == 1 else f"{rows} conversations"
+
+
+# --- what there is
+
+def available(device: str) -> int:
+    """Bytes that this process can have on the device, with those that it already holds.
+
+    On a CPU the least of what the system calls available and what is left of every control group's limit.
+    """
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    import psutil
+
+    return min(psutil.virtual_memory().available, *_left_by_groups()) + psutil.Process().memory_info().rss
+
+
+def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
+    """Where and how a model computes that is loaded to be compared; None and the reason if it does not fit the memory.
+
+    In fp32 what is left to differ is the rounding of the weights, so small models compute in it.
+
+    Args:
+        parameters: of the model.
+        extra: bytes that are needed besides.
+    """
+    from gemma_tune.models.source import choose_placement
+
+    first = "fp32" if parameters < LARGEST_FP32 else "auto"
+    for dtype in dict.fromkeys((first, "auto", "bf16")):
+        placement = choose_placement(dtype)
+        need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
+        # A checkpoint goes through the computer's own memory on its way to a GPU.
+        room = min(available(device) for device in {placement.device, "cpu"})
+        if need <= USABLE * room:
+            return placement, ""
+    return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
+
+
+def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each limit on the memory of this process's control groups leaves, version 1 and 2; infinity, if none."""
+    left = [2**63]
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return left
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version_1 = controllers != ""
+        if version_1 and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if version_1 else root
+        group = base / path.lstrip("/")
+        # In a container the path may be the host's, and the own group is mounted at the root.
+        for folder in (base, group, *(g for g in group.parents if g.is_relative_to(base))):
+            left += _left_in(folder, version_1)
+    return left
+
+
+def _left_in(folder: Path, version_1: bool) -> list[int]:
+    limit, usage, pages = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ") if version_1
+                           else ("memory.max", "memory.current", "inactive_file "))
+    try:
+        bound = (folder / limit).read_text(encoding="ascii").strip()
+        if bound == "max":
+            return []
+        used = int((folder / usage).read_text(encoding="ascii"))
+        stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    # The cache of files that nobody reads at the moment is given up before anything is refused.
+    reclaimable = sum(int(line.split()[1]) for line in stat if line.startswith(pages))
+    return [max(0, int(bound) - used + reclaimable)]

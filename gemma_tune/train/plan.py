@@ -1,0 +1,224 @@
+"""What a training will do, need and take, before it does: the arithmetic behind ``train --dry-run``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.encoding.tokens import lengths_of
+from gemma_tune.train.memory import Choice, described
+from gemma_tune.train.shape import ModelShape
+
+if TYPE_CHECKING:
+    from gemma_tune.models.source import Placement
+
+# The share of the speed of one large matrix product that a training reaches. Measured 0.59 with Gemma 3 270M, bf16,
+# batches of 4 x 130 tokens, on two cores (536 tokens/s where a product reached 0.82 TFLOP/s).
+EFFICIENCY = 0.55
+FEW_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Side:
+    """Sizes of the training or the validation sequences.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        trained: how many tokens of all of them are learned.
+    """
+
+    lengths: np.ndarray
+    trained: int
+
+    @classmethod
+    def of(cls, sequences: Any) -> Side:
+        """Measure what :func:`gemma_tune.encoding.tokens.open_tokens` opened, without reading the tokens."""
+        ends = [chunk.flatten().to_numpy() for chunk in sequences.data.column("spans").chunks]
+        return cls(lengths_of(sequences), int(sum(e[1::2].sum() - e[::2].sum() for e in ends)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will do.
+
+    Attributes:
+        sequences: number of training sequences.
+        exposures: how often each of them is seen, on average.
+        tokens_per_epoch: without padding; ``padding`` is the share that padding adds to them.
+        pieces: in how many pieces of ``choice.micro_batch`` a batch goes through the model.
+        seconds: estimated time of all steps and evaluations; ``basis`` says from what.
+        notes: what people should know about these figures.
+    """
+
+    sequences: int
+    longest: int
+    steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    exposures: float
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    padding: float
+    pieces: int
+    accumulation: int
+    effective_batch: int
+    choice: Choice
+    seconds: float
+    basis: str
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for ``--json``; sizes in bytes."""
+        values = asdict(self)
+        choice = values.pop("choice")
+        memory = choice.pop("memory")
+        return {**values, **choice, "memory": {**memory, "total": self.choice.memory.total}}
+
+    def as_table(self) -> dict[str, str]:
+        """Figures with their names, for people."""
+        memory = described(self.choice, self.longest).removeprefix("memory: ")
+        return {
+            "data": f"{self.sequences:,} sequences of up to {self.longest:,} tokens; {self.tokens_per_epoch:,} in all, "
+                    f"{self.trained_tokens_per_epoch:,} learned; padding adds {self.padding:.0%}",
+            "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each sequence is seen "
+                     f"{self.exposures:.3g} times",
+            "warm-up": f"{self.warmup_steps:,} steps ({self.warmup_steps / self.steps:.0%})",
+            "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
+            "memory": memory if self.choice.fits else f"does not fit: {memory}",
+            "time": f"about {_span(self.seconds)} ({self.basis})",
+        }
+
+
+def steps_per_epoch(rows: int, config: TrainConfig) -> int:
+    """Optimiser steps of one pass; rounded up, as the last batch may be smaller."""
+    return -(-rows // config.effective_batch)
+
+
+def total_steps(rows: int, config: TrainConfig) -> int:
+    """Optimiser steps of the whole training."""
+    steps = max(1, round(steps_per_epoch(rows, config) * config.epochs))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def warmup_steps(steps: int, config: TrainConfig) -> int:
+    """Steps in which the learning rate rises."""
+    return round(config.warmup * steps)
+
+
+def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: Choice, train: Side, valid: Side, *,
+              tokens_per_second: float | None = None, notes: Sequence[str] = ()) -> Plan:
+    """Put the figures together.
+
+    Args:
+        tokens_per_second: what an earlier training of this model on this device reached; else a matrix product is
+            measured (a third of a second).
+        notes: what else people should know.
+    """
+    rows = len(train.lengths)
+    steps, per_epoch = total_steps(rows, config), steps_per_epoch(rows, config)
+    epochs, rest = divmod(steps, per_epoch)
+    batches = _pieces(train.lengths, config, choice.micro_batch)
+    tokens = int(train.lengths.sum())
+    seconds, basis = _time(shape, placement, choice, steps / per_epoch, batches, train, valid,
+                           _evaluations(steps, per_epoch, valid, config), tokens_per_second)
+    if not tokens_per_second and placement.device != "cpu":  # processes on a CPU share what was measured
+        seconds /= config.num_processes
+    return Plan(
+        sequences=rows, longest=int(train.lengths.max()), steps=steps, steps_per_epoch=per_epoch,
+        warmup_steps=warmup_steps(steps, config), exposures=epochs + min(1.0, rest * config.effective_batch / rows),
+        tokens_per_epoch=tokens, trained_tokens_per_epoch=train.trained,
+        padding=sum(n * longest for n, longest in batches) / tokens - 1,
+        pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
+        effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
+        notes=(*_notes(rows, steps, config), *notes))
+
+
+def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:
+    """Rows and longest row of everything that goes through the model in the first epoch."""
+    from gemma_tune.train.batches import LengthGroupedBatches, Share
+
+    # What several processes do at once, as if it were done one after the other.
+    share = Share(config.batch_size, config.accumulation * config.num_processes)
+    batches = LengthGroupedBatches(lengths, share, config.seed)
+    parts = [lengths[batch[n:n + micro_batch]] for batch in batches for n in range(0, len(batch), micro_batch)]
+    return [(len(part), int(part.max())) for part in parts]
+
+
+def _evaluations(steps: int, per_epoch: int, valid: Side, config: TrainConfig) -> int:
+    """How often the validation rows are looked at: before, every so many steps, and at the end."""
+    if not len(valid.lengths):
+        return 0
+    every = config.eval_steps or per_epoch
+    return 1 + steps // every + bool(steps % every)
+
+
+def _notes(rows: int, steps: int, config: TrainConfig) -> list[str]:
+    """Where rounding makes something else of the settings than people expect."""
+    notes = []
+    if steps < FEW_STEPS:
+        notes.append(f"only {steps} step{'s' if steps > 1 else ''}: the adapter will hardly learn anything; more "
+                     "--epochs, or a smaller --batch-size, give more")
+    if config.warmup and not warmup_steps(steps, config):
+        notes.append(f"a warm-up of {config.warmup:.0%} of {steps} steps is rounded to none")
+    if config.effective_batch > rows:
+        notes.append(f"a batch of {config.effective_batch} is more than there is: each step sees all {rows} sequences")
+    return notes
+
+
+# --- time
+
+def _time(shape: ModelShape, placement: Placement, choice: Choice, epochs: float, batches: Sequence[tuple[int, int]],
+          train: Side, valid: Side, evaluations: int, tokens_per_second: float | None) -> tuple[float, str]:
+    """Estimated seconds, and what they are estimated from. An evaluation, which only goes forward, takes half."""
+    evaluated = evaluations * valid.lengths.sum() / 2
+    tokens = train.lengths.sum()
+    if tokens_per_second:
+        return (float((epochs * tokens + evaluated) / tokens_per_second),
+                f"{tokens_per_second:,.0f} tokens/s in the last training")
+    speed = product_speed(shape, placement)
+    of_epoch = sum(_operations(shape, choice.checkpointing, n, longest) for n, longest in batches)
+    of_epoch += 4 * shape.head * train.trained
+    seconds = of_epoch * (epochs + evaluated / tokens) / (speed * EFFICIENCY)
+    return float(seconds), f"{EFFICIENCY:.0%} of the {speed / 1e12:.3g} TFLOP/s that a matrix product reaches here"
+
+
+def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) -> int:
+    """Floating-point operations of one batch, head excluded: a multiplication and an addition count as two.
+
+    For each token: 2 for each number of a frozen matrix forward, 2 backward for the gradient of its input, and 2 more
+    if the forward pass is repeated; 6 for each number of the adapter, which needs its own gradient too. Attention
+    multiplies two matrices forward and five backward, for each pair of tokens.
+    """
+    tokens = rows * length
+    dense = (6 if checkpointing else 4) * shape.active + 6 * shape.adapter
+    return tokens * (dense + 14 * length * shape.layers * shape.attention)
+
+
+def product_speed(shape: ModelShape, placement: Placement, seconds: float = 0.3) -> float:
+    """Operations per second of matrix products of this model's sizes, in its type and on its device, for about so
+    many seconds; other programs that want the processor are there in training, too."""
+    import torch
+
+    a = torch.ones(1024, shape.hidden, dtype=placement.dtype, device=placement.device)
+    b = torch.ones(shape.hidden, shape.widest, dtype=placement.dtype, device=placement.device)
+    (a @ b)[0, 0].item()  # the first product includes choosing and preparing the kernel
+    products, start = 0, time.perf_counter()
+    while (busy := time.perf_counter() - start) < seconds:
+        for _ in range(4):
+            c = a @ b
+        c[0, 0].item()  # waits for a GPU
+        products += 4
+    return 2 * a.shape[0] * b.numel() * products / busy
+
+
+def _span(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

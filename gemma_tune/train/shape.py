@@ -1,0 +1,213 @@
+"""How large a model is and what a training step of it keeps, from config.json alone.
+
+The model is built on PyTorch's ``meta`` device, where tensors have shapes and no contents: a 27B model takes a second
+and no memory there. With its adapter in place it computes a batch, and autograd tells what it would keep for the
+backward pass. So the figures follow the model's own code, and ours, without a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.layers import lora_config, target_modules
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Where a model's code cannot run on shapes (it looks at values): how many numbers are kept for each that goes into or
+# comes out of an adapted layer. Gemma 3 270M keeps 1.3, SmolLM2 1.1.
+KEPT_PER_NUMBER = 2
+_ATTENTION = "gemma_tune_counted"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a base model with its adapter.
+
+    Attributes:
+        parameters: numbers of the base model; tied embeddings count once.
+        linear: those of them that ``--qlora`` keeps in 4 bits: in linear layers, but not in the head.
+        active: those that each token is multiplied with, without embeddings and head; of experts, the chosen share.
+        adapter: numbers of the adapter, which are trained.
+        adapted: how many layers the adapter is on.
+        head: numbers of the head, vocabulary x hidden size.
+        hidden: hidden size.
+        widest: the most numbers of one token that go into or come out of an adapted layer.
+        layers: blocks of the text model.
+        attention: query heads x their width.
+        item: bytes of a number in the compute type.
+        kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
+    """
+
+    parameters: int
+    linear: int
+    active: int
+    adapter: int
+    adapted: int
+    head: int
+    hidden: int
+    widest: int
+    layers: int
+    attention: int
+    item: int
+    kept: Callable[[int, int], int]
+
+
+def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype) -> ModelShape:
+    """Measure the model of ``checkpoint/config.json``; the weights need not be there.
+
+    Args:
+        config: for the adapter's rank and layers.
+        dtype: the compute type.
+
+    Raises:
+        UserError: a model type that transformers does not know, or ``--target-modules`` that the model does not have.
+    """
+    import torch
+
+    text_config, model = _without_weights(checkpoint, dtype)
+    head = model.get_output_embeddings().weight
+    chosen = target_modules(model, config.target_modules)
+    adapted = [model.get_submodule(name) for name in chosen]
+    linear = {id(module.weight): module.weight.numel() for module in model.modules()
+              if isinstance(module, torch.nn.Linear) and module.weight is not head}
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()), linear=sum(linear.values()),
+        active=_active(model, text_config),
+        adapter=config.rank * sum(m.in_features + m.out_features for m in adapted)
+        + config.dora * sum(m.out_features for m in adapted),
+        adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
+        widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
+        attention=_attention_width(text_config),
+        item=dtype.itemsize, kept=_counter(model, config, chosen))
+
+
+def _attention_width(config: PretrainedConfig) -> int:
+    """Heads times their width, of the widest layer: Gemma 4 has two widths. 0 for a family without attention."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(map(_attention_width, config.per_layer_config))
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+
+
+def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """The text model's configuration, and the model on the meta device."""
+    from transformers import AttentionInterface, AutoConfig
+
+    from gemma_tune.models.source import needs_eager_attention, quiet_libraries
+
+    quiet_libraries()
+    AttentionInterface.register(_ATTENTION, _counted_attention)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
+        model = _on_meta(config, dtype, attention)
+    except (ValueError, KeyError, ImportError, OSError) as e:
+        raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: "
+                        f"{str(e).strip().splitlines()[0]}", "use a causal language model that the installed "
+                        "transformers knows, or: pip install --upgrade transformers") from e
+    return config.get_text_config(), model
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention,
+                                                    trust_remote_code=False)
+        except KeyError:  # a family with a fixed list of attentions, such as Falcon
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:
+    """Numbers of the text model's matrices that one token meets; experts are three-dimensional parameters."""
+    import torch
+
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [model.get_output_embeddings()]
+    embeddings = {id(p) for module in tables for p in module.parameters()}
+    matrices = [p for p in model.get_decoder().parameters() if p.ndim > 1 and id(p) not in embeddings]
+    return round(sum(p.numel() * (chosen / experts if p.ndim == 3 else 1) for p in matrices))
+
+
+def _counter(model: PreTrainedModel, config: TrainConfig, chosen: list[str]) -> Callable[[int, int], int]:
+    """``kept`` of :class:`ModelShape`; the adapter is put on the model."""
+    from peft import get_peft_model
+
+    from gemma_tune.lora.dora import start_from_base
+
+    through = sum(module.in_features + module.out_features for module in map(model.get_submodule, chosen))
+    adapted = get_peft_model(model, lora_config(config, chosen), low_cpu_mem_usage=True).train()
+    if config.dora:
+        start_from_base(adapted)
+
+    @cache
+    def kept(rows: int, length: int) -> int:
+        try:
+            return _kept(adapted, rows, length)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return rows * length * through * KEPT_PER_NUMBER * adapted.dtype.itemsize
+
+    return kept
+
+
+def _kept(adapted: Any, rows: int, length: int) -> int:
+    """Bytes of the different tensors that autograd keeps of one forward pass up to the last hidden states."""
+    import torch
+
+    from gemma_tune.train.kernels import fast_layers
+
+    own = {tensor.untyped_storage()._cdata for tensor in (*adapted.parameters(), *adapted.buffers())}
+    sizes: dict[int, int] = {}
+    alive = []  # a tensor that is gone would leave its address to the next one
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    eager = adapted.config.get_text_config()._attn_implementation == "eager"
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta") if eager else None
+    with fast_layers(adapted), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        adapted.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(sizes.values())
+
+
+def _counted_attention(module, query, key, value, attention_mask, sliding_window=None, **_: Any):
+    """Stands for PyTorch's fused attention, which the meta device does not have.
+
+    It keeps what that keeps: query, key, value, result and the logarithm of the sums (fp32); where a window needs a
+    mask, also the mask in the compute type, and keys and values repeated for every query head.
+    """
+    import torch
+
+    heads, length = query.shape[1:3]
+    masked = bool(sliding_window) and length > sliding_window
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, key, value):
+            # One head for all queries is a view of itself, see repeat_kv of transformers.
+            repeated = [x.new_empty(len(x), heads, *x.shape[2:]) if masked and x.shape[1] not in (1, heads) else x
+                        for x in (key, value)]
+            # Laid out as the projection after it reads it, so that this needs no copy.
+            out = query.new_empty(len(query), length, heads, value.shape[-1]).transpose(1, 2)
+            sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+            mask = [query.new_empty(len(query), 1, length, length)] if masked else []
+            ctx.save_for_backward(query, *repeated, out, sums, *mask)
+            return out
+
+    return Kept.apply(query, key, value).transpose(1, 2), None

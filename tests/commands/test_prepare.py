@@ -1,0 +1,384 @@
+"""``prepare`` from the command line: what it reads together, where each row goes, and what the split keeps apart."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from support.command import rows, write_rows
+from support.prepared import (
+    DATA,
+    SIDES,
+    alpaca,
+    contents,
+    format_of,
+    kept,
+    learned,
+    prepared,
+    questions,
+    read,
+    report,
+    row,
+    sequences,
+    with_template,
+)
+from support.rows import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT
+from support.templates import assistant, user
+
+
+@pytest.fixture(scope="module")
+def tool_model(tiny, tmp_path_factory) -> Path:
+    """A model whose template knows tools."""
+    return with_template(tiny, tmp_path_factory.mktemp("tools"))
+
+
+# --- what is read
+
+def test_conversations_come_out_as_they_went_in(prepare):
+    several = {"messages": [*row()["messages"], user("And a share?"), assistant("A part of a firm.")], "id": 7}
+    done = prepare(write_rows(Path("rows.jsonl"), [several, *rows(3)]), "--valid", 0)
+    assert read("train") == [{"messages": several["messages"]}, *rows(3)]
+    assert read("valid") == read("rejected") == read("duplicates") == []
+    assert done["summary"]["turns"] == 4 + 3 * 2
+    assert (done["stage"], done["status"], done["run"]) == ("prepare", "done", "runs/tiny-gemma")
+    names = {f"{side}_rows": f"{side}.jsonl" for side in SIDES[:3]} | {
+        "duplicate_rows": "duplicates.jsonl", "data_report": "report.json", "tokens": "tokens"}
+    assert done["artifacts"] == {name: str(DATA / path) for name, path in names.items()}
+    assert done["next"] == ["gemma-tune train --run runs/tiny-gemma"]
+
+
+def test_figures_about_the_tokens(prepare):
+    done = prepare(write_rows(Path("rows.jsonl"), [row(answer="word " * n) for n in (1, 2, 40)]))["summary"]
+    assert done["shortest"] < done["longest"] == done["p99"]
+    assert done["shortest"] <= done["p50"] <= done["p90"] <= done["p99"]
+    assert 0 < done["trained_tokens"] < done["tokens"] <= 3 * done["longest"]
+    assert done["max_length"] == 2048
+
+
+@pytest.mark.parametrize("value, question, instruction", [
+    (alpaca(), "Add.", None),
+    (alpaca(input="1 and 2"), "Add.\n\n1 and 2", None),
+    (alpaca(input=""), "Add.", None),
+    (alpaca(input=None, system=None), "Add.", None),
+    (alpaca(input="  \n"), "Add.", None),
+    (alpaca(system="Be brief."), "Add.", "Be brief."),
+    (alpaca(input="1 and 2", system=" Be brief. "), "Add.\n\n1 and 2", "Be brief."),
+    (alpaca("", input="1 and 2"), "1 and 2", None),
+    (alpaca(None, input="1 and 2"), "1 and 2", None),
+    (alpaca(" Add. ", " 3 ", source="web"), "Add.", None),
+])
+def test_alpaca_rows_become_conversations(prepare, value, question, instruction):
+    prepare(write_rows(Path("rows.jsonl"), [value]))
+    assert kept() == [row(question, "3", instruction)["messages"]]
+
+
+def test_a_file_with_one_row(prepare):
+    summary = prepare(write_rows(Path("rows.jsonl"), [row()]))["summary"]
+    assert (summary["train_rows"], summary["valid_rows"]) == (1, 0)
+
+
+def test_several_files_are_read_in_order(prepare):
+    write_rows(Path("one.jsonl"), [row("a"), {"bad": 1}])
+    Path("two.json").write_text(json.dumps([row("b"), 7], indent=1))
+    prepare("one.jsonl", "two.json", "--valid", 0)
+    assert questions() == ["a", "b"]
+    assert [(r["file"], r["line"]) for r in read("rejected")] == [("one.jsonl", 2), ("two.json", 14)]
+
+
+def many_kinds() -> list[str]:
+    """Sources of every kind, each with a row in another format; their names."""
+    write_rows(Path("a.jsonl"), [row("JSONL"), {"bad": 1}])
+    Path("b.csv").write_text('question,answer\nCSV,"two\nlines"\nshort\n')
+    pq.write_table(pa.table({"conversations": [[{"from": "human", "value": "Parquet"}, {"from": "gpt", "value": "a"}],
+                                               [{"from": "human", "value": "alone"}]]}), "c.parquet")
+    Path("d.json.gz").write_bytes(gzip.compress(json.dumps([alpaca("gzip"), alpaca(7)], indent=1).encode()))
+    Path("folder/deep").mkdir(parents=True)
+    Path("folder/e.tsv").write_text("prompt\tcompletion\nTSV\ta\n")
+    write_rows(Path("folder/deep/f.ndjson"), [row("NDJSON"), row("JSONL")])
+    for unread in ("folder/.hidden.jsonl", "folder/notes.txt"):
+        write_rows(Path(unread), [row("unread")])
+    return ["a.jsonl", "b.csv", "c.parquet", "d.json.gz", "folder", "-"]
+
+
+def test_many_kinds_of_sources_together(prepare):
+    prepare(*many_kinds(), "--columns", "user=question,assistant=answer", "--valid", 0,
+            stdin=json.dumps({"messages": row("stdin")["messages"]}) + "\n[]\n")
+    assert questions() == ["JSONL", "CSV", "Parquet", "gzip", "NDJSON", "TSV", "stdin"]
+    assert read("train")[1]["messages"][1]["content"] == "two\nlines"
+    assert [(r["file"], r["line"], r["code"]) for r in read("rejected")] == [
+        ("a.jsonl", 2, "missing_column"), ("b.csv", 4, "broken_json"), ("c.parquet", 2, "no_answer"),
+        ("d.json.gz", 6, "not_text"), ("<stdin>", 2, "not_an_object")]
+    [twice] = read("duplicates")
+    assert (twice["file"], twice["line"], twice["same_as"]) == ("folder/deep/f.ndjson", 2, "a.jsonl:1")
+    assert (twice["kind"], twice["row"]) == ("exact", row("JSONL"))
+    assert [(f["file"], f["rows"]) for f in report()["files"]] == [
+        ("a.jsonl", 2), ("b.csv", 2), ("c.parquet", 2), ("d.json.gz", 2), ("folder/deep/f.ndjson", 2),
+        ("folder/e.tsv", 1), ("<stdin>", 2)]
+    openings = {"a.jsonl:1": "JSONL", "b.csv:2": "CSV", "c.parquet:1": "Parquet", "d.json.gz:2": "gzip",
+                "folder/deep/f.ndjson:1": "NDJSON", "folder/e.tsv:2": "TSV", "<stdin>:1": "stdin"}
+    shown = [r for name in ("longest", "shortest") for r in report()["before_the_limit"][f"{name}_rows"]]
+    assert len(shown) == 6 and all(openings[f"{r['file']}:{r['line']}"] == r["opening"] for r in shown)
+    assert report()["formats"]["prompt-completion"] == report()["formats"]["columns"] == 1
+
+
+def test_standard_input_is_kept_for_the_next_time(prepare):
+    write_rows(Path("a.jsonl"), rows(2))
+    prepare("-", "a.jsonl", "--valid", "0", stdin=json.dumps(row("piped")))
+    before = contents(DATA)
+    assert prepare(stdin="")["status"] == "up-to-date"
+    assert "<stdin>" not in prepare("--force", stdin="")["err"]
+    assert {**contents(DATA), "report.json": b""} == {**before, "report.json": b""}
+    assert questions() == ["piped", "Say number 0.", "Say number 1."]
+
+
+def test_published_formats_in_one_run(tool_model):
+    """Alpaca, ShareGPT, OpenAI with tools, Glaive and Dolly as they are published, for a template that takes all."""
+    glaive = GLAIVE | {"chat": GLAIVE["chat"].replace(" USER: is not my name.", "")}
+    dolly = {"instruction": "When did it start?", "context": "It started in 2000.", "response": "In 2000.",
+             "category": "closed_qa"}
+    Path("alpaca.json").write_text(json.dumps([ALPACA, ALPACA | {"input": ""}], indent=4))
+    Path("sharegpt.json").write_text(json.dumps([SHAREGPT]))
+    write_rows(Path("openai.jsonl"), [OPENAI_TOOLS])
+    write_rows(Path("glaive.jsonl"), [glaive])
+    write_rows(Path("dolly.jsonl"), [dolly])
+    done = prepared(tool_model, "alpaca.json", "sharegpt.json", "openai.jsonl", "glaive.jsonl", "dolly.jsonl", "--valid", 0,
+                    "--max-rejected", 0)
+    assert report()["formats"] == {"alpaca": 3, "sharegpt": 2, "messages": 1}
+    assert "· format: alpaca (rows have `instruction` and `output`, or Dolly's `response`): 3 rows" in done["err"]
+    end, ask = "<|im_end|>", '<tool_call>\n{"name": "get_current_weather", "arguments": '
+    texts = learned(format_of(tool_model))
+    assert texts[:3] == [["Telegram" + end]] * 2 + [["It is short." + end, "You're welcome!" + end]]
+    assert texts[3] == [
+        ask + '{"location": "San Francisco, USA", "format": "celsius"}}\n</tool_call>\n' + ask +
+        '{"location": "Paris", "format": "celsius"}}\n</tool_call>' + end,
+        "It is 21 degrees in San Francisco, and 17 in Paris." + end]
+    assert [text.count("<tool_call>") for text in texts[4]] == [0, 1, 0] and texts[5] == [["In 2000." + end]][0]
+    [openai] = [record for record in read("train") if "get_current_weather" in json.dumps(record.get("tools"))]
+    assert openai["tools"] == OPENAI_TOOLS["tools"] and len(openai["messages"]) == 5
+    assert "get_exchange_rate" in format_of(tool_model).tokenizer.decode(sequences()[4].ids).partition("<|im_end|>")[0]
+
+
+def test_a_system_message_is_folded_where_the_template_has_none(prepare, tiny):
+    """The tiny model gets Gemma's template, which has no system role: its text opens the first user turn."""
+    prepare(write_rows(Path("rows.jsonl"), [row(), row(instruction="Answer as a banker would.")]), "--valid", 0)
+    plain, folded = (format_of(tiny).tokenizer.decode(s.ids) for s in sequences())
+    assert kept()[1][0] == {"role": "system", "content": "Answer as a banker would."}
+    assert folded == plain.replace("user\nWhat", "user\nAnswer as a banker would.\n\nWhat")
+    assert "system" not in folded
+
+
+def test_a_system_message_that_the_template_refuses_is_put_before_the_first_turn(tiny, tmp_path):
+    model = with_template(tiny, tmp_path / "models", "gemma")  # Gemma 1 and 2
+    done = prepared(model, write_rows(Path("rows.jsonl"), [row(), row(instruction="Be brief.")]), "--valid", 0)
+    assert "no place for a system message: in 1 rows it is put before the first user turn" in done["err"]
+    assert "user\nBe brief.\n\nWhat is a bond?<end_of_turn>" in format_of(model).tokenizer.decode(sequences()[1].ids)
+
+
+def test_columns_that_are_named(prepare):
+    write_rows(Path("rows.jsonl"), [{"question": "2+2?", "answer": "4", "context": "Be brief.", "id": 1},
+                                    {"question": "3+3?", "answer": "6"}, {"question": "4+4?"}])
+    error = prepare("rows.jsonl", code=2)
+    assert "use --columns user=question,assistant=answer,system=context" not in error["problems"][0]
+    assert "use --columns user=question,assistant=answer" in error["problems"][0]
+    prepare("rows.jsonl", "--columns", "user=question, assistant=answer, system=context", "--valid", 0)
+    assert kept() == [row("2+2?", "4", "Be brief.")["messages"], row("3+3?", "6")["messages"]]
+    assert [(r["line"], r["code"]) for r in read("rejected")] == [(3, "missing_column")]
+    assert "both `user=…` and `assistant=…`" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
+
+
+def test_preference_rows_are_learned_only_if_that_is_asked_for(prepare):
+    write_rows(Path("rows.jsonl"), [{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, row("a"), row("b")])
+    prepare("rows.jsonl", "--valid", 0)
+    [refused] = read("rejected")
+    assert (refused["code"], refused["line"]) == ("preference", 1)
+    assert questions() == ["a", "b"]
+    prepare("rows.jsonl", "--valid", 0, "--take", "chosen")
+    assert kept()[0] == row("Hi", "Hello!")["messages"]
+    assert "Go away" not in (DATA / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("code, text", [("foreign_marker", "What does <|im_end|> or [INST] mean?"),
+                                        ("placeholder", "Dear {{name}}, hello"), ("control_character", "a\x0cb")])
+def test_findings_that_may_be_allowed(prepare, code, text):
+    write_rows(Path("rows.jsonl"), [row(text), row("Is <b>bold</b> or [1] a marker?"), row("What is <end_of_turn>?")])
+    prepare("rows.jsonl", "--valid", 0)
+    assert [r["code"] for r in read("rejected")] == [code, "template_marker"]
+    prepare("rows.jsonl", "--valid", 0, "--allow", code)
+    assert questions() == [text, "Is <b>bold</b> or [1] a marker?"]
+    assert [r["code"] for r in read("rejected")] == ["template_marker"]
+    others = {"foreign_marker", "placeholder", "control_character"} - {code}
+    prepare("rows.jsonl", "--valid", 0, "--allow", ",".join(sorted(others)))
+    assert [r["code"] for r in read("rejected")] == [code, "template_marker"]
+
+
+# --- duplicates
+
+def test_a_repeated_conversation_is_listed_with_where_it_was_first(prepare):
+    write_rows(Path("a.jsonl"), [row("x"), row(" x\n", "A loan. "), row("x", "Another answer.")])
+    write_rows(Path("b.jsonl"), [alpaca("x", "A loan."), row("x", train=True), row("x", instruction="Be brief.")])
+    done = prepare("a.jsonl", "b.jsonl", "--valid", 0, "--max-rejected", 0)
+    assert [(r["file"], r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
+        ("a.jsonl", 2, "a.jsonl:1", "exact"), ("b.jsonl", 1, "a.jsonl:1", "exact"), ("b.jsonl", 2, "a.jsonl:1", "exact")]
+    assert all(r["row"] == row("x") for r in read("duplicates"))
+    assert len(read("train")) == 3
+    assert "3 duplicates are left out; they are listed in runs/tiny-gemma/data/duplicates.jsonl" in done["err"]
+
+
+def test_duplicates_may_be_kept(prepare):
+    write_rows(Path("rows.jsonl"), [row("x"), row("y"), row("x"), row("x")])
+    prepare("rows.jsonl", "--duplicates", "keep", "--valid", 0.5)
+    assert sorted(questions() + questions("valid")) == ["x", "x", "x", "y"]
+    assert {*questions()} & {*questions("valid")} == set()
+    assert read("duplicates") == []
+
+
+def test_near_duplicates(prepare):
+    words = random.Random(1).sample([f"word{n}" for n in range(500)], 120)
+    other = [*words[:60], "changed", *words[61:]]
+    write_rows(Path("rows.jsonl"), [row("q", " ".join(words)), row("q", " ".join(other)), row("short"), row("Short", "A LOAN!"),
+                                    row("q", " ".join(words)), row("q", " ".join(reversed(words)))])
+    prepare("rows.jsonl", "--valid", 0)
+    assert [(r["line"], r["kind"]) for r in read("duplicates")] == [(5, "exact")]
+    prepare("rows.jsonl", "--valid", 0, "--near-duplicates")
+    assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
+        (2, "rows.jsonl:1", "near"), (4, "rows.jsonl:3", "near"), (5, "rows.jsonl:1", "exact")]
+    assert read("duplicates")[0]["row"] == row("q", " ".join(other))
+    prepare("rows.jsonl", "--valid", 0, "--near-duplicates", "--near-threshold", 1)
+    assert [r["line"] for r in read("duplicates")] == [4, 5]
+
+
+def test_rows_that_are_too_long_repeat_nothing(prepare):
+    """A row that is left out must not take another one with it."""
+    write_rows(Path("rows.jsonl"), [row("x", "word " * 90), row("x", "word " * 90), row("y")])
+    prepare("rows.jsonl", "--valid", 0, "--max-length", 64)
+    assert [r["code"] for r in read("rejected")] == ["too_long"] * 2
+    assert read("duplicates") == [] and questions() == ["y"]
+
+
+def test_prompts_with_several_answers_are_reported_and_kept(prepare):
+    write_rows(Path("rows.jsonl"), [row("x", "1"), row("y"), row("x", "2"), row("x", "2"), row("z"), row("x", "1", "s"),
+                                    row("x", "3", "s")])
+    done = prepare("rows.jsonl", "--valid", 0)
+    assert report()["prompts_with_several_answers"] == {
+        "prompts": 2, "rows": 4,
+        "examples": [["rows.jsonl:1", "rows.jsonl:3"], ["rows.jsonl:6", "rows.jsonl:7"]]}
+    assert "2 prompts have several answers, in 4 rows" in done["err"]
+    assert len(read("train")) == 6
+    write_rows(Path("rows.jsonl"), [row("x", "1"), row("x", "1"), row("y", "1")])
+    prepare("rows.jsonl", "--valid", 0, "--duplicates", "keep")
+    assert report()["prompts_with_several_answers"]["prompts"] == 0
+
+
+# --- the split
+
+def test_the_split_is_the_same_every_time_and_in_any_order(prepare):
+    values = rows(60)
+    sides = []
+    for order in (values, random.Random(3).sample(values, 60)):
+        prepare(write_rows(Path("rows.jsonl"), order), "--valid", 0.3, "--seed", 1)
+        sides.append(set(questions("valid")))
+        asked = [value["messages"][0]["content"] for value in order]
+        assert questions("valid") == [q for q in asked if q in sides[-1]], "in the order of the file"
+        assert questions() == [q for q in asked if q not in sides[-1]]
+    assert sides[0] == sides[1] and 10 <= len(sides[0]) <= 26
+    prepare("rows.jsonl", "--valid", 0.3, "--seed", 2)
+    assert set(questions("valid")) != sides[0]
+
+
+def test_rows_that_are_added_move_none_of_those_that_were_there(prepare):
+    write_rows(Path("a.jsonl"), rows(50))
+    prepare("a.jsonl", "--valid", 0.2)
+    before = {side: set(questions(side)) for side in SIDES[:2]}
+    write_rows(Path("b.jsonl"), [row(f"new {n}") for n in range(40)])
+    prepare("b.jsonl", "a.jsonl", "--valid", 0.2)
+    after = {side: set(questions(side)) for side in SIDES[:2]}
+    assert all(before[side] == {q for q in after[side] if not q.startswith("new")} for side in before)
+    assert 10 <= len(after["valid"]) <= 27
+
+
+@pytest.mark.parametrize("valid", [0.3, 7])
+def test_the_same_prompt_never_lies_on_both_sides(prepare, valid):
+    values = [row(f"q{n % 12}", f"answer {n}") for n in range(40)]
+    prepare(write_rows(Path("rows.jsonl"), values), "--valid", valid)
+    sides = set(questions()), set(questions("valid"))
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {f"q{n}" for n in range(12)}
+    assert report()["asked_on_both_sides"] == 0
+    assert valid < 1 or 4 <= len(read("valid")) <= 7
+
+
+def test_a_number_of_rows_for_validation(prepare):
+    write_rows(Path("rows.jsonl"), rows(20))
+    for number in (1, 7, 19):
+        assert prepare("rows.jsonl", "--valid", number)["summary"]["valid_rows"] == number
+    for number in (20, 500):
+        error = prepare("rows.jsonl", "--valid", number, code=2)
+        assert error["message"] == f"--valid {number} asks for as many rows as can be used, 20"
+
+
+def test_system_prompts_and_earlier_turns_belong_to_the_prompt(prepare):
+    values = [row("q", f"answer {n}", instruction=f"s{n}") for n in range(20)]
+    summary = prepare(write_rows(Path("rows.jsonl"), values), "--valid", 5)["summary"]
+    assert (summary["train_rows"], summary["valid_rows"]) == (15, 5)
+
+
+def test_a_share_of_zero_gives_an_empty_file(prepare):
+    assert prepare(write_rows(Path("rows.jsonl"), rows(5)), "--valid", 0)["summary"]["valid_rows"] == 0
+    assert (DATA / "valid.jsonl").read_bytes() == b""
+    assert (DATA / "rejected.jsonl").read_bytes() == b""
+
+
+def test_two_prompts_are_enough_for_both_sides(prepare):
+    for share in (0.01, 0.9):
+        summary = prepare(write_rows(Path("rows.jsonl"), rows(2)), "--valid", share)["summary"]
+        assert (summary["train_rows"], summary["valid_rows"]) == (1, 1)
+
+
+def test_a_file_for_validation(prepare):
+    """What is in both is validated with; what only asks the same is said to be a leak."""
+    write_rows(Path("rows.jsonl"), [row("a"), row("held"), row("b"), row("asked", "in another way")])
+    write_rows(Path("held.jsonl"), [row("held"), alpaca("asked", "so"), {"bad": 1}, row("held")])
+    done = prepare("rows.jsonl", "--valid", "held.jsonl")
+    assert (questions(), questions("valid")) == (["a", "b", "asked"], ["held", "asked"])
+    assert [(r["file"], r["line"], r["same_as"]) for r in read("duplicates")] == [
+        ("held.jsonl", 4, "held.jsonl:1"), ("rows.jsonl", 2, "held.jsonl:1")]
+    assert [(r["file"], r["line"]) for r in read("rejected")] == [("held.jsonl", 3)]
+    assert report()["asked_on_both_sides"] == 1
+    assert "! 1 training rows ask what validation rows ask" in done["err"]
+    prepare("rows.jsonl", "--valid", "held.jsonl", "--duplicates", "keep")
+    assert (questions(), questions("valid")) == (["a", "held", "b", "asked"], ["held", "asked", "held"])
+    assert report()["asked_on_both_sides"] == 2
+    write_rows(Path("held.jsonl"), [row("held"), row("other")])
+    assert "training rows ask" not in prepare("rows.jsonl", "--valid", "held.jsonl")["err"]
+
+
+def test_a_validation_file_of_which_nothing_can_be_used(prepare):
+    write_rows(Path("rows.jsonl"), rows(5))
+    write_rows(Path("held.jsonl"), [{"bad": 1}])
+    error = prepare("rows.jsonl", "--valid", "held.jsonl", code=2)
+    assert error["message"] == "no row of the validation file can be used" and "--valid 0.1" in error["hint"]
+
+
+def test_a_system_column_that_no_row_has_is_a_mistake(prepare):
+    Path("rows.csv").write_text("question,answer,context\na,b,c\nd,e,\n")
+    error = prepare("rows.csv", "--columns", "user=question,assistant=answer,system=contxt", code=2)
+    assert "no row has the column `contxt`" in error["message"] and "did you mean `context`?" in error["message"]
+    assert "`question`, `answer`, `context`" in error["hint"]
+    prepare("rows.csv", "--columns", "user=question,assistant=answer,system=context", "--valid", 0)
+    assert [[m["content"] for m in r["messages"]] for r in read("train")] == [["c", "a", "b"], ["d", "e"]]
+
+
+def test_options_that_are_repeated_add_up(prepare):
+    Path("rows.csv").write_text("q,a\nHello {{name}},Hi\nBell \x07,Ring\n")
+    prepare("rows.csv", "--columns", "user=q", "--columns", "assistant=a", "--allow", "placeholder", "--allow",
+            "control_character", "--valid", 0)
+    assert len(read("train")) == 2
+    error = prepare("rows.csv", "--columns", "user=q,user=a,assistant=a", code=2)
+    assert error["problems"] == ["columns: each role can have one column"]
+    assert prepare("rows.csv", "--valid", "10%", code=2)["problems"] == [
+        "valid: write 10% as a share below 1, such as 0.1"]

@@ -1,0 +1,612 @@
+"""Training: determinism, resume, guards, the adapter as others read it, and what is learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.command import QUICK, rows, write_rows
+from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+
+LONG = ("--epochs", 6, "--rank", 4, "--dtype", "fp32", "--save-steps", 2)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def prepared(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    return Path("runs/tiny-gemma")
+
+
+def test_loss_falls_and_is_logged(cli, prepared):
+    result = cli("train", "--epochs", 12, "--learning-rate", 5e-3, "--dtype", "fp32", "--json")
+    assert result.code == 0, result.err
+    summary, log = result.json["summary"], metrics(prepared)
+    assert summary["eval_loss_after"] < 0.6 * summary["eval_loss_before"]
+    assert summary["steps"] == 36  # 11 rows in batches of 4, 12 epochs
+    steps = [r for r in log if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 37))
+    assert all(r["tokens_per_second"] > 0 and r["seconds_left"] >= 0 and r["grad_norm"] > 0 for r in steps)
+    evals = {r["step"]: r["eval_loss"] for r in log if "eval_loss" in r}
+    assert list(evals) == [0, *range(3, 37, 3)]
+    assert evals[0] == summary["eval_loss_before"] and evals[36] == summary["eval_loss_after"]
+    assert (prepared / "logs" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert summary["tokens"] == 12 * sum(len(ids) for ids, _ in by_hand(prepared, "train"))
+
+
+def test_losses_equal_plain_cross_entropy(cli, prepared, tiny):
+    """The first evaluation is the base model's loss: recomputed with plain transformers and the tokenizer's ids."""
+    from transformers import AutoModelForCausalLM
+
+    summary = cli("train", *QUICK, "--json").json["summary"]
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    total, count = plain_loss(model, by_hand(prepared, "valid"))
+    assert summary["eval_loss_before"] == pytest.approx(total / count, rel=1e-5)
+
+
+# --- what prepare has encoded
+
+def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch):
+    """Training takes the tokens as they are in the files: the same adapter, bit for bit."""
+    from datasets import Dataset
+
+    from gemma_tune.train import stage as train
+
+    assert cli("train", *QUICK).code == 0
+    expected = adapter_bytes(prepared)
+    sides = [Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*by_hand(prepared, side)))))
+             for side in ("train", "valid")]
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_prepared_sequences", lambda session: asked.append(session) or sides)
+        assert cli("train", *QUICK, "--force").code == 0
+    assert asked and adapter_bytes(prepared) == expected
+
+
+def test_rows_are_not_encoded_again(cli, prepared, monkeypatch):
+    from gemma_tune.encoding.chat_format import ChatFormat
+
+    def again(*args, **kwargs):
+        raise AssertionError("training encoded a row")
+
+    monkeypatch.setattr(ChatFormat, "encode_many", again)
+    monkeypatch.setattr(ChatFormat, "encode_texts", again)
+    assert cli("train", *QUICK).code == 0
+
+
+def test_the_longest_sequences_come_first(cli, tiny, tmp_path):
+    """So that memory that does not suffice shows at once; their lengths are those of the tokens."""
+    run = Path("runs/tiny-gemma")
+    data = write_rows(tmp_path / "rows.jsonl", [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} " * (1 + 7 * n % 11)}]}
+        for n in range(11)])
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    assert cli("train", *QUICK).code == 0
+    lengths = sorted(len(ids) for ids, _ in by_hand(run, "train"))
+    assert metrics(run)[0]["tokens"] == sum(lengths[-4:]) > sum(lengths[:4])
+
+
+@pytest.fixture
+def other_version(monkeypatch):
+    """As if the code or a library had changed since: a call switches to it."""
+    from gemma_tune.encoding.tokens import encoding_key
+    from gemma_tune.prepare import stage as prepare
+    from gemma_tune.train import stage as train
+
+    def switch(**changes: str) -> None:
+        for module in (prepare, train):
+            monkeypatch.setattr(module, "encoding_key", lambda base: encoding_key(base) | changes)
+
+    return switch
+
+
+@pytest.mark.parametrize("part", ["code", "transformers"])
+def test_tokens_of_another_version_are_refused_until_prepare_has_made_them_again(cli, prepared, other_version, part):
+    assert cli("prepare", "--json").json["status"] == "up-to-date"
+    before = json.loads((prepared / "manifest.json").read_text())["stages"]["prepare"]["summary"]["encoding"]
+    other_version(**{part: "another"})
+    refused = cli("train", *QUICK)
+    assert refused.code == 2 and "made by another version of gemma-tune or its libraries" in refused.err
+    assert not (prepared / "tiny-gemma_lora_adapter").exists()
+    [said] = [line for line in refused.err.splitlines() if "gemma-tune prepare" in line]
+    assert said.endswith("gemma-tune prepare --run runs/tiny-gemma")
+    again = cli("prepare", "--run", "runs/tiny-gemma", "--json")
+    assert again.code == 0, again.err
+    assert again.json["status"] == "done"
+    assert "`prepare` runs again: other versions of the code or its libraries made the tokens" in again.err
+    assert again.json["summary"]["encoding"] == before | {part: "another"}
+    assert cli("prepare", "--json").json["status"] == "up-to-date"
+    assert cli("train", *QUICK).code == 0
+
+
+def talks(count: int = 8) -> list[dict]:
+    """Conversations of two questions, so that settings change what is learned of the same rows."""
+    return [{"messages": [*first["messages"], *second["messages"]]} for first, second in zip(rows(count), rows(count)[1:])]
+
+
+@pytest.mark.parametrize(("flags", "changed"), [
+    (("--train-on", "last"), True), (("--max-length", 60, "--on-long", "split"), True),
+    (("--max-length", 45, "--on-long", "truncate"), True), (("--max-length", 500), False)])
+def test_other_tokens_of_the_same_rows_are_trained_again(cli, tiny, tmp_path, flags, changed):
+    """And the same tokens are not: what counts is the result, not the setting."""
+    run = Path("runs/tiny-gemma")
+    data = write_rows(tmp_path / "talks.jsonl", talks())
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert cli("train", *QUICK).code == 0
+    before, adapter = (run / "data" / "train.jsonl").read_bytes(), adapter_bytes(run)
+    again = cli("prepare", data, *flags, "--json")
+    assert again.code == 0 and again.json["status"] == "done", again.err
+    assert (run / "data" / "train.jsonl").read_bytes() == before
+    state = cli("status", "--json").json["stages"]["train"]["state"]
+    assert state.startswith("stale: `prepare` has run again with another result") == changed
+    second = cli("train", *QUICK, "--json")
+    assert second.code == 0, second.err
+    assert second.json["status"] == ("done" if changed else "up-to-date")
+    assert (adapter_bytes(run) != adapter) == changed
+
+
+def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, tiny, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "talks.jsonl", talks())
+    assert cli("prepare", data, "--model", tiny).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", *LONG).code == 130
+    assert cli("prepare", data, "--train-on", "last").code == 0
+    refused = cli("train", *LONG)
+    assert refused.code == 2
+    assert "holds an interrupted training with other settings or data (the data, the base model or gemma-tune changed)" in refused.err
+    result = cli("train", *LONG, "--force", "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
+
+
+@pytest.mark.parametrize("limit", [2048, 16])
+def test_plain_texts_are_learned_with_their_mean_loss(cli, tiny, tmp_path, limit):
+    """Also in pieces: every token but the BOS is learned once, with the token before it in sight."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = [f"The price of bond {n} falls when its rate rises, and the other way round." for n in range(4)]
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    assert cli("prepare", data, "--model", tiny, "--valid", 0, "--max-length", limit, "--on-long", "split").code == 0
+    result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--batch-size", 1, "--accumulation", 100, "--json")
+    assert result.code == 0, result.err
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    pieces = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        whole = [2, *ids, 1]  # the BOS that the chat template writes, too
+        labels = [-100, *whole[1:]]
+        # Every part but the first begins with the last token of the one before, which is not learned again.
+        pieces += [(whole[n:n + limit], [-100, *labels[n + 1:n + limit]]) for n in range(0, len(whole) - 1, limit - 1)]
+    assert (len(pieces) > 4) == (limit == 16)
+    total, count = plain_loss(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), pieces)
+    assert result.json["summary"]["steps"] == 1
+    assert result.json["summary"]["train_loss_first"] == pytest.approx(total / count, rel=1e-4)
+
+
+# --- settings and guards
+
+def test_accumulation_equals_a_larger_batch(cli, prepared):
+    """One normaliser: 2 x 2 accumulated conversations give the gradient of 4, whatever their lengths."""
+    losses = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        result = cli("train", "--epochs", 2, "--rank", 4, "--dtype", "fp32", "--batch-size", size, "--accumulation",
+                     accumulation, "--force", "--json")
+        assert result.code == 0, result.err
+        assert result.json["summary"]["effective_batch"] == 4
+        losses.append(result.json["summary"]["eval_loss_after"])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_the_adapter_is_standard_peft(trained, tiny):
+    """Plain PEFT and transformers, in a process that does not know this package."""
+    script = """
+import sys, json
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+assert "gemma_tune" not in sys.modules
+print(json.dumps([text, sorted(model.peft_config["default"].target_modules),
+                  sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, trained / "tiny-gemma_lora_adapter"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    text, modules, parameters = json.loads(done.stdout)
+    assert text == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+    assert modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    generation = json.loads((trained / "tiny-gemma_lora_adapter" / "generation_config.json").read_text())
+    assert len(generation["eos_token_id"]) == 2
+    assert parameters == json.loads((trained / "manifest.json").read_text())["stages"]["train"]["summary"][
+        "trainable_parameters"]
+    files = {p.name for p in (trained / "tiny-gemma_lora_adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= files
+    assert not [p for p in trained.rglob("*") if p.name == "training_args.bin"], "pickles must not be kept"
+
+
+def test_every_setting_reaches_the_adapter(cli, prepared):
+    result = cli("train", "--rank", 3, "--alpha", 5, "--dropout", 0.1, "--target-modules", "q_proj, v_proj", "--epochs",
+                 1, "--dtype", "fp32", "--warmup", 0.5, "--schedule", "linear", "--lr", 1e-3, "--json")
+    assert result.code == 0, result.err
+    config = json.loads((prepared / "tiny-gemma_lora_adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    rates = [r["learning_rate"] for r in metrics(prepared) if "loss" in r]
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3])  # 3 steps, of which round(1.5) = 2 rise
+
+
+def interrupted(run: Path, after_step: int, number: int = signal.SIGINT,
+                flags: tuple = LONG) -> subprocess.CompletedProcess:
+    """Start training in a process of its own and send it a signal once it has logged ``after_step``."""
+    log = run / "logs" / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "gemma_tune", "train", *map(str, flags), "--run", run],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and f'"step": {after_step}, ' in log.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number):
+    uninterrupted = prepared.with_name("whole")
+    shutil.copytree(prepared, uninterrupted)
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
+    assert cli("train", *LONG, "--run", uninterrupted).code == 0, manifest
+
+    done = interrupted(prepared, 3, number)
+    assert done.returncode == 130, done.stderr
+    assert "it is saved" in done.stderr and "repeat the same command to go on" in done.stderr
+    assert "train" not in json.loads((prepared / "manifest.json").read_text())["stages"]
+    status = cli("status", "--run", prepared, "--json").json
+    assert status["stages"]["train"]["state"].startswith("interrupted: checkpoint-")
+
+    resumed = cli("train", *LONG, "--run", prepared, "--json")
+    assert resumed.code == 0, resumed.err
+    assert 3 <= resumed.json["summary"]["resumed_from_step"] < 18
+    assert adapter_bytes(prepared) == adapter_bytes(uninterrupted), "bit for bit"
+    assert [r["step"] for r in metrics(prepared) if "loss" in r] == list(range(1, 19))
+
+
+def test_killed_training_goes_on_from_the_newest_whole_checkpoint(cli, prepared):
+    uninterrupted = prepared.with_name("whole")
+    shutil.copytree(prepared, uninterrupted)
+    assert cli("train", *LONG, "--run", uninterrupted).code == 0
+    assert interrupted(prepared, 7, signal.SIGKILL).returncode == -signal.SIGKILL
+    checkpoints = sorted((prepared / "training_checkpoints").glob("checkpoint-*"),
+                         key=lambda p: int(p.name.split("-")[1]))
+    newest = [c for c in checkpoints if (c / "complete.json").exists()][-1]
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-9])  # damaged: pass it over
+    result = cli("train", *LONG, "--run", prepared, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["resumed_from_step"] == int(newest.name.split("-")[1]) - 2
+    assert adapter_bytes(prepared) == adapter_bytes(uninterrupted)
+
+
+def test_an_interrupted_training_is_not_resumed_with_other_settings(cli, prepared):
+    assert interrupted(prepared, 3).returncode == 130
+    checkpoint = max((prepared / "training_checkpoints").glob("checkpoint-*/complete.json"))
+    result = cli("train", *LONG, "--rank", 8)
+    assert result.code == 2
+    assert "rank: 4 then, 8 now" in result.err
+    assert "--force" in result.err
+    # What it says to type does finish the training, also from `status`.
+    finish = cli("status", "--json").json["next"]
+    assert finish in result.err.replace("\n", " ")
+    assert shlex.split(finish)[:2] == ["gemma-tune", "train"]
+    assert {"--rank", "--save-steps", "--epochs"} <= set(shlex.split(finish))
+    assert cli(*shlex.split(finish)[1:]).code == 0
+    assert interrupted(prepared, 3, flags=(*LONG, "--seed", 5)).returncode == 130
+    status = cli("status", "--json").json
+    assert status["stages"]["train"]["state"].startswith("interrupted"), "although an earlier training is recorded"
+    checkpoint = max((prepared / "training_checkpoints").glob("checkpoint-*/complete.json"))
+    assert checkpoint.exists()
+    assert cli("train", *QUICK, "--force").code == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(cli, trained, monkeypatch):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
+    plain = GemmaTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = plain(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(GemmaTrainer, "compute_loss", poisoned)
+    result = cli("train", *LONG, "--force")
+    assert result.code == 1
+    assert "not finite at step 3" in result.err and "--learning-rate" in result.err
+    assert adapter_bytes(trained) == before
+    assert (trained / "manifest.json").read_bytes() == manifest
+    assert [p.name for p in (trained / "training_checkpoints").iterdir()] == ["checkpoint-2"]
+    for tensor in __import__("safetensors.torch").torch.load_file(
+            trained / "training_checkpoints" / "checkpoint-2" / "adapter_model.safetensors").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_unknown_target_modules_are_named_with_the_known_ones(cli, prepared):
+    result = cli("train", "--target-modules", "q_proj,query", "--dtype", "fp32")
+    assert result.code == 2
+    assert "query" in result.err
+    assert "its linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in result.err
+
+
+def test_out_of_memory_says_what_helps(cli, prepared, monkeypatch):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(GemmaTrainer, "compute_loss", full)
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "out of memory" in result.err and "--micro-batch 1, --activation-checkpointing" in result.err
+
+
+def test_activation_checkpointing_changes_nothing(cli, prepared):
+    plain = cli("train", *QUICK, "--json").json["summary"]["eval_loss_after"]
+    result = cli("train", *QUICK, "--activation-checkpointing", "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_after"] == pytest.approx(plain, rel=1e-4)
+
+
+def test_qlora_trains_and_its_adapter_merges_into_the_16_bit_base(cli, prepared):
+    result = cli("train", "--epochs", 12, "--learning-rate", 5e-3, "--qlora", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert summary["eval_loss_after"] < 0.7 * summary["eval_loss_before"]
+    assert cli("merge").code == 0
+    from safetensors import safe_open
+
+    with safe_open(prepared / "tiny-gemma_lora_merged" / "model.safetensors", "pt") as f:
+        assert {f.get_tensor(n).dtype for n in f.keys()} == {torch.bfloat16}
+
+
+def test_without_validation_rows_nothing_is_evaluated(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    result = cli("train", *QUICK, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_after"] is None
+    assert not [r for r in metrics(Path("runs/tiny-gemma")) if "eval_loss" in r]
+
+
+def test_one_row_is_enough(cli, tiny, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "one.jsonl", rows(1)), "--model", tiny).code == 0
+    result = cli("train", *QUICK, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["steps"] == 1
+
+
+def test_towers_are_left_alone():
+    from gemma_tune.train.stage import target_modules
+
+    class Multimodal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.ModuleDict({
+                "language_model": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}),
+                "vision_tower": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}),
+                "multi_modal_projector": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 4)})})
+            self.lm_head = torch.nn.Linear(4, 8)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    assert target_modules(Multimodal(), ()) == ["model.language_model.q_proj"]
+
+
+def test_the_family_sets_the_learning_rate_and_says_why(cli, prepared):
+    result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32")
+    assert "learning rate 0.0002: what Google" in result.err
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["config"]["learning_rate"] == {"value": 0.0002, "from": "family"}
+    from gemma_tune.config.families import family_defaults
+
+    assert family_defaults("gemma4_text", "train")[0] == {"learning_rate": 5e-5}
+
+
+def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):
+    from gemma_tune.base.errors import UserError
+    from gemma_tune.models import source as models
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for ratio, dtype in ((2.0, torch.bfloat16), (0.4, torch.float32)):
+        monkeypatch.setattr(models, "bf16_speed", lambda ratio=ratio: ratio)
+        placement = models.choose_placement("auto")
+        assert placement.dtype == dtype and f"{ratio:.1f}x as fast" in placement.reason
+    with pytest.raises(UserError, match="fp16"):
+        models.choose_placement("fp16")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
+def test_live_progress_on_a_terminal(prepared):
+    import pexpect
+
+    child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "train", *map(str, LONG), "--run", str(prepared)],
+                          timeout=120, encoding="utf-8", dimensions=(30, 120),
+                          env={**os.environ, "TERM": "xterm-256color"})
+    child.expect(r"training.*\d+/18.*loss \d\.\d+.*tok/s")
+    child.expect("train: done")
+    child.expect(pexpect.EOF)
+
+
+def test_a_training_that_was_killed_after_its_last_step_is_finished_without_another(cli, prepared, monkeypatch):
+    """Mid-epoch, where the trainer by itself would go on to the end of the epoch."""
+    from gemma_tune.train import stage as train
+
+    flags = ("--max-steps", 4, "--schedule", "constant", "--dtype", "fp32", "--rank", 4)
+    assert cli("train", *flags).code == 0
+    expected = adapter_bytes(prepared)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_save_adapter", killed)
+        assert cli("train", *flags, "--force").code == 130
+    result = cli("train", *flags, "--json")
+    assert result.code == 0, result.err
+    assert result.json["status"] == "done"
+    assert result.json["summary"]["steps"] == 4 == result.json["summary"]["resumed_from_step"]
+    assert result.json["summary"]["tokens"] > 0
+    assert adapter_bytes(prepared) == expected
+
+
+def test_an_interrupted_repetition_with_the_same_settings_is_finished(cli, prepared, monkeypatch):
+    assert cli("train", *LONG).code == 0
+    expected, whole = adapter_bytes(prepared), json.loads((prepared / "manifest.json").read_text())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        again = cli("train", *LONG, "--force")
+    assert again.code == 130
+    assert "--force" not in again.err.split("Hint:")[1]
+    assert cli("status", "--json").json["stages"]["train"]["state"].startswith("interrupted")
+    result = cli("train", *LONG, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["status"], result.json["summary"]["resumed_from_step"]) == ("done", 5)
+    assert adapter_bytes(prepared) == expected
+    # The figures are those of the whole training, not of the part after the interruption.
+    before, after = whole["stages"]["train"]["summary"], result.json["summary"]
+    for name in ("tokens", "steps", "eval_loss_before", "eval_loss_after", "train_loss_first", "train_loss_last"):
+        assert after[name] == before[name], name
+    assert cli("train", *LONG, "--json").json["status"] == "up-to-date"
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+
+
+def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypatch):
+    from gemma_tune.models import source as models
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ("--epochs", 2, "--rank", 4)
+    monkeypatch.setattr(models, "bf16_speed", lambda: 2.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *flags).code == 130
+    monkeypatch.setattr(models, "bf16_speed", lambda: 0.5)
+    refused = cli("train", *flags, "--dtype", "fp32")
+    assert refused.code == 2 and "computed in bf16" in refused.err
+    result = cli("train", *flags, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["summary"]["dtype"], result.json["summary"]["resumed_from_step"]) == ("bf16", 2)
+
+
+def test_the_adapter_directory_is_the_same_in_another_process(trained, tmp_path):
+    before = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["outputs"]["adapter"]["sha256"]
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-m", "gemma_tune", "train", *map(str, QUICK), "--force", "--run", trained],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "gemm_4bit" not in done.stderr, "remarks of libraries at their import"
+        after = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["outputs"]["adapter"]["sha256"]
+        assert after == before
+
+
+def test_a_head_that_the_loss_does_not_know_is_refused(cli, prepared, monkeypatch):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    plain = GemmaTrainer._summed_loss
+    monkeypatch.setattr(GemmaTrainer, "_summed_loss", staticmethod(lambda model, inputs: plain(model, inputs) * 1.3))
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "computes its logits in a way that gemma-tune does not know" in result.err
+    assert not (prepared / "tiny-gemma_lora_adapter").exists()
+
+
+def test_generation_settings_that_transformers_refuses_to_save_do_not_lose_the_adapter(cli, tiny, data, tmp_path):
+    base = tmp_path / "odd"
+    shutil.copytree(tiny, base)
+    (base / "generation_config.json").write_text(json.dumps(
+        {"temperature": 0.7, "top_p": 0.9, "eos_token_id": [1, 7], "pad_token_id": 0}))
+    assert cli("prepare", data, "--model", base).code == 0
+    result = cli("train", *QUICK)
+    assert result.code == 0, result.err
+    saved = json.loads(Path("runs/odd/odd_lora_adapter/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 5, 7], "the base's other end tokens stay, the turn's end is added"
+    assert saved["top_p"] == 0.9
+    assert cli("merge").code == 0
+
+
+def test_the_hint_after_a_bad_gradient_works(cli, trained, monkeypatch):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    plain = GemmaTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "compute_loss", lambda self, *a, **k: plain(self, *a, **k) * float(
+            "nan" if self.state.global_step == 2 else 1))
+        failed = cli("train", *LONG, "--learning-rate", 1, "--force")
+    assert failed.code == 1 and "--force and a lower --learning-rate" in failed.err
+    assert cli("train", *QUICK, "--force").code == 0
+
+
+def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch):
+    from transformers import Gemma3ForCausalLM
+
+    def full(self, *args, **kwargs):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)")
+
+    monkeypatch.setattr(Gemma3ForCausalLM, "to", full)
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "out of memory" in result.err and "--activation-checkpointing" in result.err
+
+
+# --- settings that leave the result as it is
+
+def test_how_a_batch_is_worked_on_does_not_train_again(cli, prepared):
+    assert cli("train", *QUICK).code == 0
+    for flags in (("--micro-batch", 1), ("--activation-checkpointing",), ("--compile",)):
+        again = cli("train", *QUICK, *flags, "--json")
+        assert (again.code, again.json["status"]) == (0, "up-to-date"), again.err
+    assert cli("train", *QUICK, "--accumulation", 2, "--json").json["status"] == "done"
+
+
+def test_an_adapter_of_a_version_with_fewer_settings_is_up_to_date(cli, prepared):
+    assert cli("train", *QUICK).code == 0
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("rslora", "dora", "compile", "micro_batch", "num_processes", "strategy"):
+        del manifest["stages"]["train"]["config"][name]
+    path.write_text(json.dumps(manifest))
+    assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
+    again = cli("train", *QUICK, "--rslora", "--json")
+    assert again.json["status"] == "done" and "`train` runs again: rslora: False -> True" in again.err
+
+
+def test_the_adapter_of_a_4_bit_base_is_trained_in_fp32(cli, prepared):
+    """As bf16, a small step would often be lost in rounding."""
+    from safetensors.torch import load_file
+
+    assert cli("train", *QUICK, "--qlora").code == 0
+    tensors = load_file(prepared / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert any((t != t.to(torch.bfloat16)).any() for t in tensors.values())
+
+
+def test_force_keeps_an_interrupted_training_until_the_new_one_has_begun(cli, prepared, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", *LONG).code == 130
+    assert cli("train", *LONG, "--target-modules", "no_proj", "--force").code == 2
+    assert cli("train", *LONG, "--json").json["summary"]["resumed_from_step"] > 0

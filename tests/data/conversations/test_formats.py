@@ -1,0 +1,595 @@
+"""Rows in the shapes in which data sets are published, and what becomes of everything that is wrong with a row."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gemma_tune.config import stages as config
+from gemma_tune.data.conversations.formats import Example, Formats
+from gemma_tune.data.conversations.problems import MOST_PROBLEMS, Problem, RowError
+from support.rows import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT, WEATHER, answer, user
+
+same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=400,
+                         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+
+
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def called(name: str, arguments: dict[str, Any], id: str | None = None) -> dict[str, Any]:
+    return ({"id": id} if id else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(content: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "name": name, **more}
+
+
+def read(row: Any, name: str | None = None, **how: Any) -> Example:
+    """The example of a row; reading must not change the row, and the result must be JSON in UTF-8."""
+    before = copy.deepcopy(row)
+    example = Formats(name, **how).example(row)
+    assert row == before
+    json.dumps([example.messages, example.tools, example.text], ensure_ascii=False, allow_nan=False).encode()
+    return example
+
+
+def messages(row: Any, *args: Any, **how: Any) -> list[dict[str, Any]]:
+    return read(row, *args, **how).messages
+
+
+def problems(row: Any, *args: Any, **how: Any) -> list[tuple[str, str]]:
+    with pytest.raises(RowError) as caught:
+        read(row, *args, **how)
+    assert all(isinstance(p, Problem) and p.code and p.reason and p.fix and "\n" not in p.reason and len(p.reason) < 400
+               for p in caught.value.problems)
+    assert (caught.value.code, str(caught.value), caught.value.fix) == (
+        caught.value.problems[0].code, caught.value.problems[0].reason, caught.value.problems[0].fix)
+    return [(p.code, p.reason) for p in caught.value.problems]
+
+
+def codes(row: Any, *args: Any, **how: Any) -> list[str]:
+    return [code for code, _ in problems(row, *args, **how)]
+
+
+# --- published shapes
+
+
+def test_openai_with_tools():
+    example = read(OPENAI_TOOLS)
+    weather = "get_current_weather"
+    assert example.format == "messages" and example.tools == [WEATHER] and example.text is None
+    assert example.messages == [
+        user("What is the weather in San Francisco and Paris?"),
+        answer(tool_calls=[called(weather, {"location": "San Francisco, USA", "format": "celsius"}, "call_1"),
+                           called(weather, {"location": "Paris", "format": "celsius"}, "call_2")]),
+        result("17.0", weather, tool_call_id="call_2"), result("21.0", weather, tool_call_id="call_1"),
+        answer("It is 21 degrees in San Francisco, and 17 in Paris.")]
+
+
+def test_openai_functions_of_the_first_kind():
+    row = {"messages": [
+        user("Weather in Boston?"),
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{\"city\": \"Boston\"}"}},
+        {"role": "function", "name": "weather", "content": "{\"degrees\": 3}"}, answer("3 degrees.")],
+        "functions": [{"name": "weather", "parameters": {"type": "object", "properties": {}}}]}
+    example = read(row)
+    assert example.messages == [user("Weather in Boston?"), answer(tool_calls=[called("weather", {"city": "Boston"})]),
+                                result('{"degrees": 3}', "weather"), answer("3 degrees.")]
+    assert example.tools == [{"type": "function", "function": row["functions"][0]}]
+
+
+def test_openai_weights():
+    row = {"messages": [
+        system("Marv is a factual chatbot that is also sarcastic."), user("What's the capital of France?"),
+        answer("Paris", weight=0), user("Can you be more sarcastic?"),
+        answer("Paris, as if everyone doesn't know that already.", weight=1)]}
+    assert [turn.get("train") for turn in messages(row)] == [None, None, False, None, None]
+    assert all("weight" not in turn for turn in messages(row))
+
+
+@pytest.mark.parametrize("mark, train", [
+    ({"train": False}, False), ({"train": True}, None), ({"train": None, "weight": None}, None), ({"weight": 0.0}, False),
+    ({"weight": 1.0}, None), ({"weight": 0, "train": True}, False), ({"weight": 1, "train": False}, False)])
+def test_a_turn_says_whether_it_is_learned(mark, train):
+    assert messages({"messages": [user("a"), answer("b", **mark), user("c"), answer("d")]})[1].get("train") is train
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "0"}, {"weight": float("nan")}, {"train": "false"}, {"train": 0}])
+def test_a_turn_that_is_learned_in_part_is_refused(mark):
+    assert codes({"messages": [user("a"), answer("b", **mark)]}) == ["turn_weight"]
+
+
+def test_marks_on_other_turns_mean_nothing():
+    assert messages({"messages": [user("a", weight=0.5, train="x"), answer("b")]}) == [user("a"), answer("b")]
+
+
+def test_nothing_to_learn():
+    assert problems({"messages": [user("a"), answer("b", train=False)]}) == [
+        ("nothing_to_learn", "every assistant turn says that it is not to be learned")]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept(key):
+    assert messages({"messages": [user("2+2?"), answer("4", **{key: " 2 and 2 make 4.\n"})]})[1] == answer(
+        "4", reasoning_content="2 and 2 make 4.")
+    assert messages({"messages": [user("2+2?"), answer("4", **{key: " "})]})[1] == answer("4")
+    assert messages({"messages": [user("2+2?"), answer("4", **{key: True})]})[1] == answer("4")
+    assert codes({"messages": [user("2+2?"), answer("4", **{key: ["a"]})]}) == ["not_text"]
+    assert codes({"messages": [user("2+2?"), answer("4", **{key: "\ufffd"})]}) == ["broken_text"]
+
+
+@pytest.mark.parametrize("content", [
+    [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], ["one", "two"],
+    [{"type": "input_text", "text": " one"}, {"text": "two "}]])
+def test_parts_of_text_stand_one_below_the_other(content):
+    assert messages({"messages": [user(content), answer("b")]})[0] == user("one\ntwo")
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "refusal", "refusal": "no"},
+                                  {"type": "text"}, 7, None, []])
+def test_parts_that_are_not_text_are_refused(part):
+    [(code, reason)] = problems({"messages": [user([{"type": "text", "text": "look"}, part]), answer("b")]})
+    assert code == "not_text" and "the content of turn 1 is a list whose part 2 is" in reason
+
+
+def test_pictures_beside_the_text_are_refused():
+    row = {"conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A cat."}]}
+    assert problems(row | {"images": ["cat.jpg"]}) == [("not_text", "the row has `images`; only text can be learned")]
+    assert messages(row | {"images": []}) == [user("<image>What is this?"), answer("A cat.")]
+
+
+@pytest.mark.parametrize("name, role", [("developer", "system"), ("human", "user"), ("model", "assistant"),
+                                        ("gpt", "assistant"), ("User", None), ("ASSISTANT", None), (" user", None)])
+def test_names_of_roles(name, role):
+    turns = [{"role": name, "content": "x"}, user("a"), answer("b")]
+    with pytest.raises(RowError) as caught:
+        Formats().example({"messages": turns if role != "system" else [*turns, turns[0]]})
+    if role is None:
+        assert caught.value.code == "unknown_role" and caught.value.fix == f"write `{name.strip().lower()}`"
+    else:
+        assert caught.value.code == {"system": "system_inside"}.get(role, "alternation")
+        assert f"turn {4 if role == 'system' else 1 if role == 'assistant' else 2} is" in str(caught.value)
+
+
+def test_alpaca():
+    assert read(ALPACA) == Example("alpaca", [user("Identify the odd one out.\n\nTwitter, Instagram, Telegram"),
+                                              answer("Telegram")], None, None)
+
+
+def test_alpaca_with_history_and_system():
+    row = {"instruction": "And in winter?", "input": "", "output": "Cold.", "system": "Be brief.",
+           "history": [["Weather in Oslo?", "Mild."], ["In spring?", "Wet."]]}
+    expected = [system("Be brief."), user("Weather in Oslo?"), answer("Mild."), user("In spring?"), answer("Wet."),
+                user("And in winter?"), answer("Cold.")]
+    assert messages(row) == messages(row | {"history": json.dumps(row["history"])}) == expected
+    assert messages(row | {"history": None})[1:] == messages(row | {"history": []})[1:] == expected[-2:]
+    assert codes(row | {"history": [["only one"]]}) == codes(row | {"history": "before"}) == ["not_text"]
+    assert codes(row | {"history": [["a", ""]]}) == ["empty_turn"]
+
+
+def test_dolly():
+    row = {"instruction": "When did Virgin Australia start operating?", "category": "closed_qa",
+           "context": "Virgin Australia commenced services on 31 August 2000.", "response": "On 31 August 2000."}
+    assert read(row) == Example("alpaca", [user(f"{row['instruction']}\n\n{row['context']}"), answer(row["response"])],
+                                None, None)
+    assert messages(row | {"context": ""})[0] == user(row["instruction"])
+
+
+def test_sharegpt():
+    expected = [user("Summarise this."), answer("It is short."), user("Thanks"), answer("You're welcome!")]
+    assert read(SHAREGPT) == Example("sharegpt", expected, None, None)
+    assert messages({"conversation": SHAREGPT["conversations"]}) == expected
+    assert messages({"conversations": json.dumps(SHAREGPT["conversations"])}) == expected
+    assert messages({"conversations": expected}) == expected
+    assert messages(SHAREGPT | {"system": "Be kind."}) == [system("Be kind."), *expected]
+    own = {"from": "system", "value": "Be kind. "}
+    assert messages({"conversations": [own, *SHAREGPT["conversations"]], "system": "Be kind."})[0] == system("Be kind.")
+    assert codes({"conversations": [own, *SHAREGPT["conversations"]], "system": "Be cruel."}) == ["system_inside"]
+
+
+@pytest.mark.parametrize("bot", ["gpt", "assistant", "chatgpt", "bing", "bard", "model"])
+def test_sharegpts_names(bot):
+    assert messages({"conversations": [{"from": "user", "value": "a"}, {"from": bot, "value": "b"}]}) == [user("a"), answer("b")]
+
+
+@pytest.mark.parametrize("call", [
+    '{"name": "get_rate", "arguments": {"from": "USD"}}', {"name": "get_rate", "arguments": '{"from": "USD"}'},
+    '[{"name": "get_rate", "arguments": {"from": "USD"}}]'])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_sharegpt_with_tools(call, as_text):
+    tools = [{"name": "get_rate", "description": "Rates", "parameters": {"type": "object", "properties": {}}}]
+    example = read({"conversations": [
+        {"from": "human", "value": "The rate of the dollar?"}, {"from": "function_call", "value": call},
+        {"from": "observation", "value": '{"rate": 0.85}'}, {"from": "gpt", "value": "0.85"}],
+        "system": "Convert.", "tools": json.dumps(tools) if as_text else tools})
+    assert example.tools == [{"type": "function", "function": tools[0]}]
+    assert example.messages == [system("Convert."), user("The rate of the dollar?"),
+                                answer(tool_calls=[called("get_rate", {"from": "USD"})]),
+                                result('{"rate": 0.85}', "get_rate"), answer("0.85")]
+
+
+def test_glaive():
+    row = GLAIVE | {"chat": GLAIVE["chat"].replace(" USER: is not my name.", "")}
+    example = read(row)
+    assert example.format == "sharegpt"
+    assert [tool["function"]["name"] for tool in example.tools] == ["get_exchange_rate", "get_time"]
+    assert example.messages == [
+        system("You are a helpful assistant with access to the following functions. Use them if required"),
+        user("Can you book a flight for me?"), answer("I can only get rates."),
+        user("What about\n1. dollars and\n2. Bob's euros?"),
+        answer("Let me look.", tool_calls=[called("get_exchange_rate", {"base_currency": "USD", "note": "Bob's"})]),
+        result('{"rate": 0.85}', "get_exchange_rate"), answer("It is 0.85.\n\nAnything else?")]
+    assert codes(GLAIVE)[0] == "alternation"  # a speaker's name inside a text cannot be told from a turn
+
+
+@pytest.mark.parametrize("call, arguments", [
+    ('{"name": "now", "arguments": \'{}\'}', {}), ('{"name": "now", "arguments": {"zone": "UTC"}}', {"zone": "UTC"}),
+    ('{"name": "now"}', {}), ('{"name": "now", "arguments": \'{"a": "it\'s"}\'}', {"a": "it's"}),
+    ('{"name": "now", "arguments": \'{"a": "C:\\\\\'s"}\'}', {"a": "C:\\'s"})])
+def test_glaives_ways_to_call(call, arguments):
+    row = {"system": "SYSTEM: You are helpful, with {braces}.", "chat": f"USER: Time?\n\n\nASSISTANT: <functioncall> {call} <|endoftext|>"}
+    assert read(row).messages == [system("You are helpful, with {braces}."), user("Time?"), answer(tool_calls=[called("now", arguments)])]
+    assert read(row).tools is None
+
+
+def test_glaives_system_text_that_is_not_only_declarations():
+    for text in ('Use {"name": "f"} and then stop.', 'Use {"name": "f"} {', 'Answer as {"json": true}'):
+        example = read({"system": f"SYSTEM: {text}", "chat": "USER: a\n\n\nASSISTANT: b <|endoftext|>"})
+        assert (example.messages[0], example.tools) == (system(text), None)
+
+
+@pytest.mark.parametrize("call", ["{", "", "now()", '{"name": "now", "arguments": \'{"a": }\'}'])
+def test_glaives_broken_calls(call):
+    code, = codes({"chat": f"USER: Time?\n\n\nASSISTANT: <functioncall> {call} <|endoftext|>"})
+    assert code in ("tool_arguments", "tool_calls")
+
+
+PROMPT, COMPLETION = [system("Be brief."), user("Sky?")], [answer("Blue.")]
+
+
+def test_prompt_and_completion():
+    assert read({"prompt": "Sky? ", "completion": " Blue."}) == Example("prompt-completion", [user("Sky?"), answer("Blue.")], None, None)
+    for prompt in (PROMPT, json.dumps(PROMPT)):
+        for completion in (COMPLETION, json.dumps(COMPLETION), "Blue."):
+            assert messages({"prompt": prompt, "completion": completion}) == [*PROMPT, *COMPLETION]
+    row = {"prompt": [user("Weather?")], "completion": [answer(tool_calls=[{"name": "weather", "arguments": {}}])], "tools": [WEATHER]}
+    assert read(row).tools == [WEATHER]
+    assert messages(row)[1] == answer(tool_calls=[called("weather", {})])
+    assert messages({"system": "Be brief.", "prompt": "Sky?", "completion": "Blue."}) == [*PROMPT, *COMPLETION]
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", '[{"name": "Bob"}]', "[]", "[INST", '{"role": "user"}'])
+def test_texts_that_are_json_stay_texts(text):
+    assert messages({"prompt": text, "completion": text}) == [user(text), answer(text)]
+
+
+@pytest.mark.parametrize("row, given", [
+    ({"question": "2+2?", "answer": "4"}, "user=question,assistant=answer"),
+    ({"id": 1, "Question": "2+2?", "Answer": "4"}, "user=Question,assistant=Answer"),
+    ({"system_prompt": "", "question": "2+2?", "response": "4"}, "user=question,assistant=response,system=system_prompt"),
+    ({"prompt": "2+2?", "response": "4"}, "user=prompt,assistant=response"),
+    ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
+    ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
+    ({"text": "long", "summary": "short"}, "user=text,assistant=summary"),
+])
+def test_columns_are_suggested_and_work(row, given):
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert caught.value.code == "unknown_format" and caught.value.fix == f"use --columns {given}"
+    assert "neither `messages` nor `instruction` and `output`" in str(caught.value)
+    columns = config.PrepareConfig(columns=tuple(given.split(","))).column_names
+    assert read(row, columns=columns).format == "columns"
+    texts = [row[columns[role]].strip() for role in ("system", "user", "assistant") if role in columns]
+    assert [turn["content"] for turn in messages(row, columns=columns)] == [text for text in texts if text]
+
+
+QA = {"user": "question", "assistant": "answer", "system": "persona"}
+
+
+@pytest.mark.parametrize("row, found", [
+    ({"question": "a"}, [("missing_column", "the column `answer` is missing; the row has `question`")]),
+    ({"question": " ", "answer": None}, [("empty_turn", "the column `question` is empty"), ("empty_turn", "the column `answer` is empty")]),
+    ({"question": "a", "answer": 4}, [("not_text", "`answer` is a number, not text")]),
+    ({"question": "a", "answer": "b", "persona": []}, [("not_text", "`persona` is a list, not text")]),
+    ({"question": "a", "answer": "\ufffd"}, [("broken_text", "turn 2 contains damaged characters")]),
+])
+@pytest.mark.parametrize("name", [None, "columns"])
+def test_named_columns_that_cannot_be_used(row, found, name):
+    assert problems(row, name, columns=QA) == found
+
+
+def test_named_columns():
+    assert messages({"question": "a", "answer": "b", "persona": "c"}, columns=QA) == [system("c"), user("a"), answer("b")]
+    assert messages({"question": "a", "answer": "b", "persona": " "}, columns=QA) == [user("a"), answer("b")]
+    past = {"question": "c", "answer": "d", "history": [["a", "b"]], "tools": "hammer"}
+    assert messages(past, columns=QA) == [user("a"), answer("b"), user("c"), answer("d")]
+    # Other formats in other files go on working, unless only the columns are asked for.
+    assert read(SHAREGPT, columns=QA).format == "sharegpt"
+    assert codes(SHAREGPT, "columns", columns=QA) == ["missing_column"] * 2
+    assert codes({"other": 1}, columns=QA) == ["missing_column"] * 2
+    assert read(OPENAI_TOOLS | {"persona": "x"}, columns=QA).format == "messages"
+    # What is named wins over what would be found.
+    assert messages(ALPACA, columns={"user": "input", "assistant": "output"}) == [user(ALPACA["input"]), answer("Telegram")]
+
+
+def test_text():
+    assert read({"text": " Once upon a time.\n", "meta": {"url": "x"}, "title": "Tale"}) == Example("text", None, None, " Once upon a time.\n")
+    assert read(ALPACA, "text").text == ALPACA["text"]
+    assert codes({"text": " \n"}) == ["empty_turn"]
+    assert codes({"text": 7}) == codes({"text": None}) == ["not_text"]
+    assert codes({"text": "a\ud800"}) == ["broken_text"]
+
+
+DPO = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}
+HH = {"chosen": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Indeed.",
+      "rejected": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Go away."}
+OPENAI_DPO = {"input": {"messages": [user("Hello, how cold is it?")], "tools": [WEATHER], "parallel_tool_calls": True},
+              "preferred_output": [answer("Three degrees.")], "non_preferred_output": [answer("Cold.")]}
+ULTRA = {"prompt": "Sky?", "chosen": [user("Sky?"), answer("Blue.")], "rejected": [user("Sky?"), answer("Green.")],
+         "messages": [user("Sky?"), answer("Blue.")], "score_chosen": 8.0}
+
+
+@pytest.mark.parametrize("row, turns", [
+    (DPO, [user("Sky?"), answer("Blue.")]),
+    (DPO | {"system": "Be brief."}, [system("Be brief."), user("Sky?"), answer("Blue.")]),
+    (HH, [user("Are you\n\nawake?"), answer("Yes."), user("Good."), answer("Indeed.")]),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Bye!"}, [user("Hi"), answer("Hello!")]),
+    (OPENAI_DPO, [user("Hello, how cold is it?"), answer("Three degrees.")]),
+    (ULTRA, [user("Sky?"), answer("Blue.")]),
+    (ULTRA | {"prompt": [system("Be brief."), user("Sky?")], "chosen": [system("Be brief."), user("Sky?"), answer("Blue.")]},
+     [system("Be brief."), user("Sky?"), answer("Blue.")]),
+    ({"prompt": [user("Sky?")], "chosen": [answer("Blue.")], "rejected": [answer("Green.")]}, [user("Sky?"), answer("Blue.")]),
+    ({"conversations": [{"from": "human", "value": "Sky?"}], "chosen": {"from": "gpt", "value": "Blue."},
+      "rejected": {"from": "gpt", "value": "Green."}}, [user("Sky?"), answer("Blue.")]),
+    ({"instruction": "Colour?", "input": "Sky", "chosen": "Blue.", "rejected": "Green."}, [user("Colour?\n\nSky"), answer("Blue.")]),
+    ({"question": "Sky?", "chosen": "Blue.", "rejected": "Green.", "system": ""}, [user("Sky?"), answer("Blue.")]),
+    ({"prompt": "Sky?", "completion": "Blue.", "label": True}, [user("Sky?"), answer("Blue.")]),
+], ids=["DPO", "system", "HH", "HH with a prompt", "OpenAI", "UltraFeedback", "whole", "lists", "ShareGPT", "Alpaca", "question", "KTO"])
+def test_preferences_are_refused_or_their_better_answer_is_taken(row, turns):
+    [(code, reason)] = problems(row)
+    assert code == "preference" and "which answer is better" in reason
+    assert codes(row, "preference") == ["preference"]
+    example = read(row, take="chosen")
+    assert (example.format, example.messages) == ("preference", turns)
+    assert example.tools == ([WEATHER] if row is OPENAI_DPO else None)
+
+
+def test_preferences_that_cannot_be_taken():
+    assert codes({"prompt": "Sky?", "completion": "Green.", "label": False}, take="chosen") == ["preference"]
+    assert codes({"chosen": "Blue.", "rejected": "Green."}, take="chosen") == ["no_messages"]
+    assert codes(DPO | {"chosen": None}, take="chosen") == ["no_messages"]
+    assert codes(DPO | {"chosen": 7}, take="chosen") == ["no_messages"]
+    assert codes(DPO | {"chosen": " "}, take="chosen") == ["empty_turn"]
+    assert read(ULTRA, "messages").messages == ULTRA["messages"]
+
+
+# --- which format
+
+@pytest.mark.parametrize("row, name", [
+    (OPENAI_TOOLS, "messages"), (ALPACA, "alpaca"), (SHAREGPT, "sharegpt"), ({"prompt": "a", "completion": "b"}, "prompt-completion"),
+    ({"text": "a"}, "text"), ({"messages": None, "conversations": None, "text": "a"}, "text"),
+    ({"messages": None, "prompt": None, "completion": None, "instruction": "a", "input": None, "output": "b"}, "alpaca"),
+    ({"messages": [user("a"), answer("b")], "text": "a b", "chosen": None, "rejected": None}, "messages"),
+    ({"instruction": None, "input": "a", "output": "b"}, "alpaca"),
+    ({"text": "a", "conversation": "free text"}, None), ({"text": "a", "answer": "b"}, None), ({"chat": "hello"}, None), ({}, None),
+])
+def test_detection(row, name):
+    if name is None:
+        assert codes(row) == ["unknown_format"]
+        return
+    assert read(row).format == name == read(row, name).format
+    assert Formats().describe(name).startswith(f"{name} (rows have ")
+
+
+def test_every_format_of_the_settings_is_known():
+    rows = {"messages": OPENAI_TOOLS, "alpaca": ALPACA, "sharegpt": SHAREGPT, "prompt-completion": {"prompt": "a", "completion": "b"},
+            "columns": {"question": "a", "answer": "b"}, "text": {"text": "a"}, "preference": DPO}
+    assert set(rows) == set(config.FORMATS)
+    for name, row in rows.items():
+        formats = Formats(name, QA if name == "columns" else {}, "chosen")
+        assert formats.example(row).format == name
+        for other in rows.values():
+            if other is not row and name != "columns" and other is not ALPACA:
+                with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
+                    formats.example(other)
+    assert Formats().describe("messages") == "messages (rows have a list `messages`)"
+    assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
+
+
+# --- what is wrong with rows
+
+USER, ANSWER = user("a"), answer("b")
+CALL = answer(tool_calls=[called("f", {}, "1")])
+RESULT = {"role": "tool", "content": "7", "tool_call_id": "1"}
+
+
+@pytest.mark.parametrize("row, found", [
+    (7, [("not_an_object", "a row is a JSON object, this one is a number")]),
+    ({"messages": []}, [("no_messages", "`messages` is an empty list, not a list of turns")]),
+    ({"messages": "hi"}, [("no_messages", "`messages` is text, not a list of turns")]),
+    ({"conversations": {}}, [("no_messages", "`conversations` is an object, not a list of turns")]),
+    ({"messages": [USER]}, [("no_answer", "the conversation ends with `user`; there is no answer to learn")]),
+    ({"messages": [ANSWER]}, [("alternation", "turn 1 is `assistant` where `user` is expected; roles alternate and begin with `user`")]),
+    ({"messages": [USER, USER]}, [("alternation", "turn 2 is `user` where `assistant` is expected; roles alternate and begin with `user`"),
+                                  ("no_answer", "the conversation ends with `user`; there is no answer to learn")]),
+    ({"messages": [USER, ANSWER, ANSWER]}, [("alternation", "turn 3 is `assistant` where `user` is expected; roles alternate and begin with `user`")]),
+    ({"messages": [USER, ANSWER, system("s"), USER, ANSWER]}, [("system_inside", "turn 3 is a system message; it can only be the first")]),
+    ({"messages": [user(" "), {"role": "assistant"}]}, [("empty_turn", "turn 1 (user) is empty"), ("not_text", "the content of turn 2 is missing, not text")]),
+    ({"messages": ["x", {"role": "bot", "content": ""}]}, [("not_an_object", "turn 1 is text, not an object"),
+                                                          ("unknown_role", "turn 2 has the role 'bot'; known are system, user, assistant, tool")]),
+    ({"instruction": ["a"], "input": 3, "output": None}, [("not_text", "`instruction` is a list, not text"), ("not_text", "`input` is a number, not text"),
+                                                          ("not_text", "the content of turn 2 is missing, not text")]),
+])
+def test_all_problems_of_a_row(row, found):
+    assert problems(row) == found
+
+
+def test_problems_of_a_row_do_not_go_on_for_ever():
+    assert len(problems({"messages": [user(" ")] * 1000})) == MOST_PROBLEMS
+
+
+@pytest.mark.parametrize("turns, reason", [
+    ([USER, RESULT, ANSWER], "turn 2 is the result of a tool that was not called before it"),
+    ([USER, ANSWER, RESULT, ANSWER], "turn 3 is the result of a tool that was not called before it"),
+    ([USER, CALL, USER, ANSWER], "turn 3 is `user` where the result of the tool call in turn 2 is expected"),
+    ([USER, CALL, ANSWER], "turn 3 is `assistant` where the result of the tool call in turn 2 is expected"),
+    ([USER, CALL, RESULT | {"tool_call_id": "2"}, ANSWER], "turn 3 answers the tool call '2', which turn 2 does not make"),
+    ([USER, answer(tool_calls=[called("f", {}, "1"), called("g", {}, "2")]), RESULT, ANSWER], "the tool call '2' of turn 2 has no result"),
+    ([user("a", tool_calls=CALL["tool_calls"]), ANSWER], "turn 1 is `user` and calls tools; only `assistant` can"),
+    ([USER, answer("b", tool_responses=[{"name": "f", "response": 1}])], "turn 2 carries `tool_responses`"),
+])
+def test_order_of_tool_turns(turns, reason):
+    found = problems({"messages": turns})
+    assert found[0] == ("tool_order", reason)
+
+
+@pytest.mark.parametrize("turns", [
+    [USER, CALL], [USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT, CALL, RESULT, ANSWER, USER, ANSWER],
+    [USER, answer("Let me see.", tool_calls=CALL["tool_calls"]), RESULT | {"content": ""}, ANSWER],
+    [USER, answer(tool_calls=[called("f", {}), called("g", {})]), {"role": "tool", "content": "7"}, ANSWER],
+    [USER, answer(tool_calls=[called("f", {}, "1"), called("g", {})]), RESULT, ANSWER],
+])
+def test_tool_turns_in_order(turns):
+    assert [turn["role"] for turn in messages({"messages": turns})] == [turn["role"] for turn in turns]
+
+
+def test_results_are_named_by_id_then_by_position():
+    made = answer(tool_calls=[called("f", {}, "1"), called("g", {}, "2")])
+    several = [USER, made, RESULT | {"tool_call_id": "2"}, RESULT, ANSWER, USER, made,
+               {"role": "tool", "content": "x"}, {"role": "tool", "content": "y", "name": "own"}, {"role": "tool", "content": "z"}, ANSWER]
+    assert [turn.get("name") for turn in messages({"messages": several}) if turn["role"] == "tool"] == ["g", "f", "f", "own", None]
+
+
+def test_what_a_tool_returns_may_be_an_object():
+    assert messages({"messages": [USER, CALL, RESULT | {"content": {"é": 1}}, ANSWER]})[2]["content"] == '{"é": 1}'
+
+
+@pytest.mark.parametrize("arguments, code", [
+    ('{"a": 1', "tool_arguments"), ("[1]", "tool_arguments"), ([1], "tool_arguments"), ("7", "tool_arguments"), ("NaN", "tool_arguments"),
+    ('{"a": NaN}', "tool_arguments"), ('{"a": 1e999}', "tool_arguments"), ('{"a": ' + "9" * 5000 + "}", "tool_arguments"),
+    ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "tool_arguments"), ('{"a":' * 100_000, "tool_arguments"),
+    ('{"a": ' + "[" * 120 + "]" * 120 + "}", "tool_arguments"), ({"a": float("inf")}, "tool_arguments"), ({"a": b"x"}, "tool_arguments"),
+    ({"a": "\ud800"}, "broken_text"), ({"\ufffd": 1}, "broken_text"), ('{"a": "\\ud800"}', "broken_text"), (False, "tool_arguments")])
+def test_arguments_that_are_not_json(arguments, code):
+    [(found, reason)] = problems({"messages": [USER, answer(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])]})
+    assert found == code and "tool call 1 of turn 2" in reason
+
+
+def test_a_damaged_name_of_a_tool():
+    assert codes({"messages": [USER, answer(tool_calls=[{"name": "f\ud800"}])]}) == ["broken_text"]
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}"])
+def test_calls_without_arguments(arguments):
+    turn = answer(tool_calls=[{"id": 7, "function": {"name": " f ", "arguments": arguments}}, {"name": "g"},
+                              {"name": "h", "parameters": {"x": 1}}])
+    assert messages({"messages": [USER, turn]})[1]["tool_calls"] == [called("f", {}, "7"), called("g", {}), called("h", {"x": 1})]
+
+
+@pytest.mark.parametrize("made", [[{"id": 1}], ["f"], [{"function": {"name": ""}}], [{"function": {"name": 7}}], 7, True, [None], [[]],
+                                  [{"type": "custom", "custom": {"name": "f", "input": "x"}}]])
+def test_calls_that_call_nothing(made):
+    assert codes({"messages": [USER, answer(tool_calls=made)]}) == ["tool_calls"]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]", {}])
+def test_rows_without_tools(tools):
+    assert read({"messages": [USER, ANSWER], "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize("tools", [
+    [WEATHER], WEATHER, [WEATHER["function"]], [WEATHER["function"] | {"type": "function"}], json.dumps([WEATHER]), [json.dumps(WEATHER)],
+    [{"type": "function", "function": WEATHER["function"] | {"parameters": json.dumps(WEATHER["function"]["parameters"])}}]])
+def test_ways_to_declare_tools(tools):
+    assert read({"messages": [USER, ANSWER], "tools": tools}).tools == [WEATHER]
+
+
+@pytest.mark.parametrize("tools", ["hammer", "[1", 7, [7], [{}], [{"name": 3}], [{"name": "f", "parameters": []}], ["x"], True,
+                                   [{"name": "f", "parameters": "{"}], [{"name": "\ud800"}], [{"name": "f", "strict": float("nan")}]])
+def test_tools_that_declare_nothing(tools):
+    assert codes({"messages": [USER, ANSWER], "tools": tools}) == ["tools"]
+
+
+def test_problems_travel_between_processes():
+    with pytest.raises(RowError) as caught:
+        Formats().example({"messages": [USER, USER]})
+    copied = copy.copy(caught.value)  # by the protocol by which a worker process hands it back
+    assert type(copied) is RowError and copied.problems == caught.value.problems and str(copied) == str(caught.value)
+
+
+# --- any row at all
+
+NAMES = ("messages conversations conversation chat system tools functions instruction input output context response history prompt "
+        "completion text chosen rejected preferred_output non_preferred_output label question answer images role from content value "
+        "tool_calls function_call function name arguments id tool_call_id weight train reasoning type")
+KEYS = NAMES.split()
+texts = st.one_of(st.sampled_from(["hi", "", " ", "\ud800", "{}", "[]", "[{\"role\": 1}]", "{\"name\": \"f\"}", "USER: a\n\nASSISTANT: b",
+                                   "USER: a ASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{}'}", "SYSTEM: x - {\"name\": \"f\"}",
+                                   "\n\nHuman: a\n\nAssistant: b", "function_call", "user", "assistant", "tool", "text"]), st.text(max_size=6))
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | texts, inner, max_size=4),
+                      max_leaves=12)
+tool_calls = st.lists(st.fixed_dictionaries({}, optional={"id": scalars, "name": texts, "arguments": values,
+                                                          "function": st.fixed_dictionaries({"name": texts, "arguments": values})}), max_size=2)
+turns = st.fixed_dictionaries({}, optional={
+    "role": st.sampled_from(["system", "user", "assistant", "tool", "function_call"]), "from": st.sampled_from(["human", "gpt", "function_call"]),
+    "content": st.text(min_size=1, max_size=4) | values, "value": texts, "tool_calls": tool_calls | values, "tool_call_id": scalars,
+    "name": scalars, "weight": scalars, "train": scalars, "reasoning_content": scalars})
+alternating = st.builds(lambda pairs: [turn for q, a in pairs for turn in (user(q), answer(a))],
+                        st.lists(st.tuples(st.text(min_size=1, max_size=4), st.text(min_size=1, max_size=4)), max_size=3))
+lists = st.lists(turns, max_size=4) | alternating
+rows = st.one_of(values, st.dictionaries(st.sampled_from(KEYS), values | lists, max_size=6),
+                 st.builds(lambda key, found, more: more | {key: found}, st.sampled_from(["messages", "conversations", "prompt", "chosen"]),
+                           lists, st.dictionaries(st.sampled_from(KEYS), values, max_size=3)))
+ways = st.builds(Formats, st.none() | st.sampled_from(config.FORMATS), st.just({"user": "question", "assistant": "answer"}) | st.just({}) |
+                 st.just(QA), st.sampled_from([None, "chosen"])).filter(lambda f: f.name != "columns" or f.columns)
+
+
+@same_examples
+@given(row=rows, formats=ways)
+def test_any_row_is_an_example_or_an_error(row, formats):
+    try:
+        example = formats.example(row)
+    except RowError as e:
+        assert 1 <= len(e.problems) <= MOST_PROBLEMS
+        return
+    assert example.format in config.FORMATS and (example.text is None) != (example.messages is None)
+    json.dumps([example.messages, example.tools], ensure_ascii=False, allow_nan=False).encode()
+    if example.messages is None:
+        return
+    roles = [turn["role"] for turn in example.messages]
+    assert roles[-1] == "assistant" and roles[0] in ("system", "user") and "system" not in roles[1:]
+    for before, turn in zip([None, *example.messages], example.messages):
+        assert set(turn) <= {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train"}
+        assert isinstance(turn["content"], str) and turn["content"] == turn["content"].strip()
+        assert turn["content"] or turn["role"] == "tool" or turn["tool_calls"]
+        assert turn.get("train", False) is False and all(isinstance(c["function"]["arguments"], dict) for c in turn.get("tool_calls", ()))
+        role = before["role"] if before else None
+        assert turn["role"] in {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant"),
+                                "assistant": ("tool",) if "tool_calls" in (before or {}) else ("user",)}[role]
+    assert any("train" not in turn for turn in example.messages if turn["role"] == "assistant")
+
+
+@same_examples
+@given(found=lists, key=st.sampled_from(["messages", "conversations"]))
+def test_nothing_of_an_answer_is_lost(found, key):
+    try:
+        read_turns = Formats().example({key: found}).messages
+    except RowError:
+        return
+    assert len(read_turns) == len(found)
+    for before, after in zip(found, read_turns):
+        said = before.get("content") if before.get("content") is not None else before.get("value")
+        if isinstance(said, str) and "function_call" not in (before.get("role"), before.get("from")):
+            assert after["content"] == said.strip()
+        if after["role"] == "assistant":
+            assert len(after.get("tool_calls", ())) == len(before.get("tool_calls") or ()) or "function_call" in (before.get("role"), before.get("from"))
+            reasoning = before.get("reasoning_content")
+            assert after.get("reasoning_content", "") == (reasoning.strip() if isinstance(reasoning, str) else "")

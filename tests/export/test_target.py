@@ -1,0 +1,180 @@
+"""What Ollama is told: parameters, the context's length, the data's system prompt, the base model's licence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.config.settings import resolve
+from gemma_tune.config.stages import ExportConfig
+from gemma_tune.export.target import Target, constant_system, licence_text, parse_parameters, target_for
+from gemma_tune.models.source import BaseModel, load_format
+from gemma_tune.run.directory import Manifest, RunDir
+from gemma_tune.run.stage import Session
+from support.command import write_rows
+
+
+def told(merged: Path, run: Path, prepared: dict[str, Any] | None = None, **settings: Any) -> Target:
+    """``target_for`` with these settings, in a run whose manifest says this of ``prepare``."""
+    manifest = Manifest({"name": "tiny-gemma"}, {"prepare": prepared} if prepared else {})
+    session = Session(RunDir(run, "tiny-gemma"), BaseModel("tiny", "tiny-gemma", "directory", merged, None, "", {}),
+                      resolve(ExportConfig, settings), Listener(), manifest)
+    return target_for(session, merged, load_format(merged, "gemma3_text"))
+
+
+@pytest.fixture
+def merged(tiny, tmp_path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "merged")
+
+
+def change(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
+
+
+# --- parameters
+
+
+@pytest.mark.parametrize(("room", "max_length", "longest", "expected"), [
+    (32768, 2048, 900, 4096),  # never less than what Ollama gives by itself
+    (32768, 8192, 5000, 5000),  # as long as the longest in training
+    (32768, 8192, 100_000, 8192),  # longer rows were cut or left out: training did not see more
+    (6000, 8192, 100_000, 6000), (2048, 8192, 100, 2048),  # no more than the model can
+    (32768, 8192, None, 8192),  # a run of an earlier version
+])  # fmt: skip
+def test_the_context_fits_the_training_and_the_model(merged, tmp_path, room, max_length, longest, expected):
+    change(merged / "config.json", max_position_embeddings=room)
+    prepared = {"config": {"max_length": {"value": max_length, "from": "flag"}},
+                "summary": {} if longest is None else {"longest": longest}}
+    assert told(merged, tmp_path, prepared).parameters["num_ctx"] == expected
+
+
+def test_the_context_of_a_model_that_sees_is_its_texts(merged, tmp_path):
+    config = json.loads((merged / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (merged / "config.json").write_text(json.dumps(config | {"text_config": {"max_position_embeddings": 3000}}))
+    assert told(merged, tmp_path).parameters["num_ctx"] == 3000
+
+
+def test_given_parameters_win_over_the_models_own(merged, tmp_path):
+    change(merged / "generation_config.json", do_sample=True, temperature=0.8, top_k=64)
+    assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.8, "top_k": 64}
+    own = told(merged, tmp_path, num_ctx=512, parameter=("top_k=5", "stop=User:", "num_ctx=512")).parameters
+    assert own == {"num_ctx": 512, "temperature": 0.8, "top_k": 5, "stop": ["User:"]}
+    with pytest.raises(UserError, match="--num-ctx 512 and --parameter num_ctx=256 contradict"):
+        told(merged, tmp_path, num_ctx=512, parameter=("num_ctx=256",))
+
+
+def test_a_model_without_sampling_settings_answers_greedily(merged, tmp_path):
+    (merged / "generation_config.json").unlink()
+    assert told(merged, tmp_path).parameters["temperature"] == 0.0
+
+
+def test_parameters_have_their_types():
+    texts = ["temperature=0.3", " top_k = 40 ", "min_p=1e-2", "top_p=.9", "seed=-1", "use_mmap=False", "stop= \n", "stop=a=b",
+             "seed=-1", "repeat_penalty=1"]
+    read = parse_parameters(texts)
+    assert read == {"temperature": 0.3, "top_k": 40, "min_p": 0.01, "top_p": 0.9, "seed": -1, "use_mmap": False,
+                    "stop": [" \n", "a=b"], "repeat_penalty": 1.0}
+    assert [type(read[name]) for name in ("top_k", "repeat_penalty", "use_mmap")] == [int, float, bool]
+    assert parse_parameters([]) == {}
+
+
+def test_all_bad_parameters_are_told_together():
+    bad = ["temprature=1", "top_k=4.5", "top_p=much", "temperature=nan", "min_p=1e999", "use_mmap=1", "stop=", "num_ctx",
+           "typical_p=0.5", "seed=1", "seed=2", "num_predict=99999999999999999999", "=3"]
+    with pytest.raises(UserError) as raised:
+        parse_parameters(bad)
+    problems = dict(zip((p.partition(": ")[0] for p in raised.value.problems),
+                        (p.partition(": ")[2] for p in raised.value.problems), strict=True))
+    assert list(problems) == [text for text in bad if text != "seed=1"]
+    assert "did you mean `temperature`?" in problems["temprature=1"]
+    assert problems["top_k=4.5"] == "expected a whole number" and problems["num_ctx"] == "expected NAME=VALUE"
+    assert "0.34.1 and later refuse it" in problems["typical_p=0.5"] and "given twice" in problems["seed=2"]
+    assert "Known: num_ctx, temperature" in raised.value.hint
+
+
+# --- the system prompt
+
+
+def conversation(*system: str) -> dict[str, Any]:
+    return {"messages": [*({"role": "system", "content": text} for text in system), {"role": "user", "content": "hi"},
+                         {"role": "assistant", "content": "yes"}]}
+
+
+@pytest.mark.parametrize(("train", "valid", "expected"), [
+    ([conversation("S")] * 3, [conversation("S")], "S"),
+    ([conversation("S\n 简短。")], [], "S\n 简短。"),
+    ([conversation("S")] * 3, [conversation("other")], None),
+    ([conversation("S"), conversation()], [], None),
+    ([conversation(), conversation("S")], [], None),
+    ([conversation("")], [], None),
+    ([conversation("S"), {"text": "plain"}], [], None),
+    ([conversation()], [conversation()], None),
+    ([], [], None),
+])  # fmt: skip
+def test_a_system_prompt_is_constant_or_it_is_none(tmp_path, train, valid, expected):
+    files = (write_rows(tmp_path / "train.jsonl", train), write_rows(tmp_path / "valid.jsonl", valid))
+    assert constant_system(*files, tmp_path / "missing.jsonl") == expected
+
+
+def test_reading_ends_where_two_differ(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", [conversation("a"), conversation("b")])
+    path.write_text(path.read_text() + "no JSON\n")
+    assert constant_system(path) is None
+
+
+def test_the_datas_system_prompt_becomes_system_and_is_told(merged, tmp_path):
+    run = RunDir(tmp_path, "tiny-gemma")
+    run.data.mkdir()
+    text = "Answer as an analyst.\n" + "x" * 100
+    write_rows(run.train_rows, [conversation(text)])
+    target = told(merged, tmp_path)
+    assert target.system == text
+    [note] = target.notes
+    assert note.startswith("every conversation of the data has the system prompt 'Answer as an analyst. xxx")
+    assert note.endswith("…': it becomes SYSTEM") and len(note) < 160
+    for given in ("mine", ""):
+        target = told(merged, tmp_path, system=given)
+        assert (target.system, target.notes) == (given, ())
+    write_rows(run.valid_rows, [conversation()])
+    target = told(merged, tmp_path)
+    assert (target.system, target.notes) == (None, ())
+
+
+# --- the licence
+
+
+def base(path: Path) -> BaseModel:
+    return BaseModel("base", "base", "directory", path, None, "", {})
+
+
+@pytest.mark.parametrize(("card", "expected"), [
+    ("license: gemma", "Gemma Terms of Use: https://ai.google.dev/gemma/terms\n"),
+    ("license: apache-2.0", "Apache License 2.0: https://www.apache.org/licenses/LICENSE-2.0\n"),
+    ("license: gemma\nlicense_link: https://ai.google.dev/gemma/docs/gemma_4_license",
+     "Gemma Terms of Use: https://ai.google.dev/gemma/docs/gemma_4_license\n"),
+    ("license: other\nlicense_name: qwen\nlicense_link: https://example.com/l", "qwen: https://example.com/l\n"),
+    ("license: llama3.2", "llama3.2\n"),
+    ("tags: [x]", None),
+])
+def test_the_licence_of_the_bases_card(tmp_path, card, expected):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{card}\n---\n# Model\n")
+    assert licence_text(tmp_path, base(tmp_path / "base")) == expected
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "license.md", "LICENCE", "COPYING"])
+def test_a_licence_file_comes_first(tmp_path, name):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "licenses").mkdir()
+    assert licence_text(tmp_path, base(tmp_path / "base")).startswith("MIT License")
+    (tmp_path / name).write_text("Do as you like.\n")
+    assert licence_text(tmp_path, base(tmp_path / "base")) == "Do as you like.\n"

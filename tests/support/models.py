@@ -1,0 +1,40 @@
+"""A tiny random Gemma 3 with a tokenizer trained here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Write tokenizer.model and tokenizer.json of a small Gemma tokenizer; returns the vocabulary's size."""
+    from transformers import AutoTokenizer
+
+    from support.gguf import train_sentencepiece
+
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(vocab_size=420, special=TURNS))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
+        "unk_token": "<unk>", "extra_special_tokens": list(TURNS)}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random Gemma 3 text model of two layers as a checkpoint; ``changes`` go into its configuration."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    size = make_tokenizer(folder)
+    settings = dict(
+        vocab_size=size, hidden_size=64, intermediate_size=128, initializer_range=0.2, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=1024,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2) | changes
+    torch.manual_seed(seed)
+    Gemma3ForCausalLM(Gemma3TextConfig(**settings)).to(torch.bfloat16).save_pretrained(folder)
+    return folder

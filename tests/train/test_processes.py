@@ -1,0 +1,302 @@
+"""Several processes as one training: two of them over gloo, started by the command itself and by accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train import processes
+from support.command import MANIFEST_SCHEMA, Result, rows, write_rows
+
+# 27 rows of different lengths in steps of 4: one process gets more of the last step than the other, in more pieces.
+SETTINGS = ("--epochs", "2", "--rank", "4", "--dtype", "fp32", "--learning-rate", "1e-3", "--batch-size", "2",
+            "--micro-batch", "1")
+STEPS = 14
+ALONE = (*SETTINGS, "--accumulation", "2")
+TOGETHER = (*SETTINGS, "--num-processes", "2")
+
+# Put into a process by Python's own start-up hook: what happens to it in its fourth step.
+EVENT = """
+import os, signal, time
+if os.environ.get("RANK") == "1":
+    import gemma_tune.models.source
+    gemma_tune.models.source.quiet_libraries()
+    import gemma_tune.train.callbacks
+
+    def event(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            {what}
+    gemma_tune.train.callbacks.FiniteGuard.on_step_begin = event
+"""
+
+
+def python(*args: object, **environment: object) -> Result:
+    """Run a module in a process of its own, as one does from a shell."""
+    done = subprocess.run([sys.executable, "-m", *map(str, args)], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {n: str(v) for n, v in environment.items()}, stdin=subprocess.DEVNULL)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def accelerate(*args: object) -> Result:
+    """``accelerate launch -m gemma_tune`` as two processes, with settings of accelerate that must not count.
+
+    ``--multi_gpu`` only means that there are several: without it accelerate starts one process on a CPU.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return python("accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+                  "--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", port,
+                  "-m", "gemma_tune", *args)
+
+
+@pytest.fixture(scope="session")
+def prepared_once(tiny, tmp_path_factory) -> Path:
+    """A directory with a prepared run, ``prepared``; the trained ones below lie beside it."""
+    place = tmp_path_factory.mktemp("processes")
+    records = rows(30)
+    for n, row in enumerate(records):
+        row["messages"][0]["content"] += " please" * (n % 9)
+    write_rows(place / "rows.jsonl", records[:27])
+    write_rows(place / "valid.jsonl", records[27:])
+    done = python("gemma_tune", "prepare", place / "rows.jsonl", "--valid", place / "valid.jsonl", "--model", tiny,
+                  "--run", place / "prepared")
+    assert done.code == 0, done.err
+    return place
+
+
+def run_in(place: Path, name: str) -> Path:
+    return shutil.copytree(place / "prepared", place / name)
+
+
+def trained_run(place: Path, name: str, *settings: str) -> tuple[Path, Result]:
+    run = run_in(place, name)
+    done = python("gemma_tune", "train", "--run", run, "--json", *settings)
+    assert done.code == 0, done.err
+    return run, done
+
+
+@pytest.fixture(scope="session")
+def alone(prepared_once) -> Path:
+    """Trained by one process."""
+    return trained_run(prepared_once, "alone", *ALONE)[0]
+
+
+@pytest.fixture(scope="session")
+def together(prepared_once) -> tuple[Path, Result]:
+    """Trained by two processes: the run, and what the command said."""
+    return trained_run(prepared_once, "together", *TOGETHER)
+
+
+@pytest.fixture
+def run(prepared_once, tmp_path) -> Path:
+    """A prepared run of one's own."""
+    return shutil.copytree(prepared_once / "prepared", prepared_once / tmp_path.name)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(run.glob("*_lora_adapter")) / "adapter_model.safetensors")
+
+
+def assert_same_training(run: Path, other: Path) -> None:
+    """Every step saw the same rows and gave the same loss, and the adapter is the same, but for rounding."""
+    ours, theirs = records(run), records(other)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    assert sum("loss" in r for r in ours) == STEPS
+    for a, b in zip(ours, theirs):
+        for name in {"loss", "eval_loss", "grad_norm"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-5), a
+        assert a.get("tokens") == b.get("tokens")
+        assert a.get("learning_rate") == b.get("learning_rate")
+    ours, theirs = adapter(run), adapter(other)
+    assert ours.keys() == theirs.keys()
+    assert max(t.abs().max() for t in ours.values()) > 1e-2
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+
+
+def error_of(result: Result) -> dict:
+    """The one error that a command shows to programs, and to people the same."""
+    error = result.json["error"]
+    assert re.findall(r"^Error: (.*)", result.err, re.M) == [error["message"]]
+    assert "Traceback" not in result.err
+    assert result.code == error["exit_code"]
+    return error
+
+
+# ---- the same training -----------------------------------------------------------------------------------------------
+
+def test_two_processes_learn_what_one_with_twice_the_accumulation_does(together, alone):
+    run, done = together
+    assert_same_training(run, alone)
+    assert done.json["summary"]["effective_batch"] == 4
+    assert done.err.count("computing in") == done.err.count("train: done") == 1
+
+
+def test_they_leave_one_manifest_and_one_adapter(together):
+    import jsonschema
+
+    run, _ = together
+    manifest = json.loads((run / "manifest.json").read_text())
+    jsonschema.validate(manifest, MANIFEST_SCHEMA)
+    assert manifest["stages"]["train"]["config"]["num_processes"] == {"value": 2, "from": "flag"}
+    assert len(list(run.glob("*_lora_adapter*"))) == 1
+    assert not (run / ".lock-owner.json").exists()
+    newest = run / "training_checkpoints" / f"checkpoint-{STEPS}"
+    sealed = json.loads((newest / "complete.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= sealed.keys()
+
+
+def test_a_finished_training_is_up_to_date_for_all(together):
+    run, first = together
+    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json")
+    assert (done.code, done.json["status"]) == (0, "up-to-date")
+    assert done.json["summary"] == first.json["summary"]
+
+
+def test_accelerate_launch_works_by_itself_and_its_settings_do_not_count(run, alone):
+    done = accelerate("train", "--run", run, *SETTINGS, "--json")
+    assert done.code == 0, done.err
+    assert done.json["summary"]["effective_batch"] == 4
+    assert_same_training(run, alone)
+
+
+def test_fsdp_learns_what_one_process_does(run, alone):
+    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--strategy", "fsdp", "--json")
+    assert done.code == 0, done.err
+    assert_same_training(run, alone)
+
+
+def test_the_whole_path_trains_in_processes(tiny, tmp_path, cli):
+    (tmp_path / "settings.yaml").write_text("train: {num_processes: 2, epochs: 3, max_steps: 3, dtype: fp32}")
+    data = write_rows(tmp_path / "rows.jsonl", rows(8))
+    done = cli("run", data, "--model", tiny, "--run", tmp_path / "run", "--config", tmp_path / "settings.yaml",
+               "--max-steps", 2, "--questions", 1, "--json")
+    assert done.code == 0, done.err
+    assert done.json["stages"]["train"]["summary"]["steps"] == 2
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["config"]["num_processes"] == {"value": 2, "from": "file"}
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+def happens(folder: Path, what: str) -> dict[str, str]:
+    """The environment in which ``what`` happens to the second process in its fourth step."""
+    (folder / "sitecustomize.py").write_text(EVENT.format(what=what))
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_bad_input_is_said_once(tmp_path):
+    done = python("gemma_tune", "train", "--run", tmp_path / "none", "--num-processes", 2, "--json")
+    assert error_of(done)["exit_code"] == 2
+    assert "is not a run yet" in done.err
+
+
+def test_before_they_meet_the_main_process_speaks_for_what_is_the_same_for_all(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    usage, own = UserError("more processes than GPUs"), WorkFailed("its GPU does not answer")
+    assert processes.settle(usage) is None
+    assert processes.settle(own) is own
+    monkeypatch.setenv("RANK", "0")
+    assert processes.settle(usage) is usage
+
+
+def test_wrong_usage_under_accelerate_is_said_once():
+    done = accelerate("train", "--no-such-option")
+    assert done.code != 0
+    assert done.err.count("--no-such-option") == 1 or done.err.count("No such option") == 1
+
+
+def test_other_commands_under_accelerate_run_once(prepared_once):
+    done = accelerate("status", "--run", prepared_once / "prepared", "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"].endswith("prepared")
+
+
+@pytest.mark.parametrize("what, message", [
+    ("raise ValueError('planted')", "unexpected ValueError: planted"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "another process of this training ended without a word"),
+])
+def test_what_ends_one_process_ends_all_with_one_message(run, tmp_path, what, message):
+    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json", **happens(tmp_path, what))
+    assert error_of(done)["message"] == message
+    assert done.code == 1
+    assert not list(run.glob("*_lora_adapter"))
+
+
+def test_the_main_process_gone_is_said_by_the_launcher(run, tmp_path):
+    environment = happens(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    event = tmp_path / "sitecustomize.py"
+    event.write_text(event.read_text().replace('== "1"', '== "0"'))
+    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json", **environment)
+    assert "main process of the training was killed" in error_of(done)["message"]
+    assert done.code == 1
+
+
+@pytest.mark.parametrize("who", ["os.getpid()", "os.getppid()"], ids=["one", "all"])
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_stops_all_after_the_same_step_and_training_goes_on_from_there(run, tmp_path, together, who):
+    stopped = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json",
+                     **happens(tmp_path, f"os.kill({who}, signal.{signal.SIGTERM.name}); time.sleep(1)"))
+    assert error_of(stopped)["exit_code"] == 130
+    assert f"stopped at step 4 of {STEPS}" in stopped.err
+    assert (run / "training_checkpoints" / "checkpoint-4" / "complete.json").exists()
+    if who == "os.getpid()":  # once is enough
+        done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json")
+        assert done.json["summary"]["resumed_from_step"] == 4
+        whole = adapter(together[0])
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter(run).items())
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------------
+
+def test_fsdp_needs_several_processes(prepared_once, cli):
+    done = cli("train", "--run", prepared_once / "prepared", "--strategy", "fsdp")
+    assert done.code == 2
+    assert "--num-processes" in done.err
+
+
+@pytest.mark.parametrize("setting", ["qlora", "dora", "compile"])
+def test_fsdp_refuses_what_needs_the_whole_weights(setting):
+    """With the other settings, before any data is prepared or planned for."""
+    with pytest.raises(UserError) as e:
+        TrainConfig(num_processes=2, strategy="fsdp", **{setting: True})
+    assert f"fsdp does not go together with {setting}" in e.value.problems[0]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="there are 2 GPUs"):
+        processes.join(print)
+
+
+def test_one_process_takes_one_gpu_of_several_and_says_so(prepared_once, run, cli, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 0) or 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    done = cli("train", "--run", run, *SETTINGS, "--max-steps", 1)
+    assert done.code == 0, done.err
+    assert "one GPU of 2" in done.err and "--num-processes 2" in done.err
