@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,34 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Seque
         digest.update(b"" if single else f"{name}\0{sha256_file(member)}\n".encode())
     sha = sha256_file(path) if single else digest.hexdigest()
     return {"sha256": sha, "bytes": size, "stamp": stamp}
+
+
+def cache_dir() -> Path:
+    """Where checkpoints made from GGUF files are kept: ``GEMMA_TUNE_CACHE``, else the user's cache directory."""
+    if configured := os.environ.get("GEMMA_TUNE_CACHE"):
+        return Path(configured).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gemma-tune"
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Lend a path beside `out`; what was written there becomes `out` when all went well, and is removed when not.
+
+    What a killed run left at that path is removed first.
+
+    Raises:
+        WorkFailed: for any OSError within.
+    """
+    partial = out.with_name(out.name + ".partial")  # the same each time, so that a killed run leaves one at most
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        yield partial
+        os.replace(partial, out)
+        sync(out.parent)
+    except OSError as error:
+        hint = "Check free space and permissions there, then run the command again."
+        raise WorkFailed(f"Writing {out} failed: {error.strerror or error}.", hint) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,9 +11,13 @@ from gemma_tune.answers.generation import Answer, Stream, sampling_arguments
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat.saves import Saves
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.models.source import add_adapter, choose_placement, load_format, load_model
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.lora.load import add_adapter
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.directory import command
-from gemma_tune.run.stage import Session, require_output, state_of
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import require_output, state_of
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat.conversation import Conversation, answers
-from gemma_tune.cli import console
+from gemma_tune.cli import console, screen
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
         "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
@@ -20,15 +20,15 @@ def interactive(conversation: Conversation) -> None:
     """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
     with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
         import readline  # noqa: F401 - its import gives input() line editing and history
-    console.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
+    screen.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
     while True:
         try:
             line = _read_line().strip()
         except KeyboardInterrupt:
-            console.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
+            screen.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
         except EOFError:
-            console.err.print()
+            screen.err.print()
             return
         if line.startswith("/"):
             if not _command(conversation, line):
@@ -41,7 +41,7 @@ def _read_line() -> str:
     """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file."""
     if sys.stdout.isatty():
         return input("\n> ")
-    console.err.print("\n> ", end="", markup=False)
+    screen.err.print("\n> ", end="", markup=False)
     return input()
 
 
@@ -60,7 +60,7 @@ def _command(conversation: Conversation, line: str) -> bool:
         try:
             (_fix if name == "/fix" else _save)(conversation, rest.strip())
         except UserError as e:
-            console.error(e)
+            screen.error(e)
     else:
         unknown = "" if name in ("/help", "/?") else f"(there is no {name})\n"
         _say(unknown + HELP)
@@ -68,7 +68,7 @@ def _command(conversation: Conversation, line: str) -> bool:
 
 
 def _say(text: str) -> None:
-    console.err.print(text, markup=False, style="dim")
+    screen.err.print(text, markup=False, style="dim")
 
 
 def _fix(conversation: Conversation, text: str) -> None:
@@ -105,15 +105,15 @@ def _exchange(conversation: Conversation, line: str) -> None:
         stream = conversation.ask(line)
         try:
             for piece in stream:
-                console.piece(piece)
+                screen.piece(piece)
         except KeyboardInterrupt:
             stream.stop()
-        console.result("")
+        screen.result("")
         conversation.keep(line, stream.finish())
     except KeyboardInterrupt:  # a second one, while the last token is still being computed
-        console.err.print("(stopped; this answer is not kept)", style="dim")
+        screen.err.print("(stopped; this answer is not kept)", style="dim")
     except UserError as e:
-        console.error(e)
+        screen.error(e)
 
 
 def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool) -> None:
@@ -126,17 +126,17 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
         try:
             for piece in stream:
                 if not as_json:
-                    console.piece(piece)
+                    screen.piece(piece)
         except BaseException:  # also a closed pipe; the interpreter must not end while a thread is inside torch
             stream.stop()
             stream.finish()
             raise
         answer = stream.finish()
         if as_json:
-            console.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
+            screen.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
                                  "ended": answer.ended, "model": conversation.which})
         else:
-            console.result("")
+            screen.result("")
 
 
 def _text(lines: Iterable[str]) -> Iterator[str]:

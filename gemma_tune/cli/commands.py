@@ -8,7 +8,7 @@ import typer
 
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
-from gemma_tune.cli import console
+from gemma_tune.cli import console, screen
 from gemma_tune.cli import options as o
 from gemma_tune.cli.session import (
     Command,
@@ -35,7 +35,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.result(f"gemma-tune {__version__}")
+        screen.result(f"gemma-tune {__version__}")
         raise typer.Exit
 
 
@@ -214,7 +214,7 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     steps = (command("chat", exported.stage.run), *exported.next_steps)
     console.run_summary(stages, steps, exported.advice, exported.elsewhere)
     if json:
-        console.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
+        screen.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
                              "advice": exported.advice, "elsewhere": list(exported.elsewhere),
                              "answer": exported.answer, "stages": {n: as_json(r) for n, r in stages.items()}})
 
@@ -232,6 +232,6 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o
 
     found = describe_run(run, model)
     console.status_table(f"{found.root} · {found.model}", found.rows)
-    console.err.print(f"next: {found.next_step}", markup=False)
+    screen.err.print(f"next: {found.next_step}", markup=False)
     if json:
-        console.result_json(found.as_json())
+        screen.result_json(found.as_json())

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.cli import console
+from gemma_tune.cli import screen
 
 BAR = 32  # cells of the longest bar
 _EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -30,7 +30,7 @@ def data_report(report: Mapping[str, Any]) -> None:
     figures = {name: report[name] for name in _FIGURES if report.get(name) or name == "rows" and name in report}
     if figures.get("sequences") == figures.get("train_rows", 0) + figures.get("valid_rows", 0):
         figures.pop("sequences", None)  # one for each row, as usual
-    console.err.print(console.figures_table("data", figures))
+    screen.err.print(screen.figures_table("data", figures))
     lengths = report.get("before_the_limit")
     if lengths and lengths["rows"]:
         _lengths(lengths)
@@ -40,16 +40,16 @@ def data_report(report: Mapping[str, Any]) -> None:
 
 def _lengths(figures: Mapping[str, Any]) -> None:
     length, long = figures["length"], figures["long"]
-    console.err.print(Text("tokens per row", style="italic"))
+    screen.err.print(Text("tokens per row", style="italic"))
     for line in _histogram(figures["histogram"], long["max_length"]):
-        console.err.print(line)
+        screen.err.print(line)
     parts = [f"half have at most {length['p50']:,}"]
     parts += [f"{p} % {length[f'p{p}']:,}" for p in (90, 95, 99)]
-    console.prose(Text(f"{', '.join(parts)}, the longest {length['longest']:,}"))
+    screen.prose(Text(f"{', '.join(parts)}, the longest {length['longest']:,}"))
     if long["message"]:
-        console.prose(Text(f"! {long['message']}", style="yellow"))
+        screen.prose(Text(f"! {long['message']}", style="yellow"))
     if _mixed(figures["scripts"]):
-        console.prose(Text("writing systems: " + ", ".join(
+        screen.prose(Text("writing systems: " + ", ".join(
             f"{name} {_share(share)}" for name, share in figures["scripts"].items())))
     _examples("longest", figures["longest_rows"])
     _examples("shortest", figures["shortest_rows"])
@@ -75,7 +75,7 @@ def _bar(value: int, most: int) -> str:
 
 
 def _has_blocks() -> bool:
-    return console.err.encoding.lower().startswith("utf")
+    return screen.err.encoding.lower().startswith("utf")
 
 
 def _mixed(scripts: Mapping[str, float]) -> bool:
@@ -105,7 +105,7 @@ def _several_answers(found: Mapping[str, Any] | None) -> None:
         return
     example = f", such as {_visible(' and '.join(found['examples'][0]))}" if found["examples"] else ""
     prompts = "1 prompt has" if found["prompts"] == 1 else f"{found['prompts']:,} prompts have"
-    console.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
+    screen.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
 
 
 def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:
@@ -115,12 +115,12 @@ def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:
     grid.add_column(justify="right", min_width=6)
     grid.add_column(overflow="fold")
     for n, (number, text) in enumerate(lines):
-        if console.err.is_terminal:
+        if screen.err.is_terminal:
             grid.add_row(name if n == 0 else "", number, text)
         else:
-            console.err.print(Text(f"{name if n == 0 else '':8}  {number:>6}  {text.plain}"))
+            screen.err.print(Text(f"{name if n == 0 else '':8}  {number:>6}  {text.plain}"))
     if grid.row_count:
-        console.err.print(grid)
+        screen.err.print(grid)
 
 
 def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
@@ -129,12 +129,12 @@ def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
     Args:
         rows: sequences in pieces of their decoded text, each with whether it is learned.
     """
-    coloured = console.err.is_terminal and console.err.color_system is not None and not console.err.no_color
-    console.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
+    coloured = screen.err.is_terminal and screen.err.color_system is not None and not screen.err.no_color
+    screen.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
                   else Text("⟦learned⟧, everything else is only read"))
     for n, pieces in enumerate(rows):
-        console.err.print(Text(f"── sequence {n + 1}", style="bold"))
-        console.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
+        screen.err.print(Text(f"── sequence {n + 1}", style="bold"))
+        screen.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
 
 
 def _piece(text: str, trained: bool, coloured: bool) -> tuple[str, str]:

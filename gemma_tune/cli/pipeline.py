@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from gemma_tune.cli import console
+from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import open_session
 from gemma_tune.config.settings import as_flags, resolve
 from gemma_tune.config.stages import CONFIGS, TrainConfig, load_yaml
@@ -16,7 +16,8 @@ from gemma_tune.evaluate.stage import evaluate, nothing_to_ask
 from gemma_tune.export.stage import ExportReport, check_target, export
 from gemma_tune.merge.stage import merge
 from gemma_tune.prepare.stage import prepare
-from gemma_tune.run.stage import Session, StageReport
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import StageReport
 from gemma_tune.train.launch import launch
 from gemma_tune.train.stage import train
 
@@ -29,7 +30,7 @@ def run_pipeline(ctx: typer.Context) -> tuple[dict[str, StageReport], ExportRepo
     reports: dict[str, StageReport] = {}
     done: Any = None
     for number, (name, stage) in enumerate(_ORDER.items(), start=1):
-        console.err.rule(f"[bold]{number}/{len(_ORDER)} {name}", align="left")
+        screen.err.rule(f"[bold]{number}/{len(_ORDER)} {name}", align="left")
         session = open_session(ctx, name, starts=name == "prepare")
         if name == "eval" and (reason := nothing_to_ask(session)):
             session.listener.note(f"skipped: {reason}")
@@ -61,7 +62,7 @@ def _train_in_processes(ctx: typer.Context, session: Session) -> None:
     arguments += [f"--{name}" for name in ("force", "quiet", "debug") if params[name]]
     code = launch(session.config.num_processes, arguments)
     if code and params["json"]:
-        console.result_json({"error": {"message": "`train` did not finish", "hint": "it said why on standard error",
+        screen.result_json({"error": {"message": "`train` did not finish", "hint": "it said why on standard error",
                                        "problems": [], "exit_code": code}})
     if code:
         raise typer.Exit(code)

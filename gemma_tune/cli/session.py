@@ -12,15 +12,16 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.cli import console
+from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
-from gemma_tune.run.directory import RUNS, RunDir, find_run, read_manifest
+from gemma_tune.run.directory import RUNS, RunDir, find_run
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.train import processes
 
 if TYPE_CHECKING:
     from gemma_tune.models.source import BaseModel
-    from gemma_tune.run.stage import Session
+    from gemma_tune.run.session import Session
 
 
 class Commands(TyperGroup):
@@ -28,7 +29,7 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if not processes.is_main():
-            console.mute()
+            screen.mute()
         return super().main(*args, **kwargs)
 
 
@@ -66,7 +67,7 @@ class Command(TyperCommand):
         shown = processes.settle(problem)
         if shown is None:  # another process shows it
             raise typer.Exit(problem.exit_code)
-        console.unmute()
+        screen.unmute()
         if ctx.params.get("debug"):
             raise unexpected if unexpected is not None and shown is problem else shown
         _show(shown, ctx.params)
@@ -90,9 +91,9 @@ class Command(TyperCommand):
 
 def _show(problem: UserError, params: Mapping[str, Any]) -> None:
     if params.get("json"):
-        console.result_json({"error": {"message": problem.message, "hint": problem.hint,
+        screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
                                        "problems": list(problem.problems), "exit_code": problem.exit_code}})
-    console.error(problem)
+    screen.error(problem)
 
 
 def start_processes(ctx: typer.Context) -> None:
@@ -131,7 +132,7 @@ def open_session(ctx: typer.Context, section: str, *, starts: bool = False,
         UserError: no such run, another model's run, settings that cannot be used.
     """
     from gemma_tune.config.families import family_defaults
-    from gemma_tune.run.stage import Session
+    from gemma_tune.run.session import Session
 
     params = ctx.params
     flags = params if flags is None else flags
@@ -163,7 +164,7 @@ def _run_directory(run: str | None, model_id: str | None, starts: bool) -> Path:
 def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Any, *,
                         weights: bool):
     from gemma_tune.models.source import locate, recorded_id
-    from gemma_tune.run.directory import Manifest
+    from gemma_tune.run.manifest import Manifest
 
     manifest = read_manifest(root)
     if manifest is None:
@@ -196,7 +197,7 @@ def finish(ctx: typer.Context, report: Any, next_steps: tuple[str, ...] = (), **
     """Show a stage's result to people, and as JSON to programs."""
     console.stage_result(report, ctx.params["quiet"], next_steps, extra.get("advice"), extra.get("elsewhere", ()))
     if ctx.params["json"]:
-        console.result_json(as_json(report) | extra | {"next": list(next_steps)})
+        screen.result_json(as_json(report) | extra | {"next": list(next_steps)})
 
 
 def as_json(report: Any) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def show_plan(ctx: typer.Context, plan: Callable[[Session], Any]) -> None:
     if not (ctx.params["quiet"] and ctx.params["json"]):
         console.plan(planned)
     if ctx.params["json"]:
-        console.result_json(planned.as_json())
+        screen.result_json(planned.as_json())
 
 
 def prepare_first(ctx: typer.Context) -> dict[str, Any]:

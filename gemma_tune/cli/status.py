@@ -8,7 +8,9 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
-from gemma_tune.run.directory import STAGES, Lock, RunDir, command, find_run, read_manifest
+from gemma_tune.run.directory import RunDir, command, find_run
+from gemma_tune.run.lock import Lock
+from gemma_tune.run.manifest import STAGES, read_manifest
 from gemma_tune.run.stage import OUTSIDE, State, state_of
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
-import re
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import near, shown
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
@@ -117,11 +115,6 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
     return Resolved(cls(**values), origins)
 
 
-def near(word: str, known) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{match[0]}`?" if match else ""
-
-
 def _kinds(annotation: Any) -> tuple[set[type], bool]:
     """The plain types of an annotation and whether None is allowed; tuples count as ``tuple``."""
     resolved = _resolve_annotation(annotation)
@@ -174,26 +167,8 @@ def problem_of(f: dataclasses.Field, value: Any) -> str | None:
     return None
 
 
-def size_in_bytes(text: str) -> int | None:
-    """A size as people write it, such as 5GB or 500 MiB; None if it is none.
-
-    >>> size_in_bytes("1.5GB"), size_in_bytes("2KiB")
-    (1500000000, 2048)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
-    if not found:
-        return None
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")) or None
-
-
 def _limit(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def shown(value: Any) -> str:
-    """A value as an error quotes it: on one line and not without end."""
-    return reprlib.repr(value)
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.config.settings import StageConfig, converted, near, option, problem_of, shown, size_in_bytes
+from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.config.settings import StageConfig, converted, option, problem_of
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from gemma_tune.base.files import PACKAGE
+from gemma_tune.base.versions import library_versions
 from gemma_tune.encoding.labels import labels_of
-from gemma_tune.run.directory import library_versions
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
 # What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.

@@ -11,8 +11,12 @@ from gemma_tune.answers.prompts import Prompt, headline, read_prompts, shown, to
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import write_atomic
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
-from gemma_tune.models.source import add_adapter, choose_placement, load_format, load_model
-from gemma_tune.run.stage import Finished, Session, StageReport, run_stage
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.lora.load import add_adapter
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import choose_placement
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import Finished, StageReport, run_stage
 
 BATCH = 10  # answers made together
 

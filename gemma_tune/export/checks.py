@@ -18,12 +18,12 @@ from gemma_tune.export.files import Source
 from gemma_tune.export.parity import HELD_OUT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
-from gemma_tune.gguf.architectures.registry import Architecture
+from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
-from gemma_tune.models.source import load_model
-from gemma_tune.run.stage import Session
-from gemma_tune.train.memory import place
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import place
+from gemma_tune.run.session import Session
 
 SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
 

@@ -11,11 +11,12 @@ from typing import Any
 from gemma_tune import samples
 from gemma_tune.answers.prompts import Prompt, held_out
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, target_for
-from gemma_tune.models.source import load_format
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
-from gemma_tune.run.stage import Session, StageReport
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import StageReport
 
 ANSWER_TOKENS = 256  # longest answer of the question that a new model is asked
 PATIENCE = 600.0  # seconds for it: the server first loads the model

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.export.target import Target
-from gemma_tune.gguf.architectures.registry import Architecture
+from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.converter import OUTTYPES, convert_with
 from gemma_tune.gguf.template import gguf_template

@@ -17,13 +17,13 @@ import numpy as np
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.encoding.labels import IGNORE_INDEX
-from gemma_tune.gguf.architectures.registry import Architecture, TensorSpec
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
 
 if TYPE_CHECKING:
     import torch
 
-    from gemma_tune.run.stage import Session
+    from gemma_tune.run.session import Session
 
 REFERENCE = "f16"
 TOKENS = 1_000  # learned tokens to measure on
@@ -192,7 +192,7 @@ def _predictions(model: Any, positions: Sequence[_Position]) -> Iterable[tuple[t
     """Log-probabilities (n, vocabulary) in fp32, and the tokens (n) that came; some positions at a time."""
     import torch
 
-    from gemma_tune.train.summed_loss import after_product
+    from gemma_tune.models.load import after_product
 
     head, after = model.get_output_embeddings(), after_product(model)
     for row in positions:

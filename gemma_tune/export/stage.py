@@ -12,17 +12,20 @@ from typing import Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, sync, write_atomic
 from gemma_tune.config.stages import ExportConfig
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.checks import Checks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.files import Source, write_file
 from gemma_tune.export.target import Target, parse_parameters, target_for
-from gemma_tune.gguf.architectures.registry import Architecture, architecture_of
+from gemma_tune.gguf.architectures.parts import Architecture
+from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import QUANTS, recommended
-from gemma_tune.models.source import load_format, read_config
+from gemma_tune.models.source import read_config
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
-from gemma_tune.run.stage import Finished, Session, run_stage
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import Finished, run_stage
 
 COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.config.settings import near
+from gemma_tune.base.words import near
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
 from gemma_tune.ollama.template import OllamaChat, chat_for
@@ -19,7 +19,7 @@ from gemma_tune.ollama.template import OllamaChat, chat_for
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
     from gemma_tune.models.source import BaseModel
-    from gemma_tune.run.stage import Session
+    from gemma_tune.run.session import Session
 
 # Ollama's own default of 4096 tokens or fewer would cut conversations that were trained whole.
 LEAST_CONTEXT = 4096

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.gguf.architectures.registry import Architecture, TensorSpec
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
 
 _ELEMENTS = 4 * 1024 * 1024  # compared at a time: 16 MiB as float32, a few times over

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import sync
+from gemma_tune.base.files import replacing, sync
 from gemma_tune.base.listener import Listener
-from gemma_tune.gguf.writer import replacing
 
 SCRIPT = "convert_hf_to_gguf.py"
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")  # what it writes; anything else is made from f16 afterwards

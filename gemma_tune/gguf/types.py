@@ -24,13 +24,14 @@ from gguf import LlamaFileType as FileType
 
 from gemma_tune.base.errors import UserError, WorkFailed
 
+if TYPE_CHECKING:
+    from gemma_tune.gguf.architectures.parts import Architecture
+
 try:
     import libgguf  # ggml's own row functions; there is a wheel for most machines
 except ImportError:
     libgguf = None
 
-if TYPE_CHECKING:
-    from gemma_tune.gguf.architectures.registry import Architecture
 
 Tensors = Sequence[tuple[str, tuple[int, ...]]]
 

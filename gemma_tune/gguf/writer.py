@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +22,10 @@ import gguf
 import numpy as np
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import sync
+from gemma_tune.base.files import replacing
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
-from gemma_tune.gguf.architectures.registry import Architecture, TensorSpec, architecture_of
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
+from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -197,29 +198,6 @@ def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: An
         unquantised.unlink(missing_ok=True)
     types = Counter(tensor.type.name for tensor in GgufFile(out, keys=()).tensors.values())
     return replace(written, path=out, size_bytes=out.stat().st_size, quant=quant, tensor_types=dict(types))
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """Lend a path beside `out`; what was written there becomes `out` when all went well, and is removed when not.
-
-    What a killed run left at that path is removed first.
-
-    Raises:
-        WorkFailed: for any OSError within.
-    """
-    partial = out.with_name(out.name + ".partial")  # the same each time, so that a killed run leaves one at most
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        yield partial
-        os.replace(partial, out)
-        sync(out.parent)
-    except OSError as error:
-        hint = "Check free space and permissions there, then run the command again."
-        raise WorkFailed(f"Writing {out} failed: {error.strerror or error}.", hint) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_arguments(quant: str, sampling: Mapping[str, float]) -> None:

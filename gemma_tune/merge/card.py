@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.versions import library_versions
 from gemma_tune.models.licence import base_licence, licence_note
-from gemma_tune.run.directory import library_versions
-from gemma_tune.run.stage import Session
+from gemma_tune.run.session import Session
 
 _WHERE = "  # the repository, or the folder with these files"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")

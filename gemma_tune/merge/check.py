@@ -21,10 +21,11 @@ from gemma_tune.answers.prompts import Prompt, held_out
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.tensors import open_tensors, read_header
 from gemma_tune.lora.files import CONFIG, WEIGHTS, Adapter
+from gemma_tune.lora.load import add_adapter
 from gemma_tune.merge.weights import write_tensors
-from gemma_tune.models.source import add_adapter, load_model
-from gemma_tune.run.stage import Session
-from gemma_tune.train.memory import place
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import place
+from gemma_tune.run.session import Session
 
 if TYPE_CHECKING:
     import torch

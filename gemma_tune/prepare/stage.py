@@ -21,15 +21,16 @@ from gemma_tune.base.files import replacing_directory
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import Source, find_sources, read_blocks
 from gemma_tune.encoding.labels import IGNORE_INDEX
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
-from gemma_tune.models.source import load_format
 from gemma_tune.prepare.files import DataFiles, Findings
 from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
 from gemma_tune.prepare.near import NearIndex
 from gemma_tune.prepare.selection import Gathered, select
 from gemma_tune.prepare.spool import Spool
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
-from gemma_tune.run.stage import Finished, Session, StageReport, run_stage
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import Finished, StageReport, run_stage
 
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
 _MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory

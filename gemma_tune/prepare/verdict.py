@@ -15,7 +15,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.prepare.files import DataFiles, Findings
 from gemma_tune.prepare.judge import TOO_LONG, Judge, Noticed
 from gemma_tune.prepare.selection import Selection
-from gemma_tune.run.stage import Session
+from gemma_tune.run.session import Session
 
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
 NAMED = 20  # faults that a failure names

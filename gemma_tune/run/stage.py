@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors
-from gemma_tune.base.listener import Listener
-from gemma_tune.config.settings import Resolved, StageConfig, asks_more, plain, same_result
-from gemma_tune.models.source import BaseModel
-from gemma_tune.run.directory import STAGES, Lock, Manifest, RunDir, command, describe, now, read_manifest
+from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result
+from gemma_tune.run.directory import RunDir, command, describe, now
+from gemma_tune.run.lock import Lock
+from gemma_tune.run.manifest import STAGES, Manifest, read_manifest
+from gemma_tune.run.session import Session
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -33,29 +34,6 @@ OUTSIDE = "outside_"  # before the name of an input that comes from outside the 
 
 # Outputs that no stage reads and people work on: rejected rows are there to be repaired.
 FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report")
-
-
-@dataclass(frozen=True)
-class Session:
-    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
-
-    run: RunDir
-    model: BaseModel
-    resolved: Resolved
-    listener: Listener
-    manifest: Manifest
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    force: bool = False
-
-    @property
-    def config(self) -> Any:
-        """The stage's settings."""
-        return self.resolved.config
-
-    def settings_of(self, stage: str) -> dict[str, Any]:
-        """Recorded settings of an earlier stage by name, without their origins."""
-        record = self.manifest.stages.get(stage, {"config": {}})
-        return {name: entry["value"] for name, entry in record["config"].items()}
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,22 @@
 """Whether a training fits the memory, known before its weights are loaded or downloaded.
 
-:func:`estimate` says what a step needs, :func:`available` what there is, and :func:`choose` finds how many
-conversations go through the model at once. What a step learns from does not depend on that: a batch is worked on in
-pieces, whose gradients are added.
+:func:`estimate` says what a step needs, ``available`` of :mod:`gemma_tune.models.placement` what there is, and
+:func:`choose` finds how many conversations go through the model at once. What a step learns from does not depend on
+that: a batch is worked on in pieces, whose gradients are added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import gigabytes
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.models.placement import OVERHEAD, USABLE
 from gemma_tune.train.shape import ModelShape
 
-if TYPE_CHECKING:
-    from gemma_tune.models.source import Placement
-
-# What is left for the system and for what estimates miss.
-USABLE = 0.9
-LARGEST_FP32 = 1_500_000_000  # parameters up to which models that are compared compute in fp32
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
 NF4_BYTES = (4 + 0.127) / 8
 # What lives beside what is kept while the gradient goes through one layer, for each token: so many numbers of the
@@ -34,11 +28,7 @@ LOGITS = 64_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.
 FRAGMENTATION = 1.25
-# On a CPU, Python with its libraries and threads (resident set before the weights), and the tokenizer for each entry of
-# its vocabulary. On a GPU, the libraries' workspaces beside the context, which is there when its free memory is asked
-# for; this one is a guess.
-OVERHEAD = {"cpu": 700_000_000, "cuda": 300_000_000, "mps": 300_000_000}
-TOKENIZER = 950
+TOKENIZER = 950  # on a CPU, bytes of the tokenizer for each entry of its vocabulary
 
 
 @dataclass(frozen=True)
@@ -189,86 +179,8 @@ def described(choice: Choice, longest: int) -> str:
             f"{recomputed}, libraries {gigabytes(memory.overhead)})")
 
 
-def gigabytes(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 1e9:.2f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
-
-
 def _counted(rows: int) -> str:
     return "1 conversation" if rows == 1 else f"{rows} conversations"
 
 
 # --- what there is
-
-def available(device: str) -> int:
-    """Bytes that this process can have on the device, with those that it already holds.
-
-    On a CPU the least of what the system calls available and what is left of every control group's limit.
-    """
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    if device == "mps":
-        return torch.mps.recommended_max_memory()
-    import psutil
-
-    return min(psutil.virtual_memory().available, *_left_by_groups()) + psutil.Process().memory_info().rss
-
-
-def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
-    """Where and how a model computes that is loaded to be compared; None and the reason if it does not fit the memory.
-
-    In fp32 what is left to differ is the rounding of the weights, so small models compute in it.
-
-    Args:
-        parameters: of the model.
-        extra: bytes that are needed besides.
-    """
-    from gemma_tune.models.source import choose_placement
-
-    first = "fp32" if parameters < LARGEST_FP32 else "auto"
-    for dtype in dict.fromkeys((first, "auto", "bf16")):
-        placement = choose_placement(dtype)
-        need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
-        # A checkpoint goes through the computer's own memory on its way to a GPU.
-        room = min(available(device) for device in {placement.device, "cpu"})
-        if need <= USABLE * room:
-            return placement, ""
-    return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
-
-
-def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What each limit on the memory of this process's control groups leaves, version 1 and 2; infinity, if none."""
-    left = [2**63]
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return left
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        version_1 = controllers != ""
-        if version_1 and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if version_1 else root
-        group = base / path.lstrip("/")
-        # In a container the path may be the host's, and the own group is mounted at the root.
-        for folder in (base, group, *(g for g in group.parents if g.is_relative_to(base))):
-            left += _left_in(folder, version_1)
-    return left
-
-
-def _left_in(folder: Path, version_1: bool) -> list[int]:
-    limit, usage, pages = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ") if version_1
-                           else ("memory.max", "memory.current", "inactive_file "))
-    try:
-        bound = (folder / limit).read_text(encoding="ascii").strip()
-        if bound == "max":
-            return []
-        used = int((folder / usage).read_text(encoding="ascii"))
-        stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-    # The cache of files that nobody reads at the moment is given up before anything is refused.
-    reclaimable = sum(int(line.split()[1]) for line in stat if line.startswith(pages))
-    return [max(0, int(bound) - used + reclaimable)]

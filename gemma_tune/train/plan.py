@@ -15,7 +15,7 @@ from gemma_tune.train.memory import Choice, described
 from gemma_tune.train.shape import ModelShape
 
 if TYPE_CHECKING:
-    from gemma_tune.models.source import Placement
+    from gemma_tune.models.placement import Placement
 
 # The share of the speed of one large matrix product that a training reaches. Measured 0.59 with Gemma 3 270M, bf16,
 # batches of 4 x 130 tokens, on two cores (536 tokens/s where a product reached 0.82 TFLOP/s).

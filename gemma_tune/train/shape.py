@@ -101,7 +101,8 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
     """The text model's configuration, and the model on the meta device."""
     from transformers import AttentionInterface, AutoConfig
 
-    from gemma_tune.models.source import needs_eager_attention, quiet_libraries
+    from gemma_tune.encoding.tokenizer import quiet_libraries
+    from gemma_tune.models.load import needs_eager_attention
 
     quiet_libraries()
     AttentionInterface.register(_ATTENTION, _counted_attention)

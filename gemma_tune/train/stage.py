@@ -12,20 +12,15 @@ from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.files import replacing_directory, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens
 from gemma_tune.lora.layers import TOWERS, described_adapter, lora_config, target_modules, trained_weights
-from gemma_tune.models.source import (
-    Placement,
-    choose_placement,
-    is_out_of_memory,
-    load_format,
-    load_model,
-    out_of_memory,
-    quiet_libraries,
-    with_weights,
-)
+from gemma_tune.models.load import is_out_of_memory, load_model, out_of_memory
+from gemma_tune.models.placement import Placement, available, choose_placement
+from gemma_tune.models.source import with_weights
 from gemma_tune.run.directory import command
-from gemma_tune.run.stage import Finished, Session, StageReport, require_inputs, run_stage
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import (
     Training,
@@ -37,7 +32,7 @@ from gemma_tune.train.checkpoints import (
     training_key,
     unfinished,
 )
-from gemma_tune.train.memory import Choice, available, choose, described, refuse_what_does_not_fit
+from gemma_tune.train.memory import Choice, choose, described, refuse_what_does_not_fit
 from gemma_tune.train.plan import Plan, Side, make_plan, steps_per_epoch, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape, shape_of
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.models.load import after_product
 from gemma_tune.train.kernels import unsharded
 from gemma_tune.train.loss import IGNORE_INDEX, linear_cross_entropy
 
@@ -60,14 +61,6 @@ def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:
     # Rows are padded on the right, where a causal model never looks from a trained position. Without a mask attention
     # takes its fastest path.
     return causal_lm.get_decoder()(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
-
-
-def after_product(causal_lm: Any) -> dict[str, Any]:
-    """What the family does to the logits; what else a head may do is found by ``GemmaTrainer.fast``."""
-    text = causal_lm.config.get_text_config()
-    # Granite divides its logits, Cohere multiplies them.
-    scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
-    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
 
 
 def _weight(causal_lm: Any) -> torch.Tensor:

@@ -14,7 +14,9 @@ from transformers import GenerationConfig
 from gemma_tune.answers.generation import Stream, greedy_answers, room_for_answer, sampling_arguments
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import FormatError
-from gemma_tune.models.source import Placement, load_format, load_model
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from support.models import make_model
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -100,7 +100,8 @@ def main() -> None:
     print(f"{options.rows:,} rows, {size / 1e6:,.0f} MB, {os.cpu_count()} cores")
 
     from gemma_tune.base.listener import Listener
-    from gemma_tune.models.source import load_format, locate
+    from gemma_tune.encoding.tokenizer import load_format
+    from gemma_tune.models.source import locate
 
     model = locate(options.model, None, Listener())  # makes the demo's checkpoint before anything is measured
     (folder / "baseline.py").write_text(BASELINE)

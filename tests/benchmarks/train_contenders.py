@@ -40,7 +40,8 @@ def measure_limit(job: dict[str, Any]) -> dict[str, Any]:
 
     from gemma_tune.base.listener import Listener
     from gemma_tune.encoding.tokens import lengths_of, open_tokens
-    from gemma_tune.models.source import choose_placement, locate
+    from gemma_tune.models.placement import choose_placement
+    from gemma_tune.models.source import locate
 
     checkpoint = locate(job["model"], None, Listener()).path
     placement = choose_placement("auto")
@@ -121,7 +122,8 @@ def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str
 
 def _tokenizer(job: dict[str, Any]) -> Any:
     """The checkpoint's tokenizer with the chat template that this project trains with."""
-    from gemma_tune.models.source import load_format, read_config
+    from gemma_tune.encoding.tokenizer import load_format
+    from gemma_tune.models.source import read_config
 
     checkpoint = Path(job["checkpoint"])
     return load_format(checkpoint, read_config(checkpoint)["model_type"]).tokenizer
@@ -191,7 +193,8 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
 def _base_in_fp32(job: dict[str, Any]) -> Any:
     import torch
 
-    from gemma_tune.models.source import Placement, load_model
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import Placement
 
     return load_model(Path(job["checkpoint"]), Placement(job["device"], torch.float32, "the reference"))
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gemma_tune.cli import console
 from gemma_tune.cli import data_report as console_data
+from gemma_tune.cli import screen as module
 from gemma_tune.prepare.statistics import Measured, Statistics
 
 
@@ -23,7 +24,7 @@ class Screen:
     def __call__(self, terminal: bool = False, width: int = 80, encoding: str = "utf-8", **more) -> io.TextIOWrapper:
         file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace", newline="\n")
         environment = {"TERM": "xterm-256color", **more.pop("environment", {})}
-        self._monkeypatch.setattr(console, "err", Console(
+        self._monkeypatch.setattr(module, "err", Console(
             file=file, force_terminal=terminal, width=width, highlight=False, soft_wrap=True, _environ=environment,
             **more))
         return file

@@ -84,7 +84,9 @@ def test_interrupted_dora_goes_on_to_the_same_adapter(cli, prepared, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_loaded_dora_adapter_answers_as_trained(cli, prepared, tiny, dtype):
-    from gemma_tune.models.source import add_adapter, choose_placement, load_model
+    from gemma_tune.lora.load import add_adapter
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import choose_placement
 
     summary = cli("train", *LEARN, "--dora").json["summary"]
     model = add_adapter(load_model(tiny, choose_placement(dtype)), ADAPTER)
@@ -108,7 +110,8 @@ def test_doras_forward_and_backward_pass_equal_pefts(tmp_path, four_bit):
     from gemma_tune.config.stages import TrainConfig
     from gemma_tune.lora.dora import settle, start_from_base
     from gemma_tune.lora.layers import lora_config, target_modules
-    from gemma_tune.models.source import choose_placement, load_model
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import choose_placement
 
     model = load_model(make_model(tmp_path / "biased", attention_bias=True), choose_placement("fp32"), four_bit=four_bit)
     for name, p in model.named_parameters():

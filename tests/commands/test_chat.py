@@ -22,8 +22,10 @@ from gemma_tune.chat import conversation as chat_module
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
 from gemma_tune.cli import chat as chat_loop
-from gemma_tune.cli import console
-from gemma_tune.models.source import Placement, load_format, load_model
+from gemma_tune.cli import screen
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from gemma_tune.run.directory import RunDir
 from support.command import rows, write_rows
 
@@ -530,9 +532,9 @@ def test_the_prompt_sign_goes_to_stderr_when_stdout_is_a_file(monkeypatch, capsy
 def test_what_stdout_cannot_write_becomes_a_question_mark(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
-    console.piece("Grüße 今\n")
+    screen.piece("Grüße 今\n")
     assert raw.getvalue() == "Grüße ?\n".encode("latin-1")
-    console.result_json({"answer": "今"})
+    screen.result_json({"answer": "今"})
     assert json.loads(raw.getvalue().splitlines()[1]) == {"answer": "今"}
 
 

@@ -112,7 +112,7 @@ def test_a_manifest_must_not_point_outside_the_run(cli, trained):
 
 
 def test_a_run_in_use_by_another_process(cli, trained):
-    script = ("import sys, time; from pathlib import Path; from gemma_tune.run.directory import Lock\n"
+    script = ("import sys, time; from pathlib import Path; from gemma_tune.run.lock import Lock\n"
               "with Lock(Path(sys.argv[1]), 'train'):\n    print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", script, str(trained)], stdout=subprocess.PIPE)
     try:
@@ -196,7 +196,8 @@ def test_wrong_usage_is_exit_code_2(cli, args):
 
 def test_killed_at_any_moment_the_manifest_names_nothing_half_written(tiny, data, cli):
     """Kill the pipeline at growing delays; what the manifest names must exist and be what it says."""
-    from gemma_tune.run.directory import RunDir, read_manifest
+    from gemma_tune.run.directory import RunDir
+    from gemma_tune.run.manifest import read_manifest
     from gemma_tune.run.stage import state_of
 
     Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 2}\n"

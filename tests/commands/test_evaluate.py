@@ -16,8 +16,10 @@ from gemma_tune.answers.generation import greedy_answers
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import UserError
 from gemma_tune.cli import console
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.stage import held_out_prompts, nothing_to_ask, report
-from gemma_tune.models.source import Placement, load_format, load_model
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from support.command import QUICK, rows, write_rows
 
 FP32 = ("--dtype", "fp32")

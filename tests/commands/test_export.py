@@ -313,7 +313,7 @@ def test_missing_and_stale_stages_are_told(export, trained):
 
 def test_real_llama_cpp_reads_it_token_by_token(export, merged):
     """Ids of the rendered prompt, the template and the end of a turn, as llama.cpp has them."""
-    from gemma_tune.models.source import load_format
+    from gemma_tune.encoding.tokenizer import load_format
 
     assert export("--quant", "bf16").code == 0
     chat = load_format(merged / "tiny-gemma_lora_merged", "gemma3_text")

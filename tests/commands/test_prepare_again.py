@@ -189,7 +189,7 @@ def test_a_process_that_is_killed(prepare, two_processes, monkeypatch):
 
 WAITING = """
 import os, time
-from gemma_tune.judge import judged_blocks
+from gemma_tune.prepare.judge import judged_blocks
 
 class Waits:
     def __call__(self, block):

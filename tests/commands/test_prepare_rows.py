@@ -199,7 +199,7 @@ def test_half_a_pair_outside_the_texts_is_no_harm(prepare):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
 def test_any_name_can_be_written_to_stdout(monkeypatch, encoding):
-    from gemma_tune.cli.console import result_json
+    from gemma_tune.cli.screen import result_json
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     monkeypatch.setattr("sys.stdout", stream)

@@ -16,10 +16,11 @@ import pytest
 
 from gemma_tune import samples
 from gemma_tune.base.listener import Listener
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.parity import verify
 from gemma_tune.gguf.template import gguf_template
 from gemma_tune.gguf.writer import write_gguf
-from gemma_tune.models.source import load_format, locate
+from gemma_tune.models.source import locate
 from gemma_tune.ollama.template import chat_for
 from support.command import MANIFEST_SCHEMA
 from support.gguf import LlamaCpp
@@ -55,7 +56,7 @@ def engine(demo) -> LlamaCpp:
 @pytest.fixture(scope="module")
 def chat(demo):
     """The chat format of the merged model."""
-    from gemma_tune.models.source import load_format
+    from gemma_tune.encoding.tokenizer import load_format
 
     return load_format(demo["place"] / "runs" / "demo" / "demo_lora_merged", "gemma3_text")
 

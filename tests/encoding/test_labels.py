@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.labels import IGNORE_INDEX, Draft, Labeller
-from gemma_tune.models.source import load_format
+from gemma_tune.encoding.tokenizer import load_format
 from support.models import TURNS
 from support.templates import (
     CHATML,

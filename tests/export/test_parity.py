@@ -16,13 +16,15 @@ import pytest
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.parity import verify
 from gemma_tune.export.parity_cases import LIMITS
 from gemma_tune.export.parity_report import Agreement, Case, Check, Parity
 from gemma_tune.gguf import engine
 from gemma_tune.gguf.engine import Engine, EngineRefused
 from gemma_tune.gguf.writer import write_gguf
-from gemma_tune.models.source import Placement, load_format, load_model
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed, render
 from gemma_tune.ollama.template import OllamaChat, chat_for

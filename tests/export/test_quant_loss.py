@@ -21,8 +21,10 @@ from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.types import QUANTS
 from gemma_tune.gguf.writer import write_gguf
-from gemma_tune.models.source import choose_placement, load_model
-from gemma_tune.run.directory import Manifest, RunDir
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import choose_placement
+from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import Manifest
 from support.gemmas import FAMILIES, make_family
 from support.gguf import make_checkpoint, train_sentencepiece
 from support.llamas import make_llama

@@ -13,10 +13,12 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import ExportConfig
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, constant_system, licence_text, parse_parameters, target_for
-from gemma_tune.models.source import BaseModel, load_format
-from gemma_tune.run.directory import Manifest, RunDir
-from gemma_tune.run.stage import Session
+from gemma_tune.models.source import BaseModel
+from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.session import Session
 from support.command import write_rows
 
 

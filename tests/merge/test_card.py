@@ -17,8 +17,9 @@ from gemma_tune.merge.card import model_card
 from gemma_tune.models import licence as licences
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.models.source import BaseModel
-from gemma_tune.run.directory import Manifest, RunDir, read_manifest
-from gemma_tune.run.stage import Session
+from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import Manifest, read_manifest
+from gemma_tune.run.session import Session
 from support.uploads import _validated
 
 COMMIT = "c" * 40

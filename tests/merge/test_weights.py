@@ -134,7 +134,7 @@ def test_files_of_another_size(cli, trained, tiny):
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5_000_000_000), ("1.5 kb", 1500), ("2KiB", 2048), ("7MB", 7_000_000),
                                             ("12B", 12), ("5", None), ("GB", None), ("-1GB", None), ("0B", None)])
 def test_sizes(text, size):
-    from gemma_tune.config.settings import size_in_bytes
+    from gemma_tune.base.words import size_in_bytes
 
     assert size_in_bytes(text) == size
 
@@ -197,8 +197,8 @@ def test_killed_while_writing(cli, trained, tiny):
     before, manifest = contents(MERGED), (trained / "manifest.json").read_bytes()
     script = """
 import os, signal, sys
-from gemma_tune import merge_weights
-from gemma_tune.cli import app
+from gemma_tune.cli.commands import app
+from gemma_tune.merge import weights as merge_weights
 blocks = merge_weights.blocks
 def broken(piece):
     for block in blocks(piece):

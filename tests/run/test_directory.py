@@ -19,7 +19,10 @@ import pytest
 from gemma_tune.base import files
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError, WorkFailed
 from gemma_tune.base.files import fingerprint, os_errors, recover, replacing_directory, write_atomic, write_json
-from gemma_tune.run.directory import Lock, Manifest, RunDir, describe, find_run, model_name, read_manifest
+from gemma_tune.base.words import model_name
+from gemma_tune.run.directory import RunDir, describe, find_run
+from gemma_tune.run.lock import Lock
+from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.stage import FOR_PEOPLE, NEEDS, state_of
 from support.command import MANIFEST_SCHEMA as SCHEMA
 from support.command import rows, write_rows
@@ -368,8 +371,10 @@ FILES = {"prepare": ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates
 WRITER = f"FILES, OUTPUTS = {FILES!r}, {OUTPUTS!r}" + """
 import json, os, signal, sys
 from pathlib import Path
-from gemma_tune.files import replacing_directory
-from gemma_tune.run_dir import Lock, Manifest, RunDir, describe
+from gemma_tune.base.files import replacing_directory
+from gemma_tune.run.directory import RunDir, describe
+from gemma_tune.run.lock import Lock
+from gemma_tune.run.manifest import Manifest
 
 MODEL = json.loads(sys.argv[2])
 
@@ -595,7 +600,7 @@ def test_a_stage_tells_that_it_put_an_artifact_back(cli, tiny, data):
 HOLDER = """
 import sys
 from pathlib import Path
-from gemma_tune.run_dir import Lock
+from gemma_tune.run.lock import Lock
 with Lock(Path(sys.argv[1]), "train"):
     print("held", flush=True)
     sys.stdin.read()
@@ -662,7 +667,7 @@ def full(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "data/train.jsonl")
 
 
-@pytest.mark.parametrize("where", ["data.spool.Spool.add", "data.tokens.TokenWriter.add", "data_files.write_json"])
+@pytest.mark.parametrize("where", ["prepare.spool.Spool.add", "encoding.tokens.TokenWriter.add", "prepare.files.write_json"])
 def test_a_full_disk_fails_the_work_and_leaves_what_was_there(cli, tiny, data, tmp_path, monkeypatch, where):
     """In either pass, or at the very end."""
     run = Path("runs/tiny-gemma")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from hypothesis import HealthCheck, settings
 
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.models.source import load_format
+from gemma_tune.encoding.tokenizer import load_format
 from support.command import invoke
 from support.models import TURNS
 from support.templates import CHATML, assistant, gemma_tokenizer, system, trl_template, user

@@ -149,7 +149,8 @@ def test_a_4_bit_layer_that_is_packed_for_answering_is_left_to_the_library():
 def test_a_loaded_4_bit_model_keeps_its_weights_when_it_answers(tiny):
     """On a CPU with AVX512 bitsandbytes would pack them, which no backward pass can read."""
     pytest.importorskip("bitsandbytes")
-    from gemma_tune.models.source import Placement, load_model
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import Placement
 
     model = load_model(tiny, Placement("cpu", torch.bfloat16, ""), four_bit=True).eval()
     weights = [m.weight for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]

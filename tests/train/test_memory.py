@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
+from gemma_tune.models.placement import USABLE
 from gemma_tune.train import memory as memory_module
 from gemma_tune.train import shape as model_shape
 from gemma_tune.train.kernels import fast_layers
-from gemma_tune.train.memory import USABLE, choose, estimate
+from gemma_tune.train.memory import choose, estimate
 from gemma_tune.train.shape import ModelShape, shape_of
 from support.command import QUICK
 from support.gemmas import make_family

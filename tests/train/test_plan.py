@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.models.source import choose_placement
+from gemma_tune.models.placement import choose_placement
 from gemma_tune.train.memory import Choice, Memory
 from gemma_tune.train.plan import EFFICIENCY, Side, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape

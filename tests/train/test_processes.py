@@ -33,7 +33,7 @@ EVENT = """
 import os, signal, time
 if os.environ.get("RANK") == "1":
     import gemma_tune.models.source
-    gemma_tune.models.source.quiet_libraries()
+    gemma_tune.encoding.tokenizer.quiet_libraries()
     import gemma_tune.train.callbacks
 
     def event(self, args, state, control, **kwargs):

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from gemma_tune.gguf.architectures.registry import PLUS_ONE, SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import PLUS_ONE, SIZES, Architecture, Change, TensorSpec, complete, refuse
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ACTIVATION = "gelu_pytorch_tanh"

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of
-from gemma_tune.gguf.architectures.registry import Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, refuse
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 UNROTATED = 1e30  # divides an angle into nothing: llama.cpp rotates every dimension of a head, each by its own factor

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
-from gemma_tune.gguf.architectures.registry import SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import SIZES, Architecture, Change, TensorSpec, complete, refuse
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from gemma_tune.gguf.architectures.registry import Architecture
+from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.vocabulary.bpe import add_bpe_tokenizer, load_bpe_vocab
 from gemma_tune.gguf.vocabulary.gemma4 import add_gemma4_tokenizer, load_gemma4_vocab
 from gemma_tune.gguf.vocabulary.sentencepiece import add_tokenizer, load_llama_vocab, load_sentencepiece_vocab

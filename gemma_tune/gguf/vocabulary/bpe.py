@@ -20,7 +20,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.gguf.architectures.registry import CONVERTER
+from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.gguf.vocabulary.sentencepiece import ID_KEYS, add_special_ids, looks_special, refuse_duplicates
 
 _DIGIT = r"\p{N}"
@@ -83,7 +83,7 @@ def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> BpeVocab:
     Raises:
         UserError: no tokenizer there, or one that cuts text otherwise than llama.cpp can.
     """
-    from gemma_tune.models.source import load_tokenizer
+    from gemma_tune.encoding.tokenizer import load_tokenizer
 
     tokenizer, path = load_tokenizer(checkpoint), checkpoint / "tokenizer.json"
     if not hasattr(tokenizer, "backend_tokenizer"):

@@ -16,7 +16,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.gguf.architectures.registry import CONVERTER
+from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.gguf.vocabulary.sentencepiece import (
     ADDED_TOKEN_SCORE,
     ID_KEYS,

@@ -119,8 +119,8 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
     Raises:
         UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load, or has another rule for spaces.
     """
-    from gemma_tune.gguf.architectures.registry import CONVERTER
-    from gemma_tune.models.source import load_tokenizer
+    from gemma_tune.encoding.tokenizer import load_tokenizer
+    from gemma_tune.gguf.architectures.parts import CONVERTER
 
     vocab, tokenizer = load_sentencepiece_vocab(checkpoint, vocab_size), load_tokenizer(checkpoint)
     ids = [tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"] for text in ("a", " a")]

@@ -419,7 +419,7 @@ def test_what_the_converter_cannot_be_given(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gemma_tune.gguf_writer import write_gguf
+from gemma_tune.gguf.writer import write_gguf
 write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), "f32", name="Tiny", chat_template=None, eot_token_id=None,
            on_tensor=lambda done, *_: done == 9 and os.kill(os.getpid(), signal.SIGKILL))
 """

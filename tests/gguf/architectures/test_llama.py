@@ -28,7 +28,7 @@ from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.bpe import load_bpe_vocab, pre_tokenizer_name, set_pre_tokenizer
 from gemma_tune.gguf.writer import GgufSummary, write_gguf
-from gemma_tune.models.source import dequantised
+from gemma_tune.models.from_gguf import dequantised
 from support.gguf import LlamaCpp, train_sentencepiece
 from support.llamas import (
     BYTES,

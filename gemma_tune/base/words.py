@@ -1,0 +1,54 @@
+"""Words and sizes as people write and read them: no heavy import."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+
+_UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
+
+
+def model_name(model_id: str) -> str:
+    """The name that paths follow: the last part of a hub id, a directory or a .gguf file.
+
+    >>> model_name("google/gemma-3-270m-it")
+    'gemma-3-270m-it'
+    """
+    last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
+    name = re.sub(_UNSAFE, "-", last.removesuffix(".gguf")).strip("-.")
+    if not name:
+        raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
+                        "rename it, or name a model such as google/gemma-3-270m-it with --model")
+    return name
+
+
+def near(word: str, known) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{match[0]}`?" if match else ""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """A size as people write it, such as 5GB or 500 MiB; None if it is none.
+
+    >>> size_in_bytes("1.5GB"), size_in_bytes("2KiB")
+    (1500000000, 2048)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        return None
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")) or None
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: on one line and not without end."""
+    return reprlib.repr(value)
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:.2f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"

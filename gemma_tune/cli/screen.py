@@ -1,0 +1,110 @@
+"""Where people read, and how figures are called and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.train import processes
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+# How figures of a stage are called, and the unit that they are shown in.
+LABELS = {
+    "duplicate_rows": "duplicates, left out", "near_duplicate_rows": "of them near-duplicates",
+    "sequences": "sequences",
+    "rows": "rows", "train_rows": "for training", "valid_rows": "for validation", "rejected_rows": "rejected",
+    "turns": "turns", "tokens": "tokens", "trained_tokens": "tokens that are learned", "shortest": "shortest (tokens)",
+    "longest": "longest (tokens)", "p50": "half are at most (tokens)", "p90": "90 % are at most (tokens)",
+    "p99": "99 % are at most (tokens)", "max_length": "limit (tokens)", "steps": "steps",
+    "train_loss_first": "training loss, first step", "train_loss_last": "training loss, last step",
+    "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
+    "tokens_per_second": "tokens/s", "training_seconds": "seconds in training steps", "device": "device",
+    "dtype": "compute type", "effective_batch": "effective batch", "trainable_parameters": "trained parameters",
+    "questions": "held-out prompts", "base_ended": "base: answers that end by themselves",
+    "tuned_ended": "tuned: answers that end by themselves", "base_in_form": "base: answers in the example's form",
+    "tuned_in_form": "tuned: answers in the example's form", "merged_tensors": "layers merged",
+    "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
+    "check_prompts": "prompts of the check", "check_adapter_effect": "what the adapter changes (nats per token)",
+    "check_same_tokens": "same likeliest tokens",
+    "check_skipped": "not checked", "pushed": "published",
+    "bytes": "size", "gguf_bytes": "size", "quant": "number format",
+    "check_largest_error": "largest rounding error of a matrix",
+    "ollama_name": "name in Ollama",
+}
+
+
+def figure(name: str, value: Any) -> str:
+    """A figure as people read it."""
+    if name.endswith("bytes"):
+        return f"{value / 1e6:,.0f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2%}" if name.endswith("error") else f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def prose(text: Text) -> None:
+    """Text for people: wrapped at words on a terminal, one line per message in a file."""
+    err.print(text, soft_wrap=not err.is_terminal)
+
+
+def mute() -> None:
+    """Show nothing, whoever prints: another process of the same command does."""
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it lasts as long as the process
+
+
+def unmute() -> None:
+    """Show again."""
+    if not processes.is_main():
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
+def figures_table(title: str, rows: Mapping[str, Any]) -> Table:
+    """Figures with their names; unknown and empty ones are left out."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        if name in LABELS and value is not None:
+            table.add_row(LABELS[name], figure(name, value))
+    return table
+
+
+def error(problem: UserError) -> None:
+    """One message, its single findings, and one hint."""
+    prose(Text.assemble(("Error: ", "bold red"), problem.message))
+    for line in problem.problems:
+        prose(Text(f"  - {line}"))
+    if problem.hint:
+        prose(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
+
+
+def piece(text: str) -> None:
+    """A part of a result, on stdout at once. What stdout's encoding lacks becomes a question mark, not an error."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+    sys.stdout.flush()
+
+
+def result(text: str) -> None:
+    """Something that was asked for, on stdout."""
+    piece(text + "\n")
+
+
+def result_json(value: Any) -> None:
+    """One JSON object on one line of stdout; in ASCII where its encoding lacks a character, such as half a pair."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    result(text)

@@ -1,0 +1,64 @@
+"""A checkpoint's or an adapter's tokenizer, with its chat template."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.chat_format import ChatFormat
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and start-up remarks away from people; errors still arrive as exceptions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "transformers", "trl", "peft", "accelerate", "torch", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    # Deprecations inside the libraries are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_format(checkpoint: Path, model_type: str, thinking: str = "auto") -> ChatFormat:
+    """The tokenizer of a checkpoint or adapter directory with its chat template.
+
+    Args:
+        thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is: an adapter's holds
+            what it was trained with.
+
+    Raises:
+        UserError: no tokenizer there, no chat template for it, or one that cannot switch thinking on.
+    """
+    return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking)
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer of a checkpoint or adapter directory.
+
+    Raises:
+        UserError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    quiet_libraries()
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # noqa: BLE001 - the tokenizers library raises nothing more particular for a damaged file
+        raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
+                        "copy the tokenizer files of the base model into it") from e
+
+
+def _stop_ids(checkpoint: Path) -> list[int]:
+    """``eos_token_id`` of a checkpoint's generation settings, where it has any."""
+    try:
+        ids = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]

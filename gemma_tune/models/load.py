@@ -1,0 +1,92 @@
+"""A checkpoint becomes a model: the only ``from_pretrained`` of weights that compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.tokenizer import quiet_libraries
+from gemma_tune.models.placement import Placement
+from gemma_tune.models.source import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def needs_eager_attention(model_type: str) -> bool:
+    """Gemma 2 caps its attention logits, which SDPA cannot do."""
+    return model_type == "gemma2"
+
+
+def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1) -> PreTrainedModel:
+    """Load a checkpoint for computing; every weight must be there and none may be left over.
+
+    Args:
+        shards: processes that read and hold a part each (FSDP2); all of them have to call this.
+
+    Raises:
+        UserError: missing or unexpected tensors, an unknown architecture, unreadable files.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    extra: dict[str, Any] = {}
+    if four_bit:
+        from transformers import BitsAndBytesConfig
+
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=placement.dtype)
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
+    attention = "eager" if needs_eager_attention(read_config(checkpoint)["model_type"]) else "sdpa"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True, **extra)
+        if not four_bit and shards == 1:
+            model = model.to(placement.device)
+        # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
+        # layout without a backward pass, whose return rounds the scales.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    except ImportError as e:
+        raise UserError(f"this needs a package that is not installed: {str(e).splitlines()[0]}",
+                        "pip install bitsandbytes (Linux and Windows), or leave --qlora out") from e
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise out_of_memory(e) from e
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise UserError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}",
+                        "check that the checkpoint is whole; download it again if not") from e
+    problems = [f"{kind.replace('_', ' ')}: {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+                for key in sorted(map(str, info[kind]))]
+    if problems:
+        raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
+    return model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))
+
+
+def out_of_memory(error: Exception) -> UserError:
+    """The advice for a model or batch that does not fit."""
+    said = str(error).splitlines() or [type(error).__name__]  # Python's own MemoryError says nothing
+    return UserError(f"out of memory: {said[0]}",
+                     "use --micro-batch 1, --activation-checkpointing, --qlora, or a smaller model")
+
+
+def after_product(causal_lm: Any) -> dict[str, Any]:
+    """What the family does to the logits; what else a head may do is found by ``GemmaTrainer.fast``."""
+    text = causal_lm.config.get_text_config()
+    # Granite divides its logits, Cohere multiplies them.
+    scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}

@@ -1,0 +1,152 @@
+"""Where a model computes, in which type, and how much memory there is for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import gigabytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model computes, with the reason to print."""
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def short(self) -> str:
+        """The type as ``--dtype`` names it."""
+        return {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16"}[str(self.dtype)]
+
+
+def choose_placement(dtype: str) -> Placement:
+    """Device and compute type for ``--dtype``: never fp16 by itself, as Gemma 2 and 3 overflow in it.
+
+    Raises:
+        UserError: a type that the device does not have.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype != "auto":
+        wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+        if wanted == torch.float16 and device == "cpu":
+            raise UserError("fp16 is not for training on a CPU: it is slow there and overflows on Gemma 2 and 3",
+                            "use --dtype bf16 or --dtype fp32")
+        return Placement(device, wanted, f"{dtype} on {device}, as asked")
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Placement(device, torch.bfloat16 if fast else torch.float32,
+                         "bf16, which this GPU computes natively" if fast else "fp32: this GPU has no native bf16")
+    if device == "mps":
+        return Placement(device, torch.bfloat16, "bf16 on Apple's GPU: half the memory of fp32")
+    ratio = bf16_speed()
+    if ratio > 1.1:
+        return Placement(device, torch.bfloat16, f"bf16 on the CPU: its products measured {ratio:.1f}x as fast as fp32")
+    return Placement(device, torch.float32, f"fp32 on the CPU: bf16 products measured {ratio:.1f}x as fast")
+
+
+def bf16_speed(size: int = 1024, repeats: int = 3) -> float:
+    """How many times as fast a bf16 matrix product is as an fp32 one on this CPU (best of ``repeats``)."""
+    import torch
+
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        a @ b  # the first product includes choosing and preparing the kernel
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - start)
+        times[dtype] = best
+    return times[torch.float32] / times[torch.bfloat16]
+
+
+# What is left for the system and for what estimates miss.
+USABLE = 0.9
+LARGEST_FP32 = 1_500_000_000  # parameters up to which models that are compared compute in fp32
+# On a CPU, Python with its libraries and threads (resident set before the weights). On a GPU, the libraries' workspaces
+# beside the context, which is there when its free memory is asked for; this one is a guess.
+OVERHEAD = {"cpu": 700_000_000, "cuda": 300_000_000, "mps": 300_000_000}
+
+
+def available(device: str) -> int:
+    """Bytes that this process can have on the device, with those that it already holds.
+
+    On a CPU the least of what the system calls available and what is left of every control group's limit.
+    """
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    import psutil
+
+    return min(psutil.virtual_memory().available, *_left_by_groups()) + psutil.Process().memory_info().rss
+
+
+def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
+    """Where and how a model computes that is loaded to be compared; None and the reason if it does not fit the memory.
+
+    In fp32 what is left to differ is the rounding of the weights, so small models compute in it.
+
+    Args:
+        parameters: of the model.
+        extra: bytes that are needed besides.
+    """
+    first = "fp32" if parameters < LARGEST_FP32 else "auto"
+    for dtype in dict.fromkeys((first, "auto", "bf16")):
+        placement = choose_placement(dtype)
+        need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
+        # A checkpoint goes through the computer's own memory on its way to a GPU.
+        room = min(available(device) for device in {placement.device, "cpu"})
+        if need <= USABLE * room:
+            return placement, ""
+    return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
+
+
+def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each limit on the memory of this process's control groups leaves, version 1 and 2; infinity, if none."""
+    left = [2**63]
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return left
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version_1 = controllers != ""
+        if version_1 and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if version_1 else root
+        group = base / path.lstrip("/")
+        # In a container the path may be the host's, and the own group is mounted at the root.
+        for folder in (base, group, *(g for g in group.parents if g.is_relative_to(base))):
+            left += _left_in(folder, version_1)
+    return left
+
+
+def _left_in(folder: Path, version_1: bool) -> list[int]:
+    limit, usage, pages = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ") if version_1
+                           else ("memory.max", "memory.current", "inactive_file "))
+    try:
+        bound = (folder / limit).read_text(encoding="ascii").strip()
+        if bound == "max":
+            return []
+        used = int((folder / usage).read_text(encoding="ascii"))
+        stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    # The cache of files that nobody reads at the moment is given up before anything is refused.
+    reclaimable = sum(int(line.split()[1]) for line in stat if line.startswith(pages))
+    return [max(0, int(bound) - used + reclaimable)]

@@ -1,0 +1,136 @@
+"""``manifest.json``, the contract between the stages: written last and atomically, so whatever it names is whole.
+
+It holds no absolute path and no token, and a run can be moved.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from gemma_tune import __version__
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import os_errors, write_json
+from gemma_tune.base.versions import library_versions
+from gemma_tune.base.words import _UNSAFE
+from gemma_tune.run.directory import RunDir
+
+SCHEMA = 1
+STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
+_DIGESTS = ("sha256", "stamp")
+
+
+@dataclass
+class Manifest:
+    """What ``manifest.json`` holds; ``tests/support/manifest.schema.json`` is its exact form."""
+
+    model: dict[str, Any]
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def model_name(self) -> str:
+        return self.model["name"]
+
+    @property
+    def finished_training(self) -> str | None:
+        """Id of the training that finished last, see ``checkpoints.Training``."""
+        return self.stages.get("train", {"summary": {}})["summary"].get("training_id")
+
+    def save(self, run: RunDir) -> None:
+        """Write the manifest atomically."""
+        with os_errors(run.root):
+            write_json(run.manifest, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
+                                      "stages": self.stages, "libraries": library_versions()})
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The run's manifest, or None where there is none yet.
+
+    Raises:
+        UserError: a manifest that cannot be read, is damaged, or was written by a newer version.
+    """
+    path = root / "manifest.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as e:
+        raise UserError(f"{root} is not a directory", "name a run directory with --run DIR") from e
+    except PermissionError as e:
+        raise UserError(f"no permission to read {path}", "change its permissions, or use another --run DIR") from e
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}", "name a run directory with --run DIR") from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno} is damaged: {e.msg} at column {e.colno}", _rebuild_hint(path)) from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, a number without end, brackets without end
+        raise UserError(f"{path} is damaged: it is not JSON as gemma-tune writes it", _rebuild_hint(path)) from e
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is not int or schema < 1:
+        raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path))
+    if schema > SCHEMA:
+        raise UserError(f"{path} has schema {schema}; this gemma-tune {__version__} knows {SCHEMA}",
+                        "upgrade gemma-tune, or start another run with --run DIR")
+    problems = list(_problems(content))
+    if problems:
+        raise UserError(f"{path} is damaged", _rebuild_hint(path), problems)
+    return Manifest(content["model"], content["stages"])
+
+
+def _rebuild_hint(path: Path) -> str:
+    return (f"move it away (mv {path} {path}.damaged) and run the stages again from `gemma-tune prepare`; "
+            "the artifacts beside it are untouched")
+
+
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """What the code relies on and ``content`` does not have."""
+    yield from _model_problems(content.get("model"))
+    stages = content.get("stages")
+    if not isinstance(stages, dict):
+        yield "stages: missing"
+        return
+    for name, stage in stages.items():
+        if name not in STAGES:
+            yield f"stages.{name}: there is no such stage"
+        elif not isinstance(stage, dict) or not _has(stage, dict, "config", "inputs", "outputs", "summary"):
+            yield f"stages.{name}: config, inputs, outputs or summary is missing"
+        elif not _has(stage, str, "base", "started", "ended"):
+            yield f"stages.{name}: base, started or ended is missing"
+        else:
+            yield from (f"stages.{name}.{problem}" for problem in _stage_problems(stage))
+
+
+def _model_problems(model: Any) -> Iterator[str]:
+    if not isinstance(model, dict) or not _has(model, str, "id", "name", "source", "fingerprint"):
+        yield "model: id, name, source or fingerprint is missing"
+    elif re.sub(_UNSAFE, "-", model["name"]).strip("-.") != model["name"] or not model["name"]:
+        yield f"model: name {model['name']!r} is not one that gemma-tune gives"
+    elif not isinstance(model.get("files"), dict) or model["files"] and not _has(model["files"], str, *_DIGESTS):
+        yield "model: files has no sha256 or no stamp"
+    elif not all(isinstance(model.get(key, False), str | None) for key in ("revision", "path")):
+        yield "model: revision or path is missing"
+
+
+def _stage_problems(stage: Mapping[str, Any]) -> Iterator[str]:
+    for key, entry in stage["config"].items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            yield f"config.{key}: value is missing"
+    for part in ("inputs", "outputs"):
+        for key, item in stage[part].items():
+            if not isinstance(item, dict) or not _has(item, str, "path", *_DIGESTS):
+                yield f"{part}.{key}: path, sha256 or stamp is missing"
+            elif part == "outputs" and not _stays_inside(item["path"]):
+                yield f"{part}.{key}: {item['path']} leaves the run directory"
+
+
+def _has(record: Mapping[str, Any], kind: type, *keys: str) -> bool:
+    return all(isinstance(record.get(key), kind) for key in keys)
+
+
+def _stays_inside(path: str) -> bool:
+    """Whether a recorded artifact path stays inside the run; a manifest from elsewhere must not point outside."""
+    forms = PurePosixPath(path), PureWindowsPath(path)
+    return all(form.parts and not form.anchor and ".." not in form.parts for form in forms)
