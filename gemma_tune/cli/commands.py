@@ -13,15 +13,13 @@ from gemma_tune.cli import options as o
 from gemma_tune.cli.session import (
     Command,
     Commands,
+    Request,
     as_json,
     finish,
-    open_session,
+    in_processes,
     prepare_first,
-    run_one,
     show_plan,
-    start_processes,
     stdin_is_terminal,
-    take_adapter,
 )
 from gemma_tune.run.directory import command
 
@@ -64,8 +62,9 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     """
     from gemma_tune.prepare.stage import prepare as stage
 
-    report = run_one(ctx, "prepare", lambda session: stage(session, preview), starts=True)
-    finish(ctx, report, (command("train", report.run),))
+    request = Request.of(ctx)
+    report = request.run("prepare", lambda session: stage(session, preview))
+    finish(request, report, (command("train", report.run),))
 
 
 @app.command(cls=Command)
@@ -88,16 +87,17 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """
+    request = Request.of(ctx)
     if not dry_run:
-        start_processes(ctx)
+        request = in_processes(request)
     from gemma_tune.train.stage import plan_training
     from gemma_tune.train.stage import train as stage
 
     if dry_run:
-        return show_plan(ctx, plan_training)
-    prepared = prepare_first(ctx) if data else {}
-    report = run_one(ctx, "train", stage)
-    finish(ctx, report, (command("chat", report.run), command("merge", report.run)), **prepared)
+        return show_plan(request, plan_training)
+    request, prepared = prepare_first(request) if data else (request, {})
+    report = request.run("train", stage)
+    finish(request, report, (command("chat", report.run), command("merge", report.run)), **prepared)
 
 
 @app.command(cls=Command)
@@ -121,8 +121,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
-    session = open_session(ctx, "chat")
-    conversation = open_conversation(session)
+    conversation = open_conversation(Request.of(ctx).open("chat"))
     if prompt is None and stdin_is_terminal() and not json:
         interactive(conversation)
     else:
@@ -141,10 +140,11 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
     """
     from gemma_tune.evaluate.stage import evaluate as stage
 
-    report = run_one(ctx, "eval", stage)
+    request = Request.of(ctx)
+    report = request.run("eval", stage)
     if not quiet:
         console.comparison(report.summary["answers"])
-    finish(ctx, report, (command("merge", report.run),))
+    finish(request, report, (command("merge", report.run),))
 
 
 @app.command(cls=Command)
@@ -161,12 +161,12 @@ def merge(ctx: typer.Context, model: o.MergeBase = None, revision: o.Revision = 
 
     Example: gemma-tune merge --push my-account/my-model
     """
-    outside = take_adapter(ctx)
     from gemma_tune.merge.stage import merge as stage
 
-    report = run_one(ctx, "merge", stage, starts=outside)
+    request = Request.of(ctx)
+    report = request.run("merge", stage)
     pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
-    finish(ctx, report, (command("export-ollama", report.run),), **pushed)
+    finish(request, report, (command("export-ollama", report.run),), **pushed)
 
 
 @app.command("export-ollama", cls=Command)
@@ -186,8 +186,9 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
     """
     from gemma_tune.export.stage import export as stage
 
-    done = run_one(ctx, "export-ollama", stage)
-    finish(ctx, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice,
+    request = Request.of(ctx)
+    done = request.run("export-ollama", stage)
+    finish(request, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice,
            elsewhere=list(done.elsewhere), answer=done.answer)
 
 
@@ -210,7 +211,7 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     """
     from gemma_tune.cli.pipeline import run_pipeline
 
-    stages, exported = run_pipeline(ctx)
+    stages, exported = run_pipeline(Request.of(ctx))
     steps = (command("chat", exported.stage.run), *exported.next_steps)
     console.run_summary(stages, steps, exported.advice, exported.elsewhere)
     if json:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,13 +15,10 @@ from typer.core import TyperCommand, TyperGroup
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import resolve
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
-from gemma_tune.run.directory import RUNS, RunDir, find_run
-from gemma_tune.run.manifest import read_manifest
+from gemma_tune.config.stages import CONFIGS, load_yaml
 from gemma_tune.train import processes
 
 if TYPE_CHECKING:
-    from gemma_tune.models.source import BaseModel
     from gemma_tune.run.session import Session
 
 
@@ -92,12 +90,77 @@ class Command(TyperCommand):
 def _show(problem: UserError, params: Mapping[str, Any]) -> None:
     if params.get("json"):
         screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
-                                       "problems": list(problem.problems), "exit_code": problem.exit_code}})
+                                      "problems": list(problem.problems), "exit_code": problem.exit_code}})
     screen.error(problem)
 
 
-def start_processes(ctx: typer.Context) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        options: of the command, by name; None where one was not given.
+        file: what the ``--config`` file holds.
+        arguments: the command as it was typed.
+    """
+
+    options: Mapping[str, Any]
+    file: Mapping[str, Any]
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def of(cls, ctx: typer.Context) -> Request:
+        """The request of a command that Typer parsed.
+
+        Raises:
+            UserError: a ``--config`` file that cannot be used.
+        """
+        config = ctx.params.get("config")
+        return cls(dict(ctx.params), load_yaml(config) if config else {}, tuple(ctx.meta["arguments"]))
+
+    def but(self, **options: Any) -> Request:
+        """The same request with other options."""
+        return dataclasses.replace(self, options={**self.options, **options})
+
+    def given(self, stage: str) -> dict[str, Any]:
+        """The options that are settings of ``stage``."""
+        return {f.name: self.options[f.name] for f in dataclasses.fields(CONFIGS[stage]) if f.name in self.options}
+
+    def settings(self, stage: str) -> Any:
+        """The settings of ``stage``, as far as they are known before its model.
+
+        Raises:
+            UserError: settings that cannot be used.
+        """
+        return resolve(CONFIGS[stage], self.given(stage), self.file.get(stage)).config
+
+    def open(self, stage: str, **settings: Any) -> Session:
+        """The session of a stage; ``settings``, if there are any, in place of the command's options.
+
+        Raises:
+            UserError: see :func:`gemma_tune.run.session.open_session`.
+        """
+        from gemma_tune.run.session import open_session
+
+        options = self.options
+        return open_session(stage, options.get("run"), model=options.get("model"), revision=options.get("revision"),
+                            config=self.file, listener=console.ConsoleListener(options["quiet"]),
+                            force=bool(options.get("force")), **(settings or self.given(stage)))
+
+    def run(self, stage: str, work: Callable[[Session], Any], **settings: Any) -> Any:
+        """Open the session, run the stage, and end its live display whatever happens."""
+        session = self.open(stage, **settings)
+        try:
+            return work(session)
+        finally:
+            session.listener.close()
+
+
+def in_processes(request: Request) -> Request:
     """``train --num-processes N``: the same command as N processes, unless this is one of them.
+
+    Returns:
+        The request with as many processes as were launched.
 
     Raises:
         UserError: settings that cannot be used.
@@ -105,98 +168,22 @@ def start_processes(ctx: typer.Context) -> None:
     """
     from gemma_tune.train.launch import launch
 
-    params = ctx.params
-    content = load_yaml(params["config"]) if params.get("config") else {}
-    wanted = resolve(CONFIGS["train"], params, content.get("train")).config.num_processes
+    wanted = request.settings("train").num_processes
     if not processes.joined():
         if wanted > 1:
-            raise typer.Exit(launch(wanted, ctx.meta["arguments"]))
-        return
+            raise typer.Exit(launch(wanted, request.arguments))
+        return request
     there = processes.place().count
-    if params["num_processes"] not in (None, there):
+    if request.options["num_processes"] not in (None, there):
         raise UserError(f"--num-processes {wanted} was asked for, and {there} processes were launched",
                         "leave --num-processes out where accelerate launch or torchrun starts them")
-    if wanted != there:
-        params["num_processes"] = there
+    return request if wanted == there else request.but(num_processes=there)
 
 
-def open_session(ctx: typer.Context, section: str, *, starts: bool = False,
-                 flags: Mapping[str, Any] | None = None) -> Session:
-    """Find the run, its model and the stage's settings.
-
-    Args:
-        starts: whether the stage may begin a new run.
-        flags: the stage's settings on the command line; by default every option of the command that has its name.
-
-    Raises:
-        UserError: no such run, another model's run, settings that cannot be used.
-    """
-    from gemma_tune.config.families import family_defaults
-    from gemma_tune.run.session import Session
-
-    params = ctx.params
-    flags = params if flags is None else flags
-    listener = console.ConsoleListener(params["quiet"])
-    content = load_yaml(params["config"]) if params.get("config") else {}
-    # Settings are checked before a model is looked for, which can mean a download.
-    resolve(CONFIGS[section], flags, content.get(section))
-    wanted = params.get("model") or content.get("model")
-    root = _run_directory(params.get("run") or content.get("run"), wanted, starts)
-    listener.note(f"run: {root}")
-    # `prepare` needs no weights, and `train` looks whether it has the memory for them before it asks for them.
-    model, manifest = _model_and_manifest(root, wanted, params.get("revision") or content.get("revision"), starts,
-                                          listener, weights=section not in ("prepare", "train"))
-    family, reasons = family_defaults(model.config["model_type"], section)
-    resolved = resolve(CONFIGS[section], flags, content.get(section), family)
-    for name, reason in zip(family, reasons):
-        if resolved.origins[name] == "family":
-            listener.note(reason)
-    return Session(RunDir(root, manifest.model_name), model, resolved, listener, manifest,
-                   force=bool(params.get("force")))
-
-
-def _run_directory(run: str | None, model_id: str | None, starts: bool) -> Path:
-    if starts and not run and not model_id and not list(RUNS.glob("*/manifest.json")):
-        model_id = DEFAULT_MODEL
-    return find_run(run, model_id)
-
-
-def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Any, *,
-                        weights: bool):
-    from gemma_tune.models.source import locate, recorded_id
-    from gemma_tune.run.manifest import Manifest
-
-    manifest = read_manifest(root)
-    if manifest is None:
-        if not starts:
-            raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
-                            + (f" --model {wanted}" if wanted else ""))
-        model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
-        return model, Manifest(model.record(root))
-    recorded = manifest.model
-    if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
-        raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
-                        f"name its place once with --model DIR/{Path(recorded['path']).name}")
-    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
-                   weights=weights)
-    _refuse_other_model(root, recorded, model, wanted)
-    if model.fingerprint != recorded["fingerprint"]:
-        listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
-    manifest.model = model.record(root)
-    return model, manifest
-
-
-def _refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel, wanted: str | None) -> None:
-    if (recorded["id"], recorded["source"]) != (model.id, model.source):
-        raise UserError(f"{root} is a run of {recorded['id']}, not of {wanted}: its adapter fits that model alone",
-                        f"leave --model out, or use another run: --run {RUNS / model.name}-2")
-
-
-def finish(ctx: typer.Context, report: Any, next_steps: tuple[str, ...] = (), **extra: Any) -> None:
+def finish(request: Request, report: Any, next_steps: tuple[str, ...] = (), **extra: Any) -> None:
     """Show a stage's result to people, and as JSON to programs."""
-    console.stage_result(report, ctx.params["quiet"], next_steps, extra.get("advice"), extra.get("elsewhere", ()))
-    if ctx.params["json"]:
+    console.stage_result(report, request.options["quiet"], next_steps, extra.get("advice"), extra.get("elsewhere", ()))
+    if request.options["json"]:
         screen.result_json(as_json(report) | extra | {"next": list(next_steps)})
 
 
@@ -206,71 +193,38 @@ def as_json(report: Any) -> dict[str, Any]:
             "artifacts": report.artifacts}
 
 
-def run_one(ctx: typer.Context, section: str, stage: Callable[[Session], Any], *, starts: bool = False,
-            flags: Mapping[str, Any] | None = None) -> Any:
-    """Open the session, run the stage, and end its live display whatever happens."""
-    session = open_session(ctx, section, starts=starts, flags=flags)
-    try:
-        return stage(session)
-    finally:
-        session.listener.close()
-
-
-def show_plan(ctx: typer.Context, plan: Callable[[Session], Any]) -> None:
+def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
     """``train --dry-run``: the plan as a table, or as JSON.
 
     Raises:
         UserError: DATA was named, which would have to be prepared, and that writes.
     """
-    if ctx.params["data"]:
+    if request.options["data"]:
         raise UserError("--dry-run plans the training of what is prepared, and prepares nothing itself",
-                        f"prepare it first: gemma-tune prepare {' '.join(ctx.params['data'])}")
-    planned = run_one(ctx, "train", plan)
-    if not (ctx.params["quiet"] and ctx.params["json"]):
+                        f"prepare it first: gemma-tune prepare {' '.join(request.options['data'])}")
+    planned = request.run("train", plan)
+    if not (request.options["quiet"] and request.options["json"]):
         console.plan(planned)
-    if ctx.params["json"]:
+    if request.options["json"]:
         screen.result_json(planned.as_json())
 
 
-def prepare_first(ctx: typer.Context) -> dict[str, Any]:
-    """``train DATA``: prepare the data, then let the command go on with the run that it belongs to.
+def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:
+    """``train DATA``: prepare the data.
 
     Returns:
-        What the command's own JSON says of it.
+        The request for the run that the data belongs to, and what the command's own JSON says of the preparation.
 
     Raises:
         UserError: settings of either stage that cannot be used, and whatever ``prepare`` raises.
     """
     from gemma_tune.prepare.stage import prepare
 
-    params = ctx.params
-    content = load_yaml(params["config"]) if params.get("config") else {}
-    resolve(CONFIGS["train"], params, content.get("train"))  # before the data is read, which can take long
+    request.settings("train")  # before the data is read, which can take long
     # Options of the same name, such as --seed, are about the training.
-    report = run_one(ctx, "prepare", prepare, starts=True, flags={"data": params["data"]})
-    console.stage_result(report, params["quiet"])
-    params["run"] = str(report.run)
-    return {"prepare": as_json(report)}
-
-
-def take_adapter(ctx: typer.Context) -> bool:
-    """``merge --adapter``: work on the base model that the adapter names, unless another one is named.
-
-    Returns:
-        Whether an adapter from elsewhere is named, which can begin a run.
-
-    Raises:
-        UserError: settings that cannot be used, no adapter there, or one that names no base.
-    """
-    from gemma_tune.lora.files import named_base
-
-    params = ctx.params
-    content = load_yaml(params["config"]) if params.get("config") else {}
-    adapter = resolve(CONFIGS["merge"], params, content.get("merge")).config.adapter
-    if adapter and not (params["model"] or content.get("model")):
-        params["model"], revision = named_base(Path(adapter).expanduser())
-        params["revision"] = params["revision"] or content.get("revision") or revision
-    return bool(adapter)
+    report = request.run("prepare", prepare, data=request.options["data"])
+    console.stage_result(report, request.options["quiet"])
+    return request.but(run=str(report.run)), {"prepare": as_json(report)}
 
 
 def stdin_is_terminal() -> bool:

@@ -1,17 +1,30 @@
-"""A run opened for one stage: its model, its settings, its record; without a command line."""
+"""A run opened for one stage: its model, its settings, its record. No command line is needed::
+
+    prepare(open_session("prepare", model="demo", data=["chats.jsonl"]))
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.config.settings import Resolved
-from gemma_tune.models.source import BaseModel
-from gemma_tune.run.directory import RunDir
-from gemma_tune.run.manifest import Manifest
+from gemma_tune.base.words import near
+from gemma_tune.config.families import family_defaults
+from gemma_tune.config.settings import Resolved, StageConfig, resolve
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
+from gemma_tune.lora.files import named_base
+from gemma_tune.models.source import BaseModel, locate, recorded_id
+from gemma_tune.run.directory import RUNS, RunDir, find_run
+from gemma_tune.run.manifest import Manifest, read_manifest
+
+# Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
+# `prepare` needs none, and `train` looks first whether it has the memory for them.
+_WITHOUT_WEIGHTS = ("prepare", "train")
 
 
 @dataclass(frozen=True)
@@ -35,3 +48,86 @@ class Session:
         """Recorded settings of an earlier stage by name, without their origins."""
         record = self.manifest.stages.get(stage, {"config": {}})
         return {name: entry["value"] for name, entry in record["config"].items()}
+
+
+def open_session(stage: str, run: str | Path | None = None, *, model: str | None = None, revision: str | None = None,
+                 config: Mapping[str, Any] | str | Path | None = None, listener: Listener | None = None,
+                 force: bool = False, **settings: Any) -> Session:
+    """Find the run, its model and the settings of a stage.
+
+    Args:
+        stage: as in the manifest, such as ``export-ollama``; or ``chat``.
+        run: its directory; by default the run of ``model``, else the newest one under ``runs/``.
+        model: id, directory, ``.gguf`` file or ``demo``; by default the run's own.
+        config: a YAML file of settings, or what :func:`gemma_tune.config.stages.load_yaml` read from one.
+        listener: hears what the stage has to say; by default nobody does.
+        force: run even if the result is up to date.
+        settings: of the stage, by the names of its command's options; None counts as not given.
+
+    Raises:
+        UserError: no such run, another model's run, settings that there are not or that cannot be used.
+    """
+    listener = listener or Listener()
+    content = load_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
+    cls = CONFIGS[stage]
+    _refuse_unknown(cls, settings)
+    # Settings are checked before a model is looked for, which can mean a download.
+    asked = resolve(cls, settings, content.get(stage)).config
+    wanted, revision = model or content.get("model"), revision or content.get("revision")
+    outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
+    if outside and not wanted:
+        wanted, named = named_base(Path(outside).expanduser())
+        revision = revision or named
+    starts = stage == "prepare" or bool(outside)
+    root = _run_directory(run or content.get("run"), wanted, starts)
+    listener.note(f"run: {root}")
+    base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
+                                         weights=stage not in _WITHOUT_WEIGHTS)
+    family, reasons = family_defaults(base.config["model_type"], stage)
+    resolved = resolve(cls, settings, content.get(stage), family)
+    for name, reason in zip(family, reasons):
+        if resolved.origins[name] == "family":
+            listener.note(reason)
+    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+
+
+def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(cls)]
+    if problems := [f"{name}: there is no such setting{near(name, known)}" for name in settings if name not in known]:
+        raise UserError(f"{len(problems)} setting(s) of `{cls.section}` cannot be used",
+                        f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
+
+
+def _run_directory(run: str | Path | None, model_id: str | None, starts: bool) -> Path:
+    if starts and not run and not model_id and not list(RUNS.glob("*/manifest.json")):
+        model_id = DEFAULT_MODEL
+    return find_run(run, model_id)
+
+
+def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Listener, *,
+                        weights: bool) -> tuple[BaseModel, Manifest]:
+    manifest = read_manifest(root)
+    if manifest is None:
+        if not starts:
+            raise UserError(f"{root} is not a run yet: it has no manifest.json",
+                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
+                            + (f" --model {wanted}" if wanted else ""))
+        model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
+        return model, Manifest(model.record(root))
+    recorded = manifest.model
+    if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
+        raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
+                        f"name its place once with --model DIR/{Path(recorded['path']).name}")
+    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
+                   weights=weights)
+    _refuse_other_model(root, recorded, model, wanted)
+    if model.fingerprint != recorded["fingerprint"]:
+        listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
+    manifest.model = model.record(root)
+    return model, manifest
+
+
+def _refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel, wanted: str | None) -> None:
+    if (recorded["id"], recorded["source"]) != (model.id, model.source):
+        raise UserError(f"{root} is a run of {recorded['id']}, not of {wanted}: its adapter fits that model alone",
+                        f"leave --model out, or use another run: --run {RUNS / model.name}-2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from gemma_tune.base.errors import UserError
+from gemma_tune.run.session import open_session
 from support.command import MANIFEST_SCHEMA as SCHEMA
 from support.command import QUICK, ROOT, rows, write_rows
 
@@ -171,27 +174,41 @@ def test_quiet_says_nothing_but_the_outcome(cli, tiny, data):
 
 
 def test_the_stages_can_be_called_from_python(tiny, data):
-    script = """
-import sys
-from pathlib import Path
-from gemma_tune.config import PrepareConfig
-from gemma_tune.settings import resolve
-from gemma_tune.listener import Listener
-from gemma_tune.models import locate
-from gemma_tune.prepare import prepare
-from gemma_tune.run_dir import Manifest, RunDir
-from gemma_tune.stage import Session
-
-root = Path("runs/api")
-model = locate(sys.argv[1], None, Listener())
-session = Session(RunDir(root, model.name), model, resolve(PrepareConfig, {"data": (sys.argv[2],)}), Listener(),
-                  Manifest(model.record(root)))
-print(prepare(session).summary["train_rows"])
-"""
-    done = subprocess.run([sys.executable, "-c", script, tiny, data], capture_output=True, text=True, timeout=120)
+    """README's own lines, with another model and another file."""
+    [script] = re.findall(r"```python\n(from gemma_tune.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(script.splitlines()) <= 10
+    for there, here in (('"demo"', f'"{tiny}"'), ('"chats.jsonl"', f'"{data}"')):
+        assert script.count(there) == 1
+        script = script.replace(there, here)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["11"]
+    loss, gguf = done.stdout.splitlines()
+    assert float(loss) > 0
+    assert Path(gguf).read_bytes().startswith(b"GGUF")
     assert done.stderr == ""
+
+
+def test_the_stages_need_no_command_line():
+    script = "import sys, gemma_tune.api; print([name for name in ('typer', 'gemma_tune.cli') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_python_is_told_of_settings_that_there_are_not(tiny):
+    with pytest.raises(UserError) as caught:
+        open_session("train", model=str(tiny), epoch=3, rank=4)
+    assert caught.value.problems == ("epoch: there is no such setting; did you mean `epochs`?",)
+
+
+def test_a_settings_file_is_read_once(cli, tiny, data, monkeypatch):
+    from gemma_tune.cli import session
+
+    Path("s.yaml").write_text(f"model: {tiny}\nrun: runs/once\ntrain:\n  rank: 4\n  epochs: 1\n  dtype: fp32\n")
+    read, real = [], session.load_yaml
+    monkeypatch.setattr(session, "load_yaml", lambda path: read.append(path) or real(path))
+    assert cli("train", data, "--config", "s.yaml").code == 0
+    assert cli("run", data, "--config", "s.yaml", "--quant", "f16").code == 0
+    assert read == [Path("s.yaml")] * 2
 
 
 @pytest.mark.parametrize("command", [["gemma-tune"], [sys.executable, "-m", "gemma_tune"]])
