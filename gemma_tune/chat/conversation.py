@@ -17,7 +17,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import require_output, state_of
+from gemma_tune.run.stage import keep_stamps, require_output, state_of
 
 
 @dataclass
@@ -97,6 +97,7 @@ def open_conversation(session: Session) -> Conversation:
     """
     config = session.config
     checkpoint, adapter, which = _choose(session)
+    keep_stamps(session.run, session.manifest)
     chat = load_format(adapter or checkpoint, session.model.config["model_type"])
     placement = choose_placement(config.dtype)
     session.listener.note(f"{which}, computing in {placement.reason}")

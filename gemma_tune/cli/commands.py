@@ -225,7 +225,7 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o
            debug: o.Debug = False) -> None:
     """What a run has, what is stale, and what to type next.
 
-    Reads the manifest and the files it names. Writes nothing.
+    Reads the manifest and the files it names. Writes nothing, but for the new time stamps of a run that was copied.
 
     Example: gemma-tune status
     """

@@ -1,4 +1,4 @@
-"""``status``: the manifest compared with what lies on the disk. Reads only."""
+"""``status``: the manifest compared with what lies on the disk. Of a run that was copied it keeps the time stamps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.run.directory import RunDir, command, find_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, read_manifest
-from gemma_tune.run.stage import OUTSIDE, State, state_of
+from gemma_tune.run.stage import OUTSIDE, State, keep_stamps, state_of
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 
@@ -57,6 +57,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
             next_step = resume or command(stage, root)
+    keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:
         next_step = f"wait for {owner}"
@@ -76,4 +77,5 @@ def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
     if path is not None and path.exists():
-        model["fingerprint"] = fingerprint(path, model["files"], CHECKPOINT_FILES)["sha256"]
+        model["files"] = fingerprint(path, model["files"], CHECKPOINT_FILES)
+        model["fingerprint"] = model["files"]["sha256"]

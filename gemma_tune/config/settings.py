@@ -71,10 +71,13 @@ def same_result(cls: type[StageConfig]) -> tuple[str, ...]:
 def asks_more(cls: type[StageConfig], name: str, before: Any, now: Any) -> bool:
     """Whether a setting that changed asks for something that an earlier result does not have.
 
-    Settings with ``check`` in their metadata say how much a result is compared: less of it is there already.
+    Settings with ``check`` in their metadata say how much a result is compared: less of it is there already. None
+    leaves it to the stage, which compares where it can; only an earlier refusal is certain to be less.
     """
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
-    return bool(now) and now > (before or 0) if field.metadata.get("check") else True
+    if not field.metadata.get("check"):
+        return True
+    return before is False if now is None else now > (before or 0)
 
 
 def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: bool = False) -> list[str]:

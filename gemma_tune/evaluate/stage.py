@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.prompts import Prompt, headline, read_prompts, shown, tool_names
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import write_atomic
+from gemma_tune.base.files import write_atomic, write_json
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.load import add_adapter
@@ -24,10 +27,15 @@ BATCH = 10  # answers made together
 def evaluate(session: Session) -> StageReport:
     """Answer held-out prompts with and without the adapter, greedily.
 
+    Returns:
+        The report, whose summary also holds the prompts and answers. The manifest has the figures alone.
+
     Raises:
         UserError: no adapter yet, or no held-out prompts.
     """
-    return run_stage(session, "eval", _evaluate)
+    done = run_stage(session, "eval", _evaluate)
+    answers = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
+    return replace(done, summary={**done.summary, "answers": answers})
 
 
 def _evaluate(session: Session) -> Finished:
@@ -46,9 +54,10 @@ def _evaluate(session: Session) -> Finished:
         listener.progress("answering held-out prompts", 2 * n + 1, 2 * len(batches))
         answers["tuned"] += greedy_answers(model, chat, *question)
     listener.progress("answering held-out prompts", 2 * len(batches), 2 * len(batches))
-    summary = _summary(prompts, answers, judge)
-    write_atomic(session.run.report, report(session, summary).encode())
-    return Finished({"report": session.run.report}, summary)
+    summary, compared = _summary(answers, judge), _compared(prompts, answers)
+    write_atomic(session.run.report, report(session, {**summary, "answers": compared}).encode())
+    write_json(session.run.answers, compared)
+    return Finished({"report": session.run.report, "answers": session.run.answers}, summary)
 
 
 def held_out_prompts(session: Session) -> tuple[list[Prompt], Any]:
@@ -116,21 +125,24 @@ def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat, mode
     return kept
 
 
-def _summary(prompts: Sequence[Prompt], answers: dict[str, list[Answer]], judge: Any) -> dict[str, Any]:
-    summary: dict[str, Any] = {"questions": len(prompts)}
+def _summary(answers: dict[str, list[Answer]], judge: Any) -> dict[str, Any]:
+    summary: dict[str, Any] = {"questions": len(answers["tuned"])}
     for which, given in answers.items():
         summary[f"{which}_ended"] = sum(a.ended for a in given)
         if judge:
             summary[f"{which}_in_form"] = sum(a.ended and judge(a.text) for a in given)
-    summary["answers"] = [
-        {"prompt": prompt.messages, **({"tools": tool_names(prompt.tools)} if prompt.tools else {}),
-         "base": base.text, "base_ended": base.ended, "tuned": tuned.text, "tuned_ended": tuned.ended}
-        for prompt, base, tuned in zip(prompts, answers["base"], answers["tuned"])]
     return summary
 
 
+def _compared(prompts: Sequence[Prompt], answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
+    """Each prompt with both of its answers, as answers.json keeps them."""
+    return [{"prompt": prompt.messages, **({"tools": tool_names(prompt.tools)} if prompt.tools else {}),
+             "base": base.text, "base_ended": base.ended, "tuned": tuned.text, "tuned_ended": tuned.ended}
+            for prompt, base, tuned in zip(prompts, answers["base"], answers["tuned"])]
+
+
 def report(session: Session, summary: dict[str, Any]) -> str:
-    """The comparison as Markdown."""
+    """The comparison as Markdown; ``summary`` with the ``answers`` of :func:`_compared`."""
     trained = session.manifest.stages["train"]["summary"]
     total = summary["questions"]
     lines = [f"# {session.model.name}: before and after", "", "| | base | tuned |", "|---|---|---|"]

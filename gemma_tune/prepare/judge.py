@@ -245,12 +245,22 @@ def _next(waiting: deque[tuple[T, Block, Any]]) -> tuple[T, Block, Judged]:
 def _context() -> Any:
     import multiprocessing
 
-    # Forked children share the loaded tokenizer. Elsewhere (macOS, Windows) forking is unsafe or unknown.
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return multiprocessing.get_context("fork" if _may_fork() else "spawn")
 
 
 def _arguments(judge: Judge) -> tuple[Any, ...]:
-    return (None,) if sys.platform == "linux" else (judge,)
+    return (None,) if _may_fork() else (judge,)
+
+
+def _may_fork() -> bool:
+    """Whether children can share the loaded tokenizer instead of loading it again.
+
+    Forking copies no threads, but what they had locked: a process that has met others for a training has some. On macOS
+    and Windows it is unsafe or unknown.
+    """
+    distributed = sys.modules.get("torch.distributed")  # `prepare` itself does not import it
+    met = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return sys.platform == "linux" and not met
 
 
 def _begin(judge: Judge | None) -> None:

@@ -95,6 +95,11 @@ class RunDir:
     def report(self) -> Path:
         return self.root / "report.md"
 
+    @property
+    def answers(self) -> Path:
+        """The prompts and answers of the report, for programs."""
+        return self.root / "answers.json"
+
     def relative(self, path: Path) -> str:
         """``path`` as the manifest keeps it: relative to the run, with forward slashes; our own data by name."""
         if path.is_relative_to(PACKAGE):

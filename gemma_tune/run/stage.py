@@ -6,8 +6,10 @@ decided here from the manifest: same inputs, same settings and an intact output 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -102,12 +104,16 @@ def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _change(run: RunDir, path: Path, item: Mapping[str, Any]) -> str | None:
+def _change(run: RunDir, path: Path, item: dict[str, Any]) -> str | None:
     """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
     try:
-        return None if describe(run, path, item)["sha256"] == item["sha256"] else "was changed"
+        found = describe(run, path, item)
     except OSError as e:
         return f"cannot be read: {e.strerror}"
+    if found["sha256"] != item["sha256"]:
+        return "was changed"
+    item["stamp"] = found["stamp"]  # a copy has other time stamps; whoever saves the manifest keeps them
+    return None
 
 
 def require_inputs(run: RunDir, manifest: Manifest, stage: str, *without: str) -> dict[str, Path]:
@@ -164,6 +170,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         # An updated record (same model, perhaps another place) replaces the one on the disk.
         moved = manifest.model != session.manifest.model
         manifest.model = session.manifest.model
+        stamped = copy.deepcopy(manifest.stages)
         outside = dict(elsewhere or {})
         inputs = require_inputs(run, manifest, stage, *outside)
         session = Session(run, session.model, session.resolved, session.listener, manifest, inputs | outside,
@@ -172,7 +179,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         named = {f"{OUTSIDE}{name}": path for name, path in outside.items()}
         fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
         if not (session.force or unfinished) and (kept := _up_to_date(session, stage, fingerprints)):
-            if moved:
+            if moved or manifest.stages != stamped:
                 manifest.save(run)
             return kept
         started, clock = now(), time.monotonic()
@@ -185,6 +192,41 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         }
         manifest.save(run)
     return _report(session, stage, "done", time.monotonic() - clock)
+
+
+def keep_stamps(run: RunDir, manifest: Manifest) -> None:
+    """Record the time stamps that files were found to have: a run that was copied is read whole only once.
+
+    For commands that change nothing else. While another one works on the run, or where it cannot be written, nothing
+    happens: the files are read again the next time.
+    """
+    found = {key: item for key, item in _stamped(manifest)}
+    with contextlib.suppress(UserError, OSError):
+        if not _restamp(read_manifest(run.root), found):
+            return
+        with Lock(run.root, "status"):
+            current = read_manifest(run.root)  # again: another command may have finished in between
+            if _restamp(current, found):
+                current.save(run)
+
+
+def _restamp(manifest: Manifest | None, found: Mapping[tuple[str, ...], Mapping[str, Any]]) -> bool:
+    """Give ``manifest`` the time stamps in ``found`` of what is the same otherwise; whether any is another."""
+    changed = False
+    for key, item in _stamped(manifest) if manifest else ():
+        other = found.get(key, item)
+        if other["sha256"] == item["sha256"] and other["stamp"] != item["stamp"]:
+            item["stamp"], changed = other["stamp"], True
+    return changed
+
+
+def _stamped(manifest: Manifest) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Everything that the manifest has a time stamp of, by its place in it."""
+    if manifest.model["files"]:
+        yield ("model",), manifest.model["files"]
+    for stage, record in manifest.stages.items():
+        for part in ("inputs", "outputs"):
+            yield from (((stage, part, name), item) for name, item in record[part].items())
 
 
 def _warn_of_stale_inputs(session: Session, makers: set[str]) -> None:
@@ -208,6 +250,7 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> Stag
     changed = _changes(record, session.config, inputs)
     if state.status == "done" and not changed:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")
+        record["inputs"] = dict(inputs)  # with the time stamps that they have now
         return _report(session, stage, "up-to-date", 0.0)
     session.listener.note(f"`{stage}` runs again: {state.reason or '; '.join(changed)}")
     return None

@@ -58,12 +58,15 @@ def test_the_report_says_it_all(cli, fluent, limit, ended):
     assert f"| validation loss | {train['eval_loss_before']:.4f} | {train['eval_loss_after']:.4f} |" in lines
     assert f"| answers that end by themselves | {summary['base_ended']}/1 | {int(ended)}/1 |" in lines
     assert f"at most {limit} tokens" in text
-    [answer] = summary["answers"]
+    [answer] = json.loads((fluent / "answers.json").read_text(encoding="utf-8"))
     assert f"## 1. {answer['prompt'][0]['content']}" in lines
     assert f"> {answer['tuned']}" in lines
     assert ("**tuned**" if ended else "**tuned** (cut off at the limit)") in lines
     assert ("**base**" if answer["base_ended"] else "**base** (cut off at the limit)") in lines
     assert manifest["stages"]["eval"]["outputs"]["report"]["path"] == "report.md"
+    assert manifest["stages"]["eval"]["outputs"]["answers"]["path"] == "answers.json"
+    for text in (answer["tuned"], answer["base"], answer["prompt"][0]["content"]):
+        assert json.dumps(text)[1:-1] not in (fluent / "manifest.json").read_text(), "the manifest holds figures alone"
     assert str(fluent.parent) not in text, "no path of this machine"
 
 

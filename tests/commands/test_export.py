@@ -326,3 +326,14 @@ def test_real_llama_cpp_reads_it_token_by_token(export, merged):
         assert engine.tokenize(text, special=True) == ids
         rendered = engine.post("/apply-template", messages=messages)["prompt"]
         assert rendered.removeprefix("<bos>") == text
+
+
+def test_what_was_not_checked_is_checked_when_the_checks_are_asked_for_again(cli, merged):
+    """Leaving an option out asks for its default, which can be more than an earlier command wanted."""
+    assert cli("export-ollama", "--quant", "q8_0", "--no-verify", "--no-measure").code == 0
+    plain = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--json")
+    assert plain.json["status"] == "done" and plain.json["summary"]["parity"]["ok"] is True, plain.err
+    measured = cli("export-ollama", "--quant", "q8_0", "--json")
+    assert measured.json["status"] == "done" and "kl" in measured.json["summary"]["quants"]["q8_0"]
+    for less in ((), ("--no-verify",), ("--no-measure",), ("--no-verify", "--no-measure")):
+        assert cli("export-ollama", "--quant", "q8_0", *less, "--json").json["status"] == "up-to-date", less

@@ -187,6 +187,15 @@ def test_a_process_that_is_killed(prepare, two_processes, monkeypatch):
     assert not list(DATA.parent.glob(".new-*")) and not list(DATA.parent.glob(".old-*"))
 
 
+def test_a_process_that_has_met_others_does_not_fork():
+    """`train DATA` prepares in a process that has threads already when several train together."""
+    script = ("import torch.distributed as d; from gemma_tune.prepare import judge; print(judge._context().get_start_method());"
+              "d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1);"
+              "print(judge._context().get_start_method(), judge._arguments('judge'))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["fork", "spawn ('judge',)"], done.stderr
+
+
 WAITING = """
 import os, time
 from gemma_tune.prepare.judge import judged_blocks

@@ -429,7 +429,7 @@ def test_the_family_sets_the_learning_rate_and_says_why(cli, prepared):
 
 def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):
     from gemma_tune.base.errors import UserError
-    from gemma_tune.models import source as models
+    from gemma_tune.models import placement as models
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for ratio, dtype in ((2.0, torch.bfloat16), (0.4, torch.float32)):
@@ -496,7 +496,7 @@ def test_an_interrupted_repetition_with_the_same_settings_is_finished(cli, prepa
 
 
 def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypatch):
-    from gemma_tune.models import source as models
+    from gemma_tune.models import placement as models
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ("--epochs", 2, "--rank", 4)

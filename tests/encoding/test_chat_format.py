@@ -418,3 +418,9 @@ def test_an_answer_ends_with_the_terminator_or_the_end_of_text(chat):
 @each_format
 def test_a_conversation_without_an_answer_trains_nothing(chat):
     assert chat.encode([user("a")]) == []
+
+
+def test_every_gemma_that_can_be_exported_has_a_template():
+    from gemma_tune.gguf.architectures import gemma, gemma4
+
+    assert all(family_template(kind) for kind in (*gemma.MAKERS, *gemma4.MAKERS))

@@ -427,9 +427,9 @@ def test_an_adapter_of_the_text_part_alone(cli, trained, tmp_path):
 # --- the check
 
 def test_without_the_memory_the_check_is_left_out_with_its_reason(cli, trained, monkeypatch):
-    from gemma_tune.train import memory
+    from gemma_tune.models import placement
 
-    monkeypatch.setattr(memory, "available", lambda device: 10_000_000)
+    monkeypatch.setattr(placement, "available", lambda device: 10_000_000)
     result = cli("merge", "--json")
     assert result.code == 0
     assert "was not compared" in result.err

@@ -23,7 +23,7 @@ from gemma_tune.base.words import model_name
 from gemma_tune.run.directory import RunDir, describe, find_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import Manifest, read_manifest
-from gemma_tune.run.stage import FOR_PEOPLE, NEEDS, state_of
+from gemma_tune.run.stage import FOR_PEOPLE, NEEDS, keep_stamps, state_of
 from support.command import MANIFEST_SCHEMA as SCHEMA
 from support.command import rows, write_rows
 
@@ -121,6 +121,38 @@ def test_a_manifest_names_no_absolute_path_and_the_run_can_be_moved(run, tmp_pat
     moved.parent.mkdir(parents=True)
     shutil.move(run.root, moved)
     assert set(states(RunDir(moved, "tiny-gemma")).values()) == {"done"}
+
+
+@pytest.mark.parametrize("command", [("status",), ("prepare",)])
+def test_a_run_that_was_copied_is_read_whole_once(cli, tiny, data, tmp_path, monkeypatch, command):
+    """New time stamps are kept when the content is found to be the same."""
+    assert cli("prepare", data, "--model", tiny).code == 0
+    copied = tmp_path / "runs" / "copied"
+    shutil.copytree(tmp_path / "runs" / "tiny-gemma", copied)
+    for path in copied.rglob("*"):
+        os.utime(path, (1, 1))
+    read, whole = [], files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path.name) or whole(path))
+    first = cli(*command, "--run", copied)
+    assert first.code == 0 and "train.jsonl" in read and "train.arrow" in read, first.err
+    read.clear()
+    again = cli(*command, "--run", copied)
+    assert again.code == 0 and not read, read
+    assert states(RunDir(copied, "tiny-gemma"))["prepare"] == "done"
+    jsonschema.validate(json.loads((copied / "manifest.json").read_text()), SCHEMA)
+
+
+def test_a_run_that_is_in_use_or_cannot_be_written_is_looked_at_all_the_same(cli, run, monkeypatch):
+    for path in run.root.rglob("*"):
+        os.utime(path, (1, 1))
+    before = run.manifest.read_bytes()
+    with Lock(run.root, "train"):
+        manifest = read_manifest(run.root)
+        assert state_of(run, manifest, "train").status == "done"
+        keep_stamps(run, manifest)
+    assert run.manifest.read_bytes() == before
+    keep_stamps(run, manifest)
+    assert run.manifest.read_bytes() != before
 
 
 def test_paths_are_relative_to_the_run_from_any_directory(run, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
+from gemma_tune.models import placement
 from gemma_tune.models.placement import USABLE
 from gemma_tune.train import memory as memory_module
 from gemma_tune.train import shape as model_shape
@@ -190,9 +191,9 @@ def test_limits_of_control_groups_of_version_2(tmp_path):
         "a/b/c/memory.max": "max\n", "a/b/c/memory.current": "2500\n", "a/b/c/memory.stat": "inactive_file 0\n"})
     own = tmp_path / "own"
     own.write_text("0::/a/b/c\n")
-    assert min(memory_module._left_by_groups(root, own)) == 3000 - 2500 + 700
+    assert min(placement._left_by_groups(root, own)) == 3000 - 2500 + 700
     own.write_text("0::/a\n")
-    assert min(memory_module._left_by_groups(root, own)) == 4000
+    assert min(placement._left_by_groups(root, own)) == 4000
 
 
 def test_limits_of_control_groups_of_version_1_and_in_containers(tmp_path):
@@ -201,14 +202,14 @@ def test_limits_of_control_groups_of_version_1_and_in_containers(tmp_path):
         "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 500\n"})
     own = tmp_path / "own"
     own.write_text("9:name=systemd:/x\n4:cpu,memory:/docker/of/the/host\n0::/\n")
-    assert min(memory_module._left_by_groups(root, own)) == 1500
+    assert min(placement._left_by_groups(root, own)) == 1500
     own.write_text("4:cpuset:/docker\n")
-    assert min(memory_module._left_by_groups(root, own)) == 2**63
-    assert min(memory_module._left_by_groups(root, tmp_path / "no such file")) == 2**63
+    assert min(placement._left_by_groups(root, own)) == 2**63
+    assert min(placement._left_by_groups(root, tmp_path / "no such file")) == 2**63
 
 
 def test_what_is_available_here():
-    assert 10**8 < memory_module.available("cpu") < 2**50
+    assert 10**8 < placement.available("cpu") < 2**50
 
 
 # --- refused before anything is loaded

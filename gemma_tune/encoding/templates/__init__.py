@@ -12,6 +12,8 @@ _FILES = {
     "gemma3_text": "gemma.jinja",
     "gemma4": "gemma4.jinja",
     "gemma4_text": "gemma4.jinja",
+    "gemma4_unified": "gemma4.jinja",
+    "gemma4_unified_text": "gemma4.jinja",
 }
 
 
