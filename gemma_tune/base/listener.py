@@ -1,4 +1,4 @@
-"""How a stage reports while it works: it calls a listener and never prints; ``console`` implements one for people."""
+"""How a stage reports while it works: it calls a listener and never prints; ``cli.console`` has one for people."""
 
 from __future__ import annotations
 

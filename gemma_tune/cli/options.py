@@ -1,4 +1,4 @@
-"""Every command line option, declared once; help texts, defaults and limits come from ``config``."""
+"""Every command line option, declared once; help texts, defaults and limits come from ``config.stages``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How settings are declared, checked and combined; what settings there are is in ``config``.
+"""How settings are declared, checked and combined; what settings there are is in ``stages``.
 
 A setting is a field of a frozen dataclass made with :func:`option`. No heavy import: ``gemma-tune --help`` loads this
 module.

@@ -26,7 +26,7 @@ LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds
 FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system")
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
-# Number formats of GGUF files, the widest first; `gguf_types` says what they mean.
+# Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
 QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
 
 

@@ -1,6 +1,6 @@
 """As whom a model is pushed to the Hub, whether that account may write there, and what a failure is called then.
 
-Tokens and the ways of telling failures apart are those of ``hub_access``; what only an upload meets is added here.
+Tokens and the ways of telling failures apart are those of ``hub.access``; what only an upload meets is added here.
 """
 
 from __future__ import annotations

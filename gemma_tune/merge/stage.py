@@ -1,7 +1,7 @@
 """``merge``: the adapter goes into the 16-bit base, tensor by tensor, and the result is checked against base + adapter.
 
-``adapter_files`` says what an adapter holds, ``merge_plan`` what each tensor is made of, ``merge_weights`` computes and
-writes, ``merge_check`` compares.
+``lora.files`` says what an adapter holds, ``plan`` what each tensor is made of, ``weights`` computes and writes,
+``check`` compares.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ SCHEMA = pa.schema([
 
 @dataclass(frozen=True)
 class Kept:
-    """One row on its way: ``outcome`` (see ``encode``) has the sequences; ``conversation`` (16 bytes) and ``prompt``
-    (64 bits) are hashes."""
+    """One row on its way: ``outcome`` (of ``encoding.sequences``) has the sequences; ``conversation`` (16 bytes) and
+    ``prompt`` (64 bits) are hashes."""
 
     line: int
     text: bytes

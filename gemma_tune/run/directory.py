@@ -59,7 +59,7 @@ class RunDir:
 
     @property
     def tokens(self) -> Path:
-        """Directory of the token sequences, see ``data.tokens``."""
+        """Directory of the token sequences, see ``encoding.tokens``."""
         return self.data / "tokens"
 
     @property

@@ -23,7 +23,7 @@ NF4_BYTES = (4 + 0.127) / 8
 # widest linear layer in the compute type (measured 1.7 to 2.4, in bf16 and fp32, Gemma 3 and Llama), or so many bytes
 # for each number of a norm, which computes in fp32 (measured 14).
 WORKING_LINEAR, WORKING_NORM = 2.5, 16
-# The loss holds a chunk of the logits of a block of rows, never all of them; see loss.py.
+# The loss holds a chunk of the logits of a block of rows, never all of them; see ``loss``.
 LOGITS = 64_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.

@@ -24,7 +24,7 @@ class Example:
 
     Attributes:
         format: one of ``config.FORMATS``.
-        messages: turns as ``data.turns`` describes them.
+        messages: turns as ``turns`` describes them.
         tools: OpenAI's schemas, None where the row has none.
         text: for continued training, as the row has it.
     """
