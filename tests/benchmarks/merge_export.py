@@ -2,7 +2,8 @@
 
 Each contender runs in a process of its own on the same synthetic checkpoint: layers shaped as Gemma 3's, random bf16
 numbers, several files; and an adapter of rank 16 on every linear layer. Peaks are the largest resident set that the
-system recorded. Every contender makes its files durable (fsync), and reads them from the system's cache where that
+system recorded; `ours` also says how much of it the imports take, which differs by hundreds of MB between PyTorch's
+builds. Every contender makes its files durable (fsync), and reads them from the system's cache where that
 holds them. Run it from the repository:
 ``python tests/benchmarks/merge_export.py merge --size 4 --peft-size 1`` (GB of weights; PEFT's holds the whole model, so
 it has a smaller one, on which ours is measured as well; 0 leaves it out), or
@@ -117,8 +118,10 @@ def copy(folder: Path, out: Path) -> None:
         sync(out / path.name)
 
 
-def ours(folder: Path, out: Path) -> None:
-    """The weights as `gemma-tune merge` writes them, with everything that the command imports."""
+def ours(folder: Path, out: Path) -> int:
+    """The weights as `gemma-tune merge` writes them, with everything that the command imports; the imports' peak."""
+    import torch
+
     import gemma_tune.merge.stage  # noqa: F401 - for its memory
     from gemma_tune.base.files import replacing_directory
     from gemma_tune.base.tensors import open_tensors
@@ -126,9 +129,12 @@ def ours(folder: Path, out: Path) -> None:
     from gemma_tune.merge.plan import plan_merge
     from gemma_tune.merge.weights import lay_out, write_files
 
+    torch.ones(64, 64).bfloat16().float().addmm_(torch.ones(64, 16), torch.ones(16, 64))  # loads what computes
+    imported = peak_bytes()
     plan = plan_merge(open_tensors(folder / "base"), read_adapter(folder / "adapter"))
     with replacing_directory(out) as new:
         write_files(lay_out(plan, folder / "base"), new, lambda *_: None)
+    return imported
 
 
 def peft(folder: Path, out: Path) -> None:
@@ -178,12 +184,20 @@ CONTENDERS = {"copy": copy, "ours": ours, "peft": peft,
 def worker(name: str, folder: Path) -> None:
     """Run one contender here, and print what it took."""
     clock = time.perf_counter()
-    CONTENDERS[name](folder, folder / "out")
+    imported = CONTENDERS[name](folder, folder / "out")
     seconds = time.perf_counter() - clock
-    usages = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"seconds": seconds, "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages),
-                      "peak_bytes": max(usage.ru_maxrss for usage in usages)
-                      * (1 if sys.platform == "darwin" else 1024)}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages()),
+                      "peak_bytes": peak_bytes(), **({"imported_bytes": imported} if imported else {})}))
+
+
+def usages() -> list[resource.struct_rusage]:
+    """Of this process, and of those that it started and that have ended."""
+    return [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+
+
+def peak_bytes() -> int:
+    """The largest resident set so far."""
+    return max(usage.ru_maxrss for usage in usages()) * (1 if sys.platform == "darwin" else 1024)
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:

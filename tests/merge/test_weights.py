@@ -251,14 +251,17 @@ def test_the_disk_fills_up_while_writing(cli, trained, monkeypatch, number, said
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Through the benchmark, in processes of its own: the weights are more than what the process may hold."""
+    """Through the benchmark, in processes of its own: the weights are more than twice what the merge may add.
+
+    What PyTorch takes before anything is merged is left out: with CUDA's libraries it is over 100 MB more.
+    """
     script = ROOT / "tests/benchmarks/merge_export.py"
     done = subprocess.run([sys.executable, script, "merge", "--size", "0.6", "--peft-size", "0", "--json"],
                           capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     [row] = json.loads(done.stdout).values()
     assert row["weights_bytes"] > 500e6
-    assert row["ours"]["peak_bytes"] < 450e6
+    assert row["ours"]["peak_bytes"] - row["ours"]["imported_bytes"] < 200e6
 
 
 # --- adapters from elsewhere
