@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import near
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
@@ -102,9 +102,8 @@ def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
     """A row may lack a system prompt; if all do, its column's name is wrong."""
     name = config.column_names.get("system")
     if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
-        near = difflib.get_close_matches(name, findings.noticed.columns, n=1)
-        guess = f"; did you mean `{near[0]}`?" if near else ""
-        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt{guess}",
+        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt"
+                        f"{near(name, findings.noticed.columns)}",
                         f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
 
 
