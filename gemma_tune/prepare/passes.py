@@ -6,7 +6,6 @@ rows, writes them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tune.base.machine import cores
 from gemma_tune.data.reading.sources import Source, read_blocks
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
@@ -106,8 +106,7 @@ def _processes(sources: Sequence[Source], total: int) -> int:
     """How many processes check rows: one where there is little to do."""
     if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_PROCESSES)
+    return min(cores(), _MOST_PROCESSES)
 
 
 @contextmanager
