@@ -55,6 +55,15 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def size_text(size: float) -> str:
+    """A number of bytes as people read it.
+
+    >>> size_text(543_210_000), size_text(1_234_000_000)
+    ('543 MB', '1.23 GB')
+    """
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else gigabytes(size)
+
+
 def gigabytes(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 1e9:.2f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
+    """The same for sizes that are to be compared with others in their sentence, and so stand in the same unit."""
+    return f"{size / 1e9:,.2f} GB"
