@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from gemma_tune.base.errors import UserError
@@ -26,9 +27,14 @@ def model_name(model_id: str) -> str:
     return name
 
 
-def near(word: str, known) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{match[0]}`?" if match else ""
+def nearest(word: str, known: Iterable[str], most: int = 1, least: float = 0.6) -> list[str]:
+    """The known words that one may have meant, the nearest first; ``least`` is how alike they are, up to 1."""
+    return difflib.get_close_matches(word, list(known), most, least)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: what it may have been meant to be."""
+    return "".join(f"; did you mean `{match}`?" for match in nearest(word, known))
 
 
 def size_in_bytes(text: str) -> int | None:
@@ -49,6 +55,15 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def size_text(size: float) -> str:
+    """A number of bytes as people read it.
+
+    >>> size_text(543_210_000), size_text(1_234_000_000)
+    ('543 MB', '1.23 GB')
+    """
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else gigabytes(size)
+
+
 def gigabytes(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 1e9:.2f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
+    """The same for sizes that are to be compared with others in their sentence, and so stand in the same unit."""
+    return f"{size / 1e9:,.2f} GB"

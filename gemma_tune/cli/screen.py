@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import size_text
 from gemma_tune.train import processes
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -44,7 +45,7 @@ LABELS = {
 def figure(name: str, value: Any) -> str:
     """A figure as people read it."""
     if name.endswith("bytes"):
-        return f"{value / 1e6:,.0f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+        return size_text(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -33,7 +34,8 @@ class StageConfig:
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
-        problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, getattr(self, f.name)))]
+        kinds = types_of(type(self))
+        problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, kinds[f.name], getattr(self, f.name)))]
         problems += [] if problems else self.more_problems()
         if problems:
             raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
@@ -107,35 +109,36 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
     Raises:
         UserError: values outside their limits, all of them together.
     """
-    values, origins = {}, {}
+    values, origins, kinds = {}, {}, types_of(cls)
     for f in dataclasses.fields(cls):
         for origin, source in (("flag", flags), ("file", from_file or {}), ("family", family or {})):
             if source.get(f.name) not in (None, (), []):
-                values[f.name], origins[f.name] = converted(f.type, source[f.name]), origin
+                values[f.name], origins[f.name] = converted(kinds[f.name], source[f.name]), origin
                 break
         else:
             origins[f.name] = "default"
     return Resolved(cls(**values), origins)
 
 
-def _kinds(annotation: Any) -> tuple[set[type], bool]:
-    """The plain types of an annotation and whether None is allowed; tuples count as ``tuple``."""
-    resolved = _resolve_annotation(annotation)
-    options = typing.get_args(resolved) if isinstance(resolved, types.UnionType) else (resolved,)
+@functools.cache
+def types_of(cls: type[StageConfig]) -> dict[str, Any]:
+    """The type of each setting; ``from __future__ import annotations`` leaves their source text in the fields."""
+    return typing.get_type_hints(cls)
+
+
+def _kinds(kind: Any) -> tuple[set[type], bool]:
+    """The plain types of a setting's type and whether None is allowed; tuples count as ``tuple``."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     plain = {typing.get_origin(o) or o for o in options}
     return {p for p in plain if p is not type(None)}, type(None) in plain
-
-
-def _resolve_annotation(annotation: Any) -> Any:
-    # `from __future__ import annotations` leaves strings; the names used in this module are all builtins.
-    return eval(annotation, {}, {}) if isinstance(annotation, str) else annotation  # noqa: S307 - own source text
 
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
 
 
-def converted(annotation: Any, value: Any) -> Any:
-    kinds, _ = _kinds(annotation)
+def converted(kind: Any, value: Any) -> Any:
+    """A value of the command line or of YAML as a setting of this type holds it, or as it is where that fails."""
+    kinds, _ = _kinds(kind)
     if tuple in kinds and isinstance(value, (list, tuple)):
         return tuple(value)
     if tuple in kinds and isinstance(value, str):
@@ -147,8 +150,9 @@ def converted(annotation: Any, value: Any) -> Any:
     return value
 
 
-def problem_of(f: dataclasses.Field, value: Any) -> str | None:
-    kinds, optional = _kinds(f.type)
+def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
+    """What is wrong with the value of a setting of this type; None if nothing is."""
+    kinds, optional = _kinds(kind)
     if value is None:
         return None if optional else f"{f.name}: needs a value"
     if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, shown, size_in_bytes
-from gemma_tune.config.settings import StageConfig, converted, option, problem_of
+from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
@@ -311,9 +311,9 @@ def _yaml_problems(content: Mapping[str, Any]):
         elif not isinstance(section, dict):
             yield f"{key}: expected settings below it, found {shown(section)}"
         else:
-            known = {f.name: f for f in dataclasses.fields(CONFIGS[key])}
+            known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
             for name, value in section.items():
                 if name not in known:
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
-                elif (problem := problem_of(known[name], converted(known[name].type, value))) is not None:
+                elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"

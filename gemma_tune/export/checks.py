@@ -13,6 +13,7 @@ from typing import Any
 from gemma_tune.answers.prompts import Prompt, held_out
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
+from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import Source
 from gemma_tune.export.parity import HELD_OUT, verify
@@ -165,15 +166,11 @@ def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, L
     if reference and REFERENCE not in figures:
         rows.append((REFERENCE, "–", f"{reference.perplexity:.3f}", "", "", ""))
     for quant, figure in figures.items():
-        size, loss = _size(figure["bytes"]), losses.get(quant)
+        size, loss = size_text(figure["bytes"]), losses.get(quant)
         rows.append((quant, size, "–", "", "", "") if loss is None or reference is None else
                     (quant, size, f"{loss.perplexity:.3f}", f"{loss.perplexity / reference.perplexity - 1:+.2%}",
                      f"{loss.kl:.4f}", f"{loss.agreement:.1%}"))
     return rows
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> str:

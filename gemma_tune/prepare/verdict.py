@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +10,11 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import near
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.prepare.files import DataFiles, Findings
-from gemma_tune.prepare.judge import TOO_LONG, Judge, Noticed
+from gemma_tune.prepare.files import DataFiles, Decided
+from gemma_tune.prepare.findings import Findings
+from gemma_tune.prepare.judge import Judge, Noticed
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.run.session import Session
 
@@ -59,12 +60,11 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     Raises:
         UserError: with the first of them.
     """
-    bad, total = findings.rejected, findings.rows
-    long = findings.reasons[TOO_LONG]
+    bad, total, long = findings.rejected, findings.rows, findings.long
     if long and config.on_long == "fail":
         raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
                         "use --on-long split or drop, or a larger --max-length",
-                        [str(item) for item in findings.too_long])
+                        [str(item) for item in findings.long_examples])
     if bad and config.on_bad_row == "fail":
         raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
                         _listed(findings, refused))
@@ -102,9 +102,8 @@ def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
     """A row may lack a system prompt; if all do, its column's name is wrong."""
     name = config.column_names.get("system")
     if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
-        near = difflib.get_close_matches(name, findings.noticed.columns, n=1)
-        guess = f"; did you mean `{near[0]}`?" if near else ""
-        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt{guess}",
+        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt"
+                        f"{near(name, findings.noticed.columns)}",
                         f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
 
 
@@ -126,15 +125,15 @@ def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bo
                         "ask for fewer, or for a share: --valid 0.1")
 
 
-def warn(session: Session, findings: Findings, selection: Selection, report: dict[str, Any]) -> None:
+def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
     """What is left out, and what to be careful about."""
-    listener = session.listener
+    listener, findings, asked_twice = session.listener, decided.findings, decided.selection.asked_on_both_sides
     for item in findings.examples[:SHOWN]:
         listener.warn(f"rejected {item}")
     if (more := findings.rejected - SHOWN) > 0:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
-    if selection.asked_on_both_sides:
-        listener.warn(f"{selection.asked_on_both_sides:,} training rows ask what validation rows ask; the validation "
+    if asked_twice:
+        listener.warn(f"{asked_twice:,} training rows ask what validation rows ask; the validation "
                       "loss will look better than it is")
     if report["left_out_answers"]:
         listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "

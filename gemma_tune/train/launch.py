@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gemma_tune.base.errors import INTERRUPTED, WorkFailed
+from gemma_tune.base.machine import cores
 
 GRACE = 30.0  # seconds that the others get to end after one has
 
@@ -89,14 +90,10 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # PyTorch would give each process all cores, and the operating system's remarks on sockets are not for people.
-    defaults = {"OMP_NUM_THREADS": max(1, _cores() // count), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults = {"OMP_NUM_THREADS": max(1, cores() // count), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":  # nothing from outside this machine has to do with it
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {n: str(v) for n, v in defaults.items()} | os.environ | {n: str(v) for n, v in there.items()}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -16,8 +16,8 @@ import pytest
 
 from gemma_tune import samples
 from gemma_tune.base.errors import WORK_FAILED
-from gemma_tune.prepare import judge
-from gemma_tune.prepare import stage as module
+from gemma_tune.prepare import judge, stage
+from gemma_tune.prepare import passes as module
 from support.command import invoke, rows, write_rows
 from support.prepared import (
     DATA,
@@ -292,7 +292,7 @@ def test_tokens_of_other_versions_are_made_again(prepare, monkeypatch):
     write_rows(Path("rows.jsonl"), rows(4))
     prepare("rows.jsonl")
     other = {**prepare("rows.jsonl")["summary"]["encoding"], "tokenizers": "0.0.1"}
-    monkeypatch.setattr(module, "encoding_key", lambda _: other)
+    monkeypatch.setattr(stage, "encoding_key", lambda _: other)
     done = prepare("rows.jsonl")
     assert done["status"] == "done" and "other versions of the code or its libraries made the tokens" in done["err"]
     assert done["summary"]["encoding"] == other

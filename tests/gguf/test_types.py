@@ -141,7 +141,7 @@ def ggml_bytes(rows: np.ndarray, type: Type) -> np.ndarray:
 def test_bytes_are_those_of_ggml(type, monkeypatch):
     rows = difficult_rows()
     expected = ggml_bytes(rows, type)
-    monkeypatch.setattr(gguf_types.os, "cpu_count", lambda: 3)  # 70 rows do not divide evenly
+    monkeypatch.setattr(gguf_types, "cores", lambda: 3)  # 70 rows do not divide evenly
     assert np.array_equal(quantise(rows, type).view(np.uint8), expected)
     monkeypatch.setattr(gguf_types, "libgguf", None)
     if type not in gguf_types.K_TYPES:

@@ -1,0 +1,49 @@
+"""What the first pass of ``prepare`` found out about rows that are not used, and about all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gemma_tune.prepare.judge import Judged, Noticed, Rejected
+
+_EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
+_LONG_EXAMPLES = 20  # the same of those that are too long
+
+
+@dataclass
+class Findings:
+    """Counts, and the first rows of each kind.
+
+    Args:
+        rows: all of them, the rejected ones included.
+        first_of: by the code of its problem, where the first rejected row stands.
+        long: rejected rows that are too long. They are counted here alone, as what is said about them differs from
+            what is said about faults.
+        by_source: rows by the number of their file.
+    """
+
+    rows: int = 0
+    rejected: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first_of: dict[str, str] = field(default_factory=dict)
+    examples: list[Rejected] = field(default_factory=list)
+    long: int = 0
+    long_examples: list[Rejected] = field(default_factory=list)
+    by_source: Counter[int] = field(default_factory=Counter)
+    noticed: Noticed = field(default_factory=Noticed)
+
+    def add(self, judged: Judged, source: int, usable: int) -> None:
+        """Count a block of which so many rows are usable."""
+        rows = usable + len(judged.rejected)
+        self.rows += rows
+        self.by_source[source] += rows
+        self.rejected += len(judged.rejected)
+        self.noticed.add(judged.noticed)
+        for item in judged.rejected:
+            self.reasons[item.code] += 1
+            self.first_of.setdefault(item.code, item.place)
+        self.examples += judged.rejected[:_EXAMPLES - len(self.examples)]
+        long = [item for item in judged.rejected if item.is_too_long]
+        self.long += len(long)
+        self.long_examples += long[:_LONG_EXAMPLES - len(self.long_examples)]

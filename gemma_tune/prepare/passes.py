@@ -1,0 +1,122 @@
+"""The two passes of ``prepare`` over the rows, and what they share.
+
+The first checks and encodes every row, in several processes where there is much to do; the second, which knows all
+rows, writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.base.machine import cores
+from gemma_tune.data.reading.sources import Source, read_blocks
+from gemma_tune.prepare.files import DataFiles, Decided
+from gemma_tune.prepare.findings import Findings
+from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
+from gemma_tune.prepare.near import NearIndex
+from gemma_tune.prepare.selection import Gathered, select
+from gemma_tune.prepare.spool import Spool
+from gemma_tune.run.session import Session
+
+_SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
+_MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory
+_BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One preparation at work: where rows come from, where they go, and what is known about them.
+
+    Args:
+        sources: the files of the rows; those that are held out for validation come first, so that a training row that
+            repeats one of theirs is the duplicate.
+        held_out: number of the files that are held out.
+        spool: the rows between the passes.
+        gathered: a few numbers of each row of the spool.
+        findings: about all rows.
+    """
+
+    session: Session
+    sources: Sequence[Source]
+    held_out: int
+    judge: Judge
+    files: DataFiles
+    spool: Spool
+    gathered: Gathered = field(default_factory=Gathered)
+    findings: Findings = field(default_factory=Findings)
+
+    def check(self) -> None:
+        """The first pass: every row is checked, encoded and counted."""
+        before = np.cumsum([0, *(source.size or 0 for source in self.sources)])
+        total = int(before[-1])
+        blocks = ((number, block) for number, source in enumerate(self.sources)
+                  for block in read_blocks(source, _BLOCK))
+        for number, block, judged in judged_blocks(blocks, self.judge, _processes(self.sources, total)):
+            done = before[number] + block.done * (before[number + 1] - before[number])
+            self.session.listener.progress("checking rows", round(done), total)
+            self._take(judged, number)
+
+    def _take(self, judged: Judged, source: int) -> None:
+        self.files.reject(judged.rejected)
+        if judged.kept is None:
+            self.findings.add(judged, source, 0)
+            return
+        batch = self.spool.add(judged.kept, source)
+        usable = np.diff(batch.lists("lengths")[1]) > 0
+        self.findings.add(judged, source, int(usable.sum()))
+        self.gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable,
+                          source < self.held_out)
+
+    def long_rows(self) -> str | None:
+        """What the limit of the length costs, before anything else is decided about the rows."""
+        return self.files.long_rows(self.spool, self.session.config)
+
+    def decide(self) -> Decided:
+        """Which rows are kept, and on which side."""
+        config, columns = self.session.config, self.gathered.columns()
+        selection = select(columns, 0.0 if self.held_out else config.valid, config.duplicates == "keep",
+                           self._nearly if config.near_duplicates else None)
+        return Decided(self.spool, self.findings, columns, selection)
+
+    def _nearly(self, candidates: np.ndarray) -> np.ndarray:
+        """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
+        found = np.full(len(candidates), -1, np.int64)
+        index = NearIndex(self.session.config.near_threshold)
+        for batch in self.spool.read():
+            at = np.flatnonzero(candidates[batch.first:batch.first + batch.size])
+            signatures = batch.bytes_of("signature")
+            if len(at):
+                rows = np.stack([np.frombuffer(signatures[n], np.uint8) for n in at])
+                found[batch.first + at] = index.earlier(batch.first + at, rows)
+        return found
+
+    def write(self, decided: Decided) -> dict[str, Any]:
+        """The second pass: every row goes into its file. Returns the content of data/report.json."""
+        return self.files.write(decided, self.session.config, lambda rows: self.session.listener.progress(
+            "writing rows", rows, self.spool.size))
+
+
+def _processes(sources: Sequence[Source], total: int) -> int:
+    """How many processes check rows: one where there is little to do."""
+    if total < _SEVERAL_PROCESSES and all(source.size is not None for source in sources):
+        return 1
+    return min(cores(), _MOST_PROCESSES)
+
+
+@contextmanager
+def passes(session: Session, sources: Sequence[Source], held_out: Sequence[Source], judge: Judge,
+           folder: Path) -> Iterator[Passes]:
+    """Lend the passes over these rows into a new directory of data; what lies between the two is deleted after it."""
+    ordered = [*held_out, *sources]
+    with DataFiles(folder, [source.name for source in ordered]) as files:
+        spool = Spool(folder / "spool")
+        try:
+            yield Passes(session, ordered, len(held_out), judge, files, spool)
+        finally:
+            spool.close()
