@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 
-Example = dict[str, Any]  # a line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}
+PreparedRow = dict[str, Any]  # a line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Encoder:
     def __init__(self, chat: ChatFormat, max_length: int, on_long: str = "drop", train_on: str = "all"):
         self.chat, self.max_length, self.on_long, self.train_on = chat, max_length, on_long, train_on
 
-    def encode(self, examples: Sequence[Example]) -> list[Outcome | FormatError]:
+    def encode(self, examples: Sequence[PreparedRow]) -> list[Outcome | FormatError]:
         """One result for each row; a :class:`FormatError` where the template cannot render or label it."""
         results: list[Any] = [None] * len(examples)
         chats = [n for n, example in enumerate(examples) if "messages" in example]
@@ -68,7 +68,7 @@ class Encoder:
     def _fits(self, sequences: Sequence[Encoded]) -> bool:
         return all(len(s.ids) <= self.max_length for s in sequences)
 
-    def _limited_chat(self, example: Example, full: Sequence[Encoded]) -> Outcome:
+    def _limited_chat(self, example: PreparedRow, full: Sequence[Encoded]) -> Outcome:
         if self._fits(full):
             return Outcome(full, full)
         if self.on_long == "split":

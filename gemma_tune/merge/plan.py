@@ -57,7 +57,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """The merged model's tensors in the order in which they are written.
 
     Attributes:
@@ -85,7 +85,7 @@ def running_name(stored: str) -> str:
     return stored
 
 
-def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | None = None) -> Plan:
+def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | None = None) -> MergePlan:
     """Find a tensor of the base for everything that the adapter holds.
 
     Args:
@@ -116,7 +116,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     kept = [name for name in sources if untied or not (names.tied and name == HEAD)]
     pieces = [Piece(names.on_disk(name), sources[name], _dtype(before[name].dtype, dtype), before[name].path.name,
                     layers.get(name), name in transposed) for name in kept]
-    return Plan(pieces, sum(name in layers or name in copies for name in kept), untied, names.renamed)
+    return MergePlan(pieces, sum(name in layers or name in copies for name in kept), untied, names.renamed)
 
 
 def _dtype(own: str, wanted: str | None) -> str:
@@ -131,7 +131,7 @@ class _Names:
         head: the output layer's; ``HEAD`` where it shares the embedding.
         tied: ``embedding`` where the head is no tensor of its own.
         missing: what was asked for and is not there.
-        renamed: as in :class:`Plan`.
+        renamed: as in :class:`MergePlan`.
     """
 
     def __init__(self, base: Mapping[str, StoredTensor]):

@@ -24,7 +24,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
-from gemma_tune.merge.plan import Plan, plan_merge
+from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, run_stage
@@ -166,7 +166,7 @@ def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter,
         return check(session, folder, chat, renamed_adapter(adapter, renamed, Path(place)))
 
 
-def _copy_around(session: Session, folder: Path, plan: Plan) -> None:
+def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     """Configuration and licence of the base; tokenizer, chat template and generation settings of the training."""
     base, adapter = session.model.path, session.inputs["adapter"]
     trained_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

@@ -22,7 +22,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import INDEX, SINGLE, StoredTensor
 from gemma_tune.base.words import gigabytes
 from gemma_tune.lora.files import Lora
-from gemma_tune.merge.plan import Piece, Plan
+from gemma_tune.merge.plan import MergePlan, Piece
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Layout:
     index: bytes | None
 
 
-def lay_out(plan: Plan, base: Path, max_shard_size: int | None = None) -> Layout:
+def lay_out(plan: MergePlan, base: Path, max_shard_size: int | None = None) -> Layout:
     """The base's own files, or as many as it takes to keep each below ``max_shard_size`` bytes.
 
     A tensor that is larger gets a file of its own.
@@ -71,7 +71,7 @@ def _shards(pieces: Iterable[Piece], largest: int) -> Iterator[list[Piece]]:
     yield shard
 
 
-def _index(files: Mapping[str, Sequence[Piece]], plan: Plan, base: Path) -> bytes:
+def _index(files: Mapping[str, Sequence[Piece]], plan: MergePlan, base: Path) -> bytes:
     """The base's index where it is still right, else a new one with its remarks."""
     old = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else {}
     new = {piece.name: name for name, pieces in files.items() for piece in pieces}

@@ -73,7 +73,7 @@ def _unread_biases(model: Any, file: GgufFile) -> list[str]:
 
 # Written last into a cached checkpoint: its existence means that the conversion completed.
 _WHOLE = "complete.json"
-CONVERTER = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
 
 
 def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
@@ -84,7 +84,7 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
     """
     from filelock import FileLock
 
-    target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERTER}"
+    target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERSION}"
     if (target / _WHOLE).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

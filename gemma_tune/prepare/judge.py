@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import json_bytes
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.conversations.checks import Checks
+from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
-from gemma_tune.encoding.sequences import Encoder, Example, Outcome
+from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
@@ -125,13 +125,13 @@ class Judge:
     def __init__(self, chat: Any, config: PrepareConfig):
         self.config, self.chat = config, chat
         self.formats = Formats(config.format, config.column_names, config.take)
-        self.checks = Checks(chat.markers, config.allow)
+        self.checks = TextChecks(chat.markers, config.allow)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
     def __call__(self, block: Block) -> Judged:
         judged = Judged(None, [])
         rows: list[Row] = []
-        examples: list[Example] = []
+        examples: list[PreparedRow] = []
         for row in block.rows():
             try:
                 examples.append(self._example(row, judged))
@@ -144,7 +144,7 @@ class Judge:
         judged.kept = batch_of(kept) if kept else None
         return judged
 
-    def _example(self, row: Row, judged: Judged) -> Example:
+    def _example(self, row: Row, judged: Judged) -> PreparedRow:
         if row.error:
             raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
         example = self.formats.example(row.value)
@@ -160,7 +160,7 @@ class Judge:
         judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
         return {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
 
-    def _kept(self, row: Row, example: Example, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
+    def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
             fix = ("use a model whose chat template has tools, or leave the row out" if "tool" in str(outcome) else
                    "change the conversation so that the chat template takes it")
@@ -183,7 +183,7 @@ class Judge:
                     script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
 
-    def _difference(self, row: Row, example: Example) -> str:
+    def _difference(self, row: Row, example: PreparedRow) -> str:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
         return f"{row.file}:{row.line}: {found}"
 
@@ -195,7 +195,7 @@ class Judge:
         return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
                        f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
 
-    def _prompt(self, example: Example) -> int:
+    def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split."""
         prompt = example.get("text") or [{key: value for key, value in m.items() if key != "tool_call_id"}
                                          for m in example["messages"] if m["role"] != "assistant"]

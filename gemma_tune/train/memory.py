@@ -49,7 +49,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchChoice:
     """How a batch goes through the model.
 
     Attributes:
@@ -104,7 +104,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
                   activations=round(FRAGMENTATION * kept), working=working, overhead=overhead)
 
 
-def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> Choice:
+def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> BatchChoice:
     """The most conversations at once that fit; activations are recomputed only if not even one fits otherwise.
 
     Args:
@@ -117,13 +117,13 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     for checkpointing, micro_batch in _candidates(config):
         memory = estimate(shape, micro_batch, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards)
-        choice = Choice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "")
+        choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "")
         first = first or choice
         if choice.fits:
             break
     reason = "as asked" if asked else "they fit" if choice is first else (
         f"{_counted(first.micro_batch)} would need {gigabytes(first.memory.total)}")
-    return Choice(choice.micro_batch, choice.checkpointing, choice.memory, room, choice.fits, reason)
+    return BatchChoice(choice.micro_batch, choice.checkpointing, choice.memory, room, choice.fits, reason)
 
 
 def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:
@@ -134,7 +134,7 @@ def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:
     return ((checkpointing, size) for checkpointing in modes for size in sizes)
 
 
-def refuse_what_does_not_fit(choice: Choice, config: TrainConfig, longest: int, listener: Listener) -> None:
+def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: int, listener: Listener) -> None:
     """A CPU reports no lack of memory: the system kills the process. So it is refused before anything is loaded.
 
     Whoever set the least there is, ``--micro-batch 1 --activation-checkpointing``, is only warned.
@@ -153,7 +153,7 @@ def refuse_what_does_not_fit(choice: Choice, config: TrainConfig, longest: int, 
     raise UserError(says, _what_helps(choice, config, longest))
 
 
-def _what_helps(choice: Choice, config: TrainConfig, longest: int) -> str:
+def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     memory, room = choice.memory, USABLE * choice.available
     fixed = memory.total - memory.activations - memory.working
     ways = []
@@ -168,7 +168,7 @@ def _what_helps(choice: Choice, config: TrainConfig, longest: int) -> str:
     return "; or ".join(ways) + "; --micro-batch 1 --activation-checkpointing tries it all the same"
 
 
-def described(choice: Choice, longest: int) -> str:
+def described(choice: BatchChoice, longest: int) -> str:
     """The choice in one line."""
     memory = choice.memory
     adapter = memory.adapter + memory.gradients + memory.optimizer

@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.tokens import lengths_of
-from gemma_tune.train.memory import Choice, described
+from gemma_tune.train.memory import BatchChoice, described
 from gemma_tune.train.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a training will do.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
     pieces: int
     accumulation: int
     effective_batch: int
-    choice: Choice
+    choice: BatchChoice
     seconds: float
     basis: str
     notes: tuple[str, ...]
@@ -110,8 +110,8 @@ def warmup_steps(steps: int, config: TrainConfig) -> int:
     return round(config.warmup * steps)
 
 
-def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: Choice, train: Side, valid: Side, *,
-              tokens_per_second: float | None = None, notes: Sequence[str] = ()) -> Plan:
+def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Side,
+              valid: Side, *, tokens_per_second: float | None = None, notes: Sequence[str] = ()) -> TrainingPlan:
     """Put the figures together.
 
     Args:
@@ -128,7 +128,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
                            _evaluations(steps, per_epoch, valid, config), tokens_per_second)
     if not tokens_per_second and placement.device != "cpu":  # processes on a CPU share what was measured
         seconds /= config.num_processes
-    return Plan(
+    return TrainingPlan(
         sequences=rows, longest=int(train.lengths.max()), steps=steps, steps_per_epoch=per_epoch,
         warmup_steps=warmup_steps(steps, config), exposures=epochs + min(1.0, rest * config.effective_batch / rows),
         tokens_per_epoch=tokens, trained_tokens_per_epoch=train.trained,
@@ -172,8 +172,9 @@ def _notes(rows: int, steps: int, config: TrainConfig) -> list[str]:
 
 # --- time
 
-def _time(shape: ModelShape, placement: Placement, choice: Choice, epochs: float, batches: Sequence[tuple[int, int]],
-          train: Side, valid: Side, evaluations: int, tokens_per_second: float | None) -> tuple[float, str]:
+def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: float,
+          batches: Sequence[tuple[int, int]], train: Side, valid: Side, evaluations: int,
+          tokens_per_second: float | None) -> tuple[float, str]:
     """Estimated seconds, and what they are estimated from. An evaluation, which only goes forward, takes half."""
     evaluated = evaluations * valid.lengths.sum() / 2
     tokens = train.lengths.sum()

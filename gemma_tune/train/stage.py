@@ -32,8 +32,8 @@ from gemma_tune.train.checkpoints import (
     training_key,
     unfinished,
 )
-from gemma_tune.train.memory import Choice, choose, described, refuse_what_does_not_fit
-from gemma_tune.train.plan import Plan, Side, make_plan, steps_per_epoch, total_steps, warmup_steps
+from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_does_not_fit
+from gemma_tune.train.plan import Side, TrainingPlan, make_plan, steps_per_epoch, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape, shape_of
 
 
@@ -49,7 +49,7 @@ def train(session: Session) -> StageReport:
     return run_stage(session, "train", _train, unfinished=waiting is not None)
 
 
-def plan_training(session: Session) -> Plan:
+def plan_training(session: Session) -> TrainingPlan:
     """What :func:`train` would do with these settings; nothing is written, and no weights are needed.
 
     Raises:
@@ -83,7 +83,7 @@ class _Job:
     training: Training
     checkpoint: Path | None
     placement: Placement
-    choice: Choice
+    choice: BatchChoice
     earlier: list[dict[str, Any]]
 
 
@@ -204,7 +204,7 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     return checkpoint
 
 
-def _fit(session: Session, longest: int, placement: Placement, before: int = 0) -> tuple[ModelShape, Choice]:
+def _fit(session: Session, longest: int, placement: Placement, before: int = 0) -> tuple[ModelShape, BatchChoice]:
     """How large the model is, and how a batch of its longest rows can go through it here.
 
     Args:
@@ -263,7 +263,7 @@ def _name_for_others(model: Any, session: Session) -> None:
     peft_config.revision = base.revision
 
 
-def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: Choice,
+def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,
                evaluates: bool):
     import torch
     from trl import SFTConfig

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import choose_placement
-from gemma_tune.train.memory import Choice, Memory
+from gemma_tune.train.memory import BatchChoice, Memory
 from gemma_tune.train.plan import EFFICIENCY, Side, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape
 from support.command import QUICK, rows, write_rows
@@ -23,8 +23,8 @@ SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, 
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
 
 
-def choice_of(micro_batch: int) -> Choice:
-    return Choice(micro_batch, False, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "they fit")
+def choice_of(micro_batch: int) -> BatchChoice:
+    return BatchChoice(micro_batch, False, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "they fit")
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -148,7 +148,7 @@ def test_measured_time_grows_with_the_work(monkeypatch):
     work = 800 * (4 * 10**6 + 6 * 10**4 + 14 * 100 * 2 * 64) + 400 * 4 * 10**5
     assert seconds(epochs=1.0) == pytest.approx(work / (EFFICIENCY * 1e9))
     assert seconds(epochs=3.0) == pytest.approx(3 * work / (EFFICIENCY * 1e9))
-    again = Choice(4, True, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "")
+    again = BatchChoice(4, True, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "")
     assert seconds(again, epochs=1.0) == pytest.approx((work + 800 * 2 * 10**6) / (EFFICIENCY * 1e9))
 
 

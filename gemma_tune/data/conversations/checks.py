@@ -44,7 +44,7 @@ _LOOKED_AT = 50  # placeholders of a text; if the first of so many are source te
 _SHOWN = 3  # findings of one kind that a message names
 
 
-class Checks:
+class TextChecks:
     """Finds what must not be in a text. Made once, used on a million rows."""
 
     def __init__(self, own_markers: Collection[str], allow: Collection[str] = ()):

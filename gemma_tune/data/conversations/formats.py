@@ -15,7 +15,7 @@ from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, quoted
 from gemma_tune.data.conversations.turns import Turn, conversation
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ _NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_CONVERSATIO
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 # How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
-_HAS: dict[str, Callable[[Row, Collection[str]], bool]] = {
+_HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "preference": preference.is_preference,
     "messages": lambda row, keys: "messages" in keys,
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
@@ -65,7 +65,7 @@ _REASONS = {
     "prompt-completion": "`prompt` and `completion`",
     "text": "`text` and no column of questions or answers",
 }
-_READERS: dict[str, Callable[[Row, list[Problem]], layouts.Draft]] = {
+_READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
     "preference": preference.chosen,
     "messages": layouts.messages,
     "sharegpt": lambda row, problems: (glaive if is_chat(row.get("chat")) and row.get("conversations") is None
@@ -121,7 +121,7 @@ class Formats:
             raise RowError(problems)
         return Example(format, messages, declared or None, None)
 
-    def _format(self, row: Row) -> str:
+    def _format(self, row: Fields) -> str:
         if self.name == "columns":
             return "columns"
         if self.name is not None:
@@ -140,7 +140,7 @@ class Formats:
         raise RowError([_unknown(row)])
 
 
-def _detected(row: Row) -> str | None:
+def _detected(row: Fields) -> str | None:
     # Where rows of several formats share a table, the columns of the others are there and empty.
     filled = {key for key, value in row.items() if value is not None}
     for keys in (filled, row.keys()) if len(filled) < len(row) else (filled,):
@@ -150,7 +150,7 @@ def _detected(row: Row) -> str | None:
     return None
 
 
-def _text(row: Row) -> Example:
+def _text(row: Fields) -> Example:
     text = row["text"]
     if not isinstance(text, str):
         raise RowError([Problem("not_text", f"`text` is {kind(text)}, not text", "make `text` a string")])
@@ -161,11 +161,11 @@ def _text(row: Row) -> Example:
     return Example("text", None, None, text)
 
 
-def _found(row: Row) -> str:
+def _found(row: Fields) -> str:
     return f"it has {', '.join(quoted(key) for key in list(row)[:6]) or 'nothing'}"
 
 
-def _unknown(row: Row) -> Problem:
+def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     question, answer, system = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, _SYSTEMS))
     if question and answer:
@@ -175,7 +175,7 @@ def _unknown(row: Row) -> Problem:
                                              "`output`, or name them with --columns user=…,assistant=…")
 
 
-def _column(row: Row, names: Collection[str]) -> str | None:
+def _column(row: Fields, names: Collection[str]) -> str | None:
     """The first column with one of the names, in any case, that holds text."""
     by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
     return next((by_name[name] for name in names if name in by_name), None)

@@ -31,7 +31,7 @@ _NAME = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[^/:@]+))?(?::(?P<
 
 
 @dataclass(frozen=True)
-class Lock:
+class PinnedDataset:
     """What the lock file holds: which rows of which commit."""
 
     id: str
@@ -90,13 +90,13 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
     yield from arrow_blocks(source.name, table.num_rows, batches)
 
 
-def _read(path: Path) -> Lock | None:
+def _read(path: Path) -> PinnedDataset | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Lock(**json.loads(path.read_text(encoding="utf-8")))
+        return PinnedDataset(**json.loads(path.read_text(encoding="utf-8")))
     return None
 
 
-def _resolved(request: Any, asked: re.Match[str], known: Lock | None, listener: Listener) -> Lock:
+def _resolved(request: Any, asked: re.Match[str], known: PinnedDataset | None, listener: Listener) -> PinnedDataset:
     """Ask once which commit the revision is; without an answer, the commit of before."""
     from huggingface_hub import HfApi, constants
 
@@ -119,7 +119,7 @@ def _resolved(request: Any, asked: re.Match[str], known: Lock | None, listener: 
     return _explained(request, lambda: _chosen(asked, info.sha))
 
 
-def _chosen(asked: re.Match[str], commit: str) -> Lock:
+def _chosen(asked: re.Match[str], commit: str) -> PinnedDataset:
     """Config and split where none was given: what there is only one of, or the usual one."""
     import datasets
 
@@ -132,10 +132,10 @@ def _chosen(asked: re.Match[str], commit: str) -> Lock:
         what = f"has no split {wanted!r}" if wanted else "has no split `train`"
         raise UserError(f"hf:{asked['id']} {what}, only {', '.join(splits)}",
                         f"name one: hf:{asked['id']}{'/' + asked['config'] if asked['config'] else ''}:{splits[0]}")
-    return Lock(asked["id"], config, split, commit)
+    return PinnedDataset(asked["id"], config, split, commit)
 
 
-def _load(lock: Lock) -> Any:
+def _load(lock: PinnedDataset) -> Any:
     """The rows as a memory-mapped ``datasets.Dataset``, without asking the Hub if this commit is in the cache."""
     import datasets
 
@@ -148,7 +148,7 @@ def _load(lock: Lock) -> Any:
     return table
 
 
-def _cached(lock: Lock) -> Any:
+def _cached(lock: PinnedDataset) -> Any:
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.config import stages as config
-from gemma_tune.data.conversations.checks import FOREIGN, Checks
+from gemma_tune.data.conversations.checks import FOREIGN, TextChecks
 from gemma_tune.data.conversations.formats import Example, Formats
 
 same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=300)
@@ -26,7 +26,7 @@ def example(text: str = "b", **row: Any) -> Example:
 
 
 def found(text: str | Example, own=OWN, allow=()) -> list[tuple[str, str]]:
-    problems = Checks(own, allow).problems(text if isinstance(text, Example) else example(text))
+    problems = TextChecks(own, allow).problems(text if isinstance(text, Example) else example(text))
     assert all(p.fix and "\n" not in p.reason for p in problems)
     return [(p.code, p.reason) for p in problems]
 
@@ -39,7 +39,7 @@ def codes(text: str | Example, **how: Any) -> list[str]:
 @pytest.mark.parametrize("around", ["{}", "a{}b", "<{}>", "[{}]", "<a{}", "<<{}", "{}>", "a < b {} c > d", "[see {}", "`{}`", "<b>{}</b>", "{}{}"])
 def test_own_markers_are_found_wherever_they_stand(marker, around):
     text = around.replace("{}", marker)
-    problems = Checks(OWN, config.ALLOWABLE).problems(example(text))
+    problems = TextChecks(OWN, config.ALLOWABLE).problems(example(text))
     assert [p.code for p in problems] == ["template_marker"], text
     assert problems[0].reason.startswith("turn 2 contains the chat template's own ") and marker in problems[0].reason
     assert marker in problems[0].fix
@@ -168,7 +168,7 @@ def json_safe(text: str) -> Example:
     "<" * 500_000, "[a" * 250_000, "{{" * 250_000, "{{a " * 100_000, "`" * 500_000, "```" * 100_000, "{{ab}} " * 70_000, "<a{{ab}}" * 60_000,
     "$" * 200_000 + "{{ab}}", "\\{{ab}}" * 50_000, "; " * 100_000 + "{{ab}}", "{{" + "a" * 500_000, " " * 500_000 + "{{ab}}", "\x07" * 100_000])
 def test_no_text_takes_long(text):
-    checks = Checks([f"<unused{n}>" for n in range(6242)])
+    checks = TextChecks([f"<unused{n}>" for n in range(6242)])
     start = time.process_time()
     checks.problems(json_safe(text))
     assert time.process_time() - start < 2
@@ -176,7 +176,7 @@ def test_no_text_takes_long(text):
 
 def test_ordinary_text_is_checked_at_full_speed():
     """With the 6,242 special tokens of a Gemma; measured at 4 µs per kB, the limit leaves room for a busy machine."""
-    checks = Checks([f"<unused{n}>" for n in range(6242)])
+    checks = TextChecks([f"<unused{n}>" for n in range(6242)])
     ordinary = [json_safe(json.dumps({"n": n, "text": "An ordinary answer, with <b>tags</b>, a[i] and numbers.\n" * 18})) for n in range(500)]
     start = time.process_time()
     assert not any(checks.problems(one) for one in ordinary)
