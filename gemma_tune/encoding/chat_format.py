@@ -29,6 +29,7 @@ from gemma_tune.encoding.left_out import (
     refuse_lost_answer,
     refuse_lost_question,
 )
+from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.templates import family_template
 from gemma_tune.encoding.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
 
@@ -276,10 +277,9 @@ class ChatFormat:
 
 def _compiled(template: str) -> Any:
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        return _compile_jinja_template(template)
+        return compiled(template)
     except TemplateError as e:
         raise _unusable(e) from e
 

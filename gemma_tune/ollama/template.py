@@ -12,16 +12,12 @@ models can think) and `server/routes.go` (these do so unless a request says othe
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.turns import Messages, Turns
 
@@ -154,25 +150,11 @@ class _Unlike(Exception):
     """The Jinja template does something that turns with fixed surroundings cannot express."""
 
 
-class _Generation(Extension):
-    """TRL's training templates mark what is trained with {% generation %}; rendered, it is no more than its body."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class _Jinja:
-    """Renders as Transformers' apply_chat_template does, less the BOS token. Sandboxed: templates come from the Hub."""
+    """Renders what training rendered, less the BOS token."""
 
     def __init__(self, source: str, eos_token: str):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": time.strftime}
-        self.template, self.eos_token = environment.from_string(source), eos_token
+        self.template, self.eos_token = compiled(source), eos_token
         self.knows_system = self._knows_system()
 
     def __call__(self, messages: Messages, generation: bool = True, **more: bool) -> str:
@@ -193,10 +175,6 @@ class _Jinja:
         except TemplateError:  # Gemma 1 and 2: "System role not supported"
             return False
         return True
-
-
-def _refuse(reason: str) -> None:
-    raise TemplateError(reason)
 
 
 def _message(role: str, content: str) -> dict[str, str]:

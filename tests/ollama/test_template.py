@@ -281,3 +281,10 @@ def test_a_template_that_cannot_be_reproduced_is_refused(template, why):
         chat_for(template, "gemma-9")
     assert raised.value.exit_code == 2
     assert "gemma-9" in raised.value.message and "TEMPLATE by hand" in raised.value.hint
+
+
+def test_ollamas_template_is_derived_from_what_training_rendered():
+    """One renderer: Jinja's own `tojson` would escape what Transformers writes as it is."""
+    tojson = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}" \
+             "<|assistant|>{{ {'a': '<é>'} | tojson }}{% endif %}"
+    assert chat_for(tojson).template.endswith('{"a": "<é>"}')
