@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-DONE = 0
 WORK_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -25,7 +25,7 @@ _CHUNK = 1 << 20
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
 
-@contextlib.contextmanager
+@contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal while writing below ``path`` into an error that says what to do."""
     try:
@@ -60,20 +60,34 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write through a temporary file that is synced and renamed: readers see the old content or the new one."""
-    temporary = path.with_name(NEW + path.name)
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Lend the path of a file that is being written; if that fails, what is there is removed.
+
+    What a killed run left there is removed first.
+    """
+    path.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        yield path
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            path.unlink()
         raise
-    sync(path.parent)
+
+
+def put_in_place(fresh: Path, target: Path) -> None:
+    """Make a finished file the one at ``target``, durably: after a crash, the old one or the new one is there."""
+    sync(fresh)
+    os.replace(fresh, target)
+    sync(target.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file that is synced and renamed: readers see the old content or the new one."""
+    with unfinished(path.with_name(NEW + path.name)) as fresh:
+        with open(fresh, "wb") as f:
+            f.write(content)
+        put_in_place(fresh, path)
 
 
 def json_bytes(content: Any, indent: int | None = None) -> bytes:
@@ -87,7 +101,7 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json_bytes(content, indent=2))
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
     """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,20 +214,15 @@ def cache_dir() -> Path:
 def replacing(out: Path) -> Iterator[Path]:
     """Lend a path beside `out`; what was written there becomes `out` when all went well, and is removed when not.
 
-    What a killed run left at that path is removed first.
-
     Raises:
         WorkFailed: for any OSError within.
     """
-    partial = out.with_name(out.name + ".partial")  # the same each time, so that a killed run leaves one at most
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        yield partial
-        os.replace(partial, out)
-        sync(out.parent)
+        # The same path each time, so that a killed run leaves one at most.
+        with unfinished(out.with_name(out.name + ".partial")) as partial:
+            yield partial
+            put_in_place(partial, out)
     except OSError as error:
         hint = "Check free space and permissions there, then run the command again."
         raise WorkFailed(f"Writing {out} failed: {error.strerror or error}.", hint) from error
-    finally:
-        partial.unlink(missing_ok=True)

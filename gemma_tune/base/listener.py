@@ -27,8 +27,5 @@ class Listener:
     def preview(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
         """Sequences as pieces of text, each with whether it is learned."""
 
-    def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        """Figures to read as a table: name and value."""
-
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """A table of several columns, the first row being its heading."""

@@ -36,10 +36,6 @@ class ConsoleListener(Listener):
     def warn(self, text: str) -> None:
         screen.prose(Text(f"! {text}", style="yellow"))
 
-    def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        if not self.quiet:
-            screen.err.print(screen.figures_table(title, rows))
-
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         if not self.quiet:
             table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)

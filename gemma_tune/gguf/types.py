@@ -7,7 +7,6 @@ without experts. A block is a run of 32 or 256 numbers of one row that share a s
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.files import put_in_place
 from gemma_tune.base.machine import cores
 
 if TYPE_CHECKING:
@@ -244,9 +244,7 @@ def llama_quantize(source: Path, out: Path, quant: str) -> None:
             said = done.stdout.decode(errors="replace").strip().splitlines()[-5:]
             raise WorkFailed(f"llama-quantize could not write {out.name} (exit status {done.returncode})",
                              "install libgguf to do without it: pip install libgguf", said)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, out)
+        put_in_place(partial, out)
     except OSError as e:
         raise WorkFailed(f"writing {out} with llama-quantize failed: {e.strerror or e}",
                          "check free space and permissions there, then run the command again") from e

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.files import put_in_place, unfinished
 from gemma_tune.base.words import gigabytes
 from gemma_tune.hub.access import (
     COMMIT,
@@ -263,6 +264,6 @@ def _remember(request: Request, commit: str) -> None:
         return
     with contextlib.suppress(OSError):  # a read-only cache works just as well online
         ref.parent.mkdir(parents=True, exist_ok=True)
-        new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-        new.write_text(commit, encoding="utf-8")
-        new.replace(ref)
+        with unfinished(ref.with_name(f"{ref.name}.{os.getpid()}.tmp")) as new:  # others use the cache, too
+            new.write_text(commit, encoding="utf-8")
+            put_in_place(new, ref)

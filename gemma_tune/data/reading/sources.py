@@ -6,7 +6,6 @@ a source's rows in constant memory. The formats have modules of their own beside
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, os_errors
+from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading import hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.rows import BLOCK, CSV, HUB, JSON, PARQUET, TSV, Block, Row, Source
@@ -176,18 +175,15 @@ def _stdin(keep: Path) -> Source:
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
     with os_errors(keep):
         keep.mkdir(parents=True, exist_ok=True)
-        fresh = keep / f"{NEW}stdin-{os.getpid()}"  # the run is not locked yet: another command may do the same
-        try:
+        # The run is not locked yet: another command may do the same.
+        with unfinished(keep / f"{NEW}stdin-{os.getpid()}") as fresh:
             with open(fresh, "wb") as f:
                 digest, head = _copied(sys.stdin.buffer, f)
             if not head:
                 raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
                                                            "rows.jsonl`")
             path = keep / f"stdin-{digest[:12]}{_ending(head)}"
-            os.replace(fresh, path)
-        finally:
-            with contextlib.suppress(OSError):
-                fresh.unlink()
+            put_in_place(fresh, path)
     return source_of(path, "<stdin>")
 
 
@@ -198,8 +194,6 @@ def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
         head = head or piece[:_HEAD]
         digest.update(piece)
         target.write(piece)
-    target.flush()
-    os.fsync(target.fileno())
     return digest.hexdigest(), head
 
 
