@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
                 yield prompt_of(json.loads(line))
 
 
-def held_out(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
+def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
     """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be.
 
     Args:

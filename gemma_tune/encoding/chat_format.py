@@ -216,7 +216,8 @@ class ChatFormat:
                                          **self._variables)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                 RecursionError) as e:
-            raise FormatError(f"the chat template refuses it: {e}") from e
+            with_tools = bool(tools) or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
+            raise FormatError(f"the chat template refuses it: {e}", about_tools=with_tools) from e
 
     def _for_template(self, messages: Messages) -> list[dict[str, Any]]:
         """The turns as templates expect them.

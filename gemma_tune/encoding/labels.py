@@ -21,7 +21,16 @@ _LONGEST_TAIL, _MOST_TAILS = 200, 16
 
 
 class FormatError(Exception):
-    """This conversation cannot be rendered or labelled faithfully; the text says why. The row is rejected."""
+    """This conversation cannot be rendered or labelled faithfully; the text says why. The row is rejected.
+
+    Attributes:
+        about_tools: the template has no place for the tools, calls or results of the conversation, or not for all of
+            them. The text cannot tell: it may quote the conversation.
+    """
+
+    def __init__(self, reason: str, *, about_tools: bool = False):
+        super().__init__(reason)
+        self.about_tools = about_tools
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,8 @@ def refuse_ignored(ignored: set[str]) -> None:
     """
     if ignored:
         names = [kind for kind in ("tools", "tool calls", "tool results") if kind in ignored]
-        raise FormatError(f"the model's chat template has no place for {' and '.join(names)} and leaves them out")
+        raise FormatError(f"the model's chat template has no place for {' and '.join(names)} and leaves them out",
+                          about_tools=True)
 
 
 def refuse_lost_question(turns: Messages, tools: Tools, prompt: str) -> None:
@@ -80,10 +81,11 @@ def refuse_lost_question(turns: Messages, tools: Tools, prompt: str) -> None:
     """
     for turn in turns:
         if turn["role"] != "assistant" and turn["content"] not in prompt and not _shows(prompt, turn["content"]):
-            raise FormatError(f"the chat template leaves out a part of {_NAMES.get(turn['role'], turn['role'])}")
+            raise FormatError(f"the chat template leaves out a part of {_NAMES.get(turn['role'], turn['role'])}",
+                              about_tools=turn["role"] == "tool")
     for tool in tools or ():
         if tool["function"]["name"] not in prompt:
-            raise FormatError(f"the chat template leaves out the tool {tool['function']['name']}")
+            raise FormatError(f"the chat template leaves out the tool {tool['function']['name']}", about_tools=True)
 
 
 def refuse_lost_answer(turn: dict[str, Any], answer: str) -> None:
@@ -96,15 +98,17 @@ def refuse_lost_answer(turn: dict[str, Any], answer: str) -> None:
         raise FormatError("the chat template leaves out the reasoning of the answer")
     if turn["content"] not in answer and not _shows(answer, turn["content"]):
         raise FormatError("the chat template leaves out the text beside a tool call" if "tool_calls" in turn else
-                          "the chat template leaves out a part of the answer, such as its reasoning")
+                          "the chat template leaves out a part of the answer, such as its reasoning",
+                          about_tools="tool_calls" in turn)
     if "tool_calls" in turn:
         functions = [call["function"] for call in turn["tool_calls"]]
         for name in {f["name"] for f in functions}:
             if answer.count(name) < sum(f["name"] == name for f in functions):
-                raise FormatError(f"the chat template leaves out a call of {name}")
+                raise FormatError(f"the chat template leaves out a call of {name}", about_tools=True)
         for text in _texts([f["arguments"] for f in functions]):
             if text not in answer and not _shows(answer, text):
-                raise FormatError(f"the chat template leaves out an argument of a tool call: {text[:60]!r}")
+                raise FormatError(f"the chat template leaves out an argument of a tool call: {text[:60]!r}",
+                                  about_tools=True)
 
 
 def _texts(value: Any) -> Iterator[str]:

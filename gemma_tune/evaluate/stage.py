@@ -18,6 +18,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
+from gemma_tune.run.prompts import prompt_limit
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
 
@@ -43,7 +44,7 @@ def _evaluate(session: Session) -> Finished:
     prompts, judge = held_out_prompts(session)
     chat = load_format(session.inputs["adapter"], session.model.config["model_type"])
     model = add_adapter(load_model(session.model.path, choose_placement(config.dtype)), session.inputs["adapter"])
-    prompts = _fitting(session, prompts, chat, model)
+    prompts = _fitting(session, prompts, chat)
     answers: dict[str, list[Answer]] = {"base": [], "tuned": []}
     batches = [prompts[n:n + BATCH] for n in range(0, len(prompts), BATCH)]
     for n, batch in enumerate(batches):
@@ -104,11 +105,9 @@ def _is_example(session: Session) -> bool:
     return not session.settings_of("prepare").get("data")
 
 
-def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat, model: Any) -> list[Prompt]:
+def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat) -> list[Prompt]:
     """Prompts as long as those in training, with room for an answer."""
-    context = model.config.get_text_config().max_position_embeddings
-    limit = min(session.settings_of("prepare").get("max_length", context),
-                context - min(session.config.max_new_tokens, context // 2))
+    limit = prompt_limit(session, session.config.max_new_tokens)
     try:
         fitted = [prompt.fitted(chat, limit) for prompt in prompts]
     except FormatError as e:

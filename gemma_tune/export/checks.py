@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.answers.prompts import Prompt, held_out
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import Source
-from gemma_tune.export.parity import HELD_OUT, verify
+from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
 from gemma_tune.gguf.architectures.parts import Architecture
@@ -24,6 +23,7 @@ from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
+from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
 SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
@@ -88,16 +88,44 @@ def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> 
                          "with --verify)")
     if not compare and rows is None:
         return Checks(unchecked=tuple(unchecked), merged=_merged(session))
-    model, reason = _loaded(session)
-    if model is None:
-        unchecked += [f"answers: {reason}"] if compare else []
-        unchecked += [f"the loss of the number formats: {reason}"] if rows is not None else []
-    parity = _compared(session, source, files, model) if compare else None
+    beside = _engine_bytes(source, files) if compare else 0
+    model, reason = _loaded(session, beside)
+    if model is None and compare:
+        unchecked.append(f"answers: {reason}")
+    parity = _compared(session, source, files, model and model.lent()) if compare else None
     losses = {}
-    if model is not None and rows is not None and architecture is not None:
-        task = "measuring the loss of " + ", ".join(files)
-        losses = measure(model, rows, files, architecture, on_progress=partial(session.listener.progress, task))
+    if rows is not None and architecture is not None:
+        if model is None and beside:  # llama.cpp has ended
+            model, reason = _loaded(session, 0)
+        if model is None:
+            unchecked.append(f"the loss of the number formats: {reason}")
+        else:
+            task = "measuring the loss of " + ", ".join(files)
+            losses = measure(model.given_away(), rows, files, architecture,
+                             on_progress=partial(session.listener.progress, task))
     return Checks(losses, parity, tuple(unchecked), _merged(session))
+
+
+class MergedModel:
+    """The merged model in memory, until it is given to somebody who writes other weights over its own."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def lent(self) -> Any:
+        """The model with the merged weights.
+
+        Raises:
+            RuntimeError: they are no longer in it.
+        """
+        if self._model is None:
+            raise RuntimeError("the merged weights have been overwritten")
+        return self._model
+
+    def given_away(self) -> Any:
+        """The model, for good."""
+        model, self._model = self.lent(), None
+        return model
 
 
 def _merged(session: Session) -> str:
@@ -118,27 +146,44 @@ def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | No
     return validation_rows(session)
 
 
-def _loaded(session: Session) -> tuple[Any | None, str]:
-    """The merged model, or None and why not: a process that takes too much memory is killed without a word."""
+def _loaded(session: Session, beside: int) -> tuple[MergedModel | None, str]:
+    """The merged model, or None and why not: a process that takes too much memory is killed without a word.
+
+    Args:
+        beside: bytes that llama.cpp takes at the same time.
+    """
     merged = session.inputs["merged"]
-    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()))
-    return (load_model(merged, placement), "") if placement else (None, lacking)
+    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()), beside)
+    return (MergedModel(load_model(merged, placement)), "") if placement else (None, lacking)
+
+
+def _engine_bytes(source: Source, files: Mapping[str, Path]) -> int:
+    """What llama.cpp holds at a time: one of the files, the largest of which may be that in f16 made for comparison."""
+    sizes = [path.stat().st_size for path in files.values()]
+    return max([*sizes, _merged_bytes(source)] if _makes_f16(source, files) else sizes)
+
+
+def _merged_bytes(source: Source) -> int:
+    return sum(path.stat().st_size for path in source.merged.glob("*.safetensors"))
+
+
+def _makes_f16(source: Source, files: Mapping[str, Path]) -> bool:
+    """Whether a file in f16 is made for the comparison alone: the model is small, and no file is as exact."""
+    return (source.architecture is not None and _merged_bytes(source) <= SMALL
+            and not {"f32", "f16", "bf16"} & files.keys())
 
 
 def _compared(session: Session, source: Source, files: Mapping[str, Path], model: Any) -> Parity:
     """Ids and answers; among the files one in f16, which tells the writer's part of a difference from the format's."""
-    limit = min(session.settings_of("prepare").get("max_length", 2048), 2048)
-    rows = (session.run.valid_rows, session.run.train_rows)
-    prompts: list[Prompt] = held_out(rows, source.chat, limit, HELD_OUT)
+    prompts = held_out(session, source.chat, HELD_OUT, ANSWER_TOKENS, most=LONGEST_PROMPT)
     with _with_f16(session, source, files) as all_files:
         return verify(source.chat, source.target.chat, all_files, prompts, merged_model=model,
-                      listener=session.listener)
+                      answer_tokens=ANSWER_TOKENS, listener=session.listener)
 
 
 @contextmanager
 def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
-    size = sum(p.stat().st_size for p in source.merged.glob("*.safetensors"))
-    if source.architecture is None or size > SMALL or {"f32", "f16", "bf16"} & files.keys():
+    if not _makes_f16(source, files):
         yield files
         return
     # Under a name that the next command clears away if this one is killed.

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import samples
-from gemma_tune.answers.prompts import Prompt, held_out
+from gemma_tune.answers.prompts import Prompt
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, target_for
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
+from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
 
@@ -87,9 +88,7 @@ def _create(session: Session, server: Server, target: Target, gguf: Path) -> Non
 
 def _question(session: Session, chat: ChatFormat) -> Prompt:
     """A held-out prompt that Ollama can be asked: one without tools, which it writes down in its own way."""
-    room = session.model.config.get("max_position_embeddings", 4096) - ANSWER_TOKENS
-    limit = min(room, session.settings_of("prepare").get("max_length", room))
-    prompts = held_out((session.run.valid_rows, session.run.train_rows), chat, limit, 20)
+    prompts = held_out(session, chat, 20, ANSWER_TOKENS)
     plain = (p for p in prompts if p.text is None and not p.tools and all(turn["content"] for turn in p.messages))
     return next(plain, Prompt(samples.heldout_questions()[0]["messages"]))
 

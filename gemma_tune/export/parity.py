@@ -35,11 +35,13 @@ from gemma_tune.ollama.go_template import TemplateFailed
 from gemma_tune.ollama.template import OllamaChat
 
 HELD_OUT = 8  # chats of a run to compare
+LONGEST_PROMPT = 2048  # tokens of such a chat
+ANSWER_TOKENS = 32  # of each answer
 _END = -1  # stands for the token that ends an answer, which has several names
 
 
 def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path], conversations: Sequence[Prompt], *,
-           merged_model: Any = None, answers: int = 4, answer_tokens: int = 32,
+           merged_model: Any = None, answers: int = 4, answer_tokens: int = ANSWER_TOKENS,
            listener: Listener | None = None) -> Parity:
     """Compare prompts and answers of exported files with Hugging Face's.
 

@@ -88,7 +88,7 @@ def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, P
 
     Args:
         model: the merged model as transformers loaded it. In fp32 the figures are exact; in bf16 its own rounding moves
-            the divergence by about 1e-3 nats. **Afterwards it holds the last file's weights.**
+            the divergence by about 1e-3 nats. **Afterwards it holds the last file's weights**, so it is given away.
         rows: mappings with ``input_ids`` and ``labels`` (-100 where nothing is learned), such as validation rows.
         files: quantisation → its GGUF file.
         limit: learned tokens to measure on; the rows are taken in their order.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
+from gemma_tune.models.source import context_length, read_config
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
 from gemma_tune.ollama.template import OllamaChat, chat_for
@@ -48,7 +49,6 @@ def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
     Raises:
         UserError: a parameter that Ollama does not take, or a template that cannot be reproduced there.
     """
-    from gemma_tune.models.source import read_config
 
     config, settings = read_config(merged), session.config
     laid_out = chat_for(chat.template, config["model_type"], eos_token=chat.tokenizer.eos_token)
@@ -69,7 +69,7 @@ def _shortened(text: str, length: int = 60) -> str:
 
 
 def _context(session: Session, config: Mapping[str, Any]) -> int:
-    room = (config.get("text_config") or config).get("max_position_embeddings", LEAST_CONTEXT)
+    room = context_length(config) or LEAST_CONTEXT
     return session.config.num_ctx or min(max(LEAST_CONTEXT, _longest_in_training(session)), room)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_continuations
-from gemma_tune.answers.prompts import Prompt, held_out
+from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.tensors import open_tensors, read_header
 from gemma_tune.lora.files import CONFIG, WEIGHTS, Adapter
@@ -25,6 +25,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
+from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
 if TYPE_CHECKING:
@@ -62,10 +63,7 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path) -> di
     Raises:
         WorkFailed: the mean divergence is near what the adapter itself changes.
     """
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    context = text.get("max_position_embeddings") or text.get("n_positions") or 2048
-    prompts = _prompts(session, chat, context - ANSWER_TOKENS)
+    prompts = _prompts(session, chat)
     scores = 3 * len(prompts) * ANSWER_TOKENS * len(chat.tokenizer) * 4  # bytes of log-probabilities that are compared
     placement, lacking = place(sum(map(_parameters, (merged, adapter))), scores)
     if placement is None:
@@ -126,10 +124,9 @@ def _judge(session: Session, figures: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _prompts(session: Session, chat: ChatFormat, room: int) -> list[list[int]]:
+def _prompts(session: Session, chat: ChatFormat) -> list[list[int]]:
     """Ids of prompts of the run's data, held-out rows first, that leave room for an answer; else of the example's."""
-    limit = min(room, session.settings_of("prepare").get("max_length", room))
-    found = held_out((session.run.valid_rows, session.run.train_rows), chat, limit, session.config.check_prompts)
+    found = held_out(session, chat, session.config.check_prompts, ANSWER_TOKENS)
     examples = [Prompt(row["messages"]) for row in samples.heldout_questions()[:session.config.check_prompts]]
     return [prompt.ids(chat) for prompt in found or examples]
 

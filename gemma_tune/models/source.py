@@ -70,6 +70,12 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
+def context_length(config: Mapping[str, Any]) -> int:
+    """Tokens that a model's context holds, by its config.json; of a multimodal one the text model's; 0 if unsaid."""
+    text = config.get("text_config") or config
+    return text.get("max_position_embeddings") or text.get("n_positions") or 0
+
+
 def locate(model_id: str, revision: str | None, listener: Listener,
            known: Mapping[str, Any] | None = None, *, weights: bool = True) -> BaseModel:
     """Find the model that ``--model`` names and make it a local checkpoint.

@@ -162,7 +162,7 @@ class Judge:
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = ("use a model whose chat template has tools, or leave the row out" if "tool" in str(outcome) else
+            fix = ("use a model whose chat template has tools, or leave the row out" if outcome.about_tools else
                    "change the conversation so that the chat template takes it")
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None

@@ -337,3 +337,35 @@ def test_what_was_not_checked_is_checked_when_the_checks_are_asked_for_again(cli
     assert measured.json["status"] == "done" and "kl" in measured.json["summary"]["quants"]["q8_0"]
     for less in ((), ("--no-verify",), ("--no-measure",), ("--no-verify", "--no-measure")):
         assert cli("export-ollama", "--quant", "q8_0", *less, "--json").json["status"] == "up-to-date", less
+
+
+def test_llama_cpps_memory_counts_beside_the_models(cli, merged, monkeypatch):
+    """What fits alone does not fit beside a file in llama.cpp; afterwards it does, and the loss is measured."""
+    from gemma_tune.export import checks as export_checks
+
+    asked, place = [], export_checks.place
+
+    def little(parameters, extra=0):
+        asked.append(extra)
+        return (None, "there is too little") if extra else place(parameters)
+
+    monkeypatch.setattr(export_checks, "place", little)
+    result = cli("export-ollama", "--quant", "q8_0", "--verify", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    weights = sum(path.stat().st_size for path in (merged / "tiny-gemma_lora_merged").glob("*.safetensors"))
+    assert asked == [max(weights, summary["gguf_bytes"]), 0]
+    assert "answers: there is too little" in summary["unchecked"]
+    assert "not_checked" in summary["parity"]["greedy"] and summary["parity"]["ids"]["llama.cpp"]["equal"] > 0
+    assert summary["quants"]["q8_0"]["kl"] < 0.1
+
+
+def test_weights_that_are_overwritten_are_not_lent_again():
+    from gemma_tune.export.checks import MergedModel
+
+    model = MergedModel("weights")
+    assert model.lent() == model.lent() == "weights"
+    assert model.given_away() == "weights"
+    for again in (model.lent, model.given_away):
+        with pytest.raises(RuntimeError, match="overwritten"):
+            again()

@@ -6,13 +6,14 @@ import codecs
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gemma_tune.base.errors import BAD_INPUT
-from support.command import rows, write_rows
+from support.command import ROOT, invoke, rows, write_rows
 from support.prepared import DATA, RECORD, alpaca, contents, kept, read, report, row
 
 
@@ -409,3 +410,20 @@ def test_rejected_rows_may_be_edited(prepare, cli):
     for name in ("rejected.jsonl", "duplicates.jsonl", "report.json"):
         (DATA / name).write_text("repaired")
     assert cli("status", "--json").json["stages"]["prepare"]["state"] == "done"
+
+
+@pytest.mark.parametrize(("template", "fix"), [
+    ("{{ raise_exception('no ' ~ messages[0].content) }}", "change the conversation so that the chat template takes it"),
+    ("", "use a model whose chat template has tools, or leave the row out")])
+def test_the_advice_does_not_come_from_words_that_a_message_quotes(tiny, tmp_path, template, fix):
+    """A user may talk about tools, and a template may quote it."""
+    folder = tmp_path / "models" / tiny.name
+    shutil.copytree(tiny, folder)
+    own = (ROOT / "gemma_tune/encoding/templates/gemma.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{% if 'toolbox' in messages[0].content %}" + template + "{% endif %}" + own)
+    asked = row("Which toolbox?") if template else {**row("Which toolbox?"), "tools": [{"name": "f", "description": "d"}]}
+    write_rows(Path("rows.jsonl"), [*rows(4), asked])
+    assert invoke("prepare", "rows.jsonl", "--model", folder, "--max-rejected", 1).code == 0
+    [rejected] = read("rejected", folder.parent.parent / "runs" / tiny.name / "data")
+    assert fix in json.dumps(rejected)

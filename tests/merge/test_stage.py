@@ -224,18 +224,19 @@ def chat_row(question: str, **more) -> dict:
     ([], [], None), (None, None, None)])
 def test_the_check_asks_the_first_prompt_that_fits(tmp_path, valid, train, expected):
     from gemma_tune import samples
-    from gemma_tune.merge.check import _prompts
+    from gemma_tune.merge.check import ANSWER_TOKENS, _prompts
 
     for name, records in (("valid", valid), ("train", train)):
         if records is not None:
             write_rows(tmp_path / name, records)
     session = SimpleNamespace(run=SimpleNamespace(valid_rows=tmp_path / "valid", train_rows=tmp_path / "train"),
-                              config=SimpleNamespace(check_prompts=1), settings_of=lambda stage: {"max_length": 100})
+                              config=SimpleNamespace(check_prompts=1), settings_of=lambda stage: {"max_length": 100},
+                              model=SimpleNamespace(config={"max_position_embeddings": 300 + ANSWER_TOKENS}))
     expected = samples.heldout_questions()[0]["messages"][-1]["content"] if expected is None else expected
-    [ids] = _prompts(session, Letters(), 300)
+    [ids] = _prompts(session, Letters())
     assert "".join(map(chr, ids)).endswith(expected)
-    session.settings_of = lambda stage: {}
-    [ids] = _prompts(session, Letters(), 100)
+    session.settings_of, session.model.config = lambda stage: {}, {"max_position_embeddings": 100 + ANSWER_TOKENS}
+    [ids] = _prompts(session, Letters())
     assert len(ids) <= 100 or valid in ([], None)
 
 

@@ -1,0 +1,54 @@
+"""Held-out prompts: how long they may be, for models of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gemma_tune.models.source import context_length
+from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.prompts import held_out, prompt_limit
+from support.command import rows, write_rows
+
+
+@pytest.mark.parametrize(("config", "tokens"), [
+    ({"max_position_embeddings": 1024}, 1024), ({"n_positions": 512}, 512),
+    ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 131072}, "vision_config": {}}, 131072), ({}, 0)])
+def test_the_context_of_a_model(config, tokens):
+    assert context_length(config) == tokens
+
+
+def session(config: dict, root: Path = Path("runs/none"), **prepared: int) -> SimpleNamespace:
+    return SimpleNamespace(model=SimpleNamespace(config=config), settings_of=lambda stage: prepared,
+                           run=RunDir(root, "m"), manifest=Manifest({"name": "m"}))
+
+
+@pytest.mark.parametrize(("config", "prepared", "answer", "limit"), [
+    ({"text_config": {"max_position_embeddings": 32768}}, {"max_length": 8192}, 256, 8192),  # multimodal
+    ({"max_position_embeddings": 1024}, {"max_length": 2048}, 256, 768),
+    ({"max_position_embeddings": 1024}, {"max_length": 2048}, 5000, 512),
+    ({"max_position_embeddings": 1024}, {}, 24, 1000), ({}, {}, 96, 4000)])
+def test_prompts_are_as_long_as_in_training_with_room_for_an_answer(config, prepared, answer, limit):
+    assert prompt_limit(session(config, **prepared), answer) == limit
+
+
+class Words:
+    """One token a word, as a chat format."""
+
+    def prompt_ids(self, messages, tools=None):
+        return [token for turn in messages for token in turn["content"].split()]
+
+
+def test_a_prompt_that_a_multimodal_model_was_trained_with_is_asked(tmp_path):
+    long = {"messages": [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "yes"}]}
+    run = session({"text_config": {"max_position_embeddings": 32768}}, tmp_path, max_length=8192)
+    run.run.data.mkdir()
+    write_rows(run.run.valid_rows, [long, *rows(2)])
+    write_rows(run.run.train_rows, rows(3))
+    assert held_out(run, Words(), 1, 256)[0].messages == json.loads(json.dumps(long["messages"][:1]))
+    assert len(held_out(run, Words(), 9, 256)) == 6
+    assert len(held_out(run, Words(), 9, 256, most=2048)) == 5
