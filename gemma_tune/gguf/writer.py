@@ -38,7 +38,8 @@ from gemma_tune.gguf.types import (
     needs_llama_quantize,
     quantise,
 )
-from gemma_tune.gguf.vocabulary import Vocabulary, load_vocabulary
+from gemma_tune.gguf.vocabulary import load_vocabulary
+from gemma_tune.gguf.vocabulary.parts import Vocabulary, write_vocabulary
 
 CHUNK_ELEMENTS = 4 * 1024 * 1024  # rows read at a time: 16 MiB as float32, and a few times that while quantising
 METADATA_MARGIN = 1024 * 1024  # bytes allowed for metadata besides the vocabulary
@@ -181,7 +182,7 @@ def write_gguf(
             add(writer, number(value))
         if suppressed := _suppressed(checkpoint):
             writer.add_array("tokenizer.ggml.suppress_tokens", suppressed)
-        vocab.add(writer, chat_template, eot_token_id)
+        write_vocabulary(writer, vocab, chat_template, eot_token_id)
         _write_file(writer, plan, on_tensor)
     types = dict(Counter(t.choice.type.name for t in plan))
     fallbacks = tuple((t.spec.name, t.choice.fallback) for t in plan if t.choice.fallback)

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import TokenType
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.architectures.parts import CONVERTER
-from gemma_tune.gguf.vocabulary.sentencepiece import ID_KEYS, add_special_ids, looks_special, refuse_duplicates
+from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, looks_special, refuse_duplicates
 
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,29 +49,7 @@ _SAME = {
 }
 
 
-@dataclass(frozen=True)
-class BpeVocab:
-    """The vocabulary as GGUF wants it.
-
-    Args:
-        tokens: the text of each token by its id, unique; ordinary ones in GPT-2's spelling of bytes.
-        types: `gguf.TokenType` numbers (1 normal, 3 control, 4 user-defined, 5 unused).
-        merges: pairs of pieces, a space between them, the first to merge first.
-        pre: llama.cpp's name for the pre-tokenizer.
-        special_ids: ids of "bos", "eos", "unk" and "pad", those that there are.
-        add_bos, add_eos: whether plain text gets them.
-    """
-
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    pre: str
-    special_ids: dict[str, int]
-    add_bos: bool
-    add_eos: bool
-
-
-def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> BpeVocab:
+def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     """Read a checkpoint's byte-level BPE vocabulary.
 
     Args:
@@ -105,32 +82,9 @@ def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> BpeVocab:
     types = [int(_type(i, tokens[i], added.get(i))) for i in range(vocab_size)]
     refuse_duplicates(tokens, path)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
-    return BpeVocab(tokens, types, merges, pre, _special_ids(tokenizer, checkpoint, vocab_size), *ends)
-
-
-def add_bpe_tokenizer(writer: GGUFWriter, vocab: BpeVocab, chat_template: str | None, eot: int | None) -> None:
-    """Add the ``tokenizer.*`` keys to a GGUF whose header isn't written yet, as `gguf_tokenizer.add_tokenizer` does.
-
-    Raises:
-        UserError: nothing ends a text; llama.cpp would take token 11.
-    """
-    ids = dict(vocab.special_ids)
-    if eot is not None:
-        ids.setdefault("eos", eot)
-    if "eos" not in ids:
-        raise UserError("This model's tokenizer names no token that ends a text.",
-                        "Set eos_token in tokenizer_config.json, as the base model's documentation says.")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocab.pre)
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
-    add_special_ids(writer, ids, eot)
-    writer.add_add_bos_token(vocab.add_bos)
-    writer.add_add_eos_token(vocab.add_eos)
-    writer.add_add_space_prefix(False)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
+    bos, eos = ends
+    return Vocabulary("gpt2", tokens, types, _special_ids(tokenizer, checkpoint, vocab_size), merges=merges, pre=pre,
+                      add_bos=bos, add_eos=eos)
 
 
 def pre_tokenizer_name(content: dict[str, Any]) -> str | None:

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import TokenType
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.architectures.parts import CONVERTER
-from gemma_tune.gguf.vocabulary.sentencepiece import (
-    ADDED_TOKEN_SCORE,
-    ID_KEYS,
-    SPACE,
-    add_special_ids,
-    refuse_duplicates,
-)
+from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, refuse_duplicates
+from gemma_tune.gguf.vocabulary.sentencepiece import ADDED_TOKEN_SCORE, SPACE
 
 # llama.cpp's parser of chats looks for these in the generated text, where control tokens are not shown.
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
@@ -31,24 +25,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
-@dataclass(frozen=True)
-class Gemma4Vocab:
-    """The vocabulary as GGUF wants it.
-
-    Args:
-        tokens: the text of each token by its id, unique.
-        types: `gguf.TokenType` numbers.
-        merges: pairs of pieces, a space between them, the first to merge first.
-        special_ids: ids of "bos", "eos", "unk", "pad" and "mask", those that the tokenizer has.
-    """
-
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    special_ids: dict[str, int]
-
-
-def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Gemma4Vocab:
+def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     """Read ``tokenizer.json``, and which tokens are special from ``tokenizer_config.json``.
 
     Args:
@@ -71,21 +48,8 @@ def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Gemma4Vocab:
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     types = [int(_type(tokens[i], i in texts, added.get(i))) for i in range(vocab_size)]
     refuse_duplicates(tokens, path)
-    return Gemma4Vocab(tokens, types, merges, _special_ids(checkpoint, tokens))
-
-
-def add_gemma4_tokenizer(writer: GGUFWriter, vocab: Gemma4Vocab, chat_template: str | None, eot: int | None) -> None:
-    """Add the ``tokenizer.*`` keys to a GGUF whose header isn't written yet, as `gguf_tokenizer.add_tokenizer` does."""
-    writer.add_tokenizer_model("gemma4")
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_scores([ADDED_TOKEN_SCORE] * len(vocab.tokens))  # the key has to be there; merges go by rank
-    writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
-    add_special_ids(writer, vocab.special_ids, eot)
-    writer.add_add_space_prefix(False)
-    writer.add_add_bos_token(True)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
+    scores = [ADDED_TOKEN_SCORE] * len(tokens)  # the key has to be there; merges go by rank
+    return Vocabulary("gemma4", tokens, types, _special_ids(checkpoint, tokens), scores, merges)
 
 
 def _read(path: Path) -> dict[str, Any]:

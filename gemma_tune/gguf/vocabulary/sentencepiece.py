@@ -7,16 +7,15 @@ exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF h
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import GGUFWriter, Keys, TokenType
+from gguf import Keys, TokenType
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.reader import read_gguf_metadata
+from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, looks_special, refuse_duplicates
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -24,32 +23,6 @@ if TYPE_CHECKING:
 SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
 ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
 PADDING_SCORE = -10000.0  # what it gives an id that no token claims
-
-ID_KEYS = {
-    "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
-    "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SentencePieceVocab:
-    """The vocabulary as GGUF wants it: three lists of equal length, indexed by token id.
-
-    Args:
-        tokens: the text of each token, unique; a space is "▁" in ordinary pieces and " " in user-defined ones.
-        scores: merge priority of each token; the highest is merged first.
-        types: `gguf.TokenType` numbers (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
-        special_ids: ids of "bos", "eos", "unk" and "pad", those that the vocabulary has.
-        add_bos: whether plain text gets a BOS.
-        add_space_prefix: whether a text, and what follows a special token, gets a space before it.
-    """
-
-    tokens: list[str]
-    scores: list[float]
-    types: list[int]
-    special_ids: dict[str, int] = field(default_factory=dict)
-    add_bos: bool = True
-    add_space_prefix: bool = False
 
 
 def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
@@ -74,7 +47,7 @@ def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
     return model
 
 
-def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     """Read a checkpoint's vocabulary the way llama.cpp's converter does, so that both write the same arrays.
 
     The pieces of `tokenizer.model` come first; tokens added on top of them (`added_tokens.json`, `tokenizer.json`,
@@ -106,10 +79,11 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> SentencePiece
         scores[i] = ADDED_TOKEN_SCORE
         types[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     refuse_duplicates(tokens, path)
-    return SentencePieceVocab(tokens, scores, types, _special_ids(model, vocab_size))
+    return Vocabulary("llama", tokens, types, _special_ids(model, vocab_size), scores, pre="default", add_eos=False,
+                      add_sep=False)
 
 
-def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
+def load_llama_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     """Read a vocabulary of Llama 2 or an early Mistral, as `load_sentencepiece_vocab` does.
 
     Whether they add a BOS and a space is asked of the tokenizer that Transformers loads. Some add the space at the
@@ -129,41 +103,6 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int) -> SentencePieceVocab:
         raise UserError(f"{checkpoint} has a tokenizer that puts spaces before text as llama.cpp can't.", CONVERTER)
     return replace(vocab, add_bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
                    add_space_prefix=behind[0] != "a")
-
-
-def add_tokenizer(writer: GGUFWriter, vocab: SentencePieceVocab, chat_template: str | None, eot: int | None) -> None:
-    """Add the `tokenizer.*` keys to a GGUF that is being written.
-
-    The end of text stays what the base says (`<eos>`), and the end of a turn goes into a key of its own: llama.cpp
-    stops at both (it puts the eos and eot ids into its end-of-generation set), and so does Ollama's engine. Making the
-    end of a turn the eos would leave `<eos>`, which the model may still produce, without its meaning.
-
-    Args:
-        writer: a writer whose header isn't written yet.
-        vocab: the vocabulary.
-        chat_template: Jinja text; no key is written when None.
-        eot: id of the token that ends a turn; no key is written when None.
-    """
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_scores(vocab.scores)
-    writer.add_token_types(vocab.types)
-    add_special_ids(writer, vocab.special_ids, eot)
-    writer.add_add_bos_token(vocab.add_bos)
-    writer.add_add_sep_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocab.add_space_prefix)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
-
-
-def add_special_ids(writer: GGUFWriter, ids: Mapping[str, int], eot: int | None) -> None:
-    """Add the ids of special tokens, by the names in `ID_KEYS` or ``mask``, and of the token that ends a turn."""
-    for name, i in ids.items():
-        writer.add_uint32({**ID_KEYS, "mask": Keys.Tokenizer.MASK_ID}[name], i)
-    if eot is not None:
-        writer.add_eot_token_id(eot)
 
 
 def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
@@ -274,22 +213,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.", "Copy it again from the base model.") from error
-
-
-def looks_special(text: str) -> bool:
-    """Tokens that Gemma's files list as ordinary although they never stand for text; llama.cpp's converter agrees."""
-    brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
-        text.startswith(start) and text.endswith(end) for start, end in brackets
-    )
-
-
-def refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
-    """llama.cpp looks tokens up by text and aborts the whole process when two ids share one."""
-    twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
-    if twice:
-        hint = "Give each added token its own text, or remove it from tokenizer.json."
-        raise UserError(f"{path} and the added tokens give several ids the same text: {', '.join(twice[:10])}.", hint)
 
 
 def _special_ids(model: ModelProto, vocab_size: int) -> dict[str, int]:
