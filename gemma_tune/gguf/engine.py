@@ -187,9 +187,14 @@ def engine_words(log: str) -> str:
 
 
 def threads() -> int:
-    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower."""
+    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower.
+
+    No more than ``OMP_NUM_THREADS`` says: beside other work llama.cpp's threads wait for one another at every step.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = max(1, int(asked)) if asked.isdecimal() else allowed
+    return min(psutil.cpu_count(logical=False) or allowed, allowed, most)
 
 
 def _server_command(server: str, gguf: Path, context: int) -> list[str]:
