@@ -188,8 +188,14 @@ def engine_words(log: str) -> str:
 
 
 def threads() -> int:
-    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower."""
-    return min(psutil.cpu_count(logical=False) or cores(), cores())
+    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower.
+
+    No more than ``OMP_NUM_THREADS`` says: beside other work llama.cpp's threads wait for one another at every step.
+    """
+    allowed = cores()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = max(1, int(asked)) if asked.isdecimal() else allowed
+    return min(psutil.cpu_count(logical=False) or allowed, allowed, most)
 
 
 def _server_command(server: str, gguf: Path, context: int) -> list[str]:

@@ -114,7 +114,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": alone.parent, "gguf_file": gguf.name, "local_files_only": True}
     try:
         # The loader's progress bar has no switch; it would fight with ours.
-        with contextlib.redirect_stderr(io.StringIO()), _read_once():
+        with contextlib.redirect_stderr(io.StringIO()), read_once():
             model = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -129,7 +129,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def read_once() -> Iterator[None]:
     """Transformers' loader reads a file three times, a vocabulary entry at a time, each as a mapped file of its own.
 
     For the 262,144 entries of Gemma 3 that took a minute. What is read stays the same.

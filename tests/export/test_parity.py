@@ -227,6 +227,17 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_with_its_words(exported, 
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("2", 2), ("64", 4), ("0", 1), ("", 4), ("4,2", 4), (None, 4)])
+def test_it_computes_with_no_more_threads_than_omp_num_threads(monkeypatch, asked, threads):
+    monkeypatch.setattr(engine.psutil, "cpu_count", lambda logical: 4)
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert engine.threads() == threads
+
+
 def test_an_engine_that_dies_is_an_error(exported):
     with Engine(exported.gguf, 64) as running:
         running._process.kill()

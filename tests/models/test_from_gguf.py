@@ -29,7 +29,7 @@ def test_the_file_is_read_once_and_gives_what_reading_it_each_time_does(tiny, tm
     once = from_gguf.dequantised(path, "a" * 64, Listener())
     assert len(opened) == 1
     assert gguf.GGUFReader is reader
-    monkeypatch.setattr(from_gguf, "_read_once", contextlib.nullcontext)
+    monkeypatch.setattr(from_gguf, "read_once", contextlib.nullcontext)
     each_time = from_gguf.dequantised(path, "b" * 64, Listener())
     assert len(opened) > 2
     for file in {p.name for p in once.iterdir()} - {"complete.json"}:
