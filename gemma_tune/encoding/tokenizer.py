@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import generation_settings
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat
 
@@ -58,7 +58,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
 def _stop_ids(checkpoint: Path) -> list[int]:
     """``eos_token_id`` of a checkpoint's generation settings, where it has any."""
     try:
-        ids = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+        ids = generation_settings(checkpoint).get("eos_token_id")
+    except UserError:  # the template and the tokenizer say what ends a turn as well
         return []
     return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]

@@ -14,7 +14,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
-from gemma_tune.export.files import Source
+from gemma_tune.export.files import ExportSource
 from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
@@ -30,7 +30,7 @@ SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made
 
 
 @dataclass(frozen=True)
-class Checks:
+class ExportChecks:
     """What was found out about the files of one export.
 
     Args:
@@ -73,7 +73,7 @@ def wants_engine(config: ExportConfig) -> bool:
     return engine is not None
 
 
-def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> Checks:
+def check_files(session: Session, source: ExportSource, files: Mapping[str, Path]) -> ExportChecks:
     """Compare the files with the merged model, which is loaded once for all of it.
 
     Args:
@@ -87,7 +87,7 @@ def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> 
         unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
                          "with --verify)")
     if not compare and rows is None:
-        return Checks(unchecked=tuple(unchecked), merged=_merged(session))
+        return ExportChecks(unchecked=tuple(unchecked), merged=_merged(session))
     beside = _engine_bytes(source, files) if compare else 0
     model, reason = _loaded(session, beside)
     if model is None and compare:
@@ -103,7 +103,7 @@ def check_files(session: Session, source: Source, files: Mapping[str, Path]) -> 
             task = "measuring the loss of " + ", ".join(files)
             losses = measure(model.given_away(), rows, files, architecture,
                              on_progress=partial(session.listener.progress, task))
-    return Checks(losses, parity, tuple(unchecked), _merged(session))
+    return ExportChecks(losses, parity, tuple(unchecked), _merged(session))
 
 
 class MergedModel:
@@ -157,23 +157,23 @@ def _loaded(session: Session, beside: int) -> tuple[MergedModel | None, str]:
     return (MergedModel(load_model(merged, placement)), "") if placement else (None, lacking)
 
 
-def _engine_bytes(source: Source, files: Mapping[str, Path]) -> int:
+def _engine_bytes(source: ExportSource, files: Mapping[str, Path]) -> int:
     """What llama.cpp holds at a time: one of the files, the largest of which may be that in f16 made for comparison."""
     sizes = [path.stat().st_size for path in files.values()]
     return max([*sizes, _merged_bytes(source)] if _makes_f16(source, files) else sizes)
 
 
-def _merged_bytes(source: Source) -> int:
+def _merged_bytes(source: ExportSource) -> int:
     return sum(path.stat().st_size for path in source.merged.glob("*.safetensors"))
 
 
-def _makes_f16(source: Source, files: Mapping[str, Path]) -> bool:
+def _makes_f16(source: ExportSource, files: Mapping[str, Path]) -> bool:
     """Whether a file in f16 is made for the comparison alone: the model is small, and no file is as exact."""
     return (source.architecture is not None and _merged_bytes(source) <= SMALL
             and not {"f32", "f16", "bf16"} & files.keys())
 
 
-def _compared(session: Session, source: Source, files: Mapping[str, Path], model: Any) -> Parity:
+def _compared(session: Session, source: ExportSource, files: Mapping[str, Path], model: Any) -> Parity:
     """Ids and answers; among the files one in f16, which tells the writer's part of a difference from the format's."""
     prompts = held_out(session, source.chat, HELD_OUT, ANSWER_TOKENS, most=LONGEST_PROMPT)
     with _with_f16(session, source, files) as all_files:
@@ -182,7 +182,7 @@ def _compared(session: Session, source: Source, files: Mapping[str, Path], model
 
 
 @contextmanager
-def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+def _with_f16(session: Session, source: ExportSource, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
     if not _makes_f16(source, files):
         yield files
         return
@@ -192,7 +192,7 @@ def _with_f16(session: Session, source: Source, files: Mapping[str, Path]) -> It
     try:
         try:
             write_gguf(source.merged, extra, REFERENCE, name=source.name, eot_token_id=source.chat.terminator_id,
-                       chat_template=source.template)
+                       chat_template=source.template, parts=source.parts)
         except (UserError, WorkFailed) as e:  # no space for it, or numbers beyond its range: no fault of the others
             session.listener.note(f"answers are compared without a file in f16: {e.message}")
             compared = files
@@ -218,7 +218,7 @@ def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, L
     return rows
 
 
-def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> str:
+def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks) -> str:
     """ollama/report.md."""
     lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
     if loss := checks.losses.get(REFERENCE):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from gemma_tune import samples
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.export.target import Target, target_for
+from gemma_tune.export.files import ExportSource
+from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
 from gemma_tune.run.prompts import held_out
@@ -55,11 +55,13 @@ def model_names(name: str, quants: Sequence[str]) -> dict[str, str]:
     return {quant: ollama.tagged(name, quant) if len(quants) > 1 else name for quant in quants}
 
 
-def deploy(session: Session, stage: StageReport, server: Server | None) -> ExportReport:
+def deploy(session: Session, stage: StageReport, server: Server | None,
+           source: Callable[[Session], ExportSource]) -> ExportReport:
     """Create the exported models in Ollama and ask the first one a held-out prompt.
 
     Args:
         server: None where none answers, or none is wanted: the commands to type are given instead.
+        source: what the files were made from; asked for only where there is a server.
 
     Raises:
         WorkFailed: Ollama refuses, is too old, or its model does not answer.
@@ -72,8 +74,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None) -> Expor
         steps = [ollama.manual_command(Path(modelfile), name) for name, (_, modelfile) in zip(names, files)]
         advice = None if session.config.create is False else ollama.install_hint()
         return ExportReport(stage, names[0], False, (*steps, f"ollama run {names[0]}"), elsewhere, advice)
-    chat = load_format(session.run.merged, session.model.config["model_type"])
-    target = target_for(session, session.run.merged, chat)
+    chat, target = source(session).chat, source(session).target
     for name, (gguf, _) in zip(names, files, strict=True):
         _create(session, server, replace(target, name=name), Path(gguf))
     answer = _ask(session, server, replace(target, name=names[0]), chat)

@@ -11,33 +11,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.export.target import Target
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.export.target import Target, target_for
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.converter import OUTTYPES, convert_with
 from gemma_tune.gguf.template import gguf_template
 from gemma_tune.gguf.types import llama_quantize
-from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.gguf.writer import Parts, parts_of, write_gguf
+from gemma_tune.run.session import Session
 
 
 @dataclass(frozen=True)
-class Source:
-    """What every file of an export is made from.
+class ExportSource:
+    """What every file of an export is made from, and what Ollama is told: decided once.
 
     Args:
         merged: the merged checkpoint.
         name: the model's name for people.
-        architecture: None where ``converter``, a llama.cpp checkout, writes the files.
+        parts: of the GGUF files; None where ``converter``, a llama.cpp checkout, writes them.
     """
 
     merged: Path
     name: str
     chat: ChatFormat
     target: Target
-    architecture: Architecture | None
+    parts: Parts | None
     converter: Path | None = None
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The model's tensors and metadata; None where the converter alone knows them."""
+        return self.parts and self.parts.architecture
 
     @property
     def template(self) -> str:
@@ -45,23 +53,47 @@ class Source:
         return gguf_template(self.chat, self.target.chat.think)
 
 
-def write_file(source: Source, out: Path, quant: str, listener: Listener) -> dict[str, Any]:
+def source_of(session: Session) -> ExportSource:
+    """What an export of the run's merged model is made from.
+
+    Raises:
+        UserError: an architecture or a tokenizer that cannot be written here, and no converter is named; or what
+            Ollama cannot be told.
+    """
+    merged, config = session.run.merged, session.config
+    chat = load_format(merged, session.model.config["model_type"])
+    converter = None if config.converter is None else Path(config.converter)
+    return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target_for(session, merged, chat),
+                        _parts(merged, converter), converter)
+
+
+def _parts(merged: Path, converter: Path | None) -> Parts | None:
+    """None where the converter that was named has to write the files."""
+    try:
+        return parts_of(merged)
+    except UserError:
+        if converter is None:
+            raise
+        return None
+
+
+def write_file(source: ExportSource, out: Path, quant: str, listener: Listener) -> dict[str, Any]:
     """Write ``out`` in a number format and compare it with the checkpoint; its figures for the manifest.
 
     Raises:
         UserError: a checkpoint that cannot be written.
         WorkFailed: no space, or the file does not hold the checkpoint's weights.
     """
-    if source.architecture is None:
+    if source.parts is None:
         _convert(source, out, quant, listener)
         return {"bytes": out.stat().st_size, "converter": "llama.cpp"}
     progress = functools.partial(listener.progress, f"writing {quant}")
     written = write_gguf(source.merged, out, quant, name=source.name, chat_template=source.template,
                          eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
-                         on_tensor=lambda done, total, _: progress(done, total))
+                         on_tensor=lambda done, total, _: progress(done, total), parts=source.parts)
     for reason, count in Counter(reason for _, reason in written.fallbacks).items():
         listener.note(f"{quant}: {count} {'matrix' if count == 1 else 'matrices'}: {reason}")
-    error, tensor = worst_error(source.merged, out, source.architecture)
+    error, tensor = worst_error(source.merged, out, source.parts.architecture)
     return {"bytes": written.size_bytes, "tensor_types": written.tensor_types, "largest_error": error,
             "largest_error_tensor": tensor}
 
@@ -72,7 +104,7 @@ def _sampling(parameters: Mapping[str, Any]) -> dict[str, float]:
     return {ours: parameters[theirs] for theirs, ours in names.items() if theirs in parameters}
 
 
-def _convert(source: Source, out: Path, quant: str, listener: Listener) -> None:
+def _convert(source: ExportSource, out: Path, quant: str, listener: Listener) -> None:
     """By the converter, and llama.cpp's quantiser where the converter has no such format."""
     assert source.converter is not None
     with _with_template(source, out.parent) as checkpoint:
@@ -87,8 +119,8 @@ def _convert(source: Source, out: Path, quant: str, listener: Listener) -> None:
 
 
 @contextmanager
-def _with_template(source: Source, folder: Path) -> Iterator[Path]:
-    """The checkpoint with the chat template of :attr:`Source.template`, which the converter reads from there."""
+def _with_template(source: ExportSource, folder: Path) -> Iterator[Path]:
+    """The checkpoint with the chat template of :attr:`ExportSource.template`, which the converter reads from there."""
     merged, name = source.merged, "chat_template.jinja"
     if (merged / name).is_file() and (merged / name).read_text(encoding="utf-8") == source.template:
         yield merged

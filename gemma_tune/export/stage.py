@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, sync, write_atomic
 from gemma_tune.config.stages import ExportConfig
-from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.export.checks import Checks, check_files, format_rows, markdown, wants_engine
+from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
-from gemma_tune.export.files import Source, write_file
-from gemma_tune.export.target import Target, parse_parameters, target_for
-from gemma_tune.gguf.architectures.parts import Architecture
-from gemma_tune.gguf.architectures.registry import architecture_of
+from gemma_tune.export.files import ExportSource, source_of, write_file
+from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import QUANTS, recommended
-from gemma_tune.models.source import read_config
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
 from gemma_tune.run.session import Session
@@ -40,8 +36,21 @@ def export(session: Session) -> ExportReport:
     server = check_target(session.config, session.model.name)
     if server:
         ollama.check_version(server, session.model.config["model_type"])
-    stage = run_stage(session, "export-ollama", _export)
-    return deploy(session, stage, server)
+    source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
+    stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)))
+    return deploy(session, stage, server, source)
+
+
+def _once(decide: Callable[[Session], ExportSource]) -> Callable[[Session], ExportSource]:
+    """The same decision for whoever asks, made for the first one."""
+    made: list[ExportSource] = []
+
+    def decided(session: Session) -> ExportSource:
+        if not made:
+            made.append(decide(session))
+        return made[0]
+
+    return decided
 
 
 def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
@@ -67,9 +76,8 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
     return server
 
 
-def _export(session: Session) -> Finished:
+def _export(session: Session, source: ExportSource) -> Finished:
     run, listener = session.run, session.listener
-    source = _source(session)
     _say(session, source.target)
     quants = _quants(session, source)
     modelfiles = _modelfiles(session, source.target, quants)
@@ -85,24 +93,6 @@ def _export(session: Session) -> Finished:
             path.unlink(missing_ok=True)
 
 
-def _source(session: Session) -> Source:
-    config, merged = session.config, session.inputs["merged"]
-    chat = load_format(merged, session.model.config["model_type"])
-    converter = None if config.converter is None else Path(config.converter)
-    return Source(merged, f"{session.run.model_name}-tuned", chat, target_for(session, merged, chat),
-                  _architecture(merged, converter), converter)
-
-
-def _architecture(merged: Path, converter: Path | None) -> Architecture | None:
-    """The model's architecture; None where the converter that was named has to write it."""
-    try:
-        return architecture_of(read_config(merged), merged / "config.json")
-    except UserError:
-        if converter is None:
-            raise
-        return None
-
-
 def _say(session: Session, target: Target) -> None:
     for note in target.notes:
         session.listener.note(note)
@@ -113,7 +103,7 @@ def _say(session: Session, target: Target) -> None:
                               f"Modelfile: {lost!r}; a model that this command creates has them")
 
 
-def _quants(session: Session, source: Source) -> tuple[str, ...]:
+def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(session.config.quant))
     if not chosen:
         if source.architecture:
@@ -148,7 +138,7 @@ def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> di
 
 
 def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]], files: Mapping[str, Path],
-              figures: Mapping[str, dict[str, Any]], checks: Checks) -> Finished:
+              figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
     outputs = {}
@@ -173,7 +163,7 @@ def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
 
 
-def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: Checks) -> None:
+def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks) -> None:
     """Tables for people, and what was not checked."""
     listener = session.listener
     if checks.losses or len(figures) > 1:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
-from gemma_tune.models.source import context_length, read_config
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
 from gemma_tune.ollama.template import OllamaChat, chat_for
@@ -51,7 +51,7 @@ def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
     """
 
     config, settings = read_config(merged), session.config
-    laid_out = chat_for(chat.template, config["model_type"], eos_token=chat.tokenizer.eos_token)
+    laid_out = chat_for(chat.template, config.get("model_type"), eos_token=chat.tokenizer.eos_token)
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
         notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
@@ -85,10 +85,7 @@ def sampling_parameters(checkpoint: Path) -> dict[str, Any]:
 
     A model without any answers greedily in transformers; temperature 0 keeps that, where Ollama's default is 0.8.
     """
-    try:
-        own = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        own = {}
+    own = generation_settings(checkpoint)
     if not own.get("do_sample"):
         return {"temperature": 0.0}
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}

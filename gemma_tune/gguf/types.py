@@ -62,14 +62,14 @@ _PROGRAM = "llama-quantize"
 
 
 @dataclass(frozen=True)
-class Choice:
+class TypeChoice:
     """The type of one tensor, and why it isn't the one that the mix asks for ("" when it is)."""
 
     type: Type
     fallback: str = ""
 
 
-def choose_types(quant: str, tensors: Tensors, model: Architecture) -> list[Choice]:
+def choose_types(quant: str, tensors: Tensors, model: Architecture) -> list[TypeChoice]:
     """A type for each tensor of a file.
 
     Args:
@@ -85,9 +85,9 @@ def choose_types(quant: str, tensors: Tensors, model: Architecture) -> list[Choi
     choices = []
     for name, shape in tensors:
         if len(shape) == 1 or name.endswith("_norm.weight"):
-            choices.append(Choice(Type.F32))
+            choices.append(TypeChoice(Type.F32))
         elif wanted in PLAIN or _LEFT_ALONE.search(name):
-            choices.append(Choice(wanted if wanted in PLAIN else Type.F16))
+            choices.append(TypeChoice(wanted if wanted in PLAIN else Type.F16))
         else:
             own = _head_type(wanted, shape[-1]) if name == head else finer.get(name, wanted)
             choices.append(_fitting(own, shape[-1]))
@@ -125,15 +125,15 @@ def _block_number(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _fitting(wanted: Type, columns: int) -> Choice:
+def _fitting(wanted: Type, columns: int) -> TypeChoice:
     """``wanted`` or, where rows are no whole blocks of it, what llama.cpp takes instead."""
     block = gguf.GGML_QUANT_SIZES[wanted][0]
     if columns % block == 0:
-        return Choice(wanted)
+        return TypeChoice(wanted)
     instead = _SHORTER_BLOCKS.get(wanted, Type.F16)
     if columns % gguf.GGML_QUANT_SIZES[instead][0]:
         instead = Type.F16
-    return Choice(instead, f"rows of {columns} are not a multiple of {wanted.name}'s block of {block}, "
+    return TypeChoice(instead, f"rows of {columns} are not a multiple of {wanted.name}'s block of {block}, "
                            f"written as {instead.name}")
 
 

@@ -7,7 +7,6 @@ safetensors into a file beside the target, which is renamed over it at the very 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
+from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import replacing
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
@@ -32,7 +32,7 @@ from gemma_tune.gguf.types import (
     FILE_TYPES,
     LARGEST,
     QUANTS,
-    Choice,
+    TypeChoice,
     choose_types,
     llama_quantize,
     needs_llama_quantize,
@@ -86,7 +86,7 @@ class PlannedTensor:
 
     spec: TensorSpec
     stored: StoredTensor | None
-    choice: Choice
+    choice: TypeChoice
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +129,24 @@ class PlannedTensor:
             raise UserError(f"The checkpoint's {self.spec.source} holds {largest:g}, too large for {type.name}.", hint)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What every GGUF file of a checkpoint has in common, whatever its number format."""
+
+    architecture: Architecture
+    vocabulary: Vocabulary
+
+
+def parts_of(checkpoint: Path) -> Parts:
+    """Read a checkpoint's configuration and its tokenizer.
+
+    Raises:
+        UserError: a model or a tokenizer that cannot be written as GGUF here, or that is damaged.
+    """
+    architecture = architecture_of(read_config(checkpoint), checkpoint / "config.json")
+    return Parts(architecture, load_vocabulary(architecture, checkpoint))
+
+
 def write_gguf(
     checkpoint: Path,
     out: Path,
@@ -139,6 +157,7 @@ def write_gguf(
     eot_token_id: int | None,
     sampling: Mapping[str, float] | None = None,
     on_tensor: Callable[[int, int, str], None] | None = None,
+    parts: Parts | None = None,
 ) -> GgufSummary:
     """Write `checkpoint` as the GGUF file `out`.
 
@@ -152,6 +171,7 @@ def write_gguf(
         eot_token_id: id of the token that ends a turn, so that generation stops there.
         sampling: defaults for generation, named as in generation_config.json.
         on_tensor: called after each tensor with how many are done, how many there are, and its name.
+        parts: what :func:`parts_of` made of the checkpoint, where several files are written.
 
     Raises:
         UserError: the checkpoint or an argument can't be used; everything found before writing is listed together.
@@ -159,14 +179,14 @@ def write_gguf(
     """
     sampling = sampling or {}
     _check_arguments(quant, sampling)
-    model = architecture_of(_read_config(checkpoint), checkpoint / "config.json")
-    vocab = load_vocabulary(model, checkpoint)
+    parts = parts or parts_of(checkpoint)
+    model, vocab = parts.architecture, parts.vocabulary
     if eot_token_id is not None and not 0 <= eot_token_id < len(vocab.tokens):
         hint = "Use a tokenizer and a model that belong together."
         raise UserError(f"The end-of-turn token {eot_token_id} is not one of the {len(vocab.tokens)} tokens.", hint)
     if needs_llama_quantize(quant, [(spec.name, spec.shape) for spec in model.tensors], model):
         return _with_llama_quantize(checkpoint, out, quant, name=name, chat_template=chat_template,
-                                    eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor)
+                                    eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor, parts=parts)
     with replacing(out) as partial, ExitStack() as stack:
         plan = _plan(model, checkpoint, quant)
         _check_space(out.parent, plan, vocab)
@@ -210,25 +230,9 @@ def _check_arguments(quant: str, sampling: Mapping[str, float]) -> None:
         raise UserError(f"Unknown sampling settings: {', '.join(unknown)}.", f"Known: {', '.join(_SAMPLING)}.")
 
 
-def _read_config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        hint = "Point to a folder that holds a whole Hugging Face checkpoint."
-        raise UserError(f"{path} can't be read: {error}.", hint) from error
-
-
 def _suppressed(checkpoint: Path) -> list[int]:
     """Tokens that generation never gives, by generation_config.json: those for pictures and sounds in Gemma 4."""
-    try:
-        own = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise UserError(f"{checkpoint / 'generation_config.json'} is not valid JSON: {error}.",
-                        "Copy it again from the base model.") from error
-    return list(own.get("suppress_tokens") or ())
+    return list(generation_settings(checkpoint).get("suppress_tokens") or ())
 
 
 def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTensor]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, replacing_directory
 from gemma_tune.base.tensors import open_tensors
@@ -175,7 +176,7 @@ def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
                          *(() if own_template else ("chat_template*",))))
     _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_config(base)
     changed = _configured(config, session.config.dtype, plan.untied)
     if changed == config:
         shutil.copyfile(base / "config.json", folder / "config.json")

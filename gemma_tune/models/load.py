@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.placement import Placement
-from gemma_tune.models.source import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         from transformers.distributed import DistributedConfig
 
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    attention = "eager" if needs_eager_attention(read_config(checkpoint)["model_type"]) else "sdpa"
+    attention = "eager" if needs_eager_attention(read_config(checkpoint).get("model_type", "")) else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,

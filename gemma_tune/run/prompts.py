@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma_tune.answers.prompts import Prompt, first_fitting
-from gemma_tune.models.source import context_length
+from gemma_tune.base.checkpoint import context_length
 from gemma_tune.run.session import Session
 
 if TYPE_CHECKING:

@@ -153,10 +153,10 @@ def peft(folder: Path, out: Path) -> None:
 
 def export(quant: str, folder: Path, out: Path) -> None:
     """A GGUF as `gemma-tune export-ollama` writes it, read back and compared."""
+    from gemma_tune.base.checkpoint import read_config
     from gemma_tune.gguf.architectures.registry import architecture_of
     from gemma_tune.gguf.check import worst_error
     from gemma_tune.gguf.writer import write_gguf
-    from gemma_tune.models.source import read_config
 
     base = folder / "base"
     write_gguf(base, out / "model.gguf", quant, name="benchmark", chat_template=None, eot_token_id=None)

@@ -122,8 +122,8 @@ def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str
 
 def _tokenizer(job: dict[str, Any]) -> Any:
     """The checkpoint's tokenizer with the chat template that this project trains with."""
+    from gemma_tune.base.checkpoint import read_config
     from gemma_tune.encoding.tokenizer import load_format
-    from gemma_tune.models.source import read_config
 
     checkpoint = Path(job["checkpoint"])
     return load_format(checkpoint, read_config(checkpoint)["model_type"]).tokenizer

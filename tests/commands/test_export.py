@@ -369,3 +369,28 @@ def test_weights_that_are_overwritten_are_not_lent_again():
     for again in (model.lent, model.given_away):
         with pytest.raises(RuntimeError, match="overwritten"):
             again()
+
+
+def test_everything_is_decided_once(cli, merged, monkeypatch):
+    """Configuration, vocabulary, template and data are read once, for several formats and the deployment as well."""
+    from gemma_tune.export import files as export_files
+    from gemma_tune.gguf import writer
+
+    counted = {}
+    for place, name in ((writer, "architecture_of"), (writer, "load_vocabulary"), (export_files, "load_format"),
+                        (export_files, "target_for")):
+        def once(*args, real=getattr(place, name), name=name):
+            counted[name] = counted.get(name, 0) + 1
+            return real(*args)
+
+        monkeypatch.setattr(place, name, once)
+    with LoopbackOllama("0.34.1") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        result = cli("export-ollama", "--quant", "f16,q8_0,q4_0", "--no-measure", "--json")
+        assert result.code == 0, result.err
+        assert result.json["created"] is True
+        assert counted == dict.fromkeys(("architecture_of", "load_vocabulary", "load_format", "target_for"), 1)
+        assert cli("export-ollama", "--quant", "f16,q8_0,q4_0", "--no-measure", "--json").json["created"] is True
+    assert counted == {"architecture_of": 2, "load_vocabulary": 2, "load_format": 2, "target_for": 2}, "once a command"
+    assert cli("export-ollama", "--quant", "f16,q8_0,q4_0", "--no-measure", "--no-create", "--json").code == 0
+    assert set(counted.values()) == {2}, "without a server nothing of it is needed"

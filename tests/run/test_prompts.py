@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma_tune.models.source import context_length
+from gemma_tune.base.checkpoint import context_length
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.prompts import held_out, prompt_limit

@@ -18,6 +18,7 @@ from typing import Any
 
 from gguf import TokenType
 
+from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, looks_special, refuse_duplicates
@@ -175,7 +176,7 @@ def _type(i: int, text: str, added: dict[str, Any] | None) -> TokenType:
 
 def _special_ids(tokenizer: Any, checkpoint: Path, vocab_size: int) -> dict[str, int]:
     """Ids of the special tokens: the tokenizer's, else those of config.json (Qwen's tokenizer has no BOS)."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_config(checkpoint)
     found = {}
     for name in ID_KEYS:
         ids = [getattr(tokenizer, f"{name}_token_id"), config.get(f"{name}_token_id")]
