@@ -137,12 +137,6 @@ def _fitting(wanted: Type, columns: int) -> TypeChoice:
                            f"written as {instead.name}")
 
 
-def estimated_bytes(quant: str, tensors: Tensors, model: Architecture) -> int:
-    """Size of the file's tensors with their padding; the metadata, mostly the vocabulary, comes on top."""
-    return sum(gguf.GGUFWriter.ggml_pad(nbytes(choice.type, shape), gguf.GGUF_DEFAULT_ALIGNMENT)
-               for choice, (_, shape) in zip(choose_types(quant, tensors, model), tensors, strict=True))
-
-
 def nbytes(type: Type, shape: Sequence[int]) -> int:
     """Bytes of a tensor whose rows are whole blocks of ``type``."""
     block, size = gguf.GGML_QUANT_SIZES[type]

@@ -11,9 +11,9 @@ import pytest
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.ollama import go_template
-from gemma_tune.ollama.modelfile import parse_modelfile
 from support.command import QUICK, rows, write_rows
 from support.gguf import LlamaCpp
+from support.modelfile import parse_modelfile
 from support.ollama import LoopbackOllama
 
 

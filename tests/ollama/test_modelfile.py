@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.ollama.modelfile import merged_parameters, parse_modelfile, render_modelfile, system_text
+from gemma_tune.ollama.modelfile import merged_parameters, render_modelfile, system_text
 from gemma_tune.ollama.template import OllamaChat, chat_for
 from gemma_tune.ollama.turns import lossy_runes
+from support.modelfile import parse_modelfile
 from support.templates import SMOLLM2, trl_template
 
 GEMMA_CHAT = OllamaChat("{{ .Prompt }}", ("<end_of_turn>",))
