@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,8 +18,10 @@ def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     Raises:
         UserError: the adapter is missing, damaged, or does not fit this model.
     """
-    from peft import PeftModel
     from safetensors import SafetensorError
+
+    with importing():
+        from peft import PeftModel
 
     from gemma_tune.lora.dora import settle, uses_dora
 

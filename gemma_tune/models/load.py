@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import importing
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.placement import Placement
 
@@ -29,9 +30,10 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     quiet_libraries()
+    with importing():
+        from transformers import AutoModelForCausalLM
     extra: dict[str, Any] = {}
     if four_bit:
         from transformers import BitsAndBytesConfig

@@ -11,6 +11,7 @@ from typing import Any
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.files import replacing_directory, sha256_file
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import importing
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens
@@ -89,19 +90,27 @@ class _Job:
 
 def follow() -> None:
     """Take part in a training that the main process leads, in :func:`train`; it may find nothing to do."""
+    _load_libraries()  # while the main process decides
     job = processes.received()
     if job is not None:
         _work(job)
 
 
+def _load_libraries() -> None:
+    quiet_libraries()  # before their import, which has something to say already
+    with importing():
+        import gemma_tune.train.callbacks
+        import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
+
+
 def _train(session: Session) -> Finished:
+    _load_libraries()
     job = _decide(session)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     return Finished({"adapter": session.run.adapter}, _work(job))
 
 
 def _decide(session: Session) -> _Job:
-    quiet_libraries()  # before their import, which has something to say already
     from gemma_tune.train.callbacks import earlier_records
 
     config, run, listener = session.config, session.run, session.listener

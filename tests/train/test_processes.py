@@ -32,7 +32,7 @@ TOGETHER = (*SETTINGS, "--num-processes", "2")
 EVENT = """
 import os, signal, time
 if os.environ.get("RANK") == "1":
-    import gemma_tune.models.source
+    import gemma_tune.encoding.tokenizer
     gemma_tune.encoding.tokenizer.quiet_libraries()
     import gemma_tune.train.callbacks
 
