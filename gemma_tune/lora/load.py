@@ -1,7 +1,10 @@
-"""A trained adapter on a loaded base model."""
+"""PEFT's import, and a trained adapter on a loaded base model."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def import_peft() -> None:
+    """Import PEFT in three quarters of the time: without torch's compiler, until something is to be compiled."""
+    with importing(), _compiling_at_the_first_call():
+        import peft  # noqa: F401
+
+
+@contextlib.contextmanager
+def _compiling_at_the_first_call() -> Iterator[None]:
+    """bitsandbytes, which comes with PEFT, hands functions to ``torch.compile``: that loads the whole compiler."""
+    import torch
+
+    compiled = torch.compile
+
+    def later(function: Callable | None = None, **options: Any) -> Callable:
+        if function is None:
+            return functools.partial(later, **options)
+        made = functools.cache(lambda: compiled(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: made()(*args, **kwargs))
+
+    torch.compile = later
+    try:
+        yield
+    finally:
+        torch.compile = compiled
+
+
 def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     """Put a trained adapter on a loaded base model, ready to answer.
 
@@ -20,8 +49,8 @@ def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     """
     from safetensors import SafetensorError
 
-    with importing():
-        from peft import PeftModel
+    import_peft()
+    from peft import PeftModel
 
     from gemma_tune.lora.dora import settle, uses_dora
 

@@ -16,6 +16,7 @@ from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens
 from gemma_tune.lora.layers import TOWERS, described_adapter, lora_config, target_modules, trained_weights
+from gemma_tune.lora.load import import_peft
 from gemma_tune.models.load import is_out_of_memory, load_model, out_of_memory
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.models.source import with_weights
@@ -98,6 +99,7 @@ def follow() -> None:
 
 def _load_libraries() -> None:
     quiet_libraries()  # before their import, which has something to say already
+    import_peft()
     with importing():
         import gemma_tune.train.callbacks
         import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
