@@ -17,16 +17,19 @@ from support.models import make_model
 # programs that they start, need it as it is in the foreground.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-gc.set_threshold(200_000, 20, 100)  # with these libraries in memory, looking for garbage as often as usual takes 7 %
+gc.set_threshold(200_000, 20, 100)  # what the tests themselves leave behind is not looked for as often as usual
 for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
 
 
-LONGEST = ("test_real.py", "test_processes.py", "test_train.py")
+LONGEST = ("test_real.py", "test_processes.py", "test_train.py", "test_trainer.py", "test_pipeline.py", "test_source.py",
+           "test_chat.py", "test_export.py", "test_errors.py")
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest first, so that several workers end at about the same time."""
+    gc.collect()
+    gc.freeze()  # the libraries that were imported, and the tests: no garbage, and large
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

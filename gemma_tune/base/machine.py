@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 
@@ -15,11 +16,16 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import large libraries without looking for garbage meanwhile: it finds none, and takes a sixth of the time."""
-    was_on = gc.isenabled()
+    """Import large libraries without looking for garbage meanwhile: it finds none, and takes a sixth of the time.
+
+    Nor is it looked for among what they are made of later, which takes 0.3 s each time that a training tidies up.
+    """
+    was_on, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
+        if len(sys.modules) > before:
+            gc.freeze()
         if was_on:
             gc.enable()
