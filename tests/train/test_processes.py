@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train import processes
-from support.command import MANIFEST_SCHEMA, Result, rows, write_rows
+from support.command import MANIFEST_SCHEMA, Result, invoke, rows, write_rows
 
 # 27 rows of different lengths in steps of 4: one process gets more of the last step than the other, in more pieces.
 SETTINGS = ("--epochs", "2", "--rank", "4", "--dtype", "fp32", "--learning-rate", "1e-3", "--batch-size", "2",
@@ -72,7 +72,7 @@ def prepared_once(tiny, tmp_path_factory) -> Path:
         row["messages"][0]["content"] += " please" * (n % 9)
     write_rows(place / "rows.jsonl", records[:27])
     write_rows(place / "valid.jsonl", records[27:])
-    done = python("gemma_tune", "prepare", place / "rows.jsonl", "--valid", place / "valid.jsonl", "--model", tiny,
+    done = invoke("prepare", place / "rows.jsonl", "--valid", place / "valid.jsonl", "--model", tiny,
                   "--run", place / "prepared")
     assert done.code == 0, done.err
     return place
@@ -82,23 +82,22 @@ def run_in(place: Path, name: str) -> Path:
     return shutil.copytree(place / "prepared", place / name)
 
 
-def trained_run(place: Path, name: str, *settings: str) -> tuple[Path, Result]:
-    run = run_in(place, name)
-    done = python("gemma_tune", "train", "--run", run, "--json", *settings)
-    assert done.code == 0, done.err
-    return run, done
-
-
 @pytest.fixture(scope="session")
 def alone(prepared_once) -> Path:
-    """Trained by one process."""
-    return trained_run(prepared_once, "alone", *ALONE)[0]
+    """Trained by one process: this one."""
+    run = run_in(prepared_once, "alone")
+    done = invoke("train", "--run", run, *ALONE)
+    assert done.code == 0, done.err
+    return run
 
 
 @pytest.fixture(scope="session")
 def together(prepared_once) -> tuple[Path, Result]:
     """Trained by two processes: the run, and what the command said."""
-    return trained_run(prepared_once, "together", *TOGETHER)
+    run = run_in(prepared_once, "together")
+    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json")
+    assert done.code == 0, done.err
+    return run, done
 
 
 @pytest.fixture
