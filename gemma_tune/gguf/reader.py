@@ -10,6 +10,7 @@ import mmap
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,12 @@ def _read_infos(data: mmap.mmap, at: int, count: int, alignment: int | None) -> 
             raise ValueError(f"rows of its tensor {info.name} are no whole blocks of {info.type.name}")
         if info.offset + info.nbytes > len(data):
             raise ValueError(f"it ends before its tensor {info.name} does")
+        if (info.offset - start) % alignment:
+            raise ValueError(f"its tensor {info.name} does not begin at a multiple of {alignment} bytes")
+    in_order = sorted(tensors.values(), key=lambda info: info.offset)
+    for info, following in pairwise(in_order):
+        if info.offset + info.nbytes > following.offset:
+            raise ValueError(f"its tensors {info.name} and {following.name} overlap")
     return tensors
 
 

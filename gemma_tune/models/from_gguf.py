@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,73 @@ from gemma_tune.base.files import cache_dir, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name
 from gemma_tune.encoding.tokenizer import quiet_libraries
+from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
 
 _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_SIZES = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+_SHOWN = 20  # problems
+WHOLE = "copy or download the file again"
 REPOSITORY = "name the model's Hugging Face repository instead of its GGUF file"
 
 
-def mend(model: Any, tokenizer: Any, gguf: Path) -> None:
-    """Correct a model's configuration and its tokenizer, as Transformers loaded them from the file ``gguf``.
+def refuse_damage(file: GgufFile) -> None:
+    """Refuse a file whose numbers do not fit its tensors: the loader makes up what it does not find.
+
+    Raises:
+        UserError: all that is wrong with it.
+    """
+    prefix, problems = file.metadata.get("general.architecture"), []
+    for name in _SIZES:
+        value = file.metadata.get(f"{prefix}.{name}")
+        if isinstance(value, int) and value < 1:
+            problems.append(f"{prefix}.{name} is {value}")
+    blocks = {int(found[1]) for name in file.tensors if (found := _BLOCK.match(name))}
+    count = file.metadata.get(f"{prefix}.block_count")
+    if isinstance(count, int) and count >= 1 and (blocks != set(range(len(blocks))) or len(blocks) != count):
+        problems.append(f"{prefix}.block_count is {count}, and there are tensors of {len(blocks)} blocks"
+                        + (f", the last of them number {max(blocks)}" if blocks else ""))
+    if problems:
+        raise UserError(f"{file.path} is damaged: its numbers do not fit its tensors", WHOLE, problems)
+
+
+def refuse_what_is_left_out(model: Any, info: Mapping[str, Any], file: GgufFile) -> None:
+    """Refuse a model that the loader gave random weights for want of tensors, or a file with tensors that it dropped.
+
+    Args:
+        info: what the loader says of its loading.
+
+    Raises:
+        UserError: all those tensors.
+    """
+    problems = [f"{kind.replace('_keys', '')}: {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+                for key in sorted(map(str, info[kind]))]
+    problems += [f"not read: {name}" for name in _unread(model, file)]
+    if problems:
+        more = len(problems) - _SHOWN
+        raise UserError(f"{file.path} does not hold the tensors of a whole model of its kind ({problems[0]})",
+                        f"{WHOLE}; or {REPOSITORY}", problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []))
+
+
+def _unread(model: Any, file: GgufFile) -> list[str]:
+    """Tensors that nothing of the model was made from; of a family that is not known here, biases alone are counted."""
+    try:
+        architecture = architecture_of(model.config.to_dict(), file.path)
+    except UserError:
+        biases = [name for name in file.tensors if name.endswith(".bias")]
+        return biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []
+    known = {spec.name for spec in architecture.tensors} | {_DIVISORS}
+    return [name for name in file.tensors if name not in known]
+
+
+def mend(model: Any, tokenizer: Any, file: GgufFile) -> None:
+    """Correct a model's configuration and its tokenizer, as Transformers loaded them from a file.
 
     Raises:
         UserError: the file holds what the loader left out.
     """
-    file = GgufFile(gguf)
     if model.config.model_type == "gemma3_text":
         # A GGUF does not hold this number: llama.cpp derives it (its 27B, the model of 62 layers, is the exception),
         # while the loader leaves its own default.
@@ -38,8 +92,6 @@ def mend(model: Any, tokenizer: Any, gguf: Path) -> None:
                                       else text.head_dim)
     _stretch_rotations(model.config, file)
     _cut_words(tokenizer, file)
-    if lost := _unread_biases(model, file):
-        raise UserError(f"{gguf} holds tensors that Transformers' loader drops: {', '.join(lost[:5])}", REPOSITORY)
 
 
 def _stretch_rotations(config: Any, file: GgufFile) -> None:
@@ -64,12 +116,6 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
     name, backend = file.metadata.get("tokenizer.ggml.pre", "default"), tokenizer.backend_tokenizer
     if not set_pre_tokenizer(backend, name) and type(backend.pre_tokenizer).__name__ == "ByteLevel":
         raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
-
-
-def _unread_biases(model: Any, file: GgufFile) -> list[str]:
-    """The biases in the file where the model has fewer: the loader wants none that the configuration doesn't name."""
-    biases = [name for name in file.tensors if name.endswith(".bias")]
-    return biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []
 
 
 # Written last into a cached checkpoint: its existence means that the conversion completed.
@@ -106,6 +152,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
 
     quiet_libraries()
+    file = GgufFile(gguf)
+    refuse_damage(file)
     alone = folder / gguf.name  # the loader mixes in the tokenizer files that lie beside a GGUF
     try:
         alone.symlink_to(gguf.resolve())
@@ -115,13 +163,15 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     try:
         # The loader's progress bar has no switch; it would fight with ours.
         with contextlib.redirect_stderr(io.StringIO()), read_once():
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
+                output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, OSError, KeyError, RuntimeError) as e:  # RuntimeError: sizes that don't fit, and others
         raise UserError(f"{gguf} cannot be dequantised: {e}", REPOSITORY) from e
     (folder / gguf.name).unlink(missing_ok=True)
-    mend(model, tokenizer, gguf)
+    mend(model, tokenizer, file)
+    refuse_what_is_left_out(model, info, file)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:

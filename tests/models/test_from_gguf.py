@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import struct
+from pathlib import Path
 
 import gguf
 import pytest
@@ -22,6 +24,13 @@ def opened(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def whole(tiny, tmp_path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny, path, "f16", name="tiny", eot_token_id=None, chat_template=None)
+    return path
+
+
 def test_the_file_is_read_once_and_gives_what_reading_it_each_time_does(tiny, tmp_path, opened, monkeypatch):
     reader, path = gguf.GGUFReader, tmp_path / "tiny.gguf"
     write_gguf(tiny, path, "f16", name="tiny", eot_token_id=None, chat_template=None)
@@ -36,9 +45,69 @@ def test_the_file_is_read_once_and_gives_what_reading_it_each_time_does(tiny, tm
         assert (once / file).read_bytes() == (each_time / file).read_bytes(), file
 
 
-def test_the_reader_is_the_plain_one_again_after_a_failure(tmp_path):
-    reader, path = gguf.GGUFReader, tmp_path / "damaged.gguf"
-    path.write_bytes(b"no GGUF file at all, " * 10)
-    with pytest.raises(UserError, match="cannot be dequantised"):
-        from_gguf.dequantised(path, "a" * 64, Listener())
+def test_the_reader_is_the_plain_one_again_after_a_failure(whole):
+    reader = gguf.GGUFReader
+    whole.write_bytes(whole.read_bytes().replace(b"gemma3", b"gemmaX"))
+    with pytest.raises(UserError, match="cannot be dequantised: .*gemmaX"):
+        from_gguf.dequantised(whole, "a" * 64, Listener())
     assert gguf.GGUFReader is reader
+
+
+def test_what_is_no_gguf_is_refused_before_it_is_loaded(tmp_path, opened):
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(b"no GGUF file at all, " * 10)
+    with pytest.raises(UserError, match="not a little-endian GGUF file"):
+        from_gguf.dequantised(path, "a" * 64, Listener())
+    assert not opened
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def number(data: bytes, key: str, value: int) -> bytes:
+    """The file with another 32-bit number under a key."""
+    at = data.index(key.encode()) + len(key) + 4
+    return data[:at] + struct.pack("<I", value) + data[at + 4:]
+
+
+def moved(data: bytes, name: str, by: int) -> bytes:
+    """The file with a matrix's offset moved."""
+    at = data.index(name.encode()) + len(name) + 4 + 2 * 8 + 4
+    return data[:at] + struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] + by) + data[at + 8:]
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_Q.weight"),
+     ["missing: model.layers.0.self_attn.q_proj.weight", "not read: blk.0.attn_Q.weight"]),
+    (lambda data: data.replace(b"output_norm.weight", b"output_nprm.weight"),
+     ["missing: model.norm.weight", "not read: output_nprm.weight"]),
+    (lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.2.attn_q.weight"), ["tensors of 3 blocks"]),
+    (lambda data: number(data, "gemma3.block_count", 1), ["block_count is 1, and there are tensors of 2 blocks"]),
+    (lambda data: number(data, "gemma3.block_count", 1_000_000), ["block_count is 1000000"]),
+    (lambda data: number(data, "gemma3.block_count", 0), ["block_count is 0"]),
+    (lambda data: number(data, "gemma3.context_length", 0), ["gemma3.context_length is 0"]),
+    (lambda data: number(number(data, "gemma3.context_length", 0), "gemma3.embedding_length", 0),
+     ["gemma3.context_length is 0", "gemma3.embedding_length is 0"]),
+    (lambda data: moved(data, "blk.1.attn_q.weight", 1), ["blk.1.attn_q.weight does not begin at a multiple of 32"]),
+    (lambda data: moved(data, "blk.1.attn_q.weight", 32), ["overlap"]),
+    (lambda data: data[:-1000], ["it ends before its tensor"]),
+], ids=["name", "norm", "block", "fewer blocks", "a million blocks", "no blocks", "context", "two", "misaligned", "overlap", "short"])
+def test_a_damaged_file_is_refused_and_nothing_is_made_up(whole, damage, said):
+    data = whole.read_bytes()
+    whole.write_bytes(damaged := damage(data))
+    assert damaged != data
+    with pytest.raises(UserError) as e:
+        from_gguf.dequantised(whole, "a" * 64, Listener())
+    text = "\n".join([e.value.message, *e.value.problems])
+    assert all(part in text for part in said), text
+    assert str(whole) in text
+    assert "again" in e.value.hint
+    checkpoints = from_gguf.cache_dir() / "checkpoints"
+    assert not checkpoints.exists() or not [p for p in checkpoints.iterdir() if p.is_dir()]
+
+
+def test_damage_ends_the_command_with_its_code(cli, whole, data):
+    whole.write_bytes(number(whole.read_bytes(), "gemma3.context_length", 0))
+    result = cli("prepare", data, "--model", whole)
+    assert result.code == 2
+    assert "gemma3.context_length is 0" in result.err
