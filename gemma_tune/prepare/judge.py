@@ -5,11 +5,15 @@ It runs block by block, in this process or in several, and its results are compa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -222,24 +226,60 @@ def judged_blocks(blocks: Iterable[tuple[T, Block]], judge: Judge, processes: in
     global _judge
     _judge = judge
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    pool = ProcessPoolExecutor(processes, mp_context=_context(), initializer=_begin, initargs=_arguments(judge))
-    waiting: deque[tuple[T, Block, Any]] = deque()
     gc.collect()
     gc.freeze()  # or the children's garbage collectors would write to, and so copy, all memory that they share
     try:
-        for origin, block in blocks:
-            waiting.append((origin, block, pool.submit(_work, block)))
-            if len(waiting) >= processes * _AHEAD:
+        with _one_interrupt(), _pool(processes, judge) as pool:
+            waiting: deque[tuple[T, Block, Any]] = deque()
+            for origin, block in blocks:
+                waiting.append((origin, block, pool.submit(_work, block)))
+                if len(waiting) >= processes * _AHEAD:
+                    yield _next(waiting)
+            while waiting:
                 yield _next(waiting)
-        while waiting:
-            yield _next(waiting)
     except BrokenProcessPool as e:
         raise WorkFailed("a process that prepares rows was killed, perhaps because memory ran out",
                          "close other programs and run the same command again") from e
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         gc.unfreeze()
         _judge = None
+
+
+@contextlib.contextmanager
+def _pool(processes: int, judge: Judge) -> Iterator[ProcessPoolExecutor]:
+    """Child processes, which end at once when their work is for nobody any more."""
+    pool = ProcessPoolExecutor(processes, mp_context=_context(), initializer=_begin, initargs=_arguments(judge))
+    try:
+        yield pool
+    except BaseException:  # Ctrl-C, or whoever takes the results has stopped
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """The first Ctrl-C ends the work; a second one would leave the pool waiting for its children for ever."""
+    pressed = False
+
+    def receive(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if not pressed:
+            pressed = True
+            raise KeyboardInterrupt
+
+    # Python gives signals to the main thread only; whoever has a way of their own to deal with them keeps it.
+    if threading.current_thread() is not threading.main_thread() or (
+            signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _next(waiting: deque[tuple[T, Block, Any]]) -> tuple[T, Block, Judged]:
@@ -248,8 +288,6 @@ def _next(waiting: deque[tuple[T, Block, Any]]) -> tuple[T, Block, Judged]:
 
 
 def _context() -> Any:
-    import multiprocessing
-
     return multiprocessing.get_context("fork" if _may_fork() else "spawn")
 
 
@@ -270,9 +308,6 @@ def _may_fork() -> bool:
 
 def _begin(judge: Judge | None) -> None:
     """Start of a child process. Ctrl-C is for the parent, which ends its children."""
-    import signal
-    import threading
-
     global _judge
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -282,8 +317,6 @@ def _begin(judge: Judge | None) -> None:
 
 def _end_with_parent() -> None:
     """A parent that is killed cannot end its children, which would wait for work for ever."""
-    import multiprocessing
-
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 
 from gemma_tune.base.errors import INTERRUPTED, WorkFailed
 from gemma_tune.base.machine import cores
+from gemma_tune.train.processes import GRACE, LAUNCHER
 
-GRACE = 30.0  # seconds that the others get to end after one has
+AT_ONCE = 1.5  # seconds that all get after the second Ctrl-C, which one that waits for another's numbers does not hear
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -74,11 +75,13 @@ class _Workers:
 
     def wait(self) -> list[int]:
         """Exit codes by rank; whoever goes on long after the main process, or after one that failed, is killed."""
-        deadline = None
+        deadline, hurried = None, False
         while running := [p for p in self.processes if p.poll() is None]:
             codes = [p.returncode for p in self.processes]
-            if deadline is None and (codes[0] is not None or any(codes) or self.signals > 1):
+            if deadline is None and (codes[0] is not None or any(codes)):
                 deadline = time.monotonic() + GRACE
+            if self.signals > 1 and not hurried:
+                hurried, deadline = True, time.monotonic() + AT_ONCE
             if deadline is not None and time.monotonic() > deadline:
                 for process in running:
                     process.kill()
@@ -88,7 +91,7 @@ class _Workers:
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCHER: os.getpid()}
     # PyTorch would give each process all cores, and the operating system's remarks on sockets are not for people.
     defaults = {"OMP_NUM_THREADS": max(1, cores() // count), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":  # nothing from outside this machine has to do with it

@@ -17,6 +17,7 @@ import contextlib
 import datetime as dt
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from gemma_tune.base.errors import UserError, WorkFailed
 
 # How long a process waits in a collective operation for one that is busy with something else, such as a checkpoint.
 PATIENCE = dt.timedelta(minutes=30)
+GRACE = 30.0  # seconds that the others get to end after one has
+LAUNCHER = "GEMMA_TUNE_LAUNCHER"  # holds the process id of the command that started this one as one of several
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
-             "MASTER_PORT")
+             "MASTER_PORT", LAUNCHER)
 
 T = TypeVar("T")
 _store: Any = None  # torch.distributed.Store while this process takes part in a training of several
@@ -89,6 +92,8 @@ def join(show: Callable[[UserError], None]) -> None:
     import torch
     from torch import distributed
 
+    if LAUNCHER in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     here = place()
     if torch.cuda.is_available():
         if here.local_count > torch.cuda.device_count():
@@ -255,6 +260,19 @@ def _watch(show: Callable[[UserError], None]) -> None:
             if not _settled.wait(10):
                 show(_of_another())
                 os._exit(_of_another().exit_code)
+
+
+def _end_with(launcher: int) -> None:
+    """In a thread: when the command that started this process is killed, stop as on SIGTERM: with what was learned."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(launcher)
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 def _lost(problem: UserError) -> bool:

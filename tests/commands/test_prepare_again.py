@@ -209,22 +209,46 @@ list(judged_blocks([(n, n) for n in range(2)], Waits(), 2))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_processes_end_with_their_parent(workplace):
-    """A parent that is killed cannot end them itself."""
-    parent = subprocess.Popen([sys.executable, "-c", WAITING])
+def waiting_processes(workplace) -> tuple[subprocess.Popen, list[int]]:
+    """A process that waits for two of its own, and their ids; they are busy for five minutes."""
+    parent = subprocess.Popen([sys.executable, "-c", WAITING], stderr=subprocess.PIPE)
     for _ in range(600):
         if len(children := [int(path.stem) for path in workplace.glob("*.pid")]) == 2:
             break
         time.sleep(0.1)
     assert len(children) == 2
-    parent.kill()
-    parent.wait()
+    return parent, children
+
+
+def still_there(children: list[int]) -> list[int]:
+    """Those of the processes that do not end within ten seconds."""
     for _ in range(100):
         if not (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]):
             break
         time.sleep(0.1)
-    assert not left
+    return left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_end_with_their_parent(workplace):
+    """A parent that is killed cannot end them itself."""
+    parent, children = waiting_processes(workplace)
+    parent.kill()
+    parent.communicate()
+    assert not still_there(children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("pause", [0, 0.02, 0.3])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_ctrl_c_ends_them_at_once_however_often_it_is_pressed(workplace, times, pause):
+    parent, children = waiting_processes(workplace)
+    for _ in range(times):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    _, err = parent.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in err
+    assert not still_there(children)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
