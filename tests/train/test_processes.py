@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.train import processes
+from gemma_tune.train import launch, processes
 from support.command import MANIFEST_SCHEMA, Result, invoke, rows, write_rows
 
 # 27 rows of different lengths in steps of 4: one process gets more of the last step than the other, in more pieces.
@@ -264,6 +264,31 @@ def test_a_signal_stops_all_after_the_same_step_and_training_goes_on_from_there(
         assert done.json["summary"]["resumed_from_step"] == 4
         whole = adapter(together[0])
         assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter(run).items())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_command_that_is_killed_takes_its_processes_along(run, tmp_path):
+    """They save what they learned first, as on SIGTERM, and leave no lock; the same command goes on from there."""
+    killed = python("gemma_tune", "train", "--run", run, *TOGETHER, **happens(
+        tmp_path, "os.kill(os.getppid(), signal.SIGKILL); time.sleep(2)"))  # returns when nobody writes to it any more
+    assert killed.code == -signal.SIGKILL
+    checkpoints = [p.parent.name for p in run.glob("training_checkpoints/*/complete.json")]
+    assert "checkpoint-4" in checkpoints and f"checkpoint-{STEPS}" not in checkpoints
+    assert not (run / ".lock-owner.json").exists()
+    assert not list(run.glob("*_lora_adapter"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_the_second_ctrl_c_ends_a_process_that_does_not_hear_the_first(monkeypatch):
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(300)"
+    processes = [subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) for _ in range(2)]
+    assert all(process.stdout.readline() for process in processes)
+    monkeypatch.setattr(launch, "AT_ONCE", 0.2)
+    workers = launch._Workers(processes)
+    with workers.signals_passed_on():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert workers.wait() == [-signal.SIGKILL] * 2
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------
