@@ -66,6 +66,7 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
          "any, what was prepared before is learned.")]
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
 Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
+Delimiter = Annotated[Optional[str], _of(c.PrepareConfig, "delimiter", metavar="SIGN")]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]

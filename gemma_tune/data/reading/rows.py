@@ -39,12 +39,14 @@ class Source:
             that names a dataset's commit.
         kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet`` or ``hf``.
         size: of the file in bytes; None on the Hub.
+        delimiter: the sign between the columns of a table, where it was named.
     """
 
     name: str
     path: Path
     kind: str
     size: int | None = None
+    delimiter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,29 +26,40 @@ __all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "so
 STDIN = "-"
 KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET}
 _HINT = "check the path; `gemma-tune prepare --help` shows an example"
-_READERS = {JSON: json_rows.blocks, CSV: table_rows.csv_blocks, TSV: table_rows.csv_blocks,
-            PARQUET: table_rows.parquet_blocks, HUB: hub_rows.blocks}
+_READERS = {JSON: json_rows.blocks, PARQUET: table_rows.parquet_blocks, HUB: hub_rows.blocks}
 
 
-def read_blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
+def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = None) -> Iterator[Block]:
     """All rows of a source in order, as blocks of about ``size`` bytes that can be pickled.
+
+    Args:
+        listener: is told how a table was read, where that is no matter of course.
 
     Raises:
         UserError: nothing in the source can be read, or not to its end: empty, binary, neither UTF-8 nor UTF-16,
             damaged, or a broken JSON document.
     """
+    if source.kind in (CSV, TSV):
+        return table_rows.csv_blocks(source, size, listener)
     return _READERS[source.kind](source, size)
 
 
 _HEAD = 4096  # bytes of standard input from which its kind is told
 
 
-def source_of(path: Path, name: str | None = None) -> Source:
-    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
-    return Source(f"{path}" if name is None else name, path, _kind(path) or JSON, os.path.getsize(path))
+def source_of(path: Path, name: str | None = None, delimiter: str | None = None) -> Source:
+    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
+
+    Args:
+        delimiter: the sign between the columns of a table; what has no known ending then is one.
+    """
+    kind = _kind(path) or (CSV if delimiter else JSON)
+    return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
+                  delimiter if kind in (CSV, TSV) else None)
 
 
-def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None) -> list[Source]:
+def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None,
+                 delimiter: str | None = None) -> list[Source]:
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
@@ -57,6 +68,7 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
             files of datasets. Only made when needed.
+        delimiter: see :func:`source_of`.
 
     Raises:
         UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
@@ -70,11 +82,11 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
             found.append(name)
             continue
         try:
-            found += _files(name, keep, listener)
+            found += [source_of(path, delimiter=delimiter) for path in _files(name, keep, listener)]
         except UserError as e:
             problems.append(e)
     if not problems:
-        found = [_elsewhere(f, keep, listener, problems) if isinstance(f, str) else f for f in found]
+        found = [_elsewhere(f, keep, listener, delimiter, problems) if isinstance(f, str) else f for f in found]
     if problems:
         raise _together(problems)
     once: dict[str, Source] = {}
@@ -83,9 +95,10 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     return list(once.values())
 
 
-def _elsewhere(name: str, keep: Path, listener: Listener, problems: list[UserError]) -> Source | None:
+def _elsewhere(name: str, keep: Path, listener: Listener, delimiter: str | None,
+               problems: list[UserError]) -> Source | None:
     try:
-        return _stdin(keep) if name == STDIN else hub_rows.find(name, keep, listener)
+        return _stdin(keep, delimiter) if name == STDIN else hub_rows.find(name, keep, listener)
     except UserError as e:
         problems.append(e)
     return None
@@ -106,7 +119,7 @@ def _kind(path: Path) -> str | None:
     return KINDS.get(path.suffix.lower())
 
 
-def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
+def _files(name: str, keep: Path, listener: Listener) -> list[Path]:
     """A file, or the files of a directory or a glob.
 
     Raises:
@@ -135,7 +148,7 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
         paths = [path]
     if problems := [problem for path in paths if (problem := _unreadable(path))]:
         raise _together([UserError(problem, _HINT) for problem in problems])
-    return [source_of(path) for path in paths]
+    return paths
 
 
 def _below(folder: Path, keep: Path) -> Iterator[Path]:
@@ -168,7 +181,7 @@ def _unreadable(path: Path) -> str | None:
     return None if os.access(path, os.R_OK) else f"no permission to read {path}"
 
 
-def _stdin(keep: Path) -> Source:
+def _stdin(keep: Path, delimiter: str | None) -> Source:
     """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
@@ -182,9 +195,9 @@ def _stdin(keep: Path) -> Source:
             if not head:
                 raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
                                                            "rows.jsonl`")
-            path = keep / f"stdin-{digest[:12]}{_ending(head)}"
+            path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
             put_in_place(fresh, path)
-    return source_of(path, "<stdin>")
+    return source_of(path, "<stdin>", delimiter)
 
 
 def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
@@ -197,12 +210,12 @@ def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
     return digest.hexdigest(), head
 
 
-def _ending(head: bytes) -> str:
+def _ending(head: bytes, delimiter: str | None) -> str:
     """The name's end for content that begins like this."""
     for magic, ending in ((b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst")):
         if head.startswith(magic):
             return ending
     first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0]
-    if first[:1] not in (b"{", b"[") and (b"," in first or b";" in first or b"\t" in first):
+    if first[:1] not in (b"{", b"[") and any(sign in first for sign in (delimiter or ",;\t|").encode()):
         return ".tsv" if b"\t" in first else ".csv"
     return ".jsonl"
