@@ -54,7 +54,7 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Check your conversations, label and tokenise them, and split them into training and validation.
 
-    Reads JSONL, JSON, CSV, TSV and Parquet: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
+    Reads JSONL, JSON, CSV, TSV, Parquet and Arrow: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
     data/train.jsonl, data/valid.jsonl, data/rejected.jsonl (with file, line and reason), data/duplicates.jsonl and a
     report on lengths and findings. Begins the run.
 

@@ -42,8 +42,8 @@ class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
 
     section: ClassVar[str] = "prepare"
-    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, also .gz and "
-                                       ".zst), directories, globs, `-` for standard input, or "
+    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
+                                       ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
                                        "prepared from before, else the built-in financial analysis example.")
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")

@@ -1,19 +1,16 @@
-"""Rows of tables: CSV, TSV and Parquet. A row is an object with the columns' names as keys."""
+"""Rows of tables that are text: CSV and TSV. A row is an object with the columns' names as keys."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.dialects import dialect_of
 from gemma_tune.data.reading.records import Records, physical_lines, swallows_rows
 from gemma_tune.data.reading.rows import BLOCK, Block, Row, Source
-from gemma_tune.data.reading.text import TextFile, compression
+from gemma_tune.data.reading.text import TextFile
 
 _LONGEST_NAME = 200
 _NAMED = 5  # places that a warning names
@@ -99,31 +96,3 @@ def _header(name: str, table: Records) -> tuple[str, ...]:
     if not named or any(len(n) > _LONGEST_NAME or "\n" in n for n in named):
         raise UserError(f"{name}:{line}: this is no header row", _HEADER)
     return names
-
-
-def parquet_blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
-    """All rows of a Parquet file, also a compressed one (which is unpacked into a temporary file first).
-
-    Raises:
-        UserError: damaged file, no rows, or two columns of one name.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with tempfile.TemporaryFile() as unpacked:
-        file: Any = source.path
-        if compression(source.path):
-            for piece in TextFile(source, size).bytes():
-                unpacked.write(piece)
-            unpacked.seek(0)
-            file = unpacked
-        try:
-            with parquet.ParquetFile(file, buffer_size=size, pre_buffer=False) as table:
-                meta = table.metadata
-                stored = sum(meta.row_group(n).total_byte_size for n in range(meta.num_row_groups))
-                count = max(1, min(10_000, size * max(1, meta.num_rows) // max(1, stored)))
-                yield from arrow_blocks(source.name, meta.num_rows, table.iter_batches(batch_size=count))
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{source.name} is not a Parquet file, or damaged: {' '.join(str(e).split())[:200]}",
-                            "copy or download it again, or check that its name fits its content; nothing was written"
-                            ) from e

@@ -512,7 +512,7 @@ def test_all_problems_are_named_together(tree, monkeypatch):
     assert error.exit_code == BAD_INPUT
     assert error.problems == (
         "there is no file none.jsonl",
-        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) (name the files, or another directory)",
+        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) (name the files, or another directory)",
         "no file matches *.xyz", "a data file's name is empty", "there is no file ~nobody-here/x", f"there is no file {'x' * 300}")
 
 
