@@ -11,6 +11,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 
 _UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
+_ENDING = r"\.gguf$|(?<=^sha256-[0-9a-f]{12})[0-9a-f]{52}$"  # Ollama calls its GGUF files by their whole hash
 
 
 def model_name(model_id: str) -> str:
@@ -20,7 +21,8 @@ def model_name(model_id: str) -> str:
     'gemma-3-270m-it'
     """
     last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
-    name = re.sub(_UNSAFE, "-", last.removesuffix(".gguf")).strip("-.")
+    last = re.sub(_ENDING, "", last, flags=re.IGNORECASE)
+    name = re.sub(_UNSAFE, "-", last).strip("-.")
     if not name:
         raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
                         "rename it, or name a model such as google/gemma-3-270m-it with --model")
