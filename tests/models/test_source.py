@@ -147,6 +147,31 @@ def test_a_gguf_is_told_by_its_content(cli, gguf_once, data, tmp_path, place, na
     assert again.code == 0 and again.json["status"] == "up-to-date", again.err
 
 
+def test_a_gguf_needs_a_cache_and_says_which(cli, gguf_once, data, monkeypatch):
+    import filelock
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        done = cli("prepare", data, "--model", gguf_once)
+    assert done.code == 1
+    assert "there is no room in the cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+    assert cli("prepare", data, "--model", gguf_once).code == 0
+    # What is there is used without writing, so that the cache may be read-only.
+    lock = filelock.FileLock
+    monkeypatch.setattr(filelock, "FileLock", lambda path, **how: full() if "/cache/" in str(path) else lock(path, **how))
+    assert cli("prepare", data, "--model", gguf_once, "--force").code == 0
+    Path("file").write_text("")
+    monkeypatch.setenv("GEMMA_TUNE_CACHE", "file/cache")
+    done = cli("prepare", data, "--model", gguf_once, "--force")
+    assert done.code == 2
+    assert "the cache cannot be used: file/cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+
+
 def test_a_checkpoint_may_lie_in_a_directory_called_like_a_gguf(cli, tiny, data, tmp_path):
     shutil.copytree(tiny, tmp_path / "My.gguf")
     (tmp_path / "My.gguf" / "also.gguf").write_bytes(b"GGUF")

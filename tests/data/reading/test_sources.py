@@ -706,6 +706,18 @@ def test_datasets_that_cannot_be_had(hub, monkeypatch):
     assert not [p for p in Path("keep").iterdir() if p.name != "hf-org-gated.json"]
 
 
+def test_datasets_without_a_place_to_keep_them(hub, tmp_path, monkeypatch):
+    from datasets import config
+
+    hub.add_repo(f"datasets/{ID}", repository(Path("repo"), train=chats(3)))
+    Path("file").write_text("")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    assert "HF_HOME" in refused(f"hf:{ID}").hint
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", "~nobody-here/datasets")
+    error = refused(f"hf:{ID}")
+    assert "the home directory in ~nobody-here/datasets is not known" in error.message and "HF_HOME" in error.hint
+
+
 @pytest.mark.parametrize("name", ["hf:", "hf:squad", "hf:a/b/c/d", "hf:a/b:train@", "hf:../x", "hf:a b/c"])
 def test_names_of_datasets_have_a_form(name):
     error = refused(name)
