@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import is_text
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.rows import BLOCK, Source
 from gemma_tune.data.reading.text import TextFile, compression
@@ -72,9 +73,13 @@ def _count(size: int, rows: int, stored: int) -> int:
 
 @contextlib.contextmanager
 def _unpacked(source: Source, size: int) -> Iterator[Any]:
-    """The file's name, or a file with its decompressed content."""
+    """The file's name, or an open file with its decompressed content."""
     if not compression(source.path):
-        yield str(source.path)
+        if is_text(str(source.path)):
+            yield str(source.path)
+            return
+        with open(source.path, "rb") as file:  # Arrow takes no names but UTF-8
+            yield file
         return
     with tempfile.TemporaryFile() as unpacked:
         for piece in TextFile(source, size).bytes():

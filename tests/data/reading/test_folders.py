@@ -107,6 +107,28 @@ def test_arrow_without_rows_and_compressed():
     assert values("rows.arrow.gz") == VALUES
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_file_whose_name_is_no_text_is_read(cli, tiny, ending):
+    from pyarrow import parquet
+
+    table = pa.table({"q": [f"q{n}" for n in range(9)], "a": [f"a{n}" for n in range(9)]})
+    if ending == "arrow":
+        arrow("x", table)
+    elif ending == "parquet":
+        parquet.write_table(table, "x")
+    elif ending == "csv":
+        Path("x").write_text("q,a\n" + "".join(f"q{n},a{n}\n" for n in range(9)))
+    else:
+        write_rows(Path("x"), table.to_pylist())
+    name = os.fsdecode(b"caf\xe9." + ending.encode())
+    os.rename("x", name)
+    for named in (name, "."):
+        done = cli("prepare", named, "--columns", "user=q,assistant=a", "--model", tiny, "--run", "run", "--json", "--force")
+        assert done.code == 0, done.err
+        assert done.json["summary"]["rows"] == 9
+
+
 # --- saved datasets
 
 def test_what_datasets_has_saved_is_read_as_its_rows(cli, tiny):
