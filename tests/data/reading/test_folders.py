@@ -207,6 +207,13 @@ def test_a_directory_below_one_that_is_called_test_is_no_test():
     assert len(found("test")) == 2
 
 
+def test_the_data_of_a_run_is_its_rows_not_their_tokens(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert Path("runs/tiny-gemma/data/tokens/train.arrow").exists()
+    names = found("runs/tiny-gemma/data")
+    assert "runs/tiny-gemma/data/train.jsonl" in names and not [name for name in names if name.endswith(".arrow")]
+
+
 # --- links
 
 def test_directories_behind_links_are_followed_once():
