@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 
 _UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
+_ENDING = r"\.gguf$|(?<=^sha256-[0-9a-f]{12})[0-9a-f]{52}$"  # Ollama calls its GGUF files by their whole hash
 
 
 def model_name(model_id: str) -> str:
@@ -20,11 +22,43 @@ def model_name(model_id: str) -> str:
     'gemma-3-270m-it'
     """
     last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
-    name = re.sub(_UNSAFE, "-", last.removesuffix(".gguf")).strip("-.")
+    last = re.sub(_ENDING, "", last, flags=re.IGNORECASE)
+    name = re.sub(_UNSAFE, "-", last).strip("-.")
     if not name:
         raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
                         "rename it, or name a model such as google/gemma-3-270m-it with --model")
     return name
+
+
+def is_text(value: str) -> bool:
+    """Whether a text holds no half characters, as which Python keeps bytes of the system that are no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(value: str, where: str, encoding: str | None = None) -> str:
+    """What somebody typed or piped, as text: bytes that Python kept because its locale has no such characters are read
+    as UTF-8.
+
+    Args:
+        where: what is named in the error.
+        encoding: from which Python made ``value``; by default that of arguments and names of files.
+
+    Raises:
+        UserError: they are not UTF-8 either.
+    """
+    if is_text(value):
+        return value
+    raw = value.encode(encoding or sys.getfilesystemencoding(), "surrogateescape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {raw[e.start]:#04x}) at offset {e.start}",
+                        "use a terminal in UTF-8; convert text with `iconv -f latin1 -t utf-8`, and rename files"
+                        ) from e
 
 
 def nearest(word: str, known: Iterable[str], most: int = 1, least: float = 0.6) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation, answers
 from gemma_tune.cli import console, screen
 
@@ -19,11 +20,18 @@ HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (a
 def interactive(conversation: Conversation) -> None:
     """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
     with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
-        import readline  # noqa: F401 - its import gives input() line editing and history
+        import readline  # its import gives input() line editing and history
+
+        for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # or the C locale takes é for two keys
+            readline.parse_and_bind(f"set {setting}")
     screen.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
+    _keep_bytes(sys.stdin)
     while True:
         try:
             line = _read_line().strip()
+        except UserError as e:
+            screen.error(e)
+            continue
         except KeyboardInterrupt:
             screen.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
@@ -38,11 +46,23 @@ def interactive(conversation: Conversation) -> None:
 
 
 def _read_line() -> str:
-    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file."""
+    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file.
+
+    Raises:
+        UserError: it is no text.
+    """
     if sys.stdout.isatty():
-        return input("\n> ")
-    screen.err.print("\n> ", end="", markup=False)
-    return input()
+        line = input("\n> ")
+    else:
+        screen.err.print("\n> ", end="", markup=False)
+        line = input()
+    return as_text(line, "what was typed", sys.stdin.encoding)
+
+
+def _keep_bytes(lines: Iterable[str]) -> None:
+    """Have what cannot be decoded kept in each line, to be told where it is: else it would take the others with it."""
+    if hasattr(lines, "reconfigure"):
+        lines.reconfigure(errors="surrogateescape")
 
 
 def _command(conversation: Conversation, line: str) -> bool:
@@ -86,8 +106,13 @@ def _fix(conversation: Conversation, text: str) -> None:
 def _several_lines() -> str:
     lines = []
     with contextlib.suppress(EOFError):
-        while (line := _read_line()) != ".":
-            lines.append(line)
+        while True:
+            try:
+                if (line := _read_line()) == ".":
+                    break
+                lines.append(line)
+            except UserError as e:  # the other lines stay
+                screen.error(e)
     return "\n".join(lines)
 
 
@@ -140,8 +165,7 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
 
 
 def _text(lines: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as e:
-        raise UserError(f"standard input is not {e.encoding} text (byte {e.start} of a part of it)",
-                        "save the prompts as UTF-8") from e
+    _keep_bytes(lines)
+    encoding = getattr(lines, "encoding", None)
+    for number, line in enumerate(lines, start=1):
+        yield as_text(line, f"standard input:{number}", encoding)

@@ -45,8 +45,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command(cls=Command)
 def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, take: o.Take = None,
-            train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, delimiter: o.Delimiter = None,
+            take: o.Take = None, train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
             max_length: o.MaxLength = None, on_long: o.OnLong = None, seed: o.SplitSeed = None,
             duplicates: o.Duplicates = None, near_duplicates: o.NearDuplicates = None,
             near_threshold: o.NearThreshold = None, allow: o.Allow = None, on_bad_row: o.OnBadRow = None,
@@ -54,7 +54,7 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Check your conversations, label and tokenise them, and split them into training and validation.
 
-    Reads JSONL, JSON, CSV, TSV and Parquet: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
+    Reads JSONL, JSON, CSV, TSV, Parquet and Arrow: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
     data/train.jsonl, data/valid.jsonl, data/rejected.jsonl (with file, line and reason), data/duplicates.jsonl and a
     report on lengths and findings. Begins the run.
 

@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
+from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
@@ -20,6 +22,10 @@ from gemma_tune.train import processes
 
 if TYPE_CHECKING:
     from gemma_tune.run.session import Session
+
+
+_FILES = ("data", "valid")  # options that name files of rows, and
+_PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
 
 
 class Commands(TyperGroup):
@@ -43,6 +49,7 @@ class Command(TyperCommand):
         try:
             if not self._takes_part(ctx):
                 return None
+            self._read_as_text(ctx)
             result = super().invoke(ctx)
             processes.leave()
             return result
@@ -70,6 +77,30 @@ class Command(TyperCommand):
             raise unexpected if unexpected is not None and shown is problem else shown
         _show(shown, ctx.params)
         raise typer.Exit(shown.exit_code)
+
+    def _read_as_text(self, ctx: Any) -> None:
+        """Make text of arguments that were typed in a locale without their characters, or say which are none.
+
+        Raises:
+            UserError: bytes that are not UTF-8. The names of data files alone may hold such: files are called so.
+        """
+        problems = []
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if param.name in _FILES or not isinstance(value, str | Path | list):
+                continue
+            environment = getattr(ctx.get_parameter_source(param.name), "name", "") == "ENVIRONMENT"
+            try:
+                texts = [as_text(str(one), str(param.envvar) if environment else param.opts[0])
+                         for one in (value if isinstance(value, list) else [value])]
+            except UserError as e:
+                problems.append(e)
+                continue
+            if param.name not in _PLACES:  # the system knows those by their bytes
+                ctx.params[param.name] = texts if isinstance(value, list) else texts[0]
+        if problems:
+            raise problems[0] if len(problems) == 1 else UserError(
+                f"{len(problems)} arguments are not UTF-8 text", problems[0].hint, [e.message for e in problems])
 
     def _takes_part(self, ctx: Any) -> bool:
         """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""

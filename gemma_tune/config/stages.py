@@ -25,6 +25,7 @@ MERGED_DTYPES = ("bf16", "fp16", "fp32")
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system")
+_TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
 # Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
 QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
@@ -41,13 +42,16 @@ class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
 
     section: ClassVar[str] = "prepare"
-    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, also .gz and "
-                                       ".zst), directories, globs, `-` for standard input, or "
+    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
+                                       ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
                                        "prepared from before, else the built-in financial analysis example.")
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
                                           "user=question,assistant=answer,system=context.", auto="none")
+    delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
+                                         "whose names do not tell what they are (.txt) are then read as tables.",
+                                   auto="found in each file")
     take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
                               choices=("chosen",), auto="refuse them")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
@@ -78,6 +82,11 @@ class PrepareConfig(StageConfig):
         """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
         return dict(part.split("=", 1) for part in self.columns)
 
+    @property
+    def delimiter_sign(self) -> str | None:
+        """``--delimiter`` as the sign that it means."""
+        return _TABS.get(self.delimiter.lower(), self.delimiter) if self.delimiter is not None else None
+
     def more_problems(self) -> list[str]:
         pairs = [part.partition("=") for part in self.columns]
         problems = [f"columns: {shown(''.join(pair))} is not of the form ROLE=COLUMN with the roles "
@@ -89,6 +98,9 @@ class PrepareConfig(StageConfig):
             problems.append("columns: both `user=…` and `assistant=…` are needed")
         if self.format == "columns" and not self.columns:
             problems.append("format: `columns` needs --columns user=…,assistant=…")
+        if (sign := self.delimiter_sign) is not None and (len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0'):
+            problems.append(f"delimiter: {shown(self.delimiter)} is no sign between columns; write one, such as `;`, "
+                            "or `tab`")
         if self.columns and self.format not in (None, "columns"):
             problems.append(f"columns: they exclude --format {self.format}")
         if self.near_duplicates and self.duplicates == "keep":

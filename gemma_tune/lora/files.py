@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def named_base(folder: Path) -> tuple[str, str | None]:
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter {folder} does not say which model it was trained on", name_it)
     looks_local = Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
-    if looks_local and not Path(base).expanduser().exists():
+    if looks_local and not os.path.exists(os.path.expanduser(base)):
         raise UserError(f"the adapter {folder} was trained on {base}, which is not here", name_it)
     revision = config.get("revision")
     return base, revision if isinstance(revision, str) else None

@@ -56,7 +56,7 @@ class Passes:
         before = np.cumsum([0, *(source.size or 0 for source in self.sources)])
         total = int(before[-1])
         blocks = ((number, block) for number, source in enumerate(self.sources)
-                  for block in read_blocks(source, _BLOCK))
+                  for block in read_blocks(source, _BLOCK, self.session.listener))
         for number, block, judged in judged_blocks(blocks, self.judge, _processes(self.sources, total)):
             done = before[number] + block.done * (before[number + 1] - before[number])
             self.session.listener.progress("checking rows", round(done), total)

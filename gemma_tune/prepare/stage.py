@@ -85,8 +85,9 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     names = list(config.data) or [str(samples.training_path())]
     if config.valid == "-" and "-" in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
-    sources = find_sources(names, run.inputs, listener)
-    held_out = find_sources([config.valid], run.inputs, listener) if isinstance(config.valid, str) else []
+    valid = [config.valid] if isinstance(config.valid, str) else []
+    sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, held_out=some is valid)
+                         for some in (names, valid))
     known = {source.path.resolve() for source in sources}
     if twice := [source.name for source in held_out if source.path.resolve() in known]:
         raise UserError(f"{', '.join(twice)} is named for training and for validation",

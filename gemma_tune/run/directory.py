@@ -128,7 +128,7 @@ def find_run(run: str | None, model_id: str | None) -> Path:
     if model_id:
         directory = Path(os.path.expanduser(model_id))
         # A directory is called by its real name, so that `--model .` works.
-        return RUNS / model_name(directory.resolve().name if directory.is_dir() else model_id)
+        return RUNS / model_name(directory.resolve().name if os.path.isdir(directory) else model_id)
     runs = sorted(RUNS.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise UserError(f"there is no run under {RUNS}/ yet", "start one: gemma-tune prepare YOUR.jsonl "

@@ -76,7 +76,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     wanted, revision = model or content.get("model"), revision or content.get("revision")
     outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
     if outside and not wanted:
-        wanted, named = named_base(Path(outside).expanduser())
+        wanted, named = named_base(Path(os.path.expanduser(outside)))
         revision = revision or named
     starts = stage == "prepare" or bool(outside)
     root = _run_directory(run or content.get("run"), wanted, starts)

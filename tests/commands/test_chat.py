@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,52 @@ def test_with_json_stdin_gives_one_object_per_prompt(cli, fluent):
     assert [(f["prompt"], f["answer"]) for f in found] == [
         ("Say number 3.", ANSWER), ("Say number 7.", "The number is 7, no more.")]
     assert all(f["ended"] for f in found)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bytes_of_a_locale_without_them_are_read_as_utf8(encoding):
+    lines = io.TextIOWrapper(io.BytesIO("café 今\r\nplain\n".encode()), encoding=encoding)
+    assert [line.strip() for line in chat_loop._text(lines)] == ["café 今", "plain"]
+
+
+def test_a_line_that_is_no_text_is_named_and_those_before_it_are_answered(cli, fluent):
+    result = cli("chat", *FP32, stdin=f"{QUESTION}\n\ncaf\xe9\n{QUESTION}\n".encode("latin-1"))
+    assert (result.code, result.out) == (2, f"{ANSWER}\n")
+    assert "Error: standard input:3: not UTF-8 text (byte 0xe9) at offset 3" in result.err
+    assert "iconv" in result.err and "unexpected" not in result.err
+
+
+BYTE = "caf\udce9"  # as Python gives an argument with the byte 0xe9
+
+
+@pytest.mark.parametrize(("args", "named"), [
+    (("chat", "--prompt", BYTE), "--prompt"), (("chat", "--base", "-p", "x", "--system", BYTE), "--system"),
+    (("chat", "-p", "x", "--run", BYTE), "--run"), (("prepare", "--run", BYTE), "--run"), (("train", "--run", BYTE), "--run"),
+    (("prepare", "--model", BYTE), "--model"), (("prepare", "--columns", f"user={BYTE},assistant=a"), "--columns"),
+    (("merge", "--adapter", BYTE), "--adapter"), (("export-ollama", "--parameter", "x=1", "--parameter", BYTE), "--parameter"),
+    (("status", "--run", BYTE), "--run"), (("chat", "-p", "x", "--config", BYTE), "--config")])
+def test_arguments_that_are_no_text_are_named(cli, fluent, args, named):
+    result = cli(*args)
+    assert (result.code, result.out) == (2, "")
+    assert f"Error: {named}: not UTF-8 text (byte 0xe9) at offset" in result.err
+    assert "Hint:" in result.err and "unexpected" not in result.err
+
+
+def test_all_arguments_that_are_no_text_are_named_together(cli, fluent, monkeypatch):
+    monkeypatch.setenv("GEMMA_TUNE_RUN", BYTE)
+    result = cli("chat", "--prompt", BYTE, "--json")
+    assert result.code == 2
+    assert result.json["error"]["message"] == "2 arguments are not UTF-8 text"
+    assert [p.split(":")[0] for p in result.json["error"]["problems"]] == ["GEMMA_TUNE_RUN", "--prompt"]
+
+
+def test_arguments_typed_in_a_locale_without_their_characters_are_text(cli, fluent, asked, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    typed = "café".encode().decode("ascii", "surrogateescape")
+    result = cli("chat", "--base", "--prompt", typed, "--system", typed, "--json", "-n", 2, *FP32)
+    assert result.code == 0, result.err
+    assert asked == [[{"role": "system", "content": "café"}, user("café")]]
+    assert result.json["prompt"] == "café"
 
 
 def test_nothing_on_stdin_gives_nothing(cli, fluent):
@@ -540,8 +587,20 @@ def test_what_stdout_cannot_write_becomes_a_question_mark(monkeypatch):
 
 def test_stdin_that_is_not_utf8_is_an_error_for_people():
     lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(UserError, match="not utf-8 text"):
+    with pytest.raises(UserError, match=r"^standard input:1: not UTF-8 text \(byte 0xe9\) at offset 3$"):
         chat_loop.one_by_one(SimpleNamespace(), lines, False)
+
+
+def test_a_typed_line_that_is_no_text_is_said_and_the_chat_goes_on(monkeypatch, capsys, conversation):
+    lines = b"caf\xe9\none\n/fix\nfirst line\nsec\xf6nd\nsecond line\n.\n/save caf\xe9.jsonl\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(Conversation, "ask", lambda self, text: Spoken(["answer"]))
+    chat_loop.interactive(conversation)
+    out, err = capsys.readouterr()
+    assert out == "answer\n"
+    assert conversation.messages == turns("one", "first line\nsecond line"), "the other lines stay"
+    assert err.count("what was typed: not UTF-8 text") == 3 and "iconv" in err
+    assert not list(Path().glob("caf*"))
 
 
 # --- a real terminal ------------------------------------------------------------------------------------------------
@@ -602,6 +661,27 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     child.wait()
     assert (child.exitstatus, child.signalstatus) == (0, None)
     assert saved(fluent / "saved.jsonl") == [{"messages": turns(QUESTION, ANSWER)}]
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_typed_byte_does_not_end_the_chat(terminal, fluent, locale):
+    child = terminal("--run", fluent, TERM="dumb", **locale)
+    child.expect_exact("/reset  forget the conversation")
+    child.expect_exact("\n> ")
+    time.sleep(0.3)  # the line editor is at work now, which sees every key
+    os.write(child.child_fd, b"caf\xe9\n")
+    child.expect_exact("Error: what was typed: not UTF-8 text (byte 0xe9) at offset 3")
+    child.expect_exact("\n> ")
+    child.sendline(QUESTION)
+    child.expect_exact("The number is ")
+    child.expect_exact("\n> ")
+    child.sendline("/system é 今.")
+    child.expect_exact("(system prompt: " + ("é 今" if "PYTHONUTF8" not in locale else r"\xe9 \u4eca"))
+    child.expect_exact("\n> ")
+    child.sendeof()
+    child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
 @pytest.fixture

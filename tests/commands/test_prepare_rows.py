@@ -281,7 +281,7 @@ def test_missing_files_are_named_together(refused):
     assert error["message"] == "5 data sources cannot be read"
     assert error["problems"] == [
         "there is no file none.jsonl",
-        "folder is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) (name the files, or "
+        "folder is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) (name the files, or "
         "another directory)",
         "there is no file none/at/all.json", f"there is no file {'x' * 300}", "no file matches *.csv"]
 

@@ -690,6 +690,21 @@ def test_a_cache_that_cannot_be_written(hub, folder, visit, tmp_path):
     assert error.kind == "cache" and "HF_HOME" in error.hint and str(tmp_path / "home" / "hub") in error.message
 
 
+def test_a_cache_in_a_home_that_is_not_known(hub, folder, visit, monkeypatch):
+    import pwd
+
+    from huggingface_hub import constants
+
+    hub.add_repo(ID, folder)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    error = failure()
+    assert (error.kind, error.exit_code) == ("cache", BAD_INPUT) and "export HF_HOME=" in error.hint
+    assert error.message == f"there is no place for {ID}: the home directory in ~/.cache/huggingface/hub is not known"
+    assert not hub.requests and not Path("~").exists()
+
+
 def test_an_endpoint_that_is_no_hub(hub, folder, visit, monkeypatch):
     hub.add_repo(ID, folder)
     hub.fail("/api/", 200)  # a page, as from a network that wants a login first

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +54,7 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
     request = hub_access.request_for(asked["id"], asked["revision"])
     # Datasets have their address below datasets/; so this also is what errors call it.
     request = replace(request, id=f"datasets/{request.id}")
+    hub_access.require_home(request, _cache())
     known = _read(path)
     with _quiet():
         lock = _resolved(request, asked, known, listener)
@@ -149,18 +151,24 @@ def _load(lock: PinnedDataset) -> Any:
 
 
 def _cached(lock: PinnedDataset) -> Any:
-    from datasets import config
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
     owner, name = lock.id.split("/")
-    root = Path(config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(name)}" / lock.config
+    root = _cache() / f"{owner}___{camelcase_to_snakecase(name)}" / lock.config
     for folder in root.glob(f"*/{lock.commit}"):
         if (folder / "dataset_info.json").is_file():
             builder = Cache(repo_id=lock.id, dataset_name=name, config_name=lock.config, version=folder.parent.name,
                             hash=lock.commit)
             return builder.as_dataset(split=lock.split)
     return None
+
+
+def _cache() -> Path:
+    """Where datasets are kept once they are read."""
+    from datasets import config
+
+    return Path(os.path.expanduser(config.HF_DATASETS_CACHE))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.json_window import ONE_LIST, REPAIR, Window
-from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, Block, Row, Source
+from gemma_tune.data.reading.names import AS_TEXT, kind_of
+from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, PIPED, Block, Row, Source
 from gemma_tune.data.reading.text import TextFile
 
 _LONG = 1 << 20  # a longer first line is looked at piece by piece
@@ -68,11 +69,24 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
     """
     layout, wrapped = _layout(source, size)
     if layout is _Layout.LINES:
+        _refuse_plain_text(source, size)
         yield from _lines(source, size)
     elif layout is _Layout.OBJECT:
         yield _object(source, size)
     else:
         yield from _document(source, size, wrapped)
+
+
+def _refuse_plain_text(source: Source, size: int) -> None:
+    """A file whose name promises no rows, and in which no line begins like one: to repair each of them helps nobody."""
+    if source.name != PIPED and kind_of(source.path):
+        return
+    window = Window(TextFile(source, size), source.name)
+    if not window.skip_blank() or window.text[window.at] in "{[":
+        return
+    first = window.ahead(_LONG)
+    if (first is None or not strict_json.is_json(first)) and not window.find("\n{"):
+        raise UserError(f"{source.name} is plain text, and has no rows", AS_TEXT)
 
 
 def _lines(source: Source, size: int) -> Iterator[Block]:

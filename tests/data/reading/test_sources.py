@@ -512,7 +512,7 @@ def test_all_problems_are_named_together(tree, monkeypatch):
     assert error.exit_code == BAD_INPUT
     assert error.problems == (
         "there is no file none.jsonl",
-        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) (name the files, or another directory)",
+        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) (name the files, or another directory)",
         "no file matches *.xyz", "a data file's name is empty", "there is no file ~nobody-here/x", f"there is no file {'x' * 300}")
 
 
@@ -704,6 +704,18 @@ def test_datasets_that_cannot_be_had(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_token(GOOD, accepted=["datasets/org/gated"]))
     assert len(hub_rows("hf:org/gated")) == 3
     assert not [p for p in Path("keep").iterdir() if p.name != "hf-org-gated.json"]
+
+
+def test_datasets_without_a_place_to_keep_them(hub, tmp_path, monkeypatch):
+    from datasets import config
+
+    hub.add_repo(f"datasets/{ID}", repository(Path("repo"), train=chats(3)))
+    Path("file").write_text("")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    assert "HF_HOME" in refused(f"hf:{ID}").hint
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", "~nobody-here/datasets")
+    error = refused(f"hf:{ID}")
+    assert "the home directory in ~nobody-here/datasets is not known" in error.message and "HF_HOME" in error.hint
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:squad", "hf:a/b/c/d", "hf:a/b:train@", "hf:../x", "hf:a b/c"])
