@@ -23,6 +23,7 @@ from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
 from gemma_tune.lora.files import Adapter, read_adapter
+from gemma_tune.merge.base import INPUT, with_base
 from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
 from gemma_tune.merge.plan import MergePlan, plan_merge
@@ -50,12 +51,14 @@ def merge(session: Session) -> StageReport:
             replaced then.
     """
     session, elsewhere = _with_adapter(session)
+    session = with_base(session)
     config = session.config
     if config.push:
         from gemma_tune.merge.push import check_push, push_folder
 
         check_push(config.push, private=config.private)
-    report = run_stage(session, "merge", _merge, elsewhere=elsewhere)
+    into = {INPUT: session.base.origin} if session.base and session.base.origin else None
+    report = run_stage(session, "merge", _merge, into, elsewhere=elsewhere)
     if config.push:
         address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
         report = replace(report, summary=report.summary | {"pushed": address})
@@ -82,11 +85,12 @@ def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
 
 
 def _merge(session: Session) -> Finished:
+    session = replace(session, model=session.base or session.model)
     run, config, listener = session.run, session.config, session.listener
     base = session.model.path
-    _refuse_quantised(session)
     adapter = read_adapter(session.inputs["adapter"])
-    _compare_bases(session, adapter)
+    if not session.base:  # which was compared already
+        _compare_bases(session, adapter)
     dtype = _TYPES[config.dtype][0] if config.dtype else None
     tensors = open_tensors(base)
     plan = plan_merge(tensors, adapter, dtype)
@@ -109,21 +113,6 @@ def _merge(session: Session) -> Finished:
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
     return Finished({"merged": run.merged}, summary)
-
-
-def _refuse_quantised(session: Session) -> None:
-    """A base of 4 or 8 bits would be rounded to them once more.
-
-    Raises:
-        UserError: it is one.
-    """
-    quantised = session.model.config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "a quantised type") if isinstance(quantised, dict) else quantised
-        likely = re.sub(r"(-unsloth)?-bnb-4bit$", "", session.model.id)
-        raise UserError(f"{session.model.id} is quantised ({method}), and merging into it would round the result again",
-                        "name the 16-bit model that it was made from"
-                        + (f": --base {likely}" if likely != session.model.id else " with --base"))
 
 
 def _compare_bases(session: Session, adapter: Adapter) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import named_base
+from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id
 from gemma_tune.run.directory import RUNS, RunDir, find_run
 from gemma_tune.run.manifest import Manifest, read_manifest
@@ -29,7 +30,10 @@ _WITHOUT_WEIGHTS = ("prepare", "train")
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
+    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener.
+
+    ``base`` is the 16-bit model that an adapter is merged into, where the run's own is quantised.
+    """
 
     run: RunDir
     model: BaseModel
@@ -38,6 +42,7 @@ class Session:
     manifest: Manifest
     inputs: Mapping[str, Path] = field(default_factory=dict)
     force: bool = False
+    base: BaseModel | None = None
 
     @property
     def config(self) -> Any:
@@ -75,12 +80,19 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     asked = resolve(cls, settings, content.get(stage)).config
     wanted, revision = model or content.get("model"), revision or content.get("revision")
     outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
-    if outside and not wanted:
+    if outside and not (wanted or asked.base):
         wanted, named = named_base(Path(outside).expanduser())
         revision = revision or named
     starts = stage == "prepare" or bool(outside)
-    root = _run_directory(run or content.get("run"), wanted, starts)
+    into = asked.base if stage == "merge" and not (model or content.get("model")) else None
+    root = _run_directory(run or content.get("run"), _own_run(into, bool(outside)) or wanted, starts)
     listener.note(f"run: {root}")
+    apart = into is not None and _is_quantised(root, listener)
+    if into and not apart:  # it is the run's model, as --model would name it
+        wanted, _, named = into.partition("@")
+        revision = revision or named or None
+    elif into and revision:
+        settings, revision = settings | {"base": f"{into.partition('@')[0]}@{revision}"}, None
     base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
                                          weights=stage not in _WITHOUT_WEIGHTS)
     family, reasons = family_defaults(base.config["model_type"], stage)
@@ -88,7 +100,25 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family":
             listener.note(reason)
+    if into and not apart:
+        resolved = replace(resolved, config=replace(resolved.config, base=None))
     return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+
+
+def _own_run(into: str | None, outside: bool) -> str | None:
+    """The base that is merged into, where it is also what its run is called after."""
+    name = into and into.partition("@")[0]
+    return name if name and (outside or (find_run(None, name) / "manifest.json").is_file()) else None
+
+
+def _is_quantised(root: Path, listener: Listener) -> bool:
+    """Whether the run at ``root`` has a quantised model, which nothing is merged into."""
+    manifest = read_manifest(root)
+    if manifest is None or (path := manifest.model.get("path")) and not (root / path).exists():
+        return False
+    recorded = manifest.model
+    found = locate(recorded_id(recorded, root), recorded["revision"], listener, recorded, weights=False)
+    return quantisation(found.config) is not None
 
 
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
