@@ -134,18 +134,24 @@ def _refuse_mlx(folder: Path, config: Mapping[str, Any]) -> None:
                     "--model FUSED` trains on from there")
 
 
-def named_base(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter was trained on, and its revision.
+def how_to_name_base(folder: Path) -> str:
+    """What to type where an adapter's base model cannot be told from the adapter."""
+    return f"name it: gemma-tune merge --adapter {shlex.quote(str(folder))} --base ID"
+
+
+def named_base(folder: Path) -> tuple[str | None, str | None]:
+    """The base model that an adapter was trained on, and its revision; None where the adapter does not say.
 
     Raises:
-        UserError: no adapter there; no base named, or one that is not on this machine.
+        UserError: no adapter there; a base that is not on this machine.
     """
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
-    name_it = f"name it: gemma-tune merge --adapter {folder} --base ID"
+    name_it = how_to_name_base(folder)
     if not isinstance(base, str) or not base:
-        raise UserError(f"the adapter {folder} does not say which model it was trained on", name_it)
-    looks_local = Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
+        return None, None
+    looks_local = (Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
+                   or base.endswith(".gguf"))
     if looks_local and not Path(base).expanduser().exists():
         raise UserError(f"the adapter {folder} was trained on {base}, which is not here", name_it)
     revision = config.get("revision")

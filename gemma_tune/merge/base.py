@@ -63,8 +63,8 @@ def require_base(session: Session, named: str | None) -> None:
     if method and not (named or session.settings_of("merge").get("base")):
         original = sixteen_bit(model) or "ID"
         raise UserError(f"{model.id} is quantised ({method}), so `run` would have nothing to merge into",
-                        f"take the 16-bit model that it was made from: --model {original}, with --qlora to keep it in 4 "
-                        f"bits; or name it in a --config file, as `base: {original}` under `merge:`")
+                        f"take the 16-bit model that it was made from: --model {original}, with --qlora to keep it in "
+                        f"4 bits; or name it in a --config file, as `base: {original}` under `merge:`")
 
 
 def _refuse_needless(session: Session) -> None:

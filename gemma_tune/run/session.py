@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
-from gemma_tune.lora.files import named_base
+from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id
 from gemma_tune.run.directory import RUNS, RunDir, find_run
@@ -80,9 +81,10 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     asked = resolve(cls, settings, content.get(stage)).config
     wanted, revision = model or content.get("model"), revision or content.get("revision")
     outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
+    trained_on = None
     if outside and not (wanted or asked.base):
-        wanted, named = named_base(Path(outside).expanduser())
-        revision = revision or named
+        trained_on, revision = _base_of(Path(outside).expanduser(), run or content.get("run"), revision)
+        wanted = trained_on
     starts = stage == "prepare" or bool(outside)
     into = asked.base if stage == "merge" and not (model or content.get("model")) else None
     root = _run_directory(run or content.get("run"), _own_run(into, bool(outside)) or wanted, starts)
@@ -93,8 +95,9 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         revision = revision or named or None
     elif into and revision:
         settings, revision = settings | {"base": f"{into.partition('@')[0]}@{revision}"}, None
-    base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
-                                         weights=stage not in _WITHOUT_WEIGHTS)
+    with _naming(outside if trained_on else None):
+        base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
+                                             weights=stage not in _WITHOUT_WEIGHTS)
     family, reasons = family_defaults(base.config["model_type"], stage)
     resolved = resolve(cls, settings, content.get(stage), family)
     for name, reason in zip(family, reasons):
@@ -103,6 +106,30 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     if into and not apart:
         resolved = replace(resolved, config=replace(resolved.config, base=None))
     return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+
+
+def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:
+    """The base model that an adapter from elsewhere names, and its revision; None leaves it to the run.
+
+    Raises:
+        UserError: neither the adapter nor the run has one.
+    """
+    base, named = named_base(adapter)
+    if base is None and (run is None or read_manifest(Path(run).expanduser()) is None):
+        raise UserError(f"the adapter {adapter} does not say which model it was trained on", how_to_name_base(adapter))
+    return base, revision or named
+
+
+@contextlib.contextmanager
+def _naming(adapter: str | None) -> Iterator[None]:
+    """Where a model cannot be had that only ``adapter`` named, say so."""
+    try:
+        yield
+    except UserError as e:
+        if adapter is None:
+            raise
+        raise UserError(f"the base model that the adapter {adapter} names: {e.message}",
+                        f"{e.hint}; or {how_to_name_base(Path(adapter))}", e.problems) from e
 
 
 def _own_run(into: str | None, outside: bool) -> str | None:
@@ -145,6 +172,8 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
+    if wanted == recorded["id"] and recorded.get("path") and not Path(wanted).exists():
+        wanted = None  # by its name alone: the run knows the place
     if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
         raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")
