@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,8 +218,13 @@ def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, L
     return rows
 
 
-def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks) -> str:
-    """ollama/report.md."""
+def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks, limits: Sequence[str] = (),
+             ) -> str:
+    """ollama/report.md.
+
+    Args:
+        limits: what Ollama does otherwise than the training, one sentence each.
+    """
     lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
     if loss := checks.losses.get(REFERENCE):
         lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
@@ -228,6 +233,8 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
         lines += ["", checks.parity.markdown().rstrip()]
     if checks.merged:
         lines += ["", checks.merged]
+    if limits:
+        lines += ["", "## Different in Ollama", "", *(f"- {text}" for text in limits)]
     if checks.unchecked:
         lines += ["", "## Not checked", "", *(f"- {text}" for text in checks.unchecked)]
     return "\n".join(lines) + "\n"

@@ -87,7 +87,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
     try:
         figures = {quant: write_file(source, path, quant, listener) for quant, path in files.items()}
         checks = check_files(session, source, files)
-        return _finished(session, modelfiles, files, figures, checks)
+        return _finished(session, source.target, modelfiles, files, figures, checks)
     finally:
         for path in files.values():
             path.unlink(missing_ok=True)
@@ -137,8 +137,8 @@ def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> di
     return found
 
 
-def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]], files: Mapping[str, Path],
-              figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
+def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Path, bytes]],
+              files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
     outputs = {}
@@ -155,11 +155,13 @@ def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]
     if earlier := sorted(path.name for path in there - set(outputs.values())):
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
     report = run.ollama / "report.md"
-    write_atomic(report, markdown(run.model_name, figures, checks).encode())
+    limits = target.chat.notes
+    write_atomic(report, markdown(run.model_name, figures, checks, limits).encode())
     _show(session, figures, checks)
     main = figures[first]
     summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
     summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
+    summary |= {"different_in_ollama": list(limits)} if limits else {}
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
 
 

@@ -137,14 +137,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             refuse(work.findings, config, run.refused_rows, work.long_rows)
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out))
-        report = work.write(decided)
+        report, tools = work.write(decided), work.findings.noticed.tools
     run.refused_rows.unlink(missing_ok=True)
     warn(session, decided, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
-    return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
+    return Finished(outputs, _summary(report) | {"tool_rows": tools,
+                                                 "encoding": encoding_key(session.model.fingerprint)})
 
 
 # --- what is shown
