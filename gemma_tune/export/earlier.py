@@ -26,7 +26,7 @@ def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> d
     record = manifest.stages.get("export-ollama")
     known: dict[str, Mapping[str, Any]] = {}
     if record:
-        source = record["inputs"]["merged"]["sha256"]
+        source = record["inputs"].get("merged", {}).get("sha256")
         known = {**record["summary"].get("earlier", {}), **{
             quant: {**figures, "merged": source} for quant, figures in record["summary"].get("quants", {}).items()}}
     current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")

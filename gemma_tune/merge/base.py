@@ -12,7 +12,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
 from gemma_tune.merge.plan import running_name
 from gemma_tune.models.quantised import quantisation, sixteen_bit
-from gemma_tune.models.source import BaseModel, locate
+from gemma_tune.models.source import BaseModel, locate, split_revision
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import OUTSIDE
@@ -82,8 +82,7 @@ def _named(session: Session) -> tuple[str, str | None]:
             return f"./{session.run.found(before['inputs'][INPUT]['path'])}", None
         if not named:
             _refuse(session, session.model)
-    name, _, revision = named.partition("@")
-    return name, revision or None
+    return split_revision(named)
 
 
 def _refuse(session: Session, quantised: BaseModel) -> None:

@@ -92,6 +92,14 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     return _from_hub(model_id, revision, listener, weights)
 
 
+def split_revision(model_id: str) -> tuple[str, str | None]:
+    """``ID@REVISION`` as both; a path, whatever it is called, is one alone."""
+    if Path(model_id).expanduser().exists():
+        return model_id, None
+    name, _, revision = model_id.partition("@")
+    return name, revision or None
+
+
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     """The ``--model`` value that leads to a manifest's model again, seen from the current directory."""
     return str(root / record["path"]) if record.get("path") else record["id"]

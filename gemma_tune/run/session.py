@@ -20,7 +20,7 @@ from gemma_tune.config.settings import Resolved, StageConfig, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
-from gemma_tune.models.source import BaseModel, locate, recorded_id
+from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run
 from gemma_tune.run.manifest import Manifest, read_manifest
 
@@ -91,10 +91,10 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     listener.note(f"run: {root}")
     apart = into is not None and _is_quantised(root, listener)
     if into and not apart:  # it is the run's model, as --model would name it
-        wanted, _, named = into.partition("@")
-        revision = revision or named or None
+        wanted, named = split_revision(into)
+        revision = revision or named
     elif into and revision:
-        settings, revision = settings | {"base": f"{into.partition('@')[0]}@{revision}"}, None
+        settings, revision = settings | {"base": f"{split_revision(into)[0]}@{revision}"}, None
     with _naming(outside if trained_on else None):
         base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
                                              weights=stage not in _WITHOUT_WEIGHTS)
@@ -134,7 +134,7 @@ def _naming(adapter: str | None) -> Iterator[None]:
 
 def _own_run(into: str | None, outside: bool) -> str | None:
     """The base that is merged into, where it is also what its run is called after."""
-    name = into and into.partition("@")[0]
+    name = into and split_revision(into)[0]
     return name if name and (outside or (find_run(None, name) / "manifest.json").is_file()) else None
 
 

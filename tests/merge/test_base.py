@@ -182,3 +182,17 @@ def test_an_unquantised_run_has_its_base(cli, trained, tiny, tmp_path):
     other = make_model(tmp_path / "other")
     result = cli("merge", "--run", trained, "--model", tiny, "--base", other)
     assert result.code == 2 and "is not quantised: it is the base itself" in result.err
+
+
+def test_a_base_of_the_hub_is_taken_again_at_its_commit(tmp_path):
+    from types import SimpleNamespace
+
+    from gemma_tune.merge.base import _named
+    from gemma_tune.models.source import split_revision
+
+    manifest = SimpleNamespace(stages={"merge": {"inputs": {}}})
+    session = SimpleNamespace(config=SimpleNamespace(base=None), manifest=manifest,
+                              settings_of=lambda stage: {"base": f"org/base@{'c' * 40}"})
+    assert _named(session) == ("org/base", "c" * 40)
+    (tmp_path / "base@v2").mkdir()
+    assert split_revision(str(tmp_path / "base@v2")) == (str(tmp_path / "base@v2"), None)
