@@ -60,14 +60,14 @@ def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, 
                                    "ollama run tiny-gemma-tuned:q8_0"]
     assert result.json["elsewhere"] == [f"llama-cli -m {OLLAMA}/tiny-gemma-q8_0.gguf"]
     assert result.json["name"] == "tiny-gemma-tuned:q8_0"
-    lines = [" ".join(line.split()) for line in result.err.splitlines()]
+    said = " ".join(result.err.split())  # however wide the terminal is
     for line in ("q8_0 0 MB, perplexity +1.0% against f16, tiny-gemma-tuned:q8_0",
                  "q4_k_m 0 MB, perplexity +100.0% against f16, loses 50% of what was learned, tiny-gemma-tuned:q4_k_m",
                  "! q4_0 loses all that was learned: choose a format of more bits"):
-        assert line in lines, result.err
+        assert line in said, result.err
     assert "**q4_0 loses all that was learned**" in (OLLAMA / "report.md").read_text()
     again = measured("--quant", "q4_k_m,q8_0,q4_0")
-    assert "up to date" in again.err and "loses 50% of what was learned" in again.err
+    assert "up to date" in again.err and "loses 50% of what was learned" in " ".join(again.err.split())
 
 
 def test_if_all_are_bad_another_is_proposed(measured):
@@ -96,6 +96,8 @@ def test_the_end_of_run_has_every_format(measured, cli, merged, monkeypatch):
 
 
 def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(cli, export, merged):
+    from gemma_tune.cli.status import describe_run
+
     assert export("--quant", "q8_0,q4_0").code == 0
     one = export("--quant", "q8_0", "--json")
     assert one.code == 0, one.err
@@ -114,7 +116,8 @@ def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(c
     assert f"rm {OLLAMA}/tiny-gemma-q4_0.gguf" in said
     assert "from an earlier export, of an earlier merged model: stale" in said
     assert "tiny-gemma-q4_0.gguf (of an earlier merged model)" in (OLLAMA / "report.md").read_text()
-    assert "tiny-gemma-q4_0.gguf (stale)" in cli("status").err.replace("\n", "")
+    [row] = [row for row in describe_run("runs/tiny-gemma", None).rows if row[0] == "export-ollama"]
+    assert row[3].endswith("; from an earlier export: ollama/tiny-gemma-q4_0.gguf (stale)")
     (OLLAMA / "tiny-gemma-q4_0.gguf").unlink()
     gone = export("--quant", "q8_0", "--json")
     assert gone.json["status"] == "up-to-date" and "earlier" not in gone.json["summary"]
