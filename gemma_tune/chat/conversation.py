@@ -119,15 +119,19 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
         raise UserError("--base and --merged exclude each other", "use one of them")
     if config.base:
         return session.model.path, None, f"{session.model.name}, the base model"
-    stage, output = ("merge", "merged") if config.merged else ("train", "adapter")
+    merged = config.merged
+    if not merged and "train" not in session.manifest.stages and "merge" in session.manifest.stages:
+        session.listener.note("this run has no training of its own, so the merged model answers")
+        merged = True
+    stage, output = ("merge", "merged") if merged else ("train", "adapter")
     state = state_of(run, session.manifest, stage)
     if state.status == "missing":
-        raise UserError(f"{run.root} has no {'merged model' if config.merged else 'trained adapter'} yet",
+        raise UserError(f"{run.root} has no {'merged model' if merged else 'trained adapter'} yet",
                         f"{command(stage, run.root)}, or chat with the base model: --base")
     require_output(run, session.manifest, "chat", stage, output)
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
-    if config.merged:
+    if merged:
         return run.merged, None, f"{session.model.name}, tuned and merged"
     return session.model.path, run.adapter, f"{session.model.name}, tuned"
 

@@ -148,11 +148,11 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
 
 
 @app.command(cls=Command)
-def merge(ctx: typer.Context, model: o.MergeBase = None, revision: o.Revision = None, run: o.Run = None,
-          adapter: o.Adapter = None, dtype: o.MergedDtype = None, max_shard_size: o.MaxShardSize = None,
-          check: o.Check = None, check_prompts: o.CheckPrompts = None, push: o.Push = None, private: o.Private = None,
-          force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
-          debug: o.Debug = False) -> None:
+def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision = None, run: o.Run = None,
+          adapter: o.Adapter = None, base: o.MergeBase = None, dtype: o.MergedDtype = None,
+          max_shard_size: o.MaxShardSize = None, check: o.Check = None, check_prompts: o.CheckPrompts = None,
+          push: o.Push = None, private: o.Private = None, force: o.Force = False, quiet: o.Quiet = False,
+          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Add the adapter to the 16-bit base model.
 
     Reads the adapter and the base model. Writes <model name>_lora_merged/, a checkpoint that plain transformers loads,

@@ -17,6 +17,7 @@ from rich.text import Text
 from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
 from gemma_tune.cli import screen
+from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 
 
 class ConsoleListener(Listener):
@@ -122,10 +123,22 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advic
     screen.err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
     if not quiet:
         if (report.stage, report.status) != ("prepare", "done"):  # the report on the data has just been shown
-            screen.err.print(screen.figures_table("", report.summary))
+            screen.err.print(_figures(report))
         for path in report.artifacts.values():
             screen.err.print(Text(f"  {path}"))
         what_next(next_steps, advice, elsewhere)
+
+
+def _figures(report: Any) -> Table:
+    """A stage's figures; of an export with several number formats, a line for each."""
+    formats = list(format_lines(report.summary))
+    if len(formats) < 2:
+        return screen.figures_table("", report.summary)
+    others = {name: value for name, value in report.summary.items() if name not in OF_THE_FIRST}
+    table = screen.figures_table("", others)
+    for quant, text in formats:
+        table.add_row(quant, Text(text))
+    return table
 
 
 def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Sequence[str] = ()) -> None:
@@ -194,10 +207,9 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
         if f"base_{key}" in evaluated:
             table.add_row(label, *(f"{evaluated[f'{which}_{key}']} of {total}" for which in ("base", "tuned")))
     screen.err.print(table)
-    sizes = {"merged model": screen.figure("bytes", stages["merge"].summary["bytes"]),
-             "GGUF": f"{screen.figure('bytes', stages['export-ollama'].summary['gguf_bytes'])} "
-                     f"({stages['export-ollama'].summary['quant']})"}
-    screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes.items())))
+    sizes = [("merged model", screen.figure("bytes", stages["merge"].summary["bytes"]))]
+    sizes += [("GGUF", f"{quant}, {text}") for quant, text in format_lines(stages["export-ollama"].summary)]
+    screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes)))
     screen.err.print(Text(f"training: {train['steps']} steps, {train['tokens_per_second']:.0f} tokens/s, "
                    f"{train['dtype']} on {train['device']}"))
     for report in stages.values():

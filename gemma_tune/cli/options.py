@@ -126,9 +126,10 @@ Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer th
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
-MergeBase = Annotated[Optional[str], typer.Option(
-    "--model", "-m", "--base", help="Base model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: "
-                                    "the run's own, or the one that --adapter names)", show_default=False)]
+MergeModel = Annotated[Optional[str], typer.Option(
+    "--model", "-m", help="The run's model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: the "
+                          "run's own, or the one that --adapter names)", show_default=False)]
+MergeBase = Annotated[Optional[str], _of(c.MergeConfig, "base", metavar="MODEL")]
 Adapter = Annotated[Optional[str], _of(c.MergeConfig, "adapter", metavar="DIR")]
 MergedDtype = Annotated[Optional[str], _of(c.MergeConfig, "dtype")]
 MaxShardSize = Annotated[Optional[str], _of(c.MergeConfig, "max_shard_size", metavar="SIZE")]

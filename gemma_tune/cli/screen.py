@@ -38,7 +38,7 @@ LABELS = {
     "check_skipped": "not checked", "pushed": "published",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
-    "ollama_name": "name in Ollama",
+    "ollama_name": "name in Ollama", "loses": "what it costs",
 }
 
 

@@ -233,6 +233,9 @@ class MergeConfig(StageConfig):
     adapter: str | None = option(None, "A PEFT adapter that was trained elsewhere: its directory. The base model is "
                                        "the one that it names, or --base.", same_result=True,
                                  auto="the run's own")
+    base: str | None = option(None, "The 16-bit model to merge into, where the run's own is quantised, or where "
+                                    "--adapter names none that is here: as --model, or ID@REVISION.",
+                              auto="the run's own model")
     dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
                                auto="each tensor's own in the base")
     max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")

@@ -74,7 +74,7 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     record = _record_of_training(session)
     settings = session.settings_of("train") if record else {}
     if adapter.get("r"):
-        yield "Adapter", _adapter(adapter, settings)
+        yield "Adapter", _adapter(adapter, settings, session.manifest.model["id"] if session.base else None)
     if not record:
         yield "Training", "not in this run: the adapter came from elsewhere"
         return
@@ -97,7 +97,7 @@ def _record_of_training(session: Session) -> Mapping[str, Any] | None:
     return record if Path(merged).resolve() == own.resolve() else None
 
 
-def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on: str | None) -> str:
     kind = ("rank-stabilised " if config.get("use_rslora") else "") + ("DoRA" if config.get("use_dora") else "LoRA")
     words = [f"{kind} of rank {config['r']}", f"alpha {_number(config.get('lora_alpha'))}"]
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -110,6 +110,8 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
     if settings.get("qlora"):
         words.append("trained on the base in 4 bits (QLoRA)")
+    if trained_on:
+        words.append(f"trained on {_code(trained_on)}, which is that base, quantised")
     return ", ".join(words)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
                 _dequantise(gguf, folder)
                 write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
     return target
+
+
+def cached_source(checkpoint: Path) -> dict[str, str] | None:
+    """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
+    try:
+        kept = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"source", "sha256"} <= kept.keys() else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:

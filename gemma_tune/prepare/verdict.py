@@ -12,6 +12,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import near
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.ollama.template import chat_for, tools_are_lost
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
@@ -38,6 +40,16 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
                       "what is learned")
     if noticed.reasoning and config.thinking == "auto" and "enable_thinking" in template:
         listener.note(f"{noticed.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
+    if noticed.tools and (lost := _lost_in_ollama(judge.chat, noticed.tools)):
+        listener.warn(lost)
+
+
+def _lost_in_ollama(chat: ChatFormat, rows: int) -> str | None:
+    """What `export-ollama` will say of rows with tools."""
+    try:
+        return tools_are_lost(chat_for(chat.template, eos_token=chat.tokenizer.eos_token), rows)
+    except UserError:  # the template cannot be exported at all, which is another matter
+        return None
 
 
 @contextmanager

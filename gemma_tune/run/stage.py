@@ -10,7 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         stamped = copy.deepcopy(manifest.stages)
         outside = dict(elsewhere or {})
         inputs = require_inputs(run, manifest, stage, *outside)
-        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs | outside,
-                          session.force)
+        session = replace(session, manifest=manifest, inputs=inputs | outside)
         _warn_of_stale_inputs(session, {maker for name, (maker, _) in NEEDS[stage].items() if name in inputs})
         named = {f"{OUTSIDE}{name}": path for name, path in outside.items()}
         fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)

@@ -253,6 +253,7 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
+    _name_no_place(trainer.model, session.model.id)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.dora:
@@ -269,9 +270,15 @@ def _name_for_others(model: Any, session: Session) -> None:
     if not any(TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
         # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
         peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
-    base = session.model
-    peft_config.base_model_name_or_path = base.id if base.source == "hub" else str(base.path.resolve())
-    peft_config.revision = base.revision
+    peft_config.base_model_name_or_path = session.model.id
+    peft_config.revision = session.model.revision
+
+
+def _name_no_place(model: Any, name: str) -> None:
+    """What PEFT writes into checkpoints of where the base model lies: its name in their card, else nothing."""
+    base = model.get_base_model()
+    base.config._name_or_path = base.name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = ""
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,

@@ -179,6 +179,16 @@ def test_merged_answers_as_base_plus_adapter(cli, fluent):
     assert result.json["model"] == "talkative, tuned and merged"
 
 
+def test_without_a_training_the_merged_model_answers(cli, fluent, talkative, tmp_path):
+    """A run that began with `merge --adapter`."""
+    away = fluent.rename(tmp_path / "away") / "talkative_lora_adapter"
+    assert cli("merge", "--adapter", away, "--base", talkative, "--run", "other", "--no-check").code == 0
+    result = cli("chat", "--run", "other", "--prompt", QUESTION, "--json", *FP32)
+    assert result.code == 0, result.err
+    assert "no training of its own, so the merged model answers" in result.err
+    assert (result.json["answer"], result.json["model"]) == (ANSWER, "talkative, tuned and merged")
+
+
 def test_base_and_merged_exclude_each_other(cli, fluent):
     result = cli("chat", "--base", "--merged", "--prompt", QUESTION, "--json")
     assert result.code == 2

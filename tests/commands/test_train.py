@@ -212,7 +212,7 @@ def test_accumulation_equals_a_larger_batch(cli, prepared):
 
 
 def test_the_adapter_is_standard_peft(trained, tiny):
-    """Plain PEFT and transformers, in a process that does not know this package."""
+    """Plain PEFT and transformers, in a process that does not know this package, where the base's name leads to it."""
     script = """
 import sys, json
 from peft import AutoPeftModelForCausalLM
@@ -225,7 +225,7 @@ print(json.dumps([text, sorted(model.peft_config["default"].target_modules),
                   sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)]))
 """
     done = subprocess.run([sys.executable, "-c", script, trained / "tiny-gemma_lora_adapter"], capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=120, cwd=tiny.parent)
     assert done.returncode == 0, done.stderr
     text, modules, parameters = json.loads(done.stdout)
     assert text == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"

@@ -102,6 +102,37 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     assert base.keys() == back.keys()
     assert max((base[k].float() - back[k].float()).abs().max().item() for k in base) < 1e-2
 
+    # Its adapter names the file; older ones named the checkpoint in the cache.
+    away = shutil.copytree("runs/my-model/my-model_lora_adapter", tmp_path / "away")
+    config = json.loads((away / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my model.gguf"
+    for number, named in enumerate(("my model.gguf", str(checkpoint))):
+        (away / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        result = cli("merge", "--adapter", away, "--run", f"of-{number}", "--no-check")
+        assert result.code == 0, result.err
+        model = json.loads(Path(f"of-{number}/manifest.json").read_text())["model"]
+        assert (model["id"], model["name"]) == ("my model.gguf", "my-model")
+    gguf.unlink()
+    (away / "adapter_config.json").write_text(json.dumps(config))
+    gone = cli("merge", "--adapter", away, "--run", "of-2")
+    assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
+
+
+def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
+    """An adapter of an earlier version names it by its place in the cache."""
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import source
+
+    cached = tmp_path / "gemma-3-270m-q4_k_m-0123456789abcdef-v2"
+    cached.mkdir()
+    (cached / "complete.json").write_text(json.dumps({"source": "gemma-3-270m-q4_k_m.gguf", "sha256": "abc"}))
+    monkeypatch.setattr(source, "_demo_sha256", lambda: "abc")
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener: tmp_path / "demo.gguf")
+    (tmp_path / "demo.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(source, "dequantised", lambda *args: cached)
+    found = source.locate(str(cached), None, Listener())
+    assert (found.id, found.name, found.source) == ("demo", "demo", "demo")
+
 
 def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
     for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
