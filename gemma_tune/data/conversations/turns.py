@@ -1,7 +1,7 @@
 """A list of turns, as any format has it, becomes a checked conversation.
 
-A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text without outer white space), and
-where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of the tool that answers), ``reasoning_content`` and
+A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text, with its outer white space: what
+becomes of that is for the chat template to say), and where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of the tool that answers), ``reasoning_content`` and
 ``"train": False``. Nothing else is kept.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_tune.data.conversations import tools
-from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted, several
 
 Turn = dict[str, Any]
 
@@ -34,6 +34,9 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     Args:
         key: the column they come from, for the message.
     """
+    if problem := python_list(f"`{key}`", messages):
+        problems.append(problem)
+        return []
     if not isinstance(messages, list) or not messages:
         problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
                                                "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
@@ -73,10 +76,10 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
 def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
     role = turn["role"]
     may_be_empty = role == "tool" or "tool_calls" in turn
-    if isinstance(content, list):
-        content = _joined(number, content, problems)
-    elif role == "tool" and isinstance(content, dict):
+    if role == "tool" and (isinstance(content, dict) or several("", content)):
         content = _as_json(content)
+    elif isinstance(content, list):
+        content = _joined(number, content, problems)
     if content is None and "tool_calls" in turn:
         content = ""
     if not isinstance(content, str):
@@ -84,8 +87,8 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
             problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
                                     "make it a string"))
         return
-    turn["content"] = content.strip()
-    if not turn["content"] and not may_be_empty:
+    turn["content"] = content
+    if not content.strip() and not may_be_empty:
         problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
     elif damaged(content):
         problems.append(Problem("broken_text", f"turn {number} contains damaged characters",
@@ -97,17 +100,17 @@ _REPORTED = object()  # in place of a content whose problem is already in the li
 
 def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
     """The text of a list of parts, one below the other as vLLM and llama.cpp hand them to a template of texts."""
+    if problem := several(f"the content of turn {number}", parts):
+        problems.append(problem)
+        return _REPORTED
     texts = []
     for position, part in enumerate(parts, start=1):
-        text = part if isinstance(part, str) else None
-        if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
-            text = part.get("text")
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else None
         if not isinstance(text, str):
             sort = part.get("type") if isinstance(part, dict) else None
-            problems.append(Problem(
-                "not_text", f"the content of turn {number} is a list whose part {position} is "
-                            f"{kind(part) if sort is None else quoted(sort)}, not text",
-                "keep only parts of the form {\"type\": \"text\", \"text\": \"…\"}"))
+            what = "a bare text" if isinstance(part, str) else f"{kind(part) if sort is None else quoted(sort)}, not text"
+            problems.append(Problem("not_text", f"the content of turn {number} is a list whose part {position} is {what}",
+                                    'write each part as {"type": "text", "text": "…"}, or the content as one text'))
             return _REPORTED
         texts.append(text)
     return "\n".join(texts)
@@ -156,7 +159,7 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
             problems.append(Problem("broken_text", f"`{key}` of {where} contains damaged characters",
                                     "export the text as UTF-8 again"))
         elif text.strip():
-            turn["reasoning_content"] = text.strip()
+            turn["reasoning_content"] = text
             return
 
 
