@@ -159,7 +159,8 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
     """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``."""
     turns = []
     for role in ("system", "user", "assistant"):
-        if role == "user" and isinstance(_json_list(row.get("history")), list):
+        past = _json_list(row.get("history")) if role == "user" else None
+        if isinstance(past, list) or python_list("", past):
             turns += history(row, problems)
         if role not in names:
             continue

@@ -44,8 +44,24 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     turns = [_turn(number, message, problems) for number, message in enumerate(messages, start=1)]
     known = [turn for turn in turns if turn is not None]
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
-        _check_order(known, problems)
+        known, numbers = _with_calls(known, messages)
+        _check_order(known, numbers, problems)
     return known
+
+
+def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
+    """The turns with their numbers in the row. ShareGPT writes a call below what the assistant says before it: that is
+    one turn, with the number of the call."""
+    joined, numbers = [], []
+    for number, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
+        before = joined[-1] if joined else turn
+        calls = "function_call" in (message.get("role"), message.get("from")) and "tool_calls" in turn
+        if calls and before["role"] == "assistant" and "tool_calls" not in before and before.get("train") == turn.get("train"):
+            turn = turn | joined.pop()
+            numbers.pop()
+        joined.append(turn)
+        numbers.append(number)
+    return joined, numbers
 
 
 def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
@@ -174,12 +190,12 @@ def _learned(where: str, message: Turn, problems: list[Problem]) -> bool:
     return weight != 0 and train is not False
 
 
-def _check_order(turns: Sequence[Turn], problems: list[Problem]) -> None:
+def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
     """User and assistant alternate; after a call come its results, then the assistant again."""
     awaited = ("user",)  # roles that may come now
     caller = 0  # number of the turn whose call was the last
     with_tools = False
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in zip(numbers, turns):
         role = turn["role"]
         if role == "system":
             if number > 1:
@@ -203,7 +219,7 @@ def _check_order(turns: Sequence[Turn], problems: list[Problem]) -> None:
         problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
                                 "leave the row out, or remove `train` and `weight` from an answer"))
     if with_tools:
-        _match_results(turns, problems)
+        _match_results(turns, numbers, problems)
 
 
 def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) -> Problem:
@@ -219,30 +235,31 @@ def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) ->
                                   "begin with `user`", fix)
 
 
-def _match_results(turns: Sequence[Turn], problems: list[Problem]) -> None:
+def _match_results(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
     """Give every result the name of its tool, by the call's id or else by position, and check the ids."""
     made: list[Turn] = []
-    caller = first = 0
-    for number, turn in enumerate([*turns, {"role": "end"}], start=1):
+    caller = 0
+    results: list[tuple[int, Turn]] = []
+    for number, turn in zip([*numbers, 0], [*turns, {"role": "end"}]):
         if turn["role"] == "tool":
-            first = first or number
+            results.append((number, turn))
             continue
-        if made and first:
-            _match(caller, made, first, turns[first - 1:number - 1], problems)
-        made, caller, first = turn.get("tool_calls", []), number, 0
+        if made and results:
+            _match(caller, made, results, problems)
+        made, caller, results = turn.get("tool_calls", []), number, []
 
 
-def _match(caller: int, made: Sequence[Turn], first: int, results: Sequence[Turn], problems: list[Problem]) -> None:
+def _match(caller: int, made: Sequence[Turn], results: Sequence[tuple[int, Turn]], problems: list[Problem]) -> None:
     by_id = {call["id"]: call for call in made if "id" in call}
-    for position, result in enumerate(results):
+    for position, (number, result) in enumerate(results):
         answered = result.get("tool_call_id")
         if answered is not None and len(by_id) == len(made) and answered not in by_id:
-            problems.append(Problem("tool_order", f"turn {first + position} answers the tool call {quoted(answered)}, "
+            problems.append(Problem("tool_order", f"turn {number} answers the tool call {quoted(answered)}, "
                                                   f"which turn {caller} does not make", "correct its `tool_call_id`"))
         call = by_id.get(answered) or (made[position] if position < len(made) else None)
         if call is not None:
             result.setdefault("name", call["function"]["name"])
-    answers = {result.get("tool_call_id") for result in results}
+    answers = {result.get("tool_call_id") for _, result in results}
     if None not in answers and (missing := [name for name in by_id if name not in answers]):
         problems.append(Problem("tool_order", f"the tool call {quoted(missing[0])} of turn {caller} has no result",
                                 "add its result as a turn of the role `tool`"))

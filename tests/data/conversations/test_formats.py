@@ -256,6 +256,23 @@ def test_sharegpt_with_tools(call, as_text):
                                 result('{"rate": 0.85}', "get_rate"), answer("0.85")]
 
 
+def test_sharegpts_call_belongs_to_what_is_said_before_it():
+    call = {"from": "function_call", "value": '{"name": "get_rate", "arguments": {"from": "USD"}}'}
+    turns = [{"from": "human", "value": "The rate?"}, {"from": "gpt", "value": "Let me look."}, call,
+             {"from": "observation", "value": "0.85"}, {"from": "gpt", "value": "0.85"}]
+    expected = [user("The rate?"), answer("Let me look.", tool_calls=[called("get_rate", {"from": "USD"})]),
+                result("0.85", "get_rate"), answer("0.85")]
+    assert messages({"conversations": turns}) == expected
+    assert messages({"messages": [{"role": t["from"], "content": t["value"]} for t in turns]}) == expected
+    assert messages({"conversations": [*turns[:3]]}) == expected[:2]
+    # Numbers are those of the row; what is learned in part, or no turn of its own, is not joined.
+    assert problems({"conversations": [*turns[:4], turns[0]]})[0] == (
+        "alternation", "turn 5 is `user` where `assistant` is expected; roles alternate and begin with `user`")
+    assert codes({"conversations": [turns[0], turns[1] | {"train": False}, *turns[2:]]})[0] == "alternation"
+    assert messages({"conversations": [turns[0], turns[1] | {"train": False}, call | {"train": False}, *turns[3:]]})[1]["train"] is False
+    assert codes({"conversations": [turns[0], call, call, *turns[3:]]}) == ["tool_order"]
+
+
 def test_glaive():
     row = GLAIVE | {"chat": GLAIVE["chat"].replace(" USER: is not my name.", "")}
     example = read(row)
@@ -694,6 +711,9 @@ def test_nothing_of_an_answer_is_lost(found, key):
         read_turns = Formats().example({key: found}).messages
     except RowError:
         return
+    joined = [n for n, turn in enumerate(found) if n and "function_call" in (turn.get("role"), turn.get("from"))
+              and (found[n - 1].get("role") or found[n - 1].get("from")) in ("assistant", "gpt")]
+    found = [turn for n, turn in enumerate(found) if n + 1 not in joined]
     assert len(read_turns) == len(found)
     for before, after in zip(found, read_turns):
         said = before.get("content") if before.get("content") is not None else before.get("value")
