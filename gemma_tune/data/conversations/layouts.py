@@ -53,8 +53,8 @@ def _text(where: str, value: Any, problems: list[Problem]) -> str:
 def _not_text(where: str, value: Any) -> Problem:
     if isinstance(value, (bool, float)):
         ways = "true, True, yes" if isinstance(value, bool) else "5, 5.0, 5.00"
-        return Problem("not_text", f"{where} is {kind(value)}, not text, and there are several ways to write it ({ways})",
-                       f"make {where} a string, as it is to be learned")
+        return Problem("not_text", f"{where} is {kind(value)}, not text, and there are several ways to write it "
+                                   f"({ways})", f"make {where} a string, as it is to be learned")
     return several(where, value) or Problem("not_text", f"{where} is {kind(value)}, not text", f"make {where} a string")
 
 
@@ -142,8 +142,8 @@ def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, A
         problems.append(Problem("not_text", "`history` is not a list of pairs of a question and its answer",
                                 'write [["question", "answer"], …]'))
         return []
-    return [turn for question, answer in pairs for turn in (user(said("a question in `history`", question, problems)),
-                                                            assistant(said("an answer in `history`", answer, problems)))]
+    return [role(said(f"{what} in `history`", text, problems)) for pair in pairs
+            for role, what, text in zip((user, assistant), ("a question", "an answer"), pair)]
 
 
 def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:

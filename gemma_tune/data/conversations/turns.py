@@ -1,8 +1,8 @@
 """A list of turns, as any format has it, becomes a checked conversation.
 
 A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text, with its outer white space: what
-becomes of that is for the chat template to say), and where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of the tool that answers), ``reasoning_content`` and
-``"train": False``. Nothing else is kept.
+becomes of that is for the chat template to say), and where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of
+the tool that answers), ``reasoning_content`` and ``"train": False``. Nothing else is kept.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[T
     for number, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
         before = joined[-1] if joined else turn
         calls = "function_call" in (message.get("role"), message.get("from")) and "tool_calls" in turn
-        if calls and before["role"] == "assistant" and "tool_calls" not in before and before.get("train") == turn.get("train"):
+        said = before["role"] == "assistant" and "tool_calls" not in before
+        if calls and said and before.get("train") == turn.get("train"):
             turn = turn | joined.pop()
             numbers.pop()
         joined.append(turn)
@@ -124,9 +125,11 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else None
         if not isinstance(text, str):
             sort = part.get("type") if isinstance(part, dict) else None
-            what = "a bare text" if isinstance(part, str) else f"{kind(part) if sort is None else quoted(sort)}, not text"
-            problems.append(Problem("not_text", f"the content of turn {number} is a list whose part {position} is {what}",
-                                    'write each part as {"type": "text", "text": "…"}, or the content as one text'))
+            what = kind(part) if sort is None else quoted(sort)
+            problems.append(Problem(
+                "not_text", f"the content of turn {number} is a list whose part {position} is "
+                            f"{'a bare text' if isinstance(part, str) else f'{what}, not text'}",
+                'write each part as {"type": "text", "text": "…"}, or the content as one text'))
             return _REPORTED
         texts.append(text)
     return "\n".join(texts)
