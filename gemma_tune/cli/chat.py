@@ -11,7 +11,7 @@ from gemma_tune.chat.conversation import Conversation, answers
 from gemma_tune.cli import console, screen
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
-        "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
+        "/fix TEXT  put TEXT in place of the last answer; no TEXT: lines as they are, up to one with a dot alone\n"
         "/save [FILE]  keep the conversation as training data\n"
         "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
 
@@ -23,17 +23,17 @@ def interactive(conversation: Conversation) -> None:
     screen.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
     while True:
         try:
-            line = _read_line().strip()
+            line = _read_line()
         except KeyboardInterrupt:
             screen.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
         except EOFError:
             screen.err.print()
             return
-        if line.startswith("/"):
-            if not _command(conversation, line):
+        if line.lstrip().startswith("/"):
+            if not _command(conversation, line.lstrip()):
                 return
-        elif line:
+        elif line.strip():
             _exchange(conversation, line)
 
 
@@ -48,6 +48,7 @@ def _read_line() -> str:
 def _command(conversation: Conversation, line: str) -> bool:
     """Obey a slash command; False means leave."""
     name, _, rest = line.partition(" ")
+    name = name.rstrip()
     if name in ("/exit", "/quit", "/bye"):
         return False
     if name == "/reset":
@@ -88,7 +89,7 @@ def _several_lines() -> str:
     with contextlib.suppress(EOFError):
         while (line := _read_line()) != ".":
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines).strip("\n")
 
 
 def _save(conversation: Conversation, name: str) -> None:

@@ -32,6 +32,9 @@ from gemma_tune.encoding.left_out import (
 from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.templates import family_template
 from gemma_tune.encoding.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
+from gemma_tune.encoding.white_space import REASONING, divided, written_margins
+
+_MOST_MARGINS = 1000  # kinds of white space around texts that are remembered
 
 
 class ChatFormat:
@@ -67,6 +70,7 @@ class ChatFormat:
         self._labeller = Labeller(tokenizer)
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self._compiled = _compiled(self.template)
+        self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
         self.folds_system = False
         self.folds_system = not self._shows_system()
         self.terminator_id = self._find_terminator()
@@ -178,6 +182,23 @@ class ChatFormat:
             text, seen = prompt + answer, i - folded
             learned.append((len(prompt), len(text), mark))
         return [*drafts, Draft(text, tuple(learned))] if learned else []
+
+    def written(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The turn with no more white space around its texts than the template writes."""
+        changed = {}
+        for name, place in (("content", turn["role"]), ("reasoning_content", REASONING)):
+            before, text, after = divided(turn.get(name, ""))
+            if text and (before or after):
+                changed[name] = text.join(self._written_margins(place, before, after))
+        return turn | changed if changed else turn
+
+    def _written_margins(self, place: str, before: str, after: str) -> tuple[str, str]:
+        if (place, before, after) not in self._margins:
+            if len(self._margins) > _MOST_MARGINS:
+                self._margins.clear()
+            self._margins[place, before, after] = written_margins(
+                lambda turns, prompt: self.render(turns, prompt=prompt), place, before, after)
+        return self._margins[place, before, after]
 
     def difference(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> str:
         """How the template first writes earlier turns in another way, so that a new sequence begins; empty if never."""

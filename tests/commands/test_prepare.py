@@ -68,10 +68,10 @@ def test_figures_about_the_tokens(prepare):
     (alpaca(input=None, system=None), "Add.", None),
     (alpaca(input="  \n"), "Add.", None),
     (alpaca(system="Be brief."), "Add.", "Be brief."),
-    (alpaca(input="1 and 2", system=" Be brief. "), "Add.\n\n1 and 2", "Be brief."),
+    (alpaca(input="1 and 2", system=" Be brief. "), "Add.\n\n1 and 2", " Be brief. "),
     (alpaca("", input="1 and 2"), "1 and 2", None),
     (alpaca(None, input="1 and 2"), "1 and 2", None),
-    (alpaca(" Add. ", " 3 ", source="web"), "Add.", None),
+    (alpaca(" Add. ", "3", source="web"), " Add. ", None),
 ])
 def test_alpaca_rows_become_conversations(prepare, value, question, instruction):
     prepare(write_rows(Path("rows.jsonl"), [value]))
@@ -97,7 +97,7 @@ def many_kinds() -> list[str]:
     Path("b.csv").write_text('question,answer\nCSV,"two\nlines"\nshort\n')
     pq.write_table(pa.table({"conversations": [[{"from": "human", "value": "Parquet"}, {"from": "gpt", "value": "a"}],
                                                [{"from": "human", "value": "alone"}]]}), "c.parquet")
-    Path("d.json.gz").write_bytes(gzip.compress(json.dumps([alpaca("gzip"), alpaca(7)], indent=1).encode()))
+    Path("d.json.gz").write_bytes(gzip.compress(json.dumps([alpaca("gzip"), alpaca(7.5)], indent=1).encode()))
     Path("folder/deep").mkdir(parents=True)
     Path("folder/e.tsv").write_text("prompt\tcompletion\nTSV\ta\n")
     write_rows(Path("folder/deep/f.ndjson"), [row("NDJSON"), row("JSONL")])
@@ -217,6 +217,46 @@ def test_findings_that_may_be_allowed(prepare, code, text):
     assert [r["code"] for r in read("rejected")] == [code, "template_marker"]
 
 
+# --- white space around texts
+
+CODE = "    return 1\n"
+
+
+def test_white_space_that_the_template_keeps_is_learned(prepare, tiny, tmp_path):
+    model = with_template(tiny, tmp_path / "qwen")
+    rows_ = [row("Body?", CODE), row(" Body?", CODE), row("Body?", CODE.strip()), row("Body?", f"{CODE}"), row("x")]
+    done = prepared(model, write_rows(Path("rows.jsonl"), rows_), "--valid", 0)
+    chat = format_of(model)
+    assert [messages[-1]["content"] for messages in kept()] == [CODE, CODE, CODE.strip(), "A loan."]
+    assert learned(chat) == [[f"{answer}<|im_end|>"] for answer in (CODE, CODE, CODE.strip(), "A loan.")]
+    assert "in 3 rows a text begins or ends with white space, which the chat template keeps" in done["err"]
+    assert "leaves out white space" not in done["err"]
+    assert report()["white_space_left_out"] == {"rows": 0, "first": ""}
+    assert [r["line"] for r in read("duplicates")] == [4], "a space more is another conversation here"
+
+
+def test_white_space_that_the_template_leaves_out_is_told_of(prepare, tiny):
+    rows_ = [row("x"), row("Body?", CODE), row("Body? ", CODE.strip()), row("Body?", CODE, instruction=" Be brief.")]
+    done = prepare(write_rows(Path("rows.jsonl"), rows_), "--valid", 0)
+    assert [messages[-1]["content"] for messages in kept()] == ["A loan.", CODE, CODE]
+    assert learned(format_of(tiny)) == [["A loan.<end_of_turn>"], *[["return 1<end_of_turn>"]] * 2]
+    assert "in 3 rows the chat template leaves out white space at the beginning or end of a text" in done["err"]
+    assert "the first is rows.jsonl:2" in done["err"]
+    assert "in 1 rows a text begins or ends with white space, which the chat template keeps" in done["err"]
+    assert report()["white_space_left_out"] == {"rows": 3, "first": "rows.jsonl:2"}
+    assert [r["line"] for r in read("duplicates")] == [3]
+
+
+def test_white_space_does_not_tell_questions_apart(prepare, tiny, tmp_path):
+    """A question stays on its side of the split, with and without white space around it."""
+    model = with_template(tiny, tmp_path / "qwen")
+    rows_ = [row(f"{before}q{n}{after}", f"{n} {before}") for n in range(40) for before, after in (("", ""), (" ", "\n"))]
+    prepared(model, write_rows(Path("rows.jsonl"), rows_), "--valid", 0.3)
+    train, valid = ({q.strip() for q in questions(side)} for side in ("train", "valid"))
+    assert valid and not train & valid and len(train | valid) == 40
+    assert report()["prompts_with_several_answers"]["prompts"] == 40
+
+
 # --- duplicates
 
 def test_a_repeated_conversation_is_listed_with_where_it_was_first(prepare):
@@ -225,7 +265,7 @@ def test_a_repeated_conversation_is_listed_with_where_it_was_first(prepare):
     done = prepare("a.jsonl", "b.jsonl", "--valid", 0, "--max-rejected", 0)
     assert [(r["file"], r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
         ("a.jsonl", 2, "a.jsonl:1", "exact"), ("b.jsonl", 1, "a.jsonl:1", "exact"), ("b.jsonl", 2, "a.jsonl:1", "exact")]
-    assert all(r["row"] == row("x") for r in read("duplicates"))
+    assert [r["row"] for r in read("duplicates")] == [row(" x\n", "A loan. "), row("x"), row("x")]
     assert len(read("train")) == 3
     assert "3 duplicates are left out; they are listed in runs/tiny-gemma/data/duplicates.jsonl" in done["err"]
 
