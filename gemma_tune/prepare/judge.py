@@ -171,8 +171,9 @@ class Judge:
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = ("use a model whose chat template has tools, or leave the row out" if outcome.about_tools else
-                   "change the conversation so that the chat template takes it")
+            fix = "change the conversation so that the chat template takes it"
+            if outcome.about_tools:
+                fix = self.chat.tools_advice or "use a model whose chat template has tools, or leave the row out"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
         if not outcome.full:  # --train-on last, and just that turn is not to be learned

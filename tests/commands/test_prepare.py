@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -215,6 +216,72 @@ def test_findings_that_may_be_allowed(prepare, code, text):
     others = {"foreign_marker", "placeholder", "control_character"} - {code}
     prepare("rows.jsonl", "--valid", 0, "--allow", ",".join(sorted(others)))
     assert [r["code"] for r in read("rejected")] == [code, "template_marker"]
+
+
+# --- templates with names
+
+TOOL_ROW = {"messages": [user("Weather?"), assistant("", tool_calls=[{"name": "get", "arguments": {"city": "Oslo"}}])],
+            "tools": [{"name": "get", "description": "The weather"}]}
+
+
+def with_named_templates(model: Path, folder: Path, templates: dict[str, str], in_config: bool) -> Path:
+    """A copy of a model with several chat templates: a list in its tokenizer's configuration, or files."""
+    folder = folder / model.name
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    if in_config:
+        path = folder / "tokenizer_config.json"
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+        return folder
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (folder / place).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("in_config", [True, False], ids=["list", "files"])
+def test_rows_with_tools_have_the_template_for_them(tool_model, tmp_path, in_config):
+    tool_use = (tool_model / "chat_template.jinja").read_text()
+    default = "{% set tools = none %}" + tool_use
+    model = with_named_templates(tool_model, tmp_path / "named", {"default": default, "tool_use": tool_use}, in_config)
+    done = prepared(model, write_rows(Path("rows.jsonl"), [row("a"), TOOL_ROW]), "--valid", 0)
+    assert "chat template: the model's own `tool_use` of default, tool_use" in done["err"]
+    assert learned(format_of(model)) == learned(format_of(tool_model)) != []
+    format_of(model).tokenizer.save_pretrained("adapter")
+    assert not Path("adapter/additional_chat_templates").exists(), "a run has one template"
+    assert format_of(Path("adapter")).template == tool_use
+
+
+def test_rows_with_tools_are_refused_where_their_template_is_another_ones(tool_model, tmp_path):
+    tool_use = (tool_model / "chat_template.jinja").read_text()
+    named = {"default": "{% set tools = none %}" + tool_use, "tool_use": "{{ 'Tools!' }}" + tool_use}
+    model = with_named_templates(tool_model, tmp_path / "named", named, False)
+    prepared(model, write_rows(Path("rows.jsonl"), [row("a"), TOOL_ROW]), "--valid", 0)
+    [bad] = read("rejected")
+    assert (bad["code"], bad["reason"]) == ("template", "the model's chat template has no place for tools and leaves them out")
+    assert "a run has one chat template" in bad["fix"] and "save tool_use as chat_template.jinja" in bad["fix"]
+    shutil.copyfile(model / "additional_chat_templates/tool_use.jinja", model / "chat_template.jinja")
+    prepared(model, "rows.jsonl", "--valid", 0)
+    assert read("rejected") == []
+
+
+def test_no_template_is_the_default(tool_model, tmp_path):
+    for in_config in (True, False):
+        model = with_named_templates(tool_model, tmp_path / f"named{in_config}", {"rag": "a", "tool_use": "b"}, in_config)
+        error = prepared(model, write_rows(Path("rows.jsonl"), [row("a")]), code=2)
+        assert error["message"].startswith("this model has the chat templates rag, tool_use, and none of them is `default`")
+        assert "chat_template.jinja" in error["hint"]
+
+
+def test_a_call_below_what_is_said_is_learned_with_it(tool_model, prepare):
+    turns = [("human", "Weather?"), ("gpt", "Let me see."), ("function_call", '{"name": "get", "arguments": {}}')]
+    value = {"conversations": [{"from": name, "value": text} for name, text in turns], "tools": TOOL_ROW["tools"]}
+    prepared(tool_model, write_rows(Path("rows.jsonl"), [value]), "--valid", 0)
+    assert learned(format_of(tool_model)) == [
+        ['Let me see.\n<tool_call>\n{"name": "get", "arguments": {}}\n</tool_call><|im_end|>']]
+    prepare(write_rows(Path("rows.jsonl"), [value, row("a")]), "--valid", 0)
+    assert [r["code"] for r in read("rejected")] == ["template"], "it has no place for tools"
 
 
 # --- white space around texts
