@@ -179,6 +179,7 @@ def _unknown(row: Fields) -> Problem:
 
 
 def _column(row: Fields, names: Collection[str]) -> str | None:
-    """The first column with one of the names, in any case, that holds text."""
-    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+    """The first column with one of the names, in any case, that holds text or a whole number."""
+    by_name = {key.lower(): key for key, value in row.items()
+               if isinstance(key, str) and isinstance(value, (str, int)) and not isinstance(value, bool)}
     return next((by_name[name] for name in names if name in by_name), None)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted, several
 
@@ -34,7 +35,7 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     Args:
         key: the column they come from, for the message.
     """
-    if problem := python_list(f"`{key}`", messages):
+    if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
         problems.append(problem)
         return []
     if not isinstance(messages, list) or not messages:
@@ -47,6 +48,18 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
         known, numbers = _with_calls(known, messages)
         _check_order(known, numbers, problems)
     return known
+
+
+def _broken_list(key: str, text: Any) -> Problem | None:
+    """The problem of a text that is meant to be a list of turns, as tables hold them, and is broken."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
+    try:
+        strict_json.loads(text)
+    except ValueError as e:
+        return Problem("not_json", f"`{key}` is text that is not JSON: {strict_json.reason(e)}",
+                       "repair it, or leave the row out")
+    return None
 
 
 def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[Turn], list[int]]:

@@ -390,6 +390,20 @@ def test_whole_numbers_are_the_texts_that_a_csv_file_has(row, turns):
     assert messages(row, columns=QA) == turns
 
 
+def test_columns_of_whole_numbers_are_suggested():
+    with pytest.raises(RowError) as caught:
+        read({"question": "2+2?", "answer": 4})
+    assert caught.value.fix == "use --columns user=question,assistant=answer"
+
+
+@pytest.mark.parametrize("text, reason", [
+    ('[{"role": "user", "content": "a"}, {"role"', "`messages` is text that is not JSON: Expecting ':' delimiter at column 43"),
+    ('["a"]', "`messages` is text, not a list of turns")])
+def test_turns_as_a_text_that_is_broken(text, reason):
+    [(_, found)] = problems({"messages": text})
+    assert found == reason
+
+
 def test_a_system_text_that_is_false_is_not_overlooked():
     assert codes(ALPACA | {"system": False}) == codes(ALPACA | {"system": 0.5}) == ["not_text"]
 
