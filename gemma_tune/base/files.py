@@ -165,7 +165,8 @@ def sha256_file(path: Path) -> str:
 
 # What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+                    "additional_chat_templates/*.jinja")
 
 
 def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:

@@ -40,7 +40,7 @@ class Conversation:
 
     def keep(self, text: str, answer: Answer) -> None:
         """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
-        if answer.text:
+        if answer.text.strip():
             self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}
                            | ({} if answer.ended else {"train": False})]
 
@@ -54,7 +54,7 @@ class Conversation:
             raise UserError("there is no answer to correct yet", "ask something first")
         if not text.strip():
             raise UserError("the right answer has no text", "/fix TEXT, or /fix alone for several lines")
-        self.turns[-1] = {"role": "assistant", "content": text.strip()}
+        self.turns[-1] = {"role": "assistant", "content": text}
 
     def save(self, name: str = "") -> tuple[Path, bool]:
         """Save the conversation so far, see :meth:`gemma_tune.chat.saves.Saves.save`.
@@ -138,7 +138,7 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
 
 def answers(conversation: Conversation, prompts: Iterator[str]) -> Iterator[tuple[str, Stream]]:
     """One independent answer per prompt that is not blank: each starts from the system prompt alone."""
-    for prompt in map(str.strip, prompts):
-        if prompt:
+    for prompt in (line.rstrip("\r\n") for line in prompts):
+        if prompt.strip():
             conversation.reset()
             yield prompt, conversation.ask(prompt)

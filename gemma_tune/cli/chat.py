@@ -12,7 +12,7 @@ from gemma_tune.chat.conversation import Conversation, answers
 from gemma_tune.cli import console, screen
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
-        "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
+        "/fix TEXT  put TEXT in place of the last answer; no TEXT: lines as they are, up to one with a dot alone\n"
         "/save [FILE]  keep the conversation as training data\n"
         "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
 
@@ -28,7 +28,7 @@ def interactive(conversation: Conversation) -> None:
     _keep_bytes(sys.stdin)
     while True:
         try:
-            line = _read_line().strip()
+            line = _read_line()
         except UserError as e:
             screen.error(e)
             continue
@@ -38,10 +38,10 @@ def interactive(conversation: Conversation) -> None:
         except EOFError:
             screen.err.print()
             return
-        if line.startswith("/"):
-            if not _command(conversation, line):
+        if line.lstrip().startswith("/"):
+            if not _command(conversation, line.lstrip()):
                 return
-        elif line:
+        elif line.strip():
             _exchange(conversation, line)
 
 
@@ -68,6 +68,7 @@ def _keep_bytes(lines: Iterable[str]) -> None:
 def _command(conversation: Conversation, line: str) -> bool:
     """Obey a slash command; False means leave."""
     name, _, rest = line.partition(" ")
+    name = name.rstrip()
     if name in ("/exit", "/quit", "/bye"):
         return False
     if name == "/reset":
@@ -113,7 +114,7 @@ def _several_lines() -> str:
                 lines.append(line)
             except UserError as e:  # the other lines stay
                 screen.error(e)
-    return "\n".join(lines)
+    return "\n".join(lines).strip("\n")
 
 
 def _save(conversation: Conversation, name: str) -> None:

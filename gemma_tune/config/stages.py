@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, shown, size_in_bytes
 from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
+from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
@@ -281,28 +283,16 @@ CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
+_PROSE = ("system", "parameter")  # settings whose texts may have several lines
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
 
     Raises:
-        UserError: unreadable file, broken YAML (with its line), unknown keys or wrong types, all together.
+        UserError: unreadable file, broken YAML or a key that is there twice (with its line), unknown keys or wrong
+            types, all together.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read the configuration {path}: {e.strerror}",
-                        "check the path given to --config") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation there") from e
-    except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
-        raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+    content = read_yaml(path)
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
@@ -319,6 +309,8 @@ def _yaml_problems(content: Mapping[str, Any]):
         if key in TEXTS:
             if not isinstance(section, str):
                 yield f"{key}: expected text, found {shown(section)}"
+            elif _CONTROL.search(section):
+                yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
             yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
         elif section is None:  # all its settings are commented out
@@ -332,3 +324,9 @@ def _yaml_problems(content: Mapping[str, Any]):
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
+                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value)):
+                    yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

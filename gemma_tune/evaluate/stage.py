@@ -167,4 +167,4 @@ def report(session: Session, summary: dict[str, Any]) -> str:
 
 def _quoted(text: str) -> list[str]:
     """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it."""
-    return [f"> {line}" for line in text.splitlines() or ["(nothing)"]]
+    return [f"> {line}" for line in (text.splitlines() if text.strip() else ["(nothing)"])]

@@ -159,8 +159,8 @@ def _converted(kind: type, text: str) -> Any:
 def constant_system(*files: Path) -> str | None:
     """The system prompt that every conversation in these files of prepared rows opens with.
 
-    None if one has another or has none, or there is no conversation. Reads line by line: the files can be larger than
-    memory. One that is missing has no rows.
+    White space around it does not count; that of the first is kept. None if one has another or has none, or there is no
+    conversation. Reads line by line: the files can be larger than memory. One that is missing has no rows.
     """
     found: str | None = None
     for path in files:
@@ -171,9 +171,9 @@ def constant_system(*files: Path) -> str | None:
                 if not line.strip():
                     continue
                 system = _system_of(json.loads(line))
-                if not system or (found is not None and system != found):
+                if not system or (found is not None and system.strip() != found.strip()):
                     return None
-                found = system
+                found = found or system
     return found
 
 

@@ -147,6 +147,7 @@ class DataFiles:
                 "prompts": len(conflicts), "rows": sum(map(len, conflicts)),
                 "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
+            "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": outputs.total("sequences"), "tokens": outputs.total("tokens"),
             "trained_tokens": trained, "before_the_limit": before,

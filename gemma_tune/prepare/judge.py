@@ -78,6 +78,9 @@ class Noticed:
         tools: rows with tools, calls of them or their results, which the template has a place for.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
+        padded: rows with white space around a text that the template writes.
+        trimmed: rows with white space around a text that the template leaves out, or a part of it.
+        first_trimmed: where the first of these is.
         systems: rows that have the column which ``--columns system=…`` names.
         columns: what the first row of that format has.
     """
@@ -88,6 +91,9 @@ class Noticed:
     tools: int = 0
     rewritten: int = 0
     difference: str = ""
+    padded: int = 0
+    trimmed: int = 0
+    first_trimmed: str = ""
     systems: int = 0
     columns: list[str] = field(default_factory=list)
 
@@ -99,6 +105,9 @@ class Noticed:
         self.tools += later.tools
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
+        self.padded += later.padded
+        self.trimmed += later.trimmed
+        self.first_trimmed = self.first_trimmed or later.first_trimmed
         self.systems += later.systems
         self.columns = self.columns or later.columns
 
@@ -166,8 +175,9 @@ class Judge:
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = ("use a model whose chat template has tools, or leave the row out" if outcome.about_tools else
-                   "change the conversation so that the chat template takes it")
+            fix = "change the conversation so that the chat template takes it"
+            if outcome.about_tools:
+                fix = self.chat.tools_advice or "use a model whose chat template has tools, or leave the row out"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
         if not outcome.full:  # --train-on last, and just that turn is not to be learned
@@ -182,11 +192,24 @@ class Judge:
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
         text = json_bytes(example)
+        written = self._written(row, example, judged)
         texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
-        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(text, digest_size=16).digest(),
+        same = text if written is example else json_bytes(written)
+        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(same, digest_size=16).digest(),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
+
+    def _written(self, row: Row, example: PreparedRow, judged: Judged) -> PreparedRow:
+        """The row with the white space around its texts that the template writes, which rows are compared with."""
+        if "text" in example or not any(_is_padded(turn) for turn in example["messages"]):
+            return example
+        written = [self.chat.written(turn) for turn in example["messages"]]
+        judged.noticed.padded += any(_is_padded(turn) for turn in written)
+        if written != example["messages"]:
+            judged.noticed.trimmed += 1
+            judged.noticed.first_trimmed = judged.noticed.first_trimmed or f"{row.file}:{row.line}"
+        return {**example, "messages": written}
 
     def _difference(self, row: Row, example: PreparedRow) -> str:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
@@ -201,12 +224,20 @@ class Judge:
                        f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
 
     def _prompt(self, example: PreparedRow) -> int:
-        """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split."""
-        prompt = example.get("text") or [{key: value for key, value in m.items() if key != "tool_call_id"}
-                                         for m in example["messages"] if m["role"] != "assistant"]
+        """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.
+
+        White space around texts does not count: questions that differ in nothing else are the same one.
+        """
+        prompt = example.get("text") or [
+            {key: value.strip() if key == "content" else value for key, value in m.items() if key != "tool_call_id"}
+            for m in example["messages"] if m["role"] != "assistant"]
         tools = [example["tools"]] if "tools" in example else []
         content = _as_key([self.config.seed, prompt, *tools]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _is_padded(turn: dict[str, Any]) -> bool:
+    return any(text != text.strip() for name in ("content", "reasoning_content") if (text := turn.get(name, "")))
 
 
 # --- several processes

@@ -35,6 +35,12 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     if noticed.rewritten:
         listener.note(f"{noticed.rewritten:,} rows become several sequences, so that each answer is learned after the "
                       f"prompt that it will have: {noticed.difference}")
+    if noticed.trimmed:
+        listener.note(f"in {noticed.trimmed:,} rows the chat template leaves out white space at the beginning or end "
+                      f"of a text, such as an indent; the first is {noticed.first_trimmed}")
+    if noticed.padded:
+        listener.note(f"in {noticed.padded:,} rows a text begins or ends with white space, which the chat template "
+                      "keeps and the model reads or learns")
     if "strftime_now" in template:
         listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
                       "what is learned")

@@ -53,7 +53,7 @@ def test_a_prompt_with_json_is_one_object(cli, fluent):
     result = cli("chat", "--prompt", f" {QUESTION}\n", "--json", *FP32)
     assert result.code == 0, result.err
     tokens = len(load_format(fluent / "talkative_lora_adapter", "gemma3_text").tokenizer.tokenize(ANSWER))
-    assert result.json == {"prompt": QUESTION, "answer": ANSWER, "tokens": tokens, "ended": True,
+    assert result.json == {"prompt": f" {QUESTION}", "answer": ANSWER, "tokens": tokens, "ended": True,
                            "model": "talkative, tuned"}
     cut = cli("chat", "--prompt", QUESTION, "--json", "--max-new-tokens", 3, *FP32).json
     assert (cut["tokens"], cut["ended"]) == (3, False)
@@ -439,6 +439,13 @@ def test_save_keeps_the_conversation_with_its_system_prompt_and_shows_the_comman
     assert "next: gemma-tune prepare --run runs/m rows.jsonl runs/m/saved.jsonl\n" in err
 
 
+def test_an_answers_indent_is_part_of_the_conversation(talk, conversation):
+    talk("  one", "/save", streams=[Spoken(["    return", " 1\n"])])
+    assert saved() == [{"messages": turns("  one", "    return 1\n")}]
+    talk("two", streams=[Spoken([" ", "\n"])])
+    assert len(conversation.turns) == 2, "white space alone is no answer"
+
+
 def test_saving_twice_writes_once(talk):
     _, err = talk("one", "/save", "/save", streams=[Spoken(["first"])])
     assert saved() == [{"messages": turns("one", "first")}]
@@ -488,6 +495,8 @@ def test_fix_replaces_the_last_answer_and_the_model_sees_it(talk, conversation):
     talk("/fix", "Line [one].", "", "  line two", "", ".", "/save")
     assert conversation.turns[-1]["content"] == "Line [one].\n\n  line two"
     assert saved() == [{"messages": conversation.messages}]
+    talk("/fix", "    def f():", "\treturn 1", ".")
+    assert conversation.turns[-1]["content"] == "    def f():\n\treturn 1", "the first line has its indent"
     _, err = talk("/fix", "half", KeyboardInterrupt(), "/fix", "whole", EOFError())
     assert "(the answer stays as it is)" in err
     assert conversation.turns[-1]["content"] == "whole", "the end of the input ends the text"

@@ -266,7 +266,7 @@ def test_the_report_has_what_is_documented(prepare):
     assert report().keys() == {
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "files", "formats",
         "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
-        "tokens", "trained_tokens", "left_out_answers", "rows_of_several_sequences", "before_the_limit"}
+        "tokens", "trained_tokens", "left_out_answers", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",
         "longest_rows", "shortest_rows"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.data.conversations import layouts, preference, tools
 from gemma_tune.data.conversations.glaive import glaive, is_chat
-from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, quoted
+from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.turns import Turn, conversation
 
 Fields = Mapping[str, Any]
@@ -51,7 +51,8 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "preference": preference.is_preference,
     "messages": lambda row, keys: "messages" in keys,
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
-                                   or isinstance(layouts.turn_list(row.get("conversation")), list)),
+                                   or isinstance(layouts.turn_list(row.get("conversation")), list)
+                                   or python_list("", row.get("conversation"), turns=True) is not None),
     # The instruction may be null where the input says it all.
     "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
     "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,
@@ -99,9 +100,11 @@ class Formats:
         Raises:
             RowError: everything for which it cannot be learned from.
         """
+        if layouts.is_conversation(value):
+            value = {"messages": value}
         if not isinstance(value, dict):
             raise RowError([Problem("not_an_object", f"a row is a JSON object, this one is {kind(value)}",
-                                    'write {"messages": […]} on the line')])
+                                    'write {"messages": […]} on the line, or the list of turns alone')])
         format = self._format(value)
         if format == "text":
             return _text(value)
@@ -176,6 +179,7 @@ def _unknown(row: Fields) -> Problem:
 
 
 def _column(row: Fields, names: Collection[str]) -> str | None:
-    """The first column with one of the names, in any case, that holds text."""
-    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+    """The first column with one of the names, in any case, that holds text or a whole number."""
+    by_name = {key.lower(): key for key, value in row.items()
+               if isinstance(key, str) and isinstance(value, (str, int)) and not isinstance(value, bool)}
     return next((by_name[name] for name in names if name in by_name), None)

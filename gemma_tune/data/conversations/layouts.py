@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.problems import Problem, kind
+from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
 
 STAND_IN = "…"
 
@@ -34,14 +34,34 @@ def assistant(content: Any) -> dict[str, Any]:
 
 
 def text_of(row: Mapping[str, Any], key: str, problems: list[Problem]) -> str:
-    """A column that is text or missing, without outer white space."""
-    value = row.get(key)
+    """A column that is text or missing."""
+    return _text(f"`{key}`", row.get(key), problems)
+
+
+def _text(where: str, value: Any, problems: list[Problem]) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str):
-        problems.append(Problem("not_text", f"`{key}` is {kind(value)}, not text", f"make `{key}` a string"))
-        return STAND_IN
-    return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a column of whole numbers is one by itself in Parquet and JSON, and text in a CSV file
+    problem = python_list(where, value, turns=True) if isinstance(value, str) else _not_text(where, value)
+    if problem is None:
+        return value
+    problems.append(problem)
+    return STAND_IN
+
+
+def _not_text(where: str, value: Any) -> Problem:
+    if isinstance(value, (bool, float)):
+        ways = "true, True, yes" if isinstance(value, bool) else "5, 5.0, 5.00"
+        return Problem("not_text", f"{where} is {kind(value)}, not text, and there are several ways to write it "
+                                   f"({ways})", f"make {where} a string, as it is to be learned")
+    return several(where, value) or Problem("not_text", f"{where} is {kind(value)}, not text", f"make {where} a string")
+
+
+def said(where: str, value: Any, problems: list[Problem]) -> Any:
+    """What a turn says: a text, or what may be parts of one or missing, which is judged with its turn."""
+    judged_later = value is None or isinstance(value, dict) or isinstance(value, list) and not several(where, value)
+    return value if judged_later else _text(where, value, problems)
 
 
 def turn_list(value: Any) -> Any:
@@ -50,6 +70,12 @@ def turn_list(value: Any) -> Any:
     turns = isinstance(found, list) and found and all(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found)
     return found if turns else value
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a row is nothing but its list of turns."""
+    return isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn)
+                                           for turn in value)
 
 
 def _json_list(value: Any) -> Any:
@@ -63,11 +89,11 @@ def _json_list(value: Any) -> Any:
 
 def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) -> Any:
     """The turns, with the row's own column ``system`` in front unless it is there already."""
-    if not row.get("system") or not isinstance(messages, list):
+    if row.get("system") in (None, "", []) or not isinstance(messages, list):
         return messages
     system = text_of(row, "system", problems)
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
-    if not system or _is_system(first, system):
+    if not system.strip() or _is_system(first, system.strip()):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
@@ -98,22 +124,26 @@ def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``instruction``, ``input``, ``output``, with ``system`` and ``history``; Dolly's ``context``, ``response``."""
     # One after the other, so that a row has its problems in the order in which it is read.
     parts = [text_of(row, key, problems) for key in ("instruction", "input", "context")]
-    question = "\n\n".join([parts[0], *filter(None, parts[1:])]).strip()
-    answer = row.get("output") if row.get("output") is not None else row.get("response")
-    turns = [*history(row, problems), user(question), assistant(answer)]
+    question = "\n\n".join(filter(str.strip, parts))
+    key = "output" if row.get("output") is not None else "response"
+    turns = [*history(row, problems), user(question), assistant(said(f"`{key}`", row.get(key), problems))]
     return Draft(with_system(turns, row, problems))
 
 
 def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, Any]]:
     """Earlier turns of an Alpaca row: pairs of a question and its answer."""
     pairs = _json_list(row.get("history"))
-    if not pairs:
+    if pairs in (None, "", []):
+        return []
+    if problem := python_list("`history`", pairs):
+        problems.append(problem)
         return []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         problems.append(Problem("not_text", "`history` is not a list of pairs of a question and its answer",
                                 'write [["question", "answer"], …]'))
         return []
-    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+    return [role(said(f"{what} in `history`", text, problems)) for pair in pairs
+            for role, what, text in zip((user, assistant), ("a question", "an answer"), pair)]
 
 
 def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
@@ -121,7 +151,7 @@ def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     turns: list[Any] = []
     for key, turn in (("prompt", user), ("completion", assistant)):
         value = turn_list(row.get(key))
-        turns += value if isinstance(value, list) else [turn(text_of(row, key, problems))]
+        turns += value if isinstance(value, list) and not several(key, value) else [turn(text_of(row, key, problems))]
     return Draft(with_system(turns, row, problems), "prompt", declared(row))
 
 
@@ -129,12 +159,13 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
     """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``."""
     turns = []
     for role in ("system", "user", "assistant"):
-        if role == "user" and isinstance(_json_list(row.get("history")), list):
+        past = _json_list(row.get("history")) if role == "user" else None
+        if isinstance(past, list) or python_list("", past):
             turns += history(row, problems)
         if role not in names:
             continue
         text = text_of(row, names[role], problems)
-        if text:
+        if text.strip():
             turns.append({"role": role, "content": text})
         elif role != "system":
             if names[role] in row:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted
 
 
 def identifier(value: Any) -> str | None:
@@ -28,7 +28,8 @@ def declarations(value: Any, problems: list[Problem]) -> list[dict[str, Any]] | 
         try:
             value = strict_json.loads(value)
         except ValueError as e:
-            problems.append(_bad_tools(f"`tools` is text that is not JSON: {strict_json.reason(e)}"))
+            problems.append(python_list("`tools`", value)
+                            or _bad_tools(f"`tools` is text that is not JSON: {strict_json.reason(e)}"))
             return None
     if value is None or value in ("", [], {}) or isinstance(value, str) and not value.strip():
         return None
@@ -83,7 +84,7 @@ def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any
         try:
             value = strict_json.loads(value)
         except ValueError as e:
-            problems.append(Problem(
+            problems.append(python_list(f"the tool call of {where}", value) or Problem(
                 "tool_arguments", f"{where} calls a tool in text that is not JSON: {strict_json.reason(e)}",
                 'write {"name": "…", "arguments": {…}}'))
             return []

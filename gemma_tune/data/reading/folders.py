@@ -89,7 +89,7 @@ def _saved(folder: Path) -> list[Path] | None:
     """
     try:
         state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-        files = [folder / item["filename"] for item in state["_data_files"]]
+        files = [folder / Path(item["filename"]).name for item in state["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     if state.get("_indices_data_files"):

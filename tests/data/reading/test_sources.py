@@ -134,7 +134,7 @@ def test_a_long_first_line_is_looked_at_like_any_other(monkeypatch):
     ('{"a": 1\n"b": 2}', "rows.jsonl:2: not valid JSON: Expecting ',' delimiter at column 1"),
     ('{"a": 1,\n}', "rows.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes at column 1"),
     ('{\n"a": 1}\n{\n"a": 2}', "rows.jsonl:3: not valid JSON: Extra data at column 1"),
-    ('{\n"a": NaN}', "rows.jsonl:1: not valid JSON: NaN is not JSON"),
+    ('{\n"a": [NaN]}', "rows.jsonl:1: not valid JSON: NaN is not JSON"),
     ('{"data": [\n {"a": 1},\n {"a" 2}]}', "rows.jsonl:3: not valid JSON: Expecting ':' delimiter at column 7"),
     ("[" + "[" * 5000, "rows.jsonl:1: not valid JSON: nested too deeply"),
 ])
@@ -143,7 +143,7 @@ def test_broken_documents(text, message):
 
 
 @pytest.mark.parametrize("value, error", [
-    ('{"a": NaN}', "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
+    ('{"a": [NaN]}', "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
     ('{"a": 1e999}', "the number 1e999 is too large"), ('{"a": ' + "7" * 5000 + "}", f"the number {'7' * 24}… is too large"),
     ("[" * 300 + "]" * 300, "nested too deeply")], ids=["NaN", "Infinity", "float", "integer", "depth"])
 def test_values_that_cannot_be_kept_are_errors_of_their_row(value, error):
