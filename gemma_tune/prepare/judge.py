@@ -28,6 +28,7 @@ from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
+from gemma_tune.prepare.unread import UnreadCounts
 
 _TOO_LONG = "too_long"
 T = TypeVar("T")
@@ -76,8 +77,9 @@ class Noticed:
         reasoning: rows with reasoning in them.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
-        systems: rows that have the column which ``--columns system=…`` names.
+        named: rows that have the column which ``--columns`` names for a role that a row may lack, by role.
         columns: what the first row of that format has.
+        unread: columns and keys of the rows that nobody reads.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
@@ -85,8 +87,9 @@ class Noticed:
     reasoning: int = 0
     rewritten: int = 0
     difference: str = ""
-    systems: int = 0
+    named: Counter[str] = field(default_factory=Counter)
     columns: list[str] = field(default_factory=list)
+    unread: UnreadCounts = field(default_factory=UnreadCounts)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
@@ -95,8 +98,9 @@ class Noticed:
         self.reasoning += later.reasoning
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
-        self.systems += later.systems
+        self.named.update(later.named)
         self.columns = self.columns or later.columns
+        self.unread.add(later.unread)
 
 
 @dataclass
@@ -124,7 +128,8 @@ class Judge:
 
     def __init__(self, chat: Any, config: PrepareConfig):
         self.config, self.chat = config, chat
-        self.formats = Formats(config.format, config.column_names, config.take)
+        self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
+                               config.key_names)
         self.checks = TextChecks(chat.markers, config.allow)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
@@ -150,8 +155,10 @@ class Judge:
         example = self.formats.example(row.value)
         judged.noticed.formats[example.format] += 1
         if example.format == "columns":
-            judged.noticed.systems += self.config.column_names.get("system") in row.value
+            judged.noticed.named.update(role for role, name in self.formats.columns.items() if name in row.value)
             judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
+        if example.unread:
+            judged.noticed.unread.count(example.unread)
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:
