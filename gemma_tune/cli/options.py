@@ -67,6 +67,8 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
 Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
 Delimiter = Annotated[Optional[str], _of(c.PrepareConfig, "delimiter", metavar="SIGN")]
+Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_joined)]
+TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]

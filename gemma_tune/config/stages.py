@@ -25,8 +25,10 @@ DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
-FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
-COLUMN_ROLES = ("user", "assistant", "system")
+FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
+COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
+ROLES = ("system", "user", "assistant", "tool")
+TURN_KEYS = ("role", "content")
 _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
 # Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
@@ -50,7 +52,14 @@ class PrepareConfig(StageConfig):
                                        "prepared from before, else the built-in financial analysis example.")
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
-                                          "user=question,assistant=answer,system=context.", auto="none")
+                                          "user=question,assistant=answer,system=persona,context=passage "
+                                          "(put below the question), or the column of a list of turns: "
+                                          "turns=dialogue. tools=… names the declarations of tools.", auto="none")
+    roles: tuple[str, ...] = option((), "Names that the data has for the roles of turns, such as "
+                                        "customer=user,bot=assistant; the roles are system, user, assistant, tool.",
+                                    auto="the usual names")
+    turn_keys: tuple[str, ...] = option((), "Keys of turns under other names, such as "
+                                            "role=speaker,content=utterance.", auto="the usual names")
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
                                    auto="found in each file")
@@ -82,7 +91,17 @@ class PrepareConfig(StageConfig):
     @property
     def column_names(self) -> dict[str, str]:
         """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
-        return dict(part.split("=", 1) for part in self.columns)
+        return _pairs(self.columns)
+
+    @property
+    def role_names(self) -> dict[str, str]:
+        """``--roles`` as a mapping: ``{"bot": "assistant"}``."""
+        return _pairs(self.roles)
+
+    @property
+    def key_names(self) -> dict[str, str]:
+        """``--turn-keys`` as a mapping: ``{"role": "speaker", "content": "utterance"}``."""
+        return _pairs(self.turn_keys)
 
     @property
     def delimiter_sign(self) -> str | None:
@@ -96,8 +115,11 @@ class PrepareConfig(StageConfig):
         roles = {role for role, _, _ in pairs}
         if len(roles) < len(pairs) and not problems:
             problems.append("columns: each role can have one column")
-        if self.columns and not problems and not {"user", "assistant"} <= roles:
-            problems.append("columns: both `user=…` and `assistant=…` are needed")
+        if "turns" in roles and (others := sorted(roles & {"user", "assistant", "context"})):
+            problems.append(f"columns: `turns=…` excludes `{others[0]}=…`, as the turns hold it")
+        elif self.columns and not problems and "turns" not in roles and not {"user", "assistant"} <= roles:
+            problems.append("columns: both `user=…` and `assistant=…` are needed, or `turns=…`")
+        problems += self._name_problems()
         if self.format == "columns" and not self.columns:
             problems.append("format: `columns` needs --columns user=…,assistant=…")
         if (sign := self.delimiter_sign) is not None and (len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0'):
@@ -115,6 +137,24 @@ class PrepareConfig(StageConfig):
             problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
                             "file")
         return problems
+
+
+    def _name_problems(self) -> list[str]:
+        """What is wrong with the names of roles and keys."""
+        roles = [part.partition("=") for part in self.roles]
+        keys = [part.partition("=") for part in self.turn_keys]
+        problems = [f"roles: {shown(''.join(pair))} is not of the form NAME=ROLE with the roles {', '.join(ROLES)}"
+                    for pair in roles if not pair[0] or pair[2] not in ROLES]
+        problems += [f"turn_keys: {shown(''.join(pair))} is not of the form KEY=NAME with the keys "
+                     f"{', '.join(TURN_KEYS)}" for pair in keys if pair[0] not in TURN_KEYS or not pair[2]]
+        for name, pairs, what in (("roles", roles, "name"), ("turn_keys", keys, "key")):
+            if len({first for first, _, _ in pairs}) < len(pairs):
+                problems.append(f"{name}: each {what} can be given once")
+        return problems
+
+
+def _pairs(parts: tuple[str, ...]) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -324,7 +364,8 @@ def _yaml_problems(content: Mapping[str, Any]):
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
-                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value)):
+                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value) if len(text) > 1):
+                    # A sign by itself is meant: a tab between columns.
                     yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
 
 

@@ -142,6 +142,7 @@ class DataFiles:
             "near_duplicate_rows": int(selection.near.sum()),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
             "formats": dict(findings.noticed.formats),
+            "unread": findings.noticed.unread.as_list(),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
             "prompts_with_several_answers": {
                 "prompts": len(conflicts), "rows": sum(map(len, conflicts)),

@@ -29,6 +29,7 @@ from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
+from gemma_tune.prepare.unread import UnreadCounts
 
 _TOO_LONG = "too_long"
 T = TypeVar("T")
@@ -81,8 +82,9 @@ class Noticed:
         padded: rows with white space around a text that the template writes.
         trimmed: rows with white space around a text that the template leaves out, or a part of it.
         first_trimmed: where the first of these is.
-        systems: rows that have the column which ``--columns system=…`` names.
+        named: rows that have the column which ``--columns`` names for a role that a row may lack, by role.
         columns: what the first row of that format has.
+        unread: columns and keys of the rows that nobody reads.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
@@ -94,8 +96,9 @@ class Noticed:
     padded: int = 0
     trimmed: int = 0
     first_trimmed: str = ""
-    systems: int = 0
+    named: Counter[str] = field(default_factory=Counter)
     columns: list[str] = field(default_factory=list)
+    unread: UnreadCounts = field(default_factory=UnreadCounts)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
@@ -108,8 +111,9 @@ class Noticed:
         self.padded += later.padded
         self.trimmed += later.trimmed
         self.first_trimmed = self.first_trimmed or later.first_trimmed
-        self.systems += later.systems
+        self.named.update(later.named)
         self.columns = self.columns or later.columns
+        self.unread.add(later.unread)
 
 
 @dataclass
@@ -137,7 +141,8 @@ class Judge:
 
     def __init__(self, chat: Any, config: PrepareConfig):
         self.config, self.chat = config, chat
-        self.formats = Formats(config.format, config.column_names, config.take)
+        self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
+                               config.key_names)
         self.checks = TextChecks(chat.markers, config.allow)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
@@ -163,8 +168,10 @@ class Judge:
         example = self.formats.example(row.value)
         judged.noticed.formats[example.format] += 1
         if example.format == "columns":
-            judged.noticed.systems += self.config.column_names.get("system") in row.value
+            judged.noticed.named.update(role for role, name in self.formats.columns.items() if name in row.value)
             judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
+        if example.unread:
+            judged.noticed.unread.count(example.unread)
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:

@@ -98,7 +98,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
         raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
                         f"{other}, or go on without them: --max-rejected {needed:g}",
                         [*problems, *_listed(findings, refused)])
-    _refuse_unknown_system(findings, config)
+    _refuse_unknown_columns(findings, config)
 
 
 def _listed(findings: Findings, refused: Path) -> list[str]:
@@ -116,13 +116,18 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
     return [*lines, f"each of them is in {refused}"] if findings.rejected > len(lines) else lines
 
 
-def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
+_OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}
+
+
+def _refuse_unknown_columns(findings: Findings, config: PrepareConfig) -> None:
     """A row may lack a system prompt; if all do, its column's name is wrong."""
-    name = config.column_names.get("system")
-    if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
-        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt"
-                        f"{near(name, findings.noticed.columns)}",
-                        f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
+    noticed = findings.noticed
+    for role, what in _OPTIONAL.items():
+        name = config.column_names.get(role)
+        if name and noticed.formats["columns"] and not noticed.named[role]:
+            raise UserError(f"no row has the column `{name}`, which --columns names for {what}"
+                            f"{near(name, noticed.columns)}",
+                            f"the rows have {', '.join(f'`{c}`' for c in noticed.columns)}")
 
 
 def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool) -> None:

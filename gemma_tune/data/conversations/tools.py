@@ -8,6 +8,8 @@ from typing import Any
 from gemma_tune.base import strict_json
 from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted
 
+_ARGUMENTS = ("arguments", "parameters", "args")  # OpenAI's name, other programs', LangChain's and Gemini's
+
 
 def identifier(value: Any) -> str | None:
     """The id of a call, which some programs number."""
@@ -117,7 +119,7 @@ def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | No
 
 
 def _arguments(where: str, function: dict[str, Any], problems: list[Problem]) -> dict[str, Any] | None:
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     if isinstance(arguments, str):
         try:
             # A function without parameters is called with nothing at all by some programs.

@@ -13,6 +13,8 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import tools
+from gemma_tune.data.conversations.learned import is_learned
+from gemma_tune.data.conversations.names import role_fix, suggested_keys
 from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted, several
 
 Turn = dict[str, Any]
@@ -21,10 +23,11 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "function_call": "assistant",
+    "bard": "assistant", "ai": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PLAIN = ({"role", "content"}, {"from", "value"})
 
@@ -87,9 +90,13 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
     name = message.get("from") if name is None else name
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
+        if name is None and (named := suggested_keys(message)):
+            problems.append(Problem("unknown_role", f"turn {number} has no `role`, but {_keys(message)}",
+                                    f"name its keys: --turn-keys {named}"))
+            return None
         meant = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         problems.append(Problem("unknown_role", f"turn {number} has the role {quoted(name)}; known are system, user, "
-                                                "assistant, tool", f"write `{meant}`" if meant else "rename the role"))
+                                                "assistant, tool", f"write `{meant}`" if meant else role_fix(name)))
         return None
     content = message.get("content")
     content = message.get("value") if content is None else content
@@ -101,6 +108,10 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
         _extras(number, message, turn, problems)
     _content(number, content, turn, problems)
     return turn
+
+
+def _keys(message: Turn) -> str:
+    return ", ".join(quoted(key) for key in list(message)[:6])
 
 
 def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
@@ -157,7 +168,7 @@ def _as_json(value: Any) -> Any:
 
 def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> None:
     where = f"turn {number}"
-    made = tools.given(message.get("tool_calls")) or tools.given(message.get("function_call"))
+    made = _made(message)
     if made and turn["role"] == "assistant":
         turn["tool_calls"] = tools.calls(where, made, problems)
     elif made:
@@ -176,12 +187,20 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> 
                                     "export the text as UTF-8 again"))
     elif turn["role"] == "assistant":
         _reasoning(where, message, turn, problems)
-        if not _learned(where, message, problems):
+        if not is_learned(where, message, problems):
             turn["train"] = False
 
 
+def _made(message: Turn) -> Any:
+    """The tool calls of a turn, under whichever name it has them."""
+    kwargs = message.get("additional_kwargs")  # LangChain's place for what OpenAI's interface answers
+    places = [message, kwargs] if isinstance(kwargs, dict) else [message]
+    found = (tools.given(place.get(key)) for place in places for key in CALLS[:-1])
+    return next((value for value in found if value), None)
+
+
 def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -> None:
-    for key in _REASONING:
+    for key in REASONING:
         text = message.get(key)
         if text is None or isinstance(text, bool):  # some programs note here whether there was any
             continue
@@ -193,17 +212,6 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
         elif text.strip():
             turn["reasoning_content"] = text
             return
-
-
-def _learned(where: str, message: Turn, problems: list[Problem]) -> bool:
-    """Whether an assistant turn is learned: ``train`` (true, false) and OpenAI's ``weight`` (1, 0) both say so."""
-    weight, train = message.get("weight"), message.get("train")
-    if weight is not None and (not isinstance(weight, (int, float)) or weight not in (0, 1)):
-        problems.append(Problem("turn_weight", f"{where} has the weight {quoted(weight)}; an answer is learned or not",
-                                "use 0 or 1"))
-    if train is not None and not isinstance(train, bool):
-        problems.append(Problem("turn_weight", f"`train` of {where} is {quoted(train)}", "use true or false"))
-    return weight != 0 and train is not False
 
 
 def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
@@ -233,7 +241,7 @@ def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[P
                                              "learn", "end it with an assistant turn"))
     elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
         problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
-                                "leave the row out, or remove `train` and `weight` from an answer"))
+                                "leave the row out, or let an answer be learned: \"train\": true"))
     if with_tools:
         _match_results(turns, numbers, problems)
 

@@ -335,7 +335,6 @@ def test_texts_that_are_json_stay_texts(text):
     ({"prompt": "2+2?", "response": "4"}, "user=prompt,assistant=response"),
     ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
     ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
-    ({"text": "long", "summary": "short"}, "user=text,assistant=summary"),
 ])
 def test_columns_are_suggested_and_work(row, given):
     with pytest.raises(RowError) as caught:
@@ -468,6 +467,7 @@ def test_a_list_of_turns_alone_is_a_row():
     assert codes([]) == codes(["a"]) == codes([{"content": "a"}]) == ["not_an_object"]
 
 
+GEMINI = {"contents": [{"role": "user", "parts": [{"text": "Sky?"}]}, {"role": "model", "parts": [{"text": "Blue."}]}]}
 DPO = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}
 HH = {"chosen": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Indeed.",
       "rejected": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Go away."}
@@ -531,7 +531,7 @@ def test_detection(row, name):
 
 def test_every_format_of_the_settings_is_known():
     rows = {"messages": OPENAI_TOOLS, "alpaca": ALPACA, "sharegpt": SHAREGPT, "prompt-completion": {"prompt": "a", "completion": "b"},
-            "columns": {"question": "a", "answer": "b"}, "text": {"text": "a"}, "preference": DPO}
+            "columns": {"question": "a", "answer": "b"}, "gemini": GEMINI, "text": {"text": "a"}, "preference": DPO}
     assert set(rows) == set(config.FORMATS)
     for name, row in rows.items():
         formats = Formats(name, QA if name == "columns" else {}, "chosen")
