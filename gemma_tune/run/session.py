@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, resolve
+from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import named_base
 from gemma_tune.models.source import BaseModel, locate, recorded_id
@@ -29,7 +29,10 @@ _WITHOUT_WEIGHTS = ("prepare", "train")
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
+    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener.
+
+    ``given`` names the settings that were given now, and not taken from the run's last result.
+    """
 
     run: RunDir
     model: BaseModel
@@ -38,6 +41,7 @@ class Session:
     manifest: Manifest
     inputs: Mapping[str, Path] = field(default_factory=dict)
     force: bool = False
+    given: Collection[str] = ()
 
     @property
     def config(self) -> Any:
@@ -53,7 +57,7 @@ class Session:
 def open_session(stage: str, run: str | Path | None = None, *, model: str | None = None, revision: str | None = None,
                  config: Mapping[str, Any] | str | Path | None = None, listener: Listener | None = None,
                  force: bool = False, **settings: Any) -> Session:
-    """Find the run, its model and the settings of a stage.
+    """Find the run, its model and the settings of a stage; those that are not given are as they were given before.
 
     Args:
         stage: as in the manifest, such as ``export-ollama``; or ``chat``.
@@ -88,7 +92,11 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family":
             listener.note(reason)
-    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+    given, before = resolved.given, manifest.stages.get(stage, {"config": {}})["config"]
+    if stage != "prepare" and (kept := as_before(resolved, before)):  # its settings belong to the data, see there
+        listener.note(f"settings as before: {in_words(kept)}")
+        resolved = resolved.but(kept, before)
+    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
 
 
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import IO
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading import hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.rows import BLOCK, CSV, HUB, JSON, PARQUET, TSV, Block, Row, Source
 from gemma_tune.data.reading.text import compression
@@ -121,7 +122,7 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
         if not paths:
             raise UserError(f"{path} is a directory without data files ({', '.join(KINDS)})",
                             "name the files, or another directory")
-        listener.note(f"{path}: {len(paths)} data file{'s' if len(paths) > 1 else ''}{_passed_over(there, paths)}")
+        listener.note(f"{path}: {counted(len(paths), 'data file')}{_passed_over(there, paths)}")
     elif not os.path.exists(path) and glob.has_magic(name):
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
         written = [m for m in matches if any(_is_run(folder, keep) for folder in m.parents)]
@@ -130,7 +131,7 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), _HINT)
-        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}{_passed_over(matches, paths)}")
+        listener.note(f"{path}: {counted(len(paths), 'file')}{_passed_over(matches, paths)}")
     else:
         paths = [path]
     if problems := [problem for path in paths if (problem := _unreadable(path))]:
@@ -152,7 +153,7 @@ def _passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
     """What is said of files that are no data by their names."""
     others = [path for path in there if path not in set(taken)]
     endings = ", ".join(sorted({path.suffix or "without an ending" for path in others})[:5])
-    return f"; {len(others)} other{'s' if len(others) > 1 else ''} passed over ({endings})" if others else ""
+    return f"; {counted(len(others), 'other')} passed over ({endings})" if others else ""
 
 
 def _is_run(folder: Path, keep: Path) -> bool:
