@@ -101,3 +101,24 @@ def size_text(size: float) -> str:
 def gigabytes(size: float) -> str:
     """The same for sizes that are to be compared with others in their sentence, and so stand in the same unit."""
     return f"{size / 1e9:,.2f} GB"
+
+
+def span(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> span(42), span(600), span(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(2000, "row"), counted(2, "batch", "batches")
+    ('1 row', '2,000 rows', '2 batches')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

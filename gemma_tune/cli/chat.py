@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import as_text
+from gemma_tune.base.words import as_text, counted
 from gemma_tune.chat.conversation import Conversation, answers
 from gemma_tune.cli import console, screen
 
@@ -121,21 +121,26 @@ def _save(conversation: Conversation, name: str) -> None:
     path, changed = conversation.save(name)
     _say(f"({'saved in' if changed else 'already in'} {path})")
     if conversation.cut:
-        _say(f"({conversation.cut} answer(s) were cut off and are not learned; /fix TEXT mends the last one)")
+        cut = counted(conversation.cut, "answer was cut off and is", "answers were cut off and are")
+        _say(f"({cut} not learned; /fix TEXT mends the last one)")
     console.what_next([conversation.saves.command_to_prepare(path)])
 
 
 def _exchange(conversation: Conversation, line: str) -> None:
     """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
     try:
-        stream = conversation.ask(line)
+        stream, stopped = conversation.ask(line), False
         try:
             for piece in stream:
                 screen.piece(piece)
         except KeyboardInterrupt:
+            stopped = True
             stream.stop()
         screen.result("")
-        conversation.keep(line, stream.finish())
+        answer = stream.finish()
+        conversation.keep(line, answer)
+        if not (answer.ended or stopped):
+            _say(_cut_off(answer.tokens))
     except KeyboardInterrupt:  # a second one, while the last token is still being computed
         screen.err.print("(stopped; this answer is not kept)", style="dim")
     except UserError as e:
@@ -163,6 +168,13 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
                                  "ended": answer.ended, "model": conversation.which})
         else:
             screen.result("")
+            if screen.err.is_terminal and not answer.ended:
+                _say(_cut_off(answer.tokens))
+
+
+def _cut_off(tokens: int) -> str:
+    return (f"(the answer is cut off after {counted(tokens, 'token')}, the limit; --max-new-tokens N sets another, as "
+            "far as the model's context goes)")
 
 
 def _text(lines: Iterable[str]) -> Iterator[str]:

@@ -19,12 +19,12 @@ from gemma_tune.cli.session import (
     in_processes,
     prepare_first,
     show_plan,
-    stdin_is_terminal,
 )
 from gemma_tune.run.directory import command
 
 app = typer.Typer(
-    name="gemma-tune", cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    name="gemma-tune", cls=Commands, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False, rich_markup_mode="rich",
     pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
     help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
     epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
@@ -123,7 +123,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
     conversation = open_conversation(Request.of(ctx).open("chat"))
-    if prompt is None and stdin_is_terminal() and not json:
+    if prompt is None and screen.stdin_is_terminal() and not json:
         interactive(conversation)
     else:
         one_by_one(conversation, sys.stdin if prompt is None else [prompt], json)

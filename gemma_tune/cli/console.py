@@ -5,6 +5,7 @@ People read stderr; stdout carries results alone. Without a terminal there are p
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 
@@ -36,6 +38,15 @@ class ConsoleListener(Listener):
 
     def warn(self, text: str) -> None:
         screen.prose(Text(f"! {text}", style="yellow"))
+
+    def confirm(self, question: str) -> bool:
+        if not (screen.err.is_terminal and screen.stdin_is_terminal()):
+            return False
+        self.close()
+        screen.err.print(f"{question} [y/N] ", end="", markup=False)
+        with contextlib.suppress(EOFError):
+            return input().strip().lower() in ("y", "yes")
+        return False
 
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         if not self.quiet:
@@ -210,7 +221,7 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     sizes = [("merged model", screen.figure("bytes", stages["merge"].summary["bytes"]))]
     sizes += [("GGUF", f"{quant}, {text}") for quant, text in format_lines(stages["export-ollama"].summary)]
     screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes)))
-    screen.err.print(Text(f"training: {train['steps']} steps, {train['tokens_per_second']:.0f} tokens/s, "
+    screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} tokens/s, "
                    f"{train['dtype']} on {train['device']}"))
     for report in stages.values():
         for path in report.artifacts.values():

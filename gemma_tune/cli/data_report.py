@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 
 BAR = 32  # cells of the longest bar
@@ -130,7 +131,7 @@ def _several_answers(found: Mapping[str, Any] | None) -> None:
     if not found or not found["prompts"]:
         return
     example = f", such as {_visible(' and '.join(found['examples'][0]))}" if found["examples"] else ""
-    prompts = "1 prompt has" if found["prompts"] == 1 else f"{found['prompts']:,} prompts have"
+    prompts = counted(found["prompts"], "prompt has", "prompts have")
     screen.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
 
 

@@ -46,6 +46,8 @@ def figure(name: str, value: Any) -> str:
     """A figure as people read it."""
     if name.endswith("bytes"):
         return size_text(value)
+    if name == "check_same_tokens":
+        return f"{value:.4g} %" if (value := 100 * value) else "0 %"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -56,6 +58,11 @@ def figure(name: str, value: Any) -> str:
 def prose(text: Text) -> None:
     """Text for people: wrapped at words on a terminal, one line per message in a file."""
     err.print(text, soft_wrap=not err.is_terminal)
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def mute() -> None:

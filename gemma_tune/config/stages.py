@@ -37,8 +37,8 @@ QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_
 
 def dtype_option() -> Any:
     """The compute type, which every stage that runs a model takes."""
-    return option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it faster than "
-                          "fp32, and never fp16.", choices=DTYPES)
+    return option("auto", "Compute type of the base model; `auto` takes bf16 where the device has instructions for it, "
+                          "else fp32, and never fp16.", choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,10 @@ class TrainConfig(StageConfig):
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
     epochs: float = option(4.0, "Passes over the training data.", least=0.001)
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
-    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
-    schedule: str = option("cosine", "How the learning rate falls after the warm-up.",
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
+                                 "learns already.", least=0.0, most=1.0)
+    schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "
+                                     "step.",
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)

@@ -13,6 +13,7 @@ from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.prompts import Prompt, headline, read_prompts, shown, tool_names
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import write_atomic, write_json
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.load import add_adapter
@@ -117,7 +118,8 @@ def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat) -> l
         raise UserError(f"the {len(prompts)} held-out prompts are all longer than {limit} tokens",
                         "ask about more of them with --questions")
     if longer := len(fitted) - len(kept):
-        session.listener.note(f"{longer} held-out prompts are left out: they are longer than {limit} tokens")
+        session.listener.note(f"{counted(longer, 'held-out prompt is', 'held-out prompts are')} left out: longer than "
+                              f"{limit} tokens")
     if parts := sum(len(p.messages) < len(q.messages) for p, q in zip(fitted, prompts) if p):
         session.listener.note(f"{parts} held-out prompts are asked without their first turns: together they are longer "
                               f"than {limit} tokens")

@@ -25,6 +25,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
+from gemma_tune.base.words import counted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -206,7 +207,7 @@ def read_adapter(folder: Path) -> Adapter:
         else:
             rest.append(stored)
     if rest:
-        raise UserError(f"{folder} holds {len(rest)} tensors that merge does not know",
+        raise UserError(f"{folder} holds {counted(len(rest), 'tensor')} that merge does not know",
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])

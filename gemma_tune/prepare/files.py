@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.files import json_bytes, write_json
+from gemma_tune.base.words import counted
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.prepare.findings import Findings
@@ -160,8 +161,8 @@ def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
     long = before["long"]
     lost = 1 - trained / max(1, before["trained_tokens"])
     divided = long["rows"] - rejected
-    said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: {divided:,} divided, "
-            f"{rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
+    said = (f"{counted(long['rows'], 'row is', 'rows are')} longer than {long['max_length']:,} tokens: {divided:,} "
+            f"divided, {rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
     return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
 
 

@@ -81,7 +81,8 @@ class Passes:
         """Which rows are kept, and on which side."""
         config, columns = self.session.config, self.gathered.columns()
         selection = select(columns, 0.0 if self.held_out else config.valid, config.duplicates == "keep",
-                           self._nearly if config.near_duplicates else None)
+                           self._nearly if config.near_duplicates else None,
+                           self.session.resolved.origins["valid"] == "default")
         return Decided(self.spool, self.findings, columns, selection)
 
     def _nearly(self, candidates: np.ndarray) -> np.ndarray:

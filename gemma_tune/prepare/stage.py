@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing_directory
+from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import Source, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
@@ -75,23 +76,15 @@ def _as_before(session: Session) -> Session:
     before = session.manifest.stages.get("prepare", {"config": {}})["config"]
     if session.config.data or not before:
         return session
-    origins, changes = dict(session.resolved.origins), {}
-    for field in fields(PrepareConfig):
-        kept = before.get(field.name)
-        if kept and kept["from"] not in ("default", "family") and origins[field.name] == "default":
-            value = kept["value"]
-            changes[field.name] = tuple(value) if isinstance(value, list) else value
-            origins[field.name] = kept["from"]
+    changes = as_before(session.resolved, before)
     changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
         changes["valid"] = session.run.found(changes["valid"])
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
-    others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
-    if others:
-        session.listener.note(f"settings as before: {', '.join(others)}")
-    return replace(session, resolved=replace(session.resolved, config=replace(session.config, **changes),
-                                             origins=origins))
+    if others := {name: value for name, value in changes.items() if name != "data"}:
+        session.listener.note(f"settings as before: {in_words(others)}")
+    return replace(session, resolved=session.resolved.but(changes, before))
 
 
 def _sources(session: Session) -> tuple[list[Source], list[Source]]:

@@ -76,6 +76,11 @@ class RunDir:
         return self.root / f"{self.model_name}_lora_adapter"
 
     @property
+    def worse_adapter(self) -> Path:
+        """The adapter of a training that raised the loss; no stage reads it."""
+        return self.root / f"{self.model_name}_lora_adapter_worse"
+
+    @property
     def merged(self) -> Path:
         return self.root / f"{self.model_name}_lora_merged"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, resolve
+from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
@@ -33,7 +33,8 @@ _WITHOUT_WEIGHTS = ("prepare", "train")
 class Session:
     """Everything a stage works with: the run, the base model, its settings, the inputs and the listener.
 
-    ``base`` is the 16-bit model that an adapter is merged into, where the run's own is quantised.
+    ``base`` is the 16-bit model that an adapter is merged into, where the run's own is quantised; ``given`` names the
+    settings that were given now, and not taken from the run's last result.
     """
 
     run: RunDir
@@ -44,6 +45,7 @@ class Session:
     inputs: Mapping[str, Path] = field(default_factory=dict)
     force: bool = False
     base: BaseModel | None = None
+    given: Collection[str] = ()
 
     @property
     def config(self) -> Any:
@@ -59,7 +61,7 @@ class Session:
 def open_session(stage: str, run: str | Path | None = None, *, model: str | None = None, revision: str | None = None,
                  config: Mapping[str, Any] | str | Path | None = None, listener: Listener | None = None,
                  force: bool = False, **settings: Any) -> Session:
-    """Find the run, its model and the settings of a stage.
+    """Find the run, its model and the settings of a stage; those that are not given are as they were given before.
 
     Args:
         stage: as in the manifest, such as ``export-ollama``; or ``chat``.
@@ -105,7 +107,11 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
             listener.note(reason)
     if into and not apart:
         resolved = replace(resolved, config=replace(resolved.config, base=None))
-    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+    given, before = resolved.given, manifest.stages.get(stage, {"config": {}})["config"]
+    if stage != "prepare" and (kept := as_before(resolved, before)):  # its settings belong to the data, see there
+        listener.note(f"settings as before: {in_words(kept)}")
+        resolved = resolved.but(kept, before)
+    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
 
 
 def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:

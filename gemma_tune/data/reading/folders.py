@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, describes_data, kind_of
 
 CHECK = "check the path; `gemma-tune prepare --help` shows an example"
@@ -40,7 +41,7 @@ def data_files(folder: Path, keep: Path, listener: Listener, held_out: bool = Fa
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
                         AS_TEXT if texts else "name the files, or another directory")
     taken, others = _of_split(folder, data, held_out)
-    listener.note(f"{folder}: {len(taken)} data file{'s' if len(taken) > 1 else ''}{passed_over(there, data)}")
+    listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data)}")
     if others and not held_out:
         listener.warn(f"{folder}: not trained on, as the names say that they are for validation or tests: "
                       f"{_named(folder, others)}; they are used if they are named, to validate with --valid")
@@ -110,7 +111,7 @@ def passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
     others = [path for path in there if path not in set(taken)]
     endings = ", ".join(sorted({path.name if describes_data(path) else path.suffix or "without an ending"
                                 for path in others})[:5])
-    return f"; {len(others)} other{'s' if len(others) > 1 else ''} passed over ({endings})" if others else ""
+    return f"; {counted(len(others), 'other')} passed over ({endings})" if others else ""
 
 
 # --- splits

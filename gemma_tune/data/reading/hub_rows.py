@@ -21,6 +21,7 @@ from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, write_json
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.rows import BLOCK, HUB, Source
 from gemma_tune.hub import access as hub_access
@@ -60,7 +61,7 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
         lock = _resolved(request, asked, known, listener)
         rows = _explained(request, lambda: _load(lock)).num_rows
     shown = f"{PREFIX}{lock.id}{'/' + asked['config'] if asked['config'] else ''}:{lock.split}"
-    listener.note(f"{shown}: {rows:,} rows of commit {lock.commit[:12]}")
+    listener.note(f"{shown}: {counted(rows, 'row')} of commit {lock.commit[:12]}")
     if lock != known:
         with os_errors(keep):
             keep.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import describes_data, kind_of
@@ -135,7 +136,7 @@ def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Pa
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
-        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}{passed_over(matches, paths)}")
+        listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths)}")
     else:
         paths = [path]
     if problems := [problem for path in paths if (problem := _problem(path))]:
