@@ -127,7 +127,7 @@ def test_of_standard_input_and_other_copies_each_is_recorded_as_itself(prepare):
 def varied() -> list[Any]:
     """Rows of every fate."""
     return [*rows(60), *(alpaca(f"do {n}", "x " * n) for n in range(1, 41)), *rows(5), talk(60), *({"bad": n} for n in range(9)),
-            *(row(f"q{n % 7}", f"answer {n}") for n in range(30)), row("a\x07"), *({"text": f"text {n}"} for n in range(9))]
+            *(row(f"q{n % 7}", f"answer {n}") for n in range(30)), row("a\x07"), *({**row(f"m{n}", "b"), "mood": n % 3} for n in range(9)), *({"text": f"text {n}"} for n in range(9))]
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_the_report_has_what_is_documented(prepare):
     assert report().keys() == {
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "files", "formats",
         "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
-        "tokens", "trained_tokens", "left_out_answers", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
+        "tokens", "trained_tokens", "left_out_answers", "unread", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",
         "longest_rows", "shortest_rows"}

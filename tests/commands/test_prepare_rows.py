@@ -397,8 +397,8 @@ def test_a_home_that_does_not_exist_is_part_of_the_name(refused):
     (b'\n{\n "a": [NaN]\n}', "bad.jsonl:2: not valid JSON: NaN is not JSON"),
     (b'[{"role": "user",\n"content": [NaN]}]', "bad.jsonl:1: not valid JSON: NaN is not JSON"),
     (b'[{"a": 1}]\n[{"a": 2}]\n', "bad.jsonl:2: there is more after the end of the list"),
-    (b'{"data": {\n"x": 1\n}}', "none of the 1 rows can be used"),
-    (b'"just text"', "none of the 1 rows can be used"),
+    (b'{"data": {\n"x": 1\n}}', "the only row cannot be used"),
+    (b'"just text"', "the only row cannot be used"),
     (b"question,answer\na,b\n", "none of the 2 rows can be used"),
 ], ids=lambda v: ascii(v)[:40] if isinstance(v, bytes) else None)
 def test_files_that_hold_no_rows(refused, content, message):
@@ -476,3 +476,15 @@ def test_the_advice_does_not_come_from_words_that_a_message_quotes(tiny, tmp_pat
     assert invoke("prepare", "rows.jsonl", "--model", folder, "--max-rejected", 1).code == 0
     [rejected] = read("rejected", folder.parent.parent / "runs" / tiny.name / "data")
     assert fix in json.dumps(rejected)
+
+
+def test_what_is_not_read_is_listed(cli, tiny, tmp_path):
+    records = [{**record, "mood": n % 2, "id": n, "source": "here"} for n, record in enumerate(rows(12))]
+    records[3]["messages"][1]["rating"] = 5
+    done = cli("prepare", write_rows(tmp_path / "r.jsonl", records), "--model", tiny, "--run", "run")
+    assert done.code == 0, done.err
+    said = done.err[done.err.index("not read"):]
+    for name in ("mood", "rating", "id", "source"):
+        assert name in said
+    found = {item["name"]: (item["where"], item["rows"]) for item in json.loads(Path("run/data/report.json").read_text())["unread"]}
+    assert found == {"mood": ("column", 12), "id": ("column", 12), "source": ("column", 12), "rating": ("key", 1)}
