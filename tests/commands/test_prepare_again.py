@@ -127,7 +127,7 @@ def test_of_standard_input_and_other_copies_each_is_recorded_as_itself(prepare):
 def varied() -> list[Any]:
     """Rows of every fate."""
     return [*rows(60), *(alpaca(f"do {n}", "x " * n) for n in range(1, 41)), *rows(5), talk(60), *({"bad": n} for n in range(9)),
-            *(row(f"q{n % 7}", f"answer {n}") for n in range(30)), row("a\x07"), *({**row(f"m{n}", "b"), "mood": n % 3} for n in range(9)), *({"text": f"text {n}"} for n in range(9))]
+            *(row(f"q{n % 7}", f"answer {n}") for n in range(30)), row("a\x07"), *({"text": f"text {n}"} for n in range(9))]
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_several_processes_write_the_same_bytes(prepare, two_processes, monkeypa
     parents = []
     real = judge.Judge.__call__
     monkeypatch.setattr(judge.Judge, "__call__", lambda self, block: parents.append(os.getpid()) or real(self, block))
-    write_rows(Path("a.jsonl"), varied())
+    write_rows(Path("a.jsonl"), [*varied(), *({**row(f"m{n}", "b"), "mood": n % 3} for n in range(9))])  # unread, varying
     Path("b.json").write_text(json.dumps(varied()[:30], indent=2))
     args = ("a.jsonl", "b.json", "--max-length", 128, "--near-duplicates", "--force")
     prepare(*args)
