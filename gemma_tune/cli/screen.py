@@ -47,7 +47,7 @@ def figure(name: str, value: Any) -> str:
     if name.endswith("bytes"):
         return size_text(value)
     if name == "check_same_tokens":
-        return f"{value:.4g} %" if (value := 100 * value) else "0 %"
+        return f"{100 * value:.4g} %"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

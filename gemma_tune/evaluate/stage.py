@@ -84,7 +84,8 @@ def held_out_prompts(session: Session) -> tuple[list[Prompt], Any]:
         raise UserError(nothing_to_ask(session) or "", "the validation loss of `train` compares base and tuned model"
                         if texts else "prepare again with --valid 0.1")
     if texts:
-        session.listener.note(f"{texts} held-out rows of plain text are left out: they have no question to ask")
+        rows = counted(texts, "held-out row of plain text is", "held-out rows of plain text are")
+        session.listener.note(f"{rows} left out: no question to ask")
     if len(prompts) < count:
         session.listener.note(f"the run has {len(prompts)} held-out prompts; `prepare --valid 0.2` keeps more aside")
     return prompts, None
@@ -121,8 +122,9 @@ def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat) -> l
         session.listener.note(f"{counted(longer, 'held-out prompt is', 'held-out prompts are')} left out: longer than "
                               f"{limit} tokens")
     if parts := sum(len(p.messages) < len(q.messages) for p, q in zip(fitted, prompts) if p):
-        session.listener.note(f"{parts} held-out prompts are asked without their first turns: together they are longer "
-                              f"than {limit} tokens")
+        asked = counted(parts, "held-out prompt is asked without its first turns",
+                        "held-out prompts are asked without their first turns")
+        session.listener.note(f"{asked}: longer than {limit} tokens with them")
     return kept
 
 

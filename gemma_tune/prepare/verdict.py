@@ -110,12 +110,15 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
         said = f"{'; '.join(p.reason for p in item.problems)} ({item.problems[0].fix})"
         groups.setdefault(said, []).append(item.place)
     shown = list(groups.items())[:NAMED]
-    lines = [f"{places[0]}{f' and {len(places) - 1:,} more rows' if places[1:] else ''}: {said}"
-             for said, places in shown]
+    lines = [f"{places[0]}{_and_more(places)}: {said}" for said, places in shown]
     more = findings.rejected - sum(len(places) for _, places in shown)
     if more:
         return [*lines, f"… and {more:,} more, all in {refused}"]
     return [*lines, f"each of them is in {refused}"] if findings.rejected > len(lines) else lines
+
+
+def _and_more(places: list[str]) -> str:
+    return f" and {counted(len(places) - 1, 'more row')}" if places[1:] else ""
 
 
 _OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}
@@ -163,7 +166,7 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
     if report["left_out_answers"]:
         left_out = counted(report["left_out_answers"], "answer of the rows that are used is",
                            "answers of the rows that are used are")
-        listener.warn(f"{left_out} left out: not all of these rows fits into --max-length {session.config.max_length}")
+        listener.warn(f"{left_out} left out: too long to fit into --max-length {session.config.max_length}")
     if not report["valid_rows"] and session.config.valid:
         listener.warn("no rows for validation: that needs two different prompts at least")
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":

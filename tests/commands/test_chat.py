@@ -521,7 +521,7 @@ def test_an_answer_that_was_cut_off_is_not_learned(talk, conversation):
     assert not SAVED.exists()
     _, err = talk("two", "/save", streams=[Spoken(["whole"])])
     assert [turn.get("train", True) for turn in saved()[0]["messages"]] == [True, False, True, True]
-    assert "(1 answer(s) were cut off and are not learned" in err
+    assert "(1 answer was cut off and is not learned" in err
     _, err = talk("/reset", "one", "/fix whole now", "/save", streams=[Spoken(["half", KeyboardInterrupt()])])
     assert saved()[1] == {"messages": turns("one", "whole now")}
     assert "cut off" not in err.replace("/fix", "")
@@ -745,3 +745,24 @@ def test_ctrl_c_without_a_terminal_ends_all_answers(endless):
         _, err = program.communicate(timeout=30)
     assert program.returncode == 130
     assert b"stopped" in err and b"Traceback" not in err
+
+
+def test_an_answer_that_reaches_the_limit_is_said_on_a_terminal(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from gemma_tune.answers.generation import Answer
+    from gemma_tune.cli import chat, screen
+
+    class Stream(list):
+        def finish(self):
+            return Answer("one two", 2, ended=False)
+
+    said = []
+    monkeypatch.setattr(chat, "answers", lambda conversation, prompts: [(p, Stream(["one two"])) for p in prompts])
+    monkeypatch.setattr(chat, "_say", said.append)
+    for terminal in (False, True):
+        monkeypatch.setattr(screen, "err", SimpleNamespace(is_terminal=terminal))
+        chat.one_by_one(SimpleNamespace(which="m"), ["count"], as_json=False)
+        assert bool(said) == terminal
+    assert "cut off after 2 tokens, the limit; --max-new-tokens N" in said[0]
+    assert capsys.readouterr().out == "one two\n" * 2

@@ -177,7 +177,7 @@ def test_a_system_message_is_folded_where_the_template_has_none(prepare, tiny):
 def test_a_system_message_that_the_template_refuses_is_put_before_the_first_turn(tiny, tmp_path):
     model = with_template(tiny, tmp_path / "models", "gemma")  # Gemma 1 and 2
     done = prepared(model, write_rows(Path("rows.jsonl"), [row(), row(instruction="Be brief.")]), "--valid", 0)
-    assert "no place for a system message: in 1 rows it is put before the first user turn" in done["err"]
+    assert "no place for a system message: in 1 row it is put before the first user turn" in done["err"]
     assert "user\nBe brief.\n\nWhat is a bond?<end_of_turn>" in format_of(model).tokenizer.decode(sequences()[1].ids)
 
 
@@ -456,7 +456,7 @@ def test_a_file_for_validation(prepare):
         ("held.jsonl", 4, "held.jsonl:1"), ("rows.jsonl", 2, "held.jsonl:1")]
     assert [(r["file"], r["line"]) for r in read("rejected")] == [("held.jsonl", 3)]
     assert report()["asked_on_both_sides"] == 1
-    assert "! 1 training rows ask what validation rows ask" in done["err"]
+    assert "! 1 training row asks what validation rows ask" in done["err"]
     prepare("rows.jsonl", "--valid", "held.jsonl", "--duplicates", "keep")
     assert (questions(), questions("valid")) == (["a", "held", "b", "asked"], ["held", "asked", "held"])
     assert report()["asked_on_both_sides"] == 2
