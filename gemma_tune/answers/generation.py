@@ -16,7 +16,10 @@ _BROKEN = "\ufffd"  # what the bytes of half a character decode to
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. ``ended`` says that the model ended it itself; otherwise it ran into a limit or was stopped."""
+    """One answer, with its outer white space.
+
+    ``ended`` says that the model ended it itself; otherwise it ran into a limit or was stopped.
+    """
 
     text: str
     tokens: int
@@ -110,7 +113,7 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
 def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
-    return Answer(_whole_characters(chat.tokenizer, kept).strip(), len(kept), end is not None)
+    return Answer(_whole_characters(chat.tokenizer, kept), len(kept), end is not None)
 
 
 def _whole_characters(tokenizer: Any, ids: list[int]) -> str:
@@ -200,7 +203,7 @@ class Stream:
         self._stopped.set()
 
     def finish(self) -> Answer:
-        """Wait for the end and return the whole answer: the pieces together, without outer white space.
+        """Wait for the end and return the whole answer: the pieces together.
 
         Raises:
             Exception: whatever went wrong while generating.
@@ -208,7 +211,7 @@ class Stream:
         self._thread.join()
         if self._failure:
             raise self._failure
-        return Answer(self._pieces.text.strip(), self._pieces.tokens, self._pieces.ended)
+        return Answer(self._pieces.text, self._pieces.tokens, self._pieces.ended)
 
     def _generate(self) -> None:
         try:

@@ -165,7 +165,8 @@ def sha256_file(path: Path) -> str:
 
 # What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+                    "additional_chat_templates/*.jinja")
 
 
 def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
@@ -202,12 +203,35 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Seque
     return {"sha256": sha, "bytes": size, "stamp": stamp}
 
 
+CACHE = "GEMMA_TUNE_CACHE"
+_OTHER_CACHE = f"name a directory for it: export {CACHE}=/a/directory"
+
+
 def cache_dir() -> Path:
-    """Where checkpoints made from GGUF files are kept: ``GEMMA_TUNE_CACHE``, else the user's cache directory."""
-    if configured := os.environ.get("GEMMA_TUNE_CACHE"):
-        return Path(configured).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gemma-tune"
+    """Where checkpoints made from GGUF files are kept: ``GEMMA_TUNE_CACHE``, else the user's cache directory.
+
+    Raises:
+        UserError: it would lie in a home directory that is not known.
+    """
+    configured = os.environ.get(CACHE)
+    named = configured or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gemma-tune")
+    path = os.path.expanduser(named)
+    if path.startswith("~"):  # no HOME, and a user without an entry in the system's list, as in a container
+        raise UserError(f"there is no place for the cache: the home directory in {named} is not known", _OTHER_CACHE)
+    return Path(path)
+
+
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """Turn an operating system's refusal while working in the cache into an error that names its variable."""
+    try:
+        yield
+    except OSError as e:
+        place = e.filename or cache_dir()
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise WorkFailed(f"there is no room in the cache: {place}: {e.strerror}",
+                             f"free some space, or {_OTHER_CACHE}") from e
+        raise UserError(f"the cache cannot be used: {place}: {e.strerror or e}", _OTHER_CACHE) from e
 
 
 @contextmanager

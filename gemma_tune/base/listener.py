@@ -15,6 +15,10 @@ class Listener:
     def warn(self, text: str) -> None:
         """Something that the user should look at; the work goes on."""
 
+    def confirm(self, question: str) -> bool:
+        """Whether to do what cannot be undone; no, where nobody can be asked."""
+        return False
+
     def progress(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` units of ``task`` are finished; the task ends when they are equal."""
 

@@ -18,16 +18,57 @@ def loads(text: str) -> Any:
     Raises:
         ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep.
     """
-    value, end = decode(text, skip_space(text, 0))
+    return _whole(_decoder, text)
+
+
+def row(text: str) -> Any:
+    """As :func:`loads`; a member of the outermost object that is NaN, as data frames write what is missing, is None."""
+    try:
+        return loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        if "NaN" not in text:
+            raise
+        value, found = _with_nan(text)
+        empty = [key for key, cell in value.items() if cell is _NAN] if isinstance(value, dict) else []
+        if found != len(empty):  # inside a cell it might be a part of what is learned
+            raise
+        return value | dict.fromkeys(empty)
+
+
+_NAN = object()
+
+
+def _with_nan(text: str) -> tuple[Any, int]:
+    """The value of a text with ``_NAN`` where it has NaN, and how often that is; raises what :func:`loads` does."""
+    found = []
+
+    def constant(name: str) -> Any:
+        if name != "NaN":
+            _no_constant(name)
+        found.append(name)
+        return _NAN
+
+    decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer)
+    return _whole(decoder, text), len(found)
+
+
+def decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at ``at`` and where it ends; raises what :func:`loads` does."""
+    return _decoded(_decoder, text, at)
+
+
+def _whole(decoder: json.JSONDecoder, text: str) -> Any:
+    value, end = _decoded(decoder, text, skip_space(text, 0))
     if (end := skip_space(text, end)) != len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
 
 
-def decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at ``at`` and where it ends; raises what :func:`loads` does."""
+def _decoded(decoder: json.JSONDecoder, text: str, at: int) -> tuple[Any, int]:
     try:
-        value, end = _decoder.raw_decode(text, at)
+        value, end = decoder.raw_decode(text, at)
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
     brackets = text.count("[", at, end) + text.count("{", at, end)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 
 _UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
+_ENDING = r"\.gguf$|(?<=^sha256-[0-9a-f]{12})[0-9a-f]{52}$"  # Ollama calls its GGUF files by their whole hash
 
 
 def model_name(model_id: str) -> str:
@@ -20,11 +22,43 @@ def model_name(model_id: str) -> str:
     'gemma-3-270m-it'
     """
     last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
-    name = re.sub(_UNSAFE, "-", last.removesuffix(".gguf")).strip("-.")
+    last = re.sub(_ENDING, "", last, flags=re.IGNORECASE)
+    name = re.sub(_UNSAFE, "-", last).strip("-.")
     if not name:
         raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
                         "rename it, or name a model such as google/gemma-3-270m-it with --model")
     return name
+
+
+def is_text(value: str) -> bool:
+    """Whether a text holds no half characters, as which Python keeps bytes of the system that are no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(value: str, where: str, encoding: str | None = None) -> str:
+    """What somebody typed or piped, as text: bytes that Python kept because its locale has no such characters are read
+    as UTF-8.
+
+    Args:
+        where: what is named in the error.
+        encoding: from which Python made ``value``; by default that of arguments and names of files.
+
+    Raises:
+        UserError: they are not UTF-8 either.
+    """
+    if is_text(value):
+        return value
+    raw = value.encode(encoding or sys.getfilesystemencoding(), "surrogateescape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {raw[e.start]:#04x}) at offset {e.start}",
+                        "use a terminal in UTF-8; convert text with `iconv -f latin1 -t utf-8`, and rename files"
+                        ) from e
 
 
 def nearest(word: str, known: Iterable[str], most: int = 1, least: float = 0.6) -> list[str]:
@@ -67,3 +101,24 @@ def size_text(size: float) -> str:
 def gigabytes(size: float) -> str:
     """The same for sizes that are to be compared with others in their sentence, and so stand in the same unit."""
     return f"{size / 1e9:,.2f} GB"
+
+
+def span(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> span(42), span(600), span(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(2000, "row"), counted(2, "batch", "batches")
+    ('1 row', '2,000 rows', '2 batches')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -40,7 +40,7 @@ class Conversation:
 
     def keep(self, text: str, answer: Answer) -> None:
         """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
-        if answer.text:
+        if answer.text.strip():
             self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}
                            | ({} if answer.ended else {"train": False})]
 
@@ -54,7 +54,7 @@ class Conversation:
             raise UserError("there is no answer to correct yet", "ask something first")
         if not text.strip():
             raise UserError("the right answer has no text", "/fix TEXT, or /fix alone for several lines")
-        self.turns[-1] = {"role": "assistant", "content": text.strip()}
+        self.turns[-1] = {"role": "assistant", "content": text}
 
     def save(self, name: str = "") -> tuple[Path, bool]:
         """Save the conversation so far, see :meth:`gemma_tune.chat.saves.Saves.save`.
@@ -119,22 +119,26 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
         raise UserError("--base and --merged exclude each other", "use one of them")
     if config.base:
         return session.model.path, None, f"{session.model.name}, the base model"
-    stage, output = ("merge", "merged") if config.merged else ("train", "adapter")
+    merged = config.merged
+    if not merged and "train" not in session.manifest.stages and "merge" in session.manifest.stages:
+        session.listener.note("this run has no training of its own, so the merged model answers")
+        merged = True
+    stage, output = ("merge", "merged") if merged else ("train", "adapter")
     state = state_of(run, session.manifest, stage)
     if state.status == "missing":
-        raise UserError(f"{run.root} has no {'merged model' if config.merged else 'trained adapter'} yet",
+        raise UserError(f"{run.root} has no {'merged model' if merged else 'trained adapter'} yet",
                         f"{command(stage, run.root)}, or chat with the base model: --base")
     require_output(run, session.manifest, "chat", stage, output)
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
-    if config.merged:
+    if merged:
         return run.merged, None, f"{session.model.name}, tuned and merged"
     return session.model.path, run.adapter, f"{session.model.name}, tuned"
 
 
 def answers(conversation: Conversation, prompts: Iterator[str]) -> Iterator[tuple[str, Stream]]:
     """One independent answer per prompt that is not blank: each starts from the system prompt alone."""
-    for prompt in map(str.strip, prompts):
-        if prompt:
+    for prompt in (line.rstrip("\r\n") for line in prompts):
+        if prompt.strip():
             conversation.reset()
             yield prompt, conversation.ask(prompt)

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import as_text, counted
 from gemma_tune.chat.conversation import Conversation, answers
 from gemma_tune.cli import console, screen
 
 HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (and forget; no TEXT removes it)\n"
-        "/fix TEXT  put TEXT in place of the last answer; no TEXT: several lines, up to one with a dot alone\n"
+        "/fix TEXT  put TEXT in place of the last answer; no TEXT: lines as they are, up to one with a dot alone\n"
         "/save [FILE]  keep the conversation as training data\n"
         "/help   this help                    /exit or Ctrl-D  leave      Ctrl-C  stop the answer")
 
@@ -19,35 +20,55 @@ HELP = ("/reset  forget the conversation      /system TEXT  new system prompt (a
 def interactive(conversation: Conversation) -> None:
     """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
     with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
-        import readline  # noqa: F401 - its import gives input() line editing and history
+        import readline  # its import gives input() line editing and history
+
+        for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # or the C locale takes é for two keys
+            readline.parse_and_bind(f"set {setting}")
     screen.err.print(f"{conversation.which}\n{HELP}", markup=False, style="dim")
+    _keep_bytes(sys.stdin)
     while True:
         try:
-            line = _read_line().strip()
+            line = _read_line()
+        except UserError as e:
+            screen.error(e)
+            continue
         except KeyboardInterrupt:
             screen.err.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
         except EOFError:
             screen.err.print()
             return
-        if line.startswith("/"):
-            if not _command(conversation, line):
+        if line.lstrip().startswith("/"):
+            if not _command(conversation, line.lstrip()):
                 return
-        elif line:
+        elif line.strip():
             _exchange(conversation, line)
 
 
 def _read_line() -> str:
-    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file."""
+    """A line from the terminal. input() writes its prompt to stdout, which holds answers alone when it is a file.
+
+    Raises:
+        UserError: it is no text.
+    """
     if sys.stdout.isatty():
-        return input("\n> ")
-    screen.err.print("\n> ", end="", markup=False)
-    return input()
+        line = input("\n> ")
+    else:
+        screen.err.print("\n> ", end="", markup=False)
+        line = input()
+    return as_text(line, "what was typed", sys.stdin.encoding)
+
+
+def _keep_bytes(lines: Iterable[str]) -> None:
+    """Have what cannot be decoded kept in each line, to be told where it is: else it would take the others with it."""
+    if hasattr(lines, "reconfigure"):
+        lines.reconfigure(errors="surrogateescape")
 
 
 def _command(conversation: Conversation, line: str) -> bool:
     """Obey a slash command; False means leave."""
     name, _, rest = line.partition(" ")
+    name = name.rstrip()
     if name in ("/exit", "/quit", "/bye"):
         return False
     if name == "/reset":
@@ -86,30 +107,40 @@ def _fix(conversation: Conversation, text: str) -> None:
 def _several_lines() -> str:
     lines = []
     with contextlib.suppress(EOFError):
-        while (line := _read_line()) != ".":
-            lines.append(line)
-    return "\n".join(lines)
+        while True:
+            try:
+                if (line := _read_line()) == ".":
+                    break
+                lines.append(line)
+            except UserError as e:  # the other lines stay
+                screen.error(e)
+    return "\n".join(lines).strip("\n")
 
 
 def _save(conversation: Conversation, name: str) -> None:
     path, changed = conversation.save(name)
     _say(f"({'saved in' if changed else 'already in'} {path})")
     if conversation.cut:
-        _say(f"({conversation.cut} answer(s) were cut off and are not learned; /fix TEXT mends the last one)")
+        cut = counted(conversation.cut, "answer was cut off and is", "answers were cut off and are")
+        _say(f"({cut} not learned; /fix TEXT mends the last one)")
     console.what_next([conversation.saves.command_to_prepare(path)])
 
 
 def _exchange(conversation: Conversation, line: str) -> None:
     """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
     try:
-        stream = conversation.ask(line)
+        stream, stopped = conversation.ask(line), False
         try:
             for piece in stream:
                 screen.piece(piece)
         except KeyboardInterrupt:
+            stopped = True
             stream.stop()
         screen.result("")
-        conversation.keep(line, stream.finish())
+        answer = stream.finish()
+        conversation.keep(line, answer)
+        if not (answer.ended or stopped):
+            _say(_cut_off(answer.tokens))
     except KeyboardInterrupt:  # a second one, while the last token is still being computed
         screen.err.print("(stopped; this answer is not kept)", style="dim")
     except UserError as e:
@@ -137,11 +168,17 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
                                  "ended": answer.ended, "model": conversation.which})
         else:
             screen.result("")
+            if screen.err.is_terminal and not answer.ended:
+                _say(_cut_off(answer.tokens))
+
+
+def _cut_off(tokens: int) -> str:
+    return (f"(the answer is cut off after {counted(tokens, 'token')}, the limit; --max-new-tokens N sets another, as "
+            "far as the model's context goes)")
 
 
 def _text(lines: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as e:
-        raise UserError(f"standard input is not {e.encoding} text (byte {e.start} of a part of it)",
-                        "save the prompts as UTF-8") from e
+    _keep_bytes(lines)
+    encoding = getattr(lines, "encoding", None)
+    for number, line in enumerate(lines, start=1):
+        yield as_text(line, f"standard input:{number}", encoding)

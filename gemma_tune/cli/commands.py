@@ -19,12 +19,12 @@ from gemma_tune.cli.session import (
     in_processes,
     prepare_first,
     show_plan,
-    stdin_is_terminal,
 )
 from gemma_tune.run.directory import command
 
 app = typer.Typer(
-    name="gemma-tune", cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    name="gemma-tune", cls=Commands, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False, rich_markup_mode="rich",
     pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
     help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
     epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
@@ -45,7 +45,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command(cls=Command)
 def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, take: o.Take = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, roles: o.Roles = None,
+            turn_keys: o.TurnKeys = None, delimiter: o.Delimiter = None, take: o.Take = None,
             train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
             max_length: o.MaxLength = None, on_long: o.OnLong = None, seed: o.SplitSeed = None,
             duplicates: o.Duplicates = None, near_duplicates: o.NearDuplicates = None,
@@ -54,7 +55,7 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Check your conversations, label and tokenise them, and split them into training and validation.
 
-    Reads JSONL, JSON, CSV, TSV and Parquet: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
+    Reads JSONL, JSON, CSV, TSV, Parquet and Arrow: messages, Alpaca, ShareGPT, prompt/completion, plain text. Writes
     data/train.jsonl, data/valid.jsonl, data/rejected.jsonl (with file, line and reason), data/duplicates.jsonl and a
     report on lengths and findings. Begins the run.
 
@@ -122,7 +123,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
     conversation = open_conversation(Request.of(ctx).open("chat"))
-    if prompt is None and stdin_is_terminal() and not json:
+    if prompt is None and screen.stdin_is_terminal() and not json:
         interactive(conversation)
     else:
         one_by_one(conversation, sys.stdin if prompt is None else [prompt], json)
@@ -148,11 +149,11 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
 
 
 @app.command(cls=Command)
-def merge(ctx: typer.Context, model: o.MergeBase = None, revision: o.Revision = None, run: o.Run = None,
-          adapter: o.Adapter = None, dtype: o.MergedDtype = None, max_shard_size: o.MaxShardSize = None,
-          check: o.Check = None, check_prompts: o.CheckPrompts = None, push: o.Push = None, private: o.Private = None,
-          force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
-          debug: o.Debug = False) -> None:
+def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision = None, run: o.Run = None,
+          adapter: o.Adapter = None, base: o.MergeBase = None, dtype: o.MergedDtype = None,
+          max_shard_size: o.MaxShardSize = None, check: o.Check = None, check_prompts: o.CheckPrompts = None,
+          push: o.Push = None, private: o.Private = None, force: o.Force = False, quiet: o.Quiet = False,
+          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Add the adapter to the 16-bit base model.
 
     Reads the adapter and the base model. Writes <model name>_lora_merged/, a checkpoint that plain transformers loads,
@@ -194,7 +195,8 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
 
 @app.command("run", cls=Command)
 def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
-            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, valid: o.Valid = None,
+            run: o.Run = None, format: o.Format = None, columns: o.Columns = None, roles: o.Roles = None,
+            turn_keys: o.TurnKeys = None, valid: o.Valid = None,
             max_length: o.MaxLength = None, on_long: o.OnLong = None, rank: o.Rank = None,
             learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
             accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,

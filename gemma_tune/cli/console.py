@@ -5,6 +5,7 @@ People read stderr; stdout carries results alone. Without a terminal there are p
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from rich.text import Text
 
 from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
+from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 
 
 class ConsoleListener(Listener):
@@ -35,6 +38,15 @@ class ConsoleListener(Listener):
 
     def warn(self, text: str) -> None:
         screen.prose(Text(f"! {text}", style="yellow"))
+
+    def confirm(self, question: str) -> bool:
+        if not (screen.err.is_terminal and screen.stdin_is_terminal()):
+            return False
+        self.close()
+        screen.err.print(f"{question} [y/N] ", end="", markup=False)
+        with contextlib.suppress(EOFError):
+            return input().strip().lower() in ("y", "yes")
+        return False
 
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         if not self.quiet:
@@ -122,10 +134,22 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advic
     screen.err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
     if not quiet:
         if (report.stage, report.status) != ("prepare", "done"):  # the report on the data has just been shown
-            screen.err.print(screen.figures_table("", report.summary))
+            screen.err.print(_figures(report))
         for path in report.artifacts.values():
             screen.err.print(Text(f"  {path}"))
         what_next(next_steps, advice, elsewhere)
+
+
+def _figures(report: Any) -> Table:
+    """A stage's figures; of an export with several number formats, a line for each."""
+    formats = list(format_lines(report.summary))
+    if len(formats) < 2:
+        return screen.figures_table("", report.summary)
+    others = {name: value for name, value in report.summary.items() if name not in OF_THE_FIRST}
+    table = screen.figures_table("", others)
+    for quant, text in formats:
+        table.add_row(quant, Text(text))
+    return table
 
 
 def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Sequence[str] = ()) -> None:
@@ -194,11 +218,10 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
         if f"base_{key}" in evaluated:
             table.add_row(label, *(f"{evaluated[f'{which}_{key}']} of {total}" for which in ("base", "tuned")))
     screen.err.print(table)
-    sizes = {"merged model": screen.figure("bytes", stages["merge"].summary["bytes"]),
-             "GGUF": f"{screen.figure('bytes', stages['export-ollama'].summary['gguf_bytes'])} "
-                     f"({stages['export-ollama'].summary['quant']})"}
-    screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes.items())))
-    screen.err.print(Text(f"training: {train['steps']} steps, {train['tokens_per_second']:.0f} tokens/s, "
+    sizes = [("merged model", screen.figure("bytes", stages["merge"].summary["bytes"]))]
+    sizes += [("GGUF", f"{quant}, {text}") for quant, text in format_lines(stages["export-ollama"].summary)]
+    screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes)))
+    screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} tokens/s, "
                    f"{train['dtype']} on {train['device']}"))
     for report in stages.values():
         for path in report.artifacts.values():

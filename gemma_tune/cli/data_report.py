@@ -9,12 +9,18 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 
 BAR = 32  # cells of the longest bar
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 # Control characters and marks that turn the direction of writing: they would change the terminal, not be read on it.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Names of columns and keys that say where a row comes from, not what it says; they are listed in one line.
+_BOOKKEEPING = frozenset(("id", "ids", "idx", "index", "uuid", "uid", "guid", "source", "src", "origin", "dataset",
+                          "dataset_name", "split", "url", "license", "created_at", "updated_at", "timestamp", "date",
+                          "conversation_id", "message_id", "row_id", "sample_id", "_id", "__index_level_0__",
+                          "unnamed: 0"))
 _FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "sequences",
             "tokens", "trained_tokens")
 
@@ -25,7 +31,8 @@ def data_report(report: Mapping[str, Any]) -> None:
     Args:
         report: numbers by name (see ``_FIGURES``); ``before_the_limit``, the figures of ``Statistics.as_dict``;
             ``rejected_by_reason`` (number by code) and ``first_rejected`` ("file:line" by code);
-            ``prompts_with_several_answers`` (``prompts``, ``rows``, ``examples``: lists of "file:line").
+            ``prompts_with_several_answers`` (``prompts``, ``rows``, ``examples``: lists of "file:line");
+            ``unread``, columns of rows and keys of turns (``where``, ``name``, ``rows``, ``values``).
     """
     figures = {name: report[name] for name in _FIGURES if report.get(name) or name == "rows" and name in report}
     if figures.get("sequences") == figures.get("train_rows", 0) + figures.get("valid_rows", 0):
@@ -35,6 +42,7 @@ def data_report(report: Mapping[str, Any]) -> None:
     if lengths and lengths["rows"]:
         _lengths(lengths)
     _rejected(report.get("rejected_by_reason", {}), report.get("first_rejected", {}))
+    _unread(report.get("unread", []))
     _several_answers(report.get("prompts_with_several_answers"))
 
 
@@ -100,11 +108,30 @@ def _rejected(reasons: Mapping[str, int], first: Mapping[str, str]) -> None:
                        for code, rows in sorted(reasons.items(), key=lambda item: -item[1])])
 
 
+def _unread(found: Sequence[Mapping[str, Any]]) -> None:
+    kept = [item for item in found if item["name"] is None or item["name"].lower() in _BOOKKEEPING]
+    told = [item for item in found if item not in kept]
+    lines = [(f"{item['rows']:,}", Text(f"{item['where']} {_visible(item['name'])}, {_values(item['values'])}"))
+             for item in told]
+    lines += [(f"{item['rows']:,}", Text(f"further names of {item['where']}s")) for item in kept if not item["name"]]
+    if names := [_visible(item["name"]) for item in kept if item["name"]]:
+        most = max(item["rows"] for item in kept if item["name"])
+        lines.append((f"{most:,}", Text(f"bookkeeping: {', '.join(names)}")))
+    _list("not read", lines)
+    if any(item["where"] == "column" and item["values"] == "several" for item in told):
+        screen.prose(Text("a column that is not read is neither learned nor shown to the model; --columns names those "
+                          "that should be"))
+
+
+def _values(values: str) -> str:
+    return "the same value in all" if values == "one" else "different values"
+
+
 def _several_answers(found: Mapping[str, Any] | None) -> None:
     if not found or not found["prompts"]:
         return
     example = f", such as {_visible(' and '.join(found['examples'][0]))}" if found["examples"] else ""
-    prompts = "1 prompt has" if found["prompts"] == 1 else f"{found['prompts']:,} prompts have"
+    prompts = counted(found["prompts"], "prompt has", "prompts have")
     screen.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
 
 

@@ -42,7 +42,7 @@ def _help(field: dataclasses.Field) -> str:
 
 # Shared by the commands
 Model = Annotated[Optional[str], typer.Option(
-    "--model", "-m", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo` (needs no account). "
+    "--model", "-m", help="Base model: a Hugging Face id, a directory, a GGUF file, or `demo` (needs no account). "
                           f"(default: the run's own, else {c.DEFAULT_MODEL})", show_default=False)]
 Revision = Annotated[Optional[str], typer.Option(
     "--revision", help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)",
@@ -66,6 +66,9 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
          "any, what was prepared before is learned.")]
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
 Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
+Delimiter = Annotated[Optional[str], _of(c.PrepareConfig, "delimiter", metavar="SIGN")]
+Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_joined)]
+TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
@@ -125,9 +128,10 @@ Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer th
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
-MergeBase = Annotated[Optional[str], typer.Option(
-    "--model", "-m", "--base", help="Base model: a Hugging Face id, a directory, a .gguf file, or `demo`. (default: "
-                                    "the run's own, or the one that --adapter names)", show_default=False)]
+MergeModel = Annotated[Optional[str], typer.Option(
+    "--model", "-m", help="The run's model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: the "
+                          "run's own, or the one that --adapter names)", show_default=False)]
+MergeBase = Annotated[Optional[str], _of(c.MergeConfig, "base", metavar="MODEL")]
 Adapter = Annotated[Optional[str], _of(c.MergeConfig, "adapter", metavar="DIR")]
 MergedDtype = Annotated[Optional[str], _of(c.MergeConfig, "dtype")]
 MaxShardSize = Annotated[Optional[str], _of(c.MergeConfig, "max_shard_size", metavar="SIZE")]

@@ -14,6 +14,7 @@ from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.evaluate.stage import nothing_to_ask
 from gemma_tune.export.stage import ExportReport, check_target
+from gemma_tune.merge.base import require_base
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
 from gemma_tune.train.launch import launch
@@ -30,6 +31,8 @@ def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport
         if name == "eval" and (reason := nothing_to_ask(session)):
             session.listener.note(f"skipped: {reason}")
             continue
+        if name == "prepare":
+            require_base(session, request.settings("merge").base)
         try:
             if name == "train" and session.config.num_processes > 1:
                 _train_in_processes(request, session)

@@ -38,7 +38,7 @@ LABELS = {
     "check_skipped": "not checked", "pushed": "published",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
-    "ollama_name": "name in Ollama",
+    "ollama_name": "name in Ollama", "loses": "what it costs",
 }
 
 
@@ -46,6 +46,8 @@ def figure(name: str, value: Any) -> str:
     """A figure as people read it."""
     if name.endswith("bytes"):
         return size_text(value)
+    if name == "check_same_tokens":
+        return f"{100 * value:.4g} %"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -56,6 +58,11 @@ def figure(name: str, value: Any) -> str:
 def prose(text: Text) -> None:
     """Text for people: wrapped at words on a terminal, one line per message in a file."""
     err.print(text, soft_wrap=not err.is_terminal)
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def mute() -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
+from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
+from gemma_tune.run.directory import RunDir, find_run
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.train import processes
+from gemma_tune.train.checkpoints import unfinished
 
 if TYPE_CHECKING:
     from gemma_tune.run.session import Session
+
+
+_FILES = ("data", "valid")  # options that name files of rows, and
+_PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
 
 
 class Commands(TyperGroup):
@@ -43,6 +53,7 @@ class Command(TyperCommand):
         try:
             if not self._takes_part(ctx):
                 return None
+            self._read_as_text(ctx)
             result = super().invoke(ctx)
             processes.leave()
             return result
@@ -68,8 +79,32 @@ class Command(TyperCommand):
         screen.unmute()
         if ctx.params.get("debug"):
             raise unexpected if unexpected is not None and shown is problem else shown
-        _show(shown, ctx.params)
+        _show(_without_force(shown, self.name, ctx.params), ctx.params)
         raise typer.Exit(shown.exit_code)
+
+    def _read_as_text(self, ctx: Any) -> None:
+        """Make text of arguments that were typed in a locale without their characters, or say which are none.
+
+        Raises:
+            UserError: bytes that are not UTF-8. The names of data files alone may hold such: files are called so.
+        """
+        problems = []
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if param.name in _FILES or not isinstance(value, str | Path | list):
+                continue
+            environment = getattr(ctx.get_parameter_source(param.name), "name", "") == "ENVIRONMENT"
+            try:
+                texts = [as_text(str(one), str(param.envvar) if environment else param.opts[0])
+                         for one in (value if isinstance(value, list) else [value])]
+            except UserError as e:
+                problems.append(e)
+                continue
+            if param.name not in _PLACES:  # the system knows those by their bytes
+                ctx.params[param.name] = texts if isinstance(value, list) else texts[0]
+        if problems:
+            raise problems[0] if len(problems) == 1 else UserError(
+                f"{len(problems)} arguments are not UTF-8 text", problems[0].hint, [e.message for e in problems])
 
     def _takes_part(self, ctx: Any) -> bool:
         """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""
@@ -92,6 +127,38 @@ def _show(problem: UserError, params: Mapping[str, Any]) -> None:
         screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
                                       "problems": list(problem.problems), "exit_code": problem.exit_code}})
     screen.error(problem)
+
+
+def _without_force(problem: UserError, name: str | None, params: Mapping[str, Any]) -> UserError:
+    """Where the advice is to repeat a command that was given --force: without it, as that would start anew."""
+    hint = problem.hint or ""
+    if params.get("force") and (name == "run" or name == "train" and _waiting(params)):
+        if "same command" in hint:
+            problem.hint = hint.replace("same command", "same command without --force", 1)
+        elif name == "run" and isinstance(problem, Interrupted):
+            problem.hint = f"{hint}; then the same command without --force"
+    return problem
+
+
+def _waiting(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Marker of an interrupted training in the run that a command names; None also where there is no such run."""
+    with contextlib.suppress(UserError):
+        root = find_run(params.get("run"), params.get("model"))
+        if manifest := read_manifest(root):
+            return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_training)
+    return None
+
+
+def _processes_before(request: Request) -> int:
+    """How many processes trained the run before, or began to; 1 where that is not known."""
+    options = {name: request.options.get(name) or request.file.get(name) for name in ("run", "model")}
+    if waiting := _waiting(options):
+        return waiting["settings"].get("num_processes", 1)
+    with contextlib.suppress(UserError):
+        manifest = read_manifest(find_run(options["run"], options["model"]))
+        settings = manifest.stages.get("train", {"config": {}})["config"] if manifest else {}
+        return settings.get("num_processes", {"value": 1})["value"]  # which an older version did not record
+    return 1
 
 
 @dataclass(frozen=True)
@@ -170,6 +237,8 @@ def in_processes(request: Request) -> Request:
 
     wanted = request.settings("train").num_processes
     if not processes.joined():
+        if request.options["num_processes"] is None and "num_processes" not in (request.file.get("train") or {}):
+            wanted = _processes_before(request)
         if wanted > 1:
             raise typer.Exit(launch(wanted, request.arguments))
         return request
@@ -225,8 +294,3 @@ def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:
     report = request.run("prepare", prepare, data=request.options["data"])
     console.stage_result(report, request.options["quiet"])
     return request.but(run=str(report.run)), {"prepare": as_json(report)}
-
-
-def stdin_is_terminal() -> bool:
-    """Whether a person can be asked."""
-    return sys.stdin is not None and sys.stdin.isatty()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.run.directory import RunDir, command, find_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, read_manifest
@@ -17,17 +19,19 @@ from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's stages: ``rows`` are (stage, state, ended, artifacts)."""
+    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left."""
 
     root: Path
     model: str
     rows: list[tuple[str, str, str, str]]
     next_step: str
     in_use_by: str | None = None
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
+                "earlier_exports": self.earlier,
                 "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
 
 
@@ -47,12 +51,17 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
+    earlier: dict[str, Any] = {}
     rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
+        if stage == "export-ollama" and record:
+            earlier = earlier_formats(paths, manifest, record["summary"].get("quants", {}))
+            where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if item['stale'] else ''}"
+                             for item in earlier.values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
@@ -61,7 +70,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
     owner = Lock.owner_of(root)
     if owner:
         next_step = f"wait for {owner}"
-    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner)
+    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier)
 
 
 def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:

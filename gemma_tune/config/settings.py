@@ -51,6 +51,7 @@ class StageConfig:
 
 
 C = TypeVar("C", bound=StageConfig)
+NOT_GIVEN = ("default", "family")  # origins of settings that nobody gave
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ class Resolved(typing.Generic[C]):
 
     config: C
     origins: Mapping[str, str]
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings that somebody gave."""
+        return {name for name, origin in self.origins.items() if origin not in NOT_GIVEN}
+
+    def but(self, values: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]]) -> Resolved[C]:
+        """With other ``values``, whose origins are those that they have in ``before``.
+
+        Raises:
+            UserError: values that do not go together with the others.
+        """
+        origins = {name: before.get(name, {}).get("from", "flag") for name in values}
+        return Resolved(dataclasses.replace(self.config, **values), {**self.origins, **origins})
 
     def record(self) -> dict[str, dict[str, Any]]:
         """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
@@ -97,6 +112,16 @@ def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: b
     return flags
 
 
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Settings as a note lists them.
+
+    >>> in_words({"rank": 8, "quant": ("q8_0", "f16")})
+    'rank 8, quant q8_0,f16'
+    """
+    return ", ".join(f"{name} {','.join(value) if isinstance(value, (tuple, list)) else value}"
+                     for name, value in settings.items())
+
+
 def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,
             family: Mapping[str, Any] | None = None) -> Resolved[C]:
     """Flags win over the file, the file over family defaults, those over the built-in defaults.
@@ -118,6 +143,24 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
         else:
             origins[f.name] = "default"
     return Resolved(cls(**values), origins)
+
+
+def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings that an earlier result was asked for with, where nothing is said now: their values by name.
+
+    Not those that leave the result as it is, nor what it is compared with: they belong to the command that they were
+    given to.
+
+    Args:
+        before: as :meth:`Resolved.record` wrote it.
+    """
+    kinds, kept = types_of(type(resolved.config)), {}
+    for f in dataclasses.fields(resolved.config):
+        earlier = before.get(f.name, {"from": "default"})
+        passing = f.metadata.get("same_result") or f.metadata.get("check")
+        if not passing and earlier["from"] not in NOT_GIVEN and resolved.origins[f.name] in NOT_GIVEN:
+            kept[f.name] = converted(kinds[f.name], earlier["value"])
+    return kept
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,17 @@ from typing import Any, ClassVar
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, shown, size_in_bytes
 from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
+from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
-FORMATS = ("messages", "alpaca", "sharegpt", "prompt-completion", "columns", "text", "preference")
-COLUMN_ROLES = ("user", "assistant", "system")
+FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
+COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
+ROLES = ("system", "user", "assistant", "tool")
+TURN_KEYS = ("role", "content")
+_TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
 # Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
 QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
@@ -32,8 +37,8 @@ QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_
 
 def dtype_option() -> Any:
     """The compute type, which every stage that runs a model takes."""
-    return option("auto", "Compute type of the base model; `auto` takes bf16 where a short probe finds it faster than "
-                          "fp32, and never fp16.", choices=DTYPES)
+    return option("auto", "Compute type of the base model; `auto` takes bf16 where the device has instructions for it, "
+                          "else fp32, and never fp16.", choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,23 @@ class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
 
     section: ClassVar[str] = "prepare"
-    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, also .gz and "
-                                       ".zst), directories, globs, `-` for standard input, or "
+    data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
+                                       ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
                                        "prepared from before, else the built-in financial analysis example.")
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
-                                          "user=question,assistant=answer,system=context.", auto="none")
+                                          "user=question,assistant=answer,system=persona,context=passage "
+                                          "(put below the question), or the column of a list of turns: "
+                                          "turns=dialogue. tools=… names the declarations of tools.", auto="none")
+    roles: tuple[str, ...] = option((), "Names that the data has for the roles of turns, such as "
+                                        "customer=user,bot=assistant; the roles are system, user, assistant, tool.",
+                                    auto="the usual names")
+    turn_keys: tuple[str, ...] = option((), "Keys of turns under other names, such as "
+                                            "role=speaker,content=utterance.", auto="the usual names")
+    delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
+                                         "whose names do not tell what they are (.txt) are then read as tables.",
+                                   auto="found in each file")
     take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
                               choices=("chosen",), auto="refuse them")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
@@ -76,7 +91,22 @@ class PrepareConfig(StageConfig):
     @property
     def column_names(self) -> dict[str, str]:
         """``--columns`` as a mapping: ``{"user": "question", "assistant": "answer"}``."""
-        return dict(part.split("=", 1) for part in self.columns)
+        return _pairs(self.columns)
+
+    @property
+    def role_names(self) -> dict[str, str]:
+        """``--roles`` as a mapping: ``{"bot": "assistant"}``."""
+        return _pairs(self.roles)
+
+    @property
+    def key_names(self) -> dict[str, str]:
+        """``--turn-keys`` as a mapping: ``{"role": "speaker", "content": "utterance"}``."""
+        return _pairs(self.turn_keys)
+
+    @property
+    def delimiter_sign(self) -> str | None:
+        """``--delimiter`` as the sign that it means."""
+        return _TABS.get(self.delimiter.lower(), self.delimiter) if self.delimiter is not None else None
 
     def more_problems(self) -> list[str]:
         pairs = [part.partition("=") for part in self.columns]
@@ -85,10 +115,16 @@ class PrepareConfig(StageConfig):
         roles = {role for role, _, _ in pairs}
         if len(roles) < len(pairs) and not problems:
             problems.append("columns: each role can have one column")
-        if self.columns and not problems and not {"user", "assistant"} <= roles:
-            problems.append("columns: both `user=…` and `assistant=…` are needed")
+        if "turns" in roles and (others := sorted(roles & {"user", "assistant", "context"})):
+            problems.append(f"columns: `turns=…` excludes `{others[0]}=…`, as the turns hold it")
+        elif self.columns and not problems and "turns" not in roles and not {"user", "assistant"} <= roles:
+            problems.append("columns: both `user=…` and `assistant=…` are needed, or `turns=…`")
+        problems += self._name_problems()
         if self.format == "columns" and not self.columns:
             problems.append("format: `columns` needs --columns user=…,assistant=…")
+        if (sign := self.delimiter_sign) is not None and (len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0'):
+            problems.append(f"delimiter: {shown(self.delimiter)} is no sign between columns; write one, such as `;`, "
+                            "or `tab`")
         if self.columns and self.format not in (None, "columns"):
             problems.append(f"columns: they exclude --format {self.format}")
         if self.near_duplicates and self.duplicates == "keep":
@@ -101,6 +137,24 @@ class PrepareConfig(StageConfig):
             problems.append(f"valid: {self.valid:g} is neither a share up to 0.9, nor a whole number of rows, nor a "
                             "file")
         return problems
+
+
+    def _name_problems(self) -> list[str]:
+        """What is wrong with the names of roles and keys."""
+        roles = [part.partition("=") for part in self.roles]
+        keys = [part.partition("=") for part in self.turn_keys]
+        problems = [f"roles: {shown(''.join(pair))} is not of the form NAME=ROLE with the roles {', '.join(ROLES)}"
+                    for pair in roles if not pair[0] or pair[2] not in ROLES]
+        problems += [f"turn_keys: {shown(''.join(pair))} is not of the form KEY=NAME with the keys "
+                     f"{', '.join(TURN_KEYS)}" for pair in keys if pair[0] not in TURN_KEYS or not pair[2]]
+        for name, pairs, what in (("roles", roles, "name"), ("turn_keys", keys, "key")):
+            if len({first for first, _, _ in pairs}) < len(pairs):
+                problems.append(f"{name}: each {what} can be given once")
+        return problems
+
+
+def _pairs(parts: tuple[str, ...]) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -131,8 +185,10 @@ class TrainConfig(StageConfig):
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
     epochs: float = option(4.0, "Passes over the training data.", least=0.001)
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
-    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
-    schedule: str = option("cosine", "How the learning rate falls after the warm-up.",
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
+                                 "learns already.", least=0.0, most=1.0)
+    schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "
+                                     "step.",
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
@@ -221,6 +277,9 @@ class MergeConfig(StageConfig):
     adapter: str | None = option(None, "A PEFT adapter that was trained elsewhere: its directory. The base model is "
                                        "the one that it names, or --base.", same_result=True,
                                  auto="the run's own")
+    base: str | None = option(None, "The 16-bit model to merge into, where the run's own is quantised, or where "
+                                    "--adapter names none that is here: as --model, or ID@REVISION.",
+                              auto="the run's own model")
     dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
                                auto="each tensor's own in the base")
     max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")
@@ -266,28 +325,16 @@ CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
+_PROSE = ("system", "parameter")  # settings whose texts may have several lines
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
 
     Raises:
-        UserError: unreadable file, broken YAML (with its line), unknown keys or wrong types, all together.
+        UserError: unreadable file, broken YAML or a key that is there twice (with its line), unknown keys or wrong
+            types, all together.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read the configuration {path}: {e.strerror}",
-                        "check the path given to --config") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}", "check the indentation there") from e
-    except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
-        raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+    content = read_yaml(path)
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
@@ -304,6 +351,8 @@ def _yaml_problems(content: Mapping[str, Any]):
         if key in TEXTS:
             if not isinstance(section, str):
                 yield f"{key}: expected text, found {shown(section)}"
+            elif _CONTROL.search(section):
+                yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
             yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
         elif section is None:  # all its settings are commented out
@@ -317,3 +366,10 @@ def _yaml_problems(content: Mapping[str, Any]):
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
+                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value) if len(text) > 1):
+                    # A sign by itself is meant: a tab between columns.
+                    yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

@@ -29,9 +29,13 @@ from gemma_tune.encoding.left_out import (
     refuse_lost_answer,
     refuse_lost_question,
 )
+from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
 from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.templates import family_template
 from gemma_tune.encoding.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
+from gemma_tune.encoding.white_space import REASONING, divided, written_margins
+
+_MOST_MARGINS = 1000  # kinds of white space around texts that are remembered
 
 
 class ChatFormat:
@@ -44,8 +48,8 @@ class ChatFormat:
         thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is.
 
     Raises:
-        UserError: no template known, one that does not end an assistant's turn, one without a switch for thinking
-            where it is to be on, or a tokenizer of the slow kind.
+        UserError: no template known, several of which none is `default`, one that does not end an assistant's turn, one
+            without a switch for thinking where it is to be on, or a tokenizer of the slow kind.
     """
 
     def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto"):
@@ -60,17 +64,26 @@ class ChatFormat:
         if not tokenizer.chat_template:
             raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
                             "use an instruction-tuned version of it (often named …-it or …-Instruct)")
+        self._variables = {**tokenizer.special_tokens_map, "documents": None}
+        self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
-            tokenizer.chat_template = tokenizer.get_chat_template()
+            self._choose_template(tokenizer.chat_template)
         tokenizer.chat_template = with_thinking(tokenizer.chat_template, thinking)
         self.template: str = tokenizer.chat_template
         self._labeller = Labeller(tokenizer)
-        self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self._compiled = _compiled(self.template)
+        self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
         self.folds_system = False
         self.folds_system = not self._shows_system()
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
+
+    def _choose_template(self, templates: dict[str, str]) -> None:
+        name = chosen(templates, self._variables)
+        same = f", which writes conversations without tools as `{DEFAULT}` does" if name != DEFAULT else ""
+        self.template_origin = f"the model's own `{name}` of {', '.join(sorted(templates))}{same}"
+        self.tools_advice = NO_TOOLS if name == DEFAULT and TOOL_USE in templates else ""
+        self.tokenizer.chat_template = templates[name]
 
     def __getstate__(self) -> dict[str, Any]:
         # Child processes that are not forked get a copy; a compiled template cannot be copied.
@@ -178,6 +191,23 @@ class ChatFormat:
             text, seen = prompt + answer, i - folded
             learned.append((len(prompt), len(text), mark))
         return [*drafts, Draft(text, tuple(learned))] if learned else []
+
+    def written(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The turn with no more white space around its texts than the template writes."""
+        changed = {}
+        for name, place in (("content", turn["role"]), ("reasoning_content", REASONING)):
+            before, text, after = divided(turn.get(name, ""))
+            if text and (before or after):
+                changed[name] = text.join(self._written_margins(place, before, after))
+        return turn | changed if changed else turn
+
+    def _written_margins(self, place: str, before: str, after: str) -> tuple[str, str]:
+        if (place, before, after) not in self._margins:
+            if len(self._margins) > _MOST_MARGINS:
+                self._margins.clear()
+            self._margins[place, before, after] = written_margins(
+                lambda turns, prompt: self.render(turns, prompt=prompt), place, before, after)
+        return self._margins[place, before, after]
 
     def difference(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> str:
         """How the template first writes earlier turns in another way, so that a new sequence begins; empty if never."""

@@ -49,10 +49,15 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
     quiet_libraries()
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # noqa: BLE001 - the tokenizers library raises nothing more particular for a damaged file
         raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
                         "copy the tokenizer files of the base model into it") from e
+    # Where its files lie on this machine would be saved with it.
+    for name, value in [*tokenizer.init_kwargs.items()]:
+        if name.endswith("_file") and isinstance(value, str):
+            del tokenizer.init_kwargs[name]
+    return tokenizer
 
 
 def _stop_ids(checkpoint: Path) -> list[int]:

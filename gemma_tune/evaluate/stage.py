@@ -13,6 +13,7 @@ from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.prompts import Prompt, headline, read_prompts, shown, tool_names
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import write_atomic, write_json
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.load import add_adapter
@@ -83,7 +84,8 @@ def held_out_prompts(session: Session) -> tuple[list[Prompt], Any]:
         raise UserError(nothing_to_ask(session) or "", "the validation loss of `train` compares base and tuned model"
                         if texts else "prepare again with --valid 0.1")
     if texts:
-        session.listener.note(f"{texts} held-out rows of plain text are left out: they have no question to ask")
+        rows = counted(texts, "held-out row of plain text is", "held-out rows of plain text are")
+        session.listener.note(f"{rows} left out: no question to ask")
     if len(prompts) < count:
         session.listener.note(f"the run has {len(prompts)} held-out prompts; `prepare --valid 0.2` keeps more aside")
     return prompts, None
@@ -117,10 +119,12 @@ def _fitting(session: Session, prompts: Sequence[Prompt], chat: ChatFormat) -> l
         raise UserError(f"the {len(prompts)} held-out prompts are all longer than {limit} tokens",
                         "ask about more of them with --questions")
     if longer := len(fitted) - len(kept):
-        session.listener.note(f"{longer} held-out prompts are left out: they are longer than {limit} tokens")
+        session.listener.note(f"{counted(longer, 'held-out prompt is', 'held-out prompts are')} left out: longer than "
+                              f"{limit} tokens")
     if parts := sum(len(p.messages) < len(q.messages) for p, q in zip(fitted, prompts) if p):
-        session.listener.note(f"{parts} held-out prompts are asked without their first turns: together they are longer "
-                              f"than {limit} tokens")
+        asked = counted(parts, "held-out prompt is asked without its first turns",
+                        "held-out prompts are asked without their first turns")
+        session.listener.note(f"{asked}: longer than {limit} tokens with them")
     return kept
 
 
@@ -167,4 +171,4 @@ def report(session: Session, summary: dict[str, Any]) -> str:
 
 def _quoted(text: str) -> list[str]:
     """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it."""
-    return [f"> {line}" for line in text.splitlines() or ["(nothing)"]]
+    return [f"> {line}" for line in (text.splitlines() if text.strip() else ["(nothing)"])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,16 +218,30 @@ def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, L
     return rows
 
 
-def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks) -> str:
-    """ollama/report.md."""
+def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks, limits: Sequence[str] = (),
+             earlier: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """ollama/report.md.
+
+    Args:
+        limits: what Ollama does otherwise than the training, one sentence each.
+        earlier: what earlier exports left, see ``export.earlier``.
+    """
     lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
     if loss := checks.losses.get(REFERENCE):
         lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
                       "per token, and how often the likeliest token is f16's."]
+    lines += [line for quant, figure in figures.items() if "loses" in figure
+              for line in ("", f"**{quant} {figure['loses']}**: choose a format of more bits.")]
+    if earlier:
+        lines += ["", "From earlier exports: " + ", ".join(
+            f"{item['file']} ({'of an earlier merged model' if item['stale'] else 'of this merged model'})"
+            for item in earlier.values() if item["stale"] is not None) + "."]
     if checks.parity:
         lines += ["", checks.parity.markdown().rstrip()]
     if checks.merged:
         lines += ["", checks.merged]
+    if limits:
+        lines += ["", "## Different in Ollama", "", *(f"- {text}" for text in limits)]
     if checks.unchecked:
         lines += ["", "## Not checked", "", *(f"- {text}" for text in checks.unchecked)]
     return "\n".join(lines) + "\n"

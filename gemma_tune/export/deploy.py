@@ -15,6 +15,7 @@ from gemma_tune.export.files import ExportSource
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
+from gemma_tune.run.directory import command
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
@@ -57,7 +58,7 @@ def model_names(name: str, quants: Sequence[str]) -> dict[str, str]:
 
 def deploy(session: Session, stage: StageReport, server: Server | None,
            source: Callable[[Session], ExportSource]) -> ExportReport:
-    """Create the exported models in Ollama and ask the first one a held-out prompt.
+    """Create the exported models in Ollama and ask the first good one a held-out prompt.
 
     Args:
         server: None where none answers, or none is wanted: the commands to type are given instead.
@@ -68,17 +69,24 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     """
     files = [(stage.artifacts[key], stage.artifacts[key.replace("gguf", "modelfile", 1)])
              for key in stage.artifacts if key.startswith("gguf")]
-    names = [figures["ollama_name"] for figures in stage.summary["quants"].values()]
-    elsewhere = (f"llama-cli -m {shlex.quote(files[0][0])}",)
+    quants = stage.summary["quants"]
+    names = [figures["ollama_name"] for figures in quants.values()]
+    # What loses much of what was learned is made as it was asked for, but nobody is sent there.
+    good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
+    if not good:
+        better = command("export-ollama", session.run.root, "--quant", "f16" if "q8_0" in quants else "q8_0")
+    elsewhere = tuple(f"llama-cli -m {shlex.quote(files[n][0])}" for n in good[:1])
+    run_it = (f"ollama run {names[good[0]]}",) if good else (better,)
     if server is None:
-        steps = [ollama.manual_command(Path(modelfile), name) for name, (_, modelfile) in zip(names, files)]
+        steps = [ollama.manual_command(Path(files[n][1]), names[n]) for n in good]
         advice = None if session.config.create is False else ollama.install_hint()
-        return ExportReport(stage, names[0], False, (*steps, f"ollama run {names[0]}"), elsewhere, advice)
+        return ExportReport(stage, names[good[0] if good else 0], False, (*steps, *run_it), elsewhere, advice)
     chat, target = source(session).chat, source(session).target
     for name, (gguf, _) in zip(names, files, strict=True):
         _create(session, server, replace(target, name=name), Path(gguf))
-    answer = _ask(session, server, replace(target, name=names[0]), chat)
-    return ExportReport(stage, names[0], True, (f"ollama run {names[0]}",), elsewhere, answer=answer)
+    main = names[good[0] if good else 0]
+    answer = _ask(session, server, replace(target, name=main), chat)
+    return ExportReport(stage, main, True, run_it, elsewhere, answer=answer)
 
 
 def _create(session: Session, server: Server, target: Target, gguf: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, target_for
@@ -92,7 +93,7 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener) 
                          eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
                          on_tensor=lambda done, total, _: progress(done, total), parts=source.parts)
     for reason, count in Counter(reason for _, reason in written.fallbacks).items():
-        listener.note(f"{quant}: {count} {'matrix' if count == 1 else 'matrices'}: {reason}")
+        listener.note(f"{quant}: {counted(count, 'matrix', 'matrices')}: {reason}")
     error, tensor = worst_error(source.merged, out, source.parts.architecture)
     return {"bytes": written.size_bytes, "tensor_types": written.tensor_types, "largest_error": error,
             "largest_error_tensor": tensor}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from gemma_tune.base.files import NEW, sync, write_atomic
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
+from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
+from gemma_tune.export.quant_loss import REFERENCE
 from gemma_tune.export.target import Target, parse_parameters
+from gemma_tune.export.worth import gained, what_it_loses
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import QUANTS, recommended
 from gemma_tune.ollama import client as ollama
@@ -38,6 +42,10 @@ def export(session: Session) -> ExportReport:
         ollama.check_version(server, session.model.config["model_type"])
     source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
     stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)))
+    if stage.status == "up-to-date":  # what lay beside its files may be gone by now
+        there = _earlier(session, stage.summary["quants"])
+        kept = {name: value for name, value in stage.summary.items() if name != "earlier"}
+        stage = replace(stage, summary=kept | ({"earlier": there} if there else {}))
     return deploy(session, stage, server, source)
 
 
@@ -87,7 +95,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
     try:
         figures = {quant: write_file(source, path, quant, listener) for quant, path in files.items()}
         checks = check_files(session, source, files)
-        return _finished(session, modelfiles, files, figures, checks)
+        return _finished(session, source.target, modelfiles, files, figures, checks)
     finally:
         for path in files.values():
             path.unlink(missing_ok=True)
@@ -137,8 +145,8 @@ def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> di
     return found
 
 
-def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]], files: Mapping[str, Path],
-              figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
+def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Path, bytes]],
+              files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
     outputs = {}
@@ -150,17 +158,40 @@ def _finished(session: Session, modelfiles: Mapping[str, tuple[str, Path, bytes]
         suffix = "" if quant == first else f"_{quant}"
         outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
         figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
+        figures[quant] |= _worth(session, quant, checks)
     sync(run.ollama)
-    there = {*run.ollama.glob("*.gguf"), *run.ollama.glob("Modelfile*")}
-    if earlier := sorted(path.name for path in there - set(outputs.values())):
-        session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(earlier)}")
+    earlier = _earlier(session, files)
+    left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
+    if left:
+        session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
     report = run.ollama / "report.md"
-    write_atomic(report, markdown(run.model_name, figures, checks).encode())
+    limits = target.chat.notes
+    write_atomic(report, markdown(run.model_name, figures, checks, limits, earlier).encode())
     _show(session, figures, checks)
     main = figures[first]
     summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
     summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
+    summary |= {"different_in_ollama": list(limits)} if limits else {}
+    summary |= {"loses": main["loses"]} if "loses" in main else {}
+    summary |= {"earlier": earlier} if earlier else {}
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
+
+
+def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What earlier exports left; what to do about files of an earlier merged model is said."""
+    earlier = earlier_formats(session.run, session.manifest, quants)
+    if told := advice(session.run, earlier, quants):
+        session.listener.warn(told)
+    return earlier
+
+
+def _worth(session: Session, quant: str, checks: ExportChecks) -> dict[str, str]:
+    """``loses``: what is to be said against a format, if anything is."""
+    loss, reference = (checks.losses.get(name) for name in (quant, REFERENCE))
+    said = loss and reference and what_it_loses(loss, reference, gained(session))
+    if said:
+        session.listener.warn(f"{quant} {said}: choose a format of more bits")
+    return {"loses": said} if said else {}
 
 
 def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks) -> None:

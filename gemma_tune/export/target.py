@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
-from gemma_tune.ollama.template import OllamaChat, chat_for
+from gemma_tune.ollama.template import OllamaChat, chat_for, tools_are_lost
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
@@ -52,6 +52,9 @@ def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
 
     config, settings = read_config(merged), session.config
     laid_out = chat_for(chat.template, config.get("model_type"), eos_token=chat.tokenizer.eos_token)
+    prepared = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
+    if lost := tools_are_lost(laid_out, prepared.get("tool_rows", 0)):
+        laid_out = replace(laid_out, notes=(*laid_out.notes, lost))
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
         notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
@@ -156,8 +159,8 @@ def _converted(kind: type, text: str) -> Any:
 def constant_system(*files: Path) -> str | None:
     """The system prompt that every conversation in these files of prepared rows opens with.
 
-    None if one has another or has none, or there is no conversation. Reads line by line: the files can be larger than
-    memory. One that is missing has no rows.
+    White space around it does not count; that of the first is kept. None if one has another or has none, or there is no
+    conversation. Reads line by line: the files can be larger than memory. One that is missing has no rows.
     """
     found: str | None = None
     for path in files:
@@ -168,9 +171,9 @@ def constant_system(*files: Path) -> str | None:
                 if not line.strip():
                     continue
                 system = _system_of(json.loads(line))
-                if not system or (found is not None and system != found):
+                if not system or (found is not None and system.strip() != found.strip()):
                     return None
-                found = system
+                found = found or system
     return found
 
 

@@ -127,10 +127,22 @@ def to_hub(repo_id: str, revision: str | None = None,
 
     # The library reads HF_ENDPOINT when it is imported, which may be long before; ours is the value of now.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
-    request = Request(repo_id, revision, endpoint, Path(constants.HF_HUB_CACHE).expanduser(), failures=failures or {})
+    cache = Path(os.path.expanduser(constants.HF_HUB_CACHE))
+    request = Request(repo_id, revision, endpoint, cache, failures=failures or {})
+    require_home(request, cache)
     if not re.match(r"https?://[^/\s]+", endpoint):
         raise hub_error("bad endpoint", request)
     return request
+
+
+def require_home(request: Request, cache: Path) -> None:
+    """Refuse a cache in a home directory that is not known: the library would make one called ``~`` right here.
+
+    Raises:
+        HubError: it lies in one.
+    """
+    if str(cache).startswith("~"):
+        raise hub_error("no home", request, str(cache))
 
 
 def _near(text: str) -> str:
@@ -231,6 +243,8 @@ _FAILURES = {  # case: kind, message, hint
                   "free some space (`hf cache rm` removes old models), or set HF_HOME to a larger disk"),
     "cache": ("cache", "{id} cannot be stored in {cache}: {why}",
               "make the folder writable, or set HF_HOME to one that is"),
+    "no home": ("cache", "there is no place for {id}: the home directory in {why} is not known",
+                "name a directory for what comes from the Hub: export HF_HOME=/a/directory"),
     "bad repo": ("bad_repo", "{id} {why}", "choose another model, or see {page}"),
 }
 

@@ -37,7 +37,8 @@ from gemma_tune.hub.access import (
 
 Progress = Callable[[str, int, int], None]
 
-# Lower-case patterns for names at the top of a repository; its folders hold other formats (onnx/, original/, …).
+# Lower-case patterns for names at the top of a repository; its folders hold other formats (onnx/, original/, …), but
+# for the one with further chat templates.
 _VOCABULARY = ("tokenizer.json", "tokenizer.model*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 _WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *_VOCABULARY,
            "tokenizer*.json", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
@@ -45,6 +46,7 @@ _WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetens
 # Pickles and Python files run code when they are loaded; "consolidated" holds the same weights a second time.
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _NEVER = (*_PICKLED, "*.py", "*.onnx", "*.gguf", "consolidated*", "adapter_*")
+_TEMPLATES = "additional_chat_templates"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -122,7 +124,9 @@ def _look_up(request: Request) -> tuple[str, list[_File]]:
 
 
 def _is_wanted(name: str) -> bool:
-    return "/" not in name and _matches(name, _WANTED) and not _matches(name, _NEVER)
+    folder, _, last = name.rpartition("/")
+    return last.endswith(".jinja") if folder == _TEMPLATES else (
+        not folder and _matches(name, _WANTED) and not _matches(name, _NEVER))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

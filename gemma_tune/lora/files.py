@@ -6,14 +6,18 @@ Nothing but headers and adapter_config.json is read here. What the names of the 
 - ``<layer>.lora_A.weight``, ``lora_B.weight``, ``lora_magnitude_vector``: LoRA and DoRA of a linear layer;
 - ``<layer>.lora_embedding_A``, ``lora_embedding_B``: of an embedding;
 - ``<layer>.base_layer.weight``, and embeddings without any such part: the base's own tensor as it was in training;
-- any other name that ``modules_to_save`` covers: a tensor that was trained as a whole.
+- any other name that ``modules_to_save`` covers: a tensor that was trained as a whole;
+- ``<module>.original_module.weight`` and ``<module>.modules_to_save.weight``, which ``save_embedding_layers`` writes of
+  such a module: the base's own tensor, and the trained one once more, which PEFT does not read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
+from gemma_tune.base.words import counted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -33,7 +38,9 @@ _OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "la
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
           "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+_EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
+_MLX = "adapters.safetensors"  # what mlx-lm calls its adapters, beside an adapter_config.json of its own
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Adapter:
     Attributes:
         layers: by the name of the layer in the trained model, without PEFT's prefix.
         copies: tensors that were trained as a whole (``modules_to_save``), by name.
-        base_tensors: the base's tensors that came with the adapter, by name.
+        base_tensors: the base's tensors that came with the adapter, by name; one of ``copies`` may be there too, as it
+            was before.
         config: adapter_config.json.
     """
 
@@ -102,27 +110,51 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
-        return config
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}",
                         f"name a directory that has {CONFIG} and {WEIGHTS}") from e
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"the adapter {folder} cannot be read: {CONFIG}: {e}", _AGAIN) from e
+    _refuse_mlx(folder, config)
+    return config
 
 
-def named_base(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter was trained on, and its revision.
+def _refuse_mlx(folder: Path, config: Mapping[str, Any]) -> None:
+    """Adapters of mlx-lm lie in a file of the same name, with other settings and other tensors.
 
     Raises:
-        UserError: no adapter there; no base named, or one that is not on this machine.
+        UserError: it is one.
+    """
+    of_mlx = {"fine_tune_type", "lora_parameters"} & config.keys() or (folder / _MLX).exists()
+    if config.get("peft_type") or not of_mlx:
+        return
+    trained_on = config["model"] if isinstance(config.get("model"), str) else "MODEL"
+    fuse = shlex.join(["mlx_lm.fuse", "--model", trained_on, "--adapter-path", str(folder), "--save-path", "FUSED"])
+    raise UserError(f"{folder} is an adapter of mlx-lm ({_MLX}), and merge takes those of PEFT ({WEIGHTS})",
+                    f"make a whole model of it with mlx-lm: {fuse} (--dequantize if that model is quantised); "
+                    "llama.cpp's convert_hf_to_gguf.py turns FUSED into a GGUF for Ollama, and `gemma-tune prepare "
+                    "--model FUSED` trains on from there")
+
+
+def how_to_name_base(folder: Path) -> str:
+    """What to type where an adapter's base model cannot be told from the adapter."""
+    return f"name it: gemma-tune merge --adapter {shlex.quote(str(folder))} --base ID"
+
+
+def named_base(folder: Path) -> tuple[str | None, str | None]:
+    """The base model that an adapter was trained on, and its revision; None where the adapter does not say.
+
+    Raises:
+        UserError: no adapter there; a base that is not on this machine.
     """
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
-    name_it = f"name it: gemma-tune merge --adapter {folder} --base ID"
+    name_it = how_to_name_base(folder)
     if not isinstance(base, str) or not base:
-        raise UserError(f"the adapter {folder} does not say which model it was trained on", name_it)
-    looks_local = Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
-    if looks_local and not Path(base).expanduser().exists():
+        return None, None
+    looks_local = (Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
+                   or base.endswith(".gguf"))
+    if looks_local and not os.path.exists(os.path.expanduser(base)):
         raise UserError(f"the adapter {folder} was trained on {base}, which is not here", name_it)
     revision = config.get("revision")
     return base, revision if isinstance(revision, str) else None
@@ -148,8 +180,8 @@ def read_adapter(folder: Path) -> Adapter:
     except UserError as e:
         raise UserError(f"the adapter {folder} cannot be read: {e.message}", _AGAIN) from e
     saved = list(config.get("modules_to_save") or ())
-    if config.get("ensure_weight_tying") and any(f"{module}.weight".endswith(_EMBEDDINGS) for module in saved):
-        saved += [name.removesuffix(".weight") for name in _EMBEDDINGS]  # PEFT adds the others without naming them
+    if config.get("ensure_weight_tying") and any(module.endswith(_EMBEDDINGS) for module in saved):
+        saved += _EMBEDDINGS  # PEFT adds the others without naming them
     kinds = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
     parts: dict[str, dict[str, StoredTensor]] = {}
     copies, base_tensors, rest = {}, {}, []
@@ -162,16 +194,20 @@ def read_adapter(folder: Path) -> Adapter:
             rest.append(stored)
         elif part:
             parts.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
-        elif ".base_layer." in name:
-            base_tensors[name.replace(".base_layer.", ".")] = tensor
+        elif wrapped := _WRAPPED.search(name):
+            plain = name.replace(wrapped[0], ".")
+            if wrapped[1] != "modules_to_save":
+                base_tensors[plain] = tensor
+            elif _PREFIX + plain not in tensors:
+                rest.append(stored)
         elif _is_saved(name, saved):
             copies[name] = tensor
-        elif name.endswith(_EMBEDDINGS):
+        elif name.rpartition(".")[0].endswith(_EMBEDDINGS):
             base_tensors[name] = tensor
         else:
             rest.append(stored)
     if rest:
-        raise UserError(f"{folder} holds {len(rest)} tensors that merge does not know",
+        raise UserError(f"{folder} holds {counted(len(rest), 'tensor')} that merge does not know",
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])

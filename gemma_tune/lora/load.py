@@ -41,8 +41,11 @@ def _compiling_at_the_first_call() -> Iterator[None]:
         torch.compile = compiled
 
 
-def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
+def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = None) -> Any:
     """Put a trained adapter on a loaded base model, ready to answer.
+
+    Args:
+        vocabulary: entries that the adapter was trained with, where the base has another number.
 
     Raises:
         UserError: the adapter is missing, damaged, or does not fit this model.
@@ -55,6 +58,8 @@ def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     from gemma_tune.lora.dora import settle, uses_dora
 
     try:
+        if vocabulary:
+            _resize(model, vocabulary)
         dora = uses_dora(adapter)
         tuned = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=dora).eval()
         if dora:
@@ -63,3 +68,14 @@ def add_adapter(model: PreTrainedModel, adapter: Path) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         raise UserError(f"the adapter {adapter} does not fit this base model: {str(e).splitlines()[0]}",
                         "train again: gemma-tune train --force") from e
+
+
+def _resize(model: PreTrainedModel, vocabulary: int) -> None:
+    """Give embedding and head so many entries; new ones are zero until an adapter brings its own."""
+    import torch
+
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            module.weight[before:] = 0

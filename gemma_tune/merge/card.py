@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma_tune import __version__
 from gemma_tune.base.versions import library_versions
+from gemma_tune.base.words import counted
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.run.session import Session
 
@@ -74,7 +75,7 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     record = _record_of_training(session)
     settings = session.settings_of("train") if record else {}
     if adapter.get("r"):
-        yield "Adapter", _adapter(adapter, settings)
+        yield "Adapter", _adapter(adapter, settings, session.manifest.model["id"] if session.base else None)
     if not record:
         yield "Training", "not in this run: the adapter came from elsewhere"
         return
@@ -97,7 +98,7 @@ def _record_of_training(session: Session) -> Mapping[str, Any] | None:
     return record if Path(merged).resolve() == own.resolve() else None
 
 
-def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on: str | None) -> str:
     kind = ("rank-stabilised " if config.get("use_rslora") else "") + ("DoRA" if config.get("use_dora") else "LoRA")
     words = [f"{kind} of rank {config['r']}", f"alpha {_number(config.get('lora_alpha'))}"]
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -110,6 +111,8 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
     if settings.get("qlora"):
         words.append("trained on the base in 4 bits (QLoRA)")
+    if trained_on:
+        words.append(f"trained on {_code(trained_on)}, which is that base, quantised")
     return ", ".join(words)
 
 
@@ -120,16 +123,16 @@ def _rows(session: Session, record: Mapping[str, Any]) -> str | None:
                                for name in ("train_rows", "valid_rows")):
         return None
     figures = prepared["summary"]
-    counts = f"{figures['train_rows']:,} conversations, {figures['valid_rows']:,} more held out"
+    counts = f"{counted(figures['train_rows'], 'conversation')}, {figures['valid_rows']:,} more held out"
     return f"{counts}; {figures['trained_tokens']:,} tokens learned" if "trained_tokens" in figures else counts
 
 
 def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     words = []
     if figures.get("steps") is not None:
-        words.append(f"{figures['steps']:,} steps")
+        words.append(counted(figures['steps'], 'step'))
     if figures.get("effective_batch"):
-        words.append(f"{figures['effective_batch']:,} conversations each")
+        words.append(f"{counted(figures['effective_batch'], 'conversation')} each")
     if settings.get("epochs") and not settings.get("max_steps"):
         words.append(f"{settings['epochs']:g} epoch{'s' if settings['epochs'] != 1 else ''}")
     if settings.get("learning_rate"):
@@ -144,7 +147,7 @@ def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _merge(summary: Mapping[str, Any]) -> str:
-    layers = f"{summary['merged_tensors']:,} layers, " if "merged_tensors" in summary else ""
+    layers = f"{counted(summary['merged_tensors'], 'layer')}, " if "merged_tensors" in summary else ""
     how = f"{layers}in fp32, rounded once"
     if "check_divergence" not in summary:
         return f"{how}; not compared with base and adapter"
@@ -154,7 +157,7 @@ def _merge(summary: Mapping[str, Any]) -> str:
     found.append(f"divergence {summary['check_divergence']:.2g} nats per token")
     if "check_max_logprob_difference" in summary:
         found.append(f"largest difference of a log-probability {summary['check_max_logprob_difference']:.2g}")
-    prompts = f" on {summary['check_prompts']:,} prompts" if "check_prompts" in summary else ""
+    prompts = f" on {counted(summary['check_prompts'], 'prompt')}" if "check_prompts" in summary else ""
     return f"{how}; compared with base and adapter{prompts}: {', '.join(found)}"
 
 

@@ -49,13 +49,15 @@ class _Reading:
     scores: list[torch.Tensor]
 
 
-def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path) -> dict[str, Any]:
+def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path, vocabulary: int | None = None,
+          ) -> dict[str, Any]:
     """Compare the merged model with base + adapter.
 
     Args:
         merged: the merged checkpoint.
         chat: its tokenizer and chat template.
         adapter: as PEFT can load it for the base.
+        vocabulary: entries that it was trained with, where the base has another number.
 
     Returns:
         The figures of the comparison, or why there is none: the models do not fit the memory.
@@ -69,7 +71,7 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path) -> di
     if placement is None:
         session.listener.warn(f"the merged model was not compared with base + adapter: {lacking}")
         return {"check_skipped": lacking}
-    tuned = add_adapter(load_model(session.model.path, placement), adapter)
+    tuned = add_adapter(load_model(session.model.path, placement), adapter, vocabulary)
     session.listener.progress("checking", 0, 2)
     answers = greedy_continuations(tuned, chat, prompts, ANSWER_TOKENS)
     sequences = [(prompt, chat.tokenizer(answer.text, add_special_tokens=False).input_ids)
@@ -161,7 +163,9 @@ def renamed_adapter(adapter: Adapter, renamed: Mapping[str, str], folder: Path) 
         kind, end = ("lora_embedding_", "") if lora.embedding else ("lora_", ".weight")
         tensors |= {f"{layer}.{kind}A{end}": lora.a, f"{layer}.{kind}B{end}": lora.b}
         tensors |= {f"{layer}.lora_magnitude_vector": lora.magnitude} if lora.magnitude else {}
-    for name, tensor in (adapter.copies | adapter.base_tensors).items():
+    # Of a tensor that is there as it was and as it became, PEFT needs the latter.
+    own = {name: tensor for name, tensor in adapter.base_tensors.items() if name not in adapter.copies}
+    for name, tensor in (adapter.copies | own).items():
         module, _, last = name.rpartition(".")
         module = names.get(module, module)
         inner = ".base_layer" if name in adapter.base_tensors and module in layers else ""

@@ -63,6 +63,8 @@ class MergePlan:
     Attributes:
         changed: layers and tensors that the adapter changes.
         untied: the head becomes another tensor than the embedding, which they may have shared in the base.
+        entries: of the vocabulary, as many as the embedding has; None where that is not known.
+        base_entries: as many as the base has.
         renamed: layers and tensors that the running base calls otherwise than the adapter: adapter's name → base's.
     """
 
@@ -70,6 +72,13 @@ class MergePlan:
     changed: int
     untied: bool
     renamed: dict[str, str]
+    entries: int | None = None
+    base_entries: int | None = None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Entries of embedding and head, where the adapter was trained with another number than the base has."""
+        return self.entries if self.entries != self.base_entries else None
 
     @property
     def bytes(self) -> int:
@@ -93,7 +102,8 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
         dtype: the type to write floating-point tensors in, as safetensors calls it; None keeps each one's own.
 
     Raises:
-        UserError: the adapter changes what the base does not have, or has in another shape; all of it is listed.
+        UserError: the adapter changes what the base does not have, or has in another shape; all of it is listed. Or it
+            was trained with a vocabulary of another size, and does not hold all embeddings of that.
     """
     names = _Names(base)
     layers = {names.of(f"{layer}.weight"): lora for layer, lora in adapter.layers.items()}
@@ -108,15 +118,43 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
         shared = in_training.get(names.tied) or in_training.get(HEAD)
         in_training |= {names.tied: shared, HEAD: shared} if shared else {}
     sources = {name: copies.get(name) or in_training.get(name) or tensor for name, tensor in before.items()}
-    transposed = _transposed(before, layers, adapter)
-    if problems := [*_unlike_base(before, sources), *_unfit_layers(before, layers, transposed)]:
+    vocabulary, ends = _other_vocabulary(names, before, sources, layers)
+    expected = {name: (vocabulary, *tensor.shape[1:]) if name in ends else tensor.shape
+                for name, tensor in before.items()}
+    transposed = _transposed(expected, layers, adapter)
+    lacking = {name for name in ends if sources[name].shape != expected[name] and sources[name] is before[name]}
+    if problems := [*_unlike_base(expected, sources, lacking), *_unfit_layers(expected, before, layers, transposed)]:
         raise UserError(f"{adapter.folder} does not fit the base model", _ANOTHER_MODEL, problems[:20])
+    if lacking:
+        raise UserError(f"{adapter.folder} was trained with a vocabulary of {vocabulary:,} entries, where the base has "
+                        f"{before[names.embedding].shape[0]:,}, and does not hold all of their embeddings",
+                        "save it again where it was trained: save_pretrained(DIR, save_embedding_layers=True)",
+                        [f"{name} is the base's, of {before[name].shape[0]:,} entries" for name in sorted(lacking)])
     touched = {names.embedding, names.head} & (layers.keys() | copies.keys())
     untied = bool(touched) and not (names.tied and _agree(names.tied, layers, copies))
     kept = [name for name in sources if untied or not (names.tied and name == HEAD)]
     pieces = [Piece(names.on_disk(name), sources[name], _dtype(before[name].dtype, dtype), before[name].path.name,
                     layers.get(name), name in transposed) for name in kept]
-    return MergePlan(pieces, sum(name in layers or name in copies for name in kept), untied, names.renamed)
+    changed = sum(name in layers or name in copies or sources[name].shape != before[name].shape for name in kept)
+    own = before[names.embedding].shape[0] if names.embedding else None
+    return MergePlan(pieces, changed, untied, names.renamed, vocabulary or own, own)
+
+
+def _other_vocabulary(names: _Names, base: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor],
+                      layers: Mapping[str, Lora]) -> tuple[int | None, set[str]]:
+    """The vocabulary's size in training and the tensors that have an entry for each token, if it is not the base's.
+
+    That is what ``resize_token_embeddings`` leaves behind, where tokens were added or a padded vocabulary was cut.
+    """
+    if names.embedding is None:
+        return None, set()
+    modules = {name.removesuffix(".weight") for name in (names.embedding, names.head)}
+    ends = {name for name in base if name.rpartition(".")[0] in modules}
+    own = base[names.embedding].shape[0]
+    sizes = {sources[name].shape[0] for name in ends if sources[name].shape[1:] == base[name].shape[1:]}
+    sizes |= {layers[name].shape[1 if layers[name].embedding else 0] for name in ends & layers.keys()}
+    others = sizes - {own}
+    return (others.pop(), ends) if len(others) == 1 else (None, set())
 
 
 def _dtype(own: str, wanted: str | None) -> str:
@@ -173,7 +211,7 @@ def _candidates(name: str) -> Iterator[str]:
     yield re.sub(r"^(transformer|model)\.", "", name)
 
 
-def _transposed(base: Mapping[str, StoredTensor], layers: Mapping[str, Lora], adapter: Adapter) -> set[str]:
+def _transposed(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Lora], adapter: Adapter) -> set[str]:
     """Layers that are stored as (in, out): embeddings, and the ``Conv1D`` of GPT-2's like.
 
     PEFT's ``fan_in_fan_out`` says so, but where an adapter has layers of both kinds it is that of the last one, so the
@@ -181,21 +219,23 @@ def _transposed(base: Mapping[str, StoredTensor], layers: Mapping[str, Lora], ad
     """
     embeddings = {name for name, lora in layers.items() if lora.embedding}
     square = {name for name, lora in layers.items() if lora.shape[0] == lora.shape[1]} - embeddings
-    turned = {name for name in layers.keys() - embeddings - square if base[name].shape == layers[name].shape[::-1]}
+    turned = {name for name in layers.keys() - embeddings - square if shapes[name] == layers[name].shape[::-1]}
     return embeddings | turned | (square if adapter.transposed or turned else set())
 
 
-def _unlike_base(base: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _unlike_base(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, StoredTensor],
+                 lacking: set[str]) -> Iterator[str]:
     for name, source in sources.items():
-        if source.shape != base[name].shape:
-            yield f"{name} has the shape {base[name].shape} in the base, {source.shape} in the adapter"
+        if source.shape != shapes[name] and name not in lacking:
+            yield f"{name} has the shape {shapes[name]} in the base, {source.shape} in the adapter"
 
 
-def _unfit_layers(base: Mapping[str, StoredTensor], layers: Mapping[str, Lora], transposed: set[str]) -> Iterator[str]:
+def _unfit_layers(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, StoredTensor], layers: Mapping[str, Lora],
+                  transposed: set[str]) -> Iterator[str]:
     for name, lora in layers.items():
         shape = lora.shape[::-1] if name in transposed else lora.shape
-        if base[name].shape != shape:
-            yield f"{name} has the shape {base[name].shape} in the base, {shape} in the adapter"
+        if shapes[name] != shape:
+            yield f"{name} has the shape {shapes[name]} in the base, {shape} in the adapter"
         elif base[name].dtype not in READABLE:
             yield f"{name} is {base[name].dtype} in the base, which is not a type that numbers are added to"
 

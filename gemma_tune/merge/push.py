@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import size_text
+from gemma_tune.base.words import counted, size_text
 from gemma_tune.hub.access import Request, hub_error, quietly
 from gemma_tune.merge.access import api_for, ask, missing_right, push_request, uses_xet
 
@@ -80,8 +80,8 @@ def push_folder(folder: Path, repo_id: str, listener: Listener, *, private: bool
         if "README.md" in files:
             files["README.md"] = _renamed_card(files["README.md"], info.id, Path(place))
         size = sum(path.stat().st_size for path in files.values())
-        listener.note(f"pushing {len(files)} files, {size_text(size)}, to {request.endpoint}/{info.id}, which is "
-                      f"{'private' if info.private else 'public'}")
+        listener.note(f"pushing {counted(len(files), 'file')}, {size_text(size)}, to {request.endpoint}/{info.id}, "
+                      f"which is {'private' if info.private else 'public'}")
         outdated = sorted(name for name in _names(info) - files.keys() if _is_loaded(name))
         if outdated:
             listener.note(f"removing an earlier model's files there: {', '.join(outdated)}")

@@ -21,8 +21,9 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, replacing_directory
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_in_bytes
-from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
 from gemma_tune.lora.files import Adapter, read_adapter
+from gemma_tune.merge.base import INPUT, with_base
 from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
 from gemma_tune.merge.plan import MergePlan, plan_merge
@@ -50,12 +51,14 @@ def merge(session: Session) -> StageReport:
             replaced then.
     """
     session, elsewhere = _with_adapter(session)
+    session = with_base(session)
     config = session.config
     if config.push:
         from gemma_tune.merge.push import check_push, push_folder
 
         check_push(config.push, private=config.private)
-    report = run_stage(session, "merge", _merge, elsewhere=elsewhere)
+    into = {INPUT: session.base.origin} if session.base and session.base.origin else None
+    report = run_stage(session, "merge", _merge, into, elsewhere=elsewhere)
     if config.push:
         address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
         report = replace(report, summary=report.summary | {"pushed": address})
@@ -82,14 +85,16 @@ def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
 
 
 def _merge(session: Session) -> Finished:
+    session = replace(session, model=session.base or session.model)
     run, config, listener = session.run, session.config, session.listener
     base = session.model.path
-    _refuse_quantised(session)
     adapter = read_adapter(session.inputs["adapter"])
-    _compare_bases(session, adapter)
+    if not session.base:  # which was compared already
+        _compare_bases(session, adapter)
     dtype = _TYPES[config.dtype][0] if config.dtype else None
     tensors = open_tensors(base)
     plan = plan_merge(tensors, adapter, dtype)
+    _compare_vocabularies(session, adapter, plan)
     layout = lay_out(plan, base, size_in_bytes(config.max_shard_size) if config.max_shard_size else None)
     require_space(plan.bytes, run.root)
     if len(plan.pieces) > len(tensors):
@@ -104,25 +109,10 @@ def _merge(session: Session) -> Finished:
         write_files(layout, folder, listener.progress)
         summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
         if chat:
-            summary |= _checked(session, folder, chat, adapter, plan.renamed)
+            summary |= _checked(session, folder, chat, adapter, plan)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
     return Finished({"merged": run.merged}, summary)
-
-
-def _refuse_quantised(session: Session) -> None:
-    """A base of 4 or 8 bits would be rounded to them once more.
-
-    Raises:
-        UserError: it is one.
-    """
-    quantised = session.model.config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "a quantised type") if isinstance(quantised, dict) else quantised
-        likely = re.sub(r"(-unsloth)?-bnb-4bit$", "", session.model.id)
-        raise UserError(f"{session.model.id} is quantised ({method}), and merging into it would round the result again",
-                        "name the 16-bit model that it was made from"
-                        + (f": --base {likely}" if likely != session.model.id else " with --base"))
 
 
 def _compare_bases(session: Session, adapter: Adapter) -> None:
@@ -146,6 +136,34 @@ def _compare_bases(session: Session, adapter: Adapter) -> None:
                               f"{model.revision}; for the former: --revision {revision}")
 
 
+def _compare_vocabularies(session: Session, adapter: Adapter, plan: MergePlan) -> None:
+    """Whether each token of an adapter from elsewhere has an embedding; a vocabulary that changed is told of.
+
+    Gemma's own tokenizers have entries that its text models do without, so a tokenizer may hold what the base's does.
+
+    Raises:
+        UserError: its tokenizer has tokens whose embeddings were not saved with it.
+    """
+    if not session.config.adapter:
+        return
+    base, own = session.model.path, _has_tokenizer(adapter.folder)
+    if own and plan.entries and (tokens := len(load_tokenizer(adapter.folder))) > plan.entries and (
+            _has_tokenizer(base)) and tokens > (known := len(load_tokenizer(base))):
+        raise UserError(f"the tokenizer in {adapter.folder} has {tokens - known:,} tokens more than the base's, and "
+                        "the adapter does not hold their embeddings",
+                        "save it again where it was trained: save_pretrained(DIR, save_embedding_layers=True)")
+    if plan.vocabulary:
+        session.listener.note(f"the adapter was trained with a vocabulary of {plan.vocabulary:,} entries, where the "
+                              f"base has {plan.base_entries:,}: the merged model has the adapter's")
+        if not own:
+            session.listener.warn(f"{adapter.folder} has no tokenizer, so the base's is used, which knows no token "
+                                  "that was added; copy there the one that was saved with the trained model")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def _chat_format(session: Session, folder: Path) -> ChatFormat:
     """What the check asks with; looked for before the weights are written, which can take long.
 
@@ -159,25 +177,24 @@ def _chat_format(session: Session, folder: Path) -> ChatFormat:
                         f"{e.hint}; or merge without the comparison: --no-check") from e
 
 
-def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter,
-             renamed: Mapping[str, str]) -> dict[str, Any]:
-    if not renamed:
-        return check(session, folder, chat, adapter.folder)
+def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter, plan: MergePlan) -> dict[str, Any]:
+    if not plan.renamed:
+        return check(session, folder, chat, adapter.folder, plan.vocabulary)
     with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as place:
-        return check(session, folder, chat, renamed_adapter(adapter, renamed, Path(place)))
+        return check(session, folder, chat, renamed_adapter(adapter, plan.renamed, Path(place)), plan.vocabulary)
 
 
 def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     """Configuration and licence of the base; tokenizer, chat template and generation settings of the training."""
     base, adapter = session.model.path, session.inputs["adapter"]
-    trained_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    trained_tokenizer = _has_tokenizer(adapter)
     # A tokenizer comes with its chat template, in its own file or in tokenizer_config.json: never two of them.
     own_template = trained_tokenizer or any(adapter.glob("chat_template*"))
     _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
                          *(() if own_template else ("chat_template*",))))
     _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
     config = read_config(base)
-    changed = _configured(config, session.config.dtype, plan.untied)
+    changed = _configured(config, session.config.dtype, plan.untied, plan.vocabulary)
     if changed == config:
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
@@ -190,14 +207,17 @@ def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool) -> dict[str, Any]:
+def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool, vocabulary: int | None = None,
+                ) -> dict[str, Any]:
     """config.json of the merged model: the base's, with what the merge has changed; of a text part's as well."""
     changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if vocabulary and ("vocab_size" in config or "text_config" not in config):
+        changed["vocab_size"] = vocabulary
     if dtype:
         # Older versions of transformers call it torch_dtype.
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         changed |= dict.fromkeys(names, _TYPES[dtype][1])
     parts = {name: _configured(part, dtype if {"dtype", "torch_dtype"} & part.keys() else None,
-                               untied and name == "text_config")
+                               untied and name == "text_config", vocabulary if name == "text_config" else None)
              for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
     return {**config, **parts, **changed}

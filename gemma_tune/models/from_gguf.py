@@ -6,14 +6,16 @@ What can't be put right is refused: the model would train, but as another model 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import cache_dir, replacing_directory, write_json
+from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -128,25 +130,40 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
 
     The directory appears by a rename when it is whole. SentencePiece vocabularies are written as
     ``tokenizer.model`` too, which every later export needs.
+
+    Raises:
+        UserError: the file cannot be used, or the cache.
+        WorkFailed: the cache has no room for it.
     """
     from filelock import FileLock
 
     target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERSION}"
-    if (target / _WHOLE).is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with cache_errors():
         if (target / _WHOLE).is_file():
             return target
-        listener.note(f"dequantising {gguf.name} into a checkpoint, once (half a minute for 270M parameters)")
-        with replacing_directory(target) as folder:
-            _dequantise(gguf, folder)
-            write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if (target / _WHOLE).is_file():
+                return target
+            listener.note(f"dequantising {gguf.name} into a checkpoint, once (half a minute for 270M parameters)")
+            with replacing_directory(target) as folder:
+                _dequantise(gguf, folder)
+                write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
     return target
+
+
+def cached_source(checkpoint: Path) -> dict[str, str] | None:
+    """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
+    try:
+        kept = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"source", "sha256"} <= kept.keys() else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
@@ -172,7 +189,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     (folder / gguf.name).unlink(missing_ok=True)
     mend(model, tokenizer, file)
     refuse_what_is_left_out(model, info, file)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as e:  # its library's name for whatever the system refuses
+        raise OSError(errno.ENOSPC if "os error 28" in str(e) else errno.EIO, f"{e}", str(folder)) from e
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
         (folder / "tokenizer.model").write_bytes(sentencepiece)

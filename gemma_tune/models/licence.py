@@ -41,7 +41,8 @@ def licence_note(licence: Mapping[str, str]) -> str:
             "were fine-tuned.")
 
 
-def _from_card(model: BaseModel) -> dict[str, str]:
+def card_header(model: BaseModel) -> dict[str, Any]:
+    """What the header of a model's card says; empty where there is none, or none that can be read."""
     import yaml
 
     header = _HEADER.match(_beginning(model.path / "README.md", 100_000))
@@ -49,7 +50,11 @@ def _from_card(model: BaseModel) -> dict[str, str]:
         values = yaml.safe_load(header[1]) if header else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return _fields(values, model) if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _from_card(model: BaseModel) -> dict[str, str]:
+    return _fields(card_header(model), model)
 
 
 def _fields(values: Mapping[str, Any], model: BaseModel) -> dict[str, str]:

@@ -10,6 +10,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import importing
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.placement import Placement
+from gemma_tune.models.quantised import refuse_untrainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +28,13 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         shards: processes that read and hold a part each (FSDP2); all of them have to call this.
 
     Raises:
-        UserError: missing or unexpected tensors, an unknown architecture, unreadable files.
+        UserError: missing or unexpected tensors, an unknown architecture, unreadable files, weights that are quantised
+            by another method than bitsandbytes.
     """
     from safetensors import SafetensorError
 
+    config = read_config(checkpoint)
+    refuse_untrainable(str(checkpoint), config)
     quiet_libraries()
     with importing():
         from transformers import AutoModelForCausalLM
@@ -45,7 +49,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         from transformers.distributed import DistributedConfig
 
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    attention = "eager" if needs_eager_attention(read_config(checkpoint).get("model_type", "")) else "sdpa"
+    attention = "eager" if needs_eager_attention(config.get("model_type", "")) else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
@@ -61,7 +65,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:
         raise UserError(f"this needs a package that is not installed: {str(e).splitlines()[0]}",
-                        "pip install bitsandbytes (Linux and Windows), or leave --qlora out") from e
+                        "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora") from e
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
             raise out_of_memory(e) from e

@@ -49,27 +49,65 @@ def choose_placement(dtype: str) -> Placement:
                          "bf16, which this GPU computes natively" if fast else "fp32: this GPU has no native bf16")
     if device == "mps":
         return Placement(device, torch.bfloat16, "bf16 on Apple's GPU: half the memory of fp32")
-    ratio = bf16_speed()
-    if ratio > 1.1:
-        return Placement(device, torch.bfloat16, f"bf16 on the CPU: its products measured {ratio:.1f}x as fast as fp32")
-    return Placement(device, torch.float32, f"fp32 on the CPU: bf16 products measured {ratio:.1f}x as fast")
+    return _on_cpu(bf16_instructions())
 
 
-def bf16_speed(size: int = 1024, repeats: int = 3) -> float:
-    """How many times as fast a bf16 matrix product is as an fp32 one on this CPU (best of ``repeats``)."""
+# Instruction sets that multiply bf16 numbers, by the names that PyTorch has for them.
+_BF16_SETS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "avx10_2": "AVX10.2"}
+FASTER = 1.5  # from which measured ratio on bf16 is taken where the instructions are not known
+
+
+def _on_cpu(instructions: str | None) -> Placement:
+    """The type by what the processor has, as that is the same each time; it is measured only where that is unknown.
+
+    Args:
+        instructions: what :func:`bf16_instructions` found.
+    """
     import torch
 
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        a @ b  # the first product includes choosing and preparing the kernel
-        best = float("inf")
-        for _ in range(repeats):
+    if instructions:
+        return Placement("cpu", torch.bfloat16, f"bf16 on the CPU, which has instructions for it ({instructions})")
+    if instructions == "":
+        return Placement("cpu", torch.float32, "fp32 on the CPU, which has no instructions for bf16")
+    ratio = bf16_speed()
+    measured = f"bf16 products measured {ratio:.1f}x as fast as fp32, and {FASTER:g}x is needed"
+    if ratio >= FASTER:
+        return Placement("cpu", torch.bfloat16, f"bf16 on the CPU: its products measured {ratio:.1f}x as fast as fp32")
+    return Placement("cpu", torch.float32, f"fp32 on the CPU: {measured}")
+
+
+def bf16_instructions() -> str | None:
+    """Names of the instructions for bf16 that PyTorch's products use on this CPU: empty if there are none, None where
+    it cannot say."""
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    # Elsewhere than on x86 it depends on how PyTorch was built whether its products use what the processor has.
+    if known.get("architecture") not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return None
+    return ", ".join(name for key, name in _BF16_SETS.items() if known.get(key))
+
+
+def bf16_speed(rounds: int = 7) -> float:
+    """How many times as fast bf16 matrix products are as fp32 ones on this CPU.
+
+    Products of the sizes of a small model's layers, in both types by turns, so that whatever else the machine does hits
+    both; the fastest of each counts, as others only make one slower.
+    """
+    import torch
+
+    rows, width, inner = 512, 640, 2048
+    pairs = {dtype: (torch.ones(rows, width, dtype=dtype), torch.ones(width, inner, dtype=dtype))
+             for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(pairs, float("inf"))
+    for number in range(rounds + 1):
+        for dtype, (a, b) in pairs.items():
             start = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - start)
-        times[dtype] = best
-    return times[torch.float32] / times[torch.bfloat16]
+            for _ in range(4):
+                a @ b
+            if number:  # the first round includes choosing and preparing the kernels
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 # What is left for the system and for what estimates miss.

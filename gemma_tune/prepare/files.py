@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.files import json_bytes, write_json
+from gemma_tune.base.words import counted
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.prepare.findings import Findings
@@ -142,11 +143,13 @@ class DataFiles:
             "near_duplicate_rows": int(selection.near.sum()),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
             "formats": dict(findings.noticed.formats),
+            "unread": findings.noticed.unread.as_list(),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
             "prompts_with_several_answers": {
                 "prompts": len(conflicts), "rows": sum(map(len, conflicts)),
                 "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
+            "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": outputs.total("sequences"), "tokens": outputs.total("tokens"),
             "trained_tokens": trained, "before_the_limit": before,
@@ -158,8 +161,8 @@ def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
     long = before["long"]
     lost = 1 - trained / max(1, before["trained_tokens"])
     divided = long["rows"] - rejected
-    said = (f"{long['rows']:,} rows are longer than {long['max_length']:,} tokens: {divided:,} divided, "
-            f"{rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
+    said = (f"{counted(long['rows'], 'row is', 'rows are')} longer than {long['max_length']:,} tokens: {divided:,} "
+            f"divided, {rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
     return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
 
 

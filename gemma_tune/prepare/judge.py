@@ -28,10 +28,12 @@ from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
+from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
+from gemma_tune.prepare.unread import UnreadCounts
 
 _TOO_LONG = "too_long"
 T = TypeVar("T")
@@ -78,29 +80,44 @@ class Noticed:
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
+        tools: rows with tools, calls of them or their results, which the template has a place for.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
-        systems: rows that have the column which ``--columns system=…`` names.
+        padded: rows with white space around a text that the template writes.
+        trimmed: rows with white space around a text that the template leaves out, or a part of it.
+        first_trimmed: where the first of these is.
+        named: rows that have the column which ``--columns`` names for a role that a row may lack, by role.
         columns: what the first row of that format has.
+        unread: columns and keys of the rows that nobody reads.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
+    tools: int = 0
     rewritten: int = 0
     difference: str = ""
-    systems: int = 0
+    padded: int = 0
+    trimmed: int = 0
+    first_trimmed: str = ""
+    named: Counter[str] = field(default_factory=Counter)
     columns: list[str] = field(default_factory=list)
+    unread: UnreadCounts = field(default_factory=UnreadCounts)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
         self.formats.update(later.formats)
         self.folded += later.folded
         self.reasoning += later.reasoning
+        self.tools += later.tools
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
-        self.systems += later.systems
+        self.padded += later.padded
+        self.trimmed += later.trimmed
+        self.first_trimmed = self.first_trimmed or later.first_trimmed
+        self.named.update(later.named)
         self.columns = self.columns or later.columns
+        self.unread.add(later.unread)
 
 
 @dataclass
@@ -128,7 +145,8 @@ class Judge:
 
     def __init__(self, chat: Any, config: PrepareConfig):
         self.config, self.chat = config, chat
-        self.formats = Formats(config.format, config.column_names, config.take)
+        self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
+                               config.key_names)
         self.checks = TextChecks(chat.markers, config.allow)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
@@ -154,8 +172,10 @@ class Judge:
         example = self.formats.example(row.value)
         judged.noticed.formats[example.format] += 1
         if example.format == "columns":
-            judged.noticed.systems += self.config.column_names.get("system") in row.value
+            judged.noticed.named.update(role for role, name in self.formats.columns.items() if name in row.value)
             judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
+        if example.unread:
+            judged.noticed.unread.count(example.unread)
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:
@@ -166,8 +186,9 @@ class Judge:
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = ("use a model whose chat template has tools, or leave the row out" if outcome.about_tools else
-                   "change the conversation so that the chat template takes it")
+            fix = "change the conversation so that the chat template takes it"
+            if outcome.about_tools:
+                fix = self.chat.tools_advice or "use a model whose chat template has tools, or leave the row out"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
         if not outcome.full:  # --train-on last, and just that turn is not to be learned
@@ -175,17 +196,31 @@ class Judge:
                 "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
                 "use --train-on all, or leave the row out"),)))
             return None
+        judged.noticed.tools += bool(kinds_in(example.get("messages", ()), example.get("tools")))
         if len(outcome.full) > 1:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
         text = json_bytes(example)
+        written = self._written(row, example, judged)
         texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
-        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(text, digest_size=16).digest(),
+        same = text if written is example else json_bytes(written)
+        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(same, digest_size=16).digest(),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
+
+    def _written(self, row: Row, example: PreparedRow, judged: Judged) -> PreparedRow:
+        """The row with the white space around its texts that the template writes, which rows are compared with."""
+        if "text" in example or not any(_is_padded(turn) for turn in example["messages"]):
+            return example
+        written = [self.chat.written(turn) for turn in example["messages"]]
+        judged.noticed.padded += any(_is_padded(turn) for turn in written)
+        if written != example["messages"]:
+            judged.noticed.trimmed += 1
+            judged.noticed.first_trimmed = judged.noticed.first_trimmed or f"{row.file}:{row.line}"
+        return {**example, "messages": written}
 
     def _difference(self, row: Row, example: PreparedRow) -> str:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
@@ -200,12 +235,20 @@ class Judge:
                        f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
 
     def _prompt(self, example: PreparedRow) -> int:
-        """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split."""
-        prompt = example.get("text") or [{key: value for key, value in m.items() if key != "tool_call_id"}
-                                         for m in example["messages"] if m["role"] != "assistant"]
+        """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.
+
+        White space around texts does not count: questions that differ in nothing else are the same one.
+        """
+        prompt = example.get("text") or [
+            {key: value.strip() if key == "content" else value for key, value in m.items() if key != "tool_call_id"}
+            for m in example["messages"] if m["role"] != "assistant"]
         tools = [example["tools"]] if "tools" in example else []
         content = _as_key([self.config.seed, prompt, *tools]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _is_padded(turn: dict[str, Any]) -> bool:
+    return any(text != text.strip() for name in ("content", "reasoning_content") if (text := turn.get(name, "")))
 
 
 # --- several processes

@@ -56,7 +56,7 @@ class Passes:
         before = np.cumsum([0, *(source.size or 0 for source in self.sources)])
         total = int(before[-1])
         blocks = ((number, block) for number, source in enumerate(self.sources)
-                  for block in read_blocks(source, _BLOCK))
+                  for block in read_blocks(source, _BLOCK, self.session.listener))
         for number, block, judged in judged_blocks(blocks, self.judge, _processes(self.sources, total)):
             done = before[number] + block.done * (before[number + 1] - before[number])
             self.session.listener.progress("checking rows", round(done), total)
@@ -81,7 +81,8 @@ class Passes:
         """Which rows are kept, and on which side."""
         config, columns = self.session.config, self.gathered.columns()
         selection = select(columns, 0.0 if self.held_out else config.valid, config.duplicates == "keep",
-                           self._nearly if config.near_duplicates else None)
+                           self._nearly if config.near_duplicates else None,
+                           self.session.resolved.origins["valid"] == "default")
         return Decided(self.spool, self.findings, columns, selection)
 
     def _nearly(self, candidates: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemma_tune.prepare.split import choose_valid
+from gemma_tune.prepare.split import choose_valid, fewest_valid
 
 
 @dataclass
@@ -78,13 +78,14 @@ class Selection:
 
 
 def select(columns: Columns, valid: float, keep_duplicates: bool,
-           nearly: Callable[[np.ndarray], np.ndarray] | None = None) -> Selection:
+           nearly: Callable[[np.ndarray], np.ndarray] | None = None, by_default: bool = False) -> Selection:
     """Duplicates, the split and prompts that repeat.
 
     Args:
         valid: share or number of validation rows; without effect if some rows are held out by file.
         keep_duplicates: keep exact repetitions.
         nearly: from a mask of rows to the index of the earlier row that each nearly repeats, -1 for none.
+        by_default: nobody chose the share, so that it gives more than it says of a few rows.
     """
     rows = len(columns.line)
     same_as = np.full(rows, -1, np.int64)
@@ -104,7 +105,7 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
     if columns.held_out.any():
         side = columns.held_out.copy()
     elif valid:
-        side[kept] = choose_valid(columns.prompt[kept], valid)
+        side[kept] = choose_valid(columns.prompt[kept], valid, fewest_valid(int(kept.sum())) if by_default else 0)
     both = np.isin(columns.prompt[kept & ~side], columns.prompt[kept & side])
     return Selection(same_as, near, side, kept, _conflicts(columns, kept), int(both.sum()))
 

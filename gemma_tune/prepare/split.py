@@ -6,8 +6,20 @@ import math
 
 import numpy as np
 
+FEWEST = 5  # validation rows that a share which nobody chose gives, where there are enough
+_ENOUGH = 6  # times as many rows; of fewer, each is needed more for learning
 
-def choose_valid(prompt_hash: np.ndarray, valid: float) -> np.ndarray:
+
+def fewest_valid(rows: int) -> int:
+    """How many rows are kept aside at least where nobody said how many: of a few, a share can be a single one.
+
+    >>> fewest_valid(12), fewest_valid(20), fewest_valid(29), fewest_valid(30), fewest_valid(5000)
+    (0, 3, 4, 5, 5)
+    """
+    return min(FEWEST, rows // _ENOUGH) if rows >= 18 else 0
+
+
+def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0) -> np.ndarray:
     """Choose the rows for validation.
 
     A share looks at each hash alone, so rows that are added later never move the others. Rows with the same hash, which
@@ -17,6 +29,8 @@ def choose_valid(prompt_hash: np.ndarray, valid: float) -> np.ndarray:
         prompt_hash: uint64, shape (rows,): a hash of each row's prompt and of the seed, evenly spread over 64 bits.
         valid: a share of the rows below 1, a whole number of rows from 1 on, or 0 for none. A number is never
             exceeded, except where every prompt has more rows than that: then the prompt with the fewest is taken.
+        fewest: rows that a share gives at least, by the prompts that are next in the order of their hashes; as far as
+            a prompt is left for the other side.
 
     Returns:
         bool, shape (rows,): True for validation. It depends on the hashes alone, not on the order of the rows.
@@ -25,14 +39,17 @@ def choose_valid(prompt_hash: np.ndarray, valid: float) -> np.ndarray:
     groups, sizes = np.unique(hashes, return_counts=True)
     if valid <= 0 or len(groups) < 2:
         return np.zeros(len(hashes), dtype=bool)
-    chosen = _by_share(groups, valid) if valid < 1 else _by_number(sizes, int(valid))
+    chosen = _by_share(groups, sizes, valid, fewest) if valid < 1 else _by_number(sizes, int(valid))
     return chosen[np.searchsorted(groups, hashes)]
 
 
-def _by_share(groups: np.ndarray, share: float) -> np.ndarray:
-    """Groups below the share of the hashes' range; the first and the last stay on different sides."""
+def _by_share(groups: np.ndarray, sizes: np.ndarray, share: float, fewest: int) -> np.ndarray:
+    """Groups below the share of the hashes' range, and on until there are as many rows as the fewest; the first and the
+    last stay on different sides."""
     below = math.ceil(share * 2**64)  # exact: a float times a power of two, and hashes are whole numbers
-    chosen = groups < np.uint64(below)
+    rows = np.cumsum(sizes)
+    # A prompt with many rows is not taken for the sake of a few.
+    chosen = (groups < np.uint64(below)) | (rows - sizes < fewest) & (rows <= 2 * fewest)
     chosen[0], chosen[-1] = True, False
     return chosen
 

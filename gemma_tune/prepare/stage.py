@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing_directory
+from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import Source, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
+from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
@@ -38,6 +40,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
+    _refuse_base(session)
     session = _as_before(session)
     sources, held_out = _sources(session)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
@@ -53,6 +56,19 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     return report
 
 
+def _refuse_base(session: Session) -> None:
+    """What is known of a quantised base before any work.
+
+    Raises:
+        UserError: it cannot be trained on.
+    """
+    model = session.model
+    if method := quantisation(model.config):
+        refuse_untrainable(model.id, model.config, original := sixteen_bit(model))
+        session.listener.warn(f"{model.id} is quantised ({method}): LoRA can be trained on it, but is merged into the "
+                              f"16-bit model that it was made from: `gemma-tune merge --base {original or 'ID'}`")
+
+
 # --- which data
 
 def _as_before(session: Session) -> Session:
@@ -60,23 +76,15 @@ def _as_before(session: Session) -> Session:
     before = session.manifest.stages.get("prepare", {"config": {}})["config"]
     if session.config.data or not before:
         return session
-    origins, changes = dict(session.resolved.origins), {}
-    for field in fields(PrepareConfig):
-        kept = before.get(field.name)
-        if kept and kept["from"] not in ("default", "family") and origins[field.name] == "default":
-            value = kept["value"]
-            changes[field.name] = tuple(value) if isinstance(value, list) else value
-            origins[field.name] = kept["from"]
+    changes = as_before(session.resolved, before)
     changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
         changes["valid"] = session.run.found(changes["valid"])
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
-    others = [f"{name} {value}" for name, value in changes.items() if name != "data"]
-    if others:
-        session.listener.note(f"settings as before: {', '.join(others)}")
-    return replace(session, resolved=replace(session.resolved, config=replace(session.config, **changes),
-                                             origins=origins))
+    if others := {name: value for name, value in changes.items() if name != "data"}:
+        session.listener.note(f"settings as before: {in_words(others)}")
+    return replace(session, resolved=session.resolved.but(changes, before))
 
 
 def _sources(session: Session) -> tuple[list[Source], list[Source]]:
@@ -85,8 +93,9 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     names = list(config.data) or [str(samples.training_path())]
     if config.valid == "-" and "-" in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
-    sources = find_sources(names, run.inputs, listener)
-    held_out = find_sources([config.valid], run.inputs, listener) if isinstance(config.valid, str) else []
+    valid = [config.valid] if isinstance(config.valid, str) else []
+    sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, held_out=some is valid)
+                         for some in (names, valid))
     known = {source.path.resolve() for source in sources}
     if twice := [source.name for source in held_out if source.path.resolve() in known]:
         raise UserError(f"{', '.join(twice)} is named for training and for validation",
@@ -122,14 +131,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             refuse(work.findings, config, run.refused_rows, work.long_rows)
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out))
-        report = work.write(decided)
+        report, tools = work.write(decided), work.findings.noticed.tools
     run.refused_rows.unlink(missing_ok=True)
     warn(session, decided, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
-    return Finished(outputs, _summary(report) | {"encoding": encoding_key(session.model.fingerprint)})
+    return Finished(outputs, _summary(report) | {"tool_rows": tools,
+                                                 "encoding": encoding_key(session.model.fingerprint)})
 
 
 # --- what is shown

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_tune.base.words import counted
 from gemma_tune.prepare.scripts import NO_LETTERS, SCRIPTS
 
 FURTHEST = 1 << 20  # positions that are told apart; what lies further counts as this far (32 MB of counts at most)
@@ -199,7 +200,7 @@ class Statistics:
         cut = self.cut(max_length)
         if not cut.rows:
             return None
-        rows = "1 row" if cut.rows == 1 else f"{cut.rows:,} rows"
+        rows = counted(cut.rows, "row")
         better = self._better(max_length, on_long)
         if on_long == "truncate":
             what = f"{rows} {'loses' if cut.rows == 1 else 'lose'} {self._percent(cut.tokens)} of the trained tokens " \

@@ -10,12 +10,15 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import near
+from gemma_tune.base.words import counted, near
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.ollama.template import chat_for, tools_are_lost
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
 from gemma_tune.prepare.selection import Selection
+from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.session import Session
 
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
@@ -26,18 +29,35 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     """How the rows were read, and what the chat template makes of them."""
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
-        listener.note(f"format: {judge.formats.describe(name)}: {rows:,} rows")
+        listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
     if noticed.folded:
-        listener.note(f"the chat template has no place for a system message: in {noticed.folded:,} rows it is put "
-                      "before the first user turn")
+        listener.note(f"the chat template has no place for a system message: in {counted(noticed.folded, 'row')} it is "
+                      "put before the first user turn")
     if noticed.rewritten:
-        listener.note(f"{noticed.rewritten:,} rows become several sequences, so that each answer is learned after the "
-                      f"prompt that it will have: {noticed.difference}")
+        listener.note(f"{counted(noticed.rewritten, 'row becomes', 'rows become')} several sequences, so that each "
+                      f"answer is learned after the prompt that it will have: {noticed.difference}")
+    if noticed.trimmed:
+        listener.note(f"in {counted(noticed.trimmed, 'row')} the chat template leaves out white space at the beginning "
+                      f"or end of a text, such as an indent; the first is {noticed.first_trimmed}")
+    if noticed.padded:
+        listener.note(f"in {counted(noticed.padded, 'row')} a text begins or ends with white space, which the chat "
+                      "template keeps and the model reads or learns")
     if "strftime_now" in template:
         listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
                       "what is learned")
     if noticed.reasoning and config.thinking == "auto" and "enable_thinking" in template:
-        listener.note(f"{noticed.reasoning:,} rows hold reasoning; --thinking on asks for it in every prompt")
+        listener.note(f"{counted(noticed.reasoning, 'row holds', 'rows hold')} reasoning; --thinking on asks for it in "
+                      "every prompt")
+    if noticed.tools and (lost := _lost_in_ollama(judge.chat, noticed.tools)):
+        listener.warn(lost)
+
+
+def _lost_in_ollama(chat: ChatFormat, rows: int) -> str | None:
+    """What `export-ollama` will say of rows with tools."""
+    try:
+        return tools_are_lost(chat_for(chat.template, eos_token=chat.tokenizer.eos_token), rows)
+    except UserError:  # the template cannot be exported at all, which is another matter
+        return None
 
 
 @contextmanager
@@ -62,25 +82,25 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     """
     bad, total, long = findings.rejected, findings.rows, findings.long
     if long and config.on_long == "fail":
-        raise UserError(f"{long:,} of {total:,} rows are longer than --max-length {config.max_length}",
+        raise UserError(f"{long:,} of {counted(total, 'row')} are longer than --max-length {config.max_length}",
                         "use --on-long split or drop, or a larger --max-length",
                         [str(item) for item in findings.long_examples])
     if bad and config.on_bad_row == "fail":
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used", "correct them, or use --on-bad-row reject",
-                        _listed(findings, refused))
+        raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used",
+                        "correct them, or use --on-bad-row reject", _listed(findings, refused))
     problems = [*filter(None, [long_rows() if long else None])]
     if bad == total:
         fixes = {item.problems[0].fix for item in findings.examples}
-        raise UserError(f"none of the {total:,} rows can be used",
+        raise UserError("the only row cannot be used" if total == 1 else f"none of the {total:,} rows can be used",
                         fixes.pop() if len(fixes) == 1 else "correct the rows named above",
                         [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
         allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
         other = "use a larger --max-length or --on-long split" if 2 * long > bad else "correct them"
-        raise UserError(f"{bad:,} of {total:,} rows cannot be used, more than the {allowed} allowed",
+        raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed",
                         f"{other}, or go on without them: --max-rejected {needed:g}",
                         [*problems, *_listed(findings, refused)])
-    _refuse_unknown_system(findings, config)
+    _refuse_unknown_columns(findings, config)
 
 
 def _listed(findings: Findings, refused: Path) -> list[str]:
@@ -90,21 +110,29 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
         said = f"{'; '.join(p.reason for p in item.problems)} ({item.problems[0].fix})"
         groups.setdefault(said, []).append(item.place)
     shown = list(groups.items())[:NAMED]
-    lines = [f"{places[0]}{f' and {len(places) - 1:,} more rows' if places[1:] else ''}: {said}"
-             for said, places in shown]
+    lines = [f"{places[0]}{_and_more(places)}: {said}" for said, places in shown]
     more = findings.rejected - sum(len(places) for _, places in shown)
     if more:
         return [*lines, f"… and {more:,} more, all in {refused}"]
     return [*lines, f"each of them is in {refused}"] if findings.rejected > len(lines) else lines
 
 
-def _refuse_unknown_system(findings: Findings, config: PrepareConfig) -> None:
+def _and_more(places: list[str]) -> str:
+    return f" and {counted(len(places) - 1, 'more row')}" if places[1:] else ""
+
+
+_OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}
+
+
+def _refuse_unknown_columns(findings: Findings, config: PrepareConfig) -> None:
     """A row may lack a system prompt; if all do, its column's name is wrong."""
-    name = config.column_names.get("system")
-    if name and findings.noticed.formats["columns"] and not findings.noticed.systems:
-        raise UserError(f"no row has the column `{name}`, which --columns names for the system prompt"
-                        f"{near(name, findings.noticed.columns)}",
-                        f"the rows have {', '.join(f'`{c}`' for c in findings.noticed.columns)}")
+    noticed = findings.noticed
+    for role, what in _OPTIONAL.items():
+        name = config.column_names.get(role)
+        if name and noticed.formats["columns"] and not noticed.named[role]:
+            raise UserError(f"no row has the column `{name}`, which --columns names for {what}"
+                            f"{near(name, noticed.columns)}",
+                            f"the rows have {', '.join(f'`{c}`' for c in noticed.columns)}")
 
 
 def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool) -> None:
@@ -133,13 +161,18 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
     if (more := findings.rejected - SHOWN) > 0:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
     if asked_twice:
-        listener.warn(f"{asked_twice:,} training rows ask what validation rows ask; the validation "
-                      "loss will look better than it is")
+        listener.warn(f"{counted(asked_twice, 'training row asks', 'training rows ask')} what validation rows ask; the "
+                      "validation loss will look better than it is")
     if report["left_out_answers"]:
-        listener.warn(f"{report['left_out_answers']:,} answers of the rows that are used are left out: they do not fit "
-                      f"into --max-length {session.config.max_length}")
+        left_out = counted(report["left_out_answers"], "answer of the rows that are used is",
+                           "answers of the rows that are used are")
+        listener.warn(f"{left_out} left out: too long to fit into --max-length {session.config.max_length}")
     if not report["valid_rows"] and session.config.valid:
         listener.warn("no rows for validation: that needs two different prompts at least")
+    elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":
+        listener.note(f"{counted(report['valid_rows'], 'row is', 'rows are')} kept for validation, as there are few: "
+                      "its loss says little about others; --valid sets another number")
     if report["duplicate_rows"]:
-        listener.note(f"{report['duplicate_rows']:,} duplicates are left out; they are listed in "
-                      f"{session.run.duplicate_rows}")
+        left_out = counted(report["duplicate_rows"], "duplicate is left out; it is",
+                           "duplicates are left out; they are")
+        listener.note(f"{left_out} listed in {session.run.duplicate_rows}")

@@ -76,6 +76,11 @@ class RunDir:
         return self.root / f"{self.model_name}_lora_adapter"
 
     @property
+    def worse_adapter(self) -> Path:
+        """The adapter of a training that raised the loss; no stage reads it."""
+        return self.root / f"{self.model_name}_lora_adapter_worse"
+
+    @property
     def merged(self) -> Path:
         return self.root / f"{self.model_name}_lora_merged"
 
@@ -128,7 +133,7 @@ def find_run(run: str | None, model_id: str | None) -> Path:
     if model_id:
         directory = Path(os.path.expanduser(model_id))
         # A directory is called by its real name, so that `--model .` works.
-        return RUNS / model_name(directory.resolve().name if directory.is_dir() else model_id)
+        return RUNS / model_name(directory.resolve().name if os.path.isdir(directory) else model_id)
     runs = sorted(RUNS.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise UserError(f"there is no run under {RUNS}/ yet", "start one: gemma-tune prepare YOUR.jsonl "

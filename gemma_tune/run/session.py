@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, resolve
+from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
-from gemma_tune.lora.files import named_base
-from gemma_tune.models.source import BaseModel, locate, recorded_id
+from gemma_tune.lora.files import how_to_name_base, named_base
+from gemma_tune.models.quantised import quantisation
+from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run
 from gemma_tune.run.manifest import Manifest, read_manifest
 
@@ -29,7 +31,11 @@ _WITHOUT_WEIGHTS = ("prepare", "train")
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener."""
+    """Everything a stage works with: the run, the base model, its settings, the inputs and the listener.
+
+    ``base`` is the 16-bit model that an adapter is merged into, where the run's own is quantised; ``given`` names the
+    settings that were given now, and not taken from the run's last result.
+    """
 
     run: RunDir
     model: BaseModel
@@ -38,6 +44,8 @@ class Session:
     manifest: Manifest
     inputs: Mapping[str, Path] = field(default_factory=dict)
     force: bool = False
+    base: BaseModel | None = None
+    given: Collection[str] = ()
 
     @property
     def config(self) -> Any:
@@ -53,7 +61,7 @@ class Session:
 def open_session(stage: str, run: str | Path | None = None, *, model: str | None = None, revision: str | None = None,
                  config: Mapping[str, Any] | str | Path | None = None, listener: Listener | None = None,
                  force: bool = False, **settings: Any) -> Session:
-    """Find the run, its model and the settings of a stage.
+    """Find the run, its model and the settings of a stage; those that are not given are as they were given before.
 
     Args:
         stage: as in the manifest, such as ``export-ollama``; or ``chat``.
@@ -75,20 +83,75 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     asked = resolve(cls, settings, content.get(stage)).config
     wanted, revision = model or content.get("model"), revision or content.get("revision")
     outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
-    if outside and not wanted:
-        wanted, named = named_base(Path(outside).expanduser())
-        revision = revision or named
+    trained_on = None
+    if outside and not (wanted or asked.base):
+        trained_on, revision = _base_of(Path(os.path.expanduser(outside)), run or content.get("run"), revision)
+        wanted = trained_on
     starts = stage == "prepare" or bool(outside)
-    root = _run_directory(run or content.get("run"), wanted, starts)
+    into = asked.base if stage == "merge" and not (model or content.get("model")) else None
+    root = _run_directory(run or content.get("run"), _own_run(into, bool(outside)) or wanted, starts)
     listener.note(f"run: {root}")
-    base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
-                                         weights=stage not in _WITHOUT_WEIGHTS)
+    apart = into is not None and _is_quantised(root, listener)
+    if into and not apart:  # it is the run's model, as --model would name it
+        wanted, named = split_revision(into)
+        revision = revision or named
+    elif into and revision:
+        settings, revision = settings | {"base": f"{split_revision(into)[0]}@{revision}"}, None
+    with _naming(outside if trained_on else None):
+        base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
+                                             weights=stage not in _WITHOUT_WEIGHTS)
     family, reasons = family_defaults(base.config["model_type"], stage)
     resolved = resolve(cls, settings, content.get(stage), family)
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family":
             listener.note(reason)
-    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force)
+    if into and not apart:
+        resolved = replace(resolved, config=replace(resolved.config, base=None))
+    given, before = resolved.given, manifest.stages.get(stage, {"config": {}})["config"]
+    if stage != "prepare" and (kept := as_before(resolved, before)):  # its settings belong to the data, see there
+        listener.note(f"settings as before: {in_words(kept)}")
+        resolved = resolved.but(kept, before)
+    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
+
+
+def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:
+    """The base model that an adapter from elsewhere names, and its revision; None leaves it to the run.
+
+    Raises:
+        UserError: neither the adapter nor the run has one.
+    """
+    base, named = named_base(adapter)
+    if base is None and (run is None or read_manifest(Path(run).expanduser()) is None):
+        raise UserError(f"the adapter {adapter} does not say which model it was trained on", how_to_name_base(adapter))
+    return base, revision or named
+
+
+@contextlib.contextmanager
+def _naming(adapter: str | None) -> Iterator[None]:
+    """Where a model cannot be had that only ``adapter`` named, say so."""
+    try:
+        yield
+    except UserError as e:
+        if adapter is None:
+            raise
+        raise UserError(f"the base model that the adapter {adapter} names: {e.message}",
+                        f"{e.hint}; or {how_to_name_base(Path(adapter))}", e.problems) from e
+
+
+def _own_run(into: str | None, outside: bool) -> str | None:
+    """The base that is merged into, where it is also what its run is called after."""
+    name = into and split_revision(into)[0]
+    return name if name and (outside or (find_run(None, name) / "manifest.json").is_file()) else None
+
+
+def _is_quantised(root: Path, listener: Listener) -> bool:
+    """Whether the run at ``root`` has a quantised model, which nothing is merged into."""
+    manifest = read_manifest(root)
+    if manifest is None or (path := manifest.model.get("path")) and not (root / path).exists():
+        return False
+    recorded = manifest.model
+    found = locate(recorded_id(recorded, root), recorded["revision"], listener, recorded, weights=False)
+    return quantisation(found.config) is not None
 
 
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
@@ -115,6 +178,8 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
+    if wanted == recorded["id"] and recorded.get("path") and not Path(wanted).exists():
+        wanted = None  # by its name alone: the run knows the place
     if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
         raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")

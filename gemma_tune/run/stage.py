@@ -10,7 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,8 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
 
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
               extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False,
-              elsewhere: Mapping[str, Path] | None = None) -> StageReport:
+              elsewhere: Mapping[str, Path] | None = None,
+              long_work: Callable[[Mapping[str, Any]], str | None] = lambda summary: None) -> StageReport:
     """Run one stage under the run's lock, unless its result is up to date, and record it.
 
     Args:
@@ -156,9 +157,11 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         extra_inputs: files from outside the run, fingerprinted like the others.
         elsewhere: inputs from outside the run, in place of what another stage makes under the same name.
         unfinished: an interrupted repetition of this stage waits to be finished, so it is not up to date.
+        long_work: from a result's figures, how long it took in words, if that is too long to replace it unasked.
 
     Raises:
-        UserError: missing input, run in use, no permission; and whatever ``work`` raises.
+        UserError: missing input, run in use, no permission, a result that is not replaced unasked; and whatever
+            ``work`` raises.
     """
     assert stage in STAGES
     run = session.run
@@ -173,12 +176,13 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         stamped = copy.deepcopy(manifest.stages)
         outside = dict(elsewhere or {})
         inputs = require_inputs(run, manifest, stage, *outside)
-        session = Session(run, session.model, session.resolved, session.listener, manifest, inputs | outside,
-                          session.force)
+        session = replace(session, manifest=manifest, inputs=inputs | outside)
         _warn_of_stale_inputs(session, {maker for name, (maker, _) in NEEDS[stage].items() if name in inputs})
         named = {f"{OUTSIDE}{name}": path for name, path in outside.items()}
         fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
-        if not (session.force or unfinished) and (kept := _up_to_date(session, stage, fingerprints)):
+        if session.force:
+            _note_other_settings(session, stage)
+        elif not unfinished and (kept := _up_to_date(session, stage, fingerprints, long_work)):
             if moved or manifest.stages != stamped:
                 manifest.save(run)
             return kept
@@ -242,31 +246,49 @@ def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> d
     return {name: describe(session.run, path, known.get(name)) for name, path in inputs.items()}
 
 
-def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any]) -> StageReport | None:
+def _note_other_settings(session: Session, stage: str) -> None:
+    record = session.manifest.stages.get(stage)
+    if record and (changed := _other_settings(record, session.config)):
+        session.listener.note(f"`{stage}` runs with other settings than before: {'; '.join(changed)}")
+
+
+def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any],
+                long_work: Callable[[Mapping[str, Any]], str | None]) -> StageReport | None:
     record = session.manifest.stages.get(stage)
     if record is None:
         return None
     state = state_of(session.run, session.manifest, stage)
-    changed = _changes(record, session.config, inputs)
-    if state.status == "done" and not changed:
+    settings, others = _other_settings(record, session.config), _other_files(record, inputs)
+    if state.status == "done" and not settings and not others:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")
         record["inputs"] = dict(inputs)  # with the time stamps that they have now
         return _report(session, stage, "up-to-date", 0.0)
-    session.listener.note(f"`{stage}` runs again: {state.reason or '; '.join(changed)}")
+    changed = "; ".join([*settings, *(["other input files"] if others else [])])
+    session.listener.note(f"`{stage}` runs again: {state.reason or changed}")
+    # Made from other data, a result is replaced as it always is; only for its settings it need not be.
+    if state.status == "done" and not others and (took := long_work(record["summary"])):
+        _ask_to_replace(session, stage, took, changed)
     return None
 
 
-def _changes(record: Mapping[str, Any], config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
+def _ask_to_replace(session: Session, stage: str, took: str, changed: str) -> None:
+    if not session.listener.confirm(f"the result of `{stage}` took {took}; replace it ({changed})?"):
+        raise UserError(f"the result of `{stage}` took {took}, and is not replaced unasked by one with other settings "
+                        f"({changed})", "add --force to replace it, or leave it and work on another run: --run DIR")
+
+
+def _other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
     # A setting that an older version did not have was, in effect, at its default.
     old = {f.name: plain(f.default) for f in fields(config)}
     old |= {name: entry["value"] for name, entry in record["config"].items()}
-    changed = [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
-               if name not in same_result(type(config)) and old[name] != value
-               and asks_more(type(config), name, old[name], value)]
-    before = {name: item["sha256"] for name, item in record["inputs"].items()}
-    if before != {name: item["sha256"] for name, item in inputs.items()}:
-        changed.append("other input files")
-    return changed
+    return [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
+            if name not in same_result(type(config)) and old[name] != value
+            and asks_more(type(config), name, old[name], value)]
+
+
+def _other_files(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+    return ({name: item["sha256"] for name, item in record["inputs"].items()}
+            != {name: item["sha256"] for name, item in inputs.items()})
 
 
 def _report(session: Session, stage: str, status: str, seconds: float) -> StageReport:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_tune.base.words import counted, span
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.tokens import lengths_of
 from gemma_tune.train.memory import BatchChoice, described
@@ -83,14 +85,15 @@ class TrainingPlan:
         """Figures with their names, for people."""
         memory = described(self.choice, self.longest).removeprefix("memory: ")
         return {
-            "data": f"{self.sequences:,} sequences of up to {self.longest:,} tokens; {self.tokens_per_epoch:,} in all, "
-                    f"{self.trained_tokens_per_epoch:,} learned; padding adds {self.padding:.0%}",
+            "data": f"{counted(self.sequences, 'sequence')} of up to {self.longest:,} tokens; "
+                    f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
+                    f"padding adds {self.padding:.0%}",
             "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each sequence is seen "
                      f"{self.exposures:.3g} times",
-            "warm-up": f"{self.warmup_steps:,} steps ({self.warmup_steps / self.steps:.0%})",
+            "warm-up": f"{counted(self.warmup_steps, 'step')} ({self.warmup_steps / self.steps:.0%})",
             "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
             "memory": memory if self.choice.fits else f"does not fit: {memory}",
-            "time": f"about {_span(self.seconds)} ({self.basis})",
+            "time": f"about {span(self.seconds)} ({self.basis})",
         }
 
 
@@ -105,9 +108,37 @@ def total_steps(rows: int, config: TrainConfig) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
+def described_steps(rows: int, config: TrainConfig) -> str:
+    """How the number of steps comes about."""
+    steps, all_steps = total_steps(rows, config), total_steps(rows, replace(config, max_steps=0))
+    epochs = f"{config.epochs:g} {'epoch' if config.epochs == 1 else 'epochs'}"
+    text = (f"{counted(rows, 'sequence')} x {epochs} in batches of {config.effective_batch}: "
+            f"{counted(all_steps, 'step')}")
+    return text if steps == all_steps else f"{text}, of which --max-steps does {steps:,}"
+
+
 def warmup_steps(steps: int, config: TrainConfig) -> int:
     """Steps in which the learning rate rises."""
     return round(config.warmup * steps)
+
+
+def rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of a step, as a share of the peak.
+
+    It rises in equal parts from the first step on, has its peak in the step after the warm-up, and then falls towards
+    zero, which it would reach after the last step: no step is wasted on a rate of zero.
+
+    Args:
+        step: from 0 on.
+        steps: of the whole training.
+    """
+    rising = warmup_steps(steps, config)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - rising) / max(1, steps - rising)
+    return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
 def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Side,
@@ -161,12 +192,13 @@ def _notes(rows: int, steps: int, config: TrainConfig) -> list[str]:
     """Where rounding makes something else of the settings than people expect."""
     notes = []
     if steps < FEW_STEPS:
-        notes.append(f"only {steps} step{'s' if steps > 1 else ''}: the adapter will hardly learn anything; more "
+        notes.append(f"only {counted(steps, 'step')}: the adapter will hardly learn anything; more "
                      "--epochs, or a smaller --batch-size, give more")
     if config.warmup and not warmup_steps(steps, config):
-        notes.append(f"a warm-up of {config.warmup:.0%} of {steps} steps is rounded to none")
+        notes.append(f"a warm-up of {config.warmup:.0%} of {counted(steps, 'step')} is rounded to none")
     if config.effective_batch > rows:
-        notes.append(f"a batch of {config.effective_batch} is more than there is: each step sees all {rows} sequences")
+        notes.append(f"a batch of {config.effective_batch} is more than there is: each step sees all "
+                     f"{counted(rows, 'sequence')}")
     return notes
 
 
@@ -215,11 +247,3 @@ def product_speed(shape: ModelShape, placement: Placement, seconds: float = 0.3)
         c[0, 0].item()  # waits for a GPU
         products += 4
     return 2 * a.shape[0] * b.numel() * products / busy
-
-
-def _span(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

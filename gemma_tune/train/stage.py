@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.files import replacing_directory, sha256_file
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.files import sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import importing
+from gemma_tune.base.words import span
+from gemma_tune.config.settings import in_words, same_result
+from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens
-from gemma_tune.lora.layers import TOWERS, described_adapter, lora_config, target_modules, trained_weights
+from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
 from gemma_tune.lora.load import import_peft
-from gemma_tune.models.load import is_out_of_memory, load_model, out_of_memory
+from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.models.source import with_weights
 from gemma_tune.run.directory import command
@@ -27,16 +30,21 @@ from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import (
     Training,
     clear,
-    command_to_finish,
     find_resumable,
     read_marker,
     step_of,
     training_key,
     unfinished,
+    whole,
 )
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_does_not_fit
-from gemma_tune.train.plan import Side, TrainingPlan, make_plan, steps_per_epoch, total_steps, warmup_steps
+from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
+from gemma_tune.train.results import plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
+from gemma_tune.train.steps import run_steps
+from gemma_tune.train.verdict import advice, is_harm, rose
+
+LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
 
 
 def train(session: Session) -> StageReport:
@@ -48,7 +56,27 @@ def train(session: Session) -> StageReport:
         Interrupted: stopped by the user; the next call resumes.
     """
     waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
-    return run_stage(session, "train", _train, unfinished=waiting is not None)
+    return run_stage(_as_interrupted(session, waiting), "train", _train, unfinished=waiting is not None,
+                     long_work=_took_long)
+
+
+def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session:
+    """An interrupted training is newer than the run's last result: what is not said now is as it was there."""
+    if waiting is None:
+        return session
+    now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
+    before = {name: value for name, value in waiting["settings"].items()
+              if name in now and name not in passing and value != now[name]}
+    if before:
+        session.listener.note(f"settings of the interrupted training: {in_words(before)}")
+        before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
+        session = replace(session, resolved=session.resolved.but(before, {}))
+    return session
+
+
+def _took_long(summary: Mapping[str, Any]) -> str | None:
+    seconds = summary.get("training_seconds") or 0.0
+    return span(seconds) if seconds > LONG else None
 
 
 def plan_training(session: Session) -> TrainingPlan:
@@ -58,12 +86,14 @@ def plan_training(session: Session) -> TrainingPlan:
         UserError: no data, or settings that this model cannot be trained with.
     """
     quiet_libraries()
+    waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
+    session = _as_interrupted(session, waiting)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train"))
     train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
     placement = choose_placement(session.config.dtype)
     shape, choice = _fit(session, int(train_rows.lengths.max()), placement)
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
-    if waiting := unfinished(session.run.checkpoints, session.manifest.finished_training):
+    if waiting:
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})
     same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
@@ -160,23 +190,43 @@ def _work(job: _Job) -> dict[str, Any]:
     train_rows, valid_rows = _prepared_sequences(session)
     model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
     steps = total_steps(len(train_rows), config)
-    listener.note(f"{len(train_rows):,} sequences x {config.epochs:g} epochs in batches of "
-                  f"{config.effective_batch}: {steps} steps")
+    listener.note(described_steps(len(train_rows), config))
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
     stop = StopRequest(listener)
     trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice, (log, stop),
                        job.training)
     log.trainer = trainer
     with stop:
-        summary = _run(trainer, log, stop, session, job.checkpoint)
+        summary = run_steps(trainer, log, stop, session, job.checkpoint)
     if processes.is_main():
-        _save_adapter(session, trainer.model, chat)
-        _plot(log.records, run.plot)
+        plot(log.records, run.plot)
+        _refuse_harm(session, trainer.model, chat, log.records, summary["steps"])
+        save_adapter(session, trainer.model, chat, run.adapter)
     return summary | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
         "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
+
+
+def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: list[dict[str, Any]], steps: int) -> None:
+    """Keep the adapter of a training that made the model worse apart, and its checkpoints from being gone on from.
+
+    Raises:
+        WorkFailed: it did.
+    """
+    found = rose(records)
+    if found is None:
+        return
+    if not is_harm(found):
+        session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
+        return
+    run = session.run
+    save_adapter(session, model, chat, run.worse_adapter)
+    clear(run.checkpoints)
+    kept = f"; the earlier adapter stays in {run.adapter}" if run.adapter.exists() else ""
+    raise WorkFailed(f"the training made the model worse: {found.figures}; its adapter is kept apart, in "
+                     f"{run.worse_adapter}{kept}", advice(found, session.config.learning_rate, steps))
 
 
 def _prepared_sequences(session: Session) -> tuple[Any, Any]:
@@ -197,6 +247,8 @@ def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> t
     marker = read_marker(checkpoint) if checkpoint else None
     kept = marker["compute"].split() if marker else None
     placement = choose_placement(kept[1] if kept and config.dtype == "auto" else config.dtype)
+    if kept and config.dtype == "auto":
+        placement = replace(placement, reason=f"{kept[1]} on {placement.device}, as the training began")
     compute = f"{placement.device} {placement.short}"
     if kept and kept[1] != placement.short:
         raise UserError(f"the interrupted training computed in {kept[1]}, and --dtype asks for {placement.short}",
@@ -209,6 +261,9 @@ def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> t
 def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     finished = session.manifest.finished_training
     checkpoints = session.run.checkpoints
+    if session.force and unfinished(checkpoints, finished):
+        session.listener.warn(f"--force starts anew: {whole(checkpoints)[-1].name} of an interrupted training is lost "
+                              "when the first step begins; without --force it goes on")
     checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict())
     if checkpoint:
         session.listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
@@ -249,10 +304,12 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer, peft_config=lora_config(config, chosen),
             callbacks=[*callbacks, FiniteGuard()], training=training, listener=session.listener,
-            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), micro_batch=choice.micro_batch)
+            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), micro_batch=choice.micro_batch,
+            rate=lambda step: rate_at(step, steps, config))
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
+    _name_no_place(trainer.model, session.model.id)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.dora:
@@ -260,18 +317,11 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
     return trainer
 
 
-def _name_for_others(model: Any, session: Session) -> None:
-    """adapter_config.json in the form that other programs expect: short layer names, the base model's public id.
-
-    Only at the end: PEFT asks the hub about a base model with a hub id whenever it saves a checkpoint.
-    """
-    peft_config = model.peft_config["default"]
-    if not any(TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
-        # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
-        peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
-    base = session.model
-    peft_config.base_model_name_or_path = base.id if base.source == "hub" else str(base.path.resolve())
-    peft_config.revision = base.revision
+def _name_no_place(model: Any, name: str) -> None:
+    """What PEFT writes into checkpoints of where the base model lies: its name in their card, else nothing."""
+    base = model.get_base_model()
+    base.config._name_or_path = base.name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = ""
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,
@@ -284,8 +334,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
     arguments = SFTConfig(
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate, warmup_steps=warmup_steps(steps, config), max_grad_norm=config.clip,
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        learning_rate=config.learning_rate, max_grad_norm=config.clip,
         weight_decay=config.weight_decay, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=choice.checkpointing,
@@ -301,89 +350,3 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         session.listener.note(f"training on one GPU of {torch.cuda.device_count()}; all train together with "
                               f"--num-processes {torch.cuda.device_count()}")
     return arguments
-
-
-def _run(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:
-    """Evaluate, train, evaluate; figures for the summary."""
-    evaluates = trainer.eval_dataset is not None
-    try:
-        with trainer.fast(session.config.compile):
-            if checkpoint is None and processes.is_main():  # only now: what can fail at once has not
-                clear(session.run.checkpoints)
-            if evaluates and checkpoint is None:
-                trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
-            if log.first_step < trainer.args.max_steps:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            else:  # it was interrupted after the last step: all that is missing is the adapter
-                trainer.state.global_step = trainer.state.max_steps = log.first_step
-                _load_trained(trainer.model, checkpoint)
-            if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-                raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; it is "
-                                  "saved", "repeat the same command to go on from there, or: "
-                                  + command_to_finish(session.run.checkpoints, session.config.as_dict()))
-            if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
-                trainer.evaluate()
-    except (RuntimeError, MemoryError) as e:
-        if is_out_of_memory(e):
-            raise out_of_memory(e) from e
-        raise
-    losses = [r["loss"] for r in log.records if "loss" in r]
-    evals = {r["step"]: r["eval_loss"] for r in log.records if "eval_loss" in r}
-    last = trainer.state.global_step
-    return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
-            "train_loss_last": losses[-1] if losses else None,
-            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(last),
-            "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
-            "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step}
-
-
-def _load_trained(model: Any, checkpoint: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-
-
-def _save_adapter(session: Session, model: Any, chat: ChatFormat) -> None:
-    """Standard PEFT directory with tokenizer, chat template and generation settings, replaced as a whole."""
-    import torch
-
-    bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-    if bad:
-        raise WorkFailed(f"{len(bad)} tensors of the trained adapter are not finite ({bad[0]}, …); it was not saved",
-                         "train again with a lower --learning-rate, or with --dtype fp32")
-    _name_for_others(model, session)
-    with replacing_directory(session.run.adapter) as folder:
-        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False,
-                              state_dict=trained_weights(model))
-        chat.tokenizer.save_pretrained(folder)
-        generation = model.get_base_model().generation_config
-        generation.eos_token_id = chat.stop_ids
-        # Not save_pretrained: it refuses settings that many published models have, such as top_p without do_sample.
-        (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
-        (folder / "README.md").write_text(_card(session), encoding="utf-8")
-
-
-def _card(session: Session) -> str:
-    base = session.model
-    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, sft, gemma-tune]\n---\n\n"
-            f"# {base.name}: LoRA adapter\n\nTrained with gemma-tune on {base.id}"
-            f"{f' at {base.revision}' if base.revision else ''}; the settings are in the run's manifest.json. "
-            "The chat template in this directory is the one used in training.\n")
-
-
-def _plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over the steps, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        if points:
-            axes.plot(*zip(*points), style, label=label, linewidth=1.5)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,17 @@ class GemmaTrainer(SFTTrainer):
         training: what the checkpoints belong to.
         lengths: tokens of each training sequence, and of each validation sequence.
         micro_batch: rows that go through the model at once; a batch is worked on in such pieces.
+        rate: the learning rate of a step, from 0 on, as a share of the peak.
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
-                 micro_batch: int, listener: Listener, **kwargs: Any):
+                 micro_batch: int, listener: Listener, rate: Callable[[int], float], **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
+        self.rate = rate
         self.tokens_seen = self.tokens_of_all = 0  # of this process; of all, when log() was called last
         self.in_step = self.sharded
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
@@ -274,6 +276,13 @@ class GemmaTrainer(SFTTrainer):
     def get_train_dataloader(self):
         """Batches of rows of similar length, each row once per epoch."""
         return loader(self.train_dataset, self._sampler(), self.accelerator)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The rate of each step as planned; the library's own schedules begin with a step that learns nothing."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without TRL's metrics of its own head."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ def test_a_prompt_with_json_is_one_object(cli, fluent):
     result = cli("chat", "--prompt", f" {QUESTION}\n", "--json", *FP32)
     assert result.code == 0, result.err
     tokens = len(load_format(fluent / "talkative_lora_adapter", "gemma3_text").tokenizer.tokenize(ANSWER))
-    assert result.json == {"prompt": QUESTION, "answer": ANSWER, "tokens": tokens, "ended": True,
+    assert result.json == {"prompt": f" {QUESTION}", "answer": ANSWER, "tokens": tokens, "ended": True,
                            "model": "talkative, tuned"}
     cut = cli("chat", "--prompt", QUESTION, "--json", "--max-new-tokens", 3, *FP32).json
     assert (cut["tokens"], cut["ended"]) == (3, False)
@@ -85,6 +86,52 @@ def test_with_json_stdin_gives_one_object_per_prompt(cli, fluent):
     assert [(f["prompt"], f["answer"]) for f in found] == [
         ("Say number 3.", ANSWER), ("Say number 7.", "The number is 7, no more.")]
     assert all(f["ended"] for f in found)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bytes_of_a_locale_without_them_are_read_as_utf8(encoding):
+    lines = io.TextIOWrapper(io.BytesIO("café 今\r\nplain\n".encode()), encoding=encoding)
+    assert [line.strip() for line in chat_loop._text(lines)] == ["café 今", "plain"]
+
+
+def test_a_line_that_is_no_text_is_named_and_those_before_it_are_answered(cli, fluent):
+    result = cli("chat", *FP32, stdin=f"{QUESTION}\n\ncaf\xe9\n{QUESTION}\n".encode("latin-1"))
+    assert (result.code, result.out) == (2, f"{ANSWER}\n")
+    assert "Error: standard input:3: not UTF-8 text (byte 0xe9) at offset 3" in result.err
+    assert "iconv" in result.err and "unexpected" not in result.err
+
+
+BYTE = "caf\udce9"  # as Python gives an argument with the byte 0xe9
+
+
+@pytest.mark.parametrize(("args", "named"), [
+    (("chat", "--prompt", BYTE), "--prompt"), (("chat", "--base", "-p", "x", "--system", BYTE), "--system"),
+    (("chat", "-p", "x", "--run", BYTE), "--run"), (("prepare", "--run", BYTE), "--run"), (("train", "--run", BYTE), "--run"),
+    (("prepare", "--model", BYTE), "--model"), (("prepare", "--columns", f"user={BYTE},assistant=a"), "--columns"),
+    (("merge", "--adapter", BYTE), "--adapter"), (("export-ollama", "--parameter", "x=1", "--parameter", BYTE), "--parameter"),
+    (("status", "--run", BYTE), "--run"), (("chat", "-p", "x", "--config", BYTE), "--config")])
+def test_arguments_that_are_no_text_are_named(cli, fluent, args, named):
+    result = cli(*args)
+    assert (result.code, result.out) == (2, "")
+    assert f"Error: {named}: not UTF-8 text (byte 0xe9) at offset" in result.err
+    assert "Hint:" in result.err and "unexpected" not in result.err
+
+
+def test_all_arguments_that_are_no_text_are_named_together(cli, fluent, monkeypatch):
+    monkeypatch.setenv("GEMMA_TUNE_RUN", BYTE)
+    result = cli("chat", "--prompt", BYTE, "--json")
+    assert result.code == 2
+    assert result.json["error"]["message"] == "2 arguments are not UTF-8 text"
+    assert [p.split(":")[0] for p in result.json["error"]["problems"]] == ["GEMMA_TUNE_RUN", "--prompt"]
+
+
+def test_arguments_typed_in_a_locale_without_their_characters_are_text(cli, fluent, asked, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    typed = "café".encode().decode("ascii", "surrogateescape")
+    result = cli("chat", "--base", "--prompt", typed, "--system", typed, "--json", "-n", 2, *FP32)
+    assert result.code == 0, result.err
+    assert asked == [[{"role": "system", "content": "café"}, user("café")]]
+    assert result.json["prompt"] == "café"
 
 
 def test_nothing_on_stdin_gives_nothing(cli, fluent):
@@ -130,6 +177,16 @@ def test_merged_answers_as_base_plus_adapter(cli, fluent):
     assert result.code == 0, result.err
     assert result.json["answer"] == ANSWER
     assert result.json["model"] == "talkative, tuned and merged"
+
+
+def test_without_a_training_the_merged_model_answers(cli, fluent, talkative, tmp_path):
+    """A run that began with `merge --adapter`."""
+    away = fluent.rename(tmp_path / "away") / "talkative_lora_adapter"
+    assert cli("merge", "--adapter", away, "--base", talkative, "--run", "other", "--no-check").code == 0
+    result = cli("chat", "--run", "other", "--prompt", QUESTION, "--json", *FP32)
+    assert result.code == 0, result.err
+    assert "no training of its own, so the merged model answers" in result.err
+    assert (result.json["answer"], result.json["model"]) == (ANSWER, "talkative, tuned and merged")
 
 
 def test_base_and_merged_exclude_each_other(cli, fluent):
@@ -382,6 +439,13 @@ def test_save_keeps_the_conversation_with_its_system_prompt_and_shows_the_comman
     assert "next: gemma-tune prepare --run runs/m rows.jsonl runs/m/saved.jsonl\n" in err
 
 
+def test_an_answers_indent_is_part_of_the_conversation(talk, conversation):
+    talk("  one", "/save", streams=[Spoken(["    return", " 1\n"])])
+    assert saved() == [{"messages": turns("  one", "    return 1\n")}]
+    talk("two", streams=[Spoken([" ", "\n"])])
+    assert len(conversation.turns) == 2, "white space alone is no answer"
+
+
 def test_saving_twice_writes_once(talk):
     _, err = talk("one", "/save", "/save", streams=[Spoken(["first"])])
     assert saved() == [{"messages": turns("one", "first")}]
@@ -431,6 +495,8 @@ def test_fix_replaces_the_last_answer_and_the_model_sees_it(talk, conversation):
     talk("/fix", "Line [one].", "", "  line two", "", ".", "/save")
     assert conversation.turns[-1]["content"] == "Line [one].\n\n  line two"
     assert saved() == [{"messages": conversation.messages}]
+    talk("/fix", "    def f():", "\treturn 1", ".")
+    assert conversation.turns[-1]["content"] == "    def f():\n\treturn 1", "the first line has its indent"
     _, err = talk("/fix", "half", KeyboardInterrupt(), "/fix", "whole", EOFError())
     assert "(the answer stays as it is)" in err
     assert conversation.turns[-1]["content"] == "whole", "the end of the input ends the text"
@@ -455,7 +521,7 @@ def test_an_answer_that_was_cut_off_is_not_learned(talk, conversation):
     assert not SAVED.exists()
     _, err = talk("two", "/save", streams=[Spoken(["whole"])])
     assert [turn.get("train", True) for turn in saved()[0]["messages"]] == [True, False, True, True]
-    assert "(1 answer(s) were cut off and are not learned" in err
+    assert "(1 answer was cut off and is not learned" in err
     _, err = talk("/reset", "one", "/fix whole now", "/save", streams=[Spoken(["half", KeyboardInterrupt()])])
     assert saved()[1] == {"messages": turns("one", "whole now")}
     assert "cut off" not in err.replace("/fix", "")
@@ -540,8 +606,20 @@ def test_what_stdout_cannot_write_becomes_a_question_mark(monkeypatch):
 
 def test_stdin_that_is_not_utf8_is_an_error_for_people():
     lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(UserError, match="not utf-8 text"):
+    with pytest.raises(UserError, match=r"^standard input:1: not UTF-8 text \(byte 0xe9\) at offset 3$"):
         chat_loop.one_by_one(SimpleNamespace(), lines, False)
+
+
+def test_a_typed_line_that_is_no_text_is_said_and_the_chat_goes_on(monkeypatch, capsys, conversation):
+    lines = b"caf\xe9\none\n/fix\nfirst line\nsec\xf6nd\nsecond line\n.\n/save caf\xe9.jsonl\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(Conversation, "ask", lambda self, text: Spoken(["answer"]))
+    chat_loop.interactive(conversation)
+    out, err = capsys.readouterr()
+    assert out == "answer\n"
+    assert conversation.messages == turns("one", "first line\nsecond line"), "the other lines stay"
+    assert err.count("what was typed: not UTF-8 text") == 3 and "iconv" in err
+    assert not list(Path().glob("caf*"))
 
 
 # --- a real terminal ------------------------------------------------------------------------------------------------
@@ -604,6 +682,27 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     assert saved(fluent / "saved.jsonl") == [{"messages": turns(QUESTION, ANSWER)}]
 
 
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_typed_byte_does_not_end_the_chat(terminal, fluent, locale):
+    child = terminal("--run", fluent, TERM="dumb", **locale)
+    child.expect_exact("/reset  forget the conversation")
+    child.expect_exact("\n> ")
+    time.sleep(0.3)  # the line editor is at work now, which sees every key
+    os.write(child.child_fd, b"caf\xe9\n")
+    child.expect_exact("Error: what was typed: not UTF-8 text (byte 0xe9) at offset 3")
+    child.expect_exact("\n> ")
+    child.sendline(QUESTION)
+    child.expect_exact("The number is ")
+    child.expect_exact("\n> ")
+    child.sendline("/system é 今.")
+    child.expect_exact("(system prompt: " + ("é 今" if "PYTHONUTF8" not in locale else r"\xe9 \u4eca"))
+    child.expect_exact("\n> ")
+    child.sendeof()
+    child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
 @pytest.fixture
 def endless(cli, talkative, tmp_path) -> Path:
     """A run of a model that never ends an answer and has room for thousands of tokens."""
@@ -646,3 +745,24 @@ def test_ctrl_c_without_a_terminal_ends_all_answers(endless):
         _, err = program.communicate(timeout=30)
     assert program.returncode == 130
     assert b"stopped" in err and b"Traceback" not in err
+
+
+def test_an_answer_that_reaches_the_limit_is_said_on_a_terminal(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from gemma_tune.answers.generation import Answer
+    from gemma_tune.cli import chat, screen
+
+    class Stream(list):
+        def finish(self):
+            return Answer("one two", 2, ended=False)
+
+    said = []
+    monkeypatch.setattr(chat, "answers", lambda conversation, prompts: [(p, Stream(["one two"])) for p in prompts])
+    monkeypatch.setattr(chat, "_say", said.append)
+    for terminal in (False, True):
+        monkeypatch.setattr(screen, "err", SimpleNamespace(is_terminal=terminal))
+        chat.one_by_one(SimpleNamespace(which="m"), ["count"], as_json=False)
+        assert bool(said) == terminal
+    assert "cut off after 2 tokens, the limit; --max-new-tokens N" in said[0]
+    assert capsys.readouterr().out == "one two\n" * 2

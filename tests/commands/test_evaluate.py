@@ -206,7 +206,7 @@ def test_rows_of_plain_text_are_left_out_with_a_note(asked_of):
     assert notes[0].startswith("2 held-out rows of plain text are left out")
     assert asked_of.why is None
     _, _, notes = asked_of(TOOL_ROW, TOOL_ROW, TEXT_ROW, count=2)
-    assert len(notes) == 1 and "1 held-out rows of plain text" in notes[0]
+    assert len(notes) == 1 and "1 held-out row of plain text" in notes[0]
 
 
 @pytest.mark.parametrize(("records", "why", "hint"), [
@@ -277,8 +277,8 @@ def test_long_prompts_are_shortened_or_left_out_with_a_note(cli, many):
     first, second = result.json["summary"]["answers"]
     assert 10 < len(first["prompt"]) < 119 and first["prompt"] == long[:-1][-len(first["prompt"]):]
     assert second["prompt"] == short[0]["messages"][:-1]
-    assert "1 held-out prompts are left out: they are longer than" in result.err
-    assert "1 held-out prompts are asked without their first turns" in result.err
+    assert "1 held-out prompt is left out: longer than" in result.err
+    assert "1 held-out prompt is asked without its first turns" in result.err
     valid.write_text(json.dumps({"messages": endless}) + "\n")
     record(many, "prepare", "valid_rows")
     result = cli("eval", "--json", "--run", many, *FP32)
@@ -327,7 +327,7 @@ def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative,
     [answer] = result.json["summary"]["answers"]
     assert answer["tools"] == ["weather"]
     assert [turn["role"] for turn in answer["prompt"]] == ["user", "assistant", "tool"]
-    assert "1 held-out rows of plain text are left out" in result.err
+    assert "1 held-out row of plain text is left out" in result.err
     assert "Weather in Zürich?" in result.err
     lines = (tmp_path / "runs/tools/report.md").read_text(encoding="utf-8").splitlines()
     for line in ("## 1. Weather in Zürich?", "*tools on offer*: `weather`", "*tool*", "> snow", "> 9 °C",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_what_fails_leaves_the_earlier_file(export, merged, monkeypatch):
     assert export().err.count("is up to date") == 1
 
 
-@pytest.mark.parametrize(("system", "said"), [('a"""\nb', 'ends in """'), ("\udcff", "not text in UTF-8")])
+@pytest.mark.parametrize(("system", "said"), [('a"""\nb', 'ends in """'), ("\udcff", "not UTF-8 text")])
 def test_what_a_modelfile_cannot_hold_is_refused_before_any_work(export, merged, system, said):
     result = export("--system", system)
     assert result.code == 2 and said in result.err
@@ -394,3 +395,47 @@ def test_everything_is_decided_once(cli, merged, monkeypatch):
     assert counted == {"architecture_of": 2, "load_vocabulary": 2, "load_format": 2, "target_for": 2}, "once a command"
     assert cli("export-ollama", "--quant", "f16,q8_0,q4_0", "--no-measure", "--no-create", "--json").code == 0
     assert set(counted.values()) == {2}, "without a server nothing of it is needed"
+
+
+# --- tools
+
+# Takes tools, calls and results, with the markers that the tiny tokenizer has.
+WITH_TOOLS = (
+    "{{ bos_token }}{% if tools %}<start_of_turn>tools\n{{ tools | tojson }}<end_of_turn>\n{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}call {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
+WEATHER = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}}]
+
+
+@pytest.mark.parametrize("with_tools", [True, False])
+def test_tools_that_ollama_will_not_take_are_told_of(cli, export, trained, tiny, tmp_path, with_tools):
+    """From the first command on: a real server answers a request with tools 400."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(WITH_TOOLS)
+    more = [row | {"tools": WEATHER} for row in rows(2)] if with_tools else []
+    data = write_rows(tmp_path / "rows.jsonl", [*rows(8), *more])
+    adapter = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "adapter",
+                              ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    prepared = cli("prepare", data, "--model", model)
+    assert prepared.code == 0, prepared.err
+    assert cli("merge", "--adapter", adapter, "--base", model, "--no-check").code == 0
+    result = export("--json")
+    assert result.code == 0, result.err
+    assert "does not support" not in modelfile(Path("runs/model"))["template"]
+    report = Path("runs/model/ollama/report.md").read_text()
+    told = "2 rows have tools, and the TEMPLATE for Ollama has no place for them yet"
+    for said in (prepared.err, result.err, report, *result.json["summary"].get("different_in_ollama", [""])):
+        assert (told in said and 'refuses a request with tools (400 "does not support tools")' in said) == with_tools
+    record = json.loads(Path("runs/model/manifest.json").read_text())["stages"]
+    assert record["prepare"]["summary"]["tool_rows"] == 2 * with_tools
+
+
+def test_a_renderer_of_ollamas_own_takes_tools():
+    from gemma_tune.ollama.template import OllamaChat, tools_are_lost
+
+    assert tools_are_lost(OllamaChat(None, (), renderer="gemma4-small"), 3) is None
+    assert tools_are_lost(OllamaChat("{{ range .Tools }}{{ . }}{{ end }}", ()), 3) is None
+    assert tools_are_lost(OllamaChat("{{ .Prompt }}", ()), 1).startswith("One row has tools")
+    assert tools_are_lost(OllamaChat("{{ .Prompt }}", ()), 0) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,10 +69,10 @@ def test_figures_about_the_tokens(prepare):
     (alpaca(input=None, system=None), "Add.", None),
     (alpaca(input="  \n"), "Add.", None),
     (alpaca(system="Be brief."), "Add.", "Be brief."),
-    (alpaca(input="1 and 2", system=" Be brief. "), "Add.\n\n1 and 2", "Be brief."),
+    (alpaca(input="1 and 2", system=" Be brief. "), "Add.\n\n1 and 2", " Be brief. "),
     (alpaca("", input="1 and 2"), "1 and 2", None),
     (alpaca(None, input="1 and 2"), "1 and 2", None),
-    (alpaca(" Add. ", " 3 ", source="web"), "Add.", None),
+    (alpaca(" Add. ", "3", source="web"), " Add. ", None),
 ])
 def test_alpaca_rows_become_conversations(prepare, value, question, instruction):
     prepare(write_rows(Path("rows.jsonl"), [value]))
@@ -97,7 +98,7 @@ def many_kinds() -> list[str]:
     Path("b.csv").write_text('question,answer\nCSV,"two\nlines"\nshort\n')
     pq.write_table(pa.table({"conversations": [[{"from": "human", "value": "Parquet"}, {"from": "gpt", "value": "a"}],
                                                [{"from": "human", "value": "alone"}]]}), "c.parquet")
-    Path("d.json.gz").write_bytes(gzip.compress(json.dumps([alpaca("gzip"), alpaca(7)], indent=1).encode()))
+    Path("d.json.gz").write_bytes(gzip.compress(json.dumps([alpaca("gzip"), alpaca(7.5)], indent=1).encode()))
     Path("folder/deep").mkdir(parents=True)
     Path("folder/e.tsv").write_text("prompt\tcompletion\nTSV\ta\n")
     write_rows(Path("folder/deep/f.ndjson"), [row("NDJSON"), row("JSONL")])
@@ -176,7 +177,7 @@ def test_a_system_message_is_folded_where_the_template_has_none(prepare, tiny):
 def test_a_system_message_that_the_template_refuses_is_put_before_the_first_turn(tiny, tmp_path):
     model = with_template(tiny, tmp_path / "models", "gemma")  # Gemma 1 and 2
     done = prepared(model, write_rows(Path("rows.jsonl"), [row(), row(instruction="Be brief.")]), "--valid", 0)
-    assert "no place for a system message: in 1 rows it is put before the first user turn" in done["err"]
+    assert "no place for a system message: in 1 row it is put before the first user turn" in done["err"]
     assert "user\nBe brief.\n\nWhat is a bond?<end_of_turn>" in format_of(model).tokenizer.decode(sequences()[1].ids)
 
 
@@ -217,6 +218,112 @@ def test_findings_that_may_be_allowed(prepare, code, text):
     assert [r["code"] for r in read("rejected")] == [code, "template_marker"]
 
 
+# --- templates with names
+
+TOOL_ROW = {"messages": [user("Weather?"), assistant("", tool_calls=[{"name": "get", "arguments": {"city": "Oslo"}}])],
+            "tools": [{"name": "get", "description": "The weather"}]}
+
+
+def with_named_templates(model: Path, folder: Path, templates: dict[str, str], in_config: bool) -> Path:
+    """A copy of a model with several chat templates: a list in its tokenizer's configuration, or files."""
+    folder = folder / model.name
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    if in_config:
+        path = folder / "tokenizer_config.json"
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+        return folder
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (folder / place).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("in_config", [True, False], ids=["list", "files"])
+def test_rows_with_tools_have_the_template_for_them(tool_model, tmp_path, in_config):
+    tool_use = (tool_model / "chat_template.jinja").read_text()
+    default = "{% set tools = none %}" + tool_use
+    model = with_named_templates(tool_model, tmp_path / "named", {"default": default, "tool_use": tool_use}, in_config)
+    done = prepared(model, write_rows(Path("rows.jsonl"), [row("a"), TOOL_ROW]), "--valid", 0)
+    assert "chat template: the model's own `tool_use` of default, tool_use" in done["err"]
+    assert learned(format_of(model)) == learned(format_of(tool_model)) != []
+    format_of(model).tokenizer.save_pretrained("adapter")
+    assert not Path("adapter/additional_chat_templates").exists(), "a run has one template"
+    assert format_of(Path("adapter")).template == tool_use
+
+
+def test_rows_with_tools_are_refused_where_their_template_is_another_ones(tool_model, tmp_path):
+    tool_use = (tool_model / "chat_template.jinja").read_text()
+    named = {"default": "{% set tools = none %}" + tool_use, "tool_use": "{{ 'Tools!' }}" + tool_use}
+    model = with_named_templates(tool_model, tmp_path / "named", named, False)
+    prepared(model, write_rows(Path("rows.jsonl"), [row("a"), TOOL_ROW]), "--valid", 0)
+    [bad] = read("rejected")
+    assert (bad["code"], bad["reason"]) == ("template", "the model's chat template has no place for tools and leaves them out")
+    assert "a run has one chat template" in bad["fix"] and "save tool_use as chat_template.jinja" in bad["fix"]
+    shutil.copyfile(model / "additional_chat_templates/tool_use.jinja", model / "chat_template.jinja")
+    prepared(model, "rows.jsonl", "--valid", 0)
+    assert read("rejected") == []
+
+
+def test_no_template_is_the_default(tool_model, tmp_path):
+    for in_config in (True, False):
+        model = with_named_templates(tool_model, tmp_path / f"named{in_config}", {"rag": "a", "tool_use": "b"}, in_config)
+        error = prepared(model, write_rows(Path("rows.jsonl"), [row("a")]), code=2)
+        assert error["message"].startswith("this model has the chat templates rag, tool_use, and none of them is `default`")
+        assert "chat_template.jinja" in error["hint"]
+
+
+def test_a_call_below_what_is_said_is_learned_with_it(tool_model, prepare):
+    turns = [("human", "Weather?"), ("gpt", "Let me see."), ("function_call", '{"name": "get", "arguments": {}}')]
+    value = {"conversations": [{"from": name, "value": text} for name, text in turns], "tools": TOOL_ROW["tools"]}
+    prepared(tool_model, write_rows(Path("rows.jsonl"), [value]), "--valid", 0)
+    assert learned(format_of(tool_model)) == [
+        ['Let me see.\n<tool_call>\n{"name": "get", "arguments": {}}\n</tool_call><|im_end|>']]
+    prepare(write_rows(Path("rows.jsonl"), [value, row("a")]), "--valid", 0)
+    assert [r["code"] for r in read("rejected")] == ["template"], "it has no place for tools"
+
+
+# --- white space around texts
+
+CODE = "    return 1\n"
+
+
+def test_white_space_that_the_template_keeps_is_learned(prepare, tiny, tmp_path):
+    model = with_template(tiny, tmp_path / "qwen")
+    rows_ = [row("Body?", CODE), row(" Body?", CODE), row("Body?", CODE.strip()), row("Body?", f"{CODE}"), row("x")]
+    done = prepared(model, write_rows(Path("rows.jsonl"), rows_), "--valid", 0)
+    chat = format_of(model)
+    assert [messages[-1]["content"] for messages in kept()] == [CODE, CODE, CODE.strip(), "A loan."]
+    assert learned(chat) == [[f"{answer}<|im_end|>"] for answer in (CODE, CODE, CODE.strip(), "A loan.")]
+    assert "in 3 rows a text begins or ends with white space, which the chat template keeps" in done["err"]
+    assert "leaves out white space" not in done["err"]
+    assert report()["white_space_left_out"] == {"rows": 0, "first": ""}
+    assert [r["line"] for r in read("duplicates")] == [4], "a space more is another conversation here"
+
+
+def test_white_space_that_the_template_leaves_out_is_told_of(prepare, tiny):
+    rows_ = [row("x"), row("Body?", CODE), row("Body? ", CODE.strip()), row("Body?", CODE, instruction=" Be brief.")]
+    done = prepare(write_rows(Path("rows.jsonl"), rows_), "--valid", 0)
+    assert [messages[-1]["content"] for messages in kept()] == ["A loan.", CODE, CODE]
+    assert learned(format_of(tiny)) == [["A loan.<end_of_turn>"], *[["return 1<end_of_turn>"]] * 2]
+    assert "in 3 rows the chat template leaves out white space at the beginning or end of a text" in done["err"]
+    assert "the first is rows.jsonl:2" in done["err"]
+    assert "in 1 rows a text begins or ends with white space, which the chat template keeps" in done["err"]
+    assert report()["white_space_left_out"] == {"rows": 3, "first": "rows.jsonl:2"}
+    assert [r["line"] for r in read("duplicates")] == [3]
+
+
+def test_white_space_does_not_tell_questions_apart(prepare, tiny, tmp_path):
+    """A question stays on its side of the split, with and without white space around it."""
+    model = with_template(tiny, tmp_path / "qwen")
+    rows_ = [row(f"{before}q{n}{after}", f"{n} {before}") for n in range(40) for before, after in (("", ""), (" ", "\n"))]
+    prepared(model, write_rows(Path("rows.jsonl"), rows_), "--valid", 0.3)
+    train, valid = ({q.strip() for q in questions(side)} for side in ("train", "valid"))
+    assert valid and not train & valid and len(train | valid) == 40
+    assert report()["prompts_with_several_answers"]["prompts"] == 40
+
+
 # --- duplicates
 
 def test_a_repeated_conversation_is_listed_with_where_it_was_first(prepare):
@@ -225,7 +332,7 @@ def test_a_repeated_conversation_is_listed_with_where_it_was_first(prepare):
     done = prepare("a.jsonl", "b.jsonl", "--valid", 0, "--max-rejected", 0)
     assert [(r["file"], r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
         ("a.jsonl", 2, "a.jsonl:1", "exact"), ("b.jsonl", 1, "a.jsonl:1", "exact"), ("b.jsonl", 2, "a.jsonl:1", "exact")]
-    assert all(r["row"] == row("x") for r in read("duplicates"))
+    assert [r["row"] for r in read("duplicates")] == [row(" x\n", "A loan. "), row("x"), row("x")]
     assert len(read("train")) == 3
     assert "3 duplicates are left out; they are listed in runs/tiny-gemma/data/duplicates.jsonl" in done["err"]
 
@@ -349,7 +456,7 @@ def test_a_file_for_validation(prepare):
         ("held.jsonl", 4, "held.jsonl:1"), ("rows.jsonl", 2, "held.jsonl:1")]
     assert [(r["file"], r["line"]) for r in read("rejected")] == [("held.jsonl", 3)]
     assert report()["asked_on_both_sides"] == 1
-    assert "! 1 training rows ask what validation rows ask" in done["err"]
+    assert "! 1 training row asks what validation rows ask" in done["err"]
     prepare("rows.jsonl", "--valid", "held.jsonl", "--duplicates", "keep")
     assert (questions(), questions("valid")) == (["a", "held", "b", "asked"], ["held", "asked", "held"])
     assert report()["asked_on_both_sides"] == 2

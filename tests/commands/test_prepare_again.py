@@ -144,7 +144,7 @@ def test_several_processes_write_the_same_bytes(prepare, two_processes, monkeypa
     parents = []
     real = judge.Judge.__call__
     monkeypatch.setattr(judge.Judge, "__call__", lambda self, block: parents.append(os.getpid()) or real(self, block))
-    write_rows(Path("a.jsonl"), varied())
+    write_rows(Path("a.jsonl"), [*varied(), *({**row(f"m{n}", "b"), "mood": n % 3} for n in range(9))])  # unread, varying
     Path("b.json").write_text(json.dumps(varied()[:30], indent=2))
     args = ("a.jsonl", "b.json", "--max-length", 128, "--near-duplicates", "--force")
     prepare(*args)
@@ -290,7 +290,7 @@ def test_the_report_has_what_is_documented(prepare):
     assert report().keys() == {
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "files", "formats",
         "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
-        "tokens", "trained_tokens", "left_out_answers", "rows_of_several_sequences", "before_the_limit"}
+        "tokens", "trained_tokens", "left_out_answers", "unread", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",
         "longest_rows", "shortest_rows"}

@@ -339,7 +339,7 @@ def test_reasoning_over_several_turns_becomes_several_sequences(tiny, tmp_path):
     assert [("think 1" in text, "think 2" in text) for text in texts] == [(True, False), (False, True)]
     assert [s.row for s in sequences()] == [0, 0, 1] and done["summary"]["sequences"] == 3
     assert "think 1" not in format_of(model).tokenizer.decode(sequences()[1].ids)
-    assert "1 rows hold reasoning; --thinking on asks for it in every prompt" in done["err"]
+    assert "1 row holds reasoning; --thinking on asks for it in every prompt" in done["err"]
     # As a row it is as long as its longest sequence.
     assert report()["before_the_limit"]["length"]["longest"] == max(len(s.ids) for s in sequences())
 

@@ -71,6 +71,50 @@ def test_one_object_over_several_lines_is_one_row(prepare):
     assert "one.json:1: the conversation ends with `user`" in prepare("one.json", code=2)["problems"][0]
 
 
+A_AND_B = [json.dumps(row(name)["messages"]) for name in "ab"]
+
+
+@pytest.mark.parametrize("text, lines", [
+    ("\n".join(A_AND_B), [1, 2]),
+    ("\ufeff" + "\r\n\r\n".join(A_AND_B) + "\r\n", [1, 3]),
+    (A_AND_B[0] + "\n" + json.dumps(row("b")) + "\n", [1, 2]),
+    (json.dumps(row("a")) + "\n" + A_AND_B[1], [1, 2]),
+    ("[" + ",\n".join(A_AND_B) + "]", [1, 2]),
+    (json.dumps([row(name)["messages"] for name in "ab"], indent=1), [2, 12]),
+], ids=["JSONL", "CRLF", "an object below", "below an object", "array", "pretty array"])
+def test_lists_of_turns_are_rows(prepare, text, lines):
+    Path("rows.jsonl").write_text(text)
+    prepare("rows.jsonl", "--valid", 0)
+    assert kept() == [row("a")["messages"], row("b")["messages"]]
+    Path("rows.jsonl").write_text(text.replace('"a"', '""').replace('"b"', "null"))
+    problems = prepare("rows.jsonl", "--on-bad-row", "fail", code=2)["problems"]
+    assert [p.partition(": ")[0] for p in problems] == [f"rows.jsonl:{n}" for n in lines]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_list_of_turns_is_one_row(prepare, indent):
+    Path("one.json").write_text(json.dumps(row("a")["messages"], indent=indent))
+    prepare("one.json")
+    assert kept() == [row("a")["messages"]]
+
+
+def test_a_broken_first_list_of_turns_does_not_stop_the_others(prepare):
+    Path("rows.jsonl").write_text(A_AND_B[0][:-1] + "\n" + A_AND_B[1] + "\n")
+    prepare("rows.jsonl", "--valid", 0)
+    assert [(r["line"], r["code"], r["row"]) for r in read("rejected")] == [(1, "broken_json", A_AND_B[0][:-1])]
+    assert kept() == [row("b")["messages"]]
+
+
+def test_a_cell_that_is_nan_is_missing(prepare):
+    Path("rows.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "NaN", "score": NaN}\n'
+                                  '{"messages": NaN, "prompt": "b", "completion": "c", "score": 1}\n')
+    with Path("rows.jsonl").open("a") as f:
+        f.write('{"instruction": "a", "output": NaN}\n')
+    prepare("rows.jsonl", "--valid", 0)
+    assert kept() == [row("a", "NaN")["messages"], row("b", "c")["messages"]]
+    assert [(r["line"], r["code"], r["row"]) for r in read("rejected")] == [(3, "not_text", {"instruction": "a", "output": None})]
+
+
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
 @pytest.mark.parametrize("value", [
     lambda text: row(f"before,{text}after"), lambda text: row("q", f"[{text}a"), lambda text: alpaca(f"a,{text}b", "c"),
@@ -95,7 +139,9 @@ USER, ANSWER = row()["messages"]
     (json.dumps(row("a")) + json.dumps(row("b")), "broken_json", "Extra data at column"),
     ('{"messages": [{"role": "user", "content": "a\tb"}]}', "broken_json", "Invalid control character at column"),
     ("question,answer", "broken_json", "Expecting value at column 1"),
-    ('{"instruction": "a", "output": NaN}', "broken_json", "NaN is not JSON"),
+    ('{"instruction": "a", "output": "b", "scores": [1, NaN]}', "broken_json", "NaN is not JSON"),
+    ('{"messages": [{"role": "user", "content": NaN}]}', "broken_json", "NaN is not JSON"),
+    ('{"instruction": "a", "output": NaN', "broken_json", "Expecting ',' delimiter at column 35"),
     ('{"instruction": "a", "output": "b", "score": -Infinity}', "broken_json", "-Infinity is not JSON"),
     ('{"instruction": "a", "output": "b", "score": 1e999}', "broken_json", "the number 1e999 is too large"),
     ('{"instruction": "a", "output": "b", "score": ' + "7" * 5000 + "}", "broken_json", f"number {'7' * 24}… is too large"),
@@ -104,6 +150,7 @@ USER, ANSWER = row()["messages"]
     ("[" * 980 + "]" * 980, "broken_json", "nested too deeply"),
     ('{"a": ' + "[" * 90 + "9" * 4000 + "]" * 90 + "}", "unknown_format", "it has 'a'"),
     ("7", "not_an_object", "this one is a number"),
+    ("NaN", "broken_json", "NaN is not JSON"),
     ("null", "not_an_object", "this one is missing"),
     ('"text"', "not_an_object", "this one is text"),
     ("[]", "not_an_object", "this one is a list"),
@@ -147,7 +194,7 @@ USER, ANSWER = row()["messages"]
     ({"messages": [USER, ANSWER, {"role": "system", "content": "s"}, USER, ANSWER]}, "system_inside", "turn 3"),
     (alpaca(instruction=["a"]), "not_text", "`instruction` is a list"),
     (alpaca(input={"a": 1}), "not_text", "`input` is an object"),
-    (alpaca(system=1), "not_text", "`system` is a number"),
+    (alpaca(system=1.5), "not_text", "`system` is a number"),
     (alpaca(output=None), "not_text", "turn 2 is missing"),
     (alpaca(instruction=""), "empty_turn", "turn 1 (user) is empty"),
     (alpaca(output=" "), "empty_turn", "turn 2 (assistant) is empty"),
@@ -242,7 +289,7 @@ def test_rows_that_a_preparation_was_refused_for_can_be_looked_up(prepare, cli, 
     assert not Path("runs/tiny-gemma/rejected.jsonl").exists(), "all of them are in data/rejected.jsonl now"
 
 
-@pytest.mark.parametrize("value, reason", [("NaN", "NaN is not JSON"), ("1e999", "1e999 is too large"),
+@pytest.mark.parametrize("value, reason", [("Infinity", "Infinity is not JSON"), ("[NaN]", "NaN is not JSON"), ("1e999", "1e999 is too large"),
                                            ("9" * 5000, "is too large"), ("[" * 300 + "]" * 300, "nested too deeply")])
 def test_an_element_that_cannot_be_kept_does_not_spoil_the_array(prepare, value, reason):
     element = '{"instruction": "a",\n "output": ' + value + "}"
@@ -281,7 +328,7 @@ def test_missing_files_are_named_together(refused):
     assert error["message"] == "5 data sources cannot be read"
     assert error["problems"] == [
         "there is no file none.jsonl",
-        "folder is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) (name the files, or "
+        "folder is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) (name the files, or "
         "another directory)",
         "there is no file none/at/all.json", f"there is no file {'x' * 300}", "no file matches *.csv"]
 
@@ -347,24 +394,26 @@ def test_a_home_that_does_not_exist_is_part_of_the_name(refused):
     (b"[\n" + b"[" * 50_000 + b"]" * 50_000 + b"]", "bad.jsonl:2: not valid JSON: nested too deeply"),
     (b'{\n  "messages": [\n    {"role" "user"}\n  ]\n}', "bad.jsonl:3: not valid JSON: Expecting ':' delimiter"),
     (b'{"data": [\n  {"a": 1},\n  {"a" 2}\n]}', "bad.jsonl:3: not valid JSON: Expecting ':' delimiter"),
-    (b'\n{\n "a": NaN\n}', "bad.jsonl:2: not valid JSON: NaN is not JSON"),
-    (b'{"data": {\n"x": 1\n}}', "none of the 1 rows can be used"),
-    (b'"just text"', "none of the 1 rows can be used"),
+    (b'\n{\n "a": [NaN]\n}', "bad.jsonl:2: not valid JSON: NaN is not JSON"),
+    (b'[{"role": "user",\n"content": [NaN]}]', "bad.jsonl:1: not valid JSON: NaN is not JSON"),
+    (b'[{"a": 1}]\n[{"a": 2}]\n', "bad.jsonl:2: there is more after the end of the list"),
+    (b'{"data": {\n"x": 1\n}}', "the only row cannot be used"),
+    (b'"just text"', "the only row cannot be used"),
     (b"question,answer\na,b\n", "none of the 2 rows can be used"),
 ], ids=lambda v: ascii(v)[:40] if isinstance(v, bytes) else None)
 def test_files_that_hold_no_rows(refused, content, message):
     Path("bad.jsonl").write_bytes(content)
     error = refused("bad.jsonl")
     assert error["message"].startswith(message)
-    if message.startswith("none"):
-        assert error["problems"][0].startswith(("bad.jsonl:1: ", "bad.jsonl:1 and 1 more rows: "))
+    if message.startswith(("none", "the only row")):
+        assert error["problems"][0].startswith(("bad.jsonl:1: ", "bad.jsonl:1 and 1 more row: "))
     else:  # a file of which nothing can be read stops the others as well
         assert refused("before.jsonl", "bad.jsonl")["message"] == error["message"]
 
 
 def test_a_broken_first_row_does_not_make_the_file_a_document(prepare):
     for broken in ('{"instruction": "a",', '{"instruction": [', '{"messages": [{', '{"n": ' + "1" * 5000 + "}",
-                   '{"a":' * 2000, '{"x": NaN}'):
+                   '{"a":' * 2000, '{"x": Infinity}'):
         Path("rows.jsonl").write_text(broken + "\n" + json.dumps(row("b")) + "\n")
         prepare("rows.jsonl")
         assert [(r["line"], r["code"], r["row"]) for r in read("rejected")] == [(1, "broken_json", broken)]
@@ -427,3 +476,15 @@ def test_the_advice_does_not_come_from_words_that_a_message_quotes(tiny, tmp_pat
     assert invoke("prepare", "rows.jsonl", "--model", folder, "--max-rejected", 1).code == 0
     [rejected] = read("rejected", folder.parent.parent / "runs" / tiny.name / "data")
     assert fix in json.dumps(rejected)
+
+
+def test_what_is_not_read_is_listed(cli, tiny, tmp_path):
+    records = [{**record, "mood": n % 2, "id": n, "source": "here"} for n, record in enumerate(rows(12))]
+    records[3]["messages"][1]["rating"] = 5
+    done = cli("prepare", write_rows(tmp_path / "r.jsonl", records), "--model", tiny, "--run", "run")
+    assert done.code == 0, done.err
+    said = done.err[done.err.index("not read"):]
+    for name in ("mood", "rating", "id", "source"):
+        assert name in said
+    found = {item["name"]: (item["where"], item["rows"]) for item in json.loads(Path("run/data/report.json").read_text())["unread"]}
+    assert found == {"mood": ("column", 12), "id": ("column", 12), "source": ("column", 12), "rating": ("key", 1)}

@@ -91,7 +91,7 @@ def test_the_longest_sequences_come_first(cli, tiny, tmp_path):
     """So that memory that does not suffice shows at once; their lengths are those of the tokens."""
     run = Path("runs/tiny-gemma")
     data = write_rows(tmp_path / "rows.jsonl", [
-        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} " * (1 + 7 * n % 11)}]}
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} " * (1 + 7 * n % 11) + "."}]}
         for n in range(11)])
     assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
     assert cli("train", *QUICK).code == 0
@@ -212,7 +212,7 @@ def test_accumulation_equals_a_larger_batch(cli, prepared):
 
 
 def test_the_adapter_is_standard_peft(trained, tiny):
-    """Plain PEFT and transformers, in a process that does not know this package."""
+    """Plain PEFT and transformers, in a process that does not know this package, where the base's name leads to it."""
     script = """
 import sys, json
 from peft import AutoPeftModelForCausalLM
@@ -225,7 +225,7 @@ print(json.dumps([text, sorted(model.peft_config["default"].target_modules),
                   sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)]))
 """
     done = subprocess.run([sys.executable, "-c", script, trained / "tiny-gemma_lora_adapter"], capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=120, cwd=tiny.parent)
     assert done.returncode == 0, done.stderr
     text, modules, parameters = json.loads(done.stdout)
     assert text == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
@@ -247,7 +247,7 @@ def test_every_setting_reaches_the_adapter(cli, prepared):
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
     rates = [r["learning_rate"] for r in metrics(prepared) if "loss" in r]
-    assert rates == pytest.approx([0.0, 5e-4, 1e-3])  # 3 steps, of which round(1.5) = 2 rise
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])  # 3 steps, of which round(1.5) = 2 rise to the peak
 
 
 def interrupted(run: Path, after_step: int, number: int = signal.SIGINT,
@@ -432,6 +432,7 @@ def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):
     from gemma_tune.models import placement as models
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "bf16_instructions", lambda: None)  # as where PyTorch cannot say
     for ratio, dtype in ((2.0, torch.bfloat16), (0.4, torch.float32)):
         monkeypatch.setattr(models, "bf16_speed", lambda ratio=ratio: ratio)
         placement = models.choose_placement("auto")
@@ -464,7 +465,7 @@ def test_a_training_that_was_killed_after_its_last_step_is_finished_without_anot
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_save_adapter", killed)
+        patch.setattr(train, "save_adapter", killed)
         assert cli("train", *flags, "--force").code == 130
     result = cli("train", *flags, "--json")
     assert result.code == 0, result.err
@@ -500,6 +501,7 @@ def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ("--epochs", 2, "--rank", 4)
+    monkeypatch.setattr(models, "bf16_instructions", lambda: None)
     monkeypatch.setattr(models, "bf16_speed", lambda: 2.0)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -509,6 +511,7 @@ def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypat
     assert refused.code == 2 and "computed in bf16" in refused.err
     result = cli("train", *flags, "--json")
     assert result.code == 0, result.err
+    assert "computing in bf16 on cpu, as the training began" in result.err and "as asked" not in result.err
     assert (result.json["summary"]["dtype"], result.json["summary"]["resumed_from_step"]) == ("bf16", 2)
 
 
@@ -610,3 +613,211 @@ def test_force_keeps_an_interrupted_training_until_the_new_one_has_begun(cli, pr
         assert cli("train", *LONG).code == 130
     assert cli("train", *LONG, "--target-modules", "no_proj", "--force").code == 2
     assert cli("train", *LONG, "--json").json["summary"]["resumed_from_step"] > 0
+
+
+# --- a training that made the model worse
+
+HARM = ("--max-steps", 6, "--learning-rate", 0.1, "--rank", 4, "--dtype", "fp32")
+
+
+@pytest.fixture
+def climbing(monkeypatch):
+    """Steps that go the wrong way: what too high a rate does to a real model, a random one can bear."""
+    monkeypatch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -1.0)
+
+
+def test_a_training_that_made_the_model_worse_is_an_error(cli, trained, climbing):
+    """Its adapter is kept apart, the good one stays, and nothing goes on from it."""
+    before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
+    result = cli("train", *HARM)
+    assert result.code == 1
+    assert "made the model worse: validation loss" in result.err
+    logged = [r["eval_loss"] for r in metrics(trained) if "eval_loss" in r]
+    assert f"{logged[0]:.4g} before, {logged[-1]:.4g} after" in result.err and logged[-1] > 1.1 * logged[0]
+    assert "lower --learning-rate" in result.err
+    apart = trained / "tiny-gemma_lora_adapter_worse"
+    assert f"kept apart, in {apart.relative_to(Path.cwd())}" in result.err
+    assert (apart / "adapter_model.safetensors").exists()
+    assert adapter_bytes(trained) == before and (trained / "manifest.json").read_bytes() == manifest
+    status = cli("status", "--json").json
+    assert status["stages"]["train"]["state"] == "done" and "chat" not in status["stages"]
+    assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
+
+
+def test_a_first_training_that_made_the_model_worse_leaves_the_stage_open(cli, prepared, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -1.0)
+        result = cli("train", *HARM, "--json")
+    assert result.code == 1 and "made the model worse" in result.json["error"]["message"]
+    assert "the earlier adapter" not in result.err
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "missing"
+    assert cli("merge").code == 2
+    assert cli("train", *QUICK).code == 0, "with no checkpoint of the other in its way"
+
+
+def test_without_validation_rows_the_training_loss_says_whether_it_got_worse(cli, tiny, data, climbing):
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    result = cli("train", *HARM)
+    assert result.code == 1 and "made the model worse: training loss" in result.err
+
+
+def test_a_resumed_training_is_compared_with_its_beginning(cli, prepared, monkeypatch, climbing):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *HARM).code == 130
+    result = cli("train", *HARM)
+    assert result.code == 1, result.err
+    assert "going on from checkpoint-2" in result.err and "made the model worse: validation loss" in result.err
+    assert f"{metrics(prepared)[0]['eval_loss']:.4g} before" in result.err
+
+
+def test_run_stops_at_a_training_that_made_the_model_worse(cli, tiny, data, tmp_path, climbing):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("train:\n  dtype: fp32\n")
+    result = cli("run", data, "--model", tiny, "--max-steps", 6, "--learning-rate", 0.1,
+                 "--rank", 4, "--config", settings)
+    assert result.code == 1 and "made the model worse" in result.err and "3/5" not in result.err
+
+
+# --- --force, and the command that goes on
+
+def test_a_forced_training_that_is_stopped_goes_on_with_the_command_that_is_shown(cli, trained, monkeypatch):
+    flags = ("--epochs", 3, "--rank", 4, "--dtype", "fp32", "--learning-rate", 1e-3)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        stopped = cli("train", *flags, "--force")
+    assert stopped.code == 130
+    hint = stopped.err.split("Hint: ")[1].strip()
+    assert "repeat" not in hint and "--force" not in hint
+    shown = shlex.split(hint.split("to go on from there: ")[1])
+    result = cli(*shown[1:], "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2, result.err
+
+
+def test_forcing_again_says_what_is_lost(cli, prepared, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *LONG).code == 130
+    result = cli("train", *LONG, "--force")
+    assert "--force starts anew: checkpoint-2 of an interrupted training is lost" in result.err
+
+
+def test_memory_that_runs_out_later_names_the_command_that_goes_on(cli, prepared, monkeypatch):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    plain = GemmaTrainer.compute_loss
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "compute_loss", full)
+        result = cli("train", *LONG, "--force")
+    assert result.code == 2 and "it goes on from checkpoint-4" in result.err
+    shown = shlex.split(result.err.split("checkpoint-4: ")[1].splitlines()[0])
+    assert "--force" not in shown and {"--micro-batch", "--activation-checkpointing"} <= set(shown)
+    finished = cli(*shown[1:], "--json")
+    assert finished.code == 0 and finished.json["summary"]["resumed_from_step"] == 4, finished.err
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_repeating_a_forced_training_is_advised_without_force(cli, trained, monkeypatch, waiting):
+    """Where that goes on; else it would do nothing."""
+    from gemma_tune.train import stage as train
+
+    if waiting:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 2)
+            assert cli("train", *QUICK, "--force").code == 130
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_decide", killed)
+    result = cli("train", *QUICK, "--force")
+    assert result.code == 130
+    assert ("run the same command without --force again" in result.err) == waiting
+
+
+# --- settings that a run remembers
+
+def test_settings_of_a_training_are_kept(cli, prepared):
+    assert cli("train", "--rank", 3, "--dtype", "fp32", "--epochs", 1, "--learning-rate", 1e-3).code == 0
+    before = adapter_bytes(prepared)
+    again = cli("train", "--json")
+    assert again.code == 0 and again.json["status"] == "up-to-date", again.err
+    assert "settings as before: rank 3, learning_rate 0.001, epochs 1.0, dtype fp32" in again.err
+    assert adapter_bytes(prepared) == before
+    other = cli("train", "--rank", 5)
+    assert other.code == 0 and "`train` runs again: rank: 3 -> 5" in other.err
+    config = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]["config"]
+    assert {n: (config[n]["value"], config[n]["from"]) for n in ("rank", "epochs", "seed")} == {
+        "rank": (5, "flag"), "epochs": (1.0, "flag"), "seed": (42, "default")}
+    forced = cli("train", "--rank", 4, "--force")
+    assert "`train` runs with other settings than before: rank: 5 -> 4" in forced.err
+
+
+def test_an_interrupted_training_is_finished_by_train_alone(cli, prepared, monkeypatch):
+    """Its settings are newer than those of the run's result."""
+    assert cli("train", *QUICK).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", "--rank", 16, "--epochs", 2, "--seed", 7).code == 130
+    planned = cli("train", "--dry-run", "--json").json
+    assert planned["steps"] == 6
+    result = cli("train", "--json")
+    assert result.code == 0, result.err
+    assert "settings of the interrupted training: rank 16, epochs 2.0, seed 7" in result.err
+    assert result.json["summary"]["resumed_from_step"] == 2 and result.json["summary"]["steps"] == 6
+
+
+def took(run: Path, seconds: float) -> None:
+    """As if the training had taken so long."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["train"]["summary"]["training_seconds"] = seconds
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_adapter_that_took_long_is_not_replaced_unasked(cli, trained):
+    took(trained, 3600)
+    before = adapter_bytes(trained)
+    refused = cli("train", "--rank", 8)
+    assert refused.code == 2
+    assert "took 60 min, and is not replaced unasked by one with other settings (rank: 4 -> 8)" in refused.err
+    assert "--force" in refused.err.split("Hint:")[1] and adapter_bytes(trained) == before
+    assert cli("run", "--rank", 8).code == 2 and adapter_bytes(trained) == before
+    assert cli("train", "--json").json["status"] == "up-to-date"
+    assert cli("train", "--rank", 8, "--force").code == 0 and adapter_bytes(trained) != before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
+@pytest.mark.parametrize(("answer", "replaced"), [("y", True), ("", False)])
+def test_on_a_terminal_it_is_asked(trained, answer, replaced):
+    import pexpect
+
+    took(trained, 3600)
+    before = adapter_bytes(trained)
+    child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "train", "--rank", "8", "--run", str(trained)],
+                          timeout=120, encoding="utf-8", dimensions=(30, 200))
+    child.expect(r"replace it \(rank: 4 -> 8\)\? \[y/N\]")
+    child.sendline(answer)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == (0 if replaced else 2)
+    assert (adapter_bytes(trained) != before) == replaced
+
+
+# --- the learning rate of each step
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_step_learns(cli, prepared, schedule):
+    result = cli("train", "--epochs", 2, "--warmup", 0.34, "--schedule", schedule, "--rank", 4, "--dtype", "fp32",
+                 "--eval-steps", 1, "--lr", 1e-3)
+    assert result.code == 0, result.err
+    log = metrics(prepared)
+    evals = [r["eval_loss"] for r in log if "eval_loss" in r]
+    rates = [r["learning_rate"] for r in log if "loss" in r]
+    assert len(set(evals)) == len(evals) == 7, "each step changes the loss"
+    assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3]) and min(rates) > 0

@@ -362,6 +362,42 @@ def test_a_file_that_is_no_configuration(text, expected):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("train:\n  rank: 4\n  epochs: 1\n  rank: 8\n", ["settings.yaml:4: `rank` is there twice, first in line 2"]),
+    ("train: {rank: 4}\nprepare: {}\n'train':\n  epochs: 1", ["settings.yaml:3: `train` is there twice, first in line 1"]),
+    ("model: a\nmodel: b\nmodel: c\ntrain: {rank: 4, rank: 4}", [
+        "settings.yaml:2: `model` is there twice, first in line 1", "settings.yaml:3: `model` is there twice, first in line 1",
+        "settings.yaml:4: `rank` is there twice, first in line 4"]),
+])
+def test_a_key_that_is_there_twice(text, expected):
+    assert list(yaml_problems(text)) == expected
+
+
+def test_keys_of_other_places_are_not_twice():
+    Path("s.yaml").write_text("train: &mine\n  rank: 4\nprepare: {seed: 1}\nchat: {seed: 1}\n")
+    assert load_yaml(Path("s.yaml")) == {"train": {"rank": 4}, "prepare": {"seed": 1}, "chat": {"seed": 1}}
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\me\model", r"D:\data\gemma", r"C:\xyz", r"C:\uploads"])
+def test_a_backslash_in_double_quotes(path):
+    Path("s.yaml").write_text(f'train:\n  rank: 4\nmodel: "{path}"\n')
+    with pytest.raises(UserError) as caught:
+        load_yaml(Path("s.yaml"))
+    assert caught.value.message.startswith("s.yaml:3: not valid YAML: ")
+    assert "put the text into single quotes" in caught.value.hint
+    Path("s.yaml").write_text(f"model: '{path}'\nrun: {path}\n")
+    assert load_yaml(Path("s.yaml")) == {"model": path, "run": path}
+
+
+@pytest.mark.parametrize("text, name", [
+    (r'model: "C:\temp\new"', "model"), (r'prepare: {data: ["a.jsonl", "C:\new.jsonl"]}', "prepare.data"),
+    (r'merge: {adapter: "C:\bin"}', "merge.adapter")])
+def test_a_backslash_in_double_quotes_that_is_an_escape(text, name):
+    [problem] = yaml_problems(text)
+    assert problem.startswith(f"{name}: ") and "put the text into single quotes" in problem
+    assert yaml_problems(r'chat: {system: "a\nb", sede: 1}') == ("chat.sede: unknown setting; did you mean `seed`?",)
+
+
 def test_files_that_cannot_be_read(cli):
     Path("latin.yaml").write_bytes("train: {} # caf\xe9".encode("latin-1"))
     Path("folder").mkdir()

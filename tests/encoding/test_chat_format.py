@@ -397,6 +397,33 @@ def test_of_several_templates_the_default_is_taken_and_kept():
     default = trl_template("gemma3")
     chat = ChatFormat(gemma_tokenizer(TURNS, {"default": default, "tool_use": "{{ messages }}"}), "gemma3")
     assert chat.template == chat.tokenizer.chat_template == default
+    assert chat.template_origin == "the model's own `default` of default, tool_use"
+    assert "save tool_use as chat_template.jinja" in chat.tools_advice
+
+
+def test_several_templates_of_which_none_is_the_default():
+    with pytest.raises(UserError, match=r"has the chat templates rag, tool_use, and none of them is `default`") as e:
+        ChatFormat(gemma_tokenizer(TURNS, {"tool_use": "a", "rag": "b"}), "gemma3")
+    assert "chat_template.jinja" in e.value.hint
+
+
+PLAIN_QWEN = "{% set tools = none %}" + trl_template("qwen2_5")
+
+
+def test_the_template_for_tools_is_taken_where_it_writes_all_else_as_the_default_does():
+    tool_use = trl_template("qwen2_5")
+    chat = ChatFormat(gemma_tokenizer(CHATML, {"default": PLAIN_QWEN, "tool_use": tool_use, "rag": "x"}), "qwen2")
+    assert chat.template == chat.tokenizer.chat_template == tool_use
+    assert chat.template_origin == ("the model's own `tool_use` of default, rag, tool_use, which writes conversations without "
+                                    "tools as `default` does")
+    assert chat.tools_advice == ""
+    tools = [{"type": "function", "function": {"name": "get_time", "description": "The time.", "parameters": {}}}]
+    assert "get_time" in chat.render([user("a")], tools=tools, prompt=True)
+    for change in ("{% if messages | length > 3 %}x{% endif %}", "{% if messages[0].role == 'system' %}x{% endif %}",
+                   "{% if not add_generation_prompt %}x{% endif %}", "{% if tools is not defined %}x{% endif %}",
+                   "{{ messages[-1].content | trim | length }}", "{{ tools | length }}"):
+        other = ChatFormat(gemma_tokenizer(CHATML, {"default": PLAIN_QWEN, "tool_use": tool_use + change}), "qwen2")
+        assert other.template == PLAIN_QWEN and other.tools_advice
 
 
 @pytest.mark.parametrize(("chat", "expected"), [

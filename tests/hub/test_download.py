@@ -48,7 +48,9 @@ def write_model(folder: Path, *, shards: int = 2, value: float = 1.0, side: int 
     for name in ("tokenizer.model", "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "README.md"):
         (folder / name).write_text(name)
     (folder / "onnx").mkdir(exist_ok=True)
-    for name in ("pytorch_model.bin", "model.pt", "x.pth", "x.ckpt", "tf_model.h5", "model.onnx", "model.gguf",
+    (folder / "additional_chat_templates").mkdir(exist_ok=True)
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("tool_use")
+    for name in ("additional_chat_templates/x.py", "pytorch_model.bin", "model.pt", "x.pth", "x.ckpt", "tf_model.h5", "model.onnx", "model.gguf",
                  "modeling_gemma.py", "consolidated.00.pth", "consolidated.safetensors", "adapter_model.safetensors",
                  "vocab.bin", "training.pkl", "notes.txt", "onnx/model.safetensors", "onnx/config.json"):
         (folder / name).write_text("must stay where it is")
@@ -105,7 +107,8 @@ def test_a_public_model_is_fetched_whole_and_without_what_runs_code(hub, folder,
         "config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
         "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "processor_config.json",
-        "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md", "README.md"}
+        "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md",
+        "README.md"}
     for name in cached_files(model.path):
         assert (Path(model.path) / name).read_bytes() == (folder / name).read_bytes()
 
@@ -688,6 +691,21 @@ def test_a_cache_that_cannot_be_written(hub, folder, visit, tmp_path):
     (tmp_path / "home" / "hub").write_text("a file where the folder should be")
     error = failure()
     assert error.kind == "cache" and "HF_HOME" in error.hint and str(tmp_path / "home" / "hub") in error.message
+
+
+def test_a_cache_in_a_home_that_is_not_known(hub, folder, visit, monkeypatch):
+    import pwd
+
+    from huggingface_hub import constants
+
+    hub.add_repo(ID, folder)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    error = failure()
+    assert (error.kind, error.exit_code) == ("cache", BAD_INPUT) and "export HF_HOME=" in error.hint
+    assert error.message == f"there is no place for {ID}: the home directory in ~/.cache/huggingface/hub is not known"
+    assert not hub.requests and not Path("~").exists()
 
 
 def test_an_endpoint_that_is_no_hub(hub, folder, visit, monkeypatch):

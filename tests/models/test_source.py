@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import QUICK, ROOT
+from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
 from support.models import make_model
 
@@ -102,6 +102,37 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     assert base.keys() == back.keys()
     assert max((base[k].float() - back[k].float()).abs().max().item() for k in base) < 1e-2
 
+    # Its adapter names the file; older ones named the checkpoint in the cache.
+    away = shutil.copytree("runs/my-model/my-model_lora_adapter", tmp_path / "away")
+    config = json.loads((away / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my model.gguf"
+    for number, named in enumerate(("my model.gguf", str(checkpoint))):
+        (away / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        result = cli("merge", "--adapter", away, "--run", f"of-{number}", "--no-check")
+        assert result.code == 0, result.err
+        model = json.loads(Path(f"of-{number}/manifest.json").read_text())["model"]
+        assert (model["id"], model["name"]) == ("my model.gguf", "my-model")
+    gguf.unlink()
+    (away / "adapter_config.json").write_text(json.dumps(config))
+    gone = cli("merge", "--adapter", away, "--run", "of-2")
+    assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
+
+
+def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
+    """An adapter of an earlier version names it by its place in the cache."""
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import source
+
+    cached = tmp_path / "gemma-3-270m-q4_k_m-0123456789abcdef-v2"
+    cached.mkdir()
+    (cached / "complete.json").write_text(json.dumps({"source": "gemma-3-270m-q4_k_m.gguf", "sha256": "abc"}))
+    monkeypatch.setattr(source, "_demo_sha256", lambda: "abc")
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener: tmp_path / "demo.gguf")
+    (tmp_path / "demo.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(source, "dequantised", lambda *args: cached)
+    found = source.locate(str(cached), None, Listener())
+    assert (found.id, found.name, found.source) == ("demo", "demo", "demo")
+
 
 def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
     for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
@@ -113,6 +144,124 @@ def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
     (checkpoint / "model.safetensors").write_bytes(b"half")
     assert cli("prepare", data, "--model", gguf, "--force").code == 0
     assert cli("train", *QUICK).code == 0
+
+
+@pytest.fixture(scope="module")
+def gguf_once(trained_once, tiny, tmp_path_factory) -> Path:
+    """A GGUF of the tiny model; copy it or link to it."""
+    place = tmp_path_factory.mktemp("gguf")
+    run = copied_run(trained_once, place, tiny)
+    for args in (["merge", "--no-check"], ["export-ollama", "--quant", "bf16", "--no-verify", "--no-measure"]):
+        done = invoke(*args, "--run", run)
+        assert done.code == 0, done.err
+    return run / "ollama" / "tiny-gemma-bf16.gguf"
+
+
+BLOB = "sha256-" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(("place", "named", "run"), [
+    (f"blobs/{BLOB}", f"blobs/{BLOB}", "sha256-0123456789ab"), ("my.GGUF", "./my.GGUF", "my"),
+    ("download/model.bin", "download", "download"), ("My.gguf/model.gguf", "My.gguf", "My")])
+def test_a_gguf_is_told_by_its_content(cli, gguf_once, data, tmp_path, place, named, run):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(gguf_once, path)
+    (path.parent / "README.md").write_text("what lies beside it does not matter")
+    (path.parent / "mmproj-model.gguf").write_bytes(b"GGUF")
+    done = cli("prepare", data, "--model", named)
+    assert done.code == 0, done.err
+    model = json.loads(Path(f"runs/{run}/manifest.json").read_text())["model"]
+    assert (model["id"], model["source"]) == (path.name, "gguf")
+    assert (Path(f"runs/{run}") / model["path"]).resolve() == path
+    again = cli("prepare", "--model", named, "--json")
+    assert again.code == 0 and again.json["status"] == "up-to-date", again.err
+
+
+def test_a_gguf_needs_a_cache_and_says_which(cli, gguf_once, data, monkeypatch):
+    import filelock
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        done = cli("prepare", data, "--model", gguf_once)
+    assert done.code == 1
+    assert "there is no room in the cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+    assert cli("prepare", data, "--model", gguf_once).code == 0
+    # What is there is used without writing, so that the cache may be read-only.
+    lock = filelock.FileLock
+    monkeypatch.setattr(filelock, "FileLock", lambda path, **how: full() if "/cache/" in str(path) else lock(path, **how))
+    assert cli("prepare", data, "--model", gguf_once, "--force").code == 0
+    Path("file").write_text("")
+    monkeypatch.setenv("GEMMA_TUNE_CACHE", "file/cache")
+    done = cli("prepare", data, "--model", gguf_once, "--force")
+    assert done.code == 2
+    assert "the cache cannot be used: file/cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+
+
+def test_a_checkpoint_may_lie_in_a_directory_called_like_a_gguf(cli, tiny, data, tmp_path):
+    shutil.copytree(tiny, tmp_path / "My.gguf")
+    (tmp_path / "My.gguf" / "also.gguf").write_bytes(b"GGUF")
+    done = cli("prepare", data, "--model", "My.gguf")
+    assert done.code == 0, done.err
+    assert json.loads(Path("runs/My/manifest.json").read_text())["model"]["source"] == "local"
+
+
+def test_several_ggufs_in_a_directory_are_named(cli, data):
+    Path("two").mkdir()
+    for name in ("a.gguf", "b"):
+        Path("two", name).write_bytes(b"GGUF")
+    done = cli("prepare", data, "--model", "two")
+    assert done.code == 2
+    assert "two has no config.json, but 2 GGUF files: a.gguf, b" in done.err and "--model two/a.gguf" in done.err
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (b"", "an empty file"), (b"<!DOCTYPE html>\n", "a web page, as a download that failed leaves"), (b"{}", "JSON"),
+    (b"PK\x03\x04", "a zip archive"), (b"\x10\0\0\0\0\0\0\0{}", "a safetensors file"), (b"ggjt\1\0", "GGML, which came before"),
+    (b"GGU", "text"), (b"\0\1", "an unknown kind of file")])
+@pytest.mark.parametrize("name", ["model.gguf", "sub/sha256-00"])
+def test_a_file_that_is_no_gguf_says_what_it_is(cli, data, name, content, what):
+    Path("sub").mkdir()
+    Path(name).write_bytes(content)
+    done = cli("prepare", data, "--model", name, "--run", "r")
+    assert done.code == 2
+    assert f"{name} is no GGUF file, but {what}" in done.err and "Hint:" in done.err
+
+
+def test_pointers_of_git_lfs_are_no_model(cli, tiny, data, tmp_path):
+    Path("model.gguf").write_bytes(POINTER)
+    done = cli("prepare", data, "--model", "model.gguf", "--run", "r")
+    assert done.code == 2
+    assert "model.gguf is a Git LFS pointer" in done.err and "git lfs pull" in done.err
+    shutil.copytree(tiny, tmp_path / "clone")
+    for name in ("model.safetensors", "tokenizer.json"):
+        Path("clone", name).write_bytes(POINTER)
+    done = cli("prepare", data, "--model", "clone", "--run", "r")
+    assert done.code == 2
+    assert "clone holds Git LFS pointers" in done.err and "model.safetensors, tokenizer.json" in done.err
+    done = cli("prepare", data, "--model", tmp_path / "clone" / "model.safetensors", "--run", "r")
+    assert "is a Git LFS pointer" in done.err
+
+
+def test_the_weights_of_a_checkpoint_stand_for_no_model(cli, tiny, data):
+    done = cli("prepare", data, "--model", tiny / "model.safetensors", "--run", "r")
+    assert done.code == 2
+    assert "is no GGUF file, but a safetensors file" in done.err and f"--model {tiny}" in done.err
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "nowhere/" + "y" * 300 + "/z", "~nobody-here/model", "dir/" * 60 + "x.GGUF"])
+def test_names_that_cannot_be_paths(cli, data, model):
+    done = cli("prepare", data, "--model", model, "--run", "r")
+    assert done.code == 2
+    assert "Error:" in done.err and "unexpected" not in done.err
 
 
 def test_files_that_are_no_model(cli, data, tmp_path):

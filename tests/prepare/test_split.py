@@ -91,3 +91,24 @@ def test_of_many_rows_a_share_is_hit_closely(share):
 
 def test_without_rows_nothing_is_chosen():
     assert chosen([], 0.1).shape == (0,)
+
+
+@given(st.one_of(HASHES, GROUPED), st.floats(0.01, 0.5), st.integers(0, 8))
+@settings(max_examples=200, deadline=None)
+def test_a_share_gives_at_least_so_many_rows_and_only_adds_the_next_prompts(hashes, share, fewest):
+    plain, mask = chosen(hashes, share), choose_valid(np.array(hashes, dtype=np.uint64), share, fewest)
+    assert mask[plain].all(), "what the share takes stays"
+    assert mask.sum() <= max(plain.sum(), 2 * fewest)
+    if len(set(hashes)) > 1:
+        assert mask.any() and not mask.all()
+    if len(set(hashes)) == len(hashes):
+        assert mask.sum() >= min(fewest, len(hashes) - 1) or len(hashes) < 2
+        taken = [h for h, m in zip(hashes, mask) if m]
+        assert not taken or max(taken) <= min((h for h, m in zip(hashes, mask) if not m), default=2**64)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(12, 0), (17, 0), (18, 3), (29, 4), (30, 5), (99, 5), (10**6, 5)])
+def test_the_fewest_validation_rows_where_nobody_chose(rows, expected):
+    from gemma_tune.prepare.split import fewest_valid
+
+    assert fewest_valid(rows) == expected

@@ -29,7 +29,7 @@ class Result:
         return json.loads(line)
 
 
-def invoke(*args: object, stdin: str | None = None) -> Result:
+def invoke(*args: object, stdin: str | bytes | None = None) -> Result:
     """Run the real command line in this process."""
     from typer.testing import CliRunner
 

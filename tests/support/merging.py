@@ -45,5 +45,5 @@ def merged(base: Path, adapter: Path, out: Path, **options: Any) -> Any:
     plan = plan_merge(open_tensors(base), read_adapter(adapter), options.pop("dtype", None))
     write_files(lay_out(plan, base, **options), out, lambda *_: None)
     config = json.loads((base / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(_configured(config, None, plan.untied)))
+    (out / "config.json").write_text(json.dumps(_configured(config, None, plan.untied, plan.vocabulary)))
     return plan

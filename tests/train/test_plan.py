@@ -173,3 +173,12 @@ def test_learned_tokens_are_counted_without_reading_them(cli, tiny, tmp_path):
     side = Side.of(sequences)
     assert side.trained == sum(int((row["labels"] != -100).sum()) for row in sequences)
     assert side.lengths.tolist() == [len(row["input_ids"]) for row in sequences]
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    (TrainConfig(max_steps=14), "25 sequences x 4 epochs in batches of 4: 28 steps, of which --max-steps does 14"),
+    (TrainConfig(epochs=1.0, max_steps=99), "25 sequences x 1 epoch in batches of 4: 7 steps")])
+def test_what_ends_a_training_is_said(config, said):
+    from gemma_tune.train.plan import described_steps
+
+    assert described_steps(25, config) == said

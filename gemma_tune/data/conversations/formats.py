@@ -7,12 +7,14 @@ decided which format a row has.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.data.conversations import layouts, preference, tools
+from gemma_tune.data.conversations import layouts, preference, tools, unread
+from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
-from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, quoted
+from gemma_tune.data.conversations.names import Names, suggested_turns
+from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.turns import Turn, conversation
 
 Fields = Mapping[str, Any]
@@ -27,12 +29,14 @@ class Example:
         messages: turns as ``turns`` describes them.
         tools: OpenAI's schemas, None where the row has none.
         text: for continued training, as the row has it.
+        unread: what the row has beside that, and nobody reads.
     """
 
     format: str
     messages: list[Turn] | None
     tools: list[dict[str, Any]] | None
     text: str | None
+    unread: tuple[unread.Unread, ...] = field(default=(), compare=False)
 
 
 # Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
@@ -40,10 +44,12 @@ _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "
               "document")
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
             "chosen", "a")
-_SYSTEMS = ("system", "system_prompt")
+_CONTEXTS = ("context", "passage")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
-_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_CONVERSATIONS))
+_LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
+_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS))
+_REQUIRED = ("user", "assistant", "turns")  # what a row of named columns cannot lack
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 # How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
@@ -51,7 +57,9 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "preference": preference.is_preference,
     "messages": lambda row, keys: "messages" in keys,
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
-                                   or isinstance(layouts.turn_list(row.get("conversation")), list)),
+                                   or isinstance(layouts.turn_list(row.get("conversation")), list)
+                                   or python_list("", row.get("conversation"), turns=True) is not None),
+    "gemini": lambda row, keys: is_gemini(row),
     # The instruction may be null where the input says it all.
     "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
     "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,
@@ -61,6 +69,7 @@ _REASONS = {
     "preference": "`chosen` and `rejected`, or another pair of a better and a worse answer",
     "messages": "a list `messages`",
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
+    "gemini": "a list `contents` with `parts`",
     "alpaca": "`instruction` and `output`, or Dolly's `response`",
     "prompt-completion": "`prompt` and `completion`",
     "text": "`text` and no column of questions or answers",
@@ -70,6 +79,7 @@ _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
     "messages": layouts.messages,
     "sharegpt": lambda row, problems: (glaive if is_chat(row.get("chat")) and row.get("conversations") is None
                                        else layouts.sharegpt)(row, problems),
+    "gemini": gemini,
     "alpaca": layouts.alpaca,
     "prompt-completion": layouts.prompt_completion,
 }
@@ -78,15 +88,19 @@ _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
 class Formats:
     """Reads rows of the named format, or finds the format of each row by itself."""
 
-    def __init__(self, name: str | None = None, columns: Mapping[str, str] | None = None, take: str | None = None):
+    def __init__(self, name: str | None = None, columns: Mapping[str, str] | None = None, take: str | None = None,
+                 roles: Mapping[str, str] | None = None, turn_keys: Mapping[str, str] | None = None):
         """
         Args:
             name: one of ``config.FORMATS``; None finds the format row by row.
             columns: names of the columns by role: ``{"user": "question", "assistant": "answer"}``. Rows that have
                 none of them may have another format, unless ``name`` says otherwise.
             take: ``chosen`` learns the better answer of preference rows, which are refused otherwise.
+            roles: role by the name that turns have for it: ``{"bot": "assistant"}``.
+            turn_keys: the keys of turns: ``{"role": "speaker", "content": "utterance"}``.
         """
         self.name, self.columns, self.take = name, dict(columns or {}), take
+        self._names = Names(roles or {}, turn_keys or {}, self.columns.get("turns"))
 
     def describe(self, format: str) -> str:
         """A format with the reason for which a row is taken to have it."""
@@ -99,9 +113,12 @@ class Formats:
         Raises:
             RowError: everything for which it cannot be learned from.
         """
+        if layouts.is_conversation(value):
+            value = {"messages": value}
         if not isinstance(value, dict):
             raise RowError([Problem("not_an_object", f"a row is a JSON object, this one is {kind(value)}",
-                                    'write {"messages": […]} on the line')])
+                                    'write {"messages": […]} on the line, or the list of turns alone')])
+        value = self._names.applied(value)
         format = self._format(value)
         if format == "text":
             return _text(value)
@@ -119,7 +136,8 @@ class Formats:
                                     "leave the row out"))
         if problems:
             raise RowError(problems)
-        return Example(format, messages, declared or None, None)
+        return Example(format, messages, declared or None, None,
+                       unread.of_row(value, format, self.columns, draft.messages))
 
     def _format(self, row: Fields) -> str:
         if self.name == "columns":
@@ -130,7 +148,7 @@ class Formats:
                                                           f"{_REASONS[self.name]}; {_found(row)}",
                                         "leave --format out to have the format of each row found")])
             return self.name
-        if any(column in row for role, column in self.columns.items() if role != "system"):
+        if any(column in row for role, column in self.columns.items() if role in _REQUIRED):
             return "columns"
         format = _detected(row)
         if format is not None:
@@ -145,9 +163,13 @@ def _detected(row: Fields) -> str | None:
     filled = {key for key, value in row.items() if value is not None}
     for keys in (filled, row.keys()) if len(filled) < len(row) else (filled,):
         for format, has in _HAS.items():
-            if has(row, keys) and (format != "text" or _NOT_BESIDE_TEXT.isdisjoint(keys)):
+            if has(row, keys) and (format != "text" or not _is_beside_text(keys)):
                 return format
     return None
+
+
+def _is_beside_text(keys: Collection[str]) -> bool:
+    return any(isinstance(key, str) and key.lower() in _NOT_BESIDE_TEXT for key in keys)
 
 
 def _text(row: Fields) -> Example:
@@ -158,7 +180,7 @@ def _text(row: Fields) -> Example:
         raise RowError([Problem("empty_turn", "`text` is empty", "fill it or leave the row out")])
     if damaged(text):
         raise RowError([Problem("broken_text", "`text` contains damaged characters", "export the text as UTF-8 again")])
-    return Example("text", None, None, text)
+    return Example("text", None, None, text, unread.of_row(row, "text", {}))
 
 
 def _found(row: Fields) -> str:
@@ -167,15 +189,43 @@ def _found(row: Fields) -> str:
 
 def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
-    question, answer, system = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, _SYSTEMS))
+    if (beside := _beside_text(row)) is not None:
+        return beside
+    if turns := suggested_turns(row):
+        return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+    question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
+                                                                           _CONTEXTS))
     if question and answer:
-        named = f"user={question},assistant={answer}" + (f",system={system}" if system else "")
+        named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
+            f",context={context}" if context and context != question else "")
         return Problem("unknown_format", reason, f"use --columns {named}")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
                                              "`output`, or name them with --columns user=…,assistant=…")
 
 
+def _beside_text(row: Fields) -> Problem | None:
+    """The question that a text raises beside which there is something that may be its answer, or its prompt."""
+    text, label = _column(row, ("text",)), _filled(row, (*_ANSWERS, *_LABELS))
+    system = _column(row, layouts.SYSTEMS)
+    if text is None or label is None and system is None or _column(row, _QUESTIONS) not in (None, text):
+        return None
+    if label is None:
+        return Problem("unknown_format", f"`{text}` stands beside `{system}`, and there is no answer",
+                       "name the columns with --columns user=…,assistant=…, or use --format text to learn the text "
+                       "alone")
+    named = f"user={text},assistant={label}" + (f",system={system}" if system else "")
+    return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
+                                     "the text alone is learned",
+                   f"use --columns {named}, or --format text to learn the text alone")
+
+
+def _filled(row: Fields, names: Collection[str]) -> str | None:
+    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and value is not None}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
 def _column(row: Fields, names: Collection[str]) -> str | None:
-    """The first column with one of the names, in any case, that holds text."""
-    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)}
+    """The first column with one of the names, in any case, that holds text or a whole number."""
+    by_name = {key.lower(): key for key, value in row.items()
+               if isinstance(key, str) and isinstance(value, (str, int)) and not isinstance(value, bool)}
     return next((by_name[name] for name in names if name in by_name), None)

@@ -34,12 +34,17 @@ def glaive(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for mark, text in zip(pieces[1::2], pieces[2::2]):
         if mark == "USER":
-            turns.append(user(text))
+            turns.append(user(_said(text)))
         elif mark == "ASSISTANT":
-            turns.append(_answer(text.rstrip().removesuffix(_END)))
+            turns.append(_answer(_said(text.rstrip().removesuffix(_END))))
         else:
-            turns.append({"role": "tool", "content": text})
+            turns.append({"role": "tool", "content": _said(text)})
     return Draft(turns, "chat", declared)
+
+
+def _said(text: str) -> str:
+    """A turn without the layout around it: a space after the speaker, and what separates turns."""
+    return text[1:].rstrip() if text[:1].isspace() else text.rstrip()
 
 
 def _system(text: str) -> tuple[str, list[Any]]:
@@ -61,6 +66,7 @@ def _system(text: str) -> tuple[str, list[Any]]:
 
 def _answer(text: str) -> dict[str, Any]:
     said, mark, call = text.partition("<functioncall>")
+    said = said.rstrip() if mark else said
     if not mark:
         return {"role": "assistant", "content": said}
     call = call.strip()

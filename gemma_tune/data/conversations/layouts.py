@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.problems import Problem, kind
+from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
+from gemma_tune.data.conversations.turns import ROLES
 
 STAND_IN = "…"
+SYSTEMS = ("system", "system_prompt", "system_message")
+HISTORIES = ("history", "chat_history")
 
 
 class Draft(NamedTuple):
@@ -34,14 +37,34 @@ def assistant(content: Any) -> dict[str, Any]:
 
 
 def text_of(row: Mapping[str, Any], key: str, problems: list[Problem]) -> str:
-    """A column that is text or missing, without outer white space."""
-    value = row.get(key)
+    """A column that is text or missing."""
+    return _text(f"`{key}`", row.get(key), problems)
+
+
+def _text(where: str, value: Any, problems: list[Problem]) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str):
-        problems.append(Problem("not_text", f"`{key}` is {kind(value)}, not text", f"make `{key}` a string"))
-        return STAND_IN
-    return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a column of whole numbers is one by itself in Parquet and JSON, and text in a CSV file
+    problem = python_list(where, value, turns=True) if isinstance(value, str) else _not_text(where, value)
+    if problem is None:
+        return value
+    problems.append(problem)
+    return STAND_IN
+
+
+def _not_text(where: str, value: Any) -> Problem:
+    if isinstance(value, (bool, float)):
+        ways = "true, True, yes" if isinstance(value, bool) else "5, 5.0, 5.00"
+        return Problem("not_text", f"{where} is {kind(value)}, not text, and there are several ways to write it "
+                                   f"({ways})", f"make {where} a string, as it is to be learned")
+    return several(where, value) or Problem("not_text", f"{where} is {kind(value)}, not text", f"make {where} a string")
+
+
+def said(where: str, value: Any, problems: list[Problem]) -> Any:
+    """What a turn says: a text, or what may be parts of one or missing, which is judged with its turn."""
+    judged_later = value is None or isinstance(value, dict) or isinstance(value, list) and not several(where, value)
+    return value if judged_later else _text(where, value, problems)
 
 
 def turn_list(value: Any) -> Any:
@@ -50,6 +73,12 @@ def turn_list(value: Any) -> Any:
     turns = isinstance(found, list) and found and all(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found)
     return found if turns else value
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a row is nothing but its list of turns."""
+    return isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn)
+                                           for turn in value)
 
 
 def _json_list(value: Any) -> Any:
@@ -62,20 +91,33 @@ def _json_list(value: Any) -> Any:
 
 
 def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) -> Any:
-    """The turns, with the row's own column ``system`` in front unless it is there already."""
-    if not row.get("system") or not isinstance(messages, list):
+    """The turns, with the row's own column ``system`` (or another of ``SYSTEMS``) in front, unless it is there already.
+
+    Two system texts that differ are a problem: nobody can say which one the model will be served with.
+    """
+    named = [name for name in SYSTEMS if row.get(name) not in (None, "", [])]
+    if not named or not isinstance(messages, list):
         return messages
-    system = text_of(row, "system", problems)
-    first = messages[0] if messages and isinstance(messages[0], dict) else {}
-    if not system or _is_system(first, system):
+    texts = {name: text_of(row, name, problems) for name in named}
+    systems = {text.strip(): name for name, text in reversed(texts.items()) if text.strip()}
+    if len(systems) > 1:
+        names = " and ".join(f"`{name}`" for name in reversed(systems.values()))
+        problems.append(Problem("system_inside", f"the row has several system texts that differ: {names}",
+                                "leave one of them in the row"))
         return messages
-    return [{"role": "system", "content": system}, *messages]
+    for system, name in systems.items():
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if not _is_system(first):
+            return [{"role": "system", "content": texts[name]}, *messages]
+        if not any(isinstance(said, str) and said.strip() == system for said in (first.get("content"),
+                                                                                 first.get("value"))):
+            problems.append(Problem("system_inside", f"`{name}` of the row and the system message of its turns differ",
+                                    "leave one of them in the row"))
+    return messages
 
 
-def _is_system(turn: Mapping[str, Any], text: str) -> bool:
-    if turn.get("role") != "system" and turn.get("from") != "system":
-        return False
-    return any(isinstance(said, str) and said.strip() == text for said in (turn.get("content"), turn.get("value")))
+def _is_system(turn: Mapping[str, Any]) -> bool:
+    return any(isinstance(name, str) and ROLES.get(name) == "system" for name in (turn.get("role"), turn.get("from")))
 
 
 def declared(row: Mapping[str, Any]) -> Any:
@@ -97,44 +139,62 @@ def sharegpt(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
 def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``instruction``, ``input``, ``output``, with ``system`` and ``history``; Dolly's ``context``, ``response``."""
     # One after the other, so that a row has its problems in the order in which it is read.
-    parts = [text_of(row, key, problems) for key in ("instruction", "input", "context")]
-    question = "\n\n".join([parts[0], *filter(None, parts[1:])]).strip()
-    answer = row.get("output") if row.get("output") is not None else row.get("response")
-    turns = [*history(row, problems), user(question), assistant(answer)]
+    parts = [text_of(row, key, problems) for key in ("instruction", "input", "context", "passage")]
+    question = "\n\n".join(filter(str.strip, parts))
+    key = "output" if row.get("output") is not None else "response"
+    turns = [*history(row, problems), user(question), assistant(said(f"`{key}`", row.get(key), problems))]
     return Draft(with_system(turns, row, problems))
 
 
 def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, Any]]:
-    """Earlier turns of an Alpaca row: pairs of a question and its answer."""
-    pairs = _json_list(row.get("history"))
-    if not pairs:
+    """Earlier turns of a row: pairs of a question and its answer, or turns."""
+    name = next((name for name in HISTORIES if row.get(name) is not None), "history")
+    pairs = _json_list(row.get(name))
+    if pairs in (None, "", []):
         return []
+    if problem := python_list(f"`{name}`", pairs):
+        problems.append(problem)
+        return []
+    if isinstance(pairs, list) and isinstance(turn_list(pairs), list) and all(isinstance(p, dict) for p in pairs):
+        return pairs
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        problems.append(Problem("not_text", "`history` is not a list of pairs of a question and its answer",
+        problems.append(Problem("not_text", f"`{name}` is not a list of pairs of a question and its answer",
                                 'write [["question", "answer"], …]'))
         return []
-    return [turn for question, answer in pairs for turn in (user(question), assistant(answer))]
+    return [role(said(f"{what} in `{name}`", text, problems)) for pair in pairs
+            for role, what, text in zip((user, assistant), ("a question", "an answer"), pair)]
 
 
 def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``prompt`` and ``completion``, each a text or a list of turns."""
-    turns: list[Any] = []
+    turns: list[Any] = history(row, problems)
+    if beside := next((name for name in ("context", "passage") if row.get(name)), None):
+        problems.append(Problem("unread_column", f"the row has `{beside}` beside `prompt` and `completion`",
+                                f"use --columns user=prompt,assistant=completion,context={beside} to put it below the "
+                                "prompt, or without the last to leave it out"))
     for key, turn in (("prompt", user), ("completion", assistant)):
         value = turn_list(row.get(key))
-        turns += value if isinstance(value, list) else [turn(text_of(row, key, problems))]
+        turns += value if isinstance(value, list) and not several(key, value) else [turn(text_of(row, key, problems))]
     return Draft(with_system(turns, row, problems), "prompt", declared(row))
 
 
 def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
-    """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``."""
+    """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``.
+
+    A column ``turns`` holds a list of turns instead; ``context`` is put below the question.
+    """
+    if "turns" in names:
+        return _named_turns(row, names, problems)
     turns = []
     for role in ("system", "user", "assistant"):
-        if role == "user" and isinstance(_json_list(row.get("history")), list):
+        if role == "user" and any(is_history(row.get(name)) for name in HISTORIES):
             turns += history(row, problems)
         if role not in names:
             continue
         text = text_of(row, names[role], problems)
-        if text:
+        if text.strip() and role == "user" and "context" in names:
+            text = "\n\n".join(filter(str.strip, (text, text_of(row, names["context"], problems))))
+        if text.strip():
             turns.append({"role": role, "content": text})
         elif role != "system":
             if names[role] in row:
@@ -145,4 +205,19 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
                 problems.append(Problem("missing_column", f"the column `{names[role]}` is missing; the row has {there}",
                                         "correct --columns, or leave the row out"))
             turns.append({"role": role, "content": STAND_IN})
-    return Draft(turns)
+    return Draft(turns if "system" in names else with_system(turns, row, problems),
+                 tools=row.get(names["tools"]) if "tools" in names else None)
+
+
+def is_history(value: Any) -> bool:
+    """Whether a column of that name is a list, and so holds earlier turns, or is one as Python shows it."""
+    past = _json_list(value)
+    return isinstance(past, list) or python_list("", past) is not None
+
+
+def _named_turns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
+    key, tools = names["turns"], row.get(names["tools"]) if "tools" in names else declared(row)
+    turns = _json_list(row.get(key))
+    if "system" in names:
+        return Draft(with_system(turns, {"system": row.get(names["system"])}, problems), key, tools)
+    return Draft(with_system(turns, row, problems), key, tools)

@@ -11,12 +11,13 @@ from gemma_tune.data.conversations.layouts import (
     assistant,
     declared,
     history,
+    said,
     text_of,
     turn_list,
     user,
     with_system,
 )
-from gemma_tune.data.conversations.problems import Problem
+from gemma_tune.data.conversations.problems import Problem, several
 
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
          ("preferred", "rejected"))
@@ -61,6 +62,8 @@ def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
         key, answer = "completion", turn_list(row.get("completion"))
     else:
         key, answer = pair[0], turn_list(row.get(pair[0]))
+    if not isinstance(answer, (list, dict, type(None))) or several(key, answer):
+        answer = said(f"`{key}`", answer, problems)
     if isinstance(answer, str):
         turns = _from_text(row, key, answer, problems)
     else:
@@ -80,7 +83,7 @@ def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Pro
         return _spoken(answer)
     prompt = row.get("prompt")
     if isinstance(prompt, str) and _HH.match(prompt):
-        return _spoken(f"{prompt.rstrip()} {answer}")
+        return _spoken(f"{prompt.rstrip()} {answer.removeprefix(' ')}")
     before = _prompt(row, problems)
     if before is None:
         problems.append(Problem("no_messages", f"`{key}` is text, and there is no `prompt` that it answers",
@@ -90,7 +93,9 @@ def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Pro
 
 def _spoken(text: str) -> list[dict[str, str]]:
     pieces = _HH.split(text)
-    return [user(said) if who == "Human" else assistant(said) for who, said in zip(pieces[1::2], pieces[2::2])]
+    # A space stands between a speaker and what is said.
+    return [(user if who == "Human" else assistant)(words.removeprefix(" "))
+            for who, words in zip(pieces[1::2], pieces[2::2])]
 
 
 def _prompt(row: Mapping[str, Any], problems: list[Problem]) -> list[Any] | None:
@@ -100,11 +105,11 @@ def _prompt(row: Mapping[str, Any], problems: list[Problem]) -> list[Any] | None
         return inner["messages"]
     for key in ("prompt", "conversations", "messages"):
         value = turn_list(row.get(key))
-        if isinstance(value, list):
+        if isinstance(value, list) and not several(key, value):
             return value
     if row.get("instruction") is not None:  # Alpaca
         parts = [text_of(row, key, problems) for key in ("instruction", "input")]
-        return [*history(row, problems), user("\n\n".join(filter(None, parts)))]
+        return [*history(row, problems), user("\n\n".join(filter(str.strip, parts)))]
     key = next((key for key in ("prompt", "question", "query") if row.get(key) is not None), None)
     return None if key is None else [user(text_of(row, key, problems))]
 

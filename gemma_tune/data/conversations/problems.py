@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,30 @@ def kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number",
              type(None): "missing"}
     return names.get(type(value), type(value).__name__)
+
+
+def several(where: str, value: Any) -> Problem | None:
+    """The problem of a list of plain texts where one text is expected: which of them is meant, nobody can tell."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+        return None
+    return Problem("not_text", f"{where} is a list of {len(value)} texts, and only one can be meant",
+                   "keep one of them; make a better and a worse answer the columns `chosen` and `rejected`")
+
+
+_PYTHON = re.compile(r"\s*(?:array\(\s*)?(?:\[\s*)?[\[{]\s*'")
+_TURNS_OF_PYTHON = re.compile(r"\s*(?:array\(\s*)?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
+
+
+def python_list(where: str, text: Any, *, turns: bool = False) -> Problem | None:
+    """The problem of a text that is a list or an object as Python shows it, which data frames write into a CSV file.
+
+    Args:
+        turns: only a list of turns is meant; other texts may well begin so.
+    """
+    if not isinstance(text, str) or not (_TURNS_OF_PYTHON if turns else _PYTHON).match(text):
+        return None
+    return Problem("not_json", f"{where} is text as Python shows a list, in single quotes, which is not JSON",
+                   "write the column with json.dumps before the table is saved, or save it as Parquet or JSON Lines")
 
 
 def damaged(text: str) -> bool:

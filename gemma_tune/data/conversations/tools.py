@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted
+
+_ARGUMENTS = ("arguments", "parameters", "args")  # OpenAI's name, other programs', LangChain's and Gemini's
 
 
 def identifier(value: Any) -> str | None:
@@ -28,7 +30,8 @@ def declarations(value: Any, problems: list[Problem]) -> list[dict[str, Any]] | 
         try:
             value = strict_json.loads(value)
         except ValueError as e:
-            problems.append(_bad_tools(f"`tools` is text that is not JSON: {strict_json.reason(e)}"))
+            problems.append(python_list("`tools`", value)
+                            or _bad_tools(f"`tools` is text that is not JSON: {strict_json.reason(e)}"))
             return None
     if value is None or value in ("", [], {}) or isinstance(value, str) and not value.strip():
         return None
@@ -83,7 +86,7 @@ def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any
         try:
             value = strict_json.loads(value)
         except ValueError as e:
-            problems.append(Problem(
+            problems.append(python_list(f"the tool call of {where}", value) or Problem(
                 "tool_arguments", f"{where} calls a tool in text that is not JSON: {strict_json.reason(e)}",
                 'write {"name": "…", "arguments": {…}}'))
             return []
@@ -116,7 +119,7 @@ def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | No
 
 
 def _arguments(where: str, function: dict[str, Any], problems: list[Problem]) -> dict[str, Any] | None:
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     if isinstance(arguments, str):
         try:
             # A function without parameters is called with nothing at all by some programs.

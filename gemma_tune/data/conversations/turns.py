@@ -1,8 +1,8 @@
 """A list of turns, as any format has it, becomes a checked conversation.
 
-A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text without outer white space), and
-where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of the tool that answers), ``reasoning_content`` and
-``"train": False``. Nothing else is kept.
+A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text, with its outer white space: what
+becomes of that is for the chat template to say), and where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of
+the tool that answers), ``reasoning_content`` and ``"train": False``. Nothing else is kept.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import tools
-from gemma_tune.data.conversations.problems import Problem, damaged, kind, quoted
+from gemma_tune.data.conversations.learned import is_learned
+from gemma_tune.data.conversations.names import role_fix, suggested_keys
+from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted, several
 
 Turn = dict[str, Any]
 
@@ -20,10 +23,11 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "function_call": "assistant",
+    "bard": "assistant", "ai": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PLAIN = ({"role", "content"}, {"from", "value"})
 
@@ -34,6 +38,9 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     Args:
         key: the column they come from, for the message.
     """
+    if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
+        problems.append(problem)
+        return []
     if not isinstance(messages, list) or not messages:
         problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
                                                "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
@@ -41,8 +48,37 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     turns = [_turn(number, message, problems) for number, message in enumerate(messages, start=1)]
     known = [turn for turn in turns if turn is not None]
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
-        _check_order(known, problems)
+        known, numbers = _with_calls(known, messages)
+        _check_order(known, numbers, problems)
     return known
+
+
+def _broken_list(key: str, text: Any) -> Problem | None:
+    """The problem of a text that is meant to be a list of turns, as tables hold them, and is broken."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
+    try:
+        strict_json.loads(text)
+    except ValueError as e:
+        return Problem("not_json", f"`{key}` is text that is not JSON: {strict_json.reason(e)}",
+                       "repair it, or leave the row out")
+    return None
+
+
+def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
+    """The turns with their numbers in the row. ShareGPT writes a call below what the assistant says before it: that is
+    one turn, with the number of the call."""
+    joined, numbers = [], []
+    for number, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
+        before = joined[-1] if joined else turn
+        calls = "function_call" in (message.get("role"), message.get("from")) and "tool_calls" in turn
+        said = before["role"] == "assistant" and "tool_calls" not in before
+        if calls and said and before.get("train") == turn.get("train"):
+            turn = turn | joined.pop()
+            numbers.pop()
+        joined.append(turn)
+        numbers.append(number)
+    return joined, numbers
 
 
 def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
@@ -54,9 +90,13 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
     name = message.get("from") if name is None else name
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
+        if name is None and (named := suggested_keys(message)):
+            problems.append(Problem("unknown_role", f"turn {number} has no `role`, but {_keys(message)}",
+                                    f"name its keys: --turn-keys {named}"))
+            return None
         meant = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
         problems.append(Problem("unknown_role", f"turn {number} has the role {quoted(name)}; known are system, user, "
-                                                "assistant, tool", f"write `{meant}`" if meant else "rename the role"))
+                                                "assistant, tool", f"write `{meant}`" if meant else role_fix(name)))
         return None
     content = message.get("content")
     content = message.get("value") if content is None else content
@@ -70,13 +110,17 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
     return turn
 
 
+def _keys(message: Turn) -> str:
+    return ", ".join(quoted(key) for key in list(message)[:6])
+
+
 def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
     role = turn["role"]
     may_be_empty = role == "tool" or "tool_calls" in turn
-    if isinstance(content, list):
-        content = _joined(number, content, problems)
-    elif role == "tool" and isinstance(content, dict):
+    if role == "tool" and (isinstance(content, dict) or several("", content)):
         content = _as_json(content)
+    elif isinstance(content, list):
+        content = _joined(number, content, problems)
     if content is None and "tool_calls" in turn:
         content = ""
     if not isinstance(content, str):
@@ -84,8 +128,8 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
             problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
                                     "make it a string"))
         return
-    turn["content"] = content.strip()
-    if not turn["content"] and not may_be_empty:
+    turn["content"] = content
+    if not content.strip() and not may_be_empty:
         problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
     elif damaged(content):
         problems.append(Problem("broken_text", f"turn {number} contains damaged characters",
@@ -97,17 +141,19 @@ _REPORTED = object()  # in place of a content whose problem is already in the li
 
 def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
     """The text of a list of parts, one below the other as vLLM and llama.cpp hand them to a template of texts."""
+    if problem := several(f"the content of turn {number}", parts):
+        problems.append(problem)
+        return _REPORTED
     texts = []
     for position, part in enumerate(parts, start=1):
-        text = part if isinstance(part, str) else None
-        if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
-            text = part.get("text")
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else None
         if not isinstance(text, str):
             sort = part.get("type") if isinstance(part, dict) else None
+            what = kind(part) if sort is None else quoted(sort)
             problems.append(Problem(
                 "not_text", f"the content of turn {number} is a list whose part {position} is "
-                            f"{kind(part) if sort is None else quoted(sort)}, not text",
-                "keep only parts of the form {\"type\": \"text\", \"text\": \"…\"}"))
+                            f"{'a bare text' if isinstance(part, str) else f'{what}, not text'}",
+                'write each part as {"type": "text", "text": "…"}, or the content as one text'))
             return _REPORTED
         texts.append(text)
     return "\n".join(texts)
@@ -122,7 +168,7 @@ def _as_json(value: Any) -> Any:
 
 def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> None:
     where = f"turn {number}"
-    made = tools.given(message.get("tool_calls")) or tools.given(message.get("function_call"))
+    made = _made(message)
     if made and turn["role"] == "assistant":
         turn["tool_calls"] = tools.calls(where, made, problems)
     elif made:
@@ -141,12 +187,20 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> 
                                     "export the text as UTF-8 again"))
     elif turn["role"] == "assistant":
         _reasoning(where, message, turn, problems)
-        if not _learned(where, message, problems):
+        if not is_learned(where, message, problems):
             turn["train"] = False
 
 
+def _made(message: Turn) -> Any:
+    """The tool calls of a turn, under whichever name it has them."""
+    kwargs = message.get("additional_kwargs")  # LangChain's place for what OpenAI's interface answers
+    places = [message, kwargs] if isinstance(kwargs, dict) else [message]
+    found = (tools.given(place.get(key)) for place in places for key in CALLS[:-1])
+    return next((value for value in found if value), None)
+
+
 def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -> None:
-    for key in _REASONING:
+    for key in REASONING:
         text = message.get(key)
         if text is None or isinstance(text, bool):  # some programs note here whether there was any
             continue
@@ -156,27 +210,16 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
             problems.append(Problem("broken_text", f"`{key}` of {where} contains damaged characters",
                                     "export the text as UTF-8 again"))
         elif text.strip():
-            turn["reasoning_content"] = text.strip()
+            turn["reasoning_content"] = text
             return
 
 
-def _learned(where: str, message: Turn, problems: list[Problem]) -> bool:
-    """Whether an assistant turn is learned: ``train`` (true, false) and OpenAI's ``weight`` (1, 0) both say so."""
-    weight, train = message.get("weight"), message.get("train")
-    if weight is not None and (not isinstance(weight, (int, float)) or weight not in (0, 1)):
-        problems.append(Problem("turn_weight", f"{where} has the weight {quoted(weight)}; an answer is learned or not",
-                                "use 0 or 1"))
-    if train is not None and not isinstance(train, bool):
-        problems.append(Problem("turn_weight", f"`train` of {where} is {quoted(train)}", "use true or false"))
-    return weight != 0 and train is not False
-
-
-def _check_order(turns: Sequence[Turn], problems: list[Problem]) -> None:
+def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
     """User and assistant alternate; after a call come its results, then the assistant again."""
     awaited = ("user",)  # roles that may come now
     caller = 0  # number of the turn whose call was the last
     with_tools = False
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in zip(numbers, turns):
         role = turn["role"]
         if role == "system":
             if number > 1:
@@ -198,9 +241,9 @@ def _check_order(turns: Sequence[Turn], problems: list[Problem]) -> None:
                                              "learn", "end it with an assistant turn"))
     elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
         problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
-                                "leave the row out, or remove `train` and `weight` from an answer"))
+                                "leave the row out, or let an answer be learned: \"train\": true"))
     if with_tools:
-        _match_results(turns, problems)
+        _match_results(turns, numbers, problems)
 
 
 def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) -> Problem:
@@ -216,30 +259,31 @@ def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) ->
                                   "begin with `user`", fix)
 
 
-def _match_results(turns: Sequence[Turn], problems: list[Problem]) -> None:
+def _match_results(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
     """Give every result the name of its tool, by the call's id or else by position, and check the ids."""
     made: list[Turn] = []
-    caller = first = 0
-    for number, turn in enumerate([*turns, {"role": "end"}], start=1):
+    caller = 0
+    results: list[tuple[int, Turn]] = []
+    for number, turn in zip([*numbers, 0], [*turns, {"role": "end"}]):
         if turn["role"] == "tool":
-            first = first or number
+            results.append((number, turn))
             continue
-        if made and first:
-            _match(caller, made, first, turns[first - 1:number - 1], problems)
-        made, caller, first = turn.get("tool_calls", []), number, 0
+        if made and results:
+            _match(caller, made, results, problems)
+        made, caller, results = turn.get("tool_calls", []), number, []
 
 
-def _match(caller: int, made: Sequence[Turn], first: int, results: Sequence[Turn], problems: list[Problem]) -> None:
+def _match(caller: int, made: Sequence[Turn], results: Sequence[tuple[int, Turn]], problems: list[Problem]) -> None:
     by_id = {call["id"]: call for call in made if "id" in call}
-    for position, result in enumerate(results):
+    for position, (number, result) in enumerate(results):
         answered = result.get("tool_call_id")
         if answered is not None and len(by_id) == len(made) and answered not in by_id:
-            problems.append(Problem("tool_order", f"turn {first + position} answers the tool call {quoted(answered)}, "
+            problems.append(Problem("tool_order", f"turn {number} answers the tool call {quoted(answered)}, "
                                                   f"which turn {caller} does not make", "correct its `tool_call_id`"))
         call = by_id.get(answered) or (made[position] if position < len(made) else None)
         if call is not None:
             result.setdefault("name", call["function"]["name"])
-    answers = {result.get("tool_call_id") for result in results}
+    answers = {result.get("tool_call_id") for _, result in results}
     if None not in answers and (missing := [name for name in by_id if name not in answers]):
         problems.append(Problem("tool_order", f"the tool call {quoted(missing[0])} of turn {caller} has no result",
                                 "add its result as a turn of the role `tool`"))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, write_json
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.rows import BLOCK, HUB, Source
 from gemma_tune.hub import access as hub_access
@@ -53,12 +55,13 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
     request = hub_access.request_for(asked["id"], asked["revision"])
     # Datasets have their address below datasets/; so this also is what errors call it.
     request = replace(request, id=f"datasets/{request.id}")
+    hub_access.require_home(request, _cache())
     known = _read(path)
     with _quiet():
         lock = _resolved(request, asked, known, listener)
         rows = _explained(request, lambda: _load(lock)).num_rows
     shown = f"{PREFIX}{lock.id}{'/' + asked['config'] if asked['config'] else ''}:{lock.split}"
-    listener.note(f"{shown}: {rows:,} rows of commit {lock.commit[:12]}")
+    listener.note(f"{shown}: {counted(rows, 'row')} of commit {lock.commit[:12]}")
     if lock != known:
         with os_errors(keep):
             keep.mkdir(parents=True, exist_ok=True)
@@ -149,18 +152,24 @@ def _load(lock: PinnedDataset) -> Any:
 
 
 def _cached(lock: PinnedDataset) -> Any:
-    from datasets import config
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
     owner, name = lock.id.split("/")
-    root = Path(config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(name)}" / lock.config
+    root = _cache() / f"{owner}___{camelcase_to_snakecase(name)}" / lock.config
     for folder in root.glob(f"*/{lock.commit}"):
         if (folder / "dataset_info.json").is_file():
             builder = Cache(repo_id=lock.id, dataset_name=name, config_name=lock.config, version=folder.parent.name,
                             hash=lock.commit)
             return builder.as_dataset(split=lock.split)
     return None
+
+
+def _cache() -> Path:
+    """Where datasets are kept once they are read."""
+    from datasets import config
+
+    return Path(os.path.expanduser(config.HF_DATASETS_CACHE))
 
 
 @contextlib.contextmanager

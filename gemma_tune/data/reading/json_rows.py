@@ -1,19 +1,23 @@
 """Rows of JSONL and JSON files. The content decides which one it is, whatever the file's name.
 
 One JSON document is an array, or an object that does not fit the first line: of the array its elements are the rows,
-and so they are of an object that only wraps one array of objects; any other object is one row.
+and so they are of an object that only wraps one array of objects; any other object is one row. An array of turns is one
+row as well, and there may be one on each line.
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.json_window import ONE_LIST, REPAIR, Window
-from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, Block, Row, Source
+from gemma_tune.data.reading.names import AS_TEXT, kind_of
+from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, PIPED, Block, Row, Source
 from gemma_tune.data.reading.text import TextFile
 
 _LONG = 1 << 20  # a longer first line is looked at piece by piece
@@ -53,7 +57,7 @@ class ElementsBlock(Block):
 
 def _row(file: str, line: int, text: str, raw: str) -> Row:
     try:
-        return Row(file, line, strict_json.loads(text))
+        return Row(file, line, strict_json.row(text))
     except ValueError as e:
         return Row(file, line, raw.rstrip("\r"), f"not valid JSON: {strict_json.reason(e)}")
 
@@ -68,11 +72,24 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
     """
     layout, wrapped = _layout(source, size)
     if layout is _Layout.LINES:
+        _refuse_plain_text(source, size)
         yield from _lines(source, size)
-    elif layout is _Layout.OBJECT:
-        yield _object(source, size)
+    elif layout is _Layout.SINGLE:
+        yield _single(source, size)
     else:
         yield from _document(source, size, wrapped)
+
+
+def _refuse_plain_text(source: Source, size: int) -> None:
+    """A file whose name promises no rows, and in which no line begins like one: to repair each of them helps nobody."""
+    if source.name != PIPED and kind_of(source.path):
+        return
+    window = Window(TextFile(source, size), source.name)
+    if not window.skip_blank() or window.text[window.at] in "{[":
+        return
+    first = window.ahead(_LONG)
+    if (first is None or not strict_json.is_json(first)) and not window.find("\n{"):
+        raise UserError(f"{source.name} is plain text, and has no rows", AS_TEXT)
 
 
 def _lines(source: Source, size: int) -> Iterator[Block]:
@@ -124,21 +141,25 @@ def _document(source: Source, size: int, wrapped: int | None) -> Iterator[Block]
         yield ElementsBlock(source.name, 1.0, tuple(waiting))
 
 
-def _object(source: Source, size: int) -> Block:
-    """An object over several lines as one row. Nothing else is in the file, so what is wrong with it is an error."""
+def _single(source: Source, size: int) -> Block:
+    """An object or a list of turns over several lines as one row. Nothing else is in the file, so what is wrong with it
+    is an error."""
     window = Window(TextFile(source, size), source.name)
     window.skip_blank()
     line, text = window.line, window.value()
     try:
-        strict_json.loads(text)
+        strict_json.row(text)
     except ValueError as e:
         raise UserError(f"{source.name}:{line}: not valid JSON: {strict_json.reason(e)}", REPAIR) from e
     return ElementsBlock(source.name, 1.0, ((line, text),))
 
 
+_OPENS_TURNS = re.compile(r'\[\s*\{\s*"(?:role|from|content|value)"')
+
+
 class _Layout(enum.Enum):
     LINES = "one row on each line"
-    OBJECT = "one object, which is a row"
+    SINGLE = "one object or list of turns, which is a row"
     ARRAY = "an array of rows"
 
 
@@ -151,7 +172,7 @@ def _layout(source: Source, size: int) -> tuple[_Layout, int | None]:
     window = Window(TextFile(source, size), source.name)
     start = window.text[window.at] if window.skip_blank() else ""
     if start == "[":
-        return _Layout.ARRAY, None
+        return _layout_of_list(window, source, size), None
     if start != "{":
         return _Layout.LINES, None
     first = window.ahead(_LONG)
@@ -167,10 +188,37 @@ def _layout(source: Source, size: int) -> tuple[_Layout, int | None]:
             window.broken("Extra data", hint=ONE_LIST)
     except UserError:
         # A broken first row has others below it; the lines of one object do not begin like rows.
-        if whole_line or (first or "").strip() != "{" and _another_row(source, size):
+        if whole_line or (first or "").strip() != "{" and _another_row(source, size, "{"):
             return _Layout.LINES, None
         raise
-    return (_Layout.OBJECT, None) if wrapped is None else (_Layout.ARRAY, wrapped)
+    return (_Layout.SINGLE, None) if wrapped is None else (_Layout.ARRAY, wrapped)
+
+
+def _layout_of_list(window: Window, source: Source, size: int) -> _Layout:
+    """The layout of a file that begins with a list: of rows, or of turns, which may be the first line's alone."""
+    first = window.ahead(_LONG)
+    if first is not None and _is_turns(first):
+        return _Layout.LINES if _goes_on(window, len(first)) else _Layout.SINGLE
+    # A broken first row has others below it; the lines of one list of turns do not begin like another.
+    if first is not None and _OPENS_TURNS.match(first) and _another_row(source, size, "["):
+        return _Layout.LINES
+    for _, text in window.elements():
+        return _Layout.SINGLE if _is_turn(strict_json.lenient(text)) else _Layout.ARRAY
+    return _Layout.ARRAY
+
+
+def _is_turns(line: str) -> bool:
+    """Whether a line is a list of turns, and a row of its own."""
+    try:
+        end = strict_json.end_of(line, 0)
+    except ValueError:
+        return False
+    turns = strict_json.lenient(line[:end]) if not line[end:].strip() else None
+    return isinstance(turns, list) and bool(turns) and _is_turn(turns[0])
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & {"role", "from"} and value.keys() & {"content", "value"})
 
 
 def _goes_on(window: Window, length: int) -> bool:
@@ -181,10 +229,10 @@ def _goes_on(window: Window, length: int) -> bool:
     return True
 
 
-def _another_row(source: Source, size: int) -> bool:
+def _another_row(source: Source, size: int, start: str) -> bool:
     window = Window(TextFile(source, size), source.name)
     window.skip_blank()
-    return window.find("\n{")
+    return window.find(f"\n{start}")
 
 
 def _wrapped(window: Window) -> int | None:
@@ -203,8 +251,7 @@ def _wrapped(window: Window) -> int | None:
         for _, text in window.elements():
             objects = objects and text[0] == "{"
             if not count and objects:
-                keys = set(strict_json.lenient(text))
-                row = row or bool(keys & {"role", "from"} and keys & {"content", "value"})
+                row = row or _is_turn(strict_json.lenient(text))
             count += 1
         if count and objects:
             lists.append(number)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-JSON, CSV, TSV, PARQUET, HUB = "jsonl-or-json", "csv", "tsv", "parquet", "hf"
+JSON, CSV, TSV, PARQUET, ARROW, HUB = "jsonl-or-json", "csv", "tsv", "parquet", "arrow", "hf"
+PIPED = "<stdin>"  # the name of the source that standard input is
 BLOCK = 1 << 20  # bytes or characters that are read, and travel, together
 # What is longer is no conversation: most likely a file whose quotes or brackets do not close.
 MAX_ROW = 1 << 28
@@ -19,7 +20,8 @@ class Row:
 
     Args:
         file: the source's name, as people gave it.
-        line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet and on the Hub.
+        line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet, in Arrow and on
+            the Hub.
         value: what JSON can hold.
     """
 
@@ -37,14 +39,16 @@ class Source:
         name: for messages and ``Row.file``: the path as typed or found, ``<stdin>`` or ``hf:org/name:train``.
         path: a regular file whose content identifies the rows: the file, the copy of standard input, or the lock file
             that names a dataset's commit.
-        kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet`` or ``hf``.
+        kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet``, ``arrow`` or ``hf``.
         size: of the file in bytes; None on the Hub.
+        delimiter: the sign between the columns of a table, where it was named.
     """
 
     name: str
     path: Path
     kind: str
     size: int | None = None
+    delimiter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,41 +14,54 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
-from gemma_tune.data.reading import hub_rows, json_rows, table_rows
-from gemma_tune.data.reading.rows import BLOCK, CSV, HUB, JSON, PARQUET, TSV, Block, Row, Source
-from gemma_tune.data.reading.text import compression
+from gemma_tune.base.words import counted
+from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
+from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
+from gemma_tune.data.reading.names import describes_data, kind_of
+from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TSV, Block, Row, Source
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "source_of"]
 
 STDIN = "-"
-KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET}
-_HINT = "check the path; `gemma-tune prepare --help` shows an example"
-_READERS = {JSON: json_rows.blocks, CSV: table_rows.csv_blocks, TSV: table_rows.csv_blocks,
-            PARQUET: table_rows.parquet_blocks, HUB: hub_rows.blocks}
+_READERS = {JSON: json_rows.blocks, PARQUET: binary_rows.parquet_blocks, ARROW: binary_rows.ipc_blocks,
+            HUB: hub_rows.blocks}
 
 
-def read_blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
+def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = None) -> Iterator[Block]:
     """All rows of a source in order, as blocks of about ``size`` bytes that can be pickled.
+
+    Args:
+        listener: is told how a table was read, where that is no matter of course.
 
     Raises:
         UserError: nothing in the source can be read, or not to its end: empty, binary, neither UTF-8 nor UTF-16,
             damaged, or a broken JSON document.
     """
+    if source.kind in (CSV, TSV):
+        return table_rows.csv_blocks(source, size, listener)
     return _READERS[source.kind](source, size)
 
 
 _HEAD = 4096  # bytes of standard input from which its kind is told
 
 
-def source_of(path: Path, name: str | None = None) -> Source:
-    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
-    return Source(f"{path}" if name is None else name, path, _kind(path) or JSON, os.path.getsize(path))
+def source_of(path: Path, name: str | None = None, delimiter: str | None = None) -> Source:
+    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
+
+    Args:
+        delimiter: the sign between the columns of a table; what has no known ending then is one.
+    """
+    kind = kind_of(path) or (CSV if delimiter else JSON)
+    return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
+                  delimiter if kind in (CSV, TSV) else None)
 
 
-def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None) -> list[Source]:
+def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None,
+                 delimiter: str | None = None, held_out: bool = False) -> list[Source]:
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
@@ -57,6 +70,8 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
             files of datasets. Only made when needed.
+        delimiter: see :func:`source_of`.
+        held_out: they are for validation: of a directory with splits, those files are taken.
 
     Raises:
         UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
@@ -70,11 +85,12 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
             found.append(name)
             continue
         try:
-            found += _files(name, keep, listener)
+            found += [source_of(path, delimiter=delimiter)
+                      for path in _files(name, keep, listener, held_out)]
         except UserError as e:
             problems.append(e)
     if not problems:
-        found = [_elsewhere(f, keep, listener, problems) if isinstance(f, str) else f for f in found]
+        found = [_elsewhere(f, keep, listener, delimiter, problems) if isinstance(f, str) else f for f in found]
     if problems:
         raise _together(problems)
     once: dict[str, Source] = {}
@@ -83,9 +99,10 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     return list(once.values())
 
 
-def _elsewhere(name: str, keep: Path, listener: Listener, problems: list[UserError]) -> Source | None:
+def _elsewhere(name: str, keep: Path, listener: Listener, delimiter: str | None,
+               problems: list[UserError]) -> Source | None:
     try:
-        return _stdin(keep) if name == STDIN else hub_rows.find(name, keep, listener)
+        return _stdin(keep, delimiter) if name == STDIN else hub_rows.find(name, keep, listener)
     except UserError as e:
         problems.append(e)
     return None
@@ -94,19 +111,13 @@ def _elsewhere(name: str, keep: Path, listener: Listener, problems: list[UserErr
 def _together(problems: Sequence[UserError]) -> UserError:
     if len(problems) == 1:
         return problems[0]
-    plain = [e.message if e.hint in (None, _HINT) else f"{e.message} ({e.hint})" for e in problems]
-    error = UserError(f"{len(problems)} data sources cannot be read", _HINT, plain)
+    plain = [e.message if e.hint in (None, CHECK) else f"{e.message} ({e.hint})" for e in problems]
+    error = UserError(f"{len(problems)} data sources cannot be read", CHECK, plain)
     error.exit_code = max(e.exit_code for e in problems)  # wrong input, if any of them is
     return error
 
 
-def _kind(path: Path) -> str | None:
-    if compression(path):
-        path = path.with_suffix("")
-    return KINDS.get(path.suffix.lower())
-
-
-def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
+def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Path]:
     """A file, or the files of a directory or a glob.
 
     Raises:
@@ -114,61 +125,47 @@ def _files(name: str, keep: Path, listener: Listener) -> list[Source]:
     """
     path = Path(os.path.expanduser(name))
     if not name:
-        raise UserError("a data file's name is empty", _HINT)
+        raise UserError("a data file's name is empty", CHECK)
     if os.path.isdir(path):
-        there = sorted(_below(path, keep))
-        paths = [p for p in there if _kind(p)]
-        if not paths:
-            raise UserError(f"{path} is a directory without data files ({', '.join(KINDS)})",
-                            "name the files, or another directory")
-        listener.note(f"{path}: {len(paths)} data file{'s' if len(paths) > 1 else ''}{_passed_over(there, paths)}")
+        paths = data_files(path, keep, listener, held_out)
     elif not os.path.exists(path) and glob.has_magic(name):
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
-        written = [m for m in matches if any(_is_run(folder, keep) for folder in m.parents)]
+        written = [m for m in matches if any(is_run(folder, keep) for folder in m.parents)]
         matches = [m for m in matches if m not in written]
-        paths = [m for m in matches if _kind(m)] or matches
+        paths = [m for m in matches if kind_of(m) and not describes_data(m)] or matches
         if not paths:
             raise UserError(f"no file matches {path}"
-                            + (" but what a run wrote, which only counts by its full name" if written else ""), _HINT)
-        listener.note(f"{path}: {len(paths)} file{'s' if len(paths) > 1 else ''}{_passed_over(matches, paths)}")
+                            + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
+        listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths)}")
     else:
         paths = [path]
-    if problems := [problem for path in paths if (problem := _unreadable(path))]:
-        raise _together([UserError(problem, _HINT) for problem in problems])
-    return [source_of(path) for path in paths]
+    if problems := [problem for path in paths if (problem := _problem(path))]:
+        raise _together(problems)
+    return paths
 
 
-def _below(folder: Path, keep: Path) -> Iterator[Path]:
-    """Files below a directory; not hidden ones, and not what a run in it wrote."""
-    def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}", _HINT)
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [f for f in folders if not f.startswith(".") and not _is_run(Path(place, f), keep)]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def _passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
-    """What is said of files that are no data by their names."""
-    others = [path for path in there if path not in set(taken)]
-    endings = ", ".join(sorted({path.suffix or "without an ending" for path in others})[:5])
-    return f"; {len(others)} other{'s' if len(others) > 1 else ''} passed over ({endings})" if others else ""
-
-
-def _is_run(folder: Path, keep: Path) -> bool:
-    return folder.resolve() == keep.resolve() or (folder / "manifest.json").exists() and (folder / "data").is_dir()
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why a path is not a file to read."""
+def _problem(path: Path) -> UserError | None:
+    """Why a path is not a file with rows."""
     if not os.path.exists(path):
-        return f"there is no file {path}"
+        return UserError(f"there is no file {path}", CHECK)
     if not os.path.isfile(path):  # a pipe could be read only once
-        return f"{path} is not a regular file; save its content to a file first"
-    return None if os.access(path, os.R_OK) else f"no permission to read {path}"
+        return UserError(f"{path} is not a regular file; save its content to a file first", CHECK)
+    if not os.access(path, os.R_OK):
+        return UserError(f"no permission to read {path}", CHECK)
+    if describes_data(path):
+        return UserError(f"{path} describes a dataset and holds none of its rows",
+                         f"name its directory, {path.parent}, or its data files")
+    try:
+        return _pointer(f"{path}", head_of(path))
+    except OSError as e:
+        return UserError(f"{path} cannot be read: {e.strerror}", CHECK)
 
 
-def _stdin(keep: Path) -> Source:
+def _pointer(name: str, head: bytes) -> UserError | None:
+    return UserError(f"{name} is {described(head)}", FETCH) if is_pointer(head) else None
+
+
+def _stdin(keep: Path, delimiter: str | None) -> Source:
     """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
@@ -182,9 +179,11 @@ def _stdin(keep: Path) -> Source:
             if not head:
                 raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
                                                            "rows.jsonl`")
-            path = keep / f"stdin-{digest[:12]}{_ending(head)}"
+            if problem := _pointer("standard input", head):
+                raise problem
+            path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
             put_in_place(fresh, path)
-    return source_of(path, "<stdin>")
+    return source_of(path, PIPED, delimiter)
 
 
 def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
@@ -197,12 +196,16 @@ def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
     return digest.hexdigest(), head
 
 
-def _ending(head: bytes) -> str:
+_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow", b"\x1f\x8b": ".jsonl.gz",
+          b"\x28\xb5\x2f\xfd": ".jsonl.zst"}
+
+
+def _ending(head: bytes, delimiter: str | None) -> str:
     """The name's end for content that begins like this."""
-    for magic, ending in ((b"PAR1", ".parquet"), (b"\x1f\x8b", ".jsonl.gz"), (b"\x28\xb5\x2f\xfd", ".jsonl.zst")):
+    for magic, ending in _MAGIC.items():
         if head.startswith(magic):
             return ending
     first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0]
-    if first[:1] not in (b"{", b"[") and (b"," in first or b";" in first or b"\t" in first):
+    if first[:1] not in (b"{", b"[") and any(sign in first for sign in (delimiter or ",;\t|").encode()):
         return ".tsv" if b"\t" in first else ".csv"
     return ".jsonl"

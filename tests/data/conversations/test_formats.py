@@ -118,7 +118,7 @@ def test_nothing_to_learn():
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept(key):
     assert messages({"messages": [user("2+2?"), answer("4", **{key: " 2 and 2 make 4.\n"})]})[1] == answer(
-        "4", reasoning_content="2 and 2 make 4.")
+        "4", reasoning_content=" 2 and 2 make 4.\n")
     assert messages({"messages": [user("2+2?"), answer("4", **{key: " "})]})[1] == answer("4")
     assert messages({"messages": [user("2+2?"), answer("4", **{key: True})]})[1] == answer("4")
     assert codes({"messages": [user("2+2?"), answer("4", **{key: ["a"]})]}) == ["not_text"]
@@ -126,10 +126,51 @@ def test_reasoning_is_kept(key):
 
 
 @pytest.mark.parametrize("content", [
-    [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], ["one", "two"],
-    [{"type": "input_text", "text": " one"}, {"text": "two "}]])
+    [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+    [{"type": "input_text", "text": "one"}, {"text": "two"}]])
 def test_parts_of_text_stand_one_below_the_other(content):
     assert messages({"messages": [user(content), answer("b")]})[0] == user("one\ntwo")
+
+
+TWO_TEXTS = ["Good", "Bad"]
+
+
+@pytest.mark.parametrize("row, where", [
+    ({"instruction": "Say", "input": "", "output": TWO_TEXTS}, "`output`"),
+    ({"instruction": TWO_TEXTS, "output": "Good"}, "`instruction`"),
+    ({"instruction": "Say", "context": TWO_TEXTS, "response": TWO_TEXTS}, "`context`"),
+    ({"instruction": "Say", "response": TWO_TEXTS}, "`response`"),
+    ({"instruction": "Say", "output": "Good", "system": TWO_TEXTS}, "`system`"),
+    ({"instruction": "Say", "output": "Good", "history": [["a", TWO_TEXTS]]}, "an answer in `history`"),
+    ({"instruction": "Say", "output": "Good", "history": [[TWO_TEXTS, "b"]]}, "a question in `history`"),
+    ({"conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": TWO_TEXTS}]}, "the content of turn 2"),
+    ({"messages": [user("Say"), answer(TWO_TEXTS)]}, "the content of turn 2"),
+    ({"prompt": "Say", "completion": TWO_TEXTS}, "`completion`"),
+    ({"prompt": TWO_TEXTS, "completion": "Good"}, "`prompt`"),
+    ({"prompt": "Say", "chosen": TWO_TEXTS, "rejected": ["Worse", "Worst"]}, "`chosen`"),
+    ({"prompt": TWO_TEXTS, "chosen": "Good", "rejected": "Bad"}, "`prompt`"),
+    ({"prompt": "Say", "completion": TWO_TEXTS, "label": True}, "`completion`"),
+    ({"question": "Say", "answer": TWO_TEXTS}, "`answer`"),
+    ({"question": TWO_TEXTS, "answer": "Good"}, "`question`"),
+])
+@pytest.mark.parametrize("take", [None, "chosen"])
+def test_several_texts_in_the_place_of_one_are_refused(row, where, take):
+    columns = {"user": "question", "assistant": "answer"}
+    if take is None and ("chosen" in row or "label" in row):
+        assert codes(row) == ["preference"]
+        return
+    found = problems(row, columns=columns, take=take)
+    assert found[0] == ("not_text", f"{where} is a list of 2 texts, and only one can be meant")
+
+
+@pytest.mark.parametrize("content", [["one"], [{"type": "text", "text": "one"}, "two"]])
+def test_a_bare_text_is_no_part(content):
+    [(code, reason)] = problems({"messages": [user(content), answer("b")]})
+    assert (code, reason) == ("not_text", f"the content of turn 1 is a list whose part {len(content)} is a bare text")
+
+
+def test_several_texts_that_a_tool_returns_are_its_result():
+    assert messages({"messages": [USER, CALL, RESULT | {"content": ["a", "é"]}, ANSWER]})[2]["content"] == '["a", "é"]'
 
 
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "refusal", "refusal": "no"},
@@ -190,7 +231,7 @@ def test_sharegpt():
     assert messages({"conversations": expected}) == expected
     assert messages(SHAREGPT | {"system": "Be kind."}) == [system("Be kind."), *expected]
     own = {"from": "system", "value": "Be kind. "}
-    assert messages({"conversations": [own, *SHAREGPT["conversations"]], "system": "Be kind."})[0] == system("Be kind.")
+    assert messages({"conversations": [own, *SHAREGPT["conversations"]], "system": "Be kind."})[0] == system("Be kind. ")
     assert codes({"conversations": [own, *SHAREGPT["conversations"]], "system": "Be cruel."}) == ["system_inside"]
 
 
@@ -213,6 +254,23 @@ def test_sharegpt_with_tools(call, as_text):
     assert example.messages == [system("Convert."), user("The rate of the dollar?"),
                                 answer(tool_calls=[called("get_rate", {"from": "USD"})]),
                                 result('{"rate": 0.85}', "get_rate"), answer("0.85")]
+
+
+def test_sharegpts_call_belongs_to_what_is_said_before_it():
+    call = {"from": "function_call", "value": '{"name": "get_rate", "arguments": {"from": "USD"}}'}
+    turns = [{"from": "human", "value": "The rate?"}, {"from": "gpt", "value": "Let me look."}, call,
+             {"from": "observation", "value": "0.85"}, {"from": "gpt", "value": "0.85"}]
+    expected = [user("The rate?"), answer("Let me look.", tool_calls=[called("get_rate", {"from": "USD"})]),
+                result("0.85", "get_rate"), answer("0.85")]
+    assert messages({"conversations": turns}) == expected
+    assert messages({"messages": [{"role": t["from"], "content": t["value"]} for t in turns]}) == expected
+    assert messages({"conversations": [*turns[:3]]}) == expected[:2]
+    # Numbers are those of the row; what is learned in part, or no turn of its own, is not joined.
+    assert problems({"conversations": [*turns[:4], turns[0]]})[0] == (
+        "alternation", "turn 5 is `user` where `assistant` is expected; roles alternate and begin with `user`")
+    assert codes({"conversations": [turns[0], turns[1] | {"train": False}, *turns[2:]]})[0] == "alternation"
+    assert messages({"conversations": [turns[0], turns[1] | {"train": False}, call | {"train": False}, *turns[3:]]})[1]["train"] is False
+    assert codes({"conversations": [turns[0], call, call, *turns[3:]]}) == ["tool_order"]
 
 
 def test_glaive():
@@ -255,7 +313,7 @@ PROMPT, COMPLETION = [system("Be brief."), user("Sky?")], [answer("Blue.")]
 
 
 def test_prompt_and_completion():
-    assert read({"prompt": "Sky? ", "completion": " Blue."}) == Example("prompt-completion", [user("Sky?"), answer("Blue.")], None, None)
+    assert read({"prompt": "Sky? ", "completion": " Blue."}) == Example("prompt-completion", [user("Sky? "), answer(" Blue.")], None, None)
     for prompt in (PROMPT, json.dumps(PROMPT)):
         for completion in (COMPLETION, json.dumps(COMPLETION), "Blue."):
             assert messages({"prompt": prompt, "completion": completion}) == [*PROMPT, *COMPLETION]
@@ -277,7 +335,6 @@ def test_texts_that_are_json_stay_texts(text):
     ({"prompt": "2+2?", "response": "4"}, "user=prompt,assistant=response"),
     ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
     ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
-    ({"text": "long", "summary": "short"}, "user=text,assistant=summary"),
 ])
 def test_columns_are_suggested_and_work(row, given):
     with pytest.raises(RowError) as caught:
@@ -296,7 +353,10 @@ QA = {"user": "question", "assistant": "answer", "system": "persona"}
 @pytest.mark.parametrize("row, found", [
     ({"question": "a"}, [("missing_column", "the column `answer` is missing; the row has `question`")]),
     ({"question": " ", "answer": None}, [("empty_turn", "the column `question` is empty"), ("empty_turn", "the column `answer` is empty")]),
-    ({"question": "a", "answer": 4}, [("not_text", "`answer` is a number, not text")]),
+    ({"question": "a", "answer": 4.5}, [("not_text", "`answer` is a number, not text, and there are several ways to write it "
+                                                     "(5, 5.0, 5.00)")]),
+    ({"question": "a", "answer": False}, [("not_text", "`answer` is true or false, not text, and there are several ways to "
+                                                       "write it (true, True, yes)")]),
     ({"question": "a", "answer": "b", "persona": []}, [("not_text", "`persona` is a list, not text")]),
     ({"question": "a", "answer": "\ufffd"}, [("broken_text", "turn 2 contains damaged characters")]),
 ])
@@ -319,6 +379,50 @@ def test_named_columns():
     assert messages(ALPACA, columns={"user": "input", "assistant": "output"}) == [user(ALPACA["input"]), answer("Telegram")]
 
 
+@pytest.mark.parametrize("row, turns", [
+    ({"instruction": 2, "input": 3, "output": 0}, [user("2\n\n3"), answer("0")]),
+    ({"prompt": 7, "completion": 10**30}, [user("7"), answer(f"1{'0' * 30}")]),
+    ({"question": "2+2?", "answer": 4, "persona": 0}, [system("0"), user("2+2?"), answer("4")]),
+    ({"instruction": "c", "output": 4, "history": [[1, -2]]}, [user("1"), answer("-2"), user("c"), answer("4")]),
+])
+def test_whole_numbers_are_the_texts_that_a_csv_file_has(row, turns):
+    assert messages(row, columns=QA) == turns
+
+
+def test_columns_of_whole_numbers_are_suggested():
+    with pytest.raises(RowError) as caught:
+        read({"question": "2+2?", "answer": 4})
+    assert caught.value.fix == "use --columns user=question,assistant=answer"
+
+
+@pytest.mark.parametrize("text, reason", [
+    ('[{"role": "user", "content": "a"}, {"role"', "`messages` is text that is not JSON: Expecting ':' delimiter at column 43"),
+    ('["a"]', "`messages` is text, not a list of turns")])
+def test_turns_as_a_text_that_is_broken(text, reason):
+    [(_, found)] = problems({"messages": text})
+    assert found == reason
+
+
+def test_a_system_text_that_is_false_is_not_overlooked():
+    assert codes(ALPACA | {"system": False}) == codes(ALPACA | {"system": 0.5}) == ["not_text"]
+
+
+@pytest.mark.parametrize("text", ["    return 1\n", "\tx", "\u3000什么？\u00a0"])
+def test_white_space_around_a_text_is_kept(text):
+    turns = [system(text), user(text), answer(text)]
+    assert messages({"messages": turns}) == turns
+    assert messages({"conversations": [{"from": t["role"], "value": text} for t in turns]}) == turns
+    assert messages({"system": text, "instruction": text, "input": "", "output": text}) == turns
+    assert messages({"system": text, "instruction": " ", "input": text, "output": text}) == turns
+    assert messages({"system": text, "prompt": text, "completion": text}) == turns
+    assert messages({"persona": text, "question": text, "answer": text}, columns=QA) == turns
+    assert messages({"system": text, "prompt": text, "chosen": text, "rejected": "x"}, take="chosen") == turns
+    for blank in (" ", "\n\u3000"):
+        assert codes({"messages": [*turns[:2], answer(blank)]}) == ["empty_turn"]
+        assert codes({"question": "a", "answer": blank}, columns=QA) == ["empty_turn"]
+        assert messages({"system": blank, "prompt": text, "completion": text}) == turns[1:]
+
+
 def test_text():
     assert read({"text": " Once upon a time.\n", "meta": {"url": "x"}, "title": "Tale"}) == Example("text", None, None, " Once upon a time.\n")
     assert read(ALPACA, "text").text == ALPACA["text"]
@@ -327,6 +431,43 @@ def test_text():
     assert codes({"text": "a\ud800"}) == ["broken_text"]
 
 
+# As pandas writes a column of lists, or of numpy's arrays, into a CSV file.
+SHOWN_BY_PYTHON = [str(PROMPT + COMPLETION), f"array({PROMPT + COMPLETION}, dtype=object)",
+                   "[{'role': 'user', 'content': \"it's\"}\n {'role': 'assistant', 'content': 'b'}]"]
+
+
+@pytest.mark.parametrize("row, where", [
+    ({"messages": ...}, "`messages`"), ({"conversations": ...}, "`conversations`"), ({"conversation": ...}, "`conversation`"),
+    ({"prompt": ..., "completion": "b"}, "`prompt`"), ({"prompt": "a", "completion": ...}, "`completion`"),
+    ({"prompt": "a", "chosen": ..., "rejected": ...}, "`chosen`"), ({"question": ..., "answer": "b"}, "`question`"),
+    ({"instruction": "a", "output": "b", "history": ...}, "`history`"),
+])
+@pytest.mark.parametrize("shown", SHOWN_BY_PYTHON)
+def test_turns_as_python_shows_them_are_no_text(row, where, shown):
+    row = {key: shown if value is ... else value for key, value in row.items()}
+    with pytest.raises(RowError) as caught:
+        read(row, columns=QA, take="chosen")
+    [problem] = caught.value.problems
+    assert problem.code == "not_json" and problem.reason.startswith(f"{where} is text as Python shows a list")
+    assert "json.dumps" in problem.fix
+
+
+def test_tools_and_calls_as_python_shows_them():
+    assert codes({"messages": [USER, ANSWER], "tools": str([WEATHER])}) == ["not_json"]
+    assert codes({"messages": [USER, answer(tool_calls=str(CALL["tool_calls"]))]}) == ["not_json"]
+    text = "{'name': 'Bob'} is a dict, and [{'a': 1}] a list"
+    assert messages({"prompt": text, "completion": text[21:]}) == [user(text), answer(text[21:])]
+
+
+def test_a_list_of_turns_alone_is_a_row():
+    turns = [user("a"), answer("b")]
+    assert read(turns) == read(turns, "messages") == Example("messages", turns, None, None)
+    assert messages([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]) == turns
+    assert problems([USER, "x"]) == [("not_an_object", "turn 2 is text, not an object")]
+    assert codes([]) == codes(["a"]) == codes([{"content": "a"}]) == ["not_an_object"]
+
+
+GEMINI = {"contents": [{"role": "user", "parts": [{"text": "Sky?"}]}, {"role": "model", "parts": [{"text": "Blue."}]}]}
 DPO = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}
 HH = {"chosen": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Indeed.",
       "rejected": "\n\nHuman: Are you\n\nawake?\n\nAssistant: Yes.\n\nHuman: Good.\n\nAssistant: Go away."}
@@ -365,7 +506,7 @@ def test_preferences_that_cannot_be_taken():
     assert codes({"prompt": "Sky?", "completion": "Green.", "label": False}, take="chosen") == ["preference"]
     assert codes({"chosen": "Blue.", "rejected": "Green."}, take="chosen") == ["no_messages"]
     assert codes(DPO | {"chosen": None}, take="chosen") == ["no_messages"]
-    assert codes(DPO | {"chosen": 7}, take="chosen") == ["no_messages"]
+    assert codes(DPO | {"chosen": 7.5}, take="chosen") == ["not_text"]
     assert codes(DPO | {"chosen": " "}, take="chosen") == ["empty_turn"]
     assert read(ULTRA, "messages").messages == ULTRA["messages"]
 
@@ -390,7 +531,7 @@ def test_detection(row, name):
 
 def test_every_format_of_the_settings_is_known():
     rows = {"messages": OPENAI_TOOLS, "alpaca": ALPACA, "sharegpt": SHAREGPT, "prompt-completion": {"prompt": "a", "completion": "b"},
-            "columns": {"question": "a", "answer": "b"}, "text": {"text": "a"}, "preference": DPO}
+            "columns": {"question": "a", "answer": "b"}, "gemini": GEMINI, "text": {"text": "a"}, "preference": DPO}
     assert set(rows) == set(config.FORMATS)
     for name, row in rows.items():
         formats = Formats(name, QA if name == "columns" else {}, "chosen")
@@ -424,7 +565,7 @@ RESULT = {"role": "tool", "content": "7", "tool_call_id": "1"}
     ({"messages": [user(" "), {"role": "assistant"}]}, [("empty_turn", "turn 1 (user) is empty"), ("not_text", "the content of turn 2 is missing, not text")]),
     ({"messages": ["x", {"role": "bot", "content": ""}]}, [("not_an_object", "turn 1 is text, not an object"),
                                                           ("unknown_role", "turn 2 has the role 'bot'; known are system, user, assistant, tool")]),
-    ({"instruction": ["a"], "input": 3, "output": None}, [("not_text", "`instruction` is a list, not text"), ("not_text", "`input` is a number, not text"),
+    ({"instruction": ["a"], "input": {}, "output": None}, [("not_text", "`instruction` is a list, not text"), ("not_text", "`input` is an object, not text"),
                                                           ("not_text", "the content of turn 2 is missing, not text")]),
 ])
 def test_all_problems_of_a_row(row, found):
@@ -568,8 +709,8 @@ def test_any_row_is_an_example_or_an_error(row, formats):
     assert roles[-1] == "assistant" and roles[0] in ("system", "user") and "system" not in roles[1:]
     for before, turn in zip([None, *example.messages], example.messages):
         assert set(turn) <= {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train"}
-        assert isinstance(turn["content"], str) and turn["content"] == turn["content"].strip()
-        assert turn["content"] or turn["role"] == "tool" or turn["tool_calls"]
+        assert isinstance(turn["content"], str)
+        assert turn["content"].strip() or turn["role"] == "tool" or turn["tool_calls"]
         assert turn.get("train", False) is False and all(isinstance(c["function"]["arguments"], dict) for c in turn.get("tool_calls", ()))
         role = before["role"] if before else None
         assert turn["role"] in {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant"),
@@ -584,12 +725,15 @@ def test_nothing_of_an_answer_is_lost(found, key):
         read_turns = Formats().example({key: found}).messages
     except RowError:
         return
+    joined = [n for n, turn in enumerate(found) if n and "function_call" in (turn.get("role"), turn.get("from"))
+              and (found[n - 1].get("role") or found[n - 1].get("from")) in ("assistant", "gpt")]
+    found = [turn for n, turn in enumerate(found) if n + 1 not in joined]
     assert len(read_turns) == len(found)
     for before, after in zip(found, read_turns):
         said = before.get("content") if before.get("content") is not None else before.get("value")
         if isinstance(said, str) and "function_call" not in (before.get("role"), before.get("from")):
-            assert after["content"] == said.strip()
+            assert after["content"] == said
         if after["role"] == "assistant":
             assert len(after.get("tool_calls", ())) == len(before.get("tool_calls") or ()) or "function_call" in (before.get("role"), before.get("from"))
             reasoning = before.get("reasoning_content")
-            assert after.get("reasoning_content", "") == (reasoning.strip() if isinstance(reasoning, str) else "")
+            assert after.get("reasoning_content", "") == (reasoning if isinstance(reasoning, str) and reasoning.strip() else "")

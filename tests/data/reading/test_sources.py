@@ -134,7 +134,7 @@ def test_a_long_first_line_is_looked_at_like_any_other(monkeypatch):
     ('{"a": 1\n"b": 2}', "rows.jsonl:2: not valid JSON: Expecting ',' delimiter at column 1"),
     ('{"a": 1,\n}', "rows.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes at column 1"),
     ('{\n"a": 1}\n{\n"a": 2}', "rows.jsonl:3: not valid JSON: Extra data at column 1"),
-    ('{\n"a": NaN}', "rows.jsonl:1: not valid JSON: NaN is not JSON"),
+    ('{\n"a": [NaN]}', "rows.jsonl:1: not valid JSON: NaN is not JSON"),
     ('{"data": [\n {"a": 1},\n {"a" 2}]}', "rows.jsonl:3: not valid JSON: Expecting ':' delimiter at column 7"),
     ("[" + "[" * 5000, "rows.jsonl:1: not valid JSON: nested too deeply"),
 ])
@@ -143,7 +143,7 @@ def test_broken_documents(text, message):
 
 
 @pytest.mark.parametrize("value, error", [
-    ('{"a": NaN}', "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
+    ('{"a": [NaN]}', "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
     ('{"a": 1e999}', "the number 1e999 is too large"), ('{"a": ' + "7" * 5000 + "}", f"the number {'7' * 24}… is too large"),
     ("[" * 300 + "]" * 300, "nested too deeply")], ids=["NaN", "Infinity", "float", "integer", "depth"])
 def test_values_that_cannot_be_kept_are_errors_of_their_row(value, error):
@@ -512,7 +512,7 @@ def test_all_problems_are_named_together(tree, monkeypatch):
     assert error.exit_code == BAD_INPUT
     assert error.problems == (
         "there is no file none.jsonl",
-        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) (name the files, or another directory)",
+        "empty is a directory without data files (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) (name the files, or another directory)",
         "no file matches *.xyz", "a data file's name is empty", "there is no file ~nobody-here/x", f"there is no file {'x' * 300}")
 
 
@@ -704,6 +704,18 @@ def test_datasets_that_cannot_be_had(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_token(GOOD, accepted=["datasets/org/gated"]))
     assert len(hub_rows("hf:org/gated")) == 3
     assert not [p for p in Path("keep").iterdir() if p.name != "hf-org-gated.json"]
+
+
+def test_datasets_without_a_place_to_keep_them(hub, tmp_path, monkeypatch):
+    from datasets import config
+
+    hub.add_repo(f"datasets/{ID}", repository(Path("repo"), train=chats(3)))
+    Path("file").write_text("")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    assert "HF_HOME" in refused(f"hf:{ID}").hint
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", "~nobody-here/datasets")
+    error = refused(f"hf:{ID}")
+    assert "the home directory in ~nobody-here/datasets is not known" in error.message and "HF_HOME" in error.hint
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:squad", "hf:a/b/c/d", "hf:a/b:train@", "hf:../x", "hf:a b/c"])

@@ -1,0 +1,65 @@
+"""A YAML file as plain values, read so that what is wrong with it has its line. No heavy import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+
+ESCAPES = "in double quotes a backslash begins an escape; put the text into single quotes, or write / in a path"
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a file; None if it holds none.
+
+    Raises:
+        UserError: unreadable file, broken YAML, or a key that is there twice, with the line.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and (twice := list(_twice(node, path))):
+            raise UserError(twice[0] if len(twice) == 1 else f"{path}: {len(twice)} settings are there twice",
+                            "leave one of them out", twice if len(twice) > 1 else ())
+        return None if node is None else loader.construct_document(node)
+    except OSError as e:
+        raise UserError(f"cannot read the configuration {path}: {e.strerror}",
+                        "check the path given to --config") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})", "save the file as UTF-8") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = str(getattr(e, "problem", None) or e).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}",
+                        ESCAPES if "escape" in problem else "check the indentation there") from e
+    except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
+        raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+
+
+def _twice(root: Any, path: Path) -> Iterator[str]:
+    """Keys that their mapping has already, of which YAML's reader would take the last in silence."""
+    import yaml
+
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+            continue
+        seen.add(id(node))  # an alias is the same node again
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        first: dict[tuple[str, Any], int] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in first:
+                yield f"{path}:{line}: `{key.value}` is there twice, first in line {first[key.tag, key.value]}"
+            first.setdefault((key.tag, key.value), line)

@@ -1,0 +1,87 @@
+"""Names of roles and of keys that the user gives, in place of those that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma_tune.base import strict_json
+
+_LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "preferred",
+          "preferred_output", "history", "chat_history", "contents")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What ``--roles`` and ``--turn-keys`` say, and the column of turns in ``--columns``.
+
+    Args:
+        roles: role by the name that turns have for it: ``{"bot": "assistant"}``.
+        keys: the key of turns that holds each: ``{"role": "speaker", "content": "utterance"}``.
+        turns: the column that holds the turns, where it is named.
+    """
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    turns: str | None = None
+
+    def applied(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with turns under the names that are known; the row itself where nothing was named."""
+        if not self.roles and not self.keys:
+            return row
+        return {**row, **{key: self._list(row[key]) for key in (*_LISTS, self.turns) if key in row}}
+
+    def _list(self, value: Any) -> Any:
+        found = value
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                found = strict_json.loads(value)
+            except ValueError:
+                return value
+        turns = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
+        return [self._turn(turn) for turn in found] if turns else value
+
+    def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        named = {key: name for key, name in self.keys.items() if name in turn}
+        taken = set(named.values())
+        renamed = {key: value for key, value in turn.items() if key not in taken}
+        renamed |= {key: turn[name] for key, name in named.items()}
+        for key in ("role", "from"):
+            if isinstance(name := renamed.get(key), str) and name in self.roles:
+                renamed[key] = self.roles[name]
+        return renamed
+
+
+_SPEAKERS = ("speaker", "author", "sender", "who", "type", "name", "user", "agent")
+_SAYINGS = ("utterance", "text", "message", "body", "msg", "say", "said", "data")
+
+
+def suggested_keys(turn: Mapping[str, Any]) -> str | None:
+    """What ``--turn-keys`` would be for a turn with unknown keys."""
+    texts = [key for key, value in turn.items() if isinstance(key, str) and isinstance(value, str) and _sayable(key)]
+    said = "content" if "content" in texts else next((key for key in texts if key.lower() in _SAYINGS), None)
+    others = [key for key in texts if key not in (said, "value")]
+    role = next((key for key in others if key.lower() in _SPEAKERS), others[0] if others else None)
+    if role is None:
+        return None
+    said = said or next((key for key in others if key != role), None)
+    return f"role={role}" if said in (None, "content") else f"role={role},content={said}"
+
+
+def suggested_turns(row: Mapping[str, Any]) -> str | None:
+    """The column that looks like a list of turns."""
+    return next((key for key, value in row.items() if isinstance(key, str) and _sayable(key)
+                 and isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)), None)
+
+
+def role_fix(name: Any) -> str:
+    """What to do about a role that nobody knows."""
+    if not isinstance(name, str) or not name or not _sayable(name):
+        return "rename the role"
+    return f"name it with --roles {name}=assistant (or user, system, tool), or rename the role"
+
+
+def _sayable(name: str) -> bool:
+    """Whether a name can stand on the command line as it is."""
+    return bool(name) and name.isprintable() and not set(name) & set(",= '\"") and len(name) < 40

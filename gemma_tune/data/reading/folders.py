@@ -1,0 +1,141 @@
+"""Which files of a directory are data: by their names, and by what `datasets` and the Hub write beside them.
+
+A directory is followed through symbolic links. What a run wrote is left out, and so are the test and validation files
+of a dataset, which are not to be learned unasked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
+from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, describes_data, kind_of
+
+CHECK = "check the path; `gemma-tune prepare --help` shows an example"
+# How the parts of a dataset are called, as `datasets` has it.
+_SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+           "test": ("test", "testing", "eval", "evaluation")}
+_NAMED = 5  # files that a message names
+
+
+def data_files(folder: Path, keep: Path, listener: Listener, held_out: bool = False) -> list[Path]:
+    """The data files below a directory, in the order of their names.
+
+    Args:
+        keep: a directory that is no data, see :func:`is_run`.
+        held_out: they are for validation, so that of a dataset with splits those files are taken.
+
+    Raises:
+        UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant.
+    """
+    there = sorted(_below(folder, keep))
+    data = [path for path in there if kind_of(path) and not describes_data(path)]
+    if not data:
+        texts = any(path.suffix.lower() == ".txt" for path in there)
+        raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
+                        AS_TEXT if texts else "name the files, or another directory")
+    taken, others = _of_split(folder, data, held_out)
+    listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data)}")
+    if others and not held_out:
+        listener.warn(f"{folder}: not trained on, as the names say that they are for validation or tests: "
+                      f"{_named(folder, others)}; they are used if they are named, to validate with --valid")
+    elif others:
+        listener.note(f"{folder}: not validated with: {_named(folder, others)}")
+    return taken
+
+
+def _named(folder: Path, paths: Sequence[Path]) -> str:
+    shown = [os.path.relpath(path, folder) for path in paths[:_NAMED]]
+    more = len(paths) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _below(folder: Path, keep: Path) -> Iterator[Path]:
+    """Files below a directory; not hidden ones, and not what a run in it wrote. Of a saved dataset, its own alone."""
+    def refuse(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", CHECK)
+
+    real = Path(os.path.realpath(folder))
+    seen = {real, *real.parents}  # a link that leads up again would have no end
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = [Path(place, f) for f in sorted(folders) if not f.startswith(".")]
+        folders[:] = [f.name for f in sorted(inside, key=os.path.islink) if not is_run(f, keep) and _is_new(f, seen)]
+        if SAVED in names and (saved := _saved(Path(place))) is not None:
+            folders.clear()
+            yield from saved
+            continue
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _is_new(folder: Path, seen: set[Path]) -> bool:
+    real = Path(os.path.realpath(folder))
+    if real in seen:
+        return False
+    seen.add(real)
+    return True
+
+
+def _saved(folder: Path) -> list[Path] | None:
+    """The files of a dataset that ``save_to_disk`` wrote; None if it is none.
+
+    Raises:
+        UserError: its rows are chosen by an index beside them, as older versions wrote.
+    """
+    try:
+        state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        files = [folder / Path(item["filename"]).name for item in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if state.get("_indices_data_files"):
+        raise UserError(f"{folder} was saved with an index of its rows, which only `datasets` can follow",
+                        "save it again: load_from_disk(…).flatten_indices().save_to_disk(…)")
+    return files
+
+
+def is_run(folder: Path, keep: Path) -> bool:
+    """Whether a directory is that of a run, or of the tokens in it, or ``keep``."""
+    if folder.name == "tokens" and (folder.parent / "report.json").exists():  # of a run's data, the rows once more
+        return True
+    return folder.resolve() == keep.resolve() or (folder / "manifest.json").exists() and (folder / "data").is_dir()
+
+
+def passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
+    """What is said of files that are no data by their names."""
+    others = [path for path in there if path not in set(taken)]
+    endings = ", ".join(sorted({path.name if describes_data(path) else path.suffix or "without an ending"
+                                for path in others})[:5])
+    return f"; {counted(len(others), 'other')} passed over ({endings})" if others else ""
+
+
+# --- splits
+
+def _of_split(folder: Path, paths: Sequence[Path], held_out: bool) -> tuple[list[Path], list[Path]]:
+    """The files to learn from, or to validate with, and the others."""
+    splits = {path: _split(path.relative_to(folder)) for path in paths}
+    there = set(splits.values())
+    if there <= {None, "train"} or len(there) == 1:
+        return list(paths), []
+    if held_out:
+        wanted: set[str | None] = {"validation" if "validation" in there else "test"}
+    elif wanted := there & {None, "train"}:
+        pass
+    else:
+        raise UserError(f"{folder} has no files for training, only for {' and '.join(sorted(filter(None, there)))}",
+                        "name the files that are meant")
+    return [p for p in paths if splits[p] in wanted], [p for p in paths if splits[p] not in wanted]
+
+
+def _split(path: Path) -> str | None:
+    """The part of a dataset that a path below its directory names: a folder does, else the file."""
+    for part in path.parts:
+        for split, words in _SPLITS.items():
+            if re.search(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)", part.lower()):
+                return split
+    return None

@@ -1,0 +1,29 @@
+"""What a file's name says about its content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TSV
+from gemma_tune.data.reading.text import compression
+
+KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET, ".arrow": ARROW}
+AS_TEXT = ('plain text is learned from rows such as {"text": "…"}, one on each line of a .jsonl file; '
+           "a table in a .txt file is read with --delimiter")
+SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, and beside its splits
+# Files that describe a dataset, in its repository or beside what `datasets` has saved.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", DICT)
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of source that a name promises; None for one that promises none."""
+    if compression(path):
+        path = path.with_suffix("")
+    return KINDS.get(path.suffix.lower())
+
+
+def describes_data(path: Path) -> bool:
+    """Whether a file is about a dataset, and holds none of its rows."""
+    if path.name == SAVED:
+        return path.with_name("dataset_info.json").exists()
+    return path.name in _DESCRIPTIONS or path.name.startswith("cache-") and path.suffix == ".arrow"

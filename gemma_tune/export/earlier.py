@@ -1,0 +1,61 @@
+"""Files that an earlier export left beside those of the last one, and whether they are of the same merged model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.manifest import Manifest
+
+_KEPT = ("file", "bytes", "ollama_name", "loses")  # of a format's figures
+
+
+def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What lies in the run's ollama/ from earlier exports, by number format, for the manifest.
+
+    Args:
+        quants: the formats that are exported now.
+
+    Returns:
+        For each file: its name and size, ``merged``, the sha256 of the merged model that it was made from, and
+        ``stale``: whether that is another one by now. Both are None of a file that no export recorded.
+    """
+    record = manifest.stages.get("export-ollama")
+    known: dict[str, Mapping[str, Any]] = {}
+    if record:
+        source = record["inputs"].get("merged", {}).get("sha256")
+        known = {**record["summary"].get("earlier", {}), **{
+            quant: {**figures, "merged": source} for quant, figures in record["summary"].get("quants", {}).items()}}
+    current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")
+    found, beginning = {}, f"{run.model_name}-"
+    for path in sorted(run.ollama.glob("*.gguf")):
+        quant = path.stem.removeprefix(beginning)
+        if quant in {*quants} or path.name.startswith("."):
+            continue
+        figures = known.get(quant, {})
+        merged = figures.get("merged")
+        kept = {key: figures[key] for key in _KEPT if key in figures}
+        found[quant] = {**kept, "file": path.name, "bytes": path.stat().st_size, "merged": merged,
+                        "stale": None if merged is None else merged != current}
+    return found
+
+
+def leftover_modelfiles(run: RunDir, current: Iterable[Path]) -> list[str]:
+    """Names of Modelfiles of earlier exports."""
+    return sorted(path.name for path in {*run.ollama.glob("Modelfile*")} - {*current})
+
+
+def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Iterable[str]) -> str | None:
+    """What to do about files of an earlier merged model; None if there are none."""
+    stale = [quant for quant, figures in earlier.items() if figures["stale"]]
+    if not stale:
+        return None
+    files = [earlier[quant]["file"] for quant in stale]
+    again = command("export-ollama", run.root, "--quant", ",".join(dict.fromkeys([*current, *stale])))
+    remove = shlex.join(["rm", *(str(run.ollama / name) for name in files)])
+    return (f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} of an earlier merged model: make "
+            f"{'it' if len(files) == 1 else 'them'} again ({again}), or remove {'it' if len(files) == 1 else 'them'} "
+            f"({remove})")

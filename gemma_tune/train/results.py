@@ -1,0 +1,75 @@
+"""What a training leaves behind: the adapter as others read it, and the picture of its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.files import replacing_directory
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.lora.layers import TOWERS, trained_weights
+from gemma_tune.run.session import Session
+
+
+def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) -> None:
+    """Standard PEFT directory with tokenizer, chat template and generation settings, replaced as a whole.
+
+    Raises:
+        WorkFailed: weights that are not finite.
+    """
+    import torch
+
+    bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if bad:
+        raise WorkFailed(f"{len(bad)} tensors of the trained adapter are not finite ({bad[0]}, …); it was not saved",
+                         "train again with a lower --learning-rate, or with --dtype fp32")
+    _name_for_others(model, session)
+    with replacing_directory(place) as folder:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False,
+                              state_dict=trained_weights(model))
+        chat.tokenizer.save_pretrained(folder)
+        generation = model.get_base_model().generation_config
+        generation.eos_token_id = chat.stop_ids
+        # Not save_pretrained: it refuses settings that many published models have, such as top_p without do_sample.
+        (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
+        (folder / "README.md").write_text(_card(session), encoding="utf-8")
+
+
+def _card(session: Session) -> str:
+    base = session.model
+    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, sft, gemma-tune]\n---\n\n"
+            f"# {base.name}: LoRA adapter\n\nTrained with gemma-tune on {base.id}"
+            f"{f' at {base.revision}' if base.revision else ''}; the settings are in the run's manifest.json. "
+            "The chat template in this directory is the one used in training.\n")
+
+
+def _name_for_others(model: Any, session: Session) -> None:
+    """adapter_config.json in the form that other programs expect: short layer names, the base model's public id.
+
+    Only at the end: PEFT asks the hub about a base model with a hub id whenever it saves a checkpoint.
+    """
+    peft_config = model.peft_config["default"]
+    if not any(TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
+        # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
+        peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
+    peft_config.base_model_name_or_path = session.model.id
+    peft_config.revision = session.model.revision
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,71 @@
+"""The steps of a training from the first evaluation to the last, and what to type where they end too early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import Interrupted, UserError
+from gemma_tune.models.load import is_out_of_memory, out_of_memory
+from gemma_tune.run.session import Session
+from gemma_tune.train import processes
+from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
+
+
+def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    """Evaluate, train, evaluate; figures for the summary."""
+    evaluates = trainer.eval_dataset is not None
+    try:
+        with trainer.fast(session.config.compile):
+            if checkpoint is None and processes.is_main():  # only now: what can fail at once has not
+                clear(session.run.checkpoints)
+            if evaluates and checkpoint is None:
+                trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
+            if log.first_step < trainer.args.max_steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:  # it was interrupted after the last step: all that is missing is the adapter
+                trainer.state.global_step = trainer.state.max_steps = log.first_step
+                _load_trained(trainer.model, checkpoint)
+            if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+                raise _stopped(session, trainer.state)
+            if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
+                trainer.evaluate()
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise _with_less(session, out_of_memory(e)) from e
+        raise
+    losses = [r["loss"] for r in log.records if "loss" in r]
+    evals = {r["step"]: r["eval_loss"] for r in log.records if "eval_loss" in r}
+    last = trainer.state.global_step
+    return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
+            "train_loss_last": losses[-1] if losses else None,
+            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(last),
+            "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
+            "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step}
+
+
+def _stopped(session: Session, state: Any) -> Interrupted:
+    # Repeated with --force, the same command would start anew.
+    how = "to go on from there: " if session.force else "repeat the same command to go on from there, or: "
+    return Interrupted(f"stopped at step {state.global_step} of {state.max_steps}; it is saved", how + _finish(session))
+
+
+def _finish(session: Session, **other: Any) -> str:
+    """The command that goes on with this training, perhaps with other settings that change nothing of its result."""
+    return command_to_finish(session.run.checkpoints, session.config.as_dict() | other)
+
+
+def _with_less(session: Session, problem: UserError) -> UserError:
+    """The same problem, with the command that goes on from a checkpoint, where there is one."""
+    if not unfinished(session.run.checkpoints, session.manifest.finished_training):
+        return problem
+    return UserError(problem.message, f"{problem.hint}; with the first two it goes on from "
+                                      f"{whole(session.run.checkpoints)[-1].name}: "
+                                      + _finish(session, micro_batch=1, activation_checkpointing=True))
+
+
+def _load_trained(model: Any, checkpoint: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))

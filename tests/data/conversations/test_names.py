@@ -1,0 +1,90 @@
+"""Other names for what a row holds: aliases that are read by themselves, and names that the user gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from support.rows import answer, user
+
+TURNS = [user("Sky?"), answer("Blue.")]
+PIRATE = {"role": "system", "content": "Speak like a pirate."}
+ROWS = {
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]},
+    "alpaca": {"instruction": "Sky?", "output": "Blue."},
+    "prompt-completion": {"prompt": "Sky?", "completion": "Blue."},
+    "gemini": {"contents": [{"role": "user", "parts": [{"text": "Sky?"}]}, {"role": "model", "parts": [{"text": "Blue."}]}]},
+}
+
+
+def read(row, columns=None, **how):
+    return Formats(None, columns or {}, None, **how).example(row)
+
+
+def problems(row, **how):
+    with pytest.raises(RowError) as caught:
+        read(row, **how)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("format", ROWS)
+def test_a_rows_system_text_is_read_in_every_format(format, name):
+    example = read(ROWS[format] | {name: PIRATE["content"]})
+    assert (example.format, example.messages) == (format, [PIRATE, *TURNS])
+    assert example.unread == ()
+
+
+def test_a_rows_system_text_beside_one_of_its_turns():
+    assert read({"messages": [PIRATE, *TURNS], "system_prompt": PIRATE["content"]}).messages == [PIRATE, *TURNS]
+    [problem] = problems({"messages": [PIRATE, *TURNS], "system_prompt": "Be brief."})
+    assert problem.code == "system_inside" and "`system_prompt`" in problem.reason
+    [problem] = problems({"messages": TURNS, "system_prompt": "Be brief.", "system": "Be long."})
+    assert "`system` and `system_prompt`" in problem.reason
+
+
+def test_context_and_earlier_turns_of_instructions():
+    row = {"instruction": "Who?", "context": "Ann sings.", "output": "Ann."}
+    assert read(row).messages == [user("Who?\n\nAnn sings."), answer("Ann.")]
+    assert read({**row, "context": None, "passage": "Ann sings."}).messages == [user("Who?\n\nAnn sings."), answer("Ann.")]
+    row = {"instruction": "Sky?", "output": "Blue.", "chat_history": [["Hi", "Hello"]]}
+    assert read(row).messages == [user("Hi"), answer("Hello"), *TURNS]
+
+
+def test_context_beside_a_prompt_is_not_guessed_at():
+    [problem] = problems({"prompt": "Who?", "context": "Ann sings.", "completion": "Ann."})
+    assert "`context`" in problem.reason
+    assert "--columns user=prompt,assistant=completion,context=context" in problem.fix
+    named = {"user": "prompt", "assistant": "completion", "context": "context"}
+    assert read({"prompt": "Who?", "context": "Ann sings.", "completion": "Ann."}, named).messages == [
+        user("Who?\n\nAnn sings."), answer("Ann.")]
+
+
+@pytest.mark.parametrize("beside", ["label", "answer", "summary", "target", "completion"])
+def test_a_text_beside_what_may_be_its_answer_is_asked_about(beside):
+    [problem] = problems({"text": "Buy now", beside: "spam"})
+    assert f"`{beside}`" in problem.reason
+    assert f"--columns user=text,assistant={beside}" in problem.fix and "--format text" in problem.fix
+    example = read({"text": "Buy now", beside: "spam"}, {"user": "text", "assistant": beside})
+    assert example.messages == [user("Buy now"), answer("spam")]
+    example = Formats("text", {}, None).example({"text": "Buy now", beside: "spam"})
+    assert example.text == "Buy now" and [item.name for item in example.unread] == [beside]
+
+
+def test_roles_and_keys_that_the_user_names():
+    turns = [{"speaker": "kunde", "utterance": "Sky?"}, {"speaker": "berater", "utterance": "Blue."}]
+    how = {"roles": {"kunde": "user", "berater": "assistant"}, "turn_keys": {"role": "speaker", "content": "utterance"}}
+    assert read({"messages": turns}, **how).messages == TURNS
+    assert read({"dialogue": turns}, {"turns": "dialogue"}, **how).messages == TURNS
+    assert read({"dialogue": json.dumps(turns)}, {"turns": "dialogue"}, **how).messages == TURNS
+
+
+def test_messages_about_names_say_how_to_give_them():
+    [problem, *_] = problems({"messages": [{"role": "kunde", "content": "Sky?"}, answer("Blue.")]})
+    assert "'kunde'" in problem.reason and "--roles kunde=" in problem.fix
+    [problem, *_] = problems({"messages": [{"speaker": "user", "utterance": "Sky?"}, {"speaker": "assistant", "utterance": "B"}]})
+    assert "--turn-keys role=speaker,content=utterance" in problem.fix

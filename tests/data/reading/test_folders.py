@@ -1,0 +1,278 @@
+"""Directories as they really are: saved datasets, snapshots of the Hub, links, pointers, and files without rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from gemma_tune.base.errors import BAD_INPUT, UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.data.reading.sources import find_sources, read_blocks, source_of
+from support.command import rows, write_rows
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+TABLE = pa.table({"n": list(range(25)), "messages": [[{"role": "user", "content": f"q{n}"}] for n in range(25)]})
+VALUES = TABLE.to_pylist()
+
+
+class Said(Listener):
+    def __init__(self):
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def found(*names: str, said: Listener | None = None, **how: Any) -> list[str]:
+    return [source.name for source in find_sources(names, Path("keep"), said, **how)]
+
+
+def refused(*names: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        [values(name) for name in found(*names)]
+    assert caught.value.hint and caught.value.exit_code == BAD_INPUT
+    return caught.value
+
+
+def values(name: str, size: int = 1 << 20) -> list[Any]:
+    return [row.value for block in read_blocks(source_of(Path(name)), size) for row in block.rows()]
+
+
+def touch(*names: str, text: str = '{"a": 1}') -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+
+
+def arrow(name: str, table: pa.Table = TABLE, kind: Any = pa.ipc.new_stream) -> Path:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    with kind(name, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    return Path(name)
+
+
+def saved(folder: str, files: int = 1, **state: Any) -> None:
+    """A dataset as ``save_to_disk`` writes it."""
+    names = [f"data-{n:05}-of-{files:05}.arrow" for n in range(files)]
+    for name in names:
+        arrow(f"{folder}/{name}")
+    Path(folder, "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], **state}))
+    Path(folder, "dataset_info.json").write_text("{}")
+    arrow(f"{folder}/cache-1234.arrow")
+
+
+# --- Arrow
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_files_and_streams(kind, monkeypatch):
+    path = arrow("rows.arrow", kind=kind)
+    for size in (1, 200, 1 << 20):
+        assert values("rows.arrow", size) == VALUES
+    blocks = [(block.first, block.done) for block in read_blocks(source_of(path), 200)]
+    assert len(blocks) == 5 and blocks[-1][1] == 1.0 and blocks == sorted(blocks)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    [source] = find_sources(["-"], Path("keep"))
+    assert source.kind == "arrow" and source.path.suffix == ".arrow"
+    Path("rows.arrow").rename("rows.jsonl")
+    assert "let its name end in .arrow" in refused("rows.jsonl").hint
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-60], lambda b: b"", lambda b: b"no arrow at all", lambda b: b[:100]])
+def test_arrow_that_is_damaged(kind, damage):
+    path = arrow("bad.arrow", kind=kind)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="^bad.arrow is not an Arrow file, or damaged: .+"):
+        values("bad.arrow")
+
+
+def test_arrow_without_rows_and_compressed():
+    arrow("none.arrow", TABLE.slice(0, 0))
+    with pytest.raises(UserError, match="^none.arrow is empty$"):
+        values("none.arrow")
+    import gzip
+
+    Path("rows.arrow.gz").write_bytes(gzip.compress(arrow("rows.arrow").read_bytes()))
+    assert values("rows.arrow.gz") == VALUES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_file_whose_name_is_no_text_is_read(cli, tiny, ending):
+    from pyarrow import parquet
+
+    table = pa.table({"q": [f"q{n}" for n in range(9)], "a": [f"a{n}" for n in range(9)]})
+    if ending == "arrow":
+        arrow("x", table)
+    elif ending == "parquet":
+        parquet.write_table(table, "x")
+    elif ending == "csv":
+        Path("x").write_text("q,a\n" + "".join(f"q{n},a{n}\n" for n in range(9)))
+    else:
+        write_rows(Path("x"), table.to_pylist())
+    name = os.fsdecode(b"caf\xe9." + ending.encode())
+    os.rename("x", name)
+    for named in (name, "."):
+        done = cli("prepare", named, "--columns", "user=q,assistant=a", "--model", tiny, "--run", "run", "--json", "--force")
+        assert done.code == 0, done.err
+        assert done.json["summary"]["rows"] == 9
+
+
+# --- saved datasets
+
+def test_what_datasets_has_saved_is_read_as_its_rows(cli, tiny):
+    import datasets
+
+    datasets.Dataset.from_list(rows(30)).save_to_disk("saved", num_shards=2)
+    done = cli("prepare", "saved", "--model", tiny, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["summary"]["rows"], done.json["summary"]["rejected_rows"]) == (30, 0)
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(12)), "test": datasets.Dataset.from_list(rows(30)[20:])})
+    both.save_to_disk("both")
+    done = cli("prepare", "both", "--valid", "both/test", "--run", "r", "--model", tiny, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["summary"]["train_rows"], done.json["summary"]["valid_rows"]) == (12, 10)
+    assert "not trained on" in done.err and "test/data-00000-of-00001.arrow" in done.err
+
+
+def test_a_saved_dataset_is_its_own_files_alone():
+    saved("data/one", files=2)
+    said = Said()
+    assert found("data", said=said) == ["data/one/data-00000-of-00002.arrow", "data/one/data-00001-of-00002.arrow"]
+    assert said.notes == ["data: 2 data files"]
+    assert found("data/one/*") == found("data")
+    for name in ("data/one/state.json", "data/one/dataset_info.json", "data/one/cache-1234.arrow"):
+        error = refused(name)
+        assert error.message == f"{name} describes a dataset and holds none of its rows"
+        assert error.hint == "name its directory, data/one, or its data files"
+    Path("data/one/data-00001-of-00002.arrow").unlink()
+    assert refused("data").message == "there is no file data/one/data-00001-of-00002.arrow"
+    saved("old", _indices_data_files=[{"filename": "indices.arrow"}])
+    assert "with an index of its rows" in refused("old").message and "flatten_indices" in refused("old").hint
+
+
+def test_a_state_json_of_somebody_else_is_data():
+    touch("data/state.json", "data/rows.jsonl")
+    assert found("data") == ["data/rows.jsonl", "data/state.json"]
+
+
+# --- snapshots and splits
+
+def test_a_downloaded_dataset_is_its_training_files():
+    touch("d/README.md", "d/dataset_infos.json", "d/data/train-00000-of-00002.jsonl", "d/data/train-00001-of-00002.jsonl",
+          "d/data/test-00000-of-00001.jsonl", "d/data/validation-00000-of-00001.jsonl", "d/.cache/huggingface/train.jsonl")
+    said = Said()
+    training = ["d/data/train-00000-of-00002.jsonl", "d/data/train-00001-of-00002.jsonl"]
+    assert found("d", said=said) == training
+    assert said.notes == ["d: 2 data files; 2 others passed over (.md, dataset_infos.json)"]
+    [warning] = said.warnings
+    assert "not trained on" in warning
+    assert "data/test-00000-of-00001.jsonl, data/validation-00000-of-00001.jsonl" in warning and "--valid" in warning
+    assert found("d", held_out=True) == ["d/data/validation-00000-of-00001.jsonl"]
+    assert found("d/data/test-*") == ["d/data/test-00000-of-00001.jsonl"], "asked for"
+
+
+@pytest.mark.parametrize(("names", "training", "validation"), [
+    (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+    (["chats.jsonl", "my_eval.jsonl"], ["chats.jsonl"], ["my_eval.jsonl"]),
+    (["train/a.jsonl", "dev/a.jsonl", "test/a.jsonl"], ["train/a.jsonl"], ["dev/a.jsonl"]),
+    (["train/test cases.jsonl", "TEST/x.jsonl"], ["train/test cases.jsonl"], ["TEST/x.jsonl"]),
+    (["test.jsonl", "sub/test-2.jsonl"], ["sub/test-2.jsonl", "test.jsonl"], ["sub/test-2.jsonl", "test.jsonl"]),
+    (["latest.jsonl", "contest.jsonl", "developers.jsonl"], None, None),
+    (["train.jsonl", "more.jsonl"], None, None)])
+def test_files_for_tests_are_not_learned_unasked(names, training, validation):
+    touch(*(f"d/{name}" for name in names))
+    assert found("d") == [f"d/{name}" for name in training or sorted(names)]
+    assert found("d", held_out=True) == [f"d/{name}" for name in validation or sorted(names)]
+
+
+def test_a_directory_may_have_nothing_for_training():
+    touch("d/test.jsonl", "d/dev.jsonl")
+    assert refused("d").message == "d has no files for training, only for test and validation"
+
+
+def test_a_directory_below_one_that_is_called_test_is_no_test():
+    touch("test/rows.jsonl", "test/more.jsonl")
+    assert len(found("test")) == 2
+
+
+def test_the_data_of_a_run_is_its_rows_not_their_tokens(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert Path("runs/tiny-gemma/data/tokens/train.arrow").exists()
+    names = found("runs/tiny-gemma/data")
+    assert "runs/tiny-gemma/data/train.jsonl" in names and not [name for name in names if name.endswith(".arrow")]
+
+
+# --- links
+
+def test_directories_behind_links_are_followed_once():
+    touch("real/a.jsonl", "real/deep/b.jsonl", "data/c.jsonl", ".hidden/e.jsonl")
+    os.symlink("../real", "data/link")
+    os.symlink("../real/deep", "data/again")
+    os.symlink("..", "real/up")  # to a directory above what is searched
+    os.symlink("../data", "real/round")
+    os.symlink("self", "data/self")
+    os.symlink("../.hidden", "data/seen")
+    assert sorted(os.path.realpath(name) for name in found("data")) == sorted(
+        os.path.realpath(name) for name in ("data/c.jsonl", "real/a.jsonl", "real/deep/b.jsonl", ".hidden/e.jsonl"))
+    assert len(found("data")) == 4
+    os.symlink("data", "whole")
+    assert len(found("whole")) == 4
+
+
+def test_a_link_that_leads_nowhere_is_said():
+    touch("data/a.jsonl")
+    os.symlink("gone.jsonl", "data/b.jsonl")
+    assert refused("data").message == "there is no file data/b.jsonl"
+
+
+# --- no rows
+
+def test_git_lfs_pointers_are_told_from_data(monkeypatch):
+    names = ["d/a.jsonl", "d/b.parquet", "d/c.csv.gz", "d/e.arrow"]
+    Path("d").mkdir()
+    for name in names:
+        Path(name).write_bytes(POINTER)
+    error = refused("d")
+    assert error.message == "4 data sources cannot be read"
+    assert error.problems[0].startswith("d/a.jsonl is a Git LFS pointer, which only says where the file is (fetch the file itself: `git lfs pull`")
+    assert "git lfs pull" in refused(names[1]).hint
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(POINTER)))
+    assert refused("-").message.startswith("standard input is a Git LFS pointer")
+    assert not list(Path("keep").glob("*"))
+
+
+@pytest.mark.parametrize("text", ["Once upon a time.\nThe end.\n", "\n# Notes\n\n- one, two\n", "- {\"a\": 1}\n"])
+@pytest.mark.parametrize("name", ["book.txt", "book.md", "book"])
+def test_plain_text_is_told_from_rows(text, name):
+    touch(name, text=text)
+    error = refused(name)
+    assert error.message == f"{name} is plain text, and has no rows"
+    assert '{"text": "…"}' in error.hint and "--delimiter" in error.hint
+
+
+def test_rows_in_a_file_of_another_name_are_rows():
+    write_rows(Path("rows.txt"), rows(3))
+    assert values("rows.txt") == rows(3)
+    touch("mixed.txt", text='a comment\n{"a": 1}\n')
+    assert values("mixed.txt") == ["a comment", {"a": 1}]
+    touch("d/book.txt")
+    assert '{"text": "…"}' in refused("d").hint
+
+
+def test_standard_input_may_be_plain_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once upon a time.\n")))
+    [source] = find_sources(["-"], Path("keep"))
+    with pytest.raises(UserError, match="^<stdin> is plain text, and has no rows$"):
+        list(read_blocks(source))

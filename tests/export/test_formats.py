@@ -1,0 +1,150 @@
+"""Number formats that lose what was learned are marked and not proposed; what earlier exports left is named."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.export.quant_loss import Loss
+from support.ollama import LoopbackOllama
+
+OLLAMA = Path("runs/tiny-gemma/ollama")
+
+
+@pytest.fixture
+def merged(cli, trained):
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    return trained
+
+
+@pytest.fixture
+def export(cli):
+    return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
+
+
+@pytest.fixture
+def measured(cli, merged, monkeypatch):
+    """``export-ollama`` with formats of a known loss, after a training that gained ln 4 nats."""
+    from gemma_tune.export import checks
+
+    manifest = json.loads((merged / "manifest.json").read_text())
+    manifest["stages"]["train"]["summary"] |= {"eval_loss_before": math.log(40), "eval_loss_after": math.log(10)}
+    (merged / "manifest.json").write_text(json.dumps(manifest))
+    perplexities = {"f16": 10.0, "q8_0": 10.1, "q4_k_m": 20.0, "q4_0": 92.2}
+    monkeypatch.setattr(checks, "measure", lambda model, rows, files, *args, **more: {
+        quant: Loss(perplexities[quant], 0.0, 1.0, 100) for quant in ("f16", *files)})
+    return functools.partial(cli, "export-ollama", "--no-verify")
+
+
+@pytest.mark.parametrize(("perplexity", "gain", "said"), [
+    (10.4, 0.01, None), (10.6, 0.01, "loses all that was learned"), (20.0, math.log(4), "loses 50% of what was learned"),
+    (13.9, math.log(4), None), (14.3, math.log(4), "loses 26% of what was learned"), (9.0, math.log(4), None),
+    (92.2, 1.0, "loses all that was learned"), (12.4, None, None), (92.2, None, "predicts 822% worse than f16")])
+def test_what_a_format_loses(perplexity, gain, said):
+    from gemma_tune.export.worth import what_it_loses
+
+    assert what_it_loses(Loss(perplexity, 0.0, 1.0, 100), Loss(10.0, 0.0, 1.0, 100), gain) == said
+
+
+def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, cli):
+    result = measured("--quant", "q4_k_m,q8_0,q4_0", "--json")
+    assert result.code == 0, result.err
+    quants = result.json["summary"]["quants"]
+    assert {quant: figures.get("loses") for quant, figures in quants.items()} == {
+        "q4_k_m": "loses 50% of what was learned", "q8_0": None, "q4_0": "loses all that was learned"}
+    assert result.json["next"] == [f"ollama create tiny-gemma-tuned:q8_0 -f {OLLAMA}/Modelfile-q8_0",
+                                   "ollama run tiny-gemma-tuned:q8_0"]
+    assert result.json["elsewhere"] == [f"llama-cli -m {OLLAMA}/tiny-gemma-q8_0.gguf"]
+    assert result.json["name"] == "tiny-gemma-tuned:q8_0"
+    said = " ".join(result.err.split())  # however wide the terminal is
+    for line in ("q8_0 0 MB, perplexity +1.0% against f16, tiny-gemma-tuned:q8_0",
+                 "q4_k_m 0 MB, perplexity +100.0% against f16, loses 50% of what was learned, tiny-gemma-tuned:q4_k_m",
+                 "! q4_0 loses all that was learned: choose a format of more bits"):
+        assert line in said, result.err
+    assert "**q4_0 loses all that was learned**" in (OLLAMA / "report.md").read_text()
+    again = measured("--quant", "q4_k_m,q8_0,q4_0")
+    assert "up to date" in again.err and "loses 50% of what was learned" in " ".join(again.err.split())
+
+
+def test_if_all_are_bad_another_is_proposed(measured):
+    result = measured("--quant", "q4_0", "--json")
+    assert result.json["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0"]
+    assert result.json["elsewhere"] == []
+    assert "what it costs" in result.err and "loses all that was learned" in result.err
+    with LoopbackOllama() as server:
+        created = measured("--quant", "q4_0", "--host", server.url, "--json")
+    assert created.json["created"] is True
+    assert created.json["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0"]
+
+
+def test_the_end_of_run_has_every_format(measured, cli, merged, monkeypatch):
+    from gemma_tune.cli import console
+    from gemma_tune.run.stage import StageReport
+
+    summary = measured("--quant", "q8_0,q4_k_m", "--json").json["summary"]
+    train = {"steps": 1, "tokens_per_second": 1.0, "dtype": "fp32", "device": "cpu"}
+    reports = {name: StageReport(name, "done", merged, figures, {}, 0.0) for name, figures in (
+        ("train", train), ("merge", {"bytes": 5}), ("export-ollama", summary))}
+    with console.screen.err.capture() as captured:
+        console.run_summary(reports, ())
+    for text in ("GGUF: q8_0, 0 MB", "GGUF: q4_k_m, 0 MB, perplexity +100.0% against f16, loses 50%"):
+        assert text in captured.get()
+
+
+def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(cli, export, merged):
+    from gemma_tune.cli.status import describe_run
+
+    assert export("--quant", "q8_0,q4_0").code == 0
+    one = export("--quant", "q8_0", "--json")
+    assert one.code == 0, one.err
+    earlier = one.json["summary"]["earlier"]
+    assert list(earlier) == ["q4_0"] and earlier["q4_0"]["file"] == "tiny-gemma-q4_0.gguf"
+    assert earlier["q4_0"]["stale"] is False
+    assert "q4_0 0 MB, from an earlier export" in " ".join(one.err.split())
+    status = cli("status", "--json")
+    assert status.json["earlier_exports"]["q4_0"]["stale"] is False
+    assert cli("merge", "--dtype", "fp32", "--no-check").code == 0
+    later = export("--quant", "q8_0", "--json")
+    assert later.json["summary"]["earlier"]["q4_0"]["stale"] is True
+    said = " ".join(later.err.split())
+    assert "tiny-gemma-q4_0.gguf is of an earlier merged model" in said
+    assert "gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0,q4_0" in said
+    assert f"rm {OLLAMA}/tiny-gemma-q4_0.gguf" in said
+    assert "from an earlier export, of an earlier merged model: stale" in said
+    assert "tiny-gemma-q4_0.gguf (of an earlier merged model)" in (OLLAMA / "report.md").read_text()
+    [row] = [row for row in describe_run("runs/tiny-gemma", None).rows if row[0] == "export-ollama"]
+    assert row[3].endswith("; from an earlier export: ollama/tiny-gemma-q4_0.gguf (stale)")
+    (OLLAMA / "tiny-gemma-q4_0.gguf").unlink()
+    gone = export("--quant", "q8_0", "--json")
+    assert gone.json["status"] == "up-to-date" and "earlier" not in gone.json["summary"]
+    assert "earlier merged model" not in gone.err
+
+
+def test_a_file_that_no_export_recorded_is_called_so(cli, export, merged):
+    OLLAMA.mkdir()
+    (OLLAMA / "own.gguf").write_bytes(b"GGUF")
+    result = export("--quant", "q8_0", "--json")
+    assert result.json["summary"]["earlier"]["own"] | {"bytes": 4} == {
+        "file": "own.gguf", "bytes": 4, "merged": None, "stale": None}
+    assert "not recorded by any export" in result.err
+
+
+@pytest.mark.parametrize(("change", "known"), [
+    (lambda stages: None, True),
+    (lambda stages: stages["merge"]["inputs"].update(outside_adapter={}), False),
+    (lambda stages: stages["prepare"]["outputs"]["valid_rows"].update(sha256="other"), False),
+    (lambda stages: stages["train"]["summary"].update(eval_loss_after=9.0), False),
+    (lambda stages: stages.pop("train"), False)])
+def test_what_the_training_gained(merged, change, known):
+    from types import SimpleNamespace
+
+    from gemma_tune.export.worth import gained
+
+    stages = json.loads((merged / "manifest.json").read_text())["stages"]
+    stages["train"]["summary"] |= {"eval_loss_before": 4.0, "eval_loss_after": 3.0}
+    change(stages)
+    assert gained(SimpleNamespace(manifest=SimpleNamespace(stages=stages))) == (1.0 if known else None)

@@ -1,0 +1,37 @@
+"""The compute type on a CPU: by what the processor has, the same each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma_tune.models import placement
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Another processor, as PyTorch describes it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return lambda **has: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+
+
+@pytest.mark.parametrize(("has", "dtype", "named"), [
+    ({"avx512_bf16": True}, torch.bfloat16, "AVX512-BF16"), ({"amx_bf16": True}, torch.bfloat16, "AMX-BF16"),
+    ({"avx2": True, "amx_bf16": False}, torch.float32, "no instructions for bf16")])
+def test_known_instructions_decide_and_nothing_is_measured(processor, monkeypatch, has, dtype, named):
+    monkeypatch.setattr(placement, "bf16_speed", lambda: pytest.fail("measured"))
+    processor(architecture="x86_64", **has)
+    chosen = placement.choose_placement("auto")
+    assert chosen.dtype == dtype and named in chosen.reason
+
+
+@pytest.mark.parametrize(("ratio", "dtype"), [(1.1, torch.float32), (1.4, torch.float32), (3.3, torch.bfloat16)])
+def test_where_they_are_not_known_only_a_wide_lead_counts(processor, monkeypatch, ratio, dtype):
+    monkeypatch.setattr(placement, "bf16_speed", lambda: ratio)
+    processor(architecture="aarch64")
+    assert placement.choose_placement("auto").dtype == dtype
+
+
+def test_the_measurement_is_a_ratio():
+    assert 0.01 < placement.bf16_speed(rounds=2) < 100
