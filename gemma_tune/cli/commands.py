@@ -223,8 +223,8 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
 
 @app.command(cls=Command)
-def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o.Json = False,
-           debug: o.Debug = False) -> None:
+def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify: o.VerifyFiles = False,
+           json: o.Json = False, debug: o.Debug = False) -> None:
     """What a run has, what is stale, and what to type next.
 
     Reads the manifest and the files it names. Writes nothing, but for the new time stamps of a run that was copied.
@@ -233,7 +233,7 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, json: o
     """
     from gemma_tune.cli.status import describe_run
 
-    found = describe_run(run, model)
+    found = describe_run(run, model, verify)
     console.status_table(f"{found.root} · {found.model}", found.rows)
     screen.err.print(f"next: {found.next_step}", markup=False)
     if json:

@@ -52,6 +52,8 @@ Run = Annotated[Optional[str], typer.Option(
     show_default=False)]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Run even if the result is up to date.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
+VerifyFiles = Annotated[bool, typer.Option(
+    "--verify", help="Read every file and compare its sha256; otherwise size and time stamp are compared first.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
 ConfigFile = Annotated[Optional[Path], typer.Option(
     "--config", help="YAML file with settings (sections: prepare, train, …); flags win over it.", show_default=False)]

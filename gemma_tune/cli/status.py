@@ -35,8 +35,11 @@ class RunStatus:
                 "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
 
 
-def describe_run(run: str | None, model_id: str | None) -> RunStatus:
+def describe_run(run: str | None, model_id: str | None, verify: bool = False) -> RunStatus:
     """State of every stage, and the next command.
+
+    Args:
+        verify: read every file instead of comparing sizes and time stamps.
 
     Raises:
         UserError: no run there, or a damaged manifest.
@@ -55,7 +58,7 @@ def describe_run(run: str | None, model_id: str | None) -> RunStatus:
     rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
-        state = state or state_of(paths, manifest, stage)
+        state = state or state_of(paths, manifest, stage, verify)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         if stage == "export-ollama" and record:

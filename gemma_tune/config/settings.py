@@ -149,7 +149,7 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     """Settings that an earlier result was asked for with, where nothing is said now: their values by name.
 
     Not those that leave the result as it is, nor what it is compared with: they belong to the command that they were
-    given to.
+    given to. Nor a model, whose place is recorded relative to the run: the stage takes it up again itself.
 
     Args:
         before: as :meth:`Resolved.record` wrote it.
@@ -157,7 +157,7 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     kinds, kept = types_of(type(resolved.config)), {}
     for f in dataclasses.fields(resolved.config):
         earlier = before.get(f.name, {"from": "default"})
-        passing = f.metadata.get("same_result") or f.metadata.get("check")
+        passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
         if not passing and earlier["from"] not in NOT_GIVEN and resolved.origins[f.name] in NOT_GIVEN:
             kept[f.name] = converted(kinds[f.name], earlier["value"])
     return kept

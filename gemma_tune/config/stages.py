@@ -279,7 +279,7 @@ class MergeConfig(StageConfig):
                                  auto="the run's own")
     base: str | None = option(None, "The 16-bit model to merge into, where the run's own is quantised, or where "
                                     "--adapter names none that is here: as --model, or ID@REVISION.",
-                              auto="the run's own model")
+                              auto="the run's own model", kept_by_stage=True)
     dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
                                auto="each tensor's own in the base")
     max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")

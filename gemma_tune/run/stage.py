@@ -66,12 +66,16 @@ class State:
     reason: str = ""
 
 
-def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
-    """Compare what the manifest says of a stage with what lies on the disk."""
+def state_of(run: RunDir, manifest: Manifest, stage: str, verify: bool = False) -> State:
+    """Compare what the manifest says of a stage with what lies on the disk.
+
+    Args:
+        verify: read every file, also those whose size and time stamp are as they were.
+    """
     record = manifest.stages.get(stage)
     if record is None:
         return State("missing")
-    if damage := _damage(run, stage, record["outputs"]):
+    if damage := _damage(run, stage, record["outputs"], verify):
         return State("damaged", damage)
     if record["base"] != manifest.model["fingerprint"]:
         return State("stale", "the base model changed")
@@ -81,15 +85,15 @@ def state_of(run: RunDir, manifest: Manifest, stage: str) -> State:
             current = manifest.stages.get(maker[0], {}).get("outputs", {}).get(maker[1])
             if current is None or current["sha256"] != item["sha256"]:
                 return State("stale", f"`{maker[0]}` has run again with another result since")
-            upstream = state_of(run, manifest, maker[0])
+            upstream = state_of(run, manifest, maker[0], verify)
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item)):
+        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item, verify)):
             return State("stale", f"{path.name} {change}")
     return State("done")
 
 
-def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any]) -> str | None:
+def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], verify: bool) -> str | None:
     read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
     if unnamed := sorted(read_by_others - outputs.keys()):
         return f"the manifest does not name its {', '.join(unnamed)}"
@@ -99,15 +103,15 @@ def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any]) -> str | None:
             continue
         if not path.exists():
             return f"{item['path']} is gone"
-        if change := _change(run, path, item):
+        if change := _change(run, path, item, verify):
             return f"{item['path']} {change}"
     return None
 
 
-def _change(run: RunDir, path: Path, item: dict[str, Any]) -> str | None:
+def _change(run: RunDir, path: Path, item: dict[str, Any], verify: bool = False) -> str | None:
     """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
     try:
-        found = describe(run, path, item)
+        found = describe(run, path, None if verify else item)
     except OSError as e:
         return f"cannot be read: {e.strerror}"
     if found["sha256"] != item["sha256"]:

@@ -359,3 +359,15 @@ def test_a_reader_that_has_seen_enough_is_no_fault_of_ours(trained):
     done = subprocess.run(["bash", "-c", f"printf 'a\\nb\\nc\\n' | {sys.executable} -m gemma_tune chat --run {trained} "
                                          "-n 200 -q | head -c 1"], capture_output=True, text=True, timeout=120)
     assert "unexpected" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_status_reads_the_files_when_it_is_asked_to(cli, trained):
+    """Bits that changed on the disk leave size and time stamp as they were."""
+    weights = trained / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    assert cli("status", "--verify", "--json").json["stages"]["train"]["state"] == "done"
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+    assert "was changed" in cli("status", "--verify", "--json").json["stages"]["train"]["state"]

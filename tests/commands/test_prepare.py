@@ -309,7 +309,7 @@ def test_white_space_that_the_template_leaves_out_is_told_of(prepare, tiny):
     assert learned(format_of(tiny)) == [["A loan.<end_of_turn>"], *[["return 1<end_of_turn>"]] * 2]
     assert "in 3 rows the chat template leaves out white space at the beginning or end of a text" in done["err"]
     assert "the first is rows.jsonl:2" in done["err"]
-    assert "in 1 rows a text begins or ends with white space, which the chat template keeps" in done["err"]
+    assert "in 1 row a text begins or ends with white space, which the chat template keeps" in done["err"]
     assert report()["white_space_left_out"] == {"rows": 3, "first": "rows.jsonl:2"}
     assert [r["line"] for r in read("duplicates")] == [3]
 
