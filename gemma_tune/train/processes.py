@@ -204,7 +204,8 @@ def leave() -> None:
     torch.distributed.destroy_process_group()
     _store.set(f"left {here.rank}", "")
     if here.rank == 0:  # the store ends with this process, so it goes last
-        _until(lambda: _store.check([f"left {rank}" for rank in range(here.count)]), 5)
+        # Longer than a moment: where nothing is left to do, the others may still be importing.
+        _until(lambda: _store.check([f"left {rank}" for rank in range(here.count)]), GRACE)
     _store = None
 
 
