@@ -90,6 +90,19 @@ def trained(trained_once, tmp_path, tiny) -> Path:
     return copied_run(trained_once, tmp_path, tiny)
 
 
+@pytest.fixture
+def merged(cli, trained):
+    """A run up to the merged model."""
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    return trained
+
+
+@pytest.fixture
+def export(cli):
+    """``export-ollama`` without the checks that load models, which have tests of their own."""
+    return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
+
+
 @pytest.fixture(scope="session")
 def talkative(tmp_path_factory) -> Path:
     """A tiny base model that answers each prompt with other nonsense.

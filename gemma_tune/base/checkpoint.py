@@ -51,3 +51,9 @@ def generation_settings(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise UserError(f"{path} holds no settings", "copy it again from the base model")
     return own
+
+
+def unfit_keys(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """``missing``, ``unexpected`` or ``mismatched``, and the tensor, from what Transformers says of its loading."""
+    return [(kind, key) for kind in ("missing", "unexpected", "mismatched")
+            for key in sorted(map(str, info[f"{kind}_keys"]))]

@@ -21,6 +21,16 @@ def loads(text: str) -> Any:
     return _whole(_decoder, text)
 
 
+def list_in(value: Any) -> Any:
+    """The list that a text holds as JSON, as tables have lists; anything else as it is: a text may be any JSON, too."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return loads(value)
+        except ValueError:
+            return value
+    return value
+
+
 def row(text: str) -> Any:
     """As :func:`loads`; a member of the outermost object that is NaN, as data frames write what is missing, is None."""
     try:

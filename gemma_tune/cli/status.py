@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.export.earlier import earlier_formats
-from gemma_tune.run.directory import RunDir, command, find_run
+from gemma_tune.run.directory import RunDir, command, describe, find_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, read_manifest
-from gemma_tune.run.stage import OUTSIDE, State, keep_stamps, state_of
+from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 
@@ -54,11 +55,12 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
+    look = _read_once() if verify else describe
     earlier: dict[str, Any] = {}
     rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
-        state = state or state_of(paths, manifest, stage, verify)
+        state = state or state_of(paths, manifest, stage, look)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         if stage == "export-ollama" and record:
@@ -74,6 +76,12 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     if owner:
         next_step = f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier)
+
+
+def _read_once() -> Look:
+    """As ``describe``, but every file is read, and once: a stage is also looked at for each of those after it."""
+    read = functools.cache(describe)
+    return lambda run, path, item: read(run, path)
 
 
 def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
@@ -60,8 +61,7 @@ def refuse_what_is_left_out(model: Any, info: Mapping[str, Any], file: GgufFile)
     Raises:
         UserError: all those tensors.
     """
-    problems = [f"{kind.replace('_keys', '')}: {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-                for key in sorted(map(str, info[kind]))]
+    problems = [f"{kind}: {key}" for kind, key in unfit_keys(info)]
     problems += [f"not read: {name}" for name in _unread(model, file)]
     if problems:
         more = len(problems) - _SHOWN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.base.checkpoint import read_config
+from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import importing
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -73,9 +73,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}",
                         "check that the checkpoint is whole; download it again if not") from e
-    problems = [f"{kind.replace('_', ' ')}: {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-                for key in sorted(map(str, info[kind]))]
-    if problems:
+    if problems := [f"{kind} keys: {key}" for kind, key in unfit_keys(info)]:
         raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
     return model
 

@@ -66,16 +66,20 @@ class State:
     reason: str = ""
 
 
-def state_of(run: RunDir, manifest: Manifest, stage: str, verify: bool = False) -> State:
+Look = Callable[[RunDir, Path, Mapping[str, Any]], dict[str, Any]]  # what lies there, see ``run.directory.describe``
+
+
+def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe) -> State:
     """Compare what the manifest says of a stage with what lies on the disk.
 
     Args:
-        verify: read every file, also those whose size and time stamp are as they were.
+        look: what lies there now, from the run, the path and what the manifest says of it; as a rule a file is not read
+            whose size and time stamp are as they were.
     """
     record = manifest.stages.get(stage)
     if record is None:
         return State("missing")
-    if damage := _damage(run, stage, record["outputs"], verify):
+    if damage := _damage(run, stage, record["outputs"], look):
         return State("damaged", damage)
     if record["base"] != manifest.model["fingerprint"]:
         return State("stale", "the base model changed")
@@ -85,15 +89,15 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, verify: bool = False) 
             current = manifest.stages.get(maker[0], {}).get("outputs", {}).get(maker[1])
             if current is None or current["sha256"] != item["sha256"]:
                 return State("stale", f"`{maker[0]}` has run again with another result since")
-            upstream = state_of(run, manifest, maker[0], verify)
+            upstream = state_of(run, manifest, maker[0], look)
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item, verify)):
+        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
     return State("done")
 
 
-def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], verify: bool) -> str | None:
+def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> str | None:
     read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
     if unnamed := sorted(read_by_others - outputs.keys()):
         return f"the manifest does not name its {', '.join(unnamed)}"
@@ -103,15 +107,15 @@ def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], verify: bool) -
             continue
         if not path.exists():
             return f"{item['path']} is gone"
-        if change := _change(run, path, item, verify):
+        if change := _change(run, path, item, look):
             return f"{item['path']} {change}"
     return None
 
 
-def _change(run: RunDir, path: Path, item: dict[str, Any], verify: bool = False) -> str | None:
+def _change(run: RunDir, path: Path, item: dict[str, Any], look: Look) -> str | None:
     """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
     try:
-        found = describe(run, path, None if verify else item)
+        found = look(run, path, item)
     except OSError as e:
         return f"cannot be read: {e.strerror}"
     if found["sha256"] != item["sha256"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import sys
@@ -16,19 +15,6 @@ from support.command import QUICK, rows, write_rows
 from support.gguf import LlamaCpp
 from support.modelfile import parse_modelfile
 from support.ollama import LoopbackOllama
-
-
-@pytest.fixture
-def merged(cli, trained):
-    """A run up to the merged model."""
-    assert cli("merge", "--no-check", "--run", trained).code == 0
-    return trained
-
-
-@pytest.fixture
-def export(cli):
-    """``export-ollama`` without the checks that load models, which have tests of their own."""
-    return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
 
 
 def remember(run: Path, stage: str, name: str) -> None:

@@ -371,3 +371,15 @@ def test_status_reads_the_files_when_it_is_asked_to(cli, trained):
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
     assert "was changed" in cli("status", "--verify", "--json").json["stages"]["train"]["state"]
+
+
+def test_status_reads_each_file_once(cli, trained, monkeypatch):
+    """A stage is looked at again for each of those that follow it."""
+    from gemma_tune.base import files
+
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    read, plain = [], files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or plain(path))
+    assert cli("status", "--verify", "--json").json["stages"]["merge"]["state"] == "done"
+    weights = [path for path in read if path.name == "adapter_model.safetensors"]
+    assert len(weights) == len(set(weights)) == 1

@@ -16,17 +16,6 @@ OLLAMA = Path("runs/tiny-gemma/ollama")
 
 
 @pytest.fixture
-def merged(cli, trained):
-    assert cli("merge", "--no-check", "--run", trained).code == 0
-    return trained
-
-
-@pytest.fixture
-def export(cli):
-    return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
-
-
-@pytest.fixture
 def measured(cli, merged, monkeypatch):
     """``export-ollama`` with formats of a known loss, after a training that gained ln 4 nats."""
     from gemma_tune.export import checks

@@ -22,24 +22,11 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.hub.access import HubError
 from gemma_tune.merge.push import _xet_reports, check_push, push_folder
 from support.hub import LoopbackHub
+from support.listener import Said
 
 ID = "tester/tiny-tuned"
 TOKEN = "hf_" + "T" * 34
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md")
-
-
-class Said(Listener):
-    """Everything that was reported."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: list[tuple[str, int, int]] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        self.steps.append((task, done, total))
 
 
 @pytest.fixture

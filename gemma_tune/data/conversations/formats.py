@@ -205,7 +205,7 @@ def _unknown(row: Fields) -> Problem:
 
 def _beside_text(row: Fields) -> Problem | None:
     """The question that a text raises beside which there is something that may be its answer, or its prompt."""
-    text, label = _column(row, ("text",)), _filled(row, (*_ANSWERS, *_LABELS))
+    text, label = _column(row, ("text",)), _column(row, (*_ANSWERS, *_LABELS), any_value=True)
     system = _column(row, layouts.SYSTEMS)
     if text is None or label is None and system is None or _column(row, _QUESTIONS) not in (None, text):
         return None
@@ -219,13 +219,8 @@ def _beside_text(row: Fields) -> Problem | None:
                    f"use --columns {named}, or --format text to learn the text alone")
 
 
-def _filled(row: Fields, names: Collection[str]) -> str | None:
-    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and value is not None}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _column(row: Fields, names: Collection[str]) -> str | None:
-    """The first column with one of the names, in any case, that holds text or a whole number."""
-    by_name = {key.lower(): key for key, value in row.items()
-               if isinstance(key, str) and isinstance(value, (str, int)) and not isinstance(value, bool)}
+def _column(row: Fields, names: Collection[str], *, any_value: bool = False) -> str | None:
+    """The first column with one of the names, in any case, that holds text or a whole number, or anything at all."""
+    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and (
+        value is not None if any_value else isinstance(value, (str, int)) and not isinstance(value, bool))}
     return next((by_name[name] for name in names if name in by_name), None)

@@ -69,7 +69,7 @@ def said(where: str, value: Any, problems: list[Problem]) -> Any:
 
 def turn_list(value: Any) -> Any:
     """A list of turns that a table holds as JSON text; anything else as it is, for a text may be any JSON, too."""
-    found = _json_list(value)
+    found = strict_json.list_in(value)
     turns = isinstance(found, list) and found and all(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found)
     return found if turns else value
@@ -79,15 +79,6 @@ def is_conversation(value: Any) -> bool:
     """Whether a row is nothing but its list of turns."""
     return isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn)
                                            for turn in value)
-
-
-def _json_list(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return strict_json.loads(value)
-        except ValueError:
-            return value
-    return value
 
 
 def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) -> Any:
@@ -149,7 +140,7 @@ def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
 def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, Any]]:
     """Earlier turns of a row: pairs of a question and its answer, or turns."""
     name = next((name for name in HISTORIES if row.get(name) is not None), "history")
-    pairs = _json_list(row.get(name))
+    pairs = strict_json.list_in(row.get(name))
     if pairs in (None, "", []):
         return []
     if problem := python_list(f"`{name}`", pairs):
@@ -211,13 +202,13 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
 
 def is_history(value: Any) -> bool:
     """Whether a column of that name is a list, and so holds earlier turns, or is one as Python shows it."""
-    past = _json_list(value)
+    past = strict_json.list_in(value)
     return isinstance(past, list) or python_list("", past) is not None
 
 
 def _named_turns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
     key, tools = names["turns"], row.get(names["tools"]) if "tools" in names else declared(row)
-    turns = _json_list(row.get(key))
+    turns = strict_json.list_in(row.get(key))
     if "system" in names:
         return Draft(with_system(turns, {"system": row.get(names["system"])}, problems), key, tools)
     return Draft(with_system(turns, row, problems), key, tools)

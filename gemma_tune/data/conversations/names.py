@@ -33,12 +33,7 @@ class Names:
         return {**row, **{key: self._list(row[key]) for key in (*_LISTS, self.turns) if key in row}}
 
     def _list(self, value: Any) -> Any:
-        found = value
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                found = strict_json.loads(value)
-            except ValueError:
-                return value
+        found = strict_json.list_in(value)
         turns = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
         return [self._turn(turn) for turn in found] if turns else value
 

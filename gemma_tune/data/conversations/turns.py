@@ -29,7 +29,7 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_PLAIN = ({"role", "content"}, {"from", "value"})
+PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def conversation(messages: Any, problems: list[Problem], key: str = "messages") -> list[Turn]:
@@ -104,7 +104,7 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
     if name == "function_call":
         turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
         content = ""
-    if message.keys() not in _PLAIN:
+    if message.keys() not in PLAIN:
         _extras(number, message, turn, problems)
     _content(number, content, turn, problems)
     return turn

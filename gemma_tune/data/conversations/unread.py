@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.preference import PAIRS
-from gemma_tune.data.conversations.turns import CALLS, REASONING, ROLES
+from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
 
 
 class Unread(NamedTuple):
@@ -38,7 +38,6 @@ _SECOND = {"response": "output", "functions": "tools", "chat_history": "history"
 _OF_EVERY_TURN = frozenset(("role", "from", "content", "value", "tool_responses", *CALLS, *MARKS))
 _OF_TURNS = {"assistant": _OF_EVERY_TURN | set(REASONING), "tool": _OF_EVERY_TURN | {"tool_call_id", "name"}}
 _SECOND_OF_TURNS = {"value": "content", "from": "role"}
-_PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def of_row(row: Mapping[str, Any], format: str, columns: Mapping[str, str], turns: Any = ()) -> tuple[Unread, ...]:
@@ -54,7 +53,7 @@ def of_row(row: Mapping[str, Any], format: str, columns: Mapping[str, str], turn
         names |= _seconds(row, read, _SECOND)
     found = [Unread("column", name, row[name]) for name in row if name in names and _holds(row[name])] if names else []
     for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict) and turn.keys() not in _PLAIN:
+        if isinstance(turn, dict) and turn.keys() not in PLAIN:
             found += _of_turn(turn)
     return tuple(found)
 

@@ -14,21 +14,10 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading.sources import find_sources, read_blocks, source_of
+from support.listener import Said
 
 same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=[
     HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-class Said(Listener):
-    def __init__(self):
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 def read(content: str | bytes, name: str, said: Listener | None = None, delimiter: str | None = None) -> list[Any]:

@@ -16,22 +16,11 @@ from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading.sources import find_sources, read_blocks, source_of
 from support.command import rows, write_rows
+from support.listener import Said
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 TABLE = pa.table({"n": list(range(25)), "messages": [[{"role": "user", "content": f"q{n}"}] for n in range(25)]})
 VALUES = TABLE.to_pylist()
-
-
-class Said(Listener):
-    def __init__(self):
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 def found(*names: str, said: Listener | None = None, **how: Any) -> list[str]:

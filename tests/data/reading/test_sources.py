@@ -30,6 +30,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading import json_rows, json_window
 from gemma_tune.data.reading.sources import Row, Source, find_sources, read_blocks, source_of
 from support.hub import LoopbackHub
+from support.listener import Said
 
 # The same examples every time. To look for more, raise max_examples and leave derandomize out.
 same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=[
@@ -443,14 +444,6 @@ def tree() -> None:
         Path(name).write_text("{}")
 
 
-class Notes(Listener):
-    def __init__(self):
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def found(*names: str) -> list[tuple[str, str]]:
     return [(source.name, source.kind) for source in find_sources(names, Path("data/keep"))]
 
@@ -470,7 +463,7 @@ def test_directories_are_searched_for_data(tree):
     assert found("data") == found("data/") == ALL
     assert [name for name, _ in found("data/deep", "one.jsonl")] == ["data/deep/c.tsv.gz", "data/deep/d.parquet", "one.jsonl"]
     assert found("data/runs/x/data") == [("data/runs/x/data/train.jsonl", "jsonl-or-json")]  # asked for by name
-    notes = Notes()
+    notes = Said()
     find_sources(["data", "one.jsonl"], Path("data/keep"), notes)
     assert notes.notes == ["data: 4 data files; 1 other passed over (.md)"]
 
@@ -607,7 +600,7 @@ def hub_rows(name: str, notes: Listener | None = None) -> list[Row]:
 
 def test_a_dataset(hub):
     commit = hub.add_repo(f"datasets/{ID}", repository(Path("repo"), train=chats(30), test=chats(2)))
-    notes = Notes()
+    notes = Said()
     found = hub_rows(f"hf:{ID}", notes)
     assert found == [Row(f"hf:{ID}:train", n + 1, value) for n, value in enumerate(chats(30))]
     assert notes.notes == [f"hf:{ID}:train: 30 rows of commit {commit[:12]}"]
@@ -642,7 +635,7 @@ def test_without_a_connection_the_commit_of_before_is_used(hub, monkeypatch):
     hub.commit(f"datasets/{ID}", repository(Path("newer"), train=chats(4)))
     hub_rows(f"hf:{ID}@main")  # the newest in the cache is another commit
     hub.fail("/", 503)
-    notes = Notes()
+    notes = Said()
     assert [row.value for row in hub_rows(f"hf:{ID}", notes)] == chats(3)
     assert "503" in notes.notes[0] and f"commit {first[:12]} is used, as before" in notes.notes[0]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
