@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _SIZES = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 _SHOWN = 20  # problems
+_STRINGS = [9, 8]  # GGUF's types: an array of strings
 WHOLE = "copy or download the file again"
 REPOSITORY = "name the model's Hugging Face repository instead of its GGUF file"
 
@@ -202,8 +205,37 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 def read_once() -> Iterator[None]:
     """Transformers' loader reads a file three times, a vocabulary entry at a time, each as a mapped file of its own.
 
-    For the 262,144 entries of Gemma 3 that took a minute. What is read stays the same.
+    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every module.
+    What is read stays the same.
     """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    open_reader, readers = _reader_class(), {}
+    parsed: dict[int, tuple[Any, Any]] = {}  # the part is kept, so that no other one gets its id
+
+    def reader(path: Any) -> gguf.GGUFReader:
+        file = Path(path).resolve()  # by a link to it, or by its own name
+        if file not in readers:
+            readers[file] = open_reader(path)
+        return readers[file]
+
+    def parse(value: Any, kinds: Any) -> Any:
+        if id(value) not in parsed:
+            parsed[id(value)] = value, value.tobytes().decode() if kinds is _STRINGS else plain_parse(value, kinds)
+        return parsed[id(value)][1]
+
+    plain_reader, plain_parse, plain_names = gguf.GGUFReader, loader._gguf_parse_value, gguf.get_tensor_name_map
+    gguf.GGUFReader, loader._gguf_parse_value = reader, parse
+    gguf.get_tensor_name_map = functools.cache(plain_names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, loader._gguf_parse_value, gguf.get_tensor_name_map = plain_reader, plain_parse, plain_names
+
+
+def _reader_class() -> type:
+    """gguf's reader, which walks an array in one loop instead of a call, and several of numpy's, for every entry."""
     import gguf
     import numpy as np
 
@@ -212,16 +244,23 @@ def read_once() -> Iterator[None]:
             self.data = self.data.view(np.ndarray)
             return super()._build_fields(offs, count)
 
-    readers: dict[Path, Reader] = {}
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            parts, offs, types = [kind, count], orig_offs + 12, [raw_type, int(kind[0])]
+            if kind[0] == gguf.GGUFValueType.STRING:
+                data, length_at, types = self.data, struct.Struct("<Q").unpack_from, _STRINGS
+                for _ in range(int(count[0])):
+                    start = offs + 8
+                    offs = start + length_at(data, offs)[0]
+                    parts.append(data[start:offs])
+            elif (number := self.gguf_scalar_to_np.get(kind[0])) is not None:
+                numbers = self._get(offs, number, count[0])
+                offs += numbers.nbytes
+                parts += [[n] for n in numbers.tolist()]
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            return offs - orig_offs, parts, list(range(2, len(parts))), types
 
-    def reader(path: Any) -> Reader:
-        file = Path(path).resolve()  # by a link to it, or by its own name
-        if file not in readers:
-            readers[file] = Reader(path)
-        return readers[file]
-
-    plain, gguf.GGUFReader = gguf.GGUFReader, reader
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = plain
+    return Reader

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def fast_layers(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         How many layers of each kind were replaced.
     """
     with contextlib.ExitStack() as undo:
-        counts = {"adapters": _replace_adapters(model, undo, _fused), "norms": _replace_norms(model, undo),
+        counts = {"adapters": _replace_adapters(model, undo), "norms": _replace_norms(model, undo),
                   "rotations": _replace_rotations(model, undo)}
         _replace_attention(undo)
         yield counts
@@ -132,15 +133,43 @@ def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
     """Compile the decoder's layers with ``torch.compile`` while the context lasts; the first steps then take long.
 
     The layers share one compilation per kind, which is why each is compiled by itself. Norms and rotations stay as
-    they are, since the compiler fuses them; adapters multiply in the compute type, as :class:`LoraLinear` does.
+    they are, since the compiler fuses them; adapters multiply in the compute type, as :class:`LoraLinear` does. What
+    goes into the first layer takes part in the backward pass as what goes into the others does, since the first would
+    be compiled a second time otherwise.
     """
-    layers = model.get_base_model().get_decoder().layers
+    from peft.tuners.lora import LoraLayer
+
     with contextlib.ExitStack() as undo:
-        _replace_adapters(model, undo, _plain)
-        for layer in layers:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and _dense(layer) is not None:
+                undo.callback(setattr, layer, "__class__", type(layer))
+                layer.__class__ = _seen_through(type(layer))
+        for layer in _decoder_layers(model):
             undo.callback(setattr, layer, "_compiled_call_impl", None)
             layer.compile(dynamic=True)
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, ids, out: out.requires_grad_() if torch.is_grad_enabled() else out)
+        undo.callback(hook.remove)
         yield
+
+
+@contextlib.contextmanager
+def not_compiled(model: torch.nn.Module) -> Iterator[None]:
+    """In place of compiled layers the fast ones while the context lasts, as for a validation.
+
+    Without gradients each layer would be compiled once more, and torch gives up after eight times.
+    """
+    layers = [(layer, layer._compiled_call_impl) for layer in _decoder_layers(model)]
+    with contextlib.ExitStack() as undo:
+        for layer, compiled in layers:
+            undo.callback(setattr, layer, "_compiled_call_impl", compiled)
+            layer._compiled_call_impl = None
+        undo.enter_context(fast_layers(model))
+        yield
+
+
+def _decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    return model.get_base_model().get_decoder().layers
 
 
 def worth_compiling(before: float, after: float, compiling: float, batches: float) -> tuple[bool, str]:
@@ -176,14 +205,13 @@ def _set(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
-def _replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack, by: Callable) -> int:
-    """Compute with ``by(layer, dense, x)``, where ``dense`` gives the base weight."""
+def _replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack) -> int:
     from peft.tuners.lora import LoraLayer
 
     count = 0
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and (dense := _dense(layer)) is not None:
-            _set(undo, layer, "forward", partial(_adapted, layer, layer.forward, partial(by, layer, dense)))
+            _set(undo, layer, "forward", partial(_adapted, layer, layer.forward, partial(_fused, layer, dense)))
             count += 1
     return count
 
@@ -225,12 +253,22 @@ def _fused(layer: Any, dense: Callable[[], torch.Tensor], x: torch.Tensor) -> to
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _plain(layer: Any, dense: Callable[[], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The same in operations that a compiler can see through."""
-    name = layer.active_adapters[0]
-    a, b = layer.lora_A[name].weight.to(x.dtype), (layer.lora_B[name].weight * layer.scaling[name]).to(x.dtype)
-    linear = torch.nn.functional.linear
-    return layer.get_base_layer()(x) + linear(linear(layer.lora_dropout[name](x), a), b)
+@functools.cache
+def _seen_through(kind: type) -> type:
+    """PEFT's kind of layer with the same in operations that a compiler can see through.
+
+    A class and no function for each layer: by that the compiler would tell the layers apart and compile every one.
+    """
+    class SeenThrough(kind):
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.disable_adapters or self.merged or args or kwargs:
+                return kind.forward(self, x, *args, **kwargs)
+            name = self.active_adapters[0]
+            a, b = self.lora_A[name].weight.to(x.dtype), (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+            linear = torch.nn.functional.linear
+            return self.get_base_layer()(x) + linear(linear(self.lora_dropout[name](x), a), b)
+
+    return SeenThrough
 
 
 # ---- norms and rotations ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from gemma_tune.models.load import is_out_of_memory
 from gemma_tune.train import processes
 from gemma_tune.train.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.train.checkpoints import Training, rotate, seal
-from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
+from gemma_tune.train.kernels import compiled_layers, fast_layers, not_compiled, worth_compiling
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 
@@ -49,7 +49,7 @@ class GemmaTrainer(SFTTrainer):
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.rate = rate
         self.tokens_seen = self.tokens_of_all = 0  # of this process; of all, when log() was called last
-        self.in_step = self.sharded
+        self.in_step, self.compiled = self.sharded, False
         # compute_loss divides by the tokens of the whole effective batch, so the trainer must count them and must
         # not divide by the number of accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -191,6 +191,7 @@ class GemmaTrainer(SFTTrainer):
         if not kept:
             layers.close()
             self.micro_batch = micro_batch
+        self.compiled = kept
         return kept
 
     def _longest_batches_worth(self) -> float:
@@ -259,7 +260,7 @@ class GemmaTrainer(SFTTrainer):
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), not_compiled(self.model) if self.compiled else contextlib.nullcontext():
                 yield
         finally:
             self.model.train(was_training)
