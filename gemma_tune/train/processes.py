@@ -121,6 +121,19 @@ def joined() -> bool:
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
 
+def begin() -> None:
+    """On the main process: there is work, which the others may get ready for."""
+    if joined():
+        _store.set("begun", "")
+
+
+def begun() -> bool:
+    """On another process: whether there is work, as soon as the main one knows."""
+    while not (there := _store.check(["begun"])) and not _store.check(["verdict"]):
+        time.sleep(0.05)
+    return there
+
+
 def share(value: Any) -> None:
     """On the main process: let the others begin, with ``value``, which must be picklable."""
     if joined():

@@ -121,6 +121,8 @@ class _Job:
 
 def follow() -> None:
     """Take part in a training that the main process leads, in :func:`train`; it may find nothing to do."""
+    if not processes.begun():
+        return
     _load_libraries()  # while the main process decides
     job = processes.received()
     if job is not None:
@@ -136,6 +138,7 @@ def _load_libraries() -> None:
 
 
 def _train(session: Session) -> Finished:
+    processes.begin()
     _load_libraries()
     job = _decide(session)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))

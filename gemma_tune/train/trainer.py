@@ -168,7 +168,8 @@ class GemmaTrainer(SFTTrainer):
     def _compile(self, layers: contextlib.ExitStack) -> bool:
         """Put compiled layers in place of the fast ones; False, with nothing in place, where that does not help."""
         from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
         if not hasattr(self.causal_lm.get_decoder(), "layers"):
             layers.close()
@@ -176,12 +177,14 @@ class GemmaTrainer(SFTTrainer):
             return False
         before, micro_batch = self.probe(), self.micro_batch
         layers.close()
-        self.listener.note("compiling the model's layers, which can take some minutes")
-        layers.enter_context(compiled_layers(self.model))
         try:
+            if self.accelerator.device.type == "cpu":
+                get_cpp_compiler()  # it would be missed only after the layers have been traced
+            self.listener.note("compiling the model's layers, which can take some minutes")
+            layers.enter_context(compiled_layers(self.model))
             compiling = self.probe()
             after = self.probe()
-        except (TorchDynamoException, InductorError) as e:
+        except (TorchDynamoException, InductorError, InvalidCxxCompiler) as e:
             layers.close()
             self.micro_batch = micro_batch
             self.listener.warn(f"--compile does not work here, going on without it: {str(e).strip().splitlines()[0]}")
