@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
+from gemma_tune.base.machine import occupy_standard_streams
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import refuse_no_names, resolve
@@ -37,10 +38,11 @@ class Commands(TyperGroup):
     """The command line; where ``accelerate launch`` runs it several times, one process speaks for all."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
-        _occupy_standard_streams()
+        occupy_standard_streams()
         if not processes.is_main():
             screen.mute()
-        typed = {"json": "--json" in (sys.argv[1:] if args is None else args)}
+        words = sys.argv[1:] if args is None else args
+        typed = {"json": "--json" in words}
         try:
             code = super().main(args, *rest, **kwargs | {"standalone_mode": False})
         except typer.Abort:
@@ -50,29 +52,17 @@ class Commands(TyperGroup):
         except Exception as e:
             if not hasattr(e, "format_message"):
                 raise
-            code = _wrong_usage(e, typed)
+            code = _wrong_usage(e, next((word for word in words[:1] if word in self.commands), None), typed)
         sys.exit(code)
 
 
-def _occupy_standard_streams() -> None:
-    """Open what was closed by whoever started this: the next file would get its number, and with it what is printed."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-
-
-def _wrong_usage(e: Any, params: Mapping[str, Any]) -> int:
+def _wrong_usage(e: Any, command: str | None, params: Mapping[str, Any]) -> int:
     """Show what Typer refuses as every other error is shown."""
-    context = getattr(e, "ctx", None)
     if "NoArgs" in type(e).__name__:  # the help has been shown
         return e.exit_code
-    called = context.command_path if context is not None else "gemma-tune"
-    problem = UserError(e.format_message().rstrip("."), f"see `{called} --help`")
-    problem.exit_code = e.exit_code
-    _show(problem, params)
-    return e.exit_code
+    _show(UserError(e.format_message().rstrip("."), f"see `{' '.join(filter(None, ('gemma-tune', command)))} --help`"),
+          params)
+    return UserError.exit_code
 
 
 def _output_is_lost(e: Exception, params: Mapping[str, Any]) -> int:
