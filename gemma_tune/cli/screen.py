@@ -7,7 +7,6 @@ access token. The first are made visible here, and the second are not shown: :cl
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -139,7 +138,7 @@ def require_output() -> None:
         OutputLost: standard output is closed.
     """
     if sys.stdout is None:
-        raise OutputLost(os.strerror(errno.EBADF))
+        raise OutputLost("it is closed")
 
 
 def drop_output() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +69,7 @@ def _output_is_lost(e: Exception, params: Mapping[str, Any]) -> int:
     if not isinstance(e, BrokenPipeError):  # the reader of stdout has seen enough, as `| head` does
         reason = getattr(e, "strerror", None) or e
         _show(WorkFailed(f"standard output cannot be written: {reason}",
-                         "free some space, or write elsewhere; what was finished is kept"), params)
+                         "let it go to a file or a program that takes it; what was finished is kept"), params)
     return WorkFailed.exit_code
 
 
@@ -142,8 +141,9 @@ class Command(TyperCommand):
             if param.name not in _PLACES:  # the system knows those by their bytes
                 ctx.params[param.name] = texts if isinstance(value, list) else texts[0]
         if problems:
+            fault = "are not UTF-8 text" if all("UTF-8" in e.message for e in problems) else "cannot be used"
             raise problems[0] if len(problems) == 1 else UserError(
-                f"{len(problems)} arguments cannot be used", problems[0].hint, [e.message for e in problems])
+                f"{len(problems)} arguments {fault}", problems[0].hint, [e.message for e in problems])
 
     def _takes_part(self, ctx: Any) -> bool:
         """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,6 +187,27 @@ def test_an_answer_cannot_command_the_terminal_and_is_left_alone_elsewhere(monke
     monkeypatch.setattr(sys, "stdout", stdout)
     screen.answer(f"a\n\tb {ESCAPE}")
     assert stdout.getvalue() == ("a\n\tb \\x1b[2J\\x9b31m\u202e" if terminal else f"a\n\tb {ESCAPE}")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_answer_goes_through_there_and_stands_in_json_as_it_is(monkeypatch, as_json):
+    from gemma_tune.cli import chat
+
+    secret = f"{ESCAPE} hf_{'a1' * 10}"
+
+    class Stream(list):
+        def finish(self):
+            return SimpleNamespace(text=secret, tokens=3, ended=True)
+
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(chat, "answers", lambda conversation, prompts: [(p, Stream([secret])) for p in prompts])
+    chat.one_by_one(SimpleNamespace(which="m"), [secret], as_json)
+    written = stdout.getvalue()
+    if as_json:
+        assert json.loads(written) == {"tokens": 3, "ended": True, "model": "m", "prompt": secret, "answer": secret}
+    assert "\x1b" not in written and "hf_a1" in written
 
 
 def test_json_is_the_same_content_without_characters_that_act(capsys):
