@@ -127,10 +127,9 @@ class Command(TyperCommand):
             if not isinstance(value, str | Path | list):
                 continue
             environment = getattr(ctx.get_parameter_source(param.name), "name", "") == "ENVIRONMENT"
-            called = param.opts[0] if param.opts[0].startswith("-") else param.name.upper()
-            called = str(param.envvar) if environment else called
+            called = str(param.envvar) if environment else param.opts[0]
             try:
-                if param.name in (*_PLACES, "data", "revision"):
+                if param.name in (*_PLACES, "revision"):
                     refuse_no_names({called: value})
                 if param.name in _FILES:
                     continue

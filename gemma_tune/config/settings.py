@@ -234,7 +234,7 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
         return f"{f.name}: expected a list of text, found {shown(other[0])} in it"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{f.name}: {value} is not a finite number"
-    if not f.metadata.get("prose") and (problem := no_name(value)):
+    if not (f.metadata.get("prose") or f.metadata.get("files")) and (problem := no_name(value)):
         return f"{f.name}: {problem}"
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
