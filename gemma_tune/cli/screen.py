@@ -44,6 +44,16 @@ class _Screen(Console):
             renderable = renderable.blank_copy(text)
         return super().render(renderable, options)
 
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As Rich's; a line that finds no room, in a log on a full disk, is no reason to lose the work."""
+        try:
+            super().print(*objects, **how)
+        except OSError as e:
+            if isinstance(e, BrokenPipeError):
+                raise
+            with contextlib.suppress(OSError), self.capture():
+                pass  # which clears what Rich would keep for the next attempt, and with it every later line
+
 
 def _readable(text: str) -> str:
     return visible(redact(text))

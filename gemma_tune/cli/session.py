@@ -109,7 +109,8 @@ class Command(TyperCommand):
             raise typer.Exit(problem.exit_code)
         screen.unmute()
         if ctx.params.get("debug"):
-            screen.err.print("".join(traceback.format_exception(shown)), markup=False)
+            with contextlib.suppress(OSError):
+                screen.err.print("".join(traceback.format_exception(shown)), markup=False)
         _show(_without_force(shown, self.name, ctx.params), ctx.params)
         raise typer.Exit(shown.exit_code)
 

@@ -67,6 +67,21 @@ def test_commands_without_a_result_on_standard_output_do_without_it(with_stdout,
     assert with_stdout(None, "status")[0] == 0 and with_stdout(None, "merge", "--no-check")[0] == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize(("args", "code", "key"), [(["status"], 0, "run"), (["merge", "--run", "no", "--debug"], 2, "error")])
+def test_a_log_on_a_full_disk_loses_no_result(trained, args, code, key):
+    from gemma_tune.cli.commands import app
+
+    result = io.StringIO()
+    with (open("/dev/full", "wb", buffering=0) as full, contextlib.redirect_stdout(result),
+          contextlib.redirect_stderr(io.TextIOWrapper(full, write_through=True)), pytest.raises(SystemExit) as left):
+        app([*args, "--json"], prog_name="gemma-tune")
+    assert (left.value.code or 0) == code and key in json.loads(result.getvalue())
+    with contextlib.redirect_stderr(io.StringIO()) as later:
+        screen.err.print("later")
+    assert later.getvalue() == "later\n"
+
+
 def test_a_reader_that_has_gone(with_stdout, trained):
     reader, writer = os.pipe()
     os.close(reader)
