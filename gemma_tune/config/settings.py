@@ -52,7 +52,7 @@ class StageConfig:
 
 
 C = TypeVar("C", bound=StageConfig)
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN; one that others may have seen is better replaced"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN; replace a token that others may have seen"
 NOT_GIVEN = ("default", "family")  # origins of settings that nobody gave
 
 
