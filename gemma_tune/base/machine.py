@@ -29,3 +29,12 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+def occupy_standard_streams() -> None:
+    """Open what was closed by whoever started this: the next file would get its number, and with it what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number

@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
+from gemma_tune.cli.screen import Text
 
 
 class ConsoleListener(Listener):
@@ -103,9 +103,9 @@ class ConsoleListener(Listener):
 
     def _advance(self, task: str, done: int, total: int, fields: str = "") -> None:
         if self._bar is None:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                                 TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=screen.err,
-                                 transient=True)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+                                 MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+                                 console=screen.err, transient=True)
             self._bar.start()
         if task not in self._tasks:
             self._tasks[task] = self._bar.add_task(task, total=total, figures=fields)
@@ -181,7 +181,7 @@ def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
         table.add_column(column, overflow="fold")
     styles = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
     for stage, state, ended, where in rows:
-        table.add_row(stage, Text(state, style=styles.get(state.split(":")[0], "")), ended, Text(where))
+        table.add_row(stage, Text(state, style=styles.get(state.split(":")[0], "")), Text(ended), Text(where))
     screen.err.print(table)
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, shown, size_in_bytes
-from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
+from gemma_tune.config.settings import StageConfig, converted, no_name, option, problem_of, types_of
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
@@ -49,7 +49,8 @@ class PrepareConfig(StageConfig):
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
-                                       "prepared from before, else the built-in financial analysis example.")
+                                       "prepared from before, else the built-in financial analysis example.",
+                                   files=True)  # which are judged by what lies there
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
                                           "user=question,assistant=answer,system=persona,context=passage "
@@ -62,7 +63,7 @@ class PrepareConfig(StageConfig):
                                             "role=speaker,content=utterance.", auto="the usual names")
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
-                                   auto="found in each file")
+                                   auto="found in each file", prose=True)
     take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
                               choices=("chosen",), auto="refuse them")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
@@ -251,7 +252,7 @@ class ChatConfig(SamplingConfig, StageConfig):
     """Settings of ``chat``."""
 
     section: ClassVar[str] = "chat"
-    system: str | None = option(None, "System prompt to start with.", auto="none")
+    system: str | None = option(None, "System prompt to start with.", auto="none", prose=True)
     base: bool = option(False, "Answer with the untuned base model instead.")
     merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
     seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
@@ -305,9 +306,9 @@ class ExportConfig(StageConfig):
                                         "own.", choices=QUANTS, auto="by the model's size")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
     system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
-                                auto="the data's, where every conversation has the same one")
+                                auto="the data's, where every conversation has the same one", prose=True)
     parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
-                                            "repeated.", auto="the base model's own sampling settings")
+                                            "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
                                                                                 "length in training")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
@@ -318,14 +319,13 @@ class ExportConfig(StageConfig):
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
-                              same_result=True)
+                              same_result=True, address=True)
 
 
 CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
-_PROSE = ("system", "parameter")  # settings whose texts may have several lines
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
@@ -351,6 +351,8 @@ def _yaml_problems(content: Mapping[str, Any]):
         if key in TEXTS:
             if not isinstance(section, str):
                 yield f"{key}: expected text, found {shown(section)}"
+            elif problem := no_name(section):
+                yield f"{key}: {problem}"
             elif _CONTROL.search(section):
                 yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
@@ -366,8 +368,7 @@ def _yaml_problems(content: Mapping[str, Any]):
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
-                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value) if len(text) > 1):
-                    # A sign by itself is meant: a tab between columns.
+                elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):
                     yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
 
 

@@ -90,7 +90,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
 
 
 def _create(session: Session, server: Server, target: Target, gguf: Path) -> None:
-    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.url}")
+    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
                         session.listener.progress)
 

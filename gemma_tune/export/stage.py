@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, sync, write_atomic
+from gemma_tune.base.secrets import place_of
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
@@ -79,7 +80,7 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
     url = ollama.ollama_host({"OLLAMA_HOST": config.host} if config.host else os.environ)
     server = None if config.create is False else ollama.find_server(url)
     if config.create and server is None:
-        raise WorkFailed(f"no Ollama server answers at {url}",
+        raise WorkFailed(f"no Ollama server answers at {place_of(url)}",
                          f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
     return server
 

@@ -16,7 +16,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
+from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
@@ -79,6 +79,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     content = load_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
     cls = CONFIGS[stage]
     _refuse_unknown(cls, settings)
+    refuse_no_names({"run": run, "model": model, "revision": revision})
     # Settings are checked before a model is looked for, which can mean a download.
     asked = resolve(cls, settings, content.get(stage)).config
     wanted, revision = model or content.get("model"), revision or content.get("revision")

@@ -16,6 +16,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors
+from gemma_tune.base.secrets import redacted
 from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result
 from gemma_tune.run.directory import RunDir, command, describe, now
 from gemma_tune.run.lock import Lock
@@ -200,7 +201,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
             "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
             "config": session.resolved.record(), "inputs": fingerprints,
             "outputs": {name: describe(run, path) for name, path in finished.outputs.items()},
-            "summary": finished.summary,
+            "summary": redacted(finished.summary),
         }
         manifest.save(run)
     return _report(session, stage, "done", time.monotonic() - clock)
