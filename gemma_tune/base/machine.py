@@ -29,3 +29,8 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 # What is nested deeper cannot be relied on to be written again: Python's encoder stops at its recursion limit.
@@ -62,6 +63,24 @@ def _with_nan(text: str) -> tuple[Any, int]:
 
     decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer)
     return _whole(decoder, text), len(found)
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; other than in rows, NaN and infinities are numbers (configurations have them).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8, not JSON (``JSONDecodeError``), no object, or nested too deeply.
+    """
+    return whole_object(path.read_bytes())
+
+
+def whole_object(data: bytes) -> dict[str, Any]:
+    """The object that bytes of UTF-8 are; raises the ValueErrors of :func:`object_in`."""
+    value = _whole(_lenient, data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("it holds no object")
+    return value
 
 
 def decode(text: str, at: int) -> tuple[Any, int]:
@@ -160,4 +179,5 @@ def _short(text: str) -> str:
 
 
 _decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
+_lenient = json.JSONDecoder()
 _finder = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)  # takes every number

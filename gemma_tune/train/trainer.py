@@ -20,8 +20,8 @@ from trl import SFTTrainer
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.lora.layers import trained_weights
-from gemma_tune.models.load import is_out_of_memory
 from gemma_tune.train import processes
 from gemma_tune.train.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.train.checkpoints import Training, rotate, seal
