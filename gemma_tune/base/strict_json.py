@@ -17,7 +17,8 @@ def loads(text: str) -> Any:
     """The one JSON value that a text holds.
 
     Raises:
-        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep.
+        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep, a key with
+            two values.
     """
     return _whole(_decoder, text)
 
@@ -61,7 +62,8 @@ def _with_nan(text: str) -> tuple[Any, int]:
         found.append(name)
         return _NAN
 
-    decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer)
+    decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer,
+                               object_pairs_hook=_object)
     return _whole(decoder, text), len(found)
 
 
@@ -174,10 +176,21 @@ def _integer(digits: str) -> int:
         raise ValueError(f"the number {_short(digits)} is too large") from e
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which JSON's other readers take the first or the last value where a key stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise ValueError(f"the key {_short(repr(key))} stands twice in one object, with two values")
+    return found
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 24 else f"{text[:24]}…"
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer,
+                            object_pairs_hook=_object)
 _lenient = json.JSONDecoder()
 _finder = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)  # takes every number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from gemma_tune.run.session import Session
 
 
+# What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 _PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
 
@@ -70,8 +74,9 @@ class Command(TyperCommand):
             if type(e).__module__.startswith(("click", "typer")):
                 raise
             unexpected = e
-            problem = WorkFailed(f"unexpected {type(e).__name__}: {e}",
-                                 "repeat with --debug and report the traceback; finished stages are kept")
+            problem = _refused_by_system(e) or WorkFailed(
+                f"unexpected {type(e).__name__}: {e}",
+                "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e
         shown = processes.settle(problem)
         if shown is None:  # another process shows it
@@ -127,6 +132,15 @@ def _show(problem: UserError, params: Mapping[str, Any]) -> None:
         screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
                                       "problems": list(problem.problems), "exit_code": problem.exit_code}})
     screen.error(problem)
+
+
+def _refused_by_system(e: Exception) -> UserError | None:
+    """A path that the system does not let be used, wherever that showed; None for all other errors."""
+    if isinstance(e, OSError) and e.filename is not None and e.errno in _OF_PATHS:
+        name = str(e.filename)
+        return UserError(f"{name if len(name) <= _LONGEST_NAME else name[:60] + '…'} cannot be used: {e.strerror}",
+                         "check the path, and the permissions of the directories on the way there")
+    return None
 
 
 def _without_force(problem: UserError, name: str | None, params: Mapping[str, Any]) -> UserError:
