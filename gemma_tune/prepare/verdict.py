@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
-    if unused := _unused_columns(noticed, config.column_names):
-        listener.warn(f"--columns names {', '.join(f'`{name}`' for name in unused)}, and no row is read by "
-                      f"{'it' if len(unused) == 1 else 'them'}")
+    if config.column_names and noticed.formats and not noticed.formats["columns"]:
+        named = ", ".join(f"`{name}`" for name in config.column_names.values())
+        listener.warn(f"--columns names {named}, and no row is read by that: rows of another format go first where they "
+                      "have none of the question's or the answer's columns")
     if noticed.folded:
         listener.note(f"the chat template has no place for a system message: in {counted(noticed.folded, 'row')} it is "
                       "put before the first user turn")
@@ -53,16 +54,6 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
                       "every prompt")
     if noticed.tools and (lost := _lost_in_ollama(judge.chat, noticed.tools)):
         listener.warn(lost)
-
-
-def _unused_columns(noticed: Noticed, columns: Mapping[str, str]) -> list[str]:
-    """Columns that were named and that no usable row was read by; of some that all rows lack, a refusal tells."""
-    if not noticed.formats:
-        return []
-    if not noticed.formats["columns"]:
-        return list(columns.values())
-    beside = ("user", "assistant", "context") if "turns" in columns else ()
-    return [name for role, name in columns.items() if role in beside]
 
 
 def _lost_in_ollama(chat: ChatFormat, rows: int) -> str | None:
