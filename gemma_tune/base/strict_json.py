@@ -13,6 +13,10 @@ MAX_DEPTH = 100
 _space = re.compile(r"[ \t\r\n]*")
 
 
+class NoObject(ValueError):
+    """JSON that is well formed, and a list or a number where an object ought to be."""
+
+
 def loads(text: str) -> Any:
     """The one JSON value that a text holds.
 
@@ -72,7 +76,7 @@ def object_in(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no UTF-8, not JSON (``JSONDecodeError``), no object, or nested too deeply.
+        ValueError: it is no UTF-8, not JSON (``JSONDecodeError``), no object (``NoObject``), or nested too deeply.
     """
     return whole_object(path.read_bytes())
 
@@ -81,7 +85,7 @@ def whole_object(data: bytes) -> dict[str, Any]:
     """The object that bytes of UTF-8 are; raises the ValueErrors of :func:`object_in`."""
     value = _whole(_lenient, data.decode("utf-8"))
     if not isinstance(value, dict):
-        raise ValueError("it holds no object")
+        raise NoObject("it holds no object")
     return value
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, write_json
-from gemma_tune.base.strict_json import object_in
+from gemma_tune.base.strict_json import NoObject, object_in
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import _UNSAFE, shown
 from gemma_tune.config.settings import converted, misfit, types_of
@@ -80,6 +80,8 @@ def read_manifest(root: Path) -> Manifest | None:
         raise UserError(f"{path} cannot be read: {e.strerror}", "name a run directory with --run DIR") from e
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno} is damaged: {e.msg} at column {e.colno}", _rebuild_hint(path)) from e
+    except NoObject as e:
+        raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path)) from e
     except ValueError as e:  # not UTF-8, a number without end, brackets without end
         raise UserError(f"{path} is damaged: it is not JSON as gemma-tune writes it", _rebuild_hint(path)) from e
     schema = content.get("schema")
