@@ -149,8 +149,10 @@ def _setting_problems(stage: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Settings whose values another type would have; their limits are judged where they are used again."""
     settings, kinds = {f.name: f for f in fields(CONFIGS[stage])}, types_of(CONFIGS[stage])
     for key, entry in config.items():
-        if not isinstance(entry, dict) or "value" not in entry or not isinstance(entry.get("from"), str):
-            yield f"config.{key}: value or from is missing"
+        if not isinstance(entry, dict) or "value" not in entry:
+            yield f"config.{key}: value is missing"
+        elif not isinstance(entry.get("from"), str):
+            yield f"config.{key}: from is missing"
         elif key in settings:
             value = converted(kinds[key], entry["value"])
             if problem := misfit(settings[key], kinds[key], value):
