@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.strict_json import object_in
+from gemma_tune.base.words import shown
+
+_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
+           "max_position_embeddings", "n_positions")
+_LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory.
 
     Raises:
-        UserError: it is missing, or is no JSON object.
+        UserError: it is missing, is no JSON object, or has values that describe nothing.
     """
     path = checkpoint / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = object_in(path)
     except FileNotFoundError as e:
         raise UserError(f"{path} can't be read: {checkpoint} is not a Hugging Face checkpoint: it has no config.json",
                         "name a directory that has config.json, *.safetensors and tokenizer files") from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{path} describes no model", "download the model again")
+    if problems := list(_unusable(config)):
+        raise UserError(f"{path} describes no model", "download the model again", problems)
     return config
+
+
+def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are used here and cannot be."""
+    for name, value in config.items():
+        if name.endswith("_config") and value is not None and not isinstance(value, dict):
+            yield f"{name}: {shown(value)} is no object"
+    for part, values in (("", config), ("text_config.", config.get("text_config") or {})):
+        for name in _COUNTS if isinstance(values, dict) else ():
+            value = values.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                      or not 0 <= value <= _LARGEST):
+                yield f"{part}{name}: {shown(value)} is no count"
 
 
 def context_length(config: Mapping[str, Any]) -> int:
@@ -43,14 +61,11 @@ def generation_settings(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "generation_config.json"
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
+        return object_in(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "copy it again from the base model") from e
-    if not isinstance(own, dict):
-        raise UserError(f"{path} holds no settings", "copy it again from the base model")
-    return own
+        raise UserError(f"{path} holds no settings that can be read: {e}", "copy it again from the base model") from e
 
 
 def unfit_keys(info: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -38,3 +38,8 @@ def occupy_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))

@@ -118,6 +118,12 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
+
+
 def size_text(size: float) -> str:
     """A number of bytes as people read it.
 

@@ -189,5 +189,9 @@ def _cut_off(tokens: int) -> str:
 def _text(lines: Iterable[str]) -> Iterator[str]:
     _keep_bytes(lines)
     encoding = getattr(lines, "encoding", None)
-    for number, line in enumerate(lines, start=1):
-        yield as_text(line, f"standard input:{number}", encoding)
+    try:
+        for number, line in enumerate(lines, start=1):
+            yield as_text(line, f"standard input:{number}", encoding)
+    except OSError as e:  # it is a directory, or a terminal that has gone
+        raise UserError(f"standard input cannot be read: {e.strerror or e}",
+                        "pipe prompts into the command, one on each line, or give one with --prompt") from e

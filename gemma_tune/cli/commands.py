@@ -122,6 +122,9 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
+    if prompt is None and sys.stdin is None:
+        raise UserError("standard input is closed, so there are no prompts to read",
+                        'name one: gemma-tune chat --prompt "…"')
     conversation = open_conversation(Request.of(ctx).open("chat"))
     if prompt is None and screen.stdin_is_terminal() and not json:
         interactive(conversation)

@@ -211,18 +211,19 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     table = Table(box=None, pad_edge=False)
     for column in ("", "base", "tuned"):
         table.add_column(column)
-    if train.get("eval_loss_before") is not None:
+    if None not in (train.get("eval_loss_before"), train.get("eval_loss_after")):
         table.add_row("validation loss", f"{train['eval_loss_before']:.4f}", f"{train['eval_loss_after']:.4f}")
-    total = evaluated["questions"]
+    total = evaluated.get("questions")
     for key, label in (("ended", "answers that end by themselves"), ("in_form", "answers in the example's form")):
-        if f"base_{key}" in evaluated:
+        if {f"base_{key}", f"tuned_{key}"} <= evaluated.keys():
             table.add_row(label, *(f"{evaluated[f'{which}_{key}']} of {total}" for which in ("base", "tuned")))
     screen.err.print(table)
-    sizes = [("merged model", screen.figure("bytes", stages["merge"].summary["bytes"]))]
+    sizes = [("merged model", screen.figure("bytes", size)) for size in (stages["merge"].summary.get("bytes"),) if size]
     sizes += [("GGUF", f"{quant}, {text}") for quant, text in format_lines(stages["export-ollama"].summary)]
     screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes)))
-    screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} tokens/s, "
-                   f"{train['dtype']} on {train['device']}"))
+    if {"steps", "tokens_per_second", "dtype", "device"} <= train.keys():  # the manifest may be of any age
+        screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} "
+                              f"tokens/s, {train['dtype']} on {train['device']}"))
     for report in stages.values():
         for path in report.artifacts.values():
             screen.err.print(Text(f"  {path}"))

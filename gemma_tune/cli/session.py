@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from gemma_tune.run.session import Session
 
 
+# What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 _PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
 
@@ -101,8 +105,9 @@ class Command(TyperCommand):
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
                 raise
-            problem = WorkFailed(f"unexpected {type(e).__name__}: {e}",
-                                 "repeat with --debug and report the traceback; finished stages are kept")
+            problem = _refused_by_system(e) or WorkFailed(
+                f"unexpected {type(e).__name__}: {e}",
+                "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e
         shown = processes.settle(problem)
         if shown is None:  # another process shows it
@@ -168,6 +173,15 @@ def _show(problem: UserError, params: Mapping[str, Any]) -> None:
                                           "problems": list(problem.problems), "exit_code": problem.exit_code}})
     with contextlib.suppress(OSError):  # stderr is full or has no reader: the exit code says it
         screen.error(problem)
+
+
+def _refused_by_system(e: Exception) -> UserError | None:
+    """A path that the system does not let be used, wherever that showed; None for all other errors."""
+    if isinstance(e, OSError) and e.filename is not None and e.errno in _OF_PATHS:
+        name = str(e.filename)
+        return UserError(f"{name if len(name) <= _LONGEST_NAME else name[:60] + '…'} cannot be used: {e.strerror}",
+                         "check the path, and the permissions of the directories on the way there")
+    return None
 
 
 def _without_force(problem: UserError, name: str | None, params: Mapping[str, Any]) -> UserError:

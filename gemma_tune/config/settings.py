@@ -221,8 +221,8 @@ def converted(kind: Any, value: Any) -> Any:
     return value
 
 
-def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
-    """What is wrong with the value of a setting of this type; None if nothing is."""
+def misfit(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
+    """What is wrong with the type of a setting's value; None if nothing is."""
     kinds, optional = _kinds(kind)
     if value is None:
         return None if optional else f"{f.name}: needs a value"
@@ -232,6 +232,13 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
         return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
     if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
         return f"{f.name}: expected a list of text, found {shown(other[0])} in it"
+    return None
+
+
+def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
+    """What is wrong with the value of a setting of this type; None if nothing is."""
+    if (problem := misfit(f, kind, value)) or value is None:
+        return problem
     if isinstance(value, float) and not math.isfinite(value):
         return f"{f.name}: {value} is not a finite number"
     if not (f.metadata.get("prose") or f.metadata.get("files")) and (problem := no_name(value)):

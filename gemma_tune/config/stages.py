@@ -165,7 +165,7 @@ class TrainConfig(StageConfig):
     section: ClassVar[str] = "train"
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
-                          least=1e-6)
+                          least=1e-6, most=1e6)
     dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
     rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
                                  "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "

@@ -25,6 +25,7 @@ from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import QUANTS, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
+from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
 
@@ -44,6 +45,9 @@ def export(session: Session) -> ExportReport:
     source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
     stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)))
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
+        if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
+            raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
+                            f"make them again: {command('export-ollama', session.run.root, '--force')}")
         there = _earlier(session, stage.summary["quants"])
         kept = {name: value for name, value in stage.summary.items() if name != "earlier"}
         stage = replace(stage, summary=kept | ({"earlier": there} if there else {}))

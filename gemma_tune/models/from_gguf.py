@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import io
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,9 @@ from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import model_name
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.strict_json import object_in
+from gemma_tune.base.words import first_line, model_name
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
@@ -158,10 +159,10 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
 def cached_source(checkpoint: Path) -> dict[str, str] | None:
     """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
     try:
-        kept = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+        kept = object_in(checkpoint / _WHOLE)
     except (OSError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and {"source", "sha256"} <= kept.keys() else None
+    return kept if all(isinstance(kept.get(name), str) for name in ("source", "sha256")) else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
@@ -187,8 +188,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
                 output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, OSError, KeyError, RuntimeError) as e:  # RuntimeError: sizes that don't fit, and others
-        raise UserError(f"{gguf} cannot be dequantised: {e}", REPOSITORY) from e
+    except Exception as e:  # noqa: BLE001 - in as many ways as a file's numbers can miss its tensors
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"{gguf} cannot be dequantised: {first_line(e)}", f"{WHOLE}; or {REPOSITORY}") from e
     (folder / gguf.name).unlink(missing_ok=True)
     mend(model, tokenizer, file)
     refuse_what_is_left_out(model, info, file)

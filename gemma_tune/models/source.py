@@ -19,6 +19,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
+from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.models.from_gguf import cached_source, dequantised
 
 DEMO = "demo"
@@ -145,6 +146,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     model_config(path)
     _refuse_pointers(path)
+    refuse_embedded_adapter(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, recover, write_json
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.run.directory import RunDir, now
 
 
@@ -41,18 +41,18 @@ class Lock:
     def owner_of(cls, root: Path) -> str | None:
         """Who works on the run at ``root`` now, or None."""
         try:
-            pid = json.loads((root / ".lock-owner.json").read_text())["pid"]
+            pid = object_in(root / ".lock-owner.json")["pid"]
             if os.name == "posix":  # elsewhere there is no harmless signal to ask with
                 os.kill(pid, 0)
         except PermissionError:
             pass  # alive, and somebody else's
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
         return cls(root, "")._describe_owner()
 
     def _describe_owner(self) -> str:
         try:
-            owner = json.loads(self.owner.read_text())
+            owner = object_in(self.owner)
             return f"process {owner['pid']} ({owner['stage']}, since {owner['since']})"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"

@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file, write_json
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.config.settings import as_flags, same_result
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.run.directory import command
@@ -118,7 +119,7 @@ def unfinished(folder: Path, finished: str | None) -> dict[str, Any] | None:
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     """What :func:`seal` wrote: a :class:`Training` and ``files``; None where it cannot be used."""
     try:
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        marker = object_in(checkpoint / MARKER)
         texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
         return marker if texts and dict(marker["files"]) and dict(marker["settings"]) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import Interrupted, UserError
-from gemma_tune.models.load import is_out_of_memory, out_of_memory
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,10 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.finite import not_finite
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.lora.layers import trained_weights
-from gemma_tune.models.load import is_out_of_memory
 from gemma_tune.train import processes
 from gemma_tune.train.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.train.checkpoints import Training, rotate, seal
@@ -217,6 +219,8 @@ class GemmaTrainer(SFTTrainer):
         with self._evaluating():
             ours = self._summed_loss(self.model, {"input_ids": ids, "labels": ids}).item()
         count = max(1, ids.shape[1] - 1)
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            raise not_finite(self.model)
         if not abs(ours - theirs) <= tolerance * (abs(theirs) + count):
             raise UserError(f"this model ({self.causal_lm.config.model_type}) computes its logits in a way that "
                             f"gemma-tune does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the "

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import is_text
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.rows import BLOCK, Source
@@ -81,11 +81,25 @@ def _unpacked(source: Source, size: int) -> Iterator[Any]:
         with open(source.path, "rb") as file:  # Arrow takes no names but UTF-8
             yield file
         return
-    with tempfile.TemporaryFile() as unpacked:
-        for piece in TextFile(source, size).bytes():
-            unpacked.write(piece)
-        unpacked.seek(0)
+    with contextlib.ExitStack() as stack:
+        with _room_to_unpack(source):
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            for piece in TextFile(source, size).bytes():
+                unpacked.write(piece)
+            unpacked.seek(0)
         yield unpacked
+
+
+@contextlib.contextmanager
+def _room_to_unpack(source: Source) -> Iterator[None]:
+    """What the system refuses here is about the directory of temporary files, not about the run."""
+    try:
+        yield
+    except OSError as e:
+        place = tempfile.tempdir or "the system's"  # unknown where there is no directory that could be one
+        raise WorkFailed(f"{source.name} cannot be unpacked in {place}, the directory for temporary files: "
+                         f"{e.strerror or e}", "name one with room: export TMPDIR=/a/directory; or unpack the file "
+                                               "yourself") from e
 
 
 @contextlib.contextmanager
