@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,23 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise UserError(f"{path} can't be read: {checkpoint} is not a Hugging Face checkpoint: it has no config.json",
-                        "name a directory that has config.json, *.safetensors and tokenizer files") from e
+        raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
+                        _instead(checkpoint)) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if not isinstance(config, dict):
         raise UserError(f"{path} describes no model", "download the model again")
     return config
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a directory that is taken for a checkpoint."""
+    name = shlex.quote(str(folder))
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base"
+    if (folder / "manifest.json").is_file():
+        return f"it is a run: `gemma-tune status --run {name}` shows how it goes on, and where its models are"
+    return "name a directory that has config.json, *.safetensors and tokenizer files"
 
 
 def context_length(config: Mapping[str, Any]) -> int:

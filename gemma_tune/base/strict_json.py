@@ -127,7 +127,8 @@ def reason(e: ValueError) -> str:
 
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
-    return e.msg.removesuffix(" at").rstrip(": ")  # some messages end so, to be followed by a place
+    quotes = ", not in single ones as Python shows it," if e.doc[e.pos:e.pos + 1] == "'" else ""
+    return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
 
 
 def _depth(value: Any) -> int:

@@ -156,9 +156,11 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     """
     kinds, kept = types_of(type(resolved.config)), {}
     for f in dataclasses.fields(resolved.config):
-        earlier = before.get(f.name, {"from": "default"})
+        earlier = before.get(f.name, {"from": "default", "value": None})
         passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
-        if not passing and earlier["from"] not in NOT_GIVEN and resolved.origins[f.name] in NOT_GIVEN:
+        # An empty list is what a name such as `all` has set back, and so the default again.
+        asked = earlier["from"] not in NOT_GIVEN and earlier["value"] != []
+        if asked and not passing and resolved.origins[f.name] in NOT_GIVEN:
             kept[f.name] = converted(kinds[f.name], earlier["value"])
     return kept
 

@@ -21,7 +21,7 @@ from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
-from gemma_tune.run.directory import RUNS, RunDir, find_run
+from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run
 from gemma_tune.run.manifest import Manifest, read_manifest
 
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
@@ -172,9 +172,7 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
     manifest = read_manifest(root)
     if manifest is None:
         if not starts:
-            raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
-                            + (f" --model {wanted}" if wanted else ""))
+            raise no_run(root, *(("--model", wanted) if wanted else ()))
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model

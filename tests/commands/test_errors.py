@@ -84,6 +84,9 @@ def test_there_is_no_run(cli, args):
     check(cli(*args), 2, "there is no run under runs/", "gemma-tune prepare")
     check(cli(*args, "--run", "nowhere"), 2, "nowhere is not a run yet", "gemma-tune prepare")
     assert not Path("nowhere").exists()
+    Path("runs/chats").mkdir(parents=True)
+    Path("runs/chats/manifest.json").write_text("{}")
+    check(cli(*args, "--run", "runs/chat"), 2, "did you mean --run runs/chats? Else start it: gemma-tune prepare")
 
 
 @pytest.mark.parametrize(("stage", "needs"), [("eval", "train"), ("merge", "train"), ("export-ollama", "merge")])

@@ -475,3 +475,37 @@ def test_no_two_options_of_a_command_share_a_name():
     for name, command in COMMANDS.items():
         options = [opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if opt.startswith("-")]
         assert len(options) == len(set(options)), name
+
+
+def test_every_layer_can_be_asked_for_again():
+    from gemma_tune.config.settings import Resolved, as_before
+
+    named = resolve(TrainConfig, {"target_modules": "q_proj"})
+    again = resolve(TrainConfig, {"target_modules": "all"})
+    assert (named.config.target_modules, again.config.target_modules) == (("q_proj",), ())
+    assert as_before(resolve(TrainConfig, {}), named.record()) == {"target_modules": ("q_proj",)}
+    assert as_before(again, named.record()) == {}
+    assert as_before(resolve(TrainConfig, {}), again.record()) == {}
+    assert isinstance(again, Resolved)
+    with pytest.raises(UserError) as raised:
+        resolve(TrainConfig, {"target_modules": "all,q_proj"})
+    assert raised.value.problems == ("target_modules: `all` stands alone, or names are given",)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("valid: 0.2", "valid: it belongs below `prepare:`, indented"),
+    ("seed: 1", "seed: it belongs below `prepare:` or `train:` or `chat:`, indented"),
+    ("trian: {}", "trian: unknown section; did you mean `train`?")])
+def test_a_setting_outside_its_section(text, expected):
+    assert yaml_problems(text) == (expected,)
+
+
+@pytest.mark.parametrize("text, hint", [
+    ("train:\n  epochs: [1\n", "close the list with ]"), ("train: {epochs: 1\n", "close the braces with }"),
+    ("train:\n\trank: 3\n", "indent with spaces"), ('train:\n  "rank: 3\n', "no closing quote"),
+    ("train:\n  rank: 8\n epochs: 3\n", "check the indentation there")])
+def test_a_half_written_file(tmp_path, text, hint):
+    (tmp_path / "half.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"half.yaml:\d: not valid YAML") as raised:
+        load_yaml(tmp_path / "half.yaml")
+    assert hint in raised.value.hint

@@ -352,3 +352,30 @@ def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
     assert result.code == 0, result.err
     assert "has changed since this run began" in result.err
     assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"].startswith("stale")
+
+
+def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
+    for name, file, advice in (("adapter", "adapter_config.json", "gemma-tune merge --adapter adapter"),
+                               ("run", "manifest.json", "gemma-tune status --run run")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        result = cli("prepare", data, "--model", name, "--run", "r")
+        assert result.code == 2 and advice in result.err, result.err
+
+
+@pytest.mark.parametrize("name, model, joined", [
+    ("big-00002-of-00003.gguf", "big-00002-of-00003.gguf", "big-00001-of-00003.gguf big.gguf"),
+    ("big-00001-of-00003.gguf", ".", "big-00001-of-00003.gguf big.gguf"), ("odd.gguf", "odd.gguf", "odd.gguf whole-odd.gguf")])
+def test_a_gguf_in_parts_is_refused_before_it_is_read(cli, data, name, model, joined):
+    import gguf
+
+    for path in {name, name.replace("00001", "00002")}:
+        writer = gguf.GGUFWriter(path, "gemma3")
+        writer.add_uint16("split.count", 3)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    result = cli("prepare", data, "--model", model, "--run", "r")
+    assert result.code == 2, result.err
+    assert f"{name} is one of 3 files that are a model together" in result.err
+    assert f"llama-gguf-split --merge {joined}" in " ".join(result.err.split())
