@@ -239,6 +239,9 @@ def in_processes(request: Request) -> Request:
     if not processes.joined():
         if request.options["num_processes"] is None and "num_processes" not in (request.file.get("train") or {}):
             wanted = _processes_before(request)
+            if wanted > 1:
+                console.ConsoleListener(request.options["quiet"]).note(
+                    f"{wanted} processes on this machine, as many as before; --num-processes sets another number")
         if wanted > 1:
             raise typer.Exit(launch(wanted, request.arguments))
         return request
