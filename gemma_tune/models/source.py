@@ -85,7 +85,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         UserError: not found, no access, not a usable checkpoint; hub failures are told apart.
     """
     path = Path(os.path.expanduser(model_id))
-    if model_id == DEMO and not os.path.isdir(path):
+    if model_id == DEMO and not _is_model(path):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
@@ -99,6 +99,11 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener, weights)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a directory holds what it is called after, and not only something else of that name."""
+    return os.path.isdir(folder) and (os.path.exists(folder / "config.json") or any(folder.glob(f"*{SUFFIX}")))
 
 
 def split_revision(model_id: str) -> tuple[str, str | None]:

@@ -89,6 +89,16 @@ def test_there_is_no_run(cli, args):
     check(cli(*args, "--run", "runs/chat"), 2, "did you mean --run runs/chats? Else start it: gemma-tune prepare")
 
 
+@pytest.mark.parametrize(("args", "message"), [
+    (["prepare", "x.jsonl", "--epochs", 3], "No such option: --epochs; `train`, `run` have it"),
+    (["train", "--epoch", 3], "--epochs"), (["merge", "--nothing-like-it"], "No such option: --nothing-like-it"),
+    (["train", "--max-shard-size", 3], "--max-shard-size; `merge` has it"),
+    (["chat", "hello"], "extra argument(s) (hello); a question to answer goes behind --prompt, in quotes")])
+def test_arguments_of_another_command(cli, args, message):
+    result = cli(*args)
+    assert result.code == 2 and message in result.err, result.err
+
+
 @pytest.mark.parametrize(("stage", "needs"), [("eval", "train"), ("merge", "train"), ("export-ollama", "merge")])
 def test_missing_stages_name_the_command(cli, tiny, data, stage, needs):
     assert cli("prepare", data, "--model", tiny).code == 0

@@ -118,6 +118,20 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
 
 
+def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tmp_path):
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import source
+
+    monkeypatch.setattr(source, "_from_gguf", lambda model_id, *rest: model_id)
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener: None)
+    monkeypatch.setattr(source, "_from_directory", lambda path, *rest: path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert source.locate("demo", None, Listener()) == "demo"
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert source.locate("demo", None, Listener()) == Path("demo")
+
+
 def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
     """An adapter of an earlier version names it by its place in the cache."""
     from gemma_tune.base.listener import Listener
@@ -361,21 +375,3 @@ def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
         (tmp_path / name / file).write_text("{}")
         result = cli("prepare", data, "--model", name, "--run", "r")
         assert result.code == 2 and advice in result.err, result.err
-
-
-@pytest.mark.parametrize("name, model, joined", [
-    ("big-00002-of-00003.gguf", "big-00002-of-00003.gguf", "big-00001-of-00003.gguf big.gguf"),
-    ("big-00001-of-00003.gguf", ".", "big-00001-of-00003.gguf big.gguf"), ("odd.gguf", "odd.gguf", "odd.gguf whole-odd.gguf")])
-def test_a_gguf_in_parts_is_refused_before_it_is_read(cli, data, name, model, joined):
-    import gguf
-
-    for path in {name, name.replace("00001", "00002")}:
-        writer = gguf.GGUFWriter(path, "gemma3")
-        writer.add_uint16("split.count", 3)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-    result = cli("prepare", data, "--model", model, "--run", "r")
-    assert result.code == 2, result.err
-    assert f"{name} is one of 3 files that are a model together" in result.err
-    assert f"llama-gguf-split --merge {joined}" in " ".join(result.err.split())
