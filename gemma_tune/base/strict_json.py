@@ -11,6 +11,8 @@ from typing import Any
 MAX_DEPTH = 100
 _space = re.compile(r"[ \t\r\n]*")
 
+SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
+
 
 def loads(text: str) -> Any:
     """The one JSON value that a text holds.
@@ -127,7 +129,7 @@ def reason(e: ValueError) -> str:
 
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
-    quotes = ", not in single ones as Python shows it," if e.doc[e.pos:e.pos + 1] == "'" else ""
+    quotes = SINGLE if e.doc[e.pos:e.pos + 1] == "'" else ""
     return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near, shown
+from gemma_tune.base.words import counted, near, shown
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
@@ -38,7 +38,7 @@ class StageConfig:
         problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, kinds[f.name], getattr(self, f.name)))]
         problems += [] if problems else self.more_problems()
         if problems:
-            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
+            raise UserError(f"{counted(len(problems), 'setting')} of `{self.section}` cannot be used",
                             f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
 
     def more_problems(self) -> list[str]:

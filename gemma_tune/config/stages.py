@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.base.words import counted, near, shown, size_in_bytes
 from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
@@ -348,7 +348,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
                         "write `train:` and its settings indented below it")
     problems = list(_yaml_problems(content))
     if problems:
-        raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
+        raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
                         f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
     return content
 

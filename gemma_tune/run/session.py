@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import near
+from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
@@ -157,7 +157,7 @@ def _is_quantised(root: Path, listener: Listener) -> bool:
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     if problems := [f"{name}: there is no such setting{near(name, known)}" for name in settings if name not in known]:
-        raise UserError(f"{len(problems)} setting(s) of `{cls.section}` cannot be used",
+        raise UserError(f"{counted(len(problems), 'setting')} of `{cls.section}` cannot be used",
                         f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
 
 

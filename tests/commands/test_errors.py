@@ -171,7 +171,7 @@ def test_a_file_where_the_run_should_be(cli, tiny, data):
 
 
 def test_settings_out_of_range_are_reported_together(cli, trained):
-    check(cli("train", "--rank", 0, "--dropout", 2, "--schedule", "cosin", "--run", trained), 2, "3 setting(s)",
+    check(cli("train", "--rank", 0, "--dropout", 2, "--schedule", "cosin", "--run", trained), 2, "3 settings",
           "rank: 0 is below", "dropout: 2.0 is above", "'cosin' is not one of", "did you mean `cosine`")
 
 

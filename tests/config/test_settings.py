@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from gemma_tune.base.errors import BAD_INPUT, UserError
+from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, TrainConfig, load_yaml
@@ -38,7 +39,7 @@ def problems(cls: type[StageConfig], **values: Any) -> tuple[str, ...]:
     with pytest.raises(UserError) as raised:
         resolve(cls, values)
     assert raised.value.exit_code == BAD_INPUT
-    assert f"{len(raised.value.problems)} setting(s) of `{cls.section}`" in raised.value.message
+    assert f"{counted(len(raised.value.problems), 'setting')} of `{cls.section}`" in raised.value.message
     assert f"gemma-tune {cls.section} --help" in raised.value.hint
     return raised.value.problems
 
@@ -414,7 +415,7 @@ def test_problems_of_a_file_reach_the_command_line(cli):
     Path("s.yaml").write_text("train: {rnak: 4, epochs: 0}\n")
     result = cli("train", "--config", "s.yaml", "--json")
     assert result.code == BAD_INPUT
-    assert result.json["error"]["message"] == "s.yaml: 2 setting(s) cannot be used"
+    assert result.json["error"]["message"] == "s.yaml: 2 settings cannot be used"
     assert "  - train.rnak: unknown setting; did you mean `rank`?" in result.err
     assert "sections: model, revision, run, prepare, train" in result.json["error"]["hint"]
 

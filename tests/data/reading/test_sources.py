@@ -733,3 +733,6 @@ def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path
     [row, _] = [row for block in read_blocks(source_of(Path("py.jsonl"))) for row in block.rows()]
     assert row.error == ("not valid JSON: Expecting property name enclosed in double quotes, not in single ones as Python "
                          "shows it, at column 2")
+    Path("py.jsonl").write_text("{'a': 1}\n")
+    with pytest.raises(UserError, match="py.jsonl:1: .* not in single ones as Python shows it, at column 2"):
+        list(read_blocks(source_of(Path("py.jsonl"))))
