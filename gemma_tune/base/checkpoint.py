@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     try:
         config = object_in(path)
     except FileNotFoundError as e:
-        raise UserError(f"{path} can't be read: {checkpoint} is not a Hugging Face checkpoint: it has no config.json",
-                        "name a directory that has config.json, *.safetensors and tokenizer files") from e
+        raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
+                        _instead(checkpoint)) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if problems := list(_unusable(config)):
@@ -45,6 +46,16 @@ def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)
                                       or not 0 <= value <= _LARGEST):
                 yield f"{part}{name}: {shown(value)} is no count"
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a directory that is taken for a checkpoint."""
+    name = shlex.quote(str(folder))
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base"
+    if (folder / "manifest.json").is_file():
+        return f"it is a run: `gemma-tune status --run {name}` shows how it goes on, and where its models are"
+    return "name a directory that has config.json, *.safetensors and tokenizer files"
 
 
 def context_length(config: Mapping[str, Any]) -> int:

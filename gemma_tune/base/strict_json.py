@@ -12,6 +12,8 @@ from typing import Any
 MAX_DEPTH = 100
 _space = re.compile(r"[ \t\r\n]*")
 
+SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
+
 
 class NoObject(ValueError):
     """JSON that is well formed, and a list or a number where an object ought to be."""
@@ -152,7 +154,8 @@ def reason(e: ValueError) -> str:
 
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
-    return e.msg.removesuffix(" at").rstrip(": ")  # some messages end so, to be followed by a place
+    quotes = SINGLE if e.doc[e.pos:e.pos + 1] == "'" else ""
+    return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
 
 
 def _depth(value: Any) -> int:

@@ -91,14 +91,15 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
     request = Request.of(ctx)
     if not dry_run:
         request = in_processes(request)
+    from gemma_tune.merge.base import next_merge
     from gemma_tune.train.stage import plan_training
     from gemma_tune.train.stage import train as stage
 
     if dry_run:
         return show_plan(request, plan_training)
     request, prepared = prepare_first(request) if data else (request, {})
-    report = request.run("train", stage)
-    finish(request, report, (command("chat", report.run), command("merge", report.run)), **prepared)
+    report, merging = request.run("train", lambda session: (stage(session), next_merge(session)))
+    finish(request, report, (command("chat", report.run), merging), **prepared)
 
 
 @app.command(cls=Command)
@@ -143,12 +144,13 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
     Example: gemma-tune eval --questions 5
     """
     from gemma_tune.evaluate.stage import evaluate as stage
+    from gemma_tune.merge.base import next_merge
 
     request = Request.of(ctx)
-    report = request.run("eval", stage)
+    report, merging = request.run("eval", lambda session: (stage(session), next_merge(session)))
     if not quiet:
         console.comparison(report.summary["answers"])
-    finish(request, report, (command("merge", report.run),))
+    finish(request, report, (merging,))
 
 
 @app.command(cls=Command)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
@@ -82,7 +83,24 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["arguments"] = [self.name, *args]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.exceptions.TyperException as e:
+            if hasattr(e, "message"):
+                e.message += self._meant(ctx, e)
+            raise
+
+    def _meant(self, ctx: Any, problem: Any) -> str:
+        """The end of a message about arguments that this command does not take."""
+        option = getattr(problem, "option_name", None)
+        if option and ctx.parent is not None:
+            others = [name for name, command in ctx.parent.command.commands.items()
+                      if any(option in param.opts for param in command.params)]
+            if others:
+                problem.possibilities = []  # what is spelt alike is not what was meant
+                return f"; `{'`, `'.join(others)}` {'has' if len(others) == 1 else 'have'} it"
+        extra = "unexpected extra argument" in problem.message
+        return "; a question to answer goes behind --prompt, in quotes" if extra and self.name == "chat" else ""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -294,6 +312,9 @@ def in_processes(request: Request) -> Request:
     if not processes.joined():
         if request.options["num_processes"] is None and "num_processes" not in (request.file.get("train") or {}):
             wanted = _processes_before(request)
+            if wanted > 1:
+                console.ConsoleListener(request.options["quiet"]).note(
+                    f"{wanted} processes on this machine, as many as before; --num-processes sets another number")
         if wanted > 1:
             raise typer.Exit(launch(wanted, request.arguments))
         return request

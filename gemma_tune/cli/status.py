@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.export.earlier import earlier_formats
-from gemma_tune.run.directory import RunDir, command, describe, find_run
+from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, read_manifest
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
@@ -48,8 +47,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     root = find_run(run, model_id)
     manifest = read_manifest(root)
     if manifest is None:
-        raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                        f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
+        raise no_run(root)
     paths = RunDir(root, manifest.model_name)
     _notice_changed_base(root, manifest.model)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.

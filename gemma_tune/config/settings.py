@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import is_token, place_of
-from gemma_tune.base.words import near, shown
+from gemma_tune.base.words import counted, near, shown
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
@@ -39,7 +39,7 @@ class StageConfig:
         problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, kinds[f.name], getattr(self, f.name)))]
         problems += [] if problems else self.more_problems()
         if problems:
-            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
+            raise UserError(f"{counted(len(problems), 'setting')} of `{self.section}` cannot be used",
                             f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
 
     def more_problems(self) -> list[str]:
@@ -184,9 +184,11 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     """
     kinds, kept = types_of(type(resolved.config)), {}
     for f in dataclasses.fields(resolved.config):
-        earlier = before.get(f.name, {"from": "default"})
+        earlier = before.get(f.name, {"from": "default", "value": None})
         passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
-        if not passing and earlier["from"] not in NOT_GIVEN and resolved.origins[f.name] in NOT_GIVEN:
+        # An empty list is what a name such as `all` has set back, and so the default again.
+        asked = earlier["from"] not in NOT_GIVEN and earlier["value"] != []
+        if asked and not passing and resolved.origins[f.name] in NOT_GIVEN:
             kept[f.name] = converted(kinds[f.name], earlier["value"])
     return kept
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.base.words import counted, near, shown, size_in_bytes
 from gemma_tune.config.settings import StageConfig, converted, no_name, option, problem_of, types_of
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
@@ -173,7 +173,7 @@ class TrainConfig(StageConfig):
     dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to "
                                "full fine-tuning at low ranks; it takes more memory while training, and none after "
                                "merging.")
-    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
+    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every one.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
     batch_size: int = option(4, "Conversations of a batch on one device; --micro-batch says how many go through the "
@@ -223,7 +223,14 @@ class TrainConfig(StageConfig):
         """Parts that the base model is divided into, each with a process of its own."""
         return self.num_processes if self.strategy == "fsdp" else 1
 
+    def __post_init__(self) -> None:
+        if self.target_modules == ("all",):
+            object.__setattr__(self, "target_modules", ())
+        super().__post_init__()
+
     def more_problems(self) -> list[str]:
+        if "all" in self.target_modules and len(self.target_modules) > 1:
+            return ["target_modules: `all` stands alone, or names are given"]
         if self.micro_batch and self.micro_batch > self.batch_size:
             return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
         if self.strategy == "fsdp":
@@ -341,7 +348,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
                         "write `train:` and its settings indented below it")
     problems = list(_yaml_problems(content))
     if problems:
-        raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
+        raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
                         f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
     return content
 
@@ -356,7 +363,9 @@ def _yaml_problems(content: Mapping[str, Any]):
             elif _CONTROL.search(section):
                 yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
-            yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
+            above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
+            yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
+                   f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):

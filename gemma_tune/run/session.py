@@ -14,14 +14,14 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import near
+from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
-from gemma_tune.run.directory import RUNS, RunDir, find_run
+from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run
 from gemma_tune.run.manifest import Manifest, read_manifest
 
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
@@ -158,7 +158,7 @@ def _is_quantised(root: Path, listener: Listener) -> bool:
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     if problems := [f"{name}: there is no such setting{near(name, known)}" for name in settings if name not in known]:
-        raise UserError(f"{len(problems)} setting(s) of `{cls.section}` cannot be used",
+        raise UserError(f"{counted(len(problems), 'setting')} of `{cls.section}` cannot be used",
                         f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
 
 
@@ -173,9 +173,7 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
     manifest = read_manifest(root)
     if manifest is None:
         if not starts:
-            raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
-                            + (f" --model {wanted}" if wanted else ""))
+            raise no_run(root, *(("--model", wanted) if wanted else ()))
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model

@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from gemma_tune.base.errors import BAD_INPUT, UserError
+from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, TrainConfig, load_yaml
@@ -38,7 +39,7 @@ def problems(cls: type[StageConfig], **values: Any) -> tuple[str, ...]:
     with pytest.raises(UserError) as raised:
         resolve(cls, values)
     assert raised.value.exit_code == BAD_INPUT
-    assert f"{len(raised.value.problems)} setting(s) of `{cls.section}`" in raised.value.message
+    assert f"{counted(len(raised.value.problems), 'setting')} of `{cls.section}`" in raised.value.message
     assert f"gemma-tune {cls.section} --help" in raised.value.hint
     return raised.value.problems
 
@@ -414,7 +415,7 @@ def test_problems_of_a_file_reach_the_command_line(cli):
     Path("s.yaml").write_text("train: {rnak: 4, epochs: 0}\n")
     result = cli("train", "--config", "s.yaml", "--json")
     assert result.code == BAD_INPUT
-    assert result.json["error"]["message"] == "s.yaml: 2 setting(s) cannot be used"
+    assert result.json["error"]["message"] == "s.yaml: 2 settings cannot be used"
     assert "  - train.rnak: unknown setting; did you mean `rank`?" in result.err
     assert "sections: model, revision, run, prepare, train" in result.json["error"]["hint"]
 
@@ -475,3 +476,37 @@ def test_no_two_options_of_a_command_share_a_name():
     for name, command in COMMANDS.items():
         options = [opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if opt.startswith("-")]
         assert len(options) == len(set(options)), name
+
+
+def test_every_layer_can_be_asked_for_again():
+    from gemma_tune.config.settings import Resolved, as_before
+
+    named = resolve(TrainConfig, {"target_modules": "q_proj"})
+    again = resolve(TrainConfig, {"target_modules": "all"})
+    assert (named.config.target_modules, again.config.target_modules) == (("q_proj",), ())
+    assert as_before(resolve(TrainConfig, {}), named.record()) == {"target_modules": ("q_proj",)}
+    assert as_before(again, named.record()) == {}
+    assert as_before(resolve(TrainConfig, {}), again.record()) == {}
+    assert isinstance(again, Resolved)
+    with pytest.raises(UserError) as raised:
+        resolve(TrainConfig, {"target_modules": "all,q_proj"})
+    assert raised.value.problems == ("target_modules: `all` stands alone, or names are given",)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("valid: 0.2", "valid: it belongs below `prepare:`, indented"),
+    ("seed: 1", "seed: it belongs below `prepare:` or `train:` or `chat:`, indented"),
+    ("trian: {}", "trian: unknown section; did you mean `train`?")])
+def test_a_setting_outside_its_section(text, expected):
+    assert yaml_problems(text) == (expected,)
+
+
+@pytest.mark.parametrize("text, hint", [
+    ("train:\n  epochs: [1\n", "close the list with ]"), ("train: {epochs: 1\n", "close the braces with }"),
+    ("train:\n\trank: 3\n", "indent with spaces"), ('train:\n  "rank: 3\n', "no closing quote"),
+    ("train:\n  rank: 8\n epochs: 3\n", "check the indentation there")])
+def test_a_half_written_file(tmp_path, text, hint):
+    (tmp_path / "half.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"half.yaml:\d: not valid YAML") as raised:
+        load_yaml(tmp_path / "half.yaml")
+    assert hint in raised.value.hint

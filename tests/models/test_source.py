@@ -118,6 +118,20 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
 
 
+def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tmp_path):
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import source
+
+    monkeypatch.setattr(source, "_from_gguf", lambda model_id, *rest: model_id)
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener: None)
+    monkeypatch.setattr(source, "_from_directory", lambda path, *rest: path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert source.locate("demo", None, Listener()) == "demo"
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert source.locate("demo", None, Listener()) == Path("demo")
+
+
 def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
     """An adapter of an earlier version names it by its place in the cache."""
     from gemma_tune.base.listener import Listener
@@ -352,3 +366,12 @@ def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
     assert result.code == 0, result.err
     assert "has changed since this run began" in result.err
     assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"].startswith("stale")
+
+
+def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
+    for name, file, advice in (("adapter", "adapter_config.json", "gemma-tune merge --adapter adapter"),
+                               ("run", "manifest.json", "gemma-tune status --run run")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        result = cli("prepare", data, "--model", name, "--run", "r")
+        assert result.code == 2 and advice in result.err, result.err
