@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import refuse_special
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
 
@@ -106,6 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "name a PEFT adapter's directory with --adapter; one of the "
                                                            "Hub is downloaded first: hf download NAME --local-dir DIR")
+    refuse_special(folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.base.errors import UserError
+from gemma_tune.lora.files import read_config
 from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
 from support.models import make_model
@@ -352,3 +354,14 @@ def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
     assert result.code == 0, result.err
     assert "has changed since this run began" in result.err
     assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"].startswith("stale")
+
+
+def test_a_pipe_in_a_model_or_an_adapter(tiny, tmp_path, cli, data):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "tokenizer_config.json").unlink(missing_ok=True)
+    os.mkfifo(model / "tokenizer_config.json")
+    result = cli("prepare", data, "--model", model)
+    assert result.code == 2 and f"{model} holds what is no file: {model / 'tokenizer_config.json'}" in result.err
+    with pytest.raises(UserError, match="holds what is no file: .*tokenizer_config.json"):
+        read_config(model)
