@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+
+MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts", "encoder_layers",
+           "decoder_layers")
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory.
 
     Raises:
-        UserError: it is missing, or is no JSON object.
+        UserError: it is missing, is no JSON object, or names layers without end.
     """
     path = checkpoint / "config.json"
     try:
@@ -26,7 +30,18 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if not isinstance(config, dict):
         raise UserError(f"{path} describes no model", "download the model again")
+    if problems := list(_endless(config)):
+        raise UserError(f"{path} describes no model that there can be", "download the model again", problems)
     return config
+
+
+def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Numbers of layers, which are made one by one before anybody looks at the weights, that no model has."""
+    for name, value in config.items():
+        if isinstance(value, dict) and not within:
+            yield from _endless(value, f"{name}.")
+        elif name in _LAYERS and isinstance(value, (int, float)) and value > MOST_LAYERS:
+            yield f"{within}{name} is {value:,}"
 
 
 def context_length(config: Mapping[str, Any]) -> int:

@@ -70,7 +70,8 @@ def _refuse_endless(root: Any, path: Path) -> None:
 
 
 def _endless(path: Path, node: Any, problem: str) -> UserError:
-    return UserError(f"{path}:{node.start_mark.line + 1}: {problem}", "write the settings out, without aliases (`*name`)")
+    return UserError(f"{path}:{node.start_mark.line + 1}: {problem}",
+                     "write the settings out, without aliases (`*name`)")
 
 
 def _twice(root: Any, path: Path) -> Iterator[str]:

@@ -44,8 +44,8 @@ def refuse_damage(file: GgufFile) -> None:
     prefix, problems = file.metadata.get("general.architecture"), []
     for name in _SIZES:
         value = file.metadata.get(f"{prefix}.{name}")
-        if isinstance(value, int) and value < 1:
-            problems.append(f"{prefix}.{name} is {value}")
+        if isinstance(value, int) and value < 1 or isinstance(value, (float, str)):
+            problems.append(f"{prefix}.{name} is {value!r}")
     blocks = {int(found[1]) for name in file.tensors if (found := _BLOCK.match(name))}
     count = file.metadata.get(f"{prefix}.block_count")
     if isinstance(count, int) and count >= 1 and (blocks != set(range(len(blocks))) or len(blocks) != count):
@@ -205,8 +205,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 def read_once() -> Iterator[None]:
     """Transformers' loader reads a file three times, a vocabulary entry at a time, each as a mapped file of its own.
 
-    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every module.
-    What is read stays the same.
+    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every
+    module. What is read stays the same.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
