@@ -10,8 +10,8 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 
 MOST_LAYERS = 10_000
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts", "encoder_layers",
-           "decoder_layers")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
+           "encoder_layers", "decoder_layers")
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
