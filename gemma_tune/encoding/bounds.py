@@ -16,7 +16,9 @@ from jinja2 import TemplateRuntimeError, nodes, pass_context
 from jinja2.runtime import Undefined
 from jinja2.visitor import NodeTransformer
 
-MOST_SECONDS, MOST_CHARACTERS = 20.0, 1 << 28  # of one rendering
+from gemma_tune.base.errors import UserError
+
+MOST_SECONDS, MOST_CHARACTERS = 10.0, 1 << 28  # of one rendering
 _MOST_BITS = 1 << 16  # of a number
 # Filters, and methods of texts, that make much of little: by the product of the two largest things that they are given.
 _GROWING = frozenset(("replace", "join", "center", "indent", "ljust", "rjust", "zfill", "expandtabs", "translate",
@@ -26,7 +28,7 @@ _WIDTH = re.compile(r"\d{6,}")  # of a place in a format
 
 
 class Endless(TemplateRuntimeError):
-    """A template that takes more than any conversation needs."""
+    """A template that makes more of a conversation than anybody needs."""
 
 
 class Bounded:
@@ -45,12 +47,12 @@ class Bounded:
         """As the template's own ``render``.
 
         Raises:
-            jinja2.TemplateError: the template refuses it, or takes too much (:class:`Endless`).
+            jinja2.TemplateError: the template refuses it, or makes too much of it (:class:`Endless`).
+            UserError: it takes too long.
         """
-        budget = self._environment.budget
-        budget.begin()
+        self._environment.budget.begin()
         try:
-            return budget.joined(self._template.generate(**variables))
+            return self._template.render(variables)
         except MemoryError as e:
             raise Endless("it takes more memory than there is") from e
 
@@ -62,29 +64,34 @@ class _Budget:
     def begin(self) -> None:
         self.made, self.end = 0, time.monotonic() + MOST_SECONDS
 
-    def tick(self) -> str:
+    def tick(self, _: None) -> str:
+        """What each turn of a loop begins with, as a filter: these are called without Jinja's checks."""
         if time.monotonic() > self.end:
-            raise Endless(f"it takes more than {MOST_SECONDS:g} seconds")
+            # So would every other conversation: it is no row's fault.
+            raise UserError(f"the model's chat template cannot be used: it takes more than {MOST_SECONDS:g} seconds",
+                            "mend its chat_template.jinja, or use another model")
         return ""
 
     def spend(self, size: int) -> None:
         self.made += size
         if self.made > MOST_CHARACTERS:
             raise Endless(f"it makes more than {MOST_CHARACTERS >> 20} million characters of this conversation")
-        self.tick()
 
     def made_of(self, value: Any) -> Any:
         """A new value, counted."""
-        if isinstance(value, (str, list, tuple, dict)):
+        if value.__class__ is str or isinstance(value, (str, list, tuple, dict)):
             self.spend(len(value))
         return value
 
-    def joined(self, parts: Iterable[Any]) -> str:
+    def joined(self, parts: Iterable[str]) -> str:
         """All texts as one."""
-        kept = []
+        kept, size, room = [], 0, MOST_CHARACTERS - self.made
         for part in parts:
-            self.spend(len(part))
+            size += len(part)
+            if size > room:
+                break
             kept.append(part)
+        self.spend(size)
         return "".join(kept)
 
     def written(self, *values: Any) -> str:
@@ -93,7 +100,7 @@ class _Budget:
 
     def writable(self, value: Any) -> Any:
         """A value that is about to be written out: one that holds another many times is counted so."""
-        if isinstance(value, (list, tuple, dict)):
+        if value.__class__ is not str and isinstance(value, (list, tuple, dict)):
             self.spend(_length(value, {}))
         return value
 
@@ -128,18 +135,20 @@ class _Counting(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _call("written", node.nodes, node.lineno)
+        first, *others = node.nodes
+        return _filter("written", first, others, node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", [], node.lineno), lineno=node.lineno))
+        tick = _filter("tick", nodes.Const(None, lineno=node.lineno), [], node.lineno)
+        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         return node
 
     visit_Macro = visit_CallBlock = visit_For
 
 
-def _call(name: str, arguments: list[Any], line: int) -> nodes.Node:
-    return nodes.Call(nodes.EnvironmentAttribute(name, lineno=line), arguments, [], None, None, lineno=line)
+def _filter(name: str, value: nodes.Node, arguments: list[Any], line: int) -> nodes.Node:
+    return nodes.Filter(value, f"gemma_tune_{name}", arguments, [], None, None, lineno=line)
 
 
 def _bounded(environment: Any) -> Any:
@@ -154,22 +163,24 @@ def _bounded(environment: Any) -> Any:
             return tree.set_environment(self)
 
         def call(self, context: Any, called: Any, /, *args: Any, **settings: Any) -> Any:
-            method = getattr(called, "__wrapped__", called)  # the sandbox has its own of `format`
-            if isinstance(owner := getattr(method, "__self__", None), str):
-                budget.refuse_growth(method.__name__, [owner, *args, *settings.values()])
+            name = getattr(called, "__name__", "")
+            if name in _GROWING or name in _WRITING or name == "format_map":
+                method = getattr(called, "__wrapped__", called)  # the sandbox has its own of `format`
+                budget.refuse_growth(name, [getattr(method, "__self__", None), *args, *settings.values()])
             return budget.made_of(super().call(context, called, *args, **settings))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _refuse_large(budget, operator, left, right)
-            return budget.made_of(super().call_binop(context, operator, left, right))
+            if operator != "+":
+                _refuse_large(budget, operator, left, right)
+            return budget.made_of(self.binop_table[operator](left, right))
 
     copy = object.__new__(Environment)
     vars(copy).update(vars(environment), shared=False, overlayed=True, cache=None, budget=budget, concat=budget.joined,
-                      tick=budget.tick, written=budget.written,
                       # What a compiler works out beforehand, nobody counts: with a context, it does not.
                       optimized=False, finalize=pass_context(lambda _, value: budget.writable(value)))
     copy.extensions = {key: extension.bind(copy) for key, extension in environment.extensions.items()}
     copy.filters = {name: _counted(name, function, budget) for name, function in environment.filters.items()}
+    copy.filters |= {"gemma_tune_tick": budget.tick, "gemma_tune_written": budget.written}
     copy.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}  # endless text
     return copy
 
@@ -188,8 +199,12 @@ def _refuse_large(budget: _Budget, operator: str, left: Any, right: Any) -> None
 
 
 def _counted(name: str, function: Callable, budget: _Budget) -> Callable:
+    careful = name in _GROWING or name in _WRITING
+
     @functools.wraps(function)
     def counted(*args: Any, **settings: Any) -> Any:
+        if not careful:
+            return budget.made_of(function(*args, **settings))
         if name in ("join", "sum"):  # of what a filter before it goes on giving
             args = tuple(list(arg) if hasattr(arg, "__next__") else arg for arg in args)
         budget.refuse_growth(name, [*args, *settings.values()])

@@ -1,5 +1,6 @@
 """Templates that loop or multiply end soon; others are rendered as Transformers does."""
 
+import shutil
 import time
 import tracemalloc
 
@@ -66,3 +67,12 @@ def test_what_a_rendering_made_does_not_count_for_the_next(monkeypatch):
     monkeypatch.setattr(bounds, "MOST_CHARACTERS", 1000)
     template = compiled("{{ 'x' * 400 }}")
     assert {template.render() for _ in range(5)} == {"x" * 400}
+
+
+def test_a_model_whose_template_loops_ends_the_command(tiny, tmp_path, cli, data, monkeypatch):
+    monkeypatch.setattr(bounds, "MOST_SECONDS", 0.05)
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "chat_template.jinja").write_text(BOMBS["loops"])
+    result = cli("prepare", data, "--model", model)
+    assert result.code == 2 and "the model's chat template cannot be used: it takes more than 0.05 seconds" in result.err
