@@ -27,6 +27,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import refuse_special
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
+from gemma_tune.lora.patterns import ending, refuse_endless
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -213,6 +214,7 @@ def read_adapter(folder: Path) -> Adapter:
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])
+    refuse_endless(folder, config, parts)
     layers = {layer: _layer(folder, layer, found, config) for layer, found in parts.items()}
     if not layers and not copies:
         raise UserError(f"{folder} adapts no layer", _AGAIN)
@@ -233,7 +235,7 @@ def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
             continue
         for pattern in patterns:
             try:
-                re.compile(_ending(pattern))
+                re.compile(ending(pattern))
             except re.error as e:
                 yield f"{name}: {pattern!r} is no pattern: {e}"
 
@@ -283,11 +285,7 @@ def _own(config: Mapping[str, Any], patterns: str, layer: str, others: Any) -> A
     ``utils/other.py``).
     """
     return next((value for pattern, value in (config.get(patterns) or {}).items()
-                 if re.match(_ending(pattern), layer)), others)
-
-
-def _ending(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+                 if re.match(ending(pattern), layer)), others)
 
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:

@@ -56,7 +56,10 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     from peft import PeftModel
 
     from gemma_tune.lora.dora import settle, uses_dora
+    from gemma_tune.lora.files import read_config
+    from gemma_tune.lora.patterns import refuse_endless
 
+    refuse_endless(adapter, read_config(adapter), (name for name, _ in model.named_modules()))
     try:
         if vocabulary:
             _resize(model, vocabulary)
