@@ -34,7 +34,7 @@ for pattern in patterns:
 
 
 def ending(pattern: str) -> str:
-    """What PEFT makes of a key of ``rank_pattern`` or ``alpha_pattern``: ``get_pattern_key`` in its ``utils/other.py``."""
+    """What PEFT makes of a key of ``rank_pattern`` or ``alpha_pattern``; its ``get_pattern_key`` does."""
     return rf"(.*\.)?({pattern})$"
 
 
