@@ -46,7 +46,8 @@ def _read(file: Any, meta: Any, size: int) -> Iterator[Any]:
         # As dictionaries they stay as they are stored; but Arrow keeps a row group's whole dictionary.
         kept = [chunk for chunk in shared if chunk.path_in_schema in texts and chunk.total_uncompressed_size <= _READ
                 and not any("DELTA" in name for name in chunk.encodings)]
-        rest = [chunk for chunk in shared if chunk.path_in_schema not in {other.path_in_schema for other in kept}]
+        kept = kept if len(kept) == len(shared) else []  # else few rows are read at once anyway
+        rest = [] if kept else shared
         done = 0
         try:
             for batch in _batches_of(file, meta, size, number, _rows(group, rest, size), kept):
@@ -84,7 +85,23 @@ def _batches_of(file: Any, meta: Any, size: int, group: int, rows: int,
         file.seek(0)
     with parquet.ParquetFile(file, metadata=meta, buffer_size=size, pre_buffer=False,
                              read_dictionary=[chunk.path_in_schema for chunk in as_dictionaries]) as table:
-        yield from table.iter_batches(batch_size=rows, row_groups=[group])
+        batches = table.iter_batches(batch_size=rows, row_groups=[group])
+        yield from batches if as_dictionaries else _joined(batches, size)
+
+
+def _joined(batches: Iterator[Any], size: int) -> Iterator[Any]:
+    """Batches of few rows put together to about ``size`` bytes."""
+    import pyarrow as pa
+
+    waiting, taken = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        taken += batch.nbytes
+        if taken >= size:
+            yield pa.concat_batches(waiting)
+            waiting, taken = [], 0
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def ipc_blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
