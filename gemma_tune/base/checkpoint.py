@@ -15,12 +15,16 @@ _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
            "max_position_embeddings", "n_positions")
 _LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits
 
+MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
+           "encoder_layers", "decoder_layers")
+
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory.
 
     Raises:
-        UserError: it is missing, is no JSON object, or has values that describe nothing.
+        UserError: it is missing, is no JSON object, has values that describe nothing, or names layers without end.
     """
     path = checkpoint / "config.json"
     try:
@@ -32,6 +36,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if problems := list(_unusable(config)):
         raise UserError(f"{path} describes no model", "download the model again", problems)
+    if problems := list(_endless(config)):
+        raise UserError(f"{path} describes no model that there can be", "download the model again", problems)
     return config
 
 
@@ -46,6 +52,15 @@ def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)
                                       or not 0 <= value <= _LARGEST):
                 yield f"{part}{name}: {shown(value)} is no count"
+
+
+def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Numbers of layers, which are made one by one before anybody looks at the weights, that no model has."""
+    for name, value in config.items():
+        if isinstance(value, dict) and not within:
+            yield from _endless(value, f"{name}.")
+        elif name in _LAYERS and isinstance(value, (int, float)) and value > MOST_LAYERS:
+            yield f"{within}{name} is {value:,}"
 
 
 def _instead(folder: Path) -> str:

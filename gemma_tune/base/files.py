@@ -11,7 +11,9 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 NEW, OLD = ".new-", ".old-"
 PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
 _CHUNK = 1 << 20
+PIPE_SECONDS = 10.0  # that a pipe is waited for
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
 
@@ -45,6 +48,58 @@ def os_errors(path: Path) -> Iterator[None]:
         if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise UserError(f"{place} is in the way: {e.strerror}", "choose another place with --run DIR") from e
         raise
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a small file, also of a device or of a pipe that something writes into, as a shell's ``<(…)``.
+
+    Raises:
+        UserError: it has more than ``most`` bytes, or is a pipe that nobody writes into.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # by itself, opening a pipe waits for its writer
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            content = _from_pipe(path, fd, most)
+        else:
+            os.set_blocking(fd, True)
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read(most + 1)
+    finally:
+        os.close(fd)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most >> 10:,} KiB, which is no such file", "check the path")
+    return content
+
+
+def _from_pipe(path: Path, fd: int, most: int) -> bytes:
+    # What a shell opened for this command has a writer, or had one; a pipe with a name of its own may never have.
+    patience = None if "pipe:[" in os.path.realpath(path) or str(path).startswith("/dev/") else PIPE_SECONDS
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= most:
+        if not select.select([fd], [], [], patience)[0]:
+            raise UserError(f"{path} is a pipe into which nothing is written", "name a file, or write into the pipe")
+        try:
+            part = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            continue
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+def refuse_special(folder: Path) -> None:
+    """Refuse a model's or an adapter's directory in which pipes, sockets or devices lie: to read them may never end.
+
+    Raises:
+        UserError: all of them.
+    """
+    found = sorted(str(path) for place in (folder, folder / "additional_chat_templates") if place.is_dir()
+                   for path in place.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
+    if found:
+        raise UserError(f"{folder} holds what is no file: {', '.join(found)}",
+                        "copy or download it again; pipes, sockets and devices are not read")
 
 
 def sync(path: Path) -> None:

@@ -24,6 +24,8 @@ from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
+# Limits of what is worked through one by one, or given memory for: far beyond what anybody needs.
+MOST_ROWS, MOST_TOKENS, MOST_PROCESSES, MOST_EPOCHS = 1 << 16, 1 << 24, 4096, 100_000.0
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
@@ -73,7 +75,7 @@ class PrepareConfig(StageConfig):
                                    "keeps the choice.", choices=("auto", "on", "off"))
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
                                 least=0.0)
-    max_length: int = option(2048, "Longest sequence in tokens.", least=16)
+    max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS)
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
                                   "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
@@ -177,14 +179,14 @@ class TrainConfig(StageConfig):
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
     batch_size: int = option(4, "Conversations of a batch on one device; --micro-batch says how many go through the "
-                                "model at once.", least=1)
+                                "model at once.", least=1, most=MOST_ROWS)
     accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
-                                  "processes.", least=1)
+                                  "processes.", least=1, most=MOST_ROWS)
     num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
-                                least=1)
+                                least=1, most=MOST_PROCESSES)
     strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
-    epochs: float = option(4.0, "Passes over the training data.", least=0.001)
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS)
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
                                  "learns already.", least=0.0, most=1.0)
@@ -251,7 +253,7 @@ class SamplingConfig:
                                auto="the model's own")
     repetition_penalty: float | None = option(None, "Above 1, tokens that were already used become less likely.",
                                               least=0.1, auto="the model's own")
-    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1)
+    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class EvalConfig(StageConfig):
 
     section: ClassVar[str] = "eval"
     questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
-    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1)
+    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
     dtype: str = dtype_option()
 
 
@@ -316,8 +318,8 @@ class ExportConfig(StageConfig):
                                 auto="the data's, where every conversation has the same one", prose=True)
     parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
-    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
-                                                                                "length in training")
+    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
+                                 auto="at least 4096 and the longest length in training")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
                                        "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import refuse_special
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
+from gemma_tune.lora.patterns import ending
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "train again: gemma-tune train --force; or copy the adapter here again"
@@ -89,6 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "name a PEFT adapter's directory with --adapter; one of the "
                                                            "Hub is downloaded first: hf download NAME --local-dir DIR")
+    refuse_special(folder)
     try:
         config = object_in(path)
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -128,11 +131,6 @@ def refuse_embedded_adapter(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} holds a model and an adapter ({CONFIG}), which would be added to it unasked",
                         f"move {CONFIG} and its weights to a directory of their own; to train on both, merge them "
                         "first: gemma-tune merge --adapter DIR")
-
-
-def ending(pattern: str) -> str:
-    """What a pattern of ``rank_pattern`` or ``alpha_pattern`` has to match of a layer's name, as PEFT does it."""
-    return rf"(.*\.)?({pattern})$"
 
 
 def _unusable(config: Mapping[str, Any]) -> Iterator[str]:

@@ -25,7 +25,8 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
-from gemma_tune.lora.config import AGAIN, CONFIG, WEIGHTS, ending, read_config, usable_config
+from gemma_tune.lora.config import AGAIN, CONFIG, WEIGHTS, read_config, usable_config
+from gemma_tune.lora.patterns import ending, refuse_endless
 
 _PREFIX = "base_model.model."
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
@@ -158,6 +159,7 @@ def read_adapter(folder: Path) -> Adapter:
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])
+    refuse_endless(folder, config, parts)
     layers = {layer: _layer(folder, layer, found, config) for layer, found in parts.items()}
     if not layers and not copies:
         raise UserError(f"{folder} adapts no layer", AGAIN)

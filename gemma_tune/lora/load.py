@@ -13,6 +13,7 @@ from gemma_tune.base.machine import importing, is_out_of_memory
 from gemma_tune.base.words import first_line
 from gemma_tune.lora.config import for_peft
 from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.patterns import refuse_endless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +55,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         UserError: the adapter is missing, damaged, or does not fit this model.
     """
     config = read_adapter(adapter).config
+    refuse_endless(adapter, config, (name for name, _ in model.named_modules()))
     import_peft()
     from peft import LoraConfig, PeftModel
 

@@ -45,8 +45,8 @@ def refuse_damage(file: GgufFile) -> None:
     prefix, problems = file.metadata.get("general.architecture"), []
     for name in _SIZES:
         value = file.metadata.get(f"{prefix}.{name}")
-        if isinstance(value, int) and value < 1:
-            problems.append(f"{prefix}.{name} is {value}")
+        if isinstance(value, int) and value < 1 or isinstance(value, (float, str)):
+            problems.append(f"{prefix}.{name} is {value!r}")
     blocks = {int(found[1]) for name in file.tensors if (found := _BLOCK.match(name))}
     count = file.metadata.get(f"{prefix}.block_count")
     if isinstance(count, int) and count >= 1 and (blocks != set(range(len(blocks))) or len(blocks) != count):

@@ -18,7 +18,15 @@ from typing import Any
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
+from gemma_tune.base.files import (
+    CHECKPOINT_FILES,
+    cache_dir,
+    cache_errors,
+    fingerprint,
+    refuse_special,
+    sha256_file,
+    unfinished,
+)
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.gguf.reader import read_gguf_metadata
@@ -153,6 +161,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
     made_from = None if known and known["source"] == "local" else cached_source(path)
     if made_from and made_from["sha256"] == _demo_sha256():
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
+    refuse_special(path)
     model_config(path)
     _refuse_pointers(path)
     refuse_embedded_adapter(path)

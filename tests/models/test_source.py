@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.base import checkpoint
+from gemma_tune.base.errors import UserError
+from gemma_tune.lora.files import read_config
 from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
 from support.models import make_model
@@ -375,3 +378,22 @@ def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
         (tmp_path / name / file).write_text("{}")
         result = cli("prepare", data, "--model", name, "--run", "r")
         assert result.code == 2 and advice in result.err, result.err
+
+
+def test_a_pipe_in_a_model_or_an_adapter(tiny, tmp_path, cli, data):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "tokenizer_config.json").unlink(missing_ok=True)
+    os.mkfifo(model / "tokenizer_config.json")
+    result = cli("prepare", data, "--model", model)
+    assert result.code == 2 and f"{model} holds what is no file: {model / 'tokenizer_config.json'}" in result.err
+    with pytest.raises(UserError, match="holds what is no file: .*tokenizer_config.json"):
+        read_config(model)
+
+
+def test_layers_without_end(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text()) | {"num_hidden_layers": 20_000_000}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    with pytest.raises(UserError, match="describes no model that there can be") as error:
+        checkpoint.read_config(tmp_path)
+    assert error.value.problems == ("text_config.num_hidden_layers is 20,000,000",)

@@ -91,7 +91,7 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
         table = _explained(request, lambda: _load(lock)).with_format("arrow")
     count = max(1, min(10_000, size * max(1, table.num_rows) // max(1, table.data.nbytes)))
     batches = (batch for part in table.iter(count) for batch in part.combine_chunks().to_batches())
-    yield from arrow_blocks(source.name, table.num_rows, batches)
+    yield from arrow_blocks(source.name, table.num_rows, batches, size)
 
 
 def _read(path: Path) -> PinnedDataset | None:

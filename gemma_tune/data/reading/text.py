@@ -20,7 +20,8 @@ from gemma_tune.data.reading.rows import BLOCK, Source
 
 COMPRESSED = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
 _HEAD = 4096  # a NUL byte up to here means a binary file, whatever else is wrong with it
-_ZSTD_INPUT = 1 << 13  # what comes out of one step may be a thousand times larger
+_ZSTD_INPUT = 1 << 13  # what comes out of a step may be thirty thousand times larger: then it takes less
+_ZSTD_LEAST, _ZSTD_OUTPUT = 1 << 7, 1 << 20
 _UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
 _CONVERT = "save it as UTF-8 (Excel calls that `CSV UTF-8`), or convert it: iconv -f {} -t utf-8 {} > {}"
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -110,12 +111,14 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
     """Frame by frame: the library's own stream reader takes a frame that was cut off for a whole one."""
     import zstandard
 
-    frame = None
+    frame, step = None, _ZSTD_LEAST
     try:
-        while piece := raw.read(_ZSTD_INPUT):
+        while piece := raw.read(step):
             while piece:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(piece)
+                text = frame.decompress(piece)
+                yield text
+                step = max(_ZSTD_LEAST, step // 2) if len(text) > _ZSTD_OUTPUT else min(_ZSTD_INPUT, step * 2)
                 piece = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as e:
