@@ -51,7 +51,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         raise UserError(f"{root} is not a run yet: it has no manifest.json",
                         f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
     paths = RunDir(root, manifest.model_name)
-    _notice_changed_base(root, manifest.model)
+    _notice_changed_base(root, manifest.model, verify)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
@@ -93,9 +93,9 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
             command_to_finish(run.checkpoints, marker["settings"]))
 
 
-def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
+def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
     if path is not None and path.exists():
-        model["files"] = fingerprint(path, model["files"], CHECKPOINT_FILES)
+        model["files"] = fingerprint(path, None if verify else model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import io
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
+from gemma_tune.models.whole import COMPLETE, conversion, refuse_damaged_copy, seal
 
 _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -123,8 +123,6 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
         raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
 
 
-# Written last into a cached checkpoint: its existence means that the conversion completed.
-_WHOLE = "complete.json"
 CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
 
 
@@ -135,33 +133,26 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
     ``tokenizer.model`` too, which every later export needs.
 
     Raises:
-        UserError: the file cannot be used, or the cache.
+        UserError: the file cannot be used, or the cache; the checkpoint there is damaged, which of its weights only the
+            size tells, see ``whole.refuse_rotten``.
         WorkFailed: the cache has no room for it.
     """
     from filelock import FileLock
 
     target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERSION}"
     with cache_errors():
-        if (target / _WHOLE).is_file():
+        if conversion(target):
+            refuse_damaged_copy(target, weights=False)
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if (target / _WHOLE).is_file():
+            if conversion(target):
                 return target
             listener.note(f"dequantising {gguf.name} into a checkpoint, once (half a minute for 270M parameters)")
             with replacing_directory(target) as folder:
                 _dequantise(gguf, folder)
-                write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
+                write_json(folder / COMPLETE, {"source": gguf.name, "sha256": sha256, "files": seal(folder)})
     return target
-
-
-def cached_source(checkpoint: Path) -> dict[str, str] | None:
-    """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
-    try:
-        kept = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and {"source", "sha256"} <= kept.keys() else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
@@ -205,8 +196,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 def read_once() -> Iterator[None]:
     """Transformers' loader reads a file three times, a vocabulary entry at a time, each as a mapped file of its own.
 
-    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every module.
-    What is read stays the same.
+    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every
+    module. What is read stays the same.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader

@@ -11,6 +11,7 @@ from gemma_tune.base.machine import importing
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
+from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +73,10 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise UserError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}",
-                        "check that the checkpoint is whole; download it again if not") from e
+                        remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
     if problems := [f"{kind} keys: {key}" for kind, key in unfit_keys(info)]:
-        raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
+        raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
+                        problems[:20])
     return model
 
 

@@ -19,7 +19,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import cached_source, dequantised
+from gemma_tune.models.from_gguf import dequantised
+from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
 SUFFIX = ".gguf"
@@ -123,6 +124,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
     from gemma_tune.hub.download import fetch_model
 
     found = fetch_model(model_id, revision, weights=weights, on_progress=listener.progress)
+    refuse_damaged_copy(Path(found.path), weights=False)
     return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
                      f"{found.id}@{found.revision}", {})
 
@@ -140,7 +142,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
     # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
-    made_from = None if known and known["source"] == "local" else cached_source(path)
+    made_from = None if known and known["source"] == "local" else conversion(path)
     if made_from and made_from["sha256"] == _demo_sha256():
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     model_config(path)
