@@ -12,6 +12,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,11 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
 
 
 CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+
+
+def conversions(sha256: str) -> list[Path]:
+    """The cached checkpoints of GGUF files of this content, which can have several names."""
+    return sorted((cache_dir() / "checkpoints").glob(f"*-{escape(sha256[:16])}-v{CONVERSION}"))
 
 
 def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:

@@ -19,7 +19,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import dequantised
+from gemma_tune.models.from_gguf import conversions, dequantised
 from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
@@ -104,6 +104,16 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
         return model_id, None
     name, _, revision = model_id.partition("@")
     return name, revision or None
+
+
+def cached_copies(record: Mapping[str, Any]) -> list[Path]:
+    """Where the caches hold a manifest's model, without asking anybody; none where it is the user's own checkpoint."""
+    if record["source"] == "hub" and record["revision"]:
+        from gemma_tune.hub.access import request_for
+
+        snapshot = request_for(record["id"], record["revision"]).snapshot(record["revision"])
+        return [snapshot] if snapshot.is_dir() else []
+    return conversions(record["fingerprint"]) if record["source"] in ("gguf", DEMO) else []
 
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:

@@ -112,7 +112,11 @@ def cached(from_gguf_once, tmp_path) -> Path:
 
 @pytest.mark.parametrize("command", [("train", *QUICK, "--force"), ("merge", "--no-check")])
 def test_damaged_weights_in_the_cache_name_the_folder_to_delete(cli, cached, command):
+    assert cli("status", "--verify", "--json").json["base_damage"] is None
     flip_bit(cached / "model.safetensors")
+    looked = cli("status", "--verify", "--json")
+    assert looked.code == 0 and "model.safetensors was changed" in looked.json["base_damage"]
+    assert f"rm -r {cached}" in looked.err
     result = cli(*command)
     assert result.code == 2, result.err
     assert f"the base model in {cached} is damaged: model.safetensors was changed" in result.err.replace("\n", "")
@@ -150,3 +154,17 @@ def test_a_conversion_of_an_unreadable_record_is_made_again(cli, cached):
     result = cli("chat", "--base", "--prompt", "Hello", "-n", 2)
     assert result.code == 0, result.err
     assert json.loads((cached / "complete.json").read_text())["files"]["model.safetensors"]["sha256"]
+
+
+def test_status_reads_a_downloaded_base_too(cli, tiny, data, tmp_path, monkeypatch):
+    with LoopbackHub() as hub:
+        hub.add_repo("google/tiny", tiny)
+        hub.isolate(monkeypatch, tmp_path / "home")
+        for args in (("prepare", data, "--model", "google/tiny"), ("train", *QUICK)):
+            assert cli(*args).code == 0
+        assert cli("status", "--verify", "--json").json["base_damage"] is None
+        [weights] = (tmp_path / "home").rglob("snapshots/*/model.safetensors")
+        flip_bit(weights.resolve())
+        assert "model.safetensors was changed" in cli("status", "--verify", "--json").json["base_damage"]
+        result = cli("merge", "--no-check")
+        assert result.code == 2 and f"rm -r {weights.parents[2]}" in result.err
