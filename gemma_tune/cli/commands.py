@@ -240,6 +240,8 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
 
     found = describe_run(run, model, verify)
     console.status_table(f"{found.root} · {found.model}", found.rows)
+    if found.base_damage:
+        screen.error(found.base_damage)
     screen.err.print(f"next: {found.next_step}", markup=False)
     if json:
         screen.result_json(found.as_json())

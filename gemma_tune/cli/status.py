@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.export.earlier import earlier_formats
+from gemma_tune.models.source import cached_copies
+from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, read_manifest
@@ -19,7 +22,10 @@ from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left."""
+    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
+
+    ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for.
+    """
 
     root: Path
     model: str
@@ -27,11 +33,13 @@ class RunStatus:
     next_step: str
     in_use_by: str | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base_damage: UserError | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier,
+                "base_damage": self.base_damage.message if self.base_damage else None,
                 "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
 
 
@@ -49,7 +57,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     if manifest is None:
         raise no_run(root)
     paths = RunDir(root, manifest.model_name)
-    _notice_changed_base(root, manifest.model)
+    _notice_changed_base(root, manifest.model, verify)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
@@ -73,7 +81,17 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     owner = Lock.owner_of(root)
     if owner:
         next_step = f"wait for {owner}"
-    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier)
+    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
+                     _damage_in_cache(manifest.model) if verify else None)
+
+
+def _damage_in_cache(model: Mapping[str, Any]) -> UserError | None:
+    try:
+        for copy in cached_copies(model):
+            refuse_damaged_copy(copy, weights=True)
+    except UserError as e:
+        return e
+    return None
 
 
 def _read_once() -> Look:
@@ -91,9 +109,9 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
             command_to_finish(run.checkpoints, marker["settings"]))
 
 
-def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
+def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
     if path is not None and path.exists():
-        model["files"] = fingerprint(path, model["files"], CHECKPOINT_FILES)
+        model["files"] = fingerprint(path, None if verify else model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

@@ -28,8 +28,10 @@ from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
 from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
+from gemma_tune.models.whole import refuse_rotten
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, run_stage
+from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, require_unharmed, run_stage
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
@@ -60,6 +62,9 @@ def merge(session: Session) -> StageReport:
     into = {INPUT: session.base.origin} if session.base and session.base.origin else None
     report = run_stage(session, "merge", _merge, into, elsewhere=elsewhere)
     if config.push:
+        if report.status == "up-to-date":  # made long ago, perhaps
+            manifest = read_manifest(session.run.root) or session.manifest
+            require_unharmed(session.run, manifest, "merge --push", "merge", "merged")
         address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
         report = replace(report, summary=report.summary | {"pushed": address})
     return report
@@ -88,6 +93,7 @@ def _merge(session: Session) -> Finished:
     session = replace(session, model=session.base or session.model)
     run, config, listener = session.run, session.config, session.listener
     base = session.model.path
+    refuse_rotten(base, session.model.files)
     adapter = read_adapter(session.inputs["adapter"])
     if not session.base:  # which was compared already
         _compare_bases(session, adapter)

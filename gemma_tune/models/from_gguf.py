@@ -12,6 +12,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
-from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import first_line, model_name
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
+from gemma_tune.models.whole import COMPLETE, conversion, refuse_damaged_copy, seal
 
 _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -124,9 +125,12 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
         raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
 
 
-# Written last into a cached checkpoint: its existence means that the conversion completed.
-_WHOLE = "complete.json"
 CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+
+
+def conversions(sha256: str) -> list[Path]:
+    """The cached checkpoints of GGUF files of this content, which can have several names."""
+    return sorted((cache_dir() / "checkpoints").glob(f"*-{escape(sha256[:16])}-v{CONVERSION}"))
 
 
 def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
@@ -136,33 +140,26 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
     ``tokenizer.model`` too, which every later export needs.
 
     Raises:
-        UserError: the file cannot be used, or the cache.
+        UserError: the file cannot be used, or the cache; the checkpoint there is damaged, which of its weights only the
+            size tells, see ``whole.refuse_rotten``.
         WorkFailed: the cache has no room for it.
     """
     from filelock import FileLock
 
     target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERSION}"
     with cache_errors():
-        if (target / _WHOLE).is_file():
+        if conversion(target):
+            refuse_damaged_copy(target, weights=False)
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if (target / _WHOLE).is_file():
+            if conversion(target):
                 return target
             listener.note(f"dequantising {gguf.name} into a checkpoint, once (half a minute for 270M parameters)")
             with replacing_directory(target) as folder:
                 _dequantise(gguf, folder)
-                write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
+                write_json(folder / COMPLETE, {"source": gguf.name, "sha256": sha256, "files": seal(folder)})
     return target
-
-
-def cached_source(checkpoint: Path) -> dict[str, str] | None:
-    """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
-    try:
-        kept = object_in(checkpoint / _WHOLE)
-    except (OSError, ValueError):
-        return None
-    return kept if all(isinstance(kept.get(name), str) for name in ("source", "sha256")) else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
+from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,9 +72,10 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if is_out_of_memory(e):
             raise out_of_memory(e) from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
-                        "check that the checkpoint is whole; download it again if not") from e
+                        remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
     if problems := [f"{kind} keys: {key}" for kind, key in unfit_keys(info)]:
-        raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
+        raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
+                        problems[:20])
     return model
 
 

@@ -31,7 +31,8 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.lora.config import refuse_embedded_adapter
-from gemma_tune.models.from_gguf import REPOSITORY, cached_source, dequantised
+from gemma_tune.models.from_gguf import REPOSITORY, conversions, dequantised
+from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
 SUFFIX = ".gguf"
@@ -123,6 +124,16 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def cached_copies(record: Mapping[str, Any]) -> list[Path]:
+    """Where the caches hold a manifest's model, without asking anybody; none where it is the user's own checkpoint."""
+    if record["source"] == "hub" and record["revision"]:
+        from gemma_tune.hub.access import request_for
+
+        snapshot = request_for(record["id"], record["revision"]).snapshot(record["revision"])
+        return [snapshot] if snapshot.is_dir() else []
+    return conversions(record["fingerprint"]) if record["source"] in ("gguf", DEMO) else []
+
+
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     """The ``--model`` value that leads to a manifest's model again, seen from the current directory."""
     return str(root / record["path"]) if record.get("path") else record["id"]
@@ -141,6 +152,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
     from gemma_tune.hub.download import fetch_model
 
     found = fetch_model(model_id, revision, weights=weights, on_progress=listener.progress)
+    refuse_damaged_copy(Path(found.path), weights=False)
     return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
                      f"{found.id}@{found.revision}", {})
 
@@ -158,7 +170,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
     # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
-    made_from = None if known and known["source"] == "local" else cached_source(path)
+    made_from = None if known and known["source"] == "local" else conversion(path)
     if made_from and made_from["sha256"] == _demo_sha256():
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     refuse_special(path)

@@ -155,6 +155,20 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
     return run.root / manifest.stages[maker]["outputs"][output]["path"]
 
 
+def require_unharmed(run: RunDir, manifest: Manifest, stage: str, maker: str, output: str) -> None:
+    """Read the artifact ``output`` of the stage ``maker``, before ``stage`` makes something of it or gives it away.
+
+    :func:`state_of` trusts sizes and time stamps, which bits that changed on the disk leave as they were.
+
+    Raises:
+        UserError: its content is another than ``maker`` made; the hint is the command that makes it again.
+    """
+    item = manifest.stages[maker]["outputs"][output]
+    if change := _change(run, run.root / item["path"], item, lambda run, path, _: describe(run, path)):
+        raise UserError(f"`{stage}` cannot use the result of `{maker}`: {item['path']} {change}",
+                        f"make it again: {command(maker, run.root, '--force')}")
+
+
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
               extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False,
               elsewhere: Mapping[str, Path] | None = None,
@@ -170,7 +184,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
 
     Raises:
         UserError: missing input, run in use, no permission, a result that is not replaced unasked; and whatever
-            ``work`` raises.
+            ``work`` raises; an input whose content changed, though size and time stamp did not.
     """
     assert stage in STAGES
     run = session.run
@@ -196,6 +210,8 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
                 manifest.save(run)
             return kept
         started, clock = now(), time.monotonic()
+        for maker, output in (NEEDS[stage][name] for name in inputs):
+            require_unharmed(run, manifest, stage, maker, output)
         finished = work(session)
         manifest.stages[stage] = {
             "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,

@@ -23,6 +23,7 @@ from gemma_tune.lora.load import import_peft
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.models.source import with_weights
+from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
@@ -161,6 +162,7 @@ def _decide(session: Session) -> _Job:
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     session = replace(session, model=with_weights(session.model, listener))
+    refuse_rotten(session.model.path, session.model.files)
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     return _Job(session, training, checkpoint, placement, choice, earlier)
 

@@ -231,3 +231,12 @@ def test_killed_at_any_moment_the_manifest_names_nothing_half_written(tiny, data
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert {s["state"] for s in cli("status", "--json").json["stages"].values()} == {"done"}
+
+
+@pytest.mark.parametrize("option", ["--model", "--run"])
+def test_an_empty_name_is_no_wish_for_the_default(cli, data, option):
+    """As of a shell's variable that is not set."""
+    result = cli("prepare", data, option, "", "--json")
+    assert result.code == 2
+    assert result.json["error"]["message"] == f"{option} has no text"
+    assert not Path("runs").exists()

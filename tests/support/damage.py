@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,3 +81,11 @@ def refused(path: Path, damage: Callable[[bytes, random.Random], bytes], read: C
     path.write_bytes(good)
     read()
     return count
+
+
+def flip_bit(path: Path, at: int = -1, bit: int = 0) -> None:
+    """Change one bit of a file (``at``: the byte's index), and leave its size and time stamp as they were."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
