@@ -13,8 +13,9 @@ from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
 from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.run.directory import RunDir, command, describe, find_run
 from gemma_tune.run.lock import Lock
-from gemma_tune.run.manifest import STAGES, read_manifest
+from gemma_tune.run.manifest import STAGES
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 
@@ -46,7 +47,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         UserError: no run there, or a damaged manifest.
     """
     root = find_run(run, model_id)
-    manifest = read_manifest(root)
+    manifest = current_manifest(root)
     if manifest is None:
         raise UserError(f"{root} is not a run yet: it has no manifest.json",
                         f"start it: gemma-tune prepare YOUR.jsonl --run {root}")

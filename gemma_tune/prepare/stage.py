@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import replacing_directory
+from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import Source, find_sources
@@ -124,7 +124,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     judge = Judge(chat, config)
-    with replacing_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
+    with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
         with kept_when_refused(work.files, run.refused_rows):
@@ -139,7 +139,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
     return Finished(outputs, _summary(report) | {"tool_rows": tools,
-                                                 "encoding": encoding_key(session.model.fingerprint)})
+                                                 "encoding": encoding_key(session.model.fingerprint)},
+                    {run.data: folder})
 
 
 # --- what is shown

@@ -16,11 +16,12 @@ from typing import IO
 
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
+from gemma_tune.base.files import NEW, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
+from gemma_tune.data.reading.inputs import writing_inputs
 from gemma_tune.data.reading.names import describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TSV, Block, Row, Source
 
@@ -170,19 +171,16 @@ def _stdin(keep: Path, delimiter: str | None) -> Source:
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
-    with os_errors(keep):
-        keep.mkdir(parents=True, exist_ok=True)
-        # The run is not locked yet: another command may do the same.
-        with unfinished(keep / f"{NEW}stdin-{os.getpid()}") as fresh:
-            with open(fresh, "wb") as f:
-                digest, head = _copied(sys.stdin.buffer, f)
-            if not head:
-                raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
-                                                           "rows.jsonl`")
-            if problem := _pointer("standard input", head):
-                raise problem
-            path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
-            put_in_place(fresh, path)
+    with writing_inputs(keep), unfinished(keep / f"{NEW}stdin") as fresh:
+        with open(fresh, "wb") as f:
+            digest, head = _copied(sys.stdin.buffer, f)
+        if not head:
+            raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
+                                                       "rows.jsonl`")
+        if problem := _pointer("standard input", head):
+            raise problem
+        path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
+        put_in_place(fresh, path)
     return source_of(path, PIPED, delimiter)
 
 
