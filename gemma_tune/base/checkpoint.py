@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import unreadable
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise UserError(f"{path} can't be read: {checkpoint} is not a Hugging Face checkpoint: it has no config.json",
                         "name a directory that has config.json, *.safetensors and tokenizer files") from e
+    except PermissionError as e:
+        raise unreadable(path) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if not isinstance(config, dict):

@@ -1,8 +1,8 @@
 """Files that are either whole or not there: atomic writes, directory swaps, fingerprints.
 
 What is being made lies beside its place as ``.new-<name>``. Replacing a directory takes two renames. Between them the
-one lies beside its place as ``.old-<name>``; :func:`recover` puts it back after a crash: a finished artifact is
-never lost.
+old one lies beside its place as ``.old-<name>``; :func:`recover` puts it back after a crash, so that nothing finished
+is lost.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.run.directory import RunDir, command, describe, find_run
 from gemma_tune.run.lock import Lock
@@ -71,12 +73,22 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
-            next_step = resume or command(stage, root)
+            next_step = resume or _right_to_read(root, record) or command(stage, root)
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:
         next_step = f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier)
+
+
+def _right_to_read(root: Path, record: Mapping[str, Any]) -> str | None:
+    """What to do before anything else where a stage's result may not be read."""
+    try:
+        for item in record.get("outputs", {}).values():
+            require_readable(root / item["path"])
+    except UserError as e:
+        return e.hint
+    return None
 
 
 def _read_once() -> Look:
@@ -97,6 +109,6 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
 def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
-    if path is not None and path.exists():
+    if path is not None and os.path.exists(path):
         model["files"] = fingerprint(path, model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

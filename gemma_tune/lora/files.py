@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import require_readable, unreadable
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
 
@@ -113,6 +114,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}",
                         f"name a directory that has {CONFIG} and {WEIGHTS}") from e
+    except PermissionError as e:
+        raise unreadable(path) from e
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"the adapter {folder} cannot be read: {CONFIG}: {e}", _AGAIN) from e
     _refuse_mlx(folder, config)
@@ -167,6 +170,7 @@ def read_adapter(folder: Path) -> Adapter:
         UserError: damaged, incomplete, or of a kind that is not merged here; every tensor that has no meaning here is
             listed.
     """
+    require_readable(folder)
     config = read_config(folder)
     _refuse_other_kinds(folder, config)
     if problems := list(_unusable(config)):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import importing
+from gemma_tune.base.refusals import require_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,10 +49,11 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         vocabulary: entries that the adapter was trained with, where the base has another number.
 
     Raises:
-        UserError: the adapter is missing, damaged, or does not fit this model.
+        UserError: the adapter is missing, damaged, may not be read, or does not fit this model.
     """
     from safetensors import SafetensorError
 
+    require_readable(adapter)
     import_peft()
     from peft import PeftModel
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import importing
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
@@ -33,6 +34,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     """
     from safetensors import SafetensorError
 
+    require_readable(checkpoint)
     config = read_config(checkpoint)
     refuse_untrainable(str(checkpoint), config)
     quiet_libraries()

@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
@@ -148,7 +149,7 @@ def _own_run(into: str | None, outside: bool) -> str | None:
 def _is_quantised(root: Path, listener: Listener) -> bool:
     """Whether the run at ``root`` has a quantised model, which nothing is merged into."""
     manifest = current_manifest(root)
-    if manifest is None or (path := manifest.model.get("path")) and not (root / path).exists():
+    if manifest is None or (path := manifest.model.get("path")) and not os.path.exists(root / path):
         return False
     recorded = manifest.model
     found = locate(recorded_id(recorded, root), recorded["revision"], listener, recorded, weights=False)
@@ -179,9 +180,10 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
-    if wanted == recorded["id"] and recorded.get("path") and not Path(wanted).exists():
+    if wanted == recorded["id"] and recorded.get("path") and not os.path.exists(wanted):
         wanted = None  # by its name alone: the run knows the place
-    if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
+    if not wanted and recorded.get("path") and not os.path.exists(place := root / recorded["path"]):
+        require_readable(place)
         raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")
     model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, put_in_place, remove
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result
 from gemma_tune.run.directory import RunDir, command, describe, now
 from gemma_tune.run.lock import Lock
@@ -104,7 +106,7 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe)
             upstream = state_of(run, manifest, maker[0], look)
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item, look)):
+        elif os.path.exists(path := run.root / item["path"]) and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
     return State("done")
 
@@ -117,8 +119,6 @@ def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> 
         path = run.root / item["path"]
         if name in FOR_PEOPLE:
             continue
-        if not path.exists():
-            return f"{item['path']} is gone"
         if change := _change(run, path, item, look):
             return f"{item['path']} {change}"
     return None
@@ -128,6 +128,8 @@ def _change(run: RunDir, path: Path, item: dict[str, Any], look: Look) -> str | 
     """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
     try:
         found = look(run, path, item)
+    except FileNotFoundError:
+        return "is gone"
     except OSError as e:
         return f"cannot be read: {e.strerror}"
     if found["sha256"] != item["sha256"]:
@@ -151,6 +153,7 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
 
     Raises:
         UserError: it is missing, damaged, or was made from another base model; the hint is the command that makes it.
+            Or it may not be read.
     """
     state = state_of(run, manifest, maker)
     make_it = command(maker, run.root)
@@ -158,6 +161,8 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
         raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
                         f"run it first: {make_it}")
     if state.status == "damaged":
+        for item in manifest.stages[maker]["outputs"].values():
+            require_readable(run.root / item["path"])
         raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
                         f"make it again: {make_it} --force")
     if maker != "prepare" and manifest.stages[maker]["base"] != manifest.model["fingerprint"]:
