@@ -16,10 +16,11 @@ from gemma_tune.base.words import model_name
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
-# What commands make in a run directory, and in its ollama/: patterns of names, as the lock knows no model's.
+# What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
         "*_lora_merged", "adapter-*", "report.md", "answers.json")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
+PIPED = ("stdin*",)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, recover, write_json
-from gemma_tune.data.reading.inputs import sweep_inputs
-from gemma_tune.run.directory import MADE, MADE_FOR_OLLAMA, RunDir, now
+from gemma_tune.run.directory import MADE, MADE_FOR_OLLAMA, PIPED, RunDir, now
 from gemma_tune.run.unrecorded import take_up
 
 _SAME = 5.0  # seconds by which one process's beginning can differ, when the clock was put right in between
@@ -52,8 +51,9 @@ class Lock:
                 write_json(self.owner, {"pid": os.getpid(), "began": _beginning(os.getpid()), "stage": self.stage,
                                         "since": now()})
                 self.taken_up = take_up(self.root)
-                self.restored = [*recover(self.root, MADE), *recover(RunDir(self.root, "").ollama, MADE_FOR_OLLAMA)]
-                sweep_inputs(RunDir(self.root, "").inputs)
+                run = RunDir(self.root, "")
+                self.restored = [name for folder, names in ((run.root, MADE), (run.ollama, MADE_FOR_OLLAMA),
+                                                            (run.inputs, PIPED)) for name in recover(folder, names)]
             except BaseException:
                 self._lock.release()
                 raise

@@ -191,12 +191,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
     """
     assert stage in STAGES
     run = session.run
-    with Lock(run.root, stage) as lock, os_errors(run.root):
-        for name in lock.restored:
-            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
-        for name in lock.taken_up:
-            session.listener.warn(f"an earlier command was killed before it could record the result of `{name}`: it is "
-                                  "whole, and recorded now")
+    with locked(session, stage), os_errors(run.root):
         # Read again under the lock: another command may have finished since the session was opened.
         manifest = read_manifest(run.root) or session.manifest
         refuse_other_model(run.root, manifest.model, session.model)
@@ -229,6 +224,22 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
             manifest.announce(run)
         _put_in_place(run, manifest, finished.fresh)
     return _report(session, stage, "done", time.monotonic() - clock)
+
+
+@contextlib.contextmanager
+def locked(session: Session, stage: str) -> Iterator[None]:
+    """Own the run's lock; what an earlier owner left unfinished is said.
+
+    Raises:
+        UserError: the run is in use, or cannot be written.
+    """
+    with Lock(session.run.root, stage) as lock:
+        for name in lock.restored:
+            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+        for name in lock.taken_up:
+            session.listener.warn(f"an earlier command was killed before it could record the result of `{name}`: it is "
+                                  "whole, and recorded now")
+        yield
 
 
 @contextlib.contextmanager

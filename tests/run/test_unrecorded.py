@@ -174,17 +174,17 @@ def test_half_of_what_was_piped_is_swept_up(cli, tiny, data):
     assert cli("prepare", data, "--model", tiny).code == 0
     inputs = RUN / "inputs"
     inputs.mkdir(exist_ok=True)
-    for name in (".new-stdin", ".new-stdin-4711", ".new-hf-org-name.json", ".new-mine"):
+    for name in (".new-stdin", ".new-stdin-4711", ".new-mine"):
         (inputs / name).write_text("half")
-    from filelock import FileLock
-
-    with FileLock(inputs / ".lock"):  # somebody pipes rows in at this moment
-        assert cli("prepare", data).code == 0
-        assert len(leftovers(inputs)) == 4
+    with Lock(RUN, "train"):
+        (inputs / ".new-stdin").write_text("being piped in at this moment")
         refused = cli("prepare", "-", "--run", RUN, stdin='{"text": "a"}\n')
-        assert refused.code == 2 and "another command writes into" in refused.err
+        assert refused.code == 2 and f"{RUN} is in use by process {os.getpid()} (train" in refused.err
+        assert (inputs / ".new-stdin").exists()
     assert cli("prepare", data).code == 0
     assert leftovers(inputs) == [".new-mine"]
+    piped = cli("prepare", "-", "--run", RUN, stdin=data.read_bytes())
+    assert piped.code == 0 and [p.name for p in inputs.glob("stdin-*.jsonl")], piped.err
 
 
 @pytest.mark.parametrize("crash", [False, True])

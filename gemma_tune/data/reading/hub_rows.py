@@ -19,11 +19,10 @@ from typing import Any
 
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import write_json
+from gemma_tune.base.files import os_errors, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
-from gemma_tune.data.reading.inputs import writing_inputs
 from gemma_tune.data.reading.rows import BLOCK, HUB, Source
 from gemma_tune.hub import access as hub_access
 
@@ -64,7 +63,8 @@ def find(name: str, keep: Path, listener: Listener) -> Source:
     shown = f"{PREFIX}{lock.id}{'/' + asked['config'] if asked['config'] else ''}:{lock.split}"
     listener.note(f"{shown}: {counted(rows, 'row')} of commit {lock.commit[:12]}")
     if lock != known:
-        with writing_inputs(keep):
+        with os_errors(keep):
+            keep.mkdir(parents=True, exist_ok=True)
             write_json(path, asdict(lock))
     return Source(shown, path, HUB)
 

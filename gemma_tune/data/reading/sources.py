@@ -16,12 +16,11 @@ from typing import IO
 
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, put_in_place, unfinished
+from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
-from gemma_tune.data.reading.inputs import writing_inputs
 from gemma_tune.data.reading.names import describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TSV, Block, Row, Source
 
@@ -167,20 +166,25 @@ def _pointer(name: str, head: bytes) -> UserError | None:
 
 
 def _stdin(keep: Path, delimiter: str | None) -> Source:
-    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
+    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again.
+
+    Whoever calls this owns the run's lock: what a killed command left half written has the same name.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
-    with writing_inputs(keep), unfinished(keep / f"{NEW}stdin") as fresh:
-        with open(fresh, "wb") as f:
-            digest, head = _copied(sys.stdin.buffer, f)
-        if not head:
-            raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
-                                                       "rows.jsonl`")
-        if problem := _pointer("standard input", head):
-            raise problem
-        path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
-        put_in_place(fresh, path)
+    with os_errors(keep):
+        keep.mkdir(parents=True, exist_ok=True)
+        with unfinished(keep / f"{NEW}stdin") as fresh:
+            with open(fresh, "wb") as f:
+                digest, head = _copied(sys.stdin.buffer, f)
+            if not head:
+                raise UserError("standard input is empty", "pipe rows into the command: `gemma-tune prepare - < "
+                                                           "rows.jsonl`")
+            if problem := _pointer("standard input", head):
+                raise problem
+            path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
+            put_in_place(fresh, path)
     return source_of(path, PIPED, delimiter)
 
 
