@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import NEW, fresh_path
+from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
@@ -27,6 +27,7 @@ from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
 
+_REPORT = "report.md"
 COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
 
 
@@ -97,8 +98,9 @@ def _export(session: Session, source: ExportSource) -> Finished:
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
     except BaseException:
-        for path in files.values():
-            path.unlink(missing_ok=True)
+        beside = (run.ollama / _REPORT, *(path for _, path, _ in modelfiles.values()))
+        for path in (*files.values(), *map(fresh_path, beside)):
+            remove(path)
         raise
 
 
@@ -164,7 +166,7 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
-    report = run.ollama / "report.md"
+    report = run.ollama / _REPORT
     limits = target.chat.notes
     fresh[report] = fresh_path(report)
     fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier), encoding="utf-8")
