@@ -15,13 +15,19 @@ _SAME = 5.0  # seconds by which one process's beginning can differ, when the clo
 
 
 def _beginning(pid: int) -> float | None:
-    """When a process began, in seconds since 1970; None if there is none of this number."""
+    """When a process began, in seconds since 1970; None where that may not be known.
+
+    Raises:
+        ProcessLookupError: there is none of this number.
+    """
     import psutil
 
     try:
         return psutil.Process(pid).create_time()
-    except psutil.Error:
+    except psutil.AccessDenied:
         return None
+    except psutil.Error as e:
+        raise ProcessLookupError from e
 
 
 class Lock:
@@ -64,9 +70,9 @@ class Lock:
         """Who works on the run at ``root`` now, or None."""
         try:
             owner = json.loads((root / ".lock-owner.json").read_text())
-            began = _beginning(owner["pid"])
+            began, noted = _beginning(owner["pid"]), owner.get("began")
             # The system gives a dead process's number to another one.
-            if began is None or abs(began - owner.get("began", began)) > _SAME:
+            if None not in (began, noted) and abs(began - noted) > _SAME:
                 return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None

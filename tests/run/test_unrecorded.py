@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from gemma_tune.base import files
-from gemma_tune.base.files import recover, replacing_directory
+from gemma_tune.base.files import new_directory, recover, replacing_directory
 from gemma_tune.run import stage
-from gemma_tune.run.directory import MADE, RunDir
+from gemma_tune.run.directory import MADE, RunDir, describe
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.stage import require_output
@@ -89,6 +92,54 @@ def test_merged_models_and_exports_are_taken_up(cli, merged, export, moment, com
     assert result.code == 0, result.err
     assert f"the result of `{command}`: it is whole" in result.err and result.json["status"] == "up-to-date"
     assert not leftovers(merged)
+
+
+def made(root: Path, generation: int) -> None:
+    """Two artifacts with their record, as a stage makes them."""
+    run = RunDir(root, "tiny-gemma")
+    targets = {"tokens": run.data, "adapter": run.adapter}
+    with Lock(root, "train"):
+        fresh = {}
+        for target in targets.values():
+            with new_directory(target) as folder:
+                (folder / "text").write_text(f"{generation}")
+            fresh[target] = folder
+        manifest = Manifest({"id": "a/tiny-gemma", "name": "tiny-gemma", "source": "hub", "revision": None, "path": None,
+                             "fingerprint": "f", "files": {}})
+        manifest.stages["train"] = {
+            "status": "done", "started": "s", "ended": "e", "base": "f", "config": {}, "inputs": {},
+            "outputs": {name: describe(run, path, lies_at=fresh[path]) for name, path in targets.items()},
+            "summary": {"generation": generation}}
+        manifest.announce(run)
+        stage._put_in_place(run, manifest, fresh)
+
+
+def test_after_a_kill_at_any_step_the_record_is_that_of_what_is_there(tmp_path, monkeypatch):
+    """From one call that changes the disk on, every further one fails as well: nothing tidies up after a kill."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    made(tmp_path / "0", 1)
+    found = []
+    for step in itertools.count(1):
+        root = tmp_path / str(step)
+        shutil.copytree(tmp_path / "0", root)
+        calls = itertools.count(1)
+
+        def counted(call, calls=calls, step=step):
+            return lambda *args, **kwargs: killed() if next(calls) >= step else call(*args, **kwargs)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            made(root, 2)
+        gc.collect()  # a lock that its owner could not give back
+        with Lock(root, "merge") as lock:
+            recorded = read_manifest(root).stages["train"]["summary"]["generation"]
+            texts = {(root / name / "text").read_text() for name in ("data", "tiny-gemma_lora_adapter")}
+        assert texts == {str(recorded)} and not leftovers(root), step
+        found.append((recorded, bool(lock.taken_up)))
+        if next(calls) <= step:  # it came to its end
+            break
+    assert [*dict.fromkeys(found)] == [(1, False), (2, True), (2, False)]
 
 
 def test_what_was_changed_since_is_not_taken_up(cli, tiny, data, moment):
