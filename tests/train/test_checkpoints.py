@@ -74,6 +74,13 @@ def test_damaged_ones_are_not_kept_in_place_of_whole_ones(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, new.name, "checkpoint-mine"]
 
 
+def test_a_damaged_log_is_no_obstacle(tmp_path):
+    from gemma_tune.train.callbacks import earlier_records
+
+    (tmp_path / "log").write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"loss": 1}\n3\n{"step": "a"}\n{"step": 2}\n{"step": 9}\n{"st')
+    assert earlier_records(tmp_path / "log", 4) == [{"step": 1}, {"step": 2}]
+
+
 def test_a_disk_that_fills_while_training_saves_and_a_card_that_is_no_text(cli, tiny, data, monkeypatch):
     """Torch says nothing of a full disk; and PEFT reads the card of a checkpoint that it saves again."""
     assert cli("prepare", data, "--model", tiny).code == 0
