@@ -200,8 +200,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 def read_once() -> Iterator[None]:
     """Transformers' loader reads a file three times, a vocabulary entry at a time, each as a mapped file of its own.
 
-    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every module.
-    What is read stays the same.
+    For the 262,144 entries of Gemma 3 that took a minute; and it asks for the same names of tensors once for every
+    module. What is read stays the same.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
