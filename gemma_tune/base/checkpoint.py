@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import unreadable
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 
@@ -32,6 +33,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
                         _instead(checkpoint)) from e
+    except PermissionError as e:
+        raise unreadable(path) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
     if problems := list(_unusable(config)):

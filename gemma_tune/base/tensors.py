@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import require_readable, unreadable
 from gemma_tune.base.strict_json import object_in, whole_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -96,9 +97,10 @@ def open_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder ``checkpoint``, in one ``model.safetensors`` or in shards with their index.
 
     Raises:
-        UserError: files that are missing, cut short, don't hold what the index lists, or have a header that doesn't
-            fit the file; all of them together.
+        UserError: files that may not be read, are missing, cut short, don't hold what the index lists, or have a header
+            that doesn't fit the file; all of them together.
     """
+    require_readable(checkpoint)
     single, index = checkpoint / SINGLE, checkpoint / INDEX
     listed = {} if single.is_file() else _read_index(index)
     tensors: dict[str, StoredTensor] = {}
@@ -154,6 +156,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         _check_spans(tensors, size - 8 - length)
         return [StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
                 for name, entry in entries.items() if name != "__metadata__"]
+    except PermissionError as error:
+        raise unreadable(path) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}", "Merge or download the model again.") from error
 

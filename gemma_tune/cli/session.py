@@ -23,7 +23,7 @@ from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
 from gemma_tune.run.directory import RunDir, find_run
-from gemma_tune.run.manifest import read_manifest
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import unfinished
 
@@ -217,7 +217,7 @@ def _waiting(params: Mapping[str, Any]) -> dict[str, Any] | None:
     """Marker of an interrupted training in the run that a command names; None also where there is no such run."""
     with contextlib.suppress(UserError):
         root = find_run(params.get("run"), params.get("model"))
-        if manifest := read_manifest(root):
+        if manifest := current_manifest(root):
             return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_training)
     return None
 
@@ -228,7 +228,7 @@ def _processes_before(request: Request) -> int:
     if waiting := _waiting(options):
         return waiting["settings"].get("num_processes", 1)
     with contextlib.suppress(UserError):
-        manifest = read_manifest(find_run(options["run"], options["model"]))
+        manifest = current_manifest(find_run(options["run"], options["model"]))
         settings = manifest.stages.get("train", {"config": {}})["config"] if manifest else {}
         return settings.get("num_processes", {"value": 1})["value"]  # which an older version did not record
     return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock
-from gemma_tune.run.manifest import STAGES, read_manifest
+from gemma_tune.run.manifest import STAGES
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 
@@ -53,7 +56,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         UserError: no run there, or a damaged manifest.
     """
     root = find_run(run, model_id)
-    manifest = read_manifest(root)
+    manifest = current_manifest(root)
     if manifest is None:
         raise no_run(root)
     paths = RunDir(root, manifest.model_name)
@@ -76,7 +79,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
-            next_step = resume or command(stage, root)
+            next_step = resume or _right_to_read(root, record) or command(stage, root)
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:
@@ -91,6 +94,16 @@ def _damage_in_cache(model: Mapping[str, Any]) -> UserError | None:
             refuse_damaged_copy(copy, weights=True)
     except UserError as e:
         return e
+    return None
+
+
+def _right_to_read(root: Path, record: Mapping[str, Any]) -> str | None:
+    """What to do before anything else where a stage's result may not be read."""
+    try:
+        for item in record.get("outputs", {}).values():
+            require_readable(root / item["path"])
+    except UserError as e:
+        return e.hint
     return None
 
 
@@ -112,6 +125,6 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
 def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
-    if path is not None and path.exists():
+    if path is not None and os.path.exists(path):
         model["files"] = fingerprint(path, None if verify else model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import refuse_special
+from gemma_tune.base.refusals import unreadable
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 from gemma_tune.lora.patterns import ending
@@ -97,6 +98,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}",
                         f"name a directory that has {CONFIG} and {WEIGHTS}") from e
+    except PermissionError as e:
+        raise unreadable(path) from e
     except (OSError, ValueError) as e:
         raise UserError(f"the adapter {folder} cannot be read: {CONFIG}: {e}", AGAIN) from e
     _refuse_mlx(folder, config)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
 from gemma_tune.lora.config import AGAIN, CONFIG, WEIGHTS, read_config, usable_config
@@ -118,6 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
         UserError: damaged, incomplete, or of a kind that is not merged here; every tensor that has no meaning here is
             listed.
     """
+    require_readable(folder)
     config = usable_config(folder)
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder} holds pickled weights, which can run code when they are read",

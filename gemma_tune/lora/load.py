@@ -52,7 +52,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         vocabulary: entries that the adapter was trained with, where the base has another number.
 
     Raises:
-        UserError: the adapter is missing, damaged, or does not fit this model.
+        UserError: the adapter is missing, damaged, may not be read, or does not fit this model.
     """
     config = read_adapter(adapter).config
     refuse_endless(adapter, config, (name for name, _ in model.named_modules()))

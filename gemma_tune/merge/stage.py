@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, replacing_directory
+from gemma_tune.base.files import NEW, new_directory
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
@@ -108,7 +108,7 @@ def _merge(session: Session) -> Finished:
     if config.dtype == "fp16" and session.model.config["model_type"].startswith("gemma"):
         listener.warn("Gemma's activations can be too large for fp16: where the merged model is loaded, give "
                       "dtype=bfloat16 or float32")
-    with replacing_directory(run.merged) as folder:
+    with new_directory(run.merged) as folder:
         _copy_around(session, folder, plan)
         chat = _chat_format(session, folder) if config.check else None
         listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
@@ -118,7 +118,7 @@ def _merge(session: Session) -> Finished:
             summary |= _checked(session, folder, chat, adapter, plan)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
-    return Finished({"merged": run.merged}, summary)
+    return Finished({"merged": run.merged}, summary, {run.merged: folder})
 
 
 def _compare_bases(session: Session, adapter: Adapter) -> None:

@@ -6,7 +6,6 @@ What can't be put right is refused: the model would train, but as another model 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import re
@@ -164,7 +163,6 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
@@ -192,10 +190,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     (folder / gguf.name).unlink(missing_ok=True)
     mend(model, tokenizer, file)
     refuse_what_is_left_out(model, info, file)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as e:  # its library's name for whatever the system refuses
-        raise OSError(errno.ENOSPC if "os error 28" in str(e) else errno.EIO, f"{e}", str(folder)) from e
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
         (folder / "tokenizer.model").write_bytes(sentencepiece)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import importing, is_out_of_memory
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
@@ -34,6 +35,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files, weights that are quantised
             by another method than bitsandbytes, an adapter in the same folder.
     """
+    require_readable(checkpoint)
     config = read_config(checkpoint)
     refuse_untrainable(str(checkpoint), config)
     refuse_embedded_adapter(checkpoint)

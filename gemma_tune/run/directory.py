@@ -15,6 +15,12 @@ from gemma_tune.base.files import PACKAGE, fingerprint
 from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
+NEXT_MANIFEST = ".next-manifest.json"
+# What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
+MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
+        "*_lora_merged", "adapter-*", "report.md", "answers.json")
+MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
+PIPED = ("stdin*",)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class RunDir:
     @property
     def manifest(self) -> Path:
         return self.root / "manifest.json"
+
+    @property
+    def next_manifest(self) -> Path:
+        """What the manifest will be when the results that it names have taken their place."""
+        return self.root / NEXT_MANIFEST
 
     @property
     def data(self) -> Path:
@@ -163,6 +174,11 @@ def now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
-def describe(run: RunDir, path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Path and fingerprint of an input or output, as the manifest keeps it."""
-    return {"path": run.relative(path), **fingerprint(path, dict(known) if known else None)}
+def describe(run: RunDir, path: Path, known: Mapping[str, Any] | None = None, lies_at: Path | None = None,
+             ) -> dict[str, Any]:
+    """Path and fingerprint of an input or output, as the manifest keeps it.
+
+    Args:
+        lies_at: where it lies now, if it has not taken its place yet.
+    """
+    return {"path": run.relative(path), **fingerprint(lies_at or path, dict(known) if known else None)}

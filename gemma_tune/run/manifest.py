@@ -1,6 +1,10 @@
-"""``manifest.json``, the contract between the stages: written last and atomically, so whatever it names is whole.
+"""``manifest.json``, the contract between the stages: what it names is whole. It is never written in part.
 
 It holds no absolute path and no token, and a run can be moved.
+
+The manifest that names a new result is written before the result takes its place, as ``.next-manifest.json``, and takes
+its own place after it. So a full disk is noticed while nothing has changed yet; and what a kill leaves in between is
+taken up by the next command (see ``run.unrecorded``).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any
 
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import os_errors, write_json
+from gemma_tune.base.files import os_errors, put_in_place, write_json
 from gemma_tune.base.strict_json import NoObject, object_in
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import _UNSAFE, shown
@@ -56,18 +60,30 @@ class Manifest:
 
     def save(self, run: RunDir) -> None:
         """Write the manifest atomically."""
+        self._write(run, run.manifest)
+
+    def announce(self, run: RunDir) -> None:
+        """Write what the manifest will be when new results have taken their place, and :meth:`settle` is called."""
+        self._write(run, run.next_manifest)
+
+    @staticmethod
+    def settle(run: RunDir) -> None:
+        """Make the manifest that was announced the run's."""
+        put_in_place(run.next_manifest, run.manifest)
+
+    def _write(self, run: RunDir, path: Path) -> None:
         with os_errors(run.root):
-            write_json(run.manifest, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
-                                      "stages": self.stages, "libraries": library_versions()})
+            write_json(path, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
+                              "stages": self.stages, "libraries": library_versions()})
 
 
-def read_manifest(root: Path) -> Manifest | None:
-    """The run's manifest, or None where there is none yet.
+def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:
+    """What the run's manifest file says, or None where there is none; ``run.unrecorded`` knows what came after it.
 
     Raises:
         UserError: a manifest that cannot be read, is damaged, or was written by a newer version.
     """
-    path = root / "manifest.json"
+    path = root / name
     try:
         content = object_in(path)
     except FileNotFoundError:

@@ -18,8 +18,8 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None) -> 
     evaluates = trainer.eval_dataset is not None
     try:
         with trainer.fast(session.config.compile):
-            if checkpoint is None and processes.is_main():  # only now: what can fail at once has not
-                clear(session.run.checkpoints)
+            if processes.is_main():  # only now: what can fail at once has not
+                clear(session.run.checkpoints, after=checkpoint)
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
             if log.first_step < trainer.args.max_steps:

@@ -20,6 +20,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.finite import not_finite
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
@@ -301,12 +302,19 @@ class GemmaTrainer(SFTTrainer):
         Trainer._save(self, output_dir, trained_weights(self.model))
 
     def _save_checkpoint(self, model, trial):
-        # Past TRL's version, which also writes a model card into the checkpoint directory.
-        Trainer._save_checkpoint(self, model, trial)
-        processes.wait_for_all()  # each has written its random state
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with os_errors(checkpoint):
+                # Past TRL's version, which also writes a model card into the checkpoint directory.
+                Trainer._save_checkpoint(self, model, trial)
+                processes.wait_for_all()  # each has written its random state
+                if processes.is_main():
+                    seal(checkpoint, replace(self.training, micro_batch=self.micro_batch))
+        except BaseException:
+            if processes.is_main():  # half of one would keep a full disk full
+                remove(checkpoint)
+            raise
         if processes.is_main():
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            seal(checkpoint, replace(self.training, micro_batch=self.micro_batch))
             rotate(checkpoint.parent)
 
 

@@ -178,14 +178,16 @@ def _pointer(name: str, head: bytes) -> UserError | None:
 
 
 def _stdin(keep: Path, delimiter: str | None) -> Source:
-    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
+    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again.
+
+    Whoever calls this owns the run's lock: what a killed command left half written has the same name.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
     with os_errors(keep):
         keep.mkdir(parents=True, exist_ok=True)
-        # The run is not locked yet: another command may do the same.
-        with unfinished(keep / f"{NEW}stdin-{os.getpid()}") as fresh:
+        with unfinished(keep / f"{NEW}stdin") as fresh:
             with open(fresh, "wb") as f:
                 digest, head = _copied(sys.stdin.buffer, f)
             if not head:
