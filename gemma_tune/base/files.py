@@ -319,27 +319,31 @@ def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
                   if p.is_file() and not p.name.startswith("."))
 
 
-def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Sequence[str] = ()) -> dict[str, Any]:
+def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Sequence[str] = (),
+                name: str | None = None) -> dict[str, Any]:
     """sha256, size in bytes and a stamp (names, sizes, modification times) of a file or a directory's files.
 
     Hidden files do not count; ``patterns`` restricts a directory to such files directly in it. With ``known``, an
     earlier result of this function, the content is read again only if the stamp differs: a fingerprint of several
     gigabytes is otherwise too slow to check before every stage.
 
+    Args:
+        name: what a file will be called, if it has another name now.
+
     Raises:
         FileNotFoundError: if ``path`` does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    members = [(name, p, p.stat()) for name, p in _members(path, patterns)]
+    single = path.is_file()
+    members = [(name if single and name else own, p, p.stat()) for own, p in _members(path, patterns)]
     stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
     size = sum(s.st_size for _, _, s in members)
     if known and known.get("stamp") == stamp:
         return {"sha256": known["sha256"], "bytes": size, "stamp": stamp}
-    single = path.is_file()
     digest = hashlib.sha256()
-    for name, member, _ in members:
-        digest.update(b"" if single else f"{name}\0{sha256_file(member)}\n".encode())
+    for own, member, _ in members:
+        digest.update(b"" if single else f"{own}\0{sha256_file(member)}\n".encode())
     sha = sha256_file(path) if single else digest.hexdigest()
     return {"sha256": sha, "bytes": size, "stamp": stamp}
 

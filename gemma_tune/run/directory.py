@@ -181,4 +181,4 @@ def describe(run: RunDir, path: Path, known: Mapping[str, Any] | None = None, li
     Args:
         lies_at: where it lies now, if it has not taken its place yet.
     """
-    return {"path": run.relative(path), **fingerprint(lies_at or path, dict(known) if known else None)}
+    return {"path": run.relative(path), **fingerprint(lies_at or path, dict(known) if known else None, name=path.name)}

@@ -78,9 +78,6 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         UserError: no such run, another model's run, settings that there are not or that cannot be used.
     """
     listener = listener or Listener()
-    for name, value in (("model", model), ("run", run)):
-        if isinstance(value, str) and not value.strip():  # of a variable that is not set: no wish for the default
-            raise UserError(f"--{name} has no text", f"name one, or leave --{name} out")
     content = load_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
     cls = CONFIGS[stage]
     _refuse_unknown(cls, settings)

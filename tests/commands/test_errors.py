@@ -238,5 +238,5 @@ def test_an_empty_name_is_no_wish_for_the_default(cli, data, option):
     """As of a shell's variable that is not set."""
     result = cli("prepare", data, option, "", "--json")
     assert result.code == 2
-    assert result.json["error"]["message"] == f"{option} has no text"
+    assert result.json["error"]["message"] == f"{option}: is empty"
     assert not Path("runs").exists()
