@@ -1,18 +1,25 @@
-"""Rounding that knows what the weights are multiplied with: an error is made up for by the weights still to be rounded.
+"""Rounding that knows what the weights are multiplied with: the weights still to be rounded make up for an error.
 
-Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1, onto the grids of GGUF blocks: their scales are chosen first, by
-ggml with the inputs' mean squares as importance, and stay.
+Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1, onto the grids of GGUF blocks: their scales are chosen first,
+by ggml with the inputs' mean squares as importance, and stay.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from gemma_tune.gguf.grid import grid_of, with_chosen
+from gemma_tune.gguf.grid import GRIDS, grid_of, with_chosen
+
+try:
+    import libgguf
+except ImportError:
+    libgguf = None
 
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _BLOCK = 128  # columns after which the error goes on to all others at once
@@ -48,19 +55,75 @@ def inputs_of(gram: torch.Tensor, count: int) -> Inputs:
         damping *= 10  # numbers of fp32 made the matrix indefinite
 
 
-def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> np.ndarray:
-    """float32 ``rows`` (rows, columns) as bytes of a type out of ``grid.GRIDS``: uint8 (rows, bytes of a row)."""
-    import libgguf
+@dataclass(frozen=True)
+class Rounded:
+    """What became of one matrix.
 
+    Args:
+        error: RMS of what rounding changes in its output, over the output's own, on the inputs that are known.
+        sha256: of its bytes in the file.
+    """
+
+    error: float
+    sha256: str
+
+
+class Rounding:
+    """Rounds the matrices of one file.
+
+    Args:
+        inputs: of the matrix that the checkpoint calls so; None where nothing is known of it.
+    """
+
+    def __init__(self, inputs: Callable[[str], Inputs | None]):
+        self._inputs = inputs
+        self.done: dict[str, Rounded] = {}
+
+    def knows(self, source: str | None, kind: Type) -> Inputs | None:
+        return self._inputs(source) if source and kind in GRIDS and libgguf is not None else None
+
+    def rounded(self, name: str, chunks: Iterable[np.ndarray], kind: Type, inputs: Inputs) -> Iterator[np.ndarray]:
+        """Some float32 rows (rows, columns) at a time as bytes: uint8 (rows, bytes of a row)."""
+        digest, off, size = hashlib.sha256(), 0.0, 0.0
+        for rows in chunks:
+            data, error, whole = calibrated(rows, kind, inputs)
+            digest.update(data.data)
+            off, size = off + error, size + whole
+            yield data
+        self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest())
+
+
+def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray, float, float]:
+    """Round rows to a type out of ``grid.GRIDS``.
+
+    Args:
+        rows: float32 (rows, columns).
+
+    Returns:
+        uint8 (rows, bytes of a row); the sum of squares of what that changes in the output; that of the output.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
     data = libgguf.quantize_rows(rows, kind, imatrix=np.maximum(inputs.importance, 1e-9 * inputs.importance.max()))
+    found = [data]
+    if inputs.spread is not None:
+        grid = grid_of(data, kind)
+        # Columns first: each step works on one column of all rows.
+        left, low, step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(inputs.spread.device)
+                           for part in (rows, grid.low, grid.step))
+        q = _compensated(left, low, step, grid.levels, inputs.spread)
+        found.append(with_chosen(data, kind, q.T.cpu().numpy()))
+    # By ggml's own reading of the bytes. Where an error cannot be made up for, plain rounding stands.
+    off = [_energy(libgguf.dequantize_rows(one, kind) - rows, inputs) for one in found]
+    best = int(np.argmin(off))
+    return found[best], off[best], _energy(rows, inputs)
+
+
+def _energy(weights: np.ndarray, inputs: Inputs) -> float:
+    """Sum of squares of the output of weights (rows, columns): ‖W U⁻¹‖², as XᵀX = U⁻¹U⁻ᵀ."""
     if inputs.spread is None:
-        return data
-    device = inputs.spread.device
-    grid = grid_of(data, kind)
-    # Columns first: each step works on one column of all rows.
-    left, low, step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(device) for part in (rows, grid.low, grid.step))
-    return with_chosen(data, kind, _compensated(left, low, step, grid.levels, inputs.spread).T.cpu().numpy())
+        return float((np.square(weights).sum(0, dtype=np.float64) * inputs.importance).sum())
+    own = torch.from_numpy(weights).to(inputs.spread.device)
+    return float(torch.linalg.solve_triangular(inputs.spread, own, upper=True, left=False).square().sum())
 
 
 def _compensated(left: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,
