@@ -76,8 +76,8 @@ class Calibration:
 
     def _compute(self, first: torch.nn.Module) -> None:
         """XᵀX of ``first`` and those that come after it, as far as the memory goes."""
-        order = list(dict.fromkeys(self._leader.values()))
         head = self._leader.get(self._model.get_output_embeddings())
+        order = list(dict.fromkeys([*([head] if head else []), *self._leader.values()]))  # as in a file
         todo, room = [], MEMORY
         for module in order[order.index(first):]:
             size = 4 * module.in_features ** 2
