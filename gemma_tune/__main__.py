@@ -1,6 +1,16 @@
-"""``python -m gemma_tune``."""
+"""``python -m gemma_tune``, and what the installed ``gemma-tune`` calls."""
 
-from gemma_tune.cli.commands import app
+import sys
+
+
+def main() -> None:
+    """The command line. Ctrl-C while it is still being imported ends it as one that comes later does."""
+    try:
+        from gemma_tune.cli.commands import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app(prog_name="gemma-tune")
+
 
 if __name__ == "__main__":
-    app(prog_name="gemma-tune")
+    main()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.finite import refuse_not_finite
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError, Messages, Tools
 
 _BROKEN = "\ufffd"  # what the bytes of half a character decode to
@@ -95,7 +96,7 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
     """What the model writes after token ids, greedily and in one batch, padded on the left.
 
     Raises:
-        UserError: the longest fills the model's context.
+        UserError: the longest fills the model's context, or the model's logits are not finite.
     """
     import torch
 
@@ -106,8 +107,21 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
     with torch.inference_mode():
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
                              max_new_tokens=room_for_answer(model, width, max_new_tokens),
+                             logits_processor=_finite_logits(model),
                              **sampling_arguments(model, {"temperature": 0.0}))
     return [_cut(chat, row[width:].tolist()) for row in out]
+
+
+def _finite_logits(model: Any) -> Any:
+    """For ``generate``: the likeliest of logits that are NaN would be some token, and an answer like any other."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Finite(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            refuse_not_finite(scores, model)
+            return scores
+
+    return LogitsProcessorList([Finite()])
 
 
 def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
@@ -235,4 +249,5 @@ class Stream:
             self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._pieces, max_new_tokens=self._limit,
                 eos_token_id=self._chat.stop_ids, pad_token_id=self._chat.stop_ids[0],
-                stopping_criteria=StoppingCriteriaList([Stopped()]), **self._arguments)
+                stopping_criteria=StoppingCriteriaList([Stopped()]), logits_processor=_finite_logits(self._model),
+                **self._arguments)

@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import unreadable
+from gemma_tune.base.strict_json import object_in
+from gemma_tune.base.words import shown
+
+_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
+           "max_position_embeddings", "n_positions")
+_LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits
+
+MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts",
+           "encoder_layers", "decoder_layers")
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory.
 
     Raises:
-        UserError: it is missing, or is no JSON object.
+        UserError: it is missing, is no JSON object, has values that describe nothing, or names layers without end.
     """
     path = checkpoint / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = object_in(path)
     except FileNotFoundError as e:
-        raise UserError(f"{path} can't be read: {checkpoint} is not a Hugging Face checkpoint: it has no config.json",
-                        "name a directory that has config.json, *.safetensors and tokenizer files") from e
+        raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
+                        _instead(checkpoint)) from e
+    except PermissionError as e:
+        raise unreadable(path) from e
     except (OSError, ValueError) as e:
         raise UserError(f"{path} can't be read: {e}", "download the model again") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{path} describes no model", "download the model again")
+    if problems := list(_unusable(config)):
+        raise UserError(f"{path} describes no model", "download the model again", problems)
+    if problems := list(_endless(config)):
+        raise UserError(f"{path} describes no model that there can be", "download the model again", problems)
     return config
+
+
+def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are used here and cannot be."""
+    for name, value in config.items():
+        if name.endswith("_config") and value is not None and not isinstance(value, dict):
+            yield f"{name}: {shown(value)} is no object"
+    for part, values in (("", config), ("text_config.", config.get("text_config") or {})):
+        for name in _COUNTS if isinstance(values, dict) else ():
+            value = values.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                      or not 0 <= value <= _LARGEST):
+                yield f"{part}{name}: {shown(value)} is no count"
+
+
+def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Numbers of layers, which are made one by one before anybody looks at the weights, that no model has."""
+    for name, value in config.items():
+        if isinstance(value, dict) and not within:
+            yield from _endless(value, f"{name}.")
+        elif name in _LAYERS and isinstance(value, (int, float)) and value > MOST_LAYERS:
+            yield f"{within}{name} is {value:,}"
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a directory that is taken for a checkpoint."""
+    name = shlex.quote(str(folder))
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base"
+    if (folder / "manifest.json").is_file():
+        return f"it is a run: `gemma-tune status --run {name}` shows how it goes on, and where its models are"
+    return "name a directory that has config.json, *.safetensors and tokenizer files"
 
 
 def context_length(config: Mapping[str, Any]) -> int:
@@ -43,14 +90,11 @@ def generation_settings(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "generation_config.json"
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
+        return object_in(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}", "copy it again from the base model") from e
-    if not isinstance(own, dict):
-        raise UserError(f"{path} holds no settings", "copy it again from the base model")
-    return own
+        raise UserError(f"{path} holds no settings that can be read: {e}", "copy it again from the base model") from e
 
 
 def unfit_keys(info: Mapping[str, Any]) -> list[tuple[str, str]]:

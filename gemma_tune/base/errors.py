@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gemma_tune.base.secrets import redact
+
 WORK_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -11,6 +13,8 @@ INTERRUPTED = 130
 
 class UserError(Exception):
     """Wrong usage or bad input: the command line prints it and leaves with exit code 2.
+
+    Whatever it quotes, no access token and no password in a link is in it.
 
     Args:
         message: what is wrong, naming the path, or the file and line.
@@ -21,10 +25,10 @@ class UserError(Exception):
     exit_code = BAD_INPUT
 
     def __init__(self, message: str, hint: str | None = None, problems: Sequence[str] = ()):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.problems = tuple(problems)
+        self.message = redact(message)
+        super().__init__(self.message)
+        self.hint = hint and redact(hint)
+        self.problems = tuple(map(redact, problems))
 
 
 class WorkFailed(UserError):

@@ -1,50 +1,125 @@
 """Files that are either whole or not there: atomic writes, directory swaps, fingerprints.
 
-Replacing a directory takes two renames. Between them the old one lies beside its place as ``.old-<name>``;
-:func:`recover` puts it back after a crash, so that a finished artifact is never lost.
+What is being made lies beside its place as ``.new-<name>``. Replacing a directory takes two renames. Between them the
+old one lies beside its place as ``.old-<name>``; :func:`recover` puts it back after a crash, so that nothing finished
+is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
+import glob
 import hashlib
 import json
 import os
+import select
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.refusals import FORBIDDEN, FULL, NotWritten, may_read, refusal, unreadable
 
 NEW, OLD = ".new-", ".old-"
 PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
 _CHUNK = 1 << 20
+PIPE_SECONDS = 10.0  # that a pipe is waited for
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
 
+UNTOUCHED = "what was finished before is untouched"
+
+
 @contextmanager
-def os_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal while writing below ``path`` into an error that says what to do."""
+def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
+    """Turn a refusal while writing below ``path``, by whatever library, into an error that says what to do.
+
+    Args:
+        kept: what is so, should the disk be full.
+    """
     try:
         yield
-    except OSError as e:
-        place = e.filename or path
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkFailed(f"the disk is full: {place}", "free some space and run the same command again; "
-                                                           "what was finished before is untouched") from e
-        if e.errno == errno.EFBIG:
+    except Exception as e:
+        refused = refusal(e, path)
+        if refused is None:
+            raise
+        place = refused.filename or path
+        if refused.errno in FULL:
+            raise WorkFailed(f"the disk is full: {place}", f"free some space and run the same command again; {kept}"
+                             ) from e
+        if isinstance(refused, NotWritten):
+            raise WorkFailed(f"{place} cannot be written: {refused.strerror}",
+                             "see whether its disk is full, or a quota or `ulimit -f` is in the way, and run the same "
+                             f"command again; {kept}") from e
+        if refused.errno == errno.EFBIG:
             raise WorkFailed(f"the file would be larger than its file system, or `ulimit -f`, allows: {place}",
                              "work on another disk with --run DIR; `merge --max-shard-size 2GB` writes smaller files"
                              ) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if refused.errno in FORBIDDEN:
+            if refused.filename and os.path.exists(place) and not may_read(Path(place)):
+                raise unreadable(place) from e
             raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
                                                                "directory's permissions") from e
-        if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise UserError(f"{place} is in the way: {e.strerror}", "choose another place with --run DIR") from e
+        if refused.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EBUSY):
+            raise UserError(f"{place} is in the way: {refused.strerror}", "choose another place with --run DIR") from e
         raise
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a small file, also of a device or of a pipe that something writes into, as a shell's ``<(…)``.
+
+    Raises:
+        UserError: it has more than ``most`` bytes, or is a pipe that nobody writes into.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # by itself, opening a pipe waits for its writer
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            content = _from_pipe(path, fd, most)
+        else:
+            os.set_blocking(fd, True)
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read(most + 1)
+    finally:
+        os.close(fd)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most >> 10:,} KiB, which is no such file", "check the path")
+    return content
+
+
+def _from_pipe(path: Path, fd: int, most: int) -> bytes:
+    # What a shell opened for this command has a writer, or had one; a pipe with a name of its own may never have.
+    patience = None if "pipe:[" in os.path.realpath(path) or str(path).startswith("/dev/") else PIPE_SECONDS
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= most:
+        if not select.select([fd], [], [], patience)[0]:
+            raise UserError(f"{path} is a pipe into which nothing is written", "name a file, or write into the pipe")
+        try:
+            part = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            continue
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+def refuse_special(folder: Path) -> None:
+    """Refuse a model's or an adapter's directory in which pipes, sockets or devices lie: to read them may never end.
+
+    Raises:
+        UserError: all of them.
+    """
+    found = sorted(str(path) for place in (folder, folder / "additional_chat_templates") if place.is_dir()
+                   for path in place.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
+    if found:
+        raise UserError(f"{folder} holds what is no file: {', '.join(found)}",
+                        "copy or download it again; pipes, sockets and devices are not read")
 
 
 def sync(path: Path) -> None:
@@ -76,10 +151,36 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(fresh: Path, target: Path) -> None:
-    """Make a finished file the one at ``target``, durably: after a crash, the old one or the new one is there."""
+    """Make a finished file or directory the one at ``target``, durably: after a crash, the old or the new one is there.
+
+    A directory's files are in sync already, see :func:`new_directory`.
+    """
+    if fresh.is_dir():
+        _swap(place_of(target), fresh)
+        return
     sync(fresh)
     os.replace(fresh, target)
     sync(target.parent)
+
+
+def place_of(target: Path) -> Path:
+    """Where an artifact lies: a directory that is a link stays one, and what it points to is replaced."""
+    return Path(os.path.realpath(target)) if target.is_symlink() and not target.is_file() else target
+
+
+def fresh_path(target: Path) -> Path:
+    """Where the successor of ``target`` is made."""
+    place = place_of(target)
+    return place.with_name(NEW + place.name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -102,27 +203,51 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def replacing_directory(target: Path) -> Iterator[Path]:
-    """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def new_directory(target: Path) -> Iterator[Path]:
+    """Give a new directory to fill, which :func:`put_in_place` makes the one at ``target``; on failure it goes."""
+    fresh = fresh_path(target)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-    fresh = target.with_name(NEW + target.name)
-    shutil.rmtree(fresh, ignore_errors=True)
+    remove(fresh)
     fresh.mkdir()
     try:
         yield fresh
+        follow_umask(fresh)
         for path in (*fresh.rglob("*"), fresh):
             sync(path)
-        _swap(target, fresh)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         raise
+
+
+@contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Give a new directory to fill; on success it takes the place of ``target``, on failure nothing changes."""
+    with new_directory(target) as fresh:
+        yield fresh
+    try:
+        put_in_place(fresh, target)
+    except BaseException:
+        remove(fresh)
+        raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files directly in ``folder`` the rights that any new file would have.
+
+    Libraries that write through temporary files leave those that only the owner may read. What the umask allows, a
+    directory that was just made tells: it cannot be asked without changing it for all threads.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink() and (mode := path.stat().st_mode) | allowed != mode:
+            path.chmod(mode | allowed)
 
 
 def _swap(target: Path, fresh: Path) -> None:
     old = target.with_name(OLD + target.name)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     try:
         if target.exists():
             os.rename(target, old)
@@ -132,26 +257,42 @@ def _swap(target: Path, fresh: Path) -> None:
             os.rename(old, target)
         raise
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
-def recover(*folders: Path) -> list[str]:
+def recover(folder: Path, names: Sequence[str]) -> list[str]:
     """Undo directory swaps that a crash interrupted, and remove what they left; returns the names put back.
 
-    Looks at what lies directly in ``folders``, where swaps happen, and never deeper: a run directory may hold other
-    runs, or be somebody's home. Only called by the owner of the run's lock.
+    Only called by the owner of the run's lock.
+
+    Args:
+        folder: looked at is what lies directly in it, where swaps happen, and never deeper: a run directory may hold
+            other runs, or be somebody's home. Where an artifact is a link, its own place is looked at.
+        names: patterns of what is made there; whatever has another name is somebody else's.
     """
+    links = {place_of(path) for path in folder.glob("*") if path.is_symlink() and _named(path.name, names)}
+    places = [(folder, names), *((place.parent, [glob.escape(place.name)]) for place in links)]
     restored = []
-    for leftover in [p for folder in folders for p in folder.glob(f"{OLD}*")]:
-        target = leftover.with_name(leftover.name.removeprefix(OLD))
+    for leftover, target in _leftovers(places, OLD):
         if target.exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
+            remove(leftover)
+        elif leftover.is_dir():
             os.rename(leftover, target)
             restored.append(target.name)
-    for leftover in [p for folder in folders for p in folder.glob(f"{NEW}*")]:
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for leftover, _ in _leftovers(places, NEW):
+        remove(leftover)
     return restored
+
+
+def _leftovers(places: Sequence[tuple[Path, Sequence[str]]], prefix: str) -> list[tuple[Path, Path]]:
+    """What lies beside its place under another name, and that place."""
+    found = [(path, path.with_name(path.name.removeprefix(prefix)), names) for folder, names in places
+             for path in folder.glob(f"{prefix}*")]
+    return [(path, target) for path, target, names in found if _named(target.name, names)]
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def sha256_file(path: Path) -> str:
@@ -226,12 +367,15 @@ def cache_errors() -> Iterator[None]:
     """Turn an operating system's refusal while working in the cache into an error that names its variable."""
     try:
         yield
-    except OSError as e:
-        place = e.filename or cache_dir()
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise WorkFailed(f"there is no room in the cache: {place}: {e.strerror}",
+    except Exception as e:
+        refused = refusal(e, cache_dir())
+        if refused is None:
+            raise
+        place = refused.filename or cache_dir()
+        if refused.errno in (*FULL, errno.EFBIG):
+            raise WorkFailed(f"there is no room in the cache: {place}: {refused.strerror}",
                              f"free some space, or {_OTHER_CACHE}") from e
-        raise UserError(f"the cache cannot be used: {place}: {e.strerror or e}", _OTHER_CACHE) from e
+        raise UserError(f"the cache cannot be used: {place}: {refused.strerror or refused}", _OTHER_CACHE) from e
 
 
 @contextmanager

@@ -29,3 +29,17 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+def occupy_standard_streams() -> None:
+    """Open what was closed by whoever started this: the next file would get its number, and with it what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 # What is nested deeper cannot be relied on to be written again: Python's encoder stops at its recursion limit.
 MAX_DEPTH = 100
 _space = re.compile(r"[ \t\r\n]*")
 
+SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
+
+
+class NoObject(ValueError):
+    """JSON that is well formed, and a list or a number where an object ought to be."""
+
 
 def loads(text: str) -> Any:
     """The one JSON value that a text holds.
 
     Raises:
-        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep.
+        ValueError: not JSON (``JSONDecodeError``), or a value that cannot be kept: NaN, too large, too deep, a key with
+            two values.
     """
     return _whole(_decoder, text)
 
@@ -60,8 +68,27 @@ def _with_nan(text: str) -> tuple[Any, int]:
         found.append(name)
         return _NAN
 
-    decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer)
+    decoder = json.JSONDecoder(parse_constant=constant, parse_float=_finite, parse_int=_integer,
+                               object_pairs_hook=_object)
     return _whole(decoder, text), len(found)
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; other than in rows, NaN and infinities are numbers (configurations have them).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8, not JSON (``JSONDecodeError``), no object (``NoObject``), or nested too deeply.
+    """
+    return whole_object(path.read_bytes())
+
+
+def whole_object(data: bytes) -> dict[str, Any]:
+    """The object that bytes of UTF-8 are; raises the ValueErrors of :func:`object_in`."""
+    value = _whole(_lenient, data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise NoObject("it holds no object")
+    return value
 
 
 def decode(text: str, at: int) -> tuple[Any, int]:
@@ -127,7 +154,8 @@ def reason(e: ValueError) -> str:
 
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
-    return e.msg.removesuffix(" at").rstrip(": ")  # some messages end so, to be followed by a place
+    quotes = SINGLE if e.doc[e.pos:e.pos + 1] == "'" else ""
+    return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
 
 
 def _depth(value: Any) -> int:
@@ -155,9 +183,21 @@ def _integer(digits: str) -> int:
         raise ValueError(f"the number {_short(digits)} is too large") from e
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which JSON's other readers take the first or the last value where a key stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise ValueError(f"the key {_short(repr(key))} stands twice in one object, with two values")
+    return found
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 24 else f"{text[:24]}…"
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, parse_int=_integer,
+                            object_pairs_hook=_object)
+_lenient = json.JSONDecoder()
 _finder = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)  # takes every number

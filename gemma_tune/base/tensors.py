@@ -6,7 +6,6 @@ touched, so that a whole model would pile up. Every header is checked before any
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import require_readable, unreadable
+from gemma_tune.base.strict_json import object_in, whole_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Bytes of one number. Only the first four can be read as numbers, the others are sized for the check of headers.
@@ -23,6 +24,7 @@ READABLE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 _SIZES = {**READABLE, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
           "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_LARGEST_FILE = 1 << 63  # bytes; and no dimension is larger
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -95,9 +97,10 @@ def open_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder ``checkpoint``, in one ``model.safetensors`` or in shards with their index.
 
     Raises:
-        UserError: files that are missing, cut short, don't hold what the index lists, or have a header that doesn't
-            fit the file; all of them together.
+        UserError: files that may not be read, are missing, cut short, don't hold what the index lists, or have a header
+            that doesn't fit the file; all of them together.
     """
+    require_readable(checkpoint)
     single, index = checkpoint / SINGLE, checkpoint / INDEX
     listed = {} if single.is_file() else _read_index(index)
     tensors: dict[str, StoredTensor] = {}
@@ -125,8 +128,10 @@ def _read_index(index: Path) -> dict[str, str]:
                         "Merge or download the model again: shards are read with the index that belongs to them.")
     again = "Merge or download the model again."
     try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        listed = dict(object_in(index)["weight_map"])
+        if any(not isinstance(name, str) for name in listed.values()):
+            raise ValueError("it names no files")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a list of weights: {error}.", again) from error
     if elsewhere := sorted({str(name) for name in listed.values() if name != os.path.basename(str(name))}):
         raise UserError(f"{index} names files outside its folder: {', '.join(elsewhere)}.", again)
@@ -146,12 +151,14 @@ def read_header(path: Path) -> list[StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"its header of {length} bytes is longer than the file")
-            entries = json.loads(file.read(length))
+            entries = whole_object(file.read(length))
         tensors = sorted(((*_span(name, entry), name) for name, entry in entries.items() if name != "__metadata__"))
         _check_spans(tensors, size - 8 - length)
         return [StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
                 for name, entry in entries.items() if name != "__metadata__"]
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: the header is no object
+    except PermissionError as error:
+        raise unreadable(path) from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}", "Merge or download the model again.") from error
 
 
@@ -159,7 +166,7 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end behind the header; ValueError if its entry makes no sense."""
     try:
         (begin, end), shape, width = entry["data_offsets"], entry["shape"], _SIZES.get(entry["dtype"])
-        sound = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+        sound = all(isinstance(n, int) and 0 <= n < _LARGEST_FILE for n in (begin, end, *shape))
     except (TypeError, ValueError, KeyError):
         sound = False
     if not sound:

@@ -30,6 +30,35 @@ def model_name(model_id: str) -> str:
     return name
 
 
+# Control characters and marks that turn the direction of writing: they would change the terminal, not be read on it.
+_CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f"
+_UNSEEN = re.compile(f"[{_CONTROL}\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOVING = re.compile(f"[{_CONTROL}]")
+
+
+def visible(text: str) -> str:
+    """A name, or anything else that others wrote, with nothing in it but line ends and tabs that moves the cursor.
+
+    >>> visible("red \x1b[31m")
+    'red \\\\x1b[31m'
+    """
+    return _UNSEEN.sub(_escaped, text)
+
+
+def json_visible(text: str) -> str:
+    """JSON in which such characters are written as its own escapes: the same content, and nothing moves the cursor."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def without_commands(text: str) -> str:
+    """The same for prose, in which marks that turn the direction of writing have their place."""
+    return _MOVING.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
+
+
 def is_text(value: str) -> bool:
     """Whether a text holds no half characters, as which Python keeps bytes of the system that are no text."""
     try:
@@ -87,6 +116,12 @@ def size_in_bytes(text: str) -> int | None:
 def shown(value: Any) -> str:
     """A value as an error quotes it: on one line and not without end."""
     return reprlib.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
 
 
 def size_text(size: float) -> str:

@@ -17,7 +17,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import keep_stamps, require_output, state_of
+from gemma_tune.run.stage import keep_stamps, require_output, require_unharmed, state_of
 
 
 @dataclass
@@ -129,6 +129,8 @@ def _choose(session: Session) -> tuple[Path, Path | None, str]:
         raise UserError(f"{run.root} has no {'merged model' if merged else 'trained adapter'} yet",
                         f"{command(stage, run.root)}, or chat with the base model: --base")
     require_output(run, session.manifest, "chat", stage, output)
+    if not merged:  # an adapter is small; gigabytes are not read twice for a question
+        require_unharmed(run, session.manifest, "chat", stage, output)
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
     if merged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import as_text, counted
@@ -132,10 +133,13 @@ def _exchange(conversation: Conversation, line: str) -> None:
         stream, stopped = conversation.ask(line), False
         try:
             for piece in stream:
-                screen.piece(piece)
+                screen.answer(piece)
         except KeyboardInterrupt:
             stopped = True
             stream.stop()
+        except BaseException:  # stdout takes no more
+            _end(stream)
+            raise
         screen.result("")
         answer = stream.finish()
         conversation.keep(line, answer)
@@ -157,19 +161,24 @@ def one_by_one(conversation: Conversation, prompts: Iterable[str], as_json: bool
         try:
             for piece in stream:
                 if not as_json:
-                    screen.piece(piece)
-        except BaseException:  # also a closed pipe; the interpreter must not end while a thread is inside torch
-            stream.stop()
-            stream.finish()
+                    screen.answer(piece)
+        except BaseException:  # also a closed pipe
+            _end(stream)
             raise
         answer = stream.finish()
         if as_json:
-            screen.result_json({"prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
-                                 "ended": answer.ended, "model": conversation.which})
+            screen.result_json({"tokens": answer.tokens, "ended": answer.ended, "model": conversation.which},
+                               verbatim={"prompt": prompt, "answer": answer.text})
         else:
             screen.result("")
             if screen.err.is_terminal and not answer.ended:
                 _say(_cut_off(answer.tokens))
+
+
+def _end(stream: Any) -> None:
+    """End an answer that nobody reads; the interpreter must not end while a thread is inside torch."""
+    stream.stop()
+    stream.finish()
 
 
 def _cut_off(tokens: int) -> str:
@@ -180,5 +189,9 @@ def _cut_off(tokens: int) -> str:
 def _text(lines: Iterable[str]) -> Iterator[str]:
     _keep_bytes(lines)
     encoding = getattr(lines, "encoding", None)
-    for number, line in enumerate(lines, start=1):
-        yield as_text(line, f"standard input:{number}", encoding)
+    try:
+        for number, line in enumerate(lines, start=1):
+            yield as_text(line, f"standard input:{number}", encoding)
+    except OSError as e:  # it is a directory, or a terminal that has gone
+        raise UserError(f"standard input cannot be read: {e.strerror or e}",
+                        "pipe prompts into the command, one on each line, or give one with --prompt") from e

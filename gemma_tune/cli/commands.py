@@ -91,14 +91,15 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
     request = Request.of(ctx)
     if not dry_run:
         request = in_processes(request)
+    from gemma_tune.merge.base import next_merge
     from gemma_tune.train.stage import plan_training
     from gemma_tune.train.stage import train as stage
 
     if dry_run:
         return show_plan(request, plan_training)
     request, prepared = prepare_first(request) if data else (request, {})
-    report = request.run("train", stage)
-    finish(request, report, (command("chat", report.run), command("merge", report.run)), **prepared)
+    report, merging = request.run("train", lambda session: (stage(session), next_merge(session)))
+    finish(request, report, (command("chat", report.run), merging), **prepared)
 
 
 @app.command(cls=Command)
@@ -122,6 +123,9 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
+    if prompt is None and sys.stdin is None:
+        raise UserError("standard input is closed, so there are no prompts to read",
+                        'name one: gemma-tune chat --prompt "…"')
     conversation = open_conversation(Request.of(ctx).open("chat"))
     if prompt is None and screen.stdin_is_terminal() and not json:
         interactive(conversation)
@@ -140,12 +144,13 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quest
     Example: gemma-tune eval --questions 5
     """
     from gemma_tune.evaluate.stage import evaluate as stage
+    from gemma_tune.merge.base import next_merge
 
     request = Request.of(ctx)
-    report = request.run("eval", stage)
+    report, merging = request.run("eval", lambda session: (stage(session), next_merge(session)))
     if not quiet:
         console.comparison(report.summary["answers"])
-    finish(request, report, (command("merge", report.run),))
+    finish(request, report, (merging,))
 
 
 @app.command(cls=Command)
@@ -236,6 +241,8 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
 
     found = describe_run(run, model, verify)
     console.status_table(f"{found.root} · {found.model}", found.rows)
+    if found.base_damage:
+        screen.error(found.base_damage)
     screen.err.print(f"next: {found.next_step}", markup=False)
     if json:
         screen.result_json(found.as_json())

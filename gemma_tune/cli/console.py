@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
+from gemma_tune.cli.screen import Text
 
 
 class ConsoleListener(Listener):
@@ -103,9 +103,9 @@ class ConsoleListener(Listener):
 
     def _advance(self, task: str, done: int, total: int, fields: str = "") -> None:
         if self._bar is None:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                                 TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=screen.err,
-                                 transient=True)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+                                 MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+                                 console=screen.err, transient=True)
             self._bar.start()
         if task not in self._tasks:
             self._tasks[task] = self._bar.add_task(task, total=total, figures=fields)
@@ -181,7 +181,7 @@ def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
         table.add_column(column, overflow="fold")
     styles = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
     for stage, state, ended, where in rows:
-        table.add_row(stage, Text(state, style=styles.get(state.split(":")[0], "")), ended, Text(where))
+        table.add_row(stage, Text(state, style=styles.get(state.split(":")[0], "")), Text(ended), Text(where))
     screen.err.print(table)
 
 
@@ -211,18 +211,19 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     table = Table(box=None, pad_edge=False)
     for column in ("", "base", "tuned"):
         table.add_column(column)
-    if train.get("eval_loss_before") is not None:
+    if None not in (train.get("eval_loss_before"), train.get("eval_loss_after")):
         table.add_row("validation loss", f"{train['eval_loss_before']:.4f}", f"{train['eval_loss_after']:.4f}")
-    total = evaluated["questions"]
+    total = evaluated.get("questions")
     for key, label in (("ended", "answers that end by themselves"), ("in_form", "answers in the example's form")):
-        if f"base_{key}" in evaluated:
+        if {f"base_{key}", f"tuned_{key}"} <= evaluated.keys():
             table.add_row(label, *(f"{evaluated[f'{which}_{key}']} of {total}" for which in ("base", "tuned")))
     screen.err.print(table)
-    sizes = [("merged model", screen.figure("bytes", stages["merge"].summary["bytes"]))]
+    sizes = [("merged model", screen.figure("bytes", size)) for size in (stages["merge"].summary.get("bytes"),) if size]
     sizes += [("GGUF", f"{quant}, {text}") for quant, text in format_lines(stages["export-ollama"].summary)]
     screen.err.print(Text("\n".join(f"{name}: {size}" for name, size in sizes)))
-    screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} tokens/s, "
-                   f"{train['dtype']} on {train['device']}"))
+    if {"steps", "tokens_per_second", "dtype", "device"} <= train.keys():  # the manifest may be of any age
+        screen.err.print(Text(f"training: {counted(train['steps'], 'step')}, {train['tokens_per_second']:.0f} "
+                              f"tokens/s, {train['dtype']} on {train['device']}"))
     for report in stages.values():
         for path in report.artifacts.values():
             screen.err.print(Text(f"  {path}"))

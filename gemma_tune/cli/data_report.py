@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
+from gemma_tune.cli.screen import Text
 
 BAR = 32  # cells of the longest bar
 _EIGHTHS = "▏▎▍▌▋▊▉█"
-# Control characters and marks that turn the direction of writing: they would change the terminal, not be read on it.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Names of columns and keys that say where a row comes from, not what it says; they are listed in one line.
 _BOOKKEEPING = frozenset(("id", "ids", "idx", "index", "uuid", "uid", "guid", "source", "src", "origin", "dataset",
                           "dataset_name", "split", "url", "license", "created_at", "updated_at", "timestamp", "date",
@@ -98,23 +95,23 @@ def _share(share: float) -> str:
 def _examples(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for row in rows:
-        lines += [(f"{row['tokens']:,}", Text(_visible(f"{row['file']}:{row['line']}"))),
-                  ("", Text(_visible(row["opening"]), style="dim", no_wrap=True, overflow="ellipsis"))]
+        lines += [(f"{row['tokens']:,}", Text(f"{row['file']}:{row['line']}")),
+                  ("", Text(row["opening"], style="dim", no_wrap=True, overflow="ellipsis"))]
     _list(name, lines)
 
 
 def _rejected(reasons: Mapping[str, int], first: Mapping[str, str]) -> None:
-    _list("rejected", [(f"{rows:,}", Text(code + (f", first {_visible(first[code])}" if code in first else "")))
+    _list("rejected", [(f"{rows:,}", Text(code + (f", first {first[code]}" if code in first else "")))
                        for code, rows in sorted(reasons.items(), key=lambda item: -item[1])])
 
 
 def _unread(found: Sequence[Mapping[str, Any]]) -> None:
     kept = [item for item in found if item["name"] is None or item["name"].lower() in _BOOKKEEPING]
     told = [item for item in found if item not in kept]
-    lines = [(f"{item['rows']:,}", Text(f"{item['where']} {_visible(item['name'])}, {_values(item['values'])}"))
+    lines = [(f"{item['rows']:,}", Text(f"{item['where']} {item['name']}, {_values(item['values'])}"))
              for item in told]
     lines += [(f"{item['rows']:,}", Text(f"further names of {item['where']}s")) for item in kept if not item["name"]]
-    if names := [_visible(item["name"]) for item in kept if item["name"]]:
+    if names := [item["name"] for item in kept if item["name"]]:
         most = max(item["rows"] for item in kept if item["name"])
         lines.append((f"{most:,}", Text(f"bookkeeping: {', '.join(names)}")))
     _list("not read", lines)
@@ -130,7 +127,7 @@ def _values(values: str) -> str:
 def _several_answers(found: Mapping[str, Any] | None) -> None:
     if not found or not found["prompts"]:
         return
-    example = f", such as {_visible(' and '.join(found['examples'][0]))}" if found["examples"] else ""
+    example = f", such as {' and '.join(found['examples'][0])}" if found["examples"] else ""
     prompts = counted(found["prompts"], "prompt has", "prompts have")
     screen.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
 
@@ -165,12 +162,6 @@ def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
 
 
 def _piece(text: str, trained: bool, coloured: bool) -> tuple[str, str]:
-    text = _visible(text)
     if coloured:
         return text, "green" if trained else "dim"
     return (f"⟦{text}⟧" if trained else text), ""
-
-
-def _visible(text: str) -> str:
-    """Text in which nothing but line ends and tabs moves the cursor."""
-    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)

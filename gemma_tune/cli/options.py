@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,6 +22,12 @@ def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
 def _joined(values: Optional[list[str]]) -> Optional[str]:
     """An option that may be repeated or hold several values with commas."""
     return ",".join(values) if values else None
+
+
+def _columns(values: Optional[list[str]]) -> Optional[list[str]]:
+    """ROLE=COLUMN, several times or with commas between; a column's own commas stay."""
+    parts = [part.strip(" ,") for value in values or () for part in re.split(r",(?=\s*[A-Za-z_]+=)", value)]
+    return parts or None
 
 
 def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
@@ -67,7 +74,7 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
     help="Prepare this first, with the settings of --config; what it can be: see `gemma-tune prepare --help`. Without "
          "any, what was prepared before is learned.")]
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
-Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_joined)]
+Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_columns)]
 Delimiter = Annotated[Optional[str], _of(c.PrepareConfig, "delimiter", metavar="SIGN")]
 Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_joined)]
 TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]

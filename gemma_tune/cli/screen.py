@@ -1,22 +1,65 @@
-"""Where people read, and how figures are called and written."""
+"""Where people read, and how figures are called and written.
+
+Names of files, models and columns, and whatever else others wrote, can hold escape sequences, and messages can quote an
+access token. The first are made visible here, and the second are not shown: :class:`Text` and the console see to it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+import rich.text
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import size_text
+from gemma_tune.base.secrets import redact, redacted
+from gemma_tune.base.words import json_visible, size_text, visible, without_commands
 from gemma_tune.train import processes
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Text(rich.text.Text):
+    """Text for people. Rich's own drops some control characters without a word, and lets the others pass."""
+
+    def __init__(self, text: str = "", style: Any = "", **more: Any):
+        super().__init__(_readable(text), style, **more)
+
+    def append(self, text: rich.text.Text | str, style: Any = None) -> rich.text.Text:
+        return super().append(_readable(text) if isinstance(text, str) else text, style)
+
+
+class _Screen(Console):
+    """Treats texts that Rich makes itself in the same way: titles, names of tasks, plain strings."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Any:
+        if isinstance(renderable, str):
+            using = options or self.options
+            renderable = self.render_str(renderable, highlight=using.highlight, markup=using.markup)
+        if isinstance(renderable, rich.text.Text) and (text := _readable(renderable.plain)) != renderable.plain:
+            renderable = renderable.blank_copy(text)
+        return super().render(renderable, options)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As Rich's; a line that finds no room, in a log on a full disk, is no reason to lose the work."""
+        try:
+            super().print(*objects, **how)
+        except OSError as e:
+            if isinstance(e, BrokenPipeError):
+                raise
+            with contextlib.suppress(OSError), self.capture():
+                pass  # which clears what Rich would keep for the next attempt, and with it every later line
+
+
+def _readable(text: str) -> str:
+    return visible(redact(text))
+
+
+err = _Screen(stderr=True, highlight=False, soft_wrap=True)
 # How figures of a stage are called, and the unit that they are shown in.
 LABELS = {
     "duplicate_rows": "duplicates, left out", "near_duplicate_rows": "of them near-duplicates",
@@ -81,7 +124,7 @@ def figures_table(title: str, rows: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         if name in LABELS and value is not None:
-            table.add_row(LABELS[name], figure(name, value))
+            table.add_row(LABELS[name], Text(figure(name, value)))
     return table
 
 
@@ -94,13 +137,46 @@ def error(problem: UserError) -> None:
         prose(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
 
 
+class OutputLost(Exception):
+    """Standard output takes nothing more, for another reason than that its reader has seen enough."""
+
+
+def require_output() -> None:
+    """Find out before the work that its result can go nowhere.
+
+    Raises:
+        OutputLost: standard output is closed.
+    """
+    if sys.stdout is None:
+        raise OutputLost("it is closed")
+
+
+def drop_output() -> None:
+    """Send what is still to come nowhere: also what Python holds back and writes when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file of the system's, or none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it lasts as long as the process
+
+
 def piece(text: str) -> None:
-    """A part of a result, on stdout at once. What stdout's encoding lacks becomes a question mark, not an error."""
+    """A part of a result, on stdout at once. What stdout's encoding lacks becomes a question mark, not an error.
+
+    Raises:
+        BrokenPipeError: its reader has gone.
+        OutputLost: it cannot be written.
+    """
+    require_output()
     try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:
-        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
-    sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:
+            sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        drop_output()
+        raise OutputLost(e.strerror or str(e)) from e
 
 
 def result(text: str) -> None:
@@ -108,11 +184,23 @@ def result(text: str) -> None:
     piece(text + "\n")
 
 
-def result_json(value: Any) -> None:
-    """One JSON object on one line of stdout; in ASCII where its encoding lacks a character, such as half a pair."""
+def answer(text: str) -> None:
+    """A part of a model's answer. It can hold escape sequences, as what it learned from can, and a terminal would obey
+    them; a file or another program gets the answer as it is.
+    """
+    piece(without_commands(text) if sys.stdout is not None and sys.stdout.isatty() else text)
+
+
+def result_json(value: Any, verbatim: Mapping[str, Any] | None = None) -> None:
+    """One JSON object on one line of stdout; in ASCII where its encoding lacks a character, such as half a pair.
+
+    Args:
+        verbatim: further fields, whose texts are the result itself: in them nothing is taken for a secret.
+    """
+    value = redacted(value) | dict(verbatim or {})
     text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value)
-    result(text)
+    result(json_visible(text))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import errno
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
+from gemma_tune.base.machine import occupy_standard_streams
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
-from gemma_tune.config.settings import resolve
+from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
 from gemma_tune.run.directory import RunDir, find_run
-from gemma_tune.run.manifest import read_manifest
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import unfinished
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from gemma_tune.run.session import Session
 
 
+# What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 _PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
 
@@ -35,10 +41,41 @@ _PLACES = ("model", "run", "config", "adapter", "converter")  # other files and 
 class Commands(TyperGroup):
     """The command line; where ``accelerate launch`` runs it several times, one process speaks for all."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+        occupy_standard_streams()
         if not processes.is_main():
             screen.mute()
-        return super().main(*args, **kwargs)
+        words = sys.argv[1:] if args is None else args
+        typed = {"json": "--json" in words}
+        try:
+            code = super().main(args, *rest, **kwargs | {"standalone_mode": False})
+        except typer.Abort:
+            code = WorkFailed.exit_code
+        except (OSError, screen.OutputLost) as e:  # --help and --version; commands have said what is wrong with theirs
+            code = _output_is_lost(e, typed)
+        except Exception as e:
+            if not hasattr(e, "format_message"):
+                raise
+            code = _wrong_usage(e, next((word for word in words[:1] if word in self.commands), None), typed)
+        sys.exit(code)
+
+
+def _wrong_usage(e: Any, command: str | None, params: Mapping[str, Any]) -> int:
+    """Show what Typer refuses as every other error is shown."""
+    if "NoArgs" in type(e).__name__:  # the help has been shown
+        return e.exit_code
+    _show(UserError(e.format_message().rstrip("."), f"see `{' '.join(filter(None, ('gemma-tune', command)))} --help`"),
+          params)
+    return UserError.exit_code
+
+
+def _output_is_lost(e: Exception, params: Mapping[str, Any]) -> int:
+    screen.drop_output()
+    if not isinstance(e, BrokenPipeError):  # the reader of stdout has seen enough, as `| head` does
+        reason = getattr(e, "strerror", None) or e
+        _show(WorkFailed(f"standard output cannot be written: {reason}",
+                         "let it go to a file or a program that takes it; what was finished is kept"), params)
+    return WorkFailed.exit_code
 
 
 class Command(TyperCommand):
@@ -46,14 +83,32 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["arguments"] = [self.name, *args]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.exceptions.TyperException as e:
+            if hasattr(e, "message"):
+                e.message += self._meant(ctx, e)
+            raise
+
+    def _meant(self, ctx: Any, problem: Any) -> str:
+        """The end of a message about arguments that this command does not take."""
+        option = getattr(problem, "option_name", None)
+        if option and ctx.parent is not None:
+            others = [name for name, command in ctx.parent.command.commands.items()
+                      if any(option in param.opts for param in command.params)]
+            if others:
+                problem.possibilities = []  # what is spelt alike is not what was meant
+                return f"; `{'`, `'.join(others)}` {'has' if len(others) == 1 else 'have'} it"
+        extra = "unexpected extra argument" in problem.message
+        return "; a question to answer goes behind --prompt, in quotes" if extra and self.name == "chat" else ""
 
     def invoke(self, ctx: Any) -> Any:
-        unexpected = None
         try:
             if not self._takes_part(ctx):
                 return None
-            self._read_as_text(ctx)
+            if ctx.params.get("json") or self.name == "chat":
+                screen.require_output()
+            self._check_texts(ctx)
             result = super().invoke(ctx)
             processes.leave()
             return result
@@ -63,48 +118,55 @@ class Command(TyperCommand):
             problem = Interrupted("stopped", "run the same command again; finished stages are kept")
         except (typer.Exit, typer.Abort):
             raise
-        except BrokenPipeError:  # the reader of stdout has seen enough, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(WorkFailed.exit_code) from None
+        except (BrokenPipeError, screen.OutputLost) as e:
+            raise typer.Exit(_output_is_lost(e, ctx.params)) from None
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
                 raise
-            unexpected = e
-            problem = WorkFailed(f"unexpected {type(e).__name__}: {e}",
-                                 "repeat with --debug and report the traceback; finished stages are kept")
+            problem = _refused_by_system(e) or WorkFailed(
+                f"unexpected {type(e).__name__}: {e}",
+                "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e
         shown = processes.settle(problem)
         if shown is None:  # another process shows it
             raise typer.Exit(problem.exit_code)
         screen.unmute()
         if ctx.params.get("debug"):
-            raise unexpected if unexpected is not None and shown is problem else shown
+            with contextlib.suppress(OSError):
+                screen.err.print("".join(traceback.format_exception(shown)), markup=False)
         _show(_without_force(shown, self.name, ctx.params), ctx.params)
         raise typer.Exit(shown.exit_code)
 
-    def _read_as_text(self, ctx: Any) -> None:
-        """Make text of arguments that were typed in a locale without their characters, or say which are none.
+    def _check_texts(self, ctx: Any) -> None:
+        """Make text of arguments that were typed in a locale without their characters, and look at those that name
+        something.
 
         Raises:
-            UserError: bytes that are not UTF-8. The names of data files alone may hold such: files are called so.
+            UserError: bytes that are not UTF-8 (the names of data files alone may hold such: files are called so), an
+                empty name, an access token in the place of one; all of them together.
         """
         problems = []
         for param in self.params:
             value = ctx.params.get(param.name)
-            if param.name in _FILES or not isinstance(value, str | Path | list):
+            if not isinstance(value, str | Path | list):
                 continue
             environment = getattr(ctx.get_parameter_source(param.name), "name", "") == "ENVIRONMENT"
+            called = str(param.envvar) if environment else param.opts[0]
             try:
-                texts = [as_text(str(one), str(param.envvar) if environment else param.opts[0])
-                         for one in (value if isinstance(value, list) else [value])]
+                if param.name in (*_PLACES, "revision"):
+                    refuse_no_names({called: value})
+                if param.name in _FILES:
+                    continue
+                texts = [as_text(str(one), called) for one in (value if isinstance(value, list) else [value])]
             except UserError as e:
                 problems.append(e)
                 continue
             if param.name not in _PLACES:  # the system knows those by their bytes
                 ctx.params[param.name] = texts if isinstance(value, list) else texts[0]
         if problems:
+            fault = "are not UTF-8 text" if all("UTF-8" in e.message for e in problems) else "cannot be used"
             raise problems[0] if len(problems) == 1 else UserError(
-                f"{len(problems)} arguments are not UTF-8 text", problems[0].hint, [e.message for e in problems])
+                f"{len(problems)} arguments {fault}", problems[0].hint, [e.message for e in problems])
 
     def _takes_part(self, ctx: Any) -> bool:
         """Whether this process runs the command itself: only `train` is a matter of several, led by the main one."""
@@ -124,9 +186,20 @@ class Command(TyperCommand):
 
 def _show(problem: UserError, params: Mapping[str, Any]) -> None:
     if params.get("json"):
-        screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
-                                      "problems": list(problem.problems), "exit_code": problem.exit_code}})
-    screen.error(problem)
+        with contextlib.suppress(OSError, screen.OutputLost):  # people still learn of it
+            screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
+                                          "problems": list(problem.problems), "exit_code": problem.exit_code}})
+    with contextlib.suppress(OSError):  # stderr is full or has no reader: the exit code says it
+        screen.error(problem)
+
+
+def _refused_by_system(e: Exception) -> UserError | None:
+    """A path that the system does not let be used, wherever that showed; None for all other errors."""
+    if isinstance(e, OSError) and e.filename is not None and e.errno in _OF_PATHS:
+        name = str(e.filename)
+        return UserError(f"{name if len(name) <= _LONGEST_NAME else name[:60] + '…'} cannot be used: {e.strerror}",
+                         "check the path, and the permissions of the directories on the way there")
+    return None
 
 
 def _without_force(problem: UserError, name: str | None, params: Mapping[str, Any]) -> UserError:
@@ -144,7 +217,7 @@ def _waiting(params: Mapping[str, Any]) -> dict[str, Any] | None:
     """Marker of an interrupted training in the run that a command names; None also where there is no such run."""
     with contextlib.suppress(UserError):
         root = find_run(params.get("run"), params.get("model"))
-        if manifest := read_manifest(root):
+        if manifest := current_manifest(root):
             return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_training)
     return None
 
@@ -155,7 +228,7 @@ def _processes_before(request: Request) -> int:
     if waiting := _waiting(options):
         return waiting["settings"].get("num_processes", 1)
     with contextlib.suppress(UserError):
-        manifest = read_manifest(find_run(options["run"], options["model"]))
+        manifest = current_manifest(find_run(options["run"], options["model"]))
         settings = manifest.stages.get("train", {"config": {}})["config"] if manifest else {}
         return settings.get("num_processes", {"value": 1})["value"]  # which an older version did not record
     return 1
@@ -239,6 +312,9 @@ def in_processes(request: Request) -> Request:
     if not processes.joined():
         if request.options["num_processes"] is None and "num_processes" not in (request.file.get("train") or {}):
             wanted = _processes_before(request)
+            if wanted > 1:
+                console.ConsoleListener(request.options["quiet"]).note(
+                    f"{wanted} processes on this machine, as many as before; --num-processes sets another number")
         if wanted > 1:
             raise typer.Exit(launch(wanted, request.arguments))
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,24 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.export.earlier import earlier_formats
-from gemma_tune.run.directory import RunDir, command, describe, find_run
+from gemma_tune.models.source import cached_copies
+from gemma_tune.models.whole import refuse_damaged_copy
+from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock
-from gemma_tune.run.manifest import STAGES, read_manifest
+from gemma_tune.run.manifest import STAGES
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left."""
+    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
+
+    ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for.
+    """
 
     root: Path
     model: str
@@ -28,11 +36,13 @@ class RunStatus:
     next_step: str
     in_use_by: str | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base_damage: UserError | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier,
+                "base_damage": self.base_damage.message if self.base_damage else None,
                 "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
 
 
@@ -46,12 +56,11 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         UserError: no run there, or a damaged manifest.
     """
     root = find_run(run, model_id)
-    manifest = read_manifest(root)
+    manifest = current_manifest(root)
     if manifest is None:
-        raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                        f"start it: gemma-tune prepare YOUR.jsonl --run {root}")
+        raise no_run(root)
     paths = RunDir(root, manifest.model_name)
-    _notice_changed_base(root, manifest.model)
+    _notice_changed_base(root, manifest.model, verify)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
@@ -70,12 +79,32 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
-            next_step = resume or command(stage, root)
+            next_step = resume or _right_to_read(root, record) or command(stage, root)
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:
         next_step = f"wait for {owner}"
-    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier)
+    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
+                     _damage_in_cache(manifest.model) if verify else None)
+
+
+def _damage_in_cache(model: Mapping[str, Any]) -> UserError | None:
+    try:
+        for copy in cached_copies(model):
+            refuse_damaged_copy(copy, weights=True)
+    except UserError as e:
+        return e
+    return None
+
+
+def _right_to_read(root: Path, record: Mapping[str, Any]) -> str | None:
+    """What to do before anything else where a stage's result may not be read."""
+    try:
+        for item in record.get("outputs", {}).values():
+            require_readable(root / item["path"])
+    except UserError as e:
+        return e.hint
+    return None
 
 
 def _read_once() -> Look:
@@ -93,9 +122,9 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
             command_to_finish(run.checkpoints, marker["settings"]))
 
 
-def _notice_changed_base(root: Path, model: dict[str, Any]) -> None:
+def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
-    if path is not None and path.exists():
-        model["files"] = fingerprint(path, model["files"], CHECKPOINT_FILES)
+    if path is not None and os.path.exists(path):
+        model["files"] = fingerprint(path, None if verify else model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

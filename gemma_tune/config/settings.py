@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near, shown
+from gemma_tune.base.secrets import is_token, place_of
+from gemma_tune.base.words import counted, near, shown
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
@@ -38,7 +39,7 @@ class StageConfig:
         problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, kinds[f.name], getattr(self, f.name)))]
         problems += [] if problems else self.more_problems()
         if problems:
-            raise UserError(f"{len(problems)} setting(s) of `{self.section}` cannot be used",
+            raise UserError(f"{counted(len(problems), 'setting')} of `{self.section}` cannot be used",
                             f"see `gemma-tune {self.section} --help` for what each setting takes", problems)
 
     def more_problems(self) -> list[str]:
@@ -51,6 +52,7 @@ class StageConfig:
 
 
 C = TypeVar("C", bound=StageConfig)
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN; replace a token that others may have seen"
 NOT_GIVEN = ("default", "family")  # origins of settings that nobody gave
 
 
@@ -76,8 +78,34 @@ class Resolved(typing.Generic[C]):
         return Resolved(dataclasses.replace(self.config, **values), {**self.origins, **origins})
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """``{name: {"value": …, "from": …}}``, as the manifest keeps it."""
-        return {k: {"value": v, "from": self.origins[k]} for k, v in self.config.as_dict().items()}
+        """``{name: {"value": …, "from": …}}``, as the manifest keeps it; of an address, without what may be secret."""
+        values = self.config.as_dict()
+        values |= {f.name: place_of(values[f.name]) for f in dataclasses.fields(self.config)
+                   if f.metadata.get("address") and values[f.name]}
+        return {k: {"value": v, "from": self.origins[k]} for k, v in values.items()}
+
+
+def refuse_no_names(named: Mapping[str, Any]) -> None:
+    """Whether texts name something, a model or a directory; what is None or no text is not looked at.
+
+    Args:
+        named: a text, or a list of them, by what it was given as.
+
+    Raises:
+        UserError: one is empty, as of a variable that a script did not set, or an access token.
+    """
+    for called, value in named.items():
+        if problem := no_name(value):
+            raise UserError(f"{called}: {problem}", _LOG_IN if "token" in problem else
+                            f"leave {called} out for the default, or give it a value; perhaps a variable is not set")
+
+
+def no_name(value: Any) -> str | None:
+    """Why a text, or one of a list, can be no name; None if it can."""
+    texts = [text for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
+    if any(not text.strip() for text in texts):
+        return "is empty"
+    return "holds an access token, which is no name" if any(map(is_token, texts)) else None
 
 
 def same_result(cls: type[StageConfig]) -> tuple[str, ...]:
@@ -156,9 +184,11 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     """
     kinds, kept = types_of(type(resolved.config)), {}
     for f in dataclasses.fields(resolved.config):
-        earlier = before.get(f.name, {"from": "default"})
+        earlier = before.get(f.name, {"from": "default", "value": None})
         passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
-        if not passing and earlier["from"] not in NOT_GIVEN and resolved.origins[f.name] in NOT_GIVEN:
+        # An empty list is what a name such as `all` has set back, and so the default again.
+        asked = earlier["from"] not in NOT_GIVEN and earlier["value"] != []
+        if asked and not passing and resolved.origins[f.name] in NOT_GIVEN:
             kept[f.name] = converted(kinds[f.name], earlier["value"])
     return kept
 
@@ -184,7 +214,7 @@ def converted(kind: Any, value: Any) -> Any:
     kinds, _ = _kinds(kind)
     if tuple in kinds and isinstance(value, (list, tuple)):
         return tuple(value)
-    if tuple in kinds and isinstance(value, str):
+    if tuple in kinds and isinstance(value, str) and value.strip(", "):  # else it is empty, which is refused
         return tuple(part.strip() for part in value.split(",") if part.strip())
     # YAML 1.1 reads 2e-4 (without a dot) as text.
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
@@ -193,17 +223,28 @@ def converted(kind: Any, value: Any) -> Any:
     return value
 
 
-def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
-    """What is wrong with the value of a setting of this type; None if nothing is."""
+def misfit(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
+    """What is wrong with the type of a setting's value; None if nothing is."""
     kinds, optional = _kinds(kind)
     if value is None:
         return None if optional else f"{f.name}: needs a value"
+    if isinstance(value, str) and str not in kinds and not value.strip(", "):
+        return f"{f.name}: is empty"
     if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
         return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
     if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
         return f"{f.name}: expected a list of text, found {shown(other[0])} in it"
+    return None
+
+
+def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
+    """What is wrong with the value of a setting of this type; None if nothing is."""
+    if (problem := misfit(f, kind, value)) or value is None:
+        return problem
     if isinstance(value, float) and not math.isfinite(value):
         return f"{f.name}: {value} is not a finite number"
+    if not (f.metadata.get("prose") or f.metadata.get("files")) and (problem := no_name(value)):
+        return f"{f.name}: {problem}"
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
         if single not in choices:

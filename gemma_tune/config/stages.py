@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near, shown, size_in_bytes
-from gemma_tune.config.settings import StageConfig, converted, option, problem_of, types_of
+from gemma_tune.base.words import counted, near, shown, size_in_bytes
+from gemma_tune.config.settings import StageConfig, converted, no_name, option, problem_of, types_of
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
+# Limits of what is worked through one by one, or given memory for: far beyond what anybody needs.
+MOST_ROWS, MOST_TOKENS, MOST_PROCESSES, MOST_EPOCHS = 1 << 16, 1 << 24, 4096, 100_000.0
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
@@ -49,7 +51,8 @@ class PrepareConfig(StageConfig):
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
-                                       "prepared from before, else the built-in financial analysis example.")
+                                       "prepared from before, else the built-in financial analysis example.",
+                                   files=True)  # which are judged by what lies there
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
                                           "user=question,assistant=answer,system=persona,context=passage "
@@ -62,7 +65,7 @@ class PrepareConfig(StageConfig):
                                             "role=speaker,content=utterance.", auto="the usual names")
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
-                                   auto="found in each file")
+                                   auto="found in each file", prose=True)
     take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
                               choices=("chosen",), auto="refuse them")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
@@ -72,7 +75,7 @@ class PrepareConfig(StageConfig):
                                    "keeps the choice.", choices=("auto", "on", "off"))
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
                                 least=0.0)
-    max_length: int = option(2048, "Longest sequence in tokens.", least=16)
+    max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS)
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
                                   "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
@@ -164,7 +167,7 @@ class TrainConfig(StageConfig):
     section: ClassVar[str] = "train"
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
-                          least=1e-6)
+                          least=1e-6, most=1e6)
     dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
     rslora: bool = option(False, "Rank-stabilised LoRA: scale the adapter by alpha / sqrt(r), so that a high rank is "
                                  "not scaled away. It costs nothing; at rank 16 the default alpha gives 8 instead of "
@@ -172,18 +175,18 @@ class TrainConfig(StageConfig):
     dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to "
                                "full fine-tuning at low ranks; it takes more memory while training, and none after "
                                "merging.")
-    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas.",
+    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every one.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
     batch_size: int = option(4, "Conversations of a batch on one device; --micro-batch says how many go through the "
-                                "model at once.", least=1)
+                                "model at once.", least=1, most=MOST_ROWS)
     accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
-                                  "processes.", least=1)
+                                  "processes.", least=1, most=MOST_ROWS)
     num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
-                                least=1)
+                                least=1, most=MOST_PROCESSES)
     strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
-    epochs: float = option(4.0, "Passes over the training data.", least=0.001)
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS)
     max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
                                  "learns already.", least=0.0, most=1.0)
@@ -222,7 +225,14 @@ class TrainConfig(StageConfig):
         """Parts that the base model is divided into, each with a process of its own."""
         return self.num_processes if self.strategy == "fsdp" else 1
 
+    def __post_init__(self) -> None:
+        if self.target_modules == ("all",):
+            object.__setattr__(self, "target_modules", ())
+        super().__post_init__()
+
     def more_problems(self) -> list[str]:
+        if "all" in self.target_modules and len(self.target_modules) > 1:
+            return ["target_modules: `all` stands alone, or names are given"]
         if self.micro_batch and self.micro_batch > self.batch_size:
             return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
         if self.strategy == "fsdp":
@@ -243,7 +253,7 @@ class SamplingConfig:
                                auto="the model's own")
     repetition_penalty: float | None = option(None, "Above 1, tokens that were already used become less likely.",
                                               least=0.1, auto="the model's own")
-    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1)
+    max_new_tokens: int = option(512, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,7 @@ class ChatConfig(SamplingConfig, StageConfig):
     """Settings of ``chat``."""
 
     section: ClassVar[str] = "chat"
-    system: str | None = option(None, "System prompt to start with.", auto="none")
+    system: str | None = option(None, "System prompt to start with.", auto="none", prose=True)
     base: bool = option(False, "Answer with the untuned base model instead.")
     merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
     seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
@@ -265,7 +275,7 @@ class EvalConfig(StageConfig):
 
     section: ClassVar[str] = "eval"
     questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
-    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1)
+    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
     dtype: str = dtype_option()
 
 
@@ -305,11 +315,11 @@ class ExportConfig(StageConfig):
                                         "own.", choices=QUANTS, auto="by the model's size")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
     system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
-                                auto="the data's, where every conversation has the same one")
+                                auto="the data's, where every conversation has the same one", prose=True)
     parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
-                                            "repeated.", auto="the base model's own sampling settings")
-    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, auto="at least 4096 and the longest "
-                                                                                "length in training")
+                                            "repeated.", auto="the base model's own sampling settings", prose=True)
+    num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
+                                 auto="at least 4096 and the longest length in training")
     calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
                                      "training rows, instead of each weight by itself.")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
@@ -320,14 +330,13 @@ class ExportConfig(StageConfig):
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
-                              same_result=True)
+                              same_result=True, address=True)
 
 
 CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
-_PROSE = ("system", "parameter")  # settings whose texts may have several lines
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
@@ -343,7 +352,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
                         "write `train:` and its settings indented below it")
     problems = list(_yaml_problems(content))
     if problems:
-        raise UserError(f"{path}: {len(problems)} setting(s) cannot be used",
+        raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
                         f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
     return content
 
@@ -353,10 +362,14 @@ def _yaml_problems(content: Mapping[str, Any]):
         if key in TEXTS:
             if not isinstance(section, str):
                 yield f"{key}: expected text, found {shown(section)}"
+            elif problem := no_name(section):
+                yield f"{key}: {problem}"
             elif _CONTROL.search(section):
                 yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
-            yield f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}"
+            above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
+            yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
+                   f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):
@@ -368,8 +381,7 @@ def _yaml_problems(content: Mapping[str, Any]):
                     yield f"{key}.{name}: unknown setting{near(str(name), known)}"
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
-                elif name not in _PROSE and any(_CONTROL.search(text) for text in _texts(value) if len(text) > 1):
-                    # A sign by itself is meant: a tab between columns.
+                elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):
                     yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import read_bounded
 
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 10_000  # with each alias counted as all that it stands for; there are some dozens of settings
 ESCAPES = "in double quotes a backslash begins an escape; put the text into single quotes, or write / in a path"
 
 
@@ -20,8 +23,9 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(read_bounded(path, _MOST_BYTES).decode())
         node = loader.get_single_node()
+        _refuse_endless(node, path)
         if node is not None and (twice := list(_twice(node, path))):
             raise UserError(twice[0] if len(twice) == 1 else f"{path}: {len(twice)} settings are there twice",
                             "leave one of them out", twice if len(twice) > 1 else ())
@@ -36,9 +40,48 @@ def read_yaml(path: Path) -> Any:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = str(getattr(e, "problem", None) or e).splitlines()[0]
         raise UserError(f"{where}: not valid YAML: {problem}",
-                        ESCAPES if "escape" in problem else "check the indentation there") from e
+                        _fix(problem)) from e
     except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
         raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
+
+
+def _fix(problem: str) -> str:
+    """What to do about a message of YAML's reader."""
+    for part, fix in (("escape", ESCAPES), ("'\\t'", "indent with spaces in place of the tab"),
+                      ("',' or ']'", "close the list with ]"), ("',' or '}'", "close the braces with }"),
+                      ("end of stream", "a text in quotes has no closing quote")):
+        if part in problem:
+            return fix
+    return "check the indentation there"
+
+
+def _refuse_endless(root: Any, path: Path) -> None:
+    """Refuse aliases that stand for others many times over, or for what they are in.
+
+    Raises:
+        UserError: with the line.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any, around: frozenset[int] = frozenset()) -> int:
+        if id(node) in around:
+            raise _endless(path, node, "an alias stands for what it is in")
+        if id(node) not in sizes:
+            inner = around | {id(node)}
+            parts = node.value if isinstance(node.value, list) else []
+            sizes[id(node)] = 1 + sum(size(part, inner) for pair in parts
+                                      for part in (pair if isinstance(pair, tuple) else (pair,)))
+        if sizes[id(node)] > _MOST_VALUES:
+            raise _endless(path, node, f"this stands for more than {_MOST_VALUES:,} values")
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root)
+
+
+def _endless(path: Path, node: Any, problem: str) -> UserError:
+    return UserError(f"{path}:{node.start_mark.line + 1}: {problem}",
+                     "write the settings out, without aliases (`*name`)")
 
 
 def _twice(root: Any, path: Path) -> Iterator[str]:

@@ -54,5 +54,7 @@ def _rendered(template: str, turns: list[dict[str, Any]], ask: bool, variables: 
               **tools: None) -> str | None:
     try:
         return compiled(template).render(messages=turns, add_generation_prompt=ask, **variables, **tools)
+    except UserError:  # it would take as long each time
+        raise
     except Exception:  # noqa: BLE001 - a template from the Hub can fail in any way; it is judged where it is used
         return None

@@ -5,15 +5,22 @@ What training rendered, what the GGUF carries and what Ollama's TEMPLATE is deri
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma_tune.encoding.bounds import Bounded
 
 
-def compiled(template: str) -> Any:
-    """A template, ready to render; the same source is compiled once.
+@functools.lru_cache(64)
+def compiled(template: str) -> Bounded:
+    """A template, ready to render; the same source is compiled once. What a rendering takes is bounded.
 
     Raises:
         jinja2.TemplateError: it cannot be compiled.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(template)
+    from gemma_tune.encoding.bounds import Bounded
+
+    return Bounded(_compile_jinja_template("").environment, template)

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.base.checkpoint import generation_settings
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.refusals import require_readable
 from gemma_tune.encoding.chat_format import ChatFormat
 
 
@@ -47,6 +48,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    require_readable(checkpoint)
     quiet_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)

@@ -12,7 +12,7 @@ from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.prompts import Prompt, headline, read_prompts, shown, tool_names
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import write_atomic, write_json
+from gemma_tune.base.files import fresh_path, write_atomic, write_json
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
@@ -57,9 +57,11 @@ def _evaluate(session: Session) -> Finished:
         answers["tuned"] += greedy_answers(model, chat, *question)
     listener.progress("answering held-out prompts", 2 * len(batches), 2 * len(batches))
     summary, compared = _summary(answers, judge), _compared(prompts, answers)
-    write_atomic(session.run.report, report(session, {**summary, "answers": compared}).encode())
-    write_json(session.run.answers, compared)
-    return Finished({"report": session.run.report, "answers": session.run.answers}, summary)
+    outputs = {"report": session.run.report, "answers": session.run.answers}
+    made = {path: fresh_path(path) for path in outputs.values()}
+    write_atomic(made[outputs["report"]], report(session, {**summary, "answers": compared}).encode())
+    write_json(made[outputs["answers"]], compared)
+    return Finished(outputs, summary, made)
 
 
 def held_out_prompts(session: Session) -> tuple[list[Prompt], Any]:

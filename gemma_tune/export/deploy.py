@@ -16,6 +16,7 @@ from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
 from gemma_tune.run.directory import command
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
@@ -82,17 +83,25 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
         advice = None if session.config.create is False else ollama.install_hint()
         return ExportReport(stage, names[good[0] if good else 0], False, (*steps, *run_it), elsewhere, advice)
     chat, target = source(session).chat, source(session).target
+    digests = _digests(session)
     for name, (gguf, _) in zip(names, files, strict=True):
-        _create(session, server, replace(target, name=name), Path(gguf))
+        _create(session, server, replace(target, name=name), Path(gguf), digests[Path(gguf).name])
     main = names[good[0] if good else 0]
     answer = _ask(session, server, replace(target, name=main), chat)
     return ExportReport(stage, main, True, run_it, elsewhere, answer=answer)
 
 
-def _create(session: Session, server: Server, target: Target, gguf: Path) -> None:
-    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.url}")
+def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: str) -> None:
+    session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
-                        session.listener.progress)
+                        session.listener.progress, sha256)
+
+
+def _digests(session: Session) -> dict[str, str]:
+    """sha256 of each exported file, by its name, as the run's manifest has it now that they are exported."""
+    manifest = read_manifest(session.run.root) or session.manifest
+    outputs = manifest.stages["export-ollama"]["outputs"]
+    return {Path(item["path"]).name: item["sha256"] for item in outputs.values()}
 
 
 def _question(session: Session, chat: ChatFormat) -> Prompt:

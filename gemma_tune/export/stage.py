@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import NEW, sync, write_atomic
+from gemma_tune.base.files import NEW, fresh_path, remove
+from gemma_tune.base.secrets import place_of
 from gemma_tune.base.words import counted
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration import calibration_of
@@ -27,8 +28,11 @@ from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import COARSE, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
+from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
+
+_REPORT = "report.md"
 
 
 def export(session: Session) -> ExportReport:
@@ -44,6 +48,9 @@ def export(session: Session) -> ExportReport:
     source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
     stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)))
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
+        if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
+            raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
+                            f"make them again: {command('export-ollama', session.run.root, '--force')}")
         there = _earlier(session, stage.summary["quants"])
         kept = {name: value for name, value in stage.summary.items() if name != "earlier"}
         stage = replace(stage, summary=kept | ({"earlier": there} if there else {}))
@@ -80,7 +87,7 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
     url = ollama.ollama_host({"OLLAMA_HOST": config.host} if config.host else os.environ)
     server = None if config.create is False else ollama.find_server(url)
     if config.create and server is None:
-        raise WorkFailed(f"no Ollama server answers at {url}",
+        raise WorkFailed(f"no Ollama server answers at {place_of(url)}",
                          f"{ollama.install_hint()} Or leave --create out: the GGUF and the Modelfile are made anyway.")
     return server
 
@@ -92,14 +99,16 @@ def _export(session: Session, source: ExportSource) -> Finished:
     modelfiles = _modelfiles(session, source.target, quants)
     run.ollama.mkdir(exist_ok=True)
     # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
-    files = {quant: run.ollama / f"{NEW}{run.model_name}-{quant}.gguf" for quant in quants}
+    files = {quant: fresh_path(run.ollama / f"{run.model_name}-{quant}.gguf") for quant in quants}
     try:
         figures = _write(session, source, files)
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
-    finally:
-        for path in files.values():
-            path.unlink(missing_ok=True)
+    except BaseException:
+        beside = (run.ollama / _REPORT, *(path for _, path, _ in modelfiles.values()))
+        for path in (*files.values(), *map(fresh_path, beside)):
+            remove(path)
+        raise
 
 
 def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -161,26 +170,26 @@ def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> di
 
 def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Path, bytes]],
               files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
-    """Put the files in their place, write what stands beside them, and give all of it to the manifest."""
+    """Write what stands beside the files, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
-    outputs = {}
+    outputs, fresh = {}, {}
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
         name, modelfile, content = modelfiles[quant]
-        os.replace(path, gguf)
-        write_atomic(modelfile, content)
+        fresh |= {gguf: path, modelfile: fresh_path(modelfile)}
+        fresh[modelfile].write_bytes(content)
         suffix = "" if quant == first else f"_{quant}"
         outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
         figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
-    sync(run.ollama)
     earlier = _earlier(session, files)
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
-    report = run.ollama / "report.md"
+    report = run.ollama / _REPORT
     limits = target.chat.notes
-    write_atomic(report, markdown(run.model_name, figures, checks, limits, earlier).encode())
+    fresh[report] = fresh_path(report)
+    fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier), encoding="utf-8")
     _show(session, figures, checks)
     main = figures[first]
     summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
@@ -188,7 +197,8 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
     summary |= {"different_in_ollama": list(limits)} if limits else {}
     summary |= {"loses": main["loses"]} if "loses" in main else {}
     summary |= {"earlier": earlier} if earlier else {}
-    return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary})
+    return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary},
+                    fresh)
 
 
 def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.reader import GgufFile
@@ -144,7 +144,7 @@ def _shards(checkpoint: Path) -> dict[str, Path]:
     index = checkpoint / "model.safetensors.index.json"
     try:
         if not (checkpoint / "model.safetensors").is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = object_in(index)["weight_map"]
             return {name: checkpoint / Path(file).name for name, file in names.items()}
         with safe_open(checkpoint / "model.safetensors", framework="pt") as f:
             return dict.fromkeys(f.keys(), checkpoint / "model.safetensors")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WORK_FAILED, UserError
+from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import nearest
 
 T = TypeVar("T")
@@ -30,8 +31,6 @@ _KNOWN = ["google/gemma-" + name for name in (
 MODEL_ID = re.compile(r"(?!.*(--|\.\.))(?=.{1,96}$)\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _BAD_REVISION = re.compile(r"[\s\\:*?\[~^\x00-\x1f]|\.\.|^/|/$|^$")
-_SECRET = re.compile(r"hf_(?:oauth|jwt)_[\w.-]+|hf_[A-Za-z0-9]{16,}|api_org_\w{16,}|(?<=[Bb]earer )\S+"
-                     r"|(?<=://)[^/\s@]+(?=@)")
 _WAITS = (1.0, 2.0, 4.0)  # seconds before the Hub is asked again after an answer that passes
 _PASSING = (500, 502, 503, 504)
 
@@ -63,27 +62,10 @@ class HubError(UserError):
     """
 
     def __init__(self, kind: str, message: str, hint: str, detail: str = ""):
-        super().__init__(redact(message), redact(hint))
+        super().__init__(message, hint)
         self.kind, self.detail = kind, redact(detail)
         if kind in ("offline", "disk_full", "quota", "server"):  # nothing was wrong with the input
             self.exit_code = WORK_FAILED
-
-
-def redact(text: str) -> str:
-    """Replace tokens, and passwords inside links, by ``<token>``."""
-    for token in _known_tokens():
-        text = text.replace(token, "<token>")
-    return _SECRET.sub("<token>", text)
-
-
-def _known_tokens() -> Iterator[str]:
-    """Tokens of this machine that could get into a text; replacing a very short one would shred the text instead."""
-    found = [os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        from huggingface_hub import constants
-
-        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
-    return (token.strip() for token in found if token and len(token.strip()) >= 5)
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -338,5 +320,5 @@ def _is_valid(request: Request) -> bool:
 
 
 def one_line(text: str) -> str:
-    """A server's text, fit for one line of a message: no control characters, no length without end."""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+    """A server's text, fit for one line of a message: no token, no control characters, no length without end."""
+    return "".join(c for c in " ".join(redact(text).split()) if c.isprintable())[:200]

@@ -8,7 +8,6 @@ imported inside functions, because ``gemma-tune --help`` must not pay for it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from typing import Any
 
 from gemma_tune import __version__
 from gemma_tune.base.files import put_in_place, unfinished
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import gigabytes
 from gemma_tune.hub.access import (
     COMMIT,
@@ -212,7 +212,7 @@ def _missing(snapshot: Path, weights: bool = True) -> list[str]:
 
 def _shards(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return set(object_in(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {f"a readable {index.name}"}
 

@@ -10,9 +10,7 @@ loads a trained m into that type. Only what is computed changes here: adapters a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,14 +81,6 @@ def settle(model: torch.nn.Module) -> None:
             _install(layer, name, Dora(gain=layer.lora_magnitude_vector[name].weight.detach() / norm))
             for part in (layer.lora_A[name], layer.lora_B[name]):
                 part.to(layer.get_base_layer().weight.dtype)
-
-
-def uses_dora(adapter: Path) -> bool:
-    """Whether an adapter directory says so; False where it cannot be read."""
-    try:
-        return bool(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("use_dora"))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:

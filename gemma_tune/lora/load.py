@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.machine import importing
+from gemma_tune.base.machine import importing, is_out_of_memory
+from gemma_tune.base.words import first_line
+from gemma_tune.lora.config import for_peft
+from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.patterns import refuse_endless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,26 +52,29 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         vocabulary: entries that the adapter was trained with, where the base has another number.
 
     Raises:
-        UserError: the adapter is missing, damaged, or does not fit this model.
+        UserError: the adapter is missing, damaged, may not be read, or does not fit this model.
     """
-    from safetensors import SafetensorError
-
+    config = read_adapter(adapter).config
+    refuse_endless(adapter, config, (name for name, _ in model.named_modules()))
     import_peft()
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    from gemma_tune.lora.dora import settle, uses_dora
+    from gemma_tune.lora.dora import settle
 
+    dora = bool(config.get("use_dora"))
     try:
         if vocabulary:
             _resize(model, vocabulary)
-        dora = uses_dora(adapter)
-        tuned = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=dora).eval()
-        if dora:
-            settle(tuned)
-        return tuned
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-        raise UserError(f"the adapter {adapter} does not fit this base model: {str(e).splitlines()[0]}",
+        tuned = PeftModel.from_pretrained(model, str(adapter), config=LoraConfig(**for_peft(config)),
+                                          autocast_adapter_dtype=dora).eval()
+    except Exception as e:  # noqa: BLE001 - in as many ways as settings and tensors can miss a model
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"the adapter {adapter} does not fit this base model: {first_line(e)}",
                         "train again: gemma-tune train --force") from e
+    if dora:
+        settle(tuned)
+    return tuned
 
 
 def _resize(model: PreTrainedModel, vocabulary: int) -> None:

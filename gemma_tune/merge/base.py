@@ -67,6 +67,13 @@ def require_base(session: Session, named: str | None) -> None:
                         f"4 bits; or name it in a --config file, as `base: {original}` under `merge:`")
 
 
+def next_merge(session: Session) -> str:
+    """The command that merges what a run has trained, with the base to name where the run's own model is none."""
+    model, before = session.model, session.settings_of("merge").get("base")
+    named = ("--base", sixteen_bit(model) or "ID") if quantisation(model.config) and not before else ()
+    return command("merge", session.run.root, *named)
+
+
 def _refuse_needless(session: Session) -> None:
     raise UserError(f"the model of {session.run.root}, {session.model.id}, is not quantised: it is the base itself",
                     "leave --base out")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted
 from gemma_tune.models.licence import base_licence, licence_note
@@ -64,10 +65,9 @@ def _base(session: Session) -> str:
 def _adapter_config(session: Session) -> dict[str, Any]:
     """PEFT's description of the adapter; nothing where it cannot be read, which is the merge's to complain about."""
     try:
-        config = json.loads((session.inputs["adapter"] / "adapter_config.json").read_text(encoding="utf-8"))
+        return object_in(session.inputs["adapter"] / "adapter_config.json")
     except (KeyError, OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,8 @@ from gemma_tune.answers.generation import Answer, greedy_continuations
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.tensors import open_tensors, read_header
-from gemma_tune.lora.files import CONFIG, WEIGHTS, Adapter
+from gemma_tune.lora.config import CONFIG, WEIGHTS
+from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model

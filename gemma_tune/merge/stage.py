@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, replacing_directory
+from gemma_tune.base.files import NEW, new_directory
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
@@ -28,8 +28,10 @@ from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check, renamed_adapter
 from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
+from gemma_tune.models.whole import refuse_rotten
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, run_stage
+from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, require_unharmed, run_stage
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
@@ -60,6 +62,9 @@ def merge(session: Session) -> StageReport:
     into = {INPUT: session.base.origin} if session.base and session.base.origin else None
     report = run_stage(session, "merge", _merge, into, elsewhere=elsewhere)
     if config.push:
+        if report.status == "up-to-date":  # made long ago, perhaps
+            manifest = read_manifest(session.run.root) or session.manifest
+            require_unharmed(session.run, manifest, "merge --push", "merge", "merged")
         address = push_folder(session.run.merged, config.push, session.listener, private=config.private)
         report = replace(report, summary=report.summary | {"pushed": address})
     return report
@@ -88,6 +93,7 @@ def _merge(session: Session) -> Finished:
     session = replace(session, model=session.base or session.model)
     run, config, listener = session.run, session.config, session.listener
     base = session.model.path
+    refuse_rotten(base, session.model.files)
     adapter = read_adapter(session.inputs["adapter"])
     if not session.base:  # which was compared already
         _compare_bases(session, adapter)
@@ -102,7 +108,7 @@ def _merge(session: Session) -> Finished:
     if config.dtype == "fp16" and session.model.config["model_type"].startswith("gemma"):
         listener.warn("Gemma's activations can be too large for fp16: where the merged model is loaded, give "
                       "dtype=bfloat16 or float32")
-    with replacing_directory(run.merged) as folder:
+    with new_directory(run.merged) as folder:
         _copy_around(session, folder, plan)
         chat = _chat_format(session, folder) if config.check else None
         listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
@@ -112,7 +118,7 @@ def _merge(session: Session) -> Finished:
             summary |= _checked(session, folder, chat, adapter, plan)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
-    return Finished({"merged": run.merged}, summary)
+    return Finished({"merged": run.merged}, summary, {run.merged: folder})
 
 
 def _compare_bases(session: Session, adapter: Adapter) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.tensors import INDEX, SINGLE, StoredTensor
 from gemma_tune.base.words import gigabytes
 from gemma_tune.lora.files import Lora
@@ -73,7 +74,7 @@ def _shards(pieces: Iterable[Piece], largest: int) -> Iterator[list[Piece]]:
 
 def _index(files: Mapping[str, Sequence[Piece]], plan: MergePlan, base: Path) -> bytes:
     """The base's index where it is still right, else a new one with its remarks."""
-    old = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else {}
+    old = object_in(base) if base.is_file() else {}
     new = {piece.name: name for name, pieces in files.items() for piece in pieces}
     metadata = dict(old.get("metadata") or {})
     if new == old.get("weight_map") and metadata.get("total_size", plan.bytes) == plan.bytes:

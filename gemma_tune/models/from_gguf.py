@@ -6,13 +6,12 @@ What can't be put right is refused: the model would train, but as another model 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import model_name
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.words import first_line, model_name
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
+from gemma_tune.models.whole import COMPLETE, conversion, refuse_damaged_copy, seal
 
 _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -44,8 +45,8 @@ def refuse_damage(file: GgufFile) -> None:
     prefix, problems = file.metadata.get("general.architecture"), []
     for name in _SIZES:
         value = file.metadata.get(f"{prefix}.{name}")
-        if isinstance(value, int) and value < 1:
-            problems.append(f"{prefix}.{name} is {value}")
+        if isinstance(value, int) and value < 1 or isinstance(value, (float, str)):
+            problems.append(f"{prefix}.{name} is {value!r}")
     blocks = {int(found[1]) for name in file.tensors if (found := _BLOCK.match(name))}
     count = file.metadata.get(f"{prefix}.block_count")
     if isinstance(count, int) and count >= 1 and (blocks != set(range(len(blocks))) or len(blocks) != count):
@@ -123,9 +124,12 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
         raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
 
 
-# Written last into a cached checkpoint: its existence means that the conversion completed.
-_WHOLE = "complete.json"
 CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used
+
+
+def conversions(sha256: str) -> list[Path]:
+    """The cached checkpoints of GGUF files of this content, which can have several names."""
+    return sorted((cache_dir() / "checkpoints").glob(f"*-{escape(sha256[:16])}-v{CONVERSION}"))
 
 
 def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
@@ -135,38 +139,30 @@ def dequantised(gguf: Path, sha256: str, listener: Listener) -> Path:
     ``tokenizer.model`` too, which every later export needs.
 
     Raises:
-        UserError: the file cannot be used, or the cache.
+        UserError: the file cannot be used, or the cache; the checkpoint there is damaged, which of its weights only the
+            size tells, see ``whole.refuse_rotten``.
         WorkFailed: the cache has no room for it.
     """
     from filelock import FileLock
 
     target = cache_dir() / "checkpoints" / f"{model_name(gguf.name)}-{sha256[:16]}-v{CONVERSION}"
     with cache_errors():
-        if (target / _WHOLE).is_file():
+        if conversion(target):
+            refuse_damaged_copy(target, weights=False)
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if (target / _WHOLE).is_file():
+            if conversion(target):
                 return target
             listener.note(f"dequantising {gguf.name} into a checkpoint, once (half a minute for 270M parameters)")
             with replacing_directory(target) as folder:
                 _dequantise(gguf, folder)
-                write_json(folder / _WHOLE, {"source": gguf.name, "sha256": sha256})
+                write_json(folder / COMPLETE, {"source": gguf.name, "sha256": sha256, "files": seal(folder)})
     return target
-
-
-def cached_source(checkpoint: Path) -> dict[str, str] | None:
-    """Name (``source``) and ``sha256`` of the GGUF file that a checkpoint in the cache was made of; None if of none."""
-    try:
-        kept = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and {"source", "sha256"} <= kept.keys() else None
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
@@ -187,15 +183,14 @@ def _dequantise(gguf: Path, folder: Path) -> None:
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
                 output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, OSError, KeyError, RuntimeError) as e:  # RuntimeError: sizes that don't fit, and others
-        raise UserError(f"{gguf} cannot be dequantised: {e}", REPOSITORY) from e
+    except Exception as e:  # noqa: BLE001 - in as many ways as a file's numbers can miss its tensors
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"{gguf} cannot be dequantised: {first_line(e)}", f"{WHOLE}; or {REPOSITORY}") from e
     (folder / gguf.name).unlink(missing_ok=True)
     mend(model, tokenizer, file)
     refuse_what_is_left_out(model, info, file)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as e:  # its library's name for whatever the system refuses
-        raise OSError(errno.ENOSPC if "os error 28" in str(e) else errno.EIO, f"{e}", str(folder)) from e
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
         (folder / "tokenizer.model").write_bytes(sentencepiece)

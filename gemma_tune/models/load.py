@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.machine import importing
+from gemma_tune.base.machine import importing, is_out_of_memory
+from gemma_tune.base.refusals import require_readable
+from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
+from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
+from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +33,12 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
 
     Raises:
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files, weights that are quantised
-            by another method than bitsandbytes.
+            by another method than bitsandbytes, an adapter in the same folder.
     """
-    from safetensors import SafetensorError
-
+    require_readable(checkpoint)
     config = read_config(checkpoint)
     refuse_untrainable(str(checkpoint), config)
+    refuse_embedded_adapter(checkpoint)
     quiet_libraries()
     with importing():
         from transformers import AutoModelForCausalLM
@@ -64,17 +68,16 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:
-        raise UserError(f"this needs a package that is not installed: {str(e).splitlines()[0]}",
+        raise UserError(f"this needs a package that is not installed: {first_line(e)}",
                         "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora") from e
-    except (RuntimeError, MemoryError) as e:
+    except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
             raise out_of_memory(e) from e
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        raise UserError(f"{checkpoint} cannot be loaded: {str(e).splitlines()[0]}",
-                        "check that the checkpoint is whole; download it again if not") from e
+        raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
+                        remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
     if problems := [f"{kind} keys: {key}" for kind, key in unfit_keys(info)]:
-        raise UserError(f"{checkpoint} does not fit its config.json", "download the model again", problems[:20])
+        raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
+                        problems[:20])
     return model
 
 
@@ -94,15 +97,9 @@ def _cut_out(tensor: Any) -> bool:
     return any(tensor.stride(n) != tensor.stride(n + 1) * tensor.shape[n + 1] for n in range(tensor.ndim - 1))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))
-
-
 def out_of_memory(error: Exception) -> UserError:
     """The advice for a model or batch that does not fit."""
-    said = str(error).splitlines() or [type(error).__name__]  # Python's own MemoryError says nothing
-    return UserError(f"out of memory: {said[0]}",
+    return UserError(f"out of memory: {first_line(error)}",
                      "use --micro-batch 1, --activation-checkpointing, --qlora, or a smaller model")
 
 

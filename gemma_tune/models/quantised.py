@@ -18,8 +18,12 @@ _UNSLOTH = "unsloth/"  # has each of them in 16 bits too, under the name without
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint was quantised, by its config.json, such as ``gptq``; None if it was not."""
-    found = config.get("quantization_config")
+    """The method by which a checkpoint was quantised, by its config.json, such as ``gptq``; None if it was not.
+
+    Of a multimodal model the text model's own counts as well: Transformers takes it, and imports what it names.
+    """
+    text = config.get("text_config") or {}
+    found = config.get("quantization_config") or text.get("quantization_config")
     if not found:
         return "mlx" if config.get("quantization") else None
     if not isinstance(found, Mapping):

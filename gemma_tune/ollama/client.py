@@ -57,14 +57,16 @@ def create_model(
     system: str | None = None,
     license_text: str | None = None,
     on_progress: Progress = lambda status, done, total: None,
+    sha256: str | None = None,
 ) -> None:
     """Uploads the file, unless the server has it, and makes a model of it under this name.
 
     Args:
         on_progress: gets a status, and bytes done and in all where they are known (else 0, 0).
+        sha256: of the file when it was written, where that is known.
 
     Raises:
-        UserError: a bad name or parameter, or no such file.
+        UserError: a bad name or parameter, no such file, or one whose content has changed since.
         WorkFailed: the server refused, broke off, or ended without saying "success".
     """
     request = {"model": validate_model_name(name), "parameters": merged_parameters(chat, parameters), "stream": True}
@@ -72,6 +74,9 @@ def create_model(
     texts |= {"system": system_text(chat, system), "license": unix_lines(license_text or "")}
     request |= {key: text for key, text in texts.items() if text}
     digest, size = _digest(gguf, on_progress)
+    if sha256 is not None and digest != f"sha256:{sha256}":
+        raise UserError(f"{gguf} is damaged: its content is another than when it was exported",
+                        "make it again: gemma-tune export-ollama --force")
     request["files"] = {re.sub(r"[\\:]", "_", gguf.name): digest}
     with client_of(server.url, PATIENCE) as client, talking_to(server.url):
         if not _has_blob(client, digest):

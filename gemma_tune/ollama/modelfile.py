@@ -99,7 +99,7 @@ def render_modelfile(
 
 def _quoted(what: str, text: str) -> str:
     """In three quotes. There are no escapes, so the first line that ends in three quotes ends the value."""
-    if re.search(r'"""[^\S\n]*\n', "".join(c for c in text if c not in lossy_runes(text))):
+    if re.search(r'"""[^\S\n]*\n', text.translate(dict.fromkeys(map(ord, lossy_runes(text))))):
         raise UserError(
             f'{what} has a line that ends in """, where a Modelfile would cut it off',
             "Write the three quotes differently, or put a character after them.",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import httpx
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.secrets import place_of
 
 PATIENCE = 600.0  # seconds without a byte: a slow disk may take minutes to hash, copy or load a large model
 
@@ -36,11 +37,12 @@ def ollama_host(env: Mapping[str, str]) -> str:
         scheme, rest = ("https", "ollama.com:443") if value == "ollama.com" else ("http", value)
     default_port = {"http": "80", "https": "443"}.get(scheme) if separator else "11434"
     if default_port is None:
-        raise UserError(f"OLLAMA_HOST={value}: {scheme} is not http or https")
+        raise UserError(f"OLLAMA_HOST={place_of(value)}: {scheme} is not http or https")
     address, _, path = rest.partition("/")
     host, port = _split_address(address, default_port)
     if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host):
-        raise UserError(f"OLLAMA_HOST={value} is not an address", "For example: OLLAMA_HOST=127.0.0.1:11434")
+        raise UserError(f"OLLAMA_HOST={place_of(value)} is not an address", _NO_LOGIN if "@" in value else
+                        "For example: OLLAMA_HOST=127.0.0.1:11434")
     return f"{scheme}://{host}:{port}" + (f"/{path.rstrip('/')}" if path.strip("/") else "")
 
 
@@ -77,6 +79,11 @@ class Server:
     url: str
     version: str
 
+    @property
+    def place(self) -> str:
+        """Where it is, as it may be shown: the path of a URL can be a key."""
+        return place_of(self.url)
+
 
 def find_server(url: str, timeout: float = 3.0) -> Server | None:
     """The Ollama at this URL; None if nothing answers there (refused, unknown host, or no answer in time).
@@ -91,13 +98,14 @@ def find_server(url: str, timeout: float = 3.0) -> Server | None:
     except httpx.RequestError as error:
         if isinstance(error, httpx.ConnectError | httpx.TimeoutException) and not _is_tls(error):
             return None
-        raise UserError(f"what listens at {url} is not Ollama ({error})", _WRONG_ADDRESS) from error
+        raise UserError(f"what listens at {place_of(url)} is not Ollama ({error})", _WRONG_ADDRESS) from error
     if response.status_code == 403 and not response.content:
-        raise UserError(f"Ollama at {url} refuses the host name in this URL", _FOREIGN_HOST)
+        raise UserError(f"Ollama at {place_of(url)} refuses the host name in this URL", _FOREIGN_HOST)
     version = json_field(response.content, "version") if response.status_code == 200 else None
     if not isinstance(version, str):
         raise UserError(
-            f"what listens at {url} is not Ollama (/api/version answers {response.status_code}, without a version)",
+            f"what listens at {place_of(url)} is not Ollama (/api/version answers {response.status_code}, without a "
+            "version)",
             _WRONG_ADDRESS,
         )
     return Server(url, version)
@@ -122,10 +130,11 @@ def check_version(server: Server, model_type: str) -> None:
     found = re.match(r"v?([0-9]+)\.([0-9]+)\.([0-9]+)", server.version)
     has = tuple(int(number) for number in found.groups()) if found else needed
     if has < needed and has != (0, 0, 0):
-        raise WorkFailed(f"Ollama {server.version} at {server.url} is too old for {model_type}: it takes "
+        raise WorkFailed(f"Ollama {server.version} at {server.place} is too old for {model_type}: it takes "
                          f"{'.'.join(map(str, needed))} or later", "Update Ollama, then run the same command again.")
 
 
+_NO_LOGIN = "Leave name and password out of it: Ollama has none. For example: OLLAMA_HOST=127.0.0.1:11434"
 _WRONG_ADDRESS = "Set OLLAMA_HOST to the address of Ollama, or unset it for http://127.0.0.1:11434."
 _FOREIGN_HOST = (
     "A server that listens on loopback only takes requests to localhost or an IP address (it checks the Host header). "
@@ -169,13 +178,14 @@ _HINTS = (
 @contextmanager
 def talking_to(url: str) -> Iterator[None]:
     """Turns what can happen to a connection into WorkFailed."""
-    again = f"See whether Ollama still runs at {url}, then run the same command again: what is uploaded stays there."
+    place = place_of(url)
+    again = f"See whether Ollama still runs at {place}, then run the same command again: what is uploaded stays there."
     try:
         yield
     except httpx.TimeoutException as error:
-        raise WorkFailed(f"Ollama at {url} did not answer in time", again) from error
+        raise WorkFailed(f"Ollama at {place} did not answer in time", again) from error
     except httpx.RequestError as error:
-        raise WorkFailed(f"the connection to Ollama at {url} was lost ({error})", again) from error
+        raise WorkFailed(f"the connection to Ollama at {place} was lost ({error})", again) from error
 
 
 def check_status(response: httpx.Response, doing: str) -> None:

@@ -6,6 +6,7 @@ or dropped in silence. Two passes with constant memory (see ``passes``) do it. T
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +17,10 @@ import numpy as np
 
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import replacing_directory
+from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.sources import Source, find_sources
+from gemma_tune.data.reading.sources import STDIN, Source, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
@@ -28,7 +29,7 @@ from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, run_stage
+from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
 
 
 def prepare(session: Session, preview: int = 0) -> StageReport:
@@ -91,11 +92,13 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     """The data, and what is named for validation."""
     config, run, listener = session.config, session.run, session.listener
     names = list(config.data) or [str(samples.training_path())]
-    if config.valid == "-" and "-" in names:
+    if config.valid == STDIN and STDIN in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
     valid = [config.valid] if isinstance(config.valid, str) else []
-    sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, held_out=some is valid)
-                         for some in (names, valid))
+    # What is piped is copied into the run, which nobody else may work on meanwhile.
+    with locked(session, "prepare") if STDIN in (*names, *valid) else contextlib.nullcontext():
+        sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, held_out=some is valid)
+                             for some in (names, valid))
     known = {source.path.resolve() for source in sources}
     if twice := [source.name for source in held_out if source.path.resolve() in known]:
         raise UserError(f"{', '.join(twice)} is named for training and for validation",
@@ -124,7 +127,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     judge = Judge(chat, config)
-    with replacing_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
+    with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
         with kept_when_refused(work.files, run.refused_rows):
@@ -139,7 +142,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report}
     return Finished(outputs, _summary(report) | {"tool_rows": tools,
-                                                 "encoding": encoding_key(session.model.fingerprint)})
+                                                 "encoding": encoding_key(session.model.fingerprint)},
+                    {run.data: folder})
 
 
 # --- what is shown

@@ -30,6 +30,10 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
+    if config.column_names and noticed.formats and not noticed.formats["columns"]:
+        named = ", ".join(f"`{name}`" for name in config.column_names.values())
+        listener.warn(f"--columns names {named}, and no row is read by that: a row that has none of the columns of "
+                      "questions and answers is read by its own format")
     if noticed.folded:
         listener.note(f"the chat template has no place for a system message: in {counted(noticed.folded, 'row')} it is "
                       "put before the first user turn")

@@ -12,9 +12,15 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import PACKAGE, fingerprint
-from gemma_tune.base.words import model_name
+from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
+NEXT_MANIFEST = ".next-manifest.json"
+# What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
+MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
+        "*_lora_merged", "adapter-*", "report.md", "answers.json")
+MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
+PIPED = ("stdin*",)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class RunDir:
     @property
     def manifest(self) -> Path:
         return self.root / "manifest.json"
+
+    @property
+    def next_manifest(self) -> Path:
+        """What the manifest will be when the results that it names have taken their place."""
+        return self.root / NEXT_MANIFEST
 
     @property
     def data(self) -> Path:
@@ -122,6 +133,18 @@ class RunDir:
         return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.root.resolve() / name))
 
 
+def no_run(root: Path, *flags: str) -> UserError:
+    """What to say of a directory that is no run, to a command that needs one."""
+    try:
+        runs = [path.parent.name for path in root.parent.glob("*/manifest.json")]
+    except OSError:
+        runs = []
+    meant = "".join(f"did you mean --run {shlex.quote(str(root.with_name(name)))}? Else " for name in
+                    nearest(root.name, runs))
+    return UserError(f"{root} is not a run yet: it has no manifest.json",
+                     f"{meant}start it: gemma-tune prepare YOUR.jsonl --run {shlex.join([str(root), *flags])}")
+
+
 def find_run(run: str | None, model_id: str | None) -> Path:
     """The run that a command works on: --run, else runs/<name of --model>, else the newest run.
 
@@ -151,6 +174,11 @@ def now() -> str:
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
-def describe(run: RunDir, path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Path and fingerprint of an input or output, as the manifest keeps it."""
-    return {"path": run.relative(path), **fingerprint(path, dict(known) if known else None)}
+def describe(run: RunDir, path: Path, known: Mapping[str, Any] | None = None, lies_at: Path | None = None,
+             ) -> dict[str, Any]:
+    """Path and fingerprint of an input or output, as the manifest keeps it.
+
+    Args:
+        lies_at: where it lies now, if it has not taken its place yet.
+    """
+    return {"path": run.relative(path), **fingerprint(lies_at or path, dict(known) if known else None)}

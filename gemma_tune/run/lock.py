@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, recover, write_json
-from gemma_tune.run.directory import RunDir, now
+from gemma_tune.base.strict_json import object_in
+from gemma_tune.run.directory import MADE, MADE_FOR_OLLAMA, PIPED, RunDir, now
+from gemma_tune.run.unrecorded import take_up
+
+_SAME = 5.0  # seconds by which one process's beginning can differ, when the clock was put right in between
+
+
+def _beginning(pid: int) -> float | None:
+    """When a process began, in seconds since 1970; None where that may not be known.
+
+    Raises:
+        ProcessLookupError: there is none of this number.
+    """
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.AccessDenied:
+        return None
+    except psutil.Error as e:
+        raise ProcessLookupError from e
 
 
 class Lock:
-    """One writer at a time. The operating system drops the lock with its owner, so a dead owner's is taken over."""
+    """One writer at a time. The operating system drops the lock with its owner, so a dead owner's is taken over.
+
+    Attributes:
+        restored: artifacts that were put back because an earlier owner was killed while it replaced them.
+        taken_up: stages whose results an earlier owner was killed before it could record; they are recorded now.
+    """
 
     def __init__(self, root: Path, stage: str):
         self.root, self.stage = root, stage
@@ -30,8 +54,12 @@ class Lock:
                 raise UserError(f"{self.root} is in use by {self._describe_owner()}",
                                 "wait until it has finished, or work on another run with --run DIR") from e
             try:
-                write_json(self.owner, {"pid": os.getpid(), "stage": self.stage, "since": now()})
-                self.restored = recover(self.root, RunDir(self.root, "").ollama)
+                write_json(self.owner, {"pid": os.getpid(), "began": _beginning(os.getpid()), "stage": self.stage,
+                                        "since": now()})
+                self.taken_up = take_up(self.root)
+                run = RunDir(self.root, "")
+                self.restored = [name for folder, names in ((run.root, MADE), (run.ollama, MADE_FOR_OLLAMA),
+                                                            (run.inputs, PIPED)) for name in recover(folder, names)]
             except BaseException:
                 self._lock.release()
                 raise
@@ -41,18 +69,18 @@ class Lock:
     def owner_of(cls, root: Path) -> str | None:
         """Who works on the run at ``root`` now, or None."""
         try:
-            pid = json.loads((root / ".lock-owner.json").read_text())["pid"]
-            if os.name == "posix":  # elsewhere there is no harmless signal to ask with
-                os.kill(pid, 0)
-        except PermissionError:
-            pass  # alive, and somebody else's
-        except (OSError, ValueError, KeyError, TypeError):
+            owner = object_in(root / ".lock-owner.json")
+            began, noted = _beginning(owner["pid"]), owner.get("began")
+            # The system gives a dead process's number to another one.
+            if None not in (began, noted) and abs(began - noted) > _SAME:
+                return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
         return cls(root, "")._describe_owner()
 
     def _describe_owner(self) -> str:
         try:
-            owner = json.loads(self.owner.read_text())
+            owner = object_in(self.owner)
             return f"process {owner['pid']} ({owner['stage']}, since {owner['since']})"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"

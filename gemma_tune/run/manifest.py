@@ -1,27 +1,45 @@
-"""``manifest.json``, the contract between the stages: written last and atomically, so whatever it names is whole.
+"""``manifest.json``, the contract between the stages: what it names is whole. It is never written in part.
 
 It holds no absolute path and no token, and a run can be moved.
+
+The manifest that names a new result is written before the result takes its place, as ``.next-manifest.json``, and takes
+its own place after it. So a full disk is noticed while nothing has changed yet; and what a kill leaves in between is
+taken up by the next command (see ``run.unrecorded``).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import os_errors, write_json
+from gemma_tune.base.files import os_errors, put_in_place, write_json
+from gemma_tune.base.strict_json import NoObject, object_in
 from gemma_tune.base.versions import library_versions
-from gemma_tune.base.words import _UNSAFE
+from gemma_tune.base.words import _UNSAFE, shown
+from gemma_tune.config.settings import converted, misfit, types_of
+from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.directory import RunDir
 
 SCHEMA = 1
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 _DIGESTS = ("sha256", "stamp")
+# What stages, `status` and the summary at the end read of figures that were recorded before.
+_TABLES = {"quants": ("bytes", "ollama_name"), "earlier": ("bytes", "stale")}
+_NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss_after", "train_loss_first",
+            "train_loss_last", "tokens_per_second", "training_seconds", "bytes", "perplexity", "divergence",
+            "same_token", "f16_perplexity", "steps", "rows", "train_rows", "valid_rows", "rejected_rows",
+            "duplicate_rows", "tokens", "trained_tokens", "check_same_answers", "check_prompts", "check_same_tokens",
+            "check_divergence", "check_adapter_effect", "questions", "base_ended", "tuned_ended", "base_in_form",
+            "tuned_in_form")
+_TEXTS = ("training_id", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses")
+_LARGEST = 1e300
 
 
 @dataclass
@@ -42,20 +60,32 @@ class Manifest:
 
     def save(self, run: RunDir) -> None:
         """Write the manifest atomically."""
+        self._write(run, run.manifest)
+
+    def announce(self, run: RunDir) -> None:
+        """Write what the manifest will be when new results have taken their place, and :meth:`settle` is called."""
+        self._write(run, run.next_manifest)
+
+    @staticmethod
+    def settle(run: RunDir) -> None:
+        """Make the manifest that was announced the run's."""
+        put_in_place(run.next_manifest, run.manifest)
+
+    def _write(self, run: RunDir, path: Path) -> None:
         with os_errors(run.root):
-            write_json(run.manifest, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
-                                      "stages": self.stages, "libraries": library_versions()})
+            write_json(path, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
+                              "stages": self.stages, "libraries": library_versions()})
 
 
-def read_manifest(root: Path) -> Manifest | None:
-    """The run's manifest, or None where there is none yet.
+def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:
+    """What the run's manifest file says, or None where there is none; ``run.unrecorded`` knows what came after it.
 
     Raises:
         UserError: a manifest that cannot be read, is damaged, or was written by a newer version.
     """
-    path = root / "manifest.json"
+    path = root / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = object_in(path)
     except FileNotFoundError:
         return None
     except NotADirectoryError as e:
@@ -66,9 +96,11 @@ def read_manifest(root: Path) -> Manifest | None:
         raise UserError(f"{path} cannot be read: {e.strerror}", "name a run directory with --run DIR") from e
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno} is damaged: {e.msg} at column {e.colno}", _rebuild_hint(path)) from e
-    except (ValueError, RecursionError) as e:  # not UTF-8, a number without end, brackets without end
+    except NoObject as e:
+        raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path)) from e
+    except ValueError as e:  # not UTF-8, a number without end, brackets without end
         raise UserError(f"{path} is damaged: it is not JSON as gemma-tune writes it", _rebuild_hint(path)) from e
-    schema = content.get("schema") if isinstance(content, dict) else None
+    schema = content.get("schema")
     if type(schema) is not int or schema < 1:
         raise UserError(f"{path} is damaged: it has no schema number", _rebuild_hint(path))
     if schema > SCHEMA:
@@ -100,7 +132,7 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
         elif not _has(stage, str, "base", "started", "ended"):
             yield f"stages.{name}: base, started or ended is missing"
         else:
-            yield from (f"stages.{name}.{problem}" for problem in _stage_problems(stage))
+            yield from (f"stages.{name}.{problem}" for problem in _stage_problems(name, stage))
 
 
 def _model_problems(model: Any) -> Iterator[str]:
@@ -112,18 +144,66 @@ def _model_problems(model: Any) -> Iterator[str]:
         yield "model: files has no sha256 or no stamp"
     elif not all(isinstance(model.get(key, False), str | None) for key in ("revision", "path")):
         yield "model: revision or path is missing"
+    elif not all(_is_name(model[key] or "") for key in ("id", "revision", "path")):
+        yield "model: id, revision or path is no name"
 
 
-def _stage_problems(stage: Mapping[str, Any]) -> Iterator[str]:
-    for key, entry in stage["config"].items():
-        if not isinstance(entry, dict) or "value" not in entry:
-            yield f"config.{key}: value is missing"
+def _stage_problems(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
+    yield from _setting_problems(name, stage["config"])
+    yield from _figure_problems("summary", stage["summary"])
     for part in ("inputs", "outputs"):
         for key, item in stage[part].items():
             if not isinstance(item, dict) or not _has(item, str, "path", *_DIGESTS):
                 yield f"{part}.{key}: path, sha256 or stamp is missing"
+            elif not _is_name(item["path"]):
+                yield f"{part}.{key}: {item['path']!r} is no path"
             elif part == "outputs" and not _stays_inside(item["path"]):
                 yield f"{part}.{key}: {item['path']} leaves the run directory"
+
+
+def _setting_problems(stage: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings whose values another type would have; their limits are judged where they are used again."""
+    settings, kinds = {f.name: f for f in fields(CONFIGS[stage])}, types_of(CONFIGS[stage])
+    for key, entry in config.items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            yield f"config.{key}: value is missing"
+        elif not isinstance(entry.get("from"), str):
+            yield f"config.{key}: from is missing"
+        elif key in settings:
+            value = converted(kinds[key], entry["value"])
+            if problem := misfit(settings[key], kinds[key], value):
+                yield f"config.{problem}"
+            elif not all(map(_is_name, value if isinstance(value, tuple) else (value,))):
+                yield f"config.{key}: {shown(value)} is no text that can be used"
+
+
+def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    """Figures that are read again and are none; of number formats, each has some of its own."""
+    for key, value in figures.items():
+        if key in _TABLES and not (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())):
+            yield f"{place}.{key}: {shown(value)} is no table of number formats"
+        elif key in _TABLES:
+            for name, row in value.items():
+                yield from (f"{place}.{key}.{name}.{figure}: missing" for figure in _TABLES[key] if figure not in row)
+                yield from _figure_problems(f"{place}.{key}.{name}", row)
+        elif key in _NUMBERS and value is not None and not _is_number(value):
+            yield f"{place}.{key}: {shown(value)} is no number"
+        elif key in _TEXTS and not isinstance(value, str | None):
+            yield f"{place}.{key}: {shown(value)} is no text"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a text can be handed to the system; anything else can."""
+    if not isinstance(value, str):
+        return True
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _has(record: Mapping[str, Any], kind: type, *keys: str) -> bool:

@@ -14,15 +14,17 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import near
+from gemma_tune.base.refusals import require_readable
+from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, resolve
+from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
-from gemma_tune.run.directory import RUNS, RunDir, find_run
-from gemma_tune.run.manifest import Manifest, read_manifest
+from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run
+from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.unrecorded import current_manifest
 
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
 # `prepare` needs none, and `train` looks first whether it has the memory for them.
@@ -76,9 +78,13 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         UserError: no such run, another model's run, settings that there are not or that cannot be used.
     """
     listener = listener or Listener()
+    for name, value in (("model", model), ("run", run)):
+        if isinstance(value, str) and not value.strip():  # of a variable that is not set: no wish for the default
+            raise UserError(f"--{name} has no text", f"name one, or leave --{name} out")
     content = load_yaml(Path(config)) if isinstance(config, str | Path) else config or {}
     cls = CONFIGS[stage]
     _refuse_unknown(cls, settings)
+    refuse_no_names({"run": run, "model": model, "revision": revision})
     # Settings are checked before a model is looked for, which can mean a download.
     asked = resolve(cls, settings, content.get(stage)).config
     wanted, revision = model or content.get("model"), revision or content.get("revision")
@@ -121,7 +127,7 @@ def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tup
         UserError: neither the adapter nor the run has one.
     """
     base, named = named_base(adapter)
-    if base is None and (run is None or read_manifest(Path(run).expanduser()) is None):
+    if base is None and (run is None or current_manifest(Path(run).expanduser()) is None):
         raise UserError(f"the adapter {adapter} does not say which model it was trained on", how_to_name_base(adapter))
     return base, revision or named
 
@@ -146,8 +152,8 @@ def _own_run(into: str | None, outside: bool) -> str | None:
 
 def _is_quantised(root: Path, listener: Listener) -> bool:
     """Whether the run at ``root`` has a quantised model, which nothing is merged into."""
-    manifest = read_manifest(root)
-    if manifest is None or (path := manifest.model.get("path")) and not (root / path).exists():
+    manifest = current_manifest(root)
+    if manifest is None or (path := manifest.model.get("path")) and not os.path.exists(root / path):
         return False
     recorded = manifest.model
     found = locate(recorded_id(recorded, root), recorded["revision"], listener, recorded, weights=False)
@@ -157,7 +163,7 @@ def _is_quantised(root: Path, listener: Listener) -> bool:
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     if problems := [f"{name}: there is no such setting{near(name, known)}" for name in settings if name not in known]:
-        raise UserError(f"{len(problems)} setting(s) of `{cls.section}` cannot be used",
+        raise UserError(f"{counted(len(problems), 'setting')} of `{cls.section}` cannot be used",
                         f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
 
 
@@ -169,30 +175,34 @@ def _run_directory(run: str | Path | None, model_id: str | None, starts: bool) -
 
 def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Listener, *,
                         weights: bool) -> tuple[BaseModel, Manifest]:
-    manifest = read_manifest(root)
+    manifest = current_manifest(root)
     if manifest is None:
         if not starts:
-            raise UserError(f"{root} is not a run yet: it has no manifest.json",
-                            f"start it: gemma-tune prepare YOUR.jsonl --run {root}"
-                            + (f" --model {wanted}" if wanted else ""))
+            raise no_run(root, *(("--model", wanted) if wanted else ()))
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
-    if wanted == recorded["id"] and recorded.get("path") and not Path(wanted).exists():
+    if wanted == recorded["id"] and recorded.get("path") and not os.path.exists(wanted):
         wanted = None  # by its name alone: the run knows the place
-    if not wanted and recorded.get("path") and not (root / recorded["path"]).exists():
+    if not wanted and recorded.get("path") and not os.path.exists(place := root / recorded["path"]):
+        require_readable(place)
         raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")
     model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
                    weights=weights)
-    _refuse_other_model(root, recorded, model, wanted)
+    refuse_other_model(root, recorded, model)
     if model.fingerprint != recorded["fingerprint"]:
         listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
     manifest.model = model.record(root)
     return model, manifest
 
 
-def _refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel, wanted: str | None) -> None:
+def refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel) -> None:
+    """A run belongs to one model.
+
+    Raises:
+        UserError: the run is recorded as another model's.
+    """
     if (recorded["id"], recorded["source"]) != (model.id, model.source):
-        raise UserError(f"{root} is a run of {recorded['id']}, not of {wanted}: its adapter fits that model alone",
+        raise UserError(f"{root} is a run of {recorded['id']}, not of {model.id}: its adapter fits that model alone",
                         f"leave --model out, or use another run: --run {RUNS / model.name}-2")

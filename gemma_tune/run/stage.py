@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import os_errors
+from gemma_tune.base.files import os_errors, put_in_place, remove
+from gemma_tune.base.refusals import require_readable
+from gemma_tune.base.secrets import redacted
 from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result
 from gemma_tune.run.directory import RunDir, command, describe, now
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, Manifest, read_manifest
-from gemma_tune.run.session import Session
+from gemma_tune.run.session import Session, refuse_other_model
 
 # What a stage reads that another stage makes: input name -> (stage, its output).
 NEEDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -40,10 +43,22 @@ FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a stage made: output paths by name, and the figures worth keeping."""
+    """What a stage made.
+
+    Args:
+        outputs: paths by name.
+        summary: the figures worth keeping.
+        fresh: of each artifact that is to be replaced, where its successor lies until it is recorded.
+    """
 
     outputs: Mapping[str, Path]
     summary: dict[str, Any]
+    fresh: Mapping[Path, Path] = field(default_factory=dict)
+
+    def lies_at(self, path: Path) -> Path:
+        """Where an output lies now."""
+        return next((made / path.relative_to(target) for target, made in self.fresh.items()
+                     if path.is_relative_to(target)), path)
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe)
             upstream = state_of(run, manifest, maker[0], look)
             if upstream.status != "done":
                 return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
-        elif (path := run.root / item["path"]).exists() and (change := _change(run, path, item, look)):
+        elif os.path.exists(path := run.root / item["path"]) and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
     return State("done")
 
@@ -105,8 +120,6 @@ def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> 
         path = run.root / item["path"]
         if name in FOR_PEOPLE:
             continue
-        if not path.exists():
-            return f"{item['path']} is gone"
         if change := _change(run, path, item, look):
             return f"{item['path']} {change}"
     return None
@@ -116,6 +129,8 @@ def _change(run: RunDir, path: Path, item: dict[str, Any], look: Look) -> str | 
     """What became of a file or directory that the manifest describes as ``item``; None if it is the same."""
     try:
         found = look(run, path, item)
+    except FileNotFoundError:
+        return "is gone"
     except OSError as e:
         return f"cannot be read: {e.strerror}"
     if found["sha256"] != item["sha256"]:
@@ -139,6 +154,7 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
 
     Raises:
         UserError: it is missing, damaged, or was made from another base model; the hint is the command that makes it.
+            Or it may not be read.
     """
     state = state_of(run, manifest, maker)
     make_it = command(maker, run.root)
@@ -146,6 +162,8 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
         raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
                         f"run it first: {make_it}")
     if state.status == "damaged":
+        for item in manifest.stages[maker]["outputs"].values():
+            require_readable(run.root / item["path"])
         raise UserError(f"`{stage}` cannot use the result of `{maker}`: {state.reason}",
                         f"make it again: {make_it} --force")
     if maker != "prepare" and manifest.stages[maker]["base"] != manifest.model["fingerprint"]:
@@ -154,30 +172,44 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
     return run.root / manifest.stages[maker]["outputs"][output]["path"]
 
 
+def require_unharmed(run: RunDir, manifest: Manifest, stage: str, maker: str, output: str) -> None:
+    """Read the artifact ``output`` of the stage ``maker``, before ``stage`` makes something of it or gives it away.
+
+    :func:`state_of` trusts sizes and time stamps, which bits that changed on the disk leave as they were.
+
+    Raises:
+        UserError: its content is another than ``maker`` made; the hint is the command that makes it again.
+    """
+    item = manifest.stages[maker]["outputs"][output]
+    if change := _change(run, run.root / item["path"], item, lambda run, path, _: describe(run, path)):
+        raise UserError(f"`{stage}` cannot use the result of `{maker}`: {item['path']} {change}",
+                        f"make it again: {command(maker, run.root, '--force')}")
+
+
 def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
-              extra_inputs: Mapping[str, Path] | None = None, unfinished: bool = False,
+              extra_inputs: Mapping[str, Path] | None = None,
+              unfinished: Callable[[Manifest], bool] = lambda manifest: False,
               elsewhere: Mapping[str, Path] | None = None,
               long_work: Callable[[Mapping[str, Any]], str | None] = lambda summary: None) -> StageReport:
     """Run one stage under the run's lock, unless its result is up to date, and record it.
 
     Args:
-        work: does the work; it replaces an artifact only when its successor is whole.
+        work: does the work; what it makes takes its place when all of it is whole, and announced (``run.unrecorded``).
         extra_inputs: files from outside the run, fingerprinted like the others.
         elsewhere: inputs from outside the run, in place of what another stage makes under the same name.
-        unfinished: an interrupted repetition of this stage waits to be finished, so it is not up to date.
+        unfinished: whether an interrupted repetition of this stage waits to be finished, so that it is not up to date.
         long_work: from a result's figures, how long it took in words, if that is too long to replace it unasked.
 
     Raises:
         UserError: missing input, run in use, no permission, a result that is not replaced unasked; and whatever
-            ``work`` raises.
+            ``work`` raises; an input whose content changed, though size and time stamp did not.
     """
     assert stage in STAGES
     run = session.run
-    with Lock(run.root, stage) as lock, os_errors(run.root):
-        for name in lock.restored:
-            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+    with locked(session, stage), os_errors(run.root):
         # Read again under the lock: another command may have finished since the session was opened.
         manifest = read_manifest(run.root) or session.manifest
+        refuse_other_model(run.root, manifest.model, session.model)
         # An updated record (same model, perhaps another place) replaces the one on the disk.
         moved = manifest.model != session.manifest.model
         manifest.model = session.manifest.model
@@ -190,20 +222,67 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
         if session.force:
             _note_other_settings(session, stage)
-        elif not unfinished and (kept := _up_to_date(session, stage, fingerprints, long_work)):
+        elif not unfinished(manifest) and (kept := _up_to_date(session, stage, fingerprints, long_work)):
             if moved or manifest.stages != stamped:
                 manifest.save(run)
             return kept
         started, clock = now(), time.monotonic()
+        for maker, output in (NEEDS[stage][name] for name in inputs):
+            require_unharmed(run, manifest, stage, maker, output)
         finished = work(session)
-        manifest.stages[stage] = {
-            "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
-            "config": session.resolved.record(), "inputs": fingerprints,
-            "outputs": {name: describe(run, path) for name, path in finished.outputs.items()},
-            "summary": finished.summary,
-        }
-        manifest.save(run)
+        with _nothing_left_of(finished):
+            manifest.stages[stage] = {
+                "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
+                "config": session.resolved.record(), "inputs": fingerprints,
+                "outputs": {name: describe(run, path, lies_at=finished.lies_at(path))
+                            for name, path in finished.outputs.items()},
+                "summary": redacted(finished.summary),
+            }
+            manifest.announce(run)
+        _put_in_place(run, manifest, finished.fresh)
     return _report(session, stage, "done", time.monotonic() - clock)
+
+
+@contextlib.contextmanager
+def locked(session: Session, stage: str) -> Iterator[None]:
+    """Own the run's lock; what an earlier owner left unfinished is said.
+
+    Raises:
+        UserError: the run is in use, or cannot be written.
+    """
+    with Lock(session.run.root, stage) as lock:
+        for name in lock.restored:
+            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+        for name in lock.taken_up:
+            session.listener.warn(f"an earlier command was killed before it could record the result of `{name}`: it is "
+                                  "whole, and recorded now")
+        yield
+
+
+@contextlib.contextmanager
+def _nothing_left_of(finished: Finished) -> Iterator[None]:
+    """Remove what was made if it cannot be recorded."""
+    try:
+        yield
+    except BaseException:
+        for made in finished.fresh.values():
+            remove(made)
+        raise
+
+
+def _put_in_place(run: RunDir, manifest: Manifest, fresh: Mapping[Path, Path]) -> None:
+    """Let what was made take its place, and its record after it."""
+    try:
+        for target, made in fresh.items():
+            put_in_place(made, target)
+        manifest.settle(run)
+    except OSError:
+        if all(made.exists() for made in fresh.values()):  # nothing has changed yet
+            for path in (run.next_manifest, *fresh.values()):
+                remove(path)
+            raise
+        with os_errors(run.root, "the new result is whole, and the next command on this run records it"):
+            raise
 
 
 def keep_stamps(run: RunDir, manifest: Manifest) -> None:

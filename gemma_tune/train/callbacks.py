@@ -86,13 +86,13 @@ def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
     if resumed_step == 0 or not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # the line being written when the process was killed
+            if record["step"] <= resumed_step:
+                records.append(record)
+        except (ValueError, TypeError, KeyError):  # the line being written when the process was killed, or damage
             continue
-        if record["step"] <= resumed_step:
-            records.append(record)
     return records
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import sha256_file, write_json
+from gemma_tune.base.files import follow_umask, remove, sha256_file, write_json
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.config.settings import as_flags, same_result
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.run.directory import command
@@ -57,6 +59,7 @@ def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any
 def seal(checkpoint: Path, training: Training) -> None:
     """Declare a checkpoint whole. The pickled trainer arguments go: nothing reads them, and pickles can run code."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    follow_umask(checkpoint)
     hashes = {p.name: sha256_file(p) for p in sorted(checkpoint.iterdir()) if p.is_file() and p.name != MARKER}
     write_json(checkpoint / MARKER, {**asdict(training), "files": hashes})
 
@@ -69,8 +72,12 @@ def rotate(folder: Path) -> None:
 
 def whole(folder: Path) -> list[Path]:
     """Sealed checkpoints by step, oldest first; contents are not read."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / MARKER).is_file() and p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=step_of)
+    return [p for p in _all(folder) if (p / MARKER).is_file()]
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints by step, oldest first, sealed or not."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -78,47 +85,65 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
-def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any]) -> Path | None:
+def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any],
+                   listener: Listener) -> Path | None:
     """The checkpoint that an interrupted training goes on from, or None to start anew.
 
     Damaged checkpoints are passed over in favour of an older whole one.
 
     Args:
         finished: id of the training that the manifest records as done; its checkpoints are not resumed.
+        listener: is warned of damaged checkpoints, and of what follows from them.
 
     Raises:
         UserError: an interrupted training with other settings or data is there.
     """
-    others = []
-    for checkpoint in reversed(whole(folder)):
+    others, damaged, found = [], [], None
+    for checkpoint in reversed(_all(folder)):
         marker = read_marker(checkpoint)
-        if marker is None or marker["id"] == finished:
+        if marker and marker["id"] == finished:
             continue
-        if marker["key"] != key:
+        if marker and marker["key"] != key:
             others.append(marker["settings"])
-        elif all((checkpoint / name).is_file() and sha256_file(checkpoint / name) == sha
-                 for name, sha in marker["files"].items()):
-            return checkpoint
-    if others:
+        elif damage := _damage(checkpoint, marker):
+            damaged.append(f"{checkpoint.name}: {damage}")
+        else:
+            found = checkpoint
+            break
+    if damaged and (found or not others):
+        listener.warn(f"damaged checkpoints are passed over ({'; '.join(damaged)}): "
+                      + (f"the training goes on from {found.name}" if found else "the training starts anew"))
+    if others and not found:
         changed = _difference(others[0], settings)
         finish = (f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force" if changed else
                   "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
                         f"({changed or 'the data, the base model or gemma-tune changed'})", finish)
+    return found
+
+
+def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    if marker is None:
+        return f"{MARKER} cannot be read" if (checkpoint / MARKER).exists() else "it was not saved to its end"
+    for name, sha in marker["files"].items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is gone"
+        if sha256_file(checkpoint / name) != sha:
+            return f"{name} was changed"
     return None
 
 
 def unfinished(folder: Path, finished: str | None) -> dict[str, Any] | None:
-    """Marker of the newest whole checkpoint if its training is not the one that finished last."""
-    checkpoints = whole(folder)
-    marker = read_marker(checkpoints[-1]) if checkpoints else None
+    """Marker of the newest checkpoint that has one, if its training is not the one that finished last."""
+    marker = next(filter(None, map(read_marker, reversed(whole(folder)))), None)
     return marker if marker and marker["id"] != finished else None
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     """What :func:`seal` wrote: a :class:`Training` and ``files``; None where it cannot be used."""
     try:
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        marker = object_in(checkpoint / MARKER)
         texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
         return marker if texts and dict(marker["files"]) and dict(marker["settings"]) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -136,7 +161,12 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(changed)
 
 
-def clear(folder: Path) -> None:
-    """Remove all checkpoints, whole or not."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+def clear(folder: Path, after: Path | None = None) -> None:
+    """Remove all checkpoints, whole or not; or those that are newer than ``after``, which a training goes on from.
+
+    Such are damaged: they would be kept in place of whole ones, and PEFT would read the card of one when it saves the
+    same step again.
+    """
+    for checkpoint in folder.glob("checkpoint-*") if after is None else _all(folder):
+        if after is None or step_of(checkpoint) > step_of(after):
+            remove(checkpoint)

@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from gemma_tune.base.errors import INTERRUPTED, WorkFailed
+from gemma_tune.base.errors import INTERRUPTED, UserError, WorkFailed
 from gemma_tune.base.machine import cores
 from gemma_tune.train.processes import GRACE, LAUNCHER
 
+_MOST_GPUS = 16  # of one machine; a process more than there are GPUs is refused by what knows them
 AT_ONCE = 1.5  # seconds that all get after the second Ctrl-C, which one that waits for another's numbers does not hear
 
 
@@ -33,8 +34,13 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         The main process's exit code, or another's if only that failed.
 
     Raises:
+        UserError: more processes than this machine can have any use for; none is started.
         WorkFailed: the main process was killed, and could not say anything.
     """
+    if count > (most := max(cores(), _MOST_GPUS)):
+        raise UserError(f"--num-processes {count} is more than this machine has processors for ({cores()})",
+                        f"use at most {most}; the processes of several machines are started by accelerate launch or "
+                        "torchrun")
     workers = _Workers([subprocess.Popen(
         [sys.executable, "-m", "gemma_tune", *arguments], env=_environment(rank, count, port),
         stdin=None if rank == 0 else subprocess.DEVNULL,

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.base.files import replacing_directory
+from gemma_tune.base.files import new_directory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.lora.layers import TOWERS, trained_weights
 from gemma_tune.run.session import Session
 
 
-def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) -> None:
-    """Standard PEFT directory with tokenizer, chat template and generation settings, replaced as a whole.
+def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) -> Path:
+    """Standard PEFT directory with tokenizer, chat template and generation settings, made beside ``place``.
+
+    Returns:
+        Where it lies until it is put in its place.
 
     Raises:
         WorkFailed: weights that are not finite.
@@ -26,7 +29,7 @@ def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) ->
         raise WorkFailed(f"{len(bad)} tensors of the trained adapter are not finite ({bad[0]}, …); it was not saved",
                          "train again with a lower --learning-rate, or with --dtype fp32")
     _name_for_others(model, session)
-    with replacing_directory(place) as folder:
+    with new_directory(place) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False,
                               state_dict=trained_weights(model))
         chat.tokenizer.save_pretrained(folder)
@@ -35,6 +38,7 @@ def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) ->
         # Not save_pretrained: it refuses settings that many published models have, such as top_p without do_sample.
         (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
         (folder / "README.md").write_text(_card(session), encoding="utf-8")
+    return folder
 
 
 def _card(session: Session) -> str:

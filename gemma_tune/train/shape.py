@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.words import first_line
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
 
@@ -110,10 +112,12 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
         model = _on_meta(config, dtype, attention)
-    except (ValueError, KeyError, ImportError, OSError) as e:
-        raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: "
-                        f"{str(e).strip().splitlines()[0]}", "use a causal language model that the installed "
-                        "transformers knows, or: pip install --upgrade transformers") from e
+    except Exception as e:  # noqa: BLE001 - in as many ways as its values can miss each other
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: {first_line(e)}",
+                        "use a causal language model that the installed transformers knows, or: pip install --upgrade "
+                        "transformers") from e
     return config.get_text_config(), model
 
 

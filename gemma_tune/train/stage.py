@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import sha256_file
+from gemma_tune.base.files import fresh_path, put_in_place, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import importing
 from gemma_tune.base.words import span
@@ -23,6 +23,7 @@ from gemma_tune.lora.load import import_peft
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.models.source import with_weights
+from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
@@ -55,9 +56,10 @@ def train(session: Session) -> StageReport:
         WorkFailed: loss or gradient not finite.
         Interrupted: stopped by the user; the next call resumes.
     """
-    waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
-    return run_stage(_as_interrupted(session, waiting), "train", _train, unfinished=waiting is not None,
-                     long_work=_took_long)
+    checkpoints = session.run.checkpoints
+    waiting = unfinished(checkpoints, session.manifest.finished_training)
+    return run_stage(_as_interrupted(session, waiting), "train", _train, long_work=_took_long,
+                     unfinished=lambda manifest: unfinished(checkpoints, manifest.finished_training) is not None)
 
 
 def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session:
@@ -142,7 +144,8 @@ def _train(session: Session) -> Finished:
     _load_libraries()
     job = _decide(session)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
-    return Finished({"adapter": session.run.adapter}, _work(job))
+    adapter = session.run.adapter
+    return Finished({"adapter": adapter}, _work(job), {adapter: fresh_path(adapter)})
 
 
 def _decide(session: Session) -> _Job:
@@ -161,6 +164,7 @@ def _decide(session: Session) -> _Job:
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     session = replace(session, model=with_weights(session.model, listener))
+    refuse_rotten(session.model.path, session.model.files)
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     return _Job(session, training, checkpoint, placement, choice, earlier)
 
@@ -225,7 +229,7 @@ def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: list[d
         session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
         return
     run = session.run
-    save_adapter(session, model, chat, run.worse_adapter)
+    put_in_place(save_adapter(session, model, chat, run.worse_adapter), run.worse_adapter)
     clear(run.checkpoints)
     kept = f"; the earlier adapter stays in {run.adapter}" if run.adapter.exists() else ""
     raise WorkFailed(f"the training made the model worse: {found.figures}; its adapter is kept apart, in "
@@ -267,7 +271,8 @@ def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
     if session.force and unfinished(checkpoints, finished):
         session.listener.warn(f"--force starts anew: {whole(checkpoints)[-1].name} of an interrupted training is lost "
                               "when the first step begins; without --force it goes on")
-    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict())
+    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict(),
+                                                           session.listener)
     if checkpoint:
         session.listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
     return checkpoint

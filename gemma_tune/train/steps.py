@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import Interrupted, UserError
-from gemma_tune.models.load import is_out_of_memory, out_of_memory
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
@@ -17,8 +18,8 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None) -> 
     evaluates = trainer.eval_dataset is not None
     try:
         with trainer.fast(session.config.compile):
-            if checkpoint is None and processes.is_main():  # only now: what can fail at once has not
-                clear(session.run.checkpoints)
+            if processes.is_main():  # only now: what can fail at once has not
+                clear(session.run.checkpoints, after=checkpoint)
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
             if log.first_step < trainer.args.max_steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,11 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import os_errors, remove
+from gemma_tune.base.finite import not_finite
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.lora.layers import trained_weights
-from gemma_tune.models.load import is_out_of_memory
 from gemma_tune.train import processes
 from gemma_tune.train.batches import LengthGroupedBatches, Share, SortedBatches, collate, loader, pieces
 from gemma_tune.train.checkpoints import Training, rotate, seal
@@ -217,6 +220,8 @@ class GemmaTrainer(SFTTrainer):
         with self._evaluating():
             ours = self._summed_loss(self.model, {"input_ids": ids, "labels": ids}).item()
         count = max(1, ids.shape[1] - 1)
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            raise not_finite(self.model)
         if not abs(ours - theirs) <= tolerance * (abs(theirs) + count):
             raise UserError(f"this model ({self.causal_lm.config.model_type}) computes its logits in a way that "
                             f"gemma-tune does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the "
@@ -297,12 +302,19 @@ class GemmaTrainer(SFTTrainer):
         Trainer._save(self, output_dir, trained_weights(self.model))
 
     def _save_checkpoint(self, model, trial):
-        # Past TRL's version, which also writes a model card into the checkpoint directory.
-        Trainer._save_checkpoint(self, model, trial)
-        processes.wait_for_all()  # each has written its random state
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with os_errors(checkpoint):
+                # Past TRL's version, which also writes a model card into the checkpoint directory.
+                Trainer._save_checkpoint(self, model, trial)
+                processes.wait_for_all()  # each has written its random state
+                if processes.is_main():
+                    seal(checkpoint, replace(self.training, micro_batch=self.micro_batch))
+        except BaseException:
+            if processes.is_main():  # half of one would keep a full disk full
+                remove(checkpoint)
+            raise
         if processes.is_main():
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            seal(checkpoint, replace(self.training, micro_batch=self.micro_batch))
             rotate(checkpoint.parent)
 
 

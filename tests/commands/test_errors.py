@@ -84,6 +84,19 @@ def test_there_is_no_run(cli, args):
     check(cli(*args), 2, "there is no run under runs/", "gemma-tune prepare")
     check(cli(*args, "--run", "nowhere"), 2, "nowhere is not a run yet", "gemma-tune prepare")
     assert not Path("nowhere").exists()
+    Path("runs/chats").mkdir(parents=True)
+    Path("runs/chats/manifest.json").write_text("{}")
+    check(cli(*args, "--run", "runs/chat"), 2, "did you mean --run runs/chats? Else start it: gemma-tune prepare")
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["prepare", "x.jsonl", "--epochs", 3], "No such option: --epochs; `train`, `run` have it"),
+    (["train", "--epoch", 3], "--epochs"), (["merge", "--nothing-like-it"], "No such option: --nothing-like-it"),
+    (["train", "--max-shard-size", 3], "--max-shard-size; `merge` has it"),
+    (["chat", "hello"], "extra argument(s) (hello); a question to answer goes behind --prompt, in quotes")])
+def test_arguments_of_another_command(cli, args, message):
+    result = cli(*args)
+    assert result.code == 2 and message in result.err, result.err
 
 
 @pytest.mark.parametrize(("stage", "needs"), [("eval", "train"), ("merge", "train"), ("export-ollama", "merge")])
@@ -158,7 +171,7 @@ def test_a_file_where_the_run_should_be(cli, tiny, data):
 
 
 def test_settings_out_of_range_are_reported_together(cli, trained):
-    check(cli("train", "--rank", 0, "--dropout", 2, "--schedule", "cosin", "--run", trained), 2, "3 setting(s)",
+    check(cli("train", "--rank", 0, "--dropout", 2, "--schedule", "cosin", "--run", trained), 2, "3 settings",
           "rank: 0 is below", "dropout: 2.0 is above", "'cosin' is not one of", "did you mean `cosine`")
 
 
@@ -218,3 +231,12 @@ def test_killed_at_any_moment_the_manifest_names_nothing_half_written(tiny, data
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert {s["state"] for s in cli("status", "--json").json["stages"].values()} == {"done"}
+
+
+@pytest.mark.parametrize("option", ["--model", "--run"])
+def test_an_empty_name_is_no_wish_for_the_default(cli, data, option):
+    """As of a shell's variable that is not set."""
+    result = cli("prepare", data, option, "", "--json")
+    assert result.code == 2
+    assert result.json["error"]["message"] == f"{option} has no text"
+    assert not Path("runs").exists()

@@ -763,6 +763,18 @@ def test_settings_of_a_training_are_kept(cli, prepared):
     assert "`train` runs with other settings than before: rank: 5 -> 4" in forced.err
 
 
+def test_as_many_processes_as_before_are_said(cli, trained, monkeypatch):
+    manifest = json.loads((trained / "manifest.json").read_text())
+    manifest["stages"]["train"]["config"]["num_processes"] = {"value": 8, "from": "flag"}
+    (trained / "manifest.json").write_text(json.dumps(manifest))
+    launched = []
+    monkeypatch.setattr("gemma_tune.train.launch.launch", lambda count, arguments: launched.append(count) or 0)
+    done = cli("train")
+    assert (done.code, launched) == (0, [8])
+    assert "8 processes on this machine, as many as before; --num-processes sets another number" in done.err
+    assert "as before" not in cli("train", "--num-processes", 2).err and launched == [8, 2]
+
+
 def test_an_interrupted_training_is_finished_by_train_alone(cli, prepared, monkeypatch):
     """Its settings are newer than those of the run's result."""
     assert cli("train", *QUICK).code == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 import typer
 from rich.text import Text
 
+from gemma_tune.base import files
 from gemma_tune.base.errors import BAD_INPUT, UserError
+from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, resolve
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, TrainConfig, load_yaml
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig, load_yaml
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
           for f in dataclasses.fields(cls)]
@@ -38,7 +42,7 @@ def problems(cls: type[StageConfig], **values: Any) -> tuple[str, ...]:
     with pytest.raises(UserError) as raised:
         resolve(cls, values)
     assert raised.value.exit_code == BAD_INPUT
-    assert f"{len(raised.value.problems)} setting(s) of `{cls.section}`" in raised.value.message
+    assert f"{counted(len(raised.value.problems), 'setting')} of `{cls.section}`" in raised.value.message
     assert f"gemma-tune {cls.section} --help" in raised.value.hint
     return raised.value.problems
 
@@ -410,11 +414,65 @@ def test_files_that_cannot_be_read(cli):
         assert result.json["error"]["hint"]
 
 
+def bomb(lines: int, merged: bool) -> str:
+    """Each line stands for ten times the one before."""
+    first = "a0: &a0 {x: 1}" if merged else "a0: &a0 [x]"
+    return "\n".join([first, *(f"a{n}: &a{n} " + ("{<<: [" + ", ".join([f"*a{n - 1}"] * 10) + "]}" if merged else
+                                                  "[" + ", ".join([f"*a{n - 1}"] * 10) + "]")
+                               for n in range(1, lines))])
+
+
+@pytest.mark.parametrize("text, expected", [
+    (bomb(12, False), r"settings.yaml:\d+: this stands for more than 10,000 values"),
+    (bomb(12, True), r"settings.yaml:\d+: this stands for more than 10,000 values"),
+    ("train: &t\n  rank: 4\n  more: *t", "settings.yaml:1: an alias stands for what it is in"),
+    ("# " + "x" * (1 << 20), "settings.yaml has more than 1,024 KiB"),
+], ids=["lists", "merged", "itself", "long"])
+def test_a_file_that_stands_for_more_than_it_holds(text, expected):
+    Path("settings.yaml").write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        load_yaml(Path("settings.yaml"))
+    assert error.value.hint
+
+
+def test_aliases_of_settings_are_taken():
+    Path("settings.yaml").write_text("train: &t {rank: 4}\nprepare: {seed: &s 3}\neval: {questions: *s}\n"
+                                     "chat:\n  <<: {seed: *s}\n")
+    assert load_yaml(Path("settings.yaml")) == {"train": {"rank": 4}, "prepare": {"seed": 3}, "eval": {"questions": 3},
+                                                "chat": {"seed": 3}}
+
+
+def test_pipes_and_devices_as_a_file(monkeypatch):
+    monkeypatch.setattr(files, "PIPE_SECONDS", 0.05)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match="pipe is a pipe into which nothing is written"):
+        load_yaml(Path("pipe"))
+    with pytest.raises(UserError, match="/dev/zero has more than 1,024 KiB"):
+        load_yaml(Path("/dev/zero"))
+    assert load_yaml(Path("/dev/null")) == {}
+    for given in ("pipe", None):  # None: what a shell's <(…) is
+        reading, writing = os.pipe() if given is None else (os.open("pipe", os.O_RDWR), os.open("pipe", os.O_WRONLY))
+        os.write(writing, b"train: {rank: 4}")
+        os.close(writing)
+        if given:
+            threading.Timer(0.02, os.close, [reading]).start()
+        assert load_yaml(Path(given or f"/dev/fd/{reading}")) == {"train": {"rank": 4}}
+
+
+@pytest.mark.parametrize("cls, name", [(TrainConfig, "batch_size"), (TrainConfig, "accumulation"),
+                                       (TrainConfig, "num_processes"), (TrainConfig, "epochs"),
+                                       (ChatConfig, "max_new_tokens"), (PrepareConfig, "max_length")])
+def test_what_is_worked_through_one_by_one_has_a_limit(cls, name):
+    with pytest.raises(UserError) as error:
+        resolve(cls, {name: 10 ** 9})
+    assert "is above the largest possible" in error.value.problems[0]
+
+
 def test_problems_of_a_file_reach_the_command_line(cli):
     Path("s.yaml").write_text("train: {rnak: 4, epochs: 0}\n")
     result = cli("train", "--config", "s.yaml", "--json")
     assert result.code == BAD_INPUT
-    assert result.json["error"]["message"] == "s.yaml: 2 setting(s) cannot be used"
+    assert result.json["error"]["message"] == "s.yaml: 2 settings cannot be used"
     assert "  - train.rnak: unknown setting; did you mean `rank`?" in result.err
     assert "sections: model, revision, run, prepare, train" in result.json["error"]["hint"]
 
@@ -475,3 +533,37 @@ def test_no_two_options_of_a_command_share_a_name():
     for name, command in COMMANDS.items():
         options = [opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if opt.startswith("-")]
         assert len(options) == len(set(options)), name
+
+
+def test_every_layer_can_be_asked_for_again():
+    from gemma_tune.config.settings import Resolved, as_before
+
+    named = resolve(TrainConfig, {"target_modules": "q_proj"})
+    again = resolve(TrainConfig, {"target_modules": "all"})
+    assert (named.config.target_modules, again.config.target_modules) == (("q_proj",), ())
+    assert as_before(resolve(TrainConfig, {}), named.record()) == {"target_modules": ("q_proj",)}
+    assert as_before(again, named.record()) == {}
+    assert as_before(resolve(TrainConfig, {}), again.record()) == {}
+    assert isinstance(again, Resolved)
+    with pytest.raises(UserError) as raised:
+        resolve(TrainConfig, {"target_modules": "all,q_proj"})
+    assert raised.value.problems == ("target_modules: `all` stands alone, or names are given",)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("valid: 0.2", "valid: it belongs below `prepare:`, indented"),
+    ("seed: 1", "seed: it belongs below `prepare:` or `train:` or `chat:`, indented"),
+    ("trian: {}", "trian: unknown section; did you mean `train`?")])
+def test_a_setting_outside_its_section(text, expected):
+    assert yaml_problems(text) == (expected,)
+
+
+@pytest.mark.parametrize("text, hint", [
+    ("train:\n  epochs: [1\n", "close the list with ]"), ("train: {epochs: 1\n", "close the braces with }"),
+    ("train:\n\trank: 3\n", "indent with spaces"), ('train:\n  "rank: 3\n', "no closing quote"),
+    ("train:\n  rank: 8\n epochs: 3\n", "check the indentation there")])
+def test_a_half_written_file(tmp_path, text, hint):
+    (tmp_path / "half.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"half.yaml:\d: not valid YAML") as raised:
+        load_yaml(tmp_path / "half.yaml")
+    assert hint in raised.value.hint

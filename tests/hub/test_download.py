@@ -733,7 +733,7 @@ def test_redact(visit):
     visit("my-own-token")
     assert redact("a my-own-token b") == "a <token> b"
     assert redact(f"x {GOOD}.") == "x <token>."
-    assert redact("hf_oauth_eyJh.bG-c_i and Bearer abc") == "<token> and Bearer <token>"
+    assert redact("hf_oauth_eyJh.bG-c_i and Bearer abc.d1-ef") == "<token> and Bearer <token>"
     assert redact("http://user:word@host/x") == "http://<token>@host/x"
     assert redact("hf_hub_download of hf_xet") == "hf_hub_download of hf_xet"
 

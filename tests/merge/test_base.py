@@ -103,6 +103,16 @@ def test_prepare_says_what_merge_will_need(cli, four_bit, data):
     assert f"{NAME} is quantised (bitsandbytes)" in result.err and "gemma-tune merge --base tiny-gemma" in result.err
 
 
+def test_the_next_step_of_a_training_names_the_base(run, four_bit, cli):
+    from gemma_tune.merge.base import next_merge
+    from gemma_tune.run.session import open_session
+
+    session = open_session("train", run)
+    assert next_merge(session) == f"gemma-tune merge --run {run} --base tiny-gemma"
+    session.manifest.stages["merge"] = {"config": {"base": {"value": "somewhere", "from": "flag"}}}
+    assert next_merge(session) == f"gemma-tune merge --run {run}"
+
+
 def test_run_asks_for_the_base_before_it_trains(cli, four_bit, data):
     result = cli("run", data, "--model", four_bit)
     assert result.code == 2

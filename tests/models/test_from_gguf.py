@@ -111,3 +111,21 @@ def test_damage_ends_the_command_with_its_code(cli, whole, data):
     result = cli("prepare", data, "--model", whole)
     assert result.code == 2
     assert "gemma3.context_length is 0" in result.err
+
+
+@pytest.mark.parametrize("name, model, joined", [
+    ("big-00002-of-00003.gguf", "big-00002-of-00003.gguf", "big-00001-of-00003.gguf big.gguf"),
+    ("big-00001-of-00003.gguf", ".", "big-00001-of-00003.gguf big.gguf"), ("odd.gguf", "odd.gguf", "odd.gguf whole-odd.gguf")])
+def test_a_gguf_in_parts_is_refused_before_it_is_read(cli, data, name, model, joined):
+    import gguf
+
+    for path in {name, name.replace("00001", "00002")}:
+        writer = gguf.GGUFWriter(path, "gemma3")
+        writer.add_uint16("split.count", 3)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    result = cli("prepare", data, "--model", model, "--run", "r")
+    assert result.code == 2, result.err
+    assert f"{name} is one of 3 files that are a model together" in result.err
+    assert f"llama-gguf-split --merge {joined}" in " ".join(result.err.split())

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.base import checkpoint
+from gemma_tune.base.errors import UserError
+from gemma_tune.lora.files import read_config
 from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
 from support.models import make_model
@@ -116,6 +119,20 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     (away / "adapter_config.json").write_text(json.dumps(config))
     gone = cli("merge", "--adapter", away, "--run", "of-2")
     assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
+
+
+def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tmp_path):
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import source
+
+    monkeypatch.setattr(source, "_from_gguf", lambda model_id, *rest: model_id)
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener: None)
+    monkeypatch.setattr(source, "_from_directory", lambda path, *rest: path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert source.locate("demo", None, Listener()) == "demo"
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert source.locate("demo", None, Listener()) == Path("demo")
 
 
 def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
@@ -352,3 +369,31 @@ def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
     assert result.code == 0, result.err
     assert "has changed since this run began" in result.err
     assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"].startswith("stale")
+
+
+def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
+    for name, file, advice in (("adapter", "adapter_config.json", "gemma-tune merge --adapter adapter"),
+                               ("run", "manifest.json", "gemma-tune status --run run")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        result = cli("prepare", data, "--model", name, "--run", "r")
+        assert result.code == 2 and advice in result.err, result.err
+
+
+def test_a_pipe_in_a_model_or_an_adapter(tiny, tmp_path, cli, data):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "tokenizer_config.json").unlink(missing_ok=True)
+    os.mkfifo(model / "tokenizer_config.json")
+    result = cli("prepare", data, "--model", model)
+    assert result.code == 2 and f"{model} holds what is no file: {model / 'tokenizer_config.json'}" in result.err
+    with pytest.raises(UserError, match="holds what is no file: .*tokenizer_config.json"):
+        read_config(model)
+
+
+def test_layers_without_end(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text()) | {"num_hidden_layers": 20_000_000}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    with pytest.raises(UserError, match="describes no model that there can be") as error:
+        checkpoint.read_config(tmp_path)
+    assert error.value.problems == ("text_config.num_hidden_layers is 20,000,000",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -163,3 +164,9 @@ def test_nothing_heavy_is_loaded():
     code = "import sys, gemma_tune.ollama.client; print({'torch', 'transformers', 'trl', 'peft'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_long_system_prompt_takes_no_time():
+    start = time.process_time()
+    text = render_modelfile("a.gguf", GEMMA_CHAT, parameters={}, system="Be brief.\u3000" * 10_000, license_text=None)
+    assert len(text) > 100_000 and time.process_time() - start < 0.5

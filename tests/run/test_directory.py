@@ -594,13 +594,11 @@ def test_recovery_puts_the_old_artifact_back_and_sweeps_up(tmp_path):
     fill(tmp_path / "there", "new")
     fill(tmp_path / ".old-there", "old")
     (tmp_path / ".new-manifest.json").write_text("{")
-    (tmp_path / "ollama").mkdir()
-    (tmp_path / "ollama" / ".new-Modelfile").write_text("FROM")
-    assert recover(tmp_path, tmp_path / "ollama") == ["lost"]
+    assert recover(tmp_path, ["lost", "there", "*.json"]) == ["lost"]
     assert (tmp_path / "lost" / "config.json").read_text() == "finished config.json"
     assert (tmp_path / "there" / "config.json").read_text() == "new config.json"
     assert not leftovers(tmp_path)
-    assert recover(tmp_path, tmp_path / "missing") == []
+    assert recover(tmp_path / "missing", ["*"]) == []
 
 
 def test_recovery_keeps_away_from_what_lies_deeper(tmp_path):

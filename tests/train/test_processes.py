@@ -324,3 +324,10 @@ def test_one_process_takes_one_gpu_of_several_and_says_so(prepared_once, run, cl
     done = cli("train", "--run", run, *SETTINGS, "--max-steps", 1)
     assert done.code == 0, done.err
     assert "one GPU of 2" in done.err and "--num-processes 2" in done.err
+
+
+def test_more_processes_than_the_machine_can_use_are_not_started(monkeypatch):
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("one was started"))
+    with pytest.raises(UserError, match="--num-processes 4000 is more than this machine has processors for") as error:
+        launch.launch(4000, ["train"])
+    assert "use at most" in error.value.hint

@@ -41,7 +41,10 @@ class Names:
         named = {key: name for key, name in self.keys.items() if name in turn}
         taken = set(named.values())
         renamed = {key: value for key, value in turn.items() if key not in taken}
-        renamed |= {key: turn[name] for key, name in named.items()}
+        for key, name in named.items():
+            if key in renamed and renamed[key] != turn[name]:  # under a name that nobody reads, so that it is reported
+                renamed[f"{key} (beside {name})"] = renamed[key]
+            renamed[key] = turn[name]
         for key in ("role", "from"):
             if isinstance(name := renamed.get(key), str) and name in self.roles:
                 renamed[key] = self.roles[name]

@@ -70,7 +70,29 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
     if (fault := _unwritable(function)) is not None:
         problems.append(_bad_tools(f"tool {number} contains {fault}"))
         return None
+    if isinstance(function.get("parameters"), dict):
+        function = function | {"parameters": _schema(function["parameters"])}
     return {"type": "function", "function": function}
+
+
+_TYPES = ("STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL")  # as Gemini writes JSON Schema's
+
+
+def _schema(schema: Any) -> Any:
+    """A JSON schema with its types in JSON Schema's own letters; names and examples that look like a type stay."""
+    if isinstance(schema, list):
+        return [_schema(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str) and value in _TYPES:
+            found[key] = value.lower()
+        elif key in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            found[key] = {name: _schema(part) for name, part in value.items()}
+        elif key in ("items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties"):
+            found[key] = _schema(value)
+    return found
 
 
 def _bad_tools(reason: str) -> Problem:

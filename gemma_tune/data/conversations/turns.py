@@ -66,19 +66,45 @@ def _broken_list(key: str, text: Any) -> Problem | None:
 
 
 def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
-    """The turns with their numbers in the row. ShareGPT writes a call below what the assistant says before it: that is
-    one turn, with the number of the call."""
-    joined, numbers = [], []
+    """The turns with their numbers in the row. ShareGPT writes a call below what the assistant says before it, and
+    several calls below each other: that is one turn, with the number of the last call."""
+    joined: list[Turn] = []
+    numbers: list[int] = []
+    at_once = _calls_at_once(turns, messages)
     for number, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
         before = joined[-1] if joined else turn
-        calls = "function_call" in (message.get("role"), message.get("from")) and "tool_calls" in turn
-        said = before["role"] == "assistant" and "tool_calls" not in before
-        if calls and said and before.get("train") == turn.get("train"):
-            turn = turn | joined.pop()
-            numbers.pop()
+        if _is_call(turn, message) and before["role"] == "assistant" and before.get("train") == turn.get("train"):
+            if "tool_calls" not in before:
+                turn = turn | joined.pop()
+                numbers.pop()
+            elif number in at_once:
+                turn = joined.pop() | {"tool_calls": [*before["tool_calls"], *turn["tool_calls"]]}
+                numbers.pop()
         joined.append(turn)
         numbers.append(number)
     return joined, numbers
+
+
+def _is_call(turn: Turn, message: Turn) -> bool:
+    return "tool_calls" in turn and "function_call" in (message.get("role"), message.get("from"))
+
+
+def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
+    """Numbers of ShareGPT's calls that follow another one, where as many results come behind them all."""
+    found: set[int] = set()
+    waiting: list[int] = []  # numbers of the calls in a row
+    results = 0
+    for number, (turn, message) in enumerate(zip([*turns, {"role": "end"}], [*messages, {}], strict=True), start=1):
+        if waiting and turn["role"] == "tool":
+            results += 1
+            continue
+        if len(waiting) == results:
+            found.update(waiting[1:])
+        if results or not _is_call(turn, message):
+            waiting, results = [], 0
+        if _is_call(turn, message):
+            waiting.append(number)
+    return found
 
 
 def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
-from gemma_tune.data.reading.rows import Block, Row
+from gemma_tune.data.reading.arrow_pieces import decoded, pieces
+from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, Block, Row, repeated
 
 Plain = Callable[[Any], Any]
 
@@ -61,29 +62,35 @@ class _NotText(Exception):
     pass
 
 
-def arrow_blocks(name: str, rows: int, batches: Iterable[Any]) -> Iterator[ArrowBlock]:
-    """The blocks of a table with ``rows`` rows that comes in record batches.
+def arrow_blocks(name: str, rows: int, batches: Iterable[Any], size: int = BLOCK) -> Iterator[ArrowBlock]:
+    """The blocks of a table with ``rows`` rows that comes in record batches: of about ``size`` bytes once what they
+    hold in common is written out.
 
     Raises:
-        UserError: no rows, or two columns of one name.
+        UserError: no rows, two columns of one name, or a row without end.
     """
-    import pyarrow as pa
-
     first = 1
     for batch in batches:
-        names = batch.schema.names
-        if twice := next((n for n in names if names.count(n) > 1), None):
+        if twice := repeated(batch.schema.names):
             raise UserError(f"{name}: two columns are named {twice!r}", "give each column a name of its own")
-        batch = batch.replace_schema_metadata(None)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        if batch.num_rows:
-            yield ArrowBlock(name, min(1.0, (first - 1 + batch.num_rows) / max(1, rows)), first,
-                             sink.getvalue().to_pybytes())
-        first += batch.num_rows
+        for part, taken in pieces(batch.replace_schema_metadata(None), size):
+            if taken > MAX_ROW and part.num_rows == 1:
+                raise UserError(f"{name}:{first}: this row is too long ({MAX_ROW >> 20} million characters are the "
+                                f"most)", "leave it out, or divide it into several rows")
+            done = min(1.0, (first - 1 + part.num_rows) / max(1, rows))
+            yield ArrowBlock(name, done, first, _stream(decoded(part)))
+            first += part.num_rows
     if first == 1:
         raise UserError(f"{name} is empty", "put at least one row into it")
+
+
+def _stream(batch: Any) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
 
 
 def _plain(kind: Any) -> Plain | None:

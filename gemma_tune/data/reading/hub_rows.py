@@ -21,6 +21,7 @@ from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, write_json
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading.arrow_rows import ArrowBlock, arrow_blocks
 from gemma_tune.data.reading.rows import BLOCK, HUB, Source
@@ -90,7 +91,7 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[ArrowBlock]:
         table = _explained(request, lambda: _load(lock)).with_format("arrow")
     count = max(1, min(10_000, size * max(1, table.num_rows) // max(1, table.data.nbytes)))
     batches = (batch for part in table.iter(count) for batch in part.combine_chunks().to_batches())
-    yield from arrow_blocks(source.name, table.num_rows, batches)
+    yield from arrow_blocks(source.name, table.num_rows, batches, size)
 
 
 def _read(path: Path) -> PinnedDataset | None:
@@ -215,9 +216,9 @@ def _explain(error: BaseException, request: Any) -> UserError:
                 or getattr(one, "errno", None) and not isinstance(one, FileNotFoundError):
             failure = hub_access.explain(one, request)
             if failure is not None:
-                failure.detail = hub_access.redact(f"{type(one).__name__}: {one}")
+                failure.detail = redact(f"{type(one).__name__}: {one}")
                 return _about_data(failure)
-    reason = hub_access.one_line(hub_access.redact(str(chain[0]) or type(chain[0]).__name__))
+    reason = hub_access.one_line(str(chain[0]) or type(chain[0]).__name__)
     name = PREFIX + request.id.removeprefix("datasets/")
     page = f"{request.endpoint}/{request.id}"
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError, SplitsNotFoundError)):
@@ -227,7 +228,7 @@ def _explain(error: BaseException, request: Any) -> UserError:
     if "scripts are no longer supported" in reason:
         return UserError(f"{name} is made by a program, which gemma-tune does not run",
                          f"look for a copy as files, such as {name}@refs/convert/parquet, or see {page}")
-    causes = "; ".join(dict.fromkeys(hub_access.one_line(hub_access.redact(str(e))) for e in (chain[0], chain[-1])))
+    causes = "; ".join(dict.fromkeys(hub_access.one_line(str(e)) for e in (chain[0], chain[-1])))
     return UserError(f"{name} cannot be loaded: {causes}", f"download the files you need from {page} and name them")
 
 

@@ -24,8 +24,9 @@ _LONG = 1 << 20  # a longer first line is looked at piece by piece
 EXAMPLE = 'put one conversation on each line, such as {"messages": [{"role": "user", "content": "…"}, …]}'
 # An object with one of these is a row, not the wrapping of a list of rows.
 _ROW_KEYS = frozenset((
-    "messages", "conversations", "conversation", "system", "tools", "functions", "history", "chat", "instruction",
-    "input", "output", "prompt", "completion", "response", "question", "answer", "context", "text", "chosen",
+    "messages", "conversations", "conversation", "system", "system_prompt", "system_message", "tools", "functions",
+    "history", "chat_history", "chat", "contents", "systemInstruction", "system_instruction", "instruction", "input",
+    "output", "prompt", "completion", "response", "question", "answer", "context", "passage", "text", "chosen",
     "rejected", "preferred_output", "non_preferred_output"))
 
 
@@ -217,8 +218,15 @@ def _is_turns(line: str) -> bool:
     return isinstance(turns, list) and bool(turns) and _is_turn(turns[0])
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value.keys() & {"role", "from"} and value.keys() & {"content", "value"})
+# Who speaks and what is said, in turns with keys of their own (--turn-keys).
+_SPEAKER, _SAID = frozenset(("speaker", "sender")), frozenset(("utterance", "text", "message", "content"))
+
+
+def _is_turn(value: Any, *, own_keys: bool = False) -> bool:
+    if not isinstance(value, dict):
+        return False
+    known = bool(value.keys() & {"role", "from"} and value.keys() & {"content", "value"})
+    return known or own_keys and bool(value.keys() & _SPEAKER and value.keys() & _SAID)
 
 
 def _goes_on(window: Window, length: int) -> bool:
@@ -251,7 +259,7 @@ def _wrapped(window: Window) -> int | None:
         for _, text in window.elements():
             objects = objects and text[0] == "{"
             if not count and objects:
-                row = row or _is_turn(strict_json.lenient(text))
+                row = row or _is_turn(strict_json.lenient(text), own_keys=True)
             count += 1
         if count and objects:
             lists.append(number)

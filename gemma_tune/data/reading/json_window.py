@@ -158,8 +158,9 @@ class Window:
         self.at += 1
         if self.peek() != "}":
             while True:
-                if self.peek() != '"':
-                    self.broken("Expecting property name enclosed in double quotes")
+                if (begins := self.peek()) != '"':
+                    single = strict_json.SINGLE if begins == "'" else ""
+                    self.broken(f"Expecting property name enclosed in double quotes{single}")
                 key = json.loads(self.value())
                 if self.peek() != ":":
                     self.broken("Expecting ':' delimiter")

@@ -101,14 +101,19 @@ def swallows_rows(raw: str, delimiter: str, columns: int) -> bool:
 
 def physical_lines(pieces: Iterable[str], name: str) -> Iterator[str]:
     """Lines with their ends: line feed, carriage return or both."""
-    rest = ""
+    rest, waiting = [], 0
     for piece in pieces:
-        text = rest + piece
-        # What may go on waits: a line without its end, or with the first half of it.
-        end = max(text.rfind("\n"), text.rfind("\r", 0, len(text) - 1)) + 1
-        rest = text[end:]
-        if len(rest) > _LONGEST_LINE:
+        rest.append(piece)
+        waiting += len(piece)
+        if waiting > _LONGEST_LINE and not any("\n" in part or "\r" in part for part in rest):
             raise UserError(f"{name} has a line of more than {_LONGEST_LINE >> 20} million characters",
                             "check that it is a table, with one row on each line")
+        if "\n" not in piece and "\r" not in piece and not rest[0].endswith("\r"):
+            continue
+        text = "".join(rest)
+        # What may go on waits: a line without its end, or with the first half of it.
+        end = max(text.rfind("\n"), text.rfind("\r", 0, len(text) - 1)) + 1
+        rest = [text[end:]]
+        waiting = len(text) - end
         yield from io.StringIO(text[:end], newline="")
-    yield from io.StringIO(rest, newline="")
+    yield from io.StringIO("".join(rest), newline="")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ JSON, CSV, TSV, PARQUET, ARROW, HUB = "jsonl-or-json", "csv", "tsv", "parquet", 
 PIPED = "<stdin>"  # the name of the source that standard input is
 BLOCK = 1 << 20  # bytes or characters that are read, and travel, together
 # What is longer is no conversation: most likely a file whose quotes or brackets do not close.
-MAX_ROW = 1 << 28
+MAX_ROW = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,8 @@ class Block:
     def rows(self) -> Iterator[Row]:
         """The rows in order. A row that cannot be read has an ``error``; nothing is raised."""
         raise NotImplementedError
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first column's name that another column has as well."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)

@@ -18,7 +18,7 @@ from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import describes_data, kind_of
@@ -137,11 +137,23 @@ def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Pa
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
         listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths)}")
+    elif not os.path.lexists(path):
+        raise UserError(f"there is no file {path}{_near(path)}", CHECK)
     else:
         paths = [path]
     if problems := [problem for path in paths if (problem := _problem(path))]:
         raise _together(problems)
     return paths
+
+
+def _near(path: Path) -> str:
+    """The end of a message about a file that is not there: one beside it of nearly the same name."""
+    try:
+        beside = {other.stem: other for other in path.parent.iterdir()
+                  if other.name[:1] == path.name[:1] and (kind_of(other) or other.is_dir())}
+    except OSError:
+        return ""
+    return "".join(f"; did you mean {beside[stem]}?" for stem in nearest(path.stem, beside, least=0.75))
 
 
 def _problem(path: Path) -> UserError | None:
@@ -166,14 +178,16 @@ def _pointer(name: str, head: bytes) -> UserError | None:
 
 
 def _stdin(keep: Path, delimiter: str | None) -> Source:
-    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again."""
+    """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again.
+
+    Whoever calls this owns the run's lock: what a killed command left half written has the same name.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` reads standard input, and nothing is piped into it",
                         "pipe rows into the command: `gemma-tune prepare - < rows.jsonl`")
     with os_errors(keep):
         keep.mkdir(parents=True, exist_ok=True)
-        # The run is not locked yet: another command may do the same.
-        with unfinished(keep / f"{NEW}stdin-{os.getpid()}") as fresh:
+        with unfinished(keep / f"{NEW}stdin") as fresh:
             with open(fresh, "wb") as f:
                 digest, head = _copied(sys.stdin.buffer, f)
             if not head:

@@ -9,7 +9,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading.dialects import dialect_of
 from gemma_tune.data.reading.records import Records, physical_lines, swallows_rows
-from gemma_tune.data.reading.rows import BLOCK, Block, Row, Source
+from gemma_tune.data.reading.rows import BLOCK, Block, Row, Source, repeated
 from gemma_tune.data.reading.text import TextFile
 
 _LONGEST_NAME = 200
@@ -90,7 +90,7 @@ def _header(name: str, table: Records) -> tuple[str, ...]:
     named = [n for n in names if n]
     if error:
         raise UserError(f"{name}:{line}: {error}", _HEADER)
-    if twice := next((n for n in named if named.count(n) > 1), None):
+    if twice := repeated(named):
         raise UserError(f"{name}:{line}: two columns are named {twice!r}", "give each column a name of its own; "
                         + _HEADER)
     if not named or any(len(n) > _LONGEST_NAME or "\n" in n for n in named):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import itertools
+import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from gemma_tune.data.reading.rows import BLOCK, Source
 
 COMPRESSED = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
 _HEAD = 4096  # a NUL byte up to here means a binary file, whatever else is wrong with it
-_ZSTD_INPUT = 1 << 13  # what comes out of one step may be a thousand times larger
+_ZSTD_INPUT = 1 << 13  # what comes out of a step may be thirty thousand times larger: then it takes less
+_ZSTD_LEAST, _ZSTD_OUTPUT = 1 << 7, 1 << 20
 _UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
+_CONVERT = "save it as UTF-8 (Excel calls that `CSV UTF-8`), or convert it: iconv -f {} -t utf-8 {} > {}"
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _MAGIC = {  # first bytes of what is often given by mistake, and what to do about it
@@ -108,12 +111,14 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
     """Frame by frame: the library's own stream reader takes a frame that was cut off for a whole one."""
     import zstandard
 
-    frame = None
+    frame, step = None, _ZSTD_LEAST
     try:
-        while piece := raw.read(_ZSTD_INPUT):
+        while piece := raw.read(step):
             while piece:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(piece)
+                text = frame.decompress(piece)
+                yield text
+                step = max(_ZSTD_LEAST, step // 2) if len(text) > _ZSTD_OUTPUT else min(_ZSTD_INPUT, step * 2)
                 piece = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as e:
@@ -163,4 +168,12 @@ class _Decoder:
         label = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
         line = self.lines + good.count("\n") + 1
         return UserError(f"{self.name}:{line}: not {label} text (byte {e.object[e.start]:#04x}) at offset "
-                         f"{self._offset + e.start}", hint_by_content(self.head) or _UTF8_HINT)
+                         f"{self._offset + e.start}", hint_by_content(self.head) or self._how_to_convert())
+
+    def _how_to_convert(self) -> str:
+        """The command for what Windows and Excel write in Western Europe and America, which most such files are."""
+        path = Path(self.name)
+        if self.encoding != "utf-8" or path.suffix in (".gz", ".zst") or not path.suffix:
+            return _UTF8_HINT
+        new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+        return _CONVERT.format("windows-1252", shlex.quote(str(path)), shlex.quote(str(new)))

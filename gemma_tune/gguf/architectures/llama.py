@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
 from gemma_tune.gguf.architectures.parts import SIZES, Architecture, Change, TensorSpec, complete, refuse
 
@@ -75,7 +75,7 @@ MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items(
 def _tokenizer(checkpoint: Path) -> str:
     """The kind of vocabulary: Llama 2 and the first Mistrals have SentencePiece's, whose BPE falls back to bytes."""
     try:
-        model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        model = dict(object_in(checkpoint / "tokenizer.json")["model"])
     except (OSError, ValueError, KeyError, TypeError):  # whoever reads the vocabulary says what is wrong
         return "sentencepiece-llama" if (checkpoint / "tokenizer.model").is_file() else "bpe"
     return "sentencepiece-llama" if model.get("byte_fallback") else "bpe"

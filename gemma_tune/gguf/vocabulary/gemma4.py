@@ -7,7 +7,6 @@ merged by rank, characters without a piece becoming bytes. A ``tokenizer.json`` 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from gguf import TokenType
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, refuse_duplicates
 from gemma_tune.gguf.vocabulary.sentencepiece import ADDED_TOKEN_SCORE, SPACE
@@ -55,10 +55,10 @@ def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
 def _read(path: Path) -> dict[str, Any]:
     hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = object_in(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}.", hint) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a tokenizer.", hint)
     return content
 
@@ -122,7 +122,7 @@ def _special_ids(checkpoint: Path, tokens: list[str]) -> dict[str, int]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return object_in(path)
     except (OSError, ValueError) as error:
         hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
         raise UserError(f"{path} can't be read: {error}.", hint) from error

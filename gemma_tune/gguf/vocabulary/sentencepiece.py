@@ -6,7 +6,6 @@ exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF h
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gguf import Keys, TokenType
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, looks_special, refuse_duplicates
 
@@ -210,9 +210,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.", "Copy it again from the base model.") from error
+        return object_in(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON: {error}.", "Copy it again from the base model.") from error
 
 
 def _special_ids(model: ModelProto, vocab_size: int) -> dict[str, int]:

@@ -273,6 +273,38 @@ def test_sharegpts_call_belongs_to_what_is_said_before_it():
     assert codes({"conversations": [turns[0], call, call, *turns[3:]]}) == ["tool_order"]
 
 
+def test_sharegpts_calls_below_each_other_are_one_turn_where_each_has_its_result():
+    def call(city):
+        return {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": city}})}
+
+    def seen(text):
+        return {"from": "observation", "value": text}
+
+    cities = ("Oslo", "Rome", "Kyiv")
+    question, end = {"from": "human", "value": "Where is it warm?"}, {"from": "gpt", "value": "Rome."}
+    calls = [called("weather", {"city": city}) for city in cities]
+    expected = [user("Where is it warm?"), answer(tool_calls=calls), *(result(t, "weather") for t in "123"), answer("Rome.")]
+    assert messages({"conversations": [question, *map(call, cities), *map(seen, "123"), end]}) == expected
+    said = [question, {"from": "gpt", "value": "Hm."}, *map(call, cities), *map(seen, "123"), end]
+    assert messages({"conversations": said}) == [expected[0], answer("Hm.", tool_calls=calls), *expected[2:]]
+    one_by_one = messages({"conversations": [question, call("Oslo"), seen("1"), call("Rome"), seen("2"), end]})
+    assert [len(turn.get("tool_calls", ())) for turn in one_by_one] == [0, 1, 0, 1, 0, 0]
+    for results in ("12", "1234"):  # which call has none, or two, nobody can tell
+        assert codes({"conversations": [question, *map(call, cities), *map(seen, results), end]})[0] == "tool_order"
+    unlearned = [question, call("Oslo"), call("Rome") | {"train": False}, *map(seen, "12"), end]
+    assert codes({"conversations": unlearned})[0] == "tool_order"
+
+
+def test_geminis_schema_types_become_those_of_json_schema():
+    schema = {"type": "OBJECT", "properties": {"type": {"type": "STRING", "enum": ["STRING"]}, "n": {"type": "ARRAY", "items": {"type": "NUMBER"}},
+                                               "either": {"anyOf": [{"type": "NULL"}, {"type": "integer"}]}}, "example": {"type": "STRING"}}
+    expected = {"type": "object", "properties": {"type": {"type": "string", "enum": ["STRING"]}, "n": {"type": "array", "items": {"type": "number"}},
+                                                 "either": {"anyOf": [{"type": "null"}, {"type": "integer"}]}}, "example": {"type": "STRING"}}
+    for tools in ([{"name": "f", "parameters": schema}], [{"type": "function", "function": {"name": "f", "parameters": json.dumps(schema)}}]):
+        row = {"messages": [user("a"), answer("b")], "tools": tools}
+        assert read(row).tools == [{"type": "function", "function": {"name": "f", "parameters": expected}}]
+
+
 def test_glaive():
     row = GLAIVE | {"chat": GLAIVE["chat"].replace(" USER: is not my name.", "")}
     example = read(row)

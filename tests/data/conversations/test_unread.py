@@ -47,3 +47,11 @@ def test_keys_of_turns():
     for kwargs in ({"refusal": "no"}, "text"):
         assert unread({"messages": [user("a"), answer("b", additional_kwargs=kwargs)]}) == [("key", "additional_kwargs")]
     assert unread({"messages": TALK} | {"tools": None}) == unread(GLAIVE | {"chat": "USER: a\n\nASSISTANT: b"}) == []
+
+
+def test_the_standard_key_in_whose_place_another_was_named():
+    row = {"messages": [{"speaker": "user", "role": "Anna", "content": "a"},
+                        {"speaker": "assistant", "role": "assistant", "content": "b", "text": "B"}]}
+    keys = {"role": "speaker", "content": "text"}
+    assert unread(row, turn_keys=keys) == [("key", "role (beside speaker)"), ("key", "content (beside text)")]
+    assert Formats(None, turn_keys=keys).example(row).messages == [user("a"), answer("B")]

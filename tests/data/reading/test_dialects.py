@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,13 @@ def test_what_is_no_delimiter(cli, tiny, value):
     done = cli("prepare", "--delimiter", value, "--model", tiny)
     assert done.code == BAD_INPUT
     assert "is no sign between columns" in done.err
+
+
+@pytest.mark.parametrize("columns", [
+    ("user=Frage, kurz,assistant=Antwort",), ("assistant=Antwort", "user=Frage, kurz"), ("user=Frage, kurz, assistant=Antwort",)])
+def test_a_columns_own_comma_stays_on_the_command_line(cli, tiny, columns):
+    Path("t.csv").write_text('"Frage, kurz";"Antwort"\nWo?;Da.\n')
+    flags = [part for one in columns for part in ("--columns", one)]
+    done = cli("prepare", "t.csv", "--model", tiny, "--run", "r", *flags)
+    assert done.code == 0, done.err
+    assert json.loads(Path("r/data/train.jsonl").read_text())["messages"][0]["content"] == "Wo?"

@@ -102,6 +102,9 @@ def test_layouts(text, expected):
     ('{"tools": [{"a": 1}]}', None),
     ('{"dialog": [{"role": "user", "content": "a"}]}', None),
     ('{"dialog": [{"from": "human",\n"value": "a"}]}', None),
+    ('{"dialogue": [{"speaker": "human", "utterance": "a"}]}', None),
+    ('{"contents": [{"role": "user", "parts": [{"text": "a"}]}]}', None),
+    ('{"rows": [{"contents": [{"role": "user"}]}]}', [(1, {"contents": [{"role": "user"}]})]),
     ('{"train": [{"a": 1}], "test": [{"a": 1}]}', None),
     ('{"data": [{"a": 1}, 2]}', None),
     ('{"data": []}', None),
@@ -715,3 +718,21 @@ def test_datasets_without_a_place_to_keep_them(hub, tmp_path, monkeypatch):
 def test_names_of_datasets_have_a_form(name):
     error = refused(name)
     assert "hf:org/name" in error.message + error.hint
+
+
+def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text('{"a": 1}\n')
+    assert refused("chat.jsonl").message == "there is no file chat.jsonl; did you mean chats.jsonl?"
+    assert refused("other.jsonl").message == "there is no file other.jsonl"
+    Path("my chats.csv").write_bytes("q,a\nWo?,Tür\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"my chats.csv:2: not UTF-8 text") as raised:
+        list(read_blocks(source_of(Path("my chats.csv"))))
+    assert "iconv -f windows-1252 -t utf-8 'my chats.csv' > 'my chats-utf8.csv'" in raised.value.hint
+    Path("py.jsonl").write_text("{'a': 1}\n{'a': 2}\n")
+    [row, _] = [row for block in read_blocks(source_of(Path("py.jsonl"))) for row in block.rows()]
+    assert row.error == ("not valid JSON: Expecting property name enclosed in double quotes, not in single ones as Python "
+                         "shows it, at column 2")
+    Path("py.jsonl").write_text("{'a': 1}\n")
+    with pytest.raises(UserError, match="py.jsonl:1: .* not in single ones as Python shows it, at column 2"):
+        list(read_blocks(source_of(Path("py.jsonl"))))

@@ -1,0 +1,110 @@
+"""Checkpoints that are damaged, or that the disk has no room for: passed over, said, and in nobody's way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.train.checkpoints import MARKER, Training, clear, find_resumable, rotate, seal, unfinished
+from support.command import QUICK
+from support.listener import Said
+
+TRAINING = Training("this", "key", {"rank": 4}, "cpu fp32")
+
+
+def checkpoints(folder: Path, *steps: int, training: Training = TRAINING) -> list[Path]:
+    made = [folder / f"checkpoint-{step}" for step in steps]
+    for path in made:
+        path.mkdir(parents=True)
+        for name in ("README.md", "optimizer.pt"):
+            (path / name).write_text(f"{name} of {path.name}")
+        seal(path, training)
+    return made
+
+
+def damage(path: Path, how: str) -> str:
+    """Damage a checkpoint; what is said of it."""
+    if how == "card":
+        (path / "README.md").write_bytes(b"\xff\xfe")
+        return f"{path.name}: README.md was changed"
+    if how == "lost":
+        (path / "optimizer.pt").unlink()
+        return f"{path.name}: optimizer.pt is gone"
+    if how == "marker":
+        (path / MARKER).write_bytes(b"\xff")
+        return f"{path.name}: {MARKER} cannot be read"
+    (path / MARKER).unlink()
+    return f"{path.name}: it was not saved to its end"
+
+
+@pytest.mark.parametrize("how", ["card", "lost", "marker", "unsealed"])
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, how):
+    said, (old, new) = Said(), checkpoints(tmp_path, 9, 10)
+    words = damage(new, how)
+    assert unfinished(tmp_path, None)["id"] == "this"
+    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == old
+    assert said.warnings == [f"damaged checkpoints are passed over ({words}): the training goes on from checkpoint-9"]
+    said, both = Said(), f"{words}; {damage(old, how)}"
+    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) is None
+    assert said.warnings == [f"damaged checkpoints are passed over ({both}): the training starts anew"]
+
+
+def test_nothing_is_said_of_whole_ones_and_of_those_of_a_finished_training(tmp_path):
+    said, (_, new) = Said(), checkpoints(tmp_path, 9, 10)
+    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == new
+    damage(new, "card")
+    assert find_resumable(tmp_path, "key", "this", {"rank": 4}, said) is None
+    with pytest.raises(UserError, match="other settings"):
+        find_resumable(tmp_path, "another", None, {"rank": 8}, said)
+    assert not said.warnings
+
+
+def test_damaged_ones_are_not_kept_in_place_of_whole_ones(tmp_path):
+    kept, *damaged = checkpoints(tmp_path, 3, 4, 5)
+    (tmp_path / "checkpoint-mine").mkdir()
+    for path in damaged:
+        damage(path, "card")
+    clear(tmp_path, after=kept)
+    new, = checkpoints(tmp_path, 6)
+    rotate(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, new.name, "checkpoint-mine"]
+
+
+def test_a_damaged_log_is_no_obstacle(tmp_path):
+    from gemma_tune.train.callbacks import earlier_records
+
+    (tmp_path / "log").write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"loss": 1}\n3\n{"step": "a"}\n{"step": 2}\n{"step": 9}\n{"st')
+    assert earlier_records(tmp_path / "log", 4) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_disk_that_fills_while_training_saves_and_a_card_that_is_no_text(cli, tiny, data, monkeypatch):
+    """Torch says nothing of a full disk; and PEFT reads the card of a checkpoint that it saves again."""
+    assert cli("prepare", data, "--model", tiny).code == 0
+    run, settings = Path("runs/tiny-gemma"), (*QUICK, "--epochs", 2, "--save-steps", 2)
+    plain = torch.save
+
+    def full(content, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        return plain(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        failed = cli("train", *settings)
+    assert failed.code == 1 and "training_checkpoints/checkpoint-4 cannot be written" in failed.err
+    assert "see whether its disk is full" in failed.err and "run the same command again" in failed.err
+    folder = run / "training_checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["checkpoint-2"], "half of one would keep the disk full"
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-4")
+    (folder / "checkpoint-4" / "README.md").write_bytes(b"\xff\xfe\x80")
+    result = cli("train", *settings, "--json")
+    assert result.code == 0, result.err
+    assert "(checkpoint-4: README.md was changed): the training goes on from checkpoint-2" in result.err
+    assert result.json["summary"]["resumed_from_step"] == 2
+    modes = {p.stat().st_mode & 0o777 for place in (run / "tiny-gemma_lora_adapter", folder / "checkpoint-6")
+             for p in place.iterdir()}
+    assert modes == {(run / "manifest.json").stat().st_mode & 0o777}
