@@ -320,6 +320,8 @@ class ExportConfig(StageConfig):
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
                                  auto="at least 4096 and the longest length in training")
+    calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
+                                     "training rows, instead of each weight by itself.")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
                                        "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)

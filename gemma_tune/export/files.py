@@ -19,6 +19,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, target_for
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import OUTTYPES, convert_with
 from gemma_tune.gguf.template import gguf_template
 from gemma_tune.gguf.types import llama_quantize
@@ -78,8 +79,12 @@ def _parts(merged: Path, converter: Path | None) -> Parts | None:
         return None
 
 
-def write_file(source: ExportSource, out: Path, quant: str, listener: Listener) -> dict[str, Any]:
+def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
+               rounding: Rounding | None = None) -> dict[str, Any]:
     """Write ``out`` in a number format and compare it with the checkpoint; its figures for the manifest.
+
+    Args:
+        rounding: how matrices of few bits are rounded, if not each weight by itself.
 
     Raises:
         UserError: a checkpoint that cannot be written.
@@ -91,12 +96,12 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener) 
     progress = functools.partial(listener.progress, f"writing {quant}")
     written = write_gguf(source.merged, out, quant, name=source.name, chat_template=source.template,
                          eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
-                         on_tensor=lambda done, total, _: progress(done, total), parts=source.parts)
+                         on_tensor=lambda done, total, _: progress(done, total), parts=source.parts, rounding=rounding)
     for reason, count in Counter(reason for _, reason in written.fallbacks).items():
         listener.note(f"{quant}: {counted(count, 'matrix', 'matrices')}: {reason}")
-    error, tensor = worst_error(source.merged, out, source.parts.architecture)
+    error, tensor = worst_error(source.merged, out, source.parts.architecture, written.calibrated)
     return {"bytes": written.size_bytes, "tensor_types": written.tensor_types, "largest_error": error,
-            "largest_error_tensor": tensor}
+            "largest_error_tensor": tensor, "calibrated_matrices": len(written.calibrated)}
 
 
 def _sampling(parameters: Mapping[str, Any]) -> dict[str, float]:

@@ -68,18 +68,25 @@ class _Kept:
     log_probabilities: torch.Tensor
 
 
-def validation_rows(session: Session) -> tuple[Any | None, str]:
-    """The encoded validation rows of a run, as mappings with ``input_ids`` and ``labels``; or None, and why."""
+def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
+    """The run's encoded rows, ``train`` or ``valid``: mappings with ``input_ids`` and ``labels``; or None, and why."""
     from gemma_tune.encoding.tokens import open_tokens
 
-    path = session.run.tokens / "valid.arrow"
+    path = session.run.tokens / f"{side}.arrow"
     prepared = session.manifest.stages.get("prepare")
     if prepared is None or not path.is_file():
         return None, "the run has no prepared data"
     if prepared["base"] != session.model.fingerprint:
         return None, "the run's data was prepared for another base model"
-    rows = open_tokens(path)
-    return (rows, "") if len(rows) else (None, "the run has no validation rows; `prepare --valid 0.1` keeps some aside")
+    return open_tokens(path), ""
+
+
+def validation_rows(session: Session) -> tuple[Any | None, str]:
+    """The validation rows, see :func:`encoded_rows`."""
+    rows, reason = encoded_rows(session, "valid")
+    if rows is not None and not len(rows):
+        return None, "the run has no validation rows; `prepare --valid 0.1` keeps some aside"
+    return rows, reason
 
 
 def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, Path], architecture: Architecture,

@@ -13,7 +13,9 @@ from typing import Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.secrets import place_of
+from gemma_tune.base.words import counted
 from gemma_tune.config.stages import ExportConfig
+from gemma_tune.export.calibration import calibration_of
 from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
@@ -21,8 +23,9 @@ from gemma_tune.export.files import ExportSource, source_of, write_file
 from gemma_tune.export.quant_loss import REFERENCE
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import gained, what_it_loses
+from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
-from gemma_tune.gguf.types import QUANTS, recommended
+from gemma_tune.gguf.types import COARSE, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
 from gemma_tune.run.directory import command
@@ -30,7 +33,6 @@ from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
 
 _REPORT = "report.md"
-COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
 
 
 def export(session: Session) -> ExportReport:
@@ -91,7 +93,7 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
 
 
 def _export(session: Session, source: ExportSource) -> Finished:
-    run, listener = session.run, session.listener
+    run = session.run
     _say(session, source.target)
     quants = _quants(session, source)
     modelfiles = _modelfiles(session, source.target, quants)
@@ -99,7 +101,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
     # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
     files = {quant: fresh_path(run.ollama / f"{run.model_name}-{quant}.gguf") for quant in quants}
     try:
-        figures = {quant: write_file(source, path, quant, listener) for quant, path in files.items()}
+        figures = _write(session, source, files)
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
     except BaseException:
@@ -107,6 +109,19 @@ def _export(session: Session, source: ExportSource) -> Finished:
         for path in (*files.values(), *map(fresh_path, beside)):
             remove(path)
         raise
+
+
+def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Write the files; those of few bits rounded by what the matrices are multiplied with on the training rows."""
+    listener = session.listener
+    calibration, reason = calibration_of(session, source, tuple(files))
+    if calibration:
+        listener.note(f"rounding is calibrated on {counted(calibration.tokens, 'token')} of the training rows")
+    elif reason:
+        listener.note(f"rounding is not calibrated: {reason}")
+    return {quant: write_file(source, path, quant, listener,
+                              Rounding(calibration.inputs) if calibration and quant in COARSE else None)
+            for quant, path in files.items()}
 
 
 def _say(session: Session, target: Target) -> None:

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
+from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.reader import GgufFile
 
 _ELEMENTS = 4 * 1024 * 1024  # compared at a time: 16 MiB as float32, a few times over
@@ -29,16 +30,26 @@ LARGEST_ERROR = {
     Type.Q6_K: (0.055, 32 * 128), Type.Q5_K: (0.13, 32 * 63), Type.Q4_K: (0.24, 16 * 63),
 }  # fmt: skip
 
+# Of a calibrated matrix's output, likewise: plain rounding's error of the weights is the most that it leaves.
+MOST_OF_OUTPUT = {Type.Q8_0: 0.02, Type.Q6_K: 0.05, Type.Q5_1: 0.1, Type.Q5_0: 0.1, Type.Q5_K: 0.1, Type.Q4_1: 0.2,
+                  Type.Q4_0: 0.2, Type.Q4_K: 0.2}  # fmt: skip
 
-def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture) -> tuple[float, str]:
+
+def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
+                calibrated: Mapping[str, Rounded] | None = None) -> tuple[float, str]:
     """Compare all tensors of a GGUF with a checkpoint's.
+
+    A calibrated one may be far from the checkpoint's where nothing is multiplied with it. Its output was compared when
+    it was rounded; the file has to hold those very bytes.
 
     Args:
         checkpoint: folder with safetensors.
         architecture: says which tensors there are and how their values changed.
+        calibrated: tensors that were rounded by what they are multiplied with.
 
     Returns:
-        The largest relative error (RMS of the difference over RMS of the tensor), and the tensor's name.
+        The largest relative error (RMS of the difference over RMS of the tensor, of a calibrated one over that of its
+        output), and the tensor's name.
 
     Raises:
         UserError: a file that cannot be read.
@@ -51,6 +62,15 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture) -
     worst, where = 0.0, ""
     for spec in specs if not problems else ():
         name = _stored_as(spec, file, architecture)
+        if rounded := (calibrated or {}).get(name):
+            if file.sha256(name) != rounded.sha256:
+                problems.append(f"{name}: not what was written")
+            if not rounded.error <= MOST_OF_OUTPUT[file.tensors[name].type]:
+                problems.append(f"{name}: its output is off by {rounded.error:.2%}, more than "
+                                f"{file.tensors[name].type.name} explains")
+            if not rounded.error <= worst:
+                worst, where = rounded.error, name
+            continue
         error, excess = _compared(spec, file, name, shards)
         if not excess <= 1:
             problems.append(f"{name}: off by {error:.2%}, more than {file.tensors[name].type.name} explains")

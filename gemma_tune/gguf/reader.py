@@ -5,6 +5,7 @@ Nothing of a tensor stays in memory or mapped, so what reading takes does not gr
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import struct
@@ -106,6 +107,24 @@ class GgufFile:
         except NotImplementedError as e:
             raise UserError(f"{name} in {self.path} is {info.type.name}, which can't be decoded here.",
                             "pip install libgguf") from e
+
+    def sha256(self, name: str) -> str:
+        """Of a tensor's bytes.
+
+        Raises:
+            UserError: the file can't be read.
+        """
+        info, digest = self.tensors[name], hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(info.offset)
+                left = info.nbytes
+                while left and (part := file.read(min(left, 1 << 22))):
+                    digest.update(part)
+                    left -= len(part)
+        except OSError as e:
+            raise UserError(f"{self.path} can't be read: {e.strerror or e}.", "Check the path.") from e
+        return digest.hexdigest()
 
 
 def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[str, Any]:

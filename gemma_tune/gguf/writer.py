@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
 from gemma_tune.base.words import gigabytes
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
+from gemma_tune.gguf.compensated import Rounded, Rounding
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -64,6 +65,7 @@ class GgufSummary:
         tensor_count: tensors in the file.
         tensor_types: GGML type name → number of tensors.
         fallbacks: (tensor, reason) for each matrix whose rows do not fit the type that was asked for.
+        calibrated: tensor → what became of it, for those that were rounded by what they are multiplied with.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class GgufSummary:
     tensor_count: int
     tensor_types: dict[str, int]
     fallbacks: tuple[tuple[str, str], ...]
+    calibrated: Mapping[str, Rounded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ class PlannedTensor:
         spec: its names, shape, and what happens to its values.
         stored: where the checkpoint holds it; None where the values are in ``spec``.
         choice: GGML type to write.
+        rounding: by what its matrix is multiplied with, where that is known; else every weight to the nearest value.
     """
 
     spec: TensorSpec
     stored: StoredTensor | None
     choice: TypeChoice
+    rounding: Rounding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +102,15 @@ class PlannedTensor:
     def tofile(self, file: BinaryIO) -> None:
         """Write the tensor's bytes. With `nbytes` this is all that `GGUFWriter.write_tensor_data` wants of an array;
         the package's own lazy arrays do the same."""
-        for rows in self.chunks():
+        for data in self._encoded():
             # Not the array's own tofile(): that doesn't say why writing failed.
-            file.write(np.ascontiguousarray(quantise(rows, self.choice.type)).data)
+            file.write(np.ascontiguousarray(data).data)
+
+    def _encoded(self) -> Iterator[np.ndarray]:
+        kind = self.choice.type
+        if self.rounding and (inputs := self.rounding.knows(self.spec.source, kind)):
+            return self.rounding.rounded(self.spec.name, self.chunks(), kind, inputs)
+        return (quantise(rows, kind) for rows in self.chunks())
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the values as float32 arrays, one of shape (length,) or several of (some rows, columns).
@@ -158,6 +169,7 @@ def write_gguf(
     sampling: Mapping[str, float] | None = None,
     on_tensor: Callable[[int, int, str], None] | None = None,
     parts: Parts | None = None,
+    rounding: Rounding | None = None,
 ) -> GgufSummary:
     """Write `checkpoint` as the GGUF file `out`.
 
@@ -172,6 +184,7 @@ def write_gguf(
         sampling: defaults for generation, named as in generation_config.json.
         on_tensor: called after each tensor with how many are done, how many there are, and its name.
         parts: what :func:`parts_of` made of the checkpoint, where several files are written.
+        rounding: how matrices of few bits are rounded, if not each weight by itself.
 
     Raises:
         UserError: the checkpoint or an argument can't be used; everything found before writing is listed together.
@@ -188,7 +201,7 @@ def write_gguf(
         return _with_llama_quantize(checkpoint, out, quant, name=name, chat_template=chat_template,
                                     eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor, parts=parts)
     with replacing(out) as partial, ExitStack() as stack:
-        plan = _plan(model, checkpoint, quant)
+        plan = [replace(tensor, rounding=rounding) for tensor in _plan(model, checkpoint, quant)]
         _check_space(out.parent, plan, vocab)
         writer = gguf.GGUFWriter(partial, model.name)
         stack.callback(writer.close)
@@ -206,7 +219,7 @@ def write_gguf(
         _write_file(writer, plan, on_tensor)
     types = dict(Counter(t.choice.type.name for t in plan))
     fallbacks = tuple((t.spec.name, t.choice.fallback) for t in plan if t.choice.fallback)
-    return GgufSummary(out, out.stat().st_size, quant, len(plan), types, fallbacks)
+    return GgufSummary(out, out.stat().st_size, quant, len(plan), types, fallbacks, rounding.done if rounding else {})
 
 
 def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: Any) -> GgufSummary:

@@ -1,0 +1,148 @@
+"""The numbers that a block of a GGUF file can hold, and which of them it does: bytes to grids and back.
+
+A block keeps scales, and for each weight a small whole number q: the weight is ``low + step · q``. Layouts as in ggml's
+``ggml-common.h`` and ``ggml-quants.c``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+GRIDS = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+
+_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8, Type.Q4_K: 4, Type.Q5_K: 5, Type.Q6_K: 6}
+_CENTRED = {Type.Q4_0: 8, Type.Q5_0: 16, Type.Q8_0: 128, Type.Q6_K: 32}  # the q that stands for zero
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the blocks of some rows can hold.
+
+    Args:
+        low: float32 (rows, columns), the weight for q = 0.
+        step: float32 (rows, columns), from one q to the next; zero or negative where a block has such a scale.
+        levels: q is 0 … levels − 1.
+    """
+
+    low: np.ndarray
+    step: np.ndarray
+    levels: int
+
+    def values(self, q: np.ndarray) -> np.ndarray:
+        """float32 weights of ``q``, as ggml computes them up to rounding."""
+        return self.low + self.step * q.astype(np.float32)
+
+
+def grid_of(data: np.ndarray, kind: Type) -> Grid:
+    """The grid of rows in a type out of :data:`GRIDS`.
+
+    Args:
+        data: uint8 (rows, bytes of a row).
+    """
+    low, step, each = _scales(_blocks(data, kind), kind)
+    low, step = (np.repeat(part, each, axis=-1).reshape(len(data), -1) for part in (low, step))
+    return Grid(low, step, 255 if kind == Type.Q8_0 else 1 << _BITS[kind])
+
+
+def chosen(data: np.ndarray, kind: Type) -> np.ndarray:
+    """The q of each weight: uint8 (rows, columns)."""
+    blocks = _blocks(data, kind)
+    return _unpack(blocks, kind).reshape(len(data), -1)
+
+
+def with_chosen(data: np.ndarray, kind: Type, q: np.ndarray) -> np.ndarray:
+    """The same blocks, with their scales, that hold other q: uint8 (rows, bytes of a row)."""
+    blocks = _blocks(data, kind).copy()
+    _pack(blocks, kind, q.astype(np.uint8).reshape(*blocks.shape[:2], -1))
+    return blocks.reshape(data.shape)
+
+
+def _blocks(data: np.ndarray, kind: Type) -> np.ndarray:
+    return np.ascontiguousarray(data).reshape(len(data), -1, gguf.GGML_QUANT_SIZES[kind][1])
+
+
+def _half(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at a byte offset of each block, as float32 (…, 1)."""
+    return np.ascontiguousarray(blocks[..., at:at + 2]).view(np.float16).astype(np.float32)
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+def _scales(blocks: np.ndarray, kind: Type) -> tuple[np.ndarray, np.ndarray, int]:
+    """Low and step, float32 (rows, blocks, groups of a block), and how many weights share one."""
+    if kind in (Type.Q4_1, Type.Q5_1):
+        return _half(blocks, 2), _half(blocks, 0), 32
+    if kind in (Type.Q4_K, Type.Q5_K):
+        scales, minima = _six_bits(blocks[..., 4:16])
+        return -_half(blocks, 2) * minima, _half(blocks, 0) * scales, 32
+    if kind == Type.Q6_K:
+        step, each = _half(blocks, 208) * blocks[..., 192:208].view(np.int8).astype(np.float32), 16
+    else:
+        step, each = _half(blocks, 0), 32
+    # q = 0 of Q8_0 is −127: ggml rounds to −127 … 127, and the one below would be out of balance
+    return -step * (127 if kind == Type.Q8_0 else _CENTRED[kind]), step, each
+
+
+def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight scales and eight minima out of twelve bytes, see ``get_scale_min_k4``."""
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=-1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=-1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+# ---- what is chosen --------------------------------------------------------------------------------------------------
+
+# Where the four low bits of the weights lie, and where the others do: the bytes, and how many weights a run of bytes
+# serves. Of each run the low nibbles come first.
+_NIBBLES = {Type.Q4_0: (2, 16), Type.Q4_1: (4, 16), Type.Q5_0: (6, 16), Type.Q5_1: (8, 16), Type.Q4_K: (16, 32),
+            Type.Q5_K: (48, 32)}
+_FIFTH = {Type.Q5_0: 2, Type.Q5_1: 4}
+
+
+def _unpack(blocks: np.ndarray, kind: Type) -> np.ndarray:
+    """uint8 (rows, blocks, weights of a block)."""
+    if kind == Type.Q8_0:
+        return (blocks[..., 2:].view(np.int8).astype(np.int16) + 127).clip(0).astype(np.uint8)
+    if kind == Type.Q6_K:
+        low = blocks[..., :128].reshape(*blocks.shape[:2], 2, 64)
+        high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> _SHIFTS & 3
+        nibbles = np.concatenate([low & 15, low >> 4], axis=-1)
+        return (nibbles | high.reshape(nibbles.shape) << 4).reshape(*blocks.shape[:2], 256)
+    at, run = _NIBBLES[kind]
+    low = blocks[..., at:].reshape(*blocks.shape[:2], -1, run)
+    q = np.concatenate([low & 15, low >> 4], axis=-1).reshape(*blocks.shape[:2], -1)
+    if kind in _FIFTH:
+        q |= np.unpackbits(blocks[..., _FIFTH[kind]:_FIFTH[kind] + 4], axis=-1, bitorder="little") << 4
+    if kind == Type.Q5_K:
+        bits = np.unpackbits(blocks[..., 16:48, None], axis=-1, bitorder="little")  # (…, 32 places, 8 groups)
+        q |= np.swapaxes(bits, -1, -2).reshape(q.shape) << 4
+    return q
+
+
+_SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+
+
+def _pack(blocks: np.ndarray, kind: Type, q: np.ndarray) -> None:
+    """Write the q into blocks: the reverse of :func:`_unpack`."""
+    if kind == Type.Q8_0:
+        blocks[..., 2:] = (q.astype(np.int16) - 127).astype(np.int8).view(np.uint8)
+        return
+    if kind == Type.Q6_K:
+        halves = q.reshape(*q.shape[:2], 2, 128)
+        blocks[..., :128] = ((halves[..., :64] & 15) | (halves[..., 64:] & 15) << 4).reshape(*q.shape[:2], 128)
+        high = (halves >> 4).reshape(*q.shape[:2], 2, 4, 32) << _SHIFTS
+        blocks[..., 128:192] = np.bitwise_or.reduce(high, axis=-2).reshape(*q.shape[:2], 64)
+        return
+    at, run = _NIBBLES[kind]
+    pairs = q.reshape(*q.shape[:2], -1, 2, run) & 15
+    blocks[..., at:] = (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*q.shape[:2], -1)
+    if kind in _FIFTH:
+        blocks[..., _FIFTH[kind]:_FIFTH[kind] + 4] = np.packbits(q >> 4, axis=-1, bitorder="little")
+    if kind == Type.Q5_K:
+        groups = np.swapaxes((q >> 4).reshape(*q.shape[:2], 8, 32), -1, -2)
+        blocks[..., 16:48] = np.packbits(groups, axis=-1, bitorder="little")[..., 0]

@@ -1,0 +1,115 @@
+"""What the merged model's matrices are multiplied with, computed here a second time by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gemma_tune.export import calibration
+from gemma_tune.export.calibration import Calibration, sample
+from gemma_tune.gguf.compensated import inputs_of
+from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.gguf.writer import parts_of, write_gguf
+
+
+@pytest.fixture
+def model(tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def rows() -> list[np.ndarray]:
+    return [np.arange(10, 50), np.arange(60, 90), np.array([5, 5, 7])]
+
+
+def by_hand(model, rows, module) -> torch.Tensor:
+    """XᵀX of one module's inputs."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor(row)[None])
+    handle.remove()
+    x = torch.cat(seen)
+    return x.T @ x
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 1], ids=["all at once", "one by one"])
+def test_inputs_are_those_of_a_plain_forward_pass(tiny, model, rows, memory, monkeypatch):
+    monkeypatch.setattr(calibration, "MEMORY", memory)
+    known = Calibration(model, parts_of(tiny).architecture, rows)
+    layer = model.model.layers[1]
+    for name, module in {"self_attn.q_proj": layer.self_attn.q_proj, "self_attn.v_proj": layer.self_attn.q_proj,
+                         "self_attn.o_proj": layer.self_attn.o_proj, "mlp.up_proj": layer.mlp.gate_proj,
+                         "mlp.down_proj": layer.mlp.down_proj}.items():
+        found = known.inputs(f"model.layers.1.{name}.weight")
+        expected = inputs_of(by_hand(model, rows, module), known.tokens)
+        np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-4)
+        torch.testing.assert_close(found.spread, expected.spread, rtol=1e-2, atol=1e-3 * expected.spread.abs().max())
+    head = known.inputs("model.embed_tokens.weight")
+    gram = by_hand(model, rows, model.lm_head)
+    assert head.spread is None, "its rows are looked up too"
+    np.testing.assert_allclose(head.importance, (gram.diagonal() / known.tokens).numpy(), rtol=1e-4)
+    assert known.inputs("model.norm.weight") is None
+
+
+def test_rows_come_from_all_over_the_data_and_are_bounded():
+    data = [{"input_ids": np.full(100, n)} for n in range(500)]
+    found = sample(data, 1050)
+    assert sum(map(len, found)) == 1050 and len(found) == 11
+    numbers = {int(row[0]) for row in found}
+    assert len(numbers) == 11 and max(numbers) > 250 and min(numbers) < 250
+    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}])] == [calibration.LONGEST]
+
+
+def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):
+    result = export("--quant", "q4_0,q8_0", "--json", "--run", merged)
+    assert result.code == 0, result.err
+    assert "rounding is calibrated on" in result.err
+    found = result.json["summary"]["quants"]
+    assert found["q4_0"]["calibrated_matrices"] > 10 and found["q8_0"]["calibrated_matrices"] == 0
+    file = merged / "ollama" / "tiny-gemma-q4_0.gguf"
+    calibrated_bytes = file.read_bytes()
+    result = export("--quant", "q4_0", "--no-calibration", "--json", "--run", merged)
+    assert result.code == 0, result.err
+    assert "rounding is not calibrated: --no-calibration" in result.err
+    write_gguf(merged / "tiny-gemma_lora_merged", tmp_path / "plain.gguf", "q4_0", name="n", chat_template=None,
+               eot_token_id=None)
+    plain, ours = GgufFile(tmp_path / "plain.gguf"), GgufFile(file)
+    for name in plain.tensors:
+        assert plain.sha256(name) == ours.sha256(name)
+    assert len(calibrated_bytes) == file.stat().st_size and calibrated_bytes != file.read_bytes()
+
+
+def test_without_rows_it_is_said(cli, export, merged):
+    (merged / "data" / "tokens" / "train.arrow").unlink()
+    result = export("--quant", "q4_0", "--run", merged)
+    assert result.code == 0, result.err
+    assert "rounding is not calibrated: the run has no prepared data" in result.err
+
+
+def test_a_file_that_changes_after_it_was_calibrated_is_noticed(cli, merged, monkeypatch):
+    from gemma_tune.export import files
+
+    plain = files.write_gguf
+
+    def damaged(checkpoint, out, *args, **settings):
+        written = plain(checkpoint, out, *args, **settings)
+        info = GgufFile(out).tensors["blk.1.ffn_down.weight"]
+        with out.open("r+b") as file:
+            file.seek(info.offset + 40)
+            byte = file.read(1)
+            file.seek(info.offset + 40)
+            file.write(bytes([byte[0] ^ 1]))
+        return written
+
+    monkeypatch.setattr(files, "write_gguf", damaged)
+    result = cli("export-ollama", "--no-verify", "--no-measure", "--quant", "q4_0", "--run", merged)
+    assert result.code == 1
+    assert "blk.1.ffn_down.weight: not what was written" in result.err
+    assert "export-ollama" not in json.loads((merged / "manifest.json").read_text())["stages"]

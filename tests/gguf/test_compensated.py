@@ -1,0 +1,73 @@
+"""Rounding by what a matrix is multiplied with: its output keeps more than by any rounding of weights alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import libgguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from gemma_tune.gguf.compensated import Inputs, Rounding, calibrated, inputs_of
+from gemma_tune.gguf.grid import GRIDS
+from gemma_tune.gguf.types import dequantise, quantise
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    """Inputs (600, 256) that depend on each other, as a model's do."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(40, 256, generator=generator)
+    return torch.randn(600, 40, generator=generator) @ mix + 0.5 * torch.randn(600, 256, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def weights() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((48, 256)).astype(np.float32) * 0.05
+
+
+def off(x: torch.Tensor, weights: np.ndarray, data: np.ndarray, kind: Type) -> float:
+    """How much of the output rounding changes."""
+    exact = x @ torch.from_numpy(weights).T
+    return float((x @ torch.from_numpy(dequantise(data, kind)).T - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.name)
+def test_the_output_keeps_more_than_by_an_importance_matrix(x, weights, kind):
+    inputs = inputs_of(x.T @ x, len(x))
+    data, error, whole = calibrated(weights, kind, inputs)
+    ours = off(x, weights, data, kind)
+    assert ours < 0.6 * off(x, weights, libgguf.quantize_rows(weights, kind, imatrix=inputs.importance), kind)
+    assert ours < 0.6 * off(x, weights, quantise(weights, kind), kind)
+    assert (error / whole) ** 0.5 == pytest.approx(ours, rel=0.1)  # but for the damping
+
+
+def test_columns_that_were_always_zero_and_too_few_rows_do_no_harm(x, weights):
+    few = x[:3].clone()
+    few[:, 7] = 0
+    data, error, whole = calibrated(weights, Type.Q4_0, inputs_of(few.T @ few, len(few)))
+    assert np.isfinite(dequantise(data, Type.Q4_0)).all()
+    assert error < 0.01 * whole
+    nothing, error, whole = calibrated(weights, Type.Q4_K, inputs_of(torch.zeros(256, 256), 0))
+    assert np.isfinite(dequantise(nothing, Type.Q4_K)).all()
+
+
+def test_without_the_spread_it_is_ggmls_rounding_with_the_importance(x, weights):
+    importance = x.square().mean(0).numpy()
+    data, *_ = calibrated(weights, Type.Q6_K, Inputs(importance, None))
+    assert np.array_equal(data, libgguf.quantize_rows(weights, Type.Q6_K, imatrix=importance))
+
+
+def test_rows_are_rounded_each_by_itself_and_what_was_made_is_kept(x, weights):
+    inputs = inputs_of(x.T @ x, len(x))
+    rounding = Rounding({"known": inputs}.get)
+    assert rounding.knows("known", Type.Q4_K) is inputs
+    assert rounding.knows("unknown", Type.Q4_K) is None
+    assert rounding.knows("known", Type.F16) is None
+    parts = b"".join(part.tobytes() for part in rounding.rounded("t", [weights[:20], weights[20:]], Type.Q4_K, inputs))
+    whole, error, size = calibrated(weights, Type.Q4_K, inputs)
+    assert parts == whole.tobytes()
+    assert rounding.done["t"].sha256 == hashlib.sha256(parts).hexdigest()
+    assert rounding.done["t"].error == pytest.approx((error / size) ** 0.5)
