@@ -119,6 +119,9 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
         listener.note(f"rounding is calibrated on {counted(calibration.tokens, 'token')} of the training rows")
     elif reason:
         listener.note(f"rounding is not calibrated: {reason}")
+        if session.model.source in ("gguf", "demo"):
+            listener.warn("the base model came from a GGUF, so its weights lie on the steps of few bits: rounding each "
+                          "by itself can take what was learned back to them; the table tells")
     return {quant: write_file(source, path, quant, listener,
                               Rounding(calibration.inputs) if calibration and quant in COARSE else None)
             for quant, path in files.items()}
@@ -144,9 +147,6 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
         quant, reason = recommended(parameters, from_gguf=session.model.source in ("gguf", "demo"))
         session.listener.note(f"number format {quant}: {reason}")
         chosen = (quant,)
-    if session.model.source in ("gguf", "demo") and (coarse := [quant for quant in chosen if quant in COARSE]):
-        session.listener.warn(f"the base model came from a GGUF, so its weights lie on the steps of few bits: rounding "
-                              f"to {', '.join(coarse)} can take what was learned back to them; the table tells")
     return chosen
 
 

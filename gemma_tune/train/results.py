@@ -67,7 +67,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))  # without a layout that is found by drawing everything twice
     axes = figure.subplots()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
         points = [(r["step"], r[name]) for r in records if name in r]
@@ -75,5 +75,5 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points), style, label=label, linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (nats per trained token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     FigureCanvasAgg(figure).print_png(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -31,11 +32,14 @@ class Result:
 
 def invoke(*args: object, stdin: str | bytes | None = None) -> Result:
     """Run the real command line in this process."""
-    from typer.testing import CliRunner
+    import typer.testing
 
     from gemma_tune.cli.commands import app
 
-    result = CliRunner().invoke(app, [str(a) for a in args], input=stdin)
+    # Made of the functions' signatures once, as in a program, and not for every call.
+    if not hasattr(typer.testing._get_command, "cache_info"):
+        typer.testing._get_command = functools.cache(typer.testing._get_command)
+    result = typer.testing.CliRunner().invoke(app, [str(a) for a in args], input=stdin)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout, result.stderr)
