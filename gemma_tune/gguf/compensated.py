@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.gguf.grid import GRIDS, grid_of, with_chosen
@@ -20,6 +20,9 @@ try:
     import libgguf
 except ImportError:
     libgguf = None
+
+if TYPE_CHECKING:
+    import torch
 
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _BLOCK = 128  # columns after which the error goes on to all others at once
@@ -41,6 +44,8 @@ class Inputs:
 
 def inputs_of(gram: torch.Tensor, count: int) -> Inputs:
     """Of XᵀX, (columns, columns) in fp32 or fp64, and the number of rows of X."""
+    import torch
+
     diagonal = gram.diagonal()
     importance = (diagonal / max(1, count)).float().cpu().numpy()
     mean, damping = diagonal.mean().clamp(min=1e-30), DAMPING
@@ -102,6 +107,8 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
     Returns:
         uint8 (rows, bytes of a row); the sum of squares of what that changes in the output; that of the output.
     """
+    import torch
+
     rows = np.ascontiguousarray(rows, np.float32)
     data = libgguf.quantize_rows(rows, kind, imatrix=np.maximum(inputs.importance, 1e-9 * inputs.importance.max()))
     found = [data]
@@ -120,6 +127,8 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
 
 def _energy(weights: np.ndarray, inputs: Inputs) -> float:
     """Sum of squares of the output of weights (rows, columns): ‖W U⁻¹‖², as XᵀX = U⁻¹U⁻ᵀ."""
+    import torch
+
     if inputs.spread is None:
         return float((np.square(weights).sum(0, dtype=np.float64) * inputs.importance).sum())
     own = torch.from_numpy(weights).to(inputs.spread.device)
@@ -129,6 +138,8 @@ def _energy(weights: np.ndarray, inputs: Inputs) -> float:
 def _compensated(left: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,
                  spread: torch.Tensor) -> torch.Tensor:
     """The q (columns, rows) of weights (columns, rows), which are changed."""
+    import torch
+
     per_step = torch.where(step == 0, 0.0, 1 / step)
     q = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     for start in range(0, len(left), _BLOCK):
