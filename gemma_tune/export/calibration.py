@@ -40,7 +40,7 @@ class Calibration:
         self._layers = {architecture.canonical(f"{name}.weight"): module for name, module in model.named_modules()
                         if isinstance(module, torch.nn.Linear)}
         self._leader = self._shared()
-        self._known: dict[torch.nn.Module, Inputs] = {}
+        self._known: dict[torch.nn.Module, Inputs | None] = {}
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self._tied = head is not None and head.weight is embedding
         self._embedding = next(architecture.canonical(name) for name, p in model.named_parameters() if p is embedding)
@@ -96,7 +96,8 @@ class Calibration:
         self._known = {}
         for module in todo:
             found = inputs_of(grams.pop(module), self.tokens)
-            self._known[module] = Inputs(found.importance, None) if module is head and self._tied else found
+            # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
+            self._known[module] = Inputs(found.importance, None) if found and module is head and self._tied else found
 
     def _run(self, rows: Iterable[torch.Tensor], hooks: Mapping[torch.nn.Module, Callable]) -> None:
         handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]

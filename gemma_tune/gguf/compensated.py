@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
+_TRIES = 6  # with ten times the damping each
 _BLOCK = 128  # columns after which the error goes on to all others at once
 
 
@@ -42,22 +43,24 @@ class Inputs:
     spread: torch.Tensor | None
 
 
-def inputs_of(gram: torch.Tensor, count: int) -> Inputs:
-    """Of XᵀX, (columns, columns) in fp32 or fp64, and the number of rows of X."""
+def inputs_of(gram: torch.Tensor, count: int) -> Inputs | None:
+    """Of XᵀX, (columns, columns) in fp32 or fp64, and the number of rows of X; None where that is not finite."""
     import torch
 
     diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal).all():
+        return None
     importance = (diagonal / max(1, count)).float().cpu().numpy()
-    mean, damping = diagonal.mean().clamp(min=1e-30), DAMPING
-    while True:
+    mean = diagonal.mean().clamp(min=1e-30)
+    for more in range(_TRIES):  # numbers of fp32 can make the matrix indefinite
         damped = gram.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().add_(DAMPING * 10 ** more * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             spread, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
                 return Inputs(importance, spread.float())
-        damping *= 10  # numbers of fp32 made the matrix indefinite
+    return Inputs(importance, None)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def test_columns_that_were_always_zero_and_too_few_rows_do_no_harm(x, weights):
     assert np.isfinite(dequantise(nothing, Type.Q4_K)).all()
 
 
+def test_what_is_not_finite_is_not_known(x):
+    gram = x.T @ x
+    gram[3, 3] = float("nan")
+    assert inputs_of(gram, len(x)) is None
+
+
 def test_without_the_spread_it_is_ggmls_rounding_with_the_importance(x, weights):
     importance = x.square().mean(0).numpy()
     data, *_ = calibrated(weights, Type.Q6_K, Inputs(importance, None))
