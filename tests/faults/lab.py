@@ -263,7 +263,7 @@ def _run(args: Sequence[str]) -> int:
     try:
         app(prog_name="gemma-tune", args=list(args))
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
+        code = 1 if isinstance(e.code, str) else e.code or 0
     except BaseException:
         import traceback
 
