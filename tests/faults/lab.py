@@ -106,6 +106,8 @@ class Lab:
         for name in ("GEMMA_TUNE_RUN", "HF_TOKEN"):
             os.environ.pop(name, None)
         os.environ["HF_HUB_OFFLINE"] = "1"
+        # A shell starts what runs in its background with Ctrl-C ignored, which programs inherit.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self._settings = {
             "prepare": [str(self.data), "--model", str(self.model), "--valid", "0.2"],
             "train": ["--epochs", "2", "--rank", "4", "--dtype", "fp32", "--learning-rate", "1e-3", "--save-steps", "3"],
