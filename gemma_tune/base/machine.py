@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 
 def cores() -> int:
@@ -29,6 +31,34 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def noting_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """A function that says whether Ctrl-C came, whoever got it.
+
+    Libraries that are written in C make errors of their own of Python's: PyTorch a ValueError about a shape.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
+        yield lambda: False
+        return
+    reads, writes = os.pipe()
+    for end in (reads, writes):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+    def came() -> bool:
+        try:
+            return signal.SIGINT in os.read(reads, 4096)
+        except BlockingIOError:
+            return False
+
+    try:
+        yield came
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reads)
+        os.close(writes)
 
 
 def occupy_standard_streams() -> None:

@@ -17,7 +17,7 @@ import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.machine import occupy_standard_streams
+from gemma_tune.base.machine import noting_ctrl_c, occupy_standard_streams
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
 from gemma_tune.config.settings import refuse_no_names, resolve
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
 _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_STOPPED = ("stopped", "run the same command again; finished stages are kept")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 _PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
@@ -103,6 +104,10 @@ class Command(TyperCommand):
         return "; a question to answer goes behind --prompt, in quotes" if extra and self.name == "chat" else ""
 
     def invoke(self, ctx: Any) -> Any:
+        with noting_ctrl_c() as stopped:
+            return self._invoke(ctx, stopped)
+
+    def _invoke(self, ctx: Any, stopped: Callable[[], bool]) -> Any:
         try:
             if not self._takes_part(ctx):
                 return None
@@ -115,7 +120,7 @@ class Command(TyperCommand):
         except UserError as e:
             problem = e
         except KeyboardInterrupt:
-            problem = Interrupted("stopped", "run the same command again; finished stages are kept")
+            problem = Interrupted(*_STOPPED)
         except (typer.Exit, typer.Abort):
             raise
         except (BrokenPipeError, screen.OutputLost) as e:
@@ -123,7 +128,7 @@ class Command(TyperCommand):
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
                 raise
-            problem = _refused_by_system(e) or WorkFailed(
+            problem = Interrupted(*_STOPPED) if stopped() else _refused_by_system(e) or WorkFailed(
                 f"unexpected {type(e).__name__}: {e}",
                 "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -198,6 +200,21 @@ def test_unexpected_failures_are_reported_as_such(cli, trained, monkeypatch):
 
     monkeypatch.setattr(merge, "read_adapter", broken)
     check(cli("merge", "--run", trained), 1, "unexpected RuntimeError: a fault of ours", "--debug")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_that_a_library_makes_an_error_of_is_ctrl_c(cli, trained, monkeypatch):
+    import gemma_tune.merge.stage as merge
+
+    def swallowing(*args, **kwargs):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr(merge, "read_adapter", swallowing)
+    result = cli("merge", "--run", trained)
+    assert result.code == 130
+    assert "stopped" in result.err and "unexpected" not in result.err
 
 
 @pytest.mark.parametrize("args", [["train", "--rank", "many"], ["nonsense"], ["train", "--no-such-option"]])
