@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemma_tune.base.tensors import open_tensors
-from gemma_tune.export.files import ExportSource
+from gemma_tune.export.files import ExportSource, load_merged
 from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.architectures.parts import Architecture
-from gemma_tune.gguf.compensated import Inputs, inputs_of, libgguf
-from gemma_tune.gguf.types import COARSE
-from gemma_tune.models.load import load_model
-from gemma_tune.models.placement import place
+from gemma_tune.gguf.compensated import Inputs, inputs_of
+from gemma_tune.gguf.types import COARSE, libgguf
 from gemma_tune.run.session import Session
 
 TOKENS = 16_384  # of the training rows; the demo's 8,465 are enough for its 270M parameters
@@ -126,10 +122,8 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     rows, reason = encoded_rows(session, "train")
     if rows is None:
         return None, reason
-    placement, lacking = place(sum(math.prod(t.shape) for t in open_tensors(source.merged).values()), 2 * MEMORY)
-    if placement is None:
-        return None, lacking
-    return Calibration(load_model(source.merged, placement), source.architecture, sample(rows)), ""
+    model, lacking = load_merged(source.merged, 2 * MEMORY)
+    return (Calibration(model, source.architecture, sample(rows)), "") if model is not None else (None, lacking)
 
 
 def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
-from gemma_tune.export.files import ExportSource
+from gemma_tune.export.files import ExportSource, load_merged
 from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
-from gemma_tune.models.load import load_model
-from gemma_tune.models.placement import place
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
@@ -148,14 +144,9 @@ def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | No
 
 
 def _loaded(session: Session, beside: int) -> tuple[MergedModel | None, str]:
-    """The merged model, or None and why not: a process that takes too much memory is killed without a word.
-
-    Args:
-        beside: bytes that llama.cpp takes at the same time.
-    """
-    merged = session.inputs["merged"]
-    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()), beside)
-    return (MergedModel(load_model(merged, placement)), "") if placement else (None, lacking)
+    """The merged model, or None and why not; ``beside``: bytes that llama.cpp takes at the same time."""
+    model, lacking = load_merged(session.inputs["merged"], beside)
+    return (MergedModel(model), "") if model is not None else (None, lacking)
 
 
 def _engine_bytes(source: ExportSource, files: Mapping[str, Path]) -> int:

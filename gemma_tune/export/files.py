@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
@@ -24,6 +26,8 @@ from gemma_tune.gguf.converter import OUTTYPES, convert_with
 from gemma_tune.gguf.template import gguf_template
 from gemma_tune.gguf.types import llama_quantize
 from gemma_tune.gguf.writer import Parts, parts_of, write_gguf
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import place
 from gemma_tune.run.session import Session
 
 
@@ -77,6 +81,16 @@ def _parts(merged: Path, converter: Path | None) -> Parts | None:
         if converter is None:
             raise
         return None
+
+
+def load_merged(merged: Path, beside: int) -> tuple[Any | None, str]:
+    """The merged model, or None and why not: a process that takes too much memory is killed without a word.
+
+    Args:
+        beside: bytes that are needed at the same time.
+    """
+    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()), beside)
+    return (load_model(merged, placement), "") if placement else (None, lacking)
 
 
 def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,

@@ -15,11 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.gguf.grid import GRIDS, grid_of, with_chosen
-
-try:
-    import libgguf
-except ImportError:
-    libgguf = None
+from gemma_tune.gguf.types import libgguf
 
 if TYPE_CHECKING:
     import torch

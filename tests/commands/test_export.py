@@ -328,15 +328,15 @@ def test_what_was_not_checked_is_checked_when_the_checks_are_asked_for_again(cli
 
 def test_llama_cpps_memory_counts_beside_the_models(cli, merged, monkeypatch):
     """What fits alone does not fit beside a file in llama.cpp; afterwards it does, and the loss is measured."""
-    from gemma_tune.export import checks as export_checks
+    from gemma_tune.export import files as export_files
 
-    asked, place = [], export_checks.place
+    asked, place = [], export_files.place
 
     def little(parameters, extra=0):
         asked.append(extra)
         return (None, "there is too little") if extra else place(parameters)
 
-    monkeypatch.setattr(export_checks, "place", little)
+    monkeypatch.setattr(export_files, "place", little)
     result = cli("export-ollama", "--quant", "q8_0", "--verify", "--json")
     assert result.code == 0, result.err
     summary = result.json["summary"]
