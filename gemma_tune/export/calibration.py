@@ -2,111 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemma_tune.export.files import ExportSource, load_merged
+from gemma_tune.base.tensors import open_tensors
+from gemma_tune.base.words import gigabytes
+from gemma_tune.export.files import ExportSource
 from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, libgguf
+from gemma_tune.models.layerwise import LayerwiseModel, Row
+from gemma_tune.models.placement import LARGEST_FP32, OVERHEAD, USABLE, Placement, available, choose_placement
 from gemma_tune.run.session import Session
 
 TOKENS = 16_384  # of the training rows; the demo's 8,465 are enough for its 270M parameters
 LONGEST = 2048  # tokens of one row
-MEMORY = 1 << 30  # bytes of XᵀX at a time: the layers that fit in are gone through together
+# Tokens times parameters on a CPU: the layers, their XᵀX and its factor then take about as long as choosing the scales.
+# 16,384 tokens up to 0.5B parameters, 2,048 for 4B.
+_WORK = 8_192_000_000_000
+_FEWEST = 2048  # tokens
+KEPT = 1 << 30  # bytes of factors that are kept for the next format; else each format has them computed anew
+_HEAD_TOKENS = 512  # where the layers are gone through for the head alone
+_AT_A_TIME = 2048  # inputs that are multiplied at once
+_BLOCKS = 4  # in which XᵀX is computed, but for the blocks below the diagonal
+
+
+class Gram:
+    """XᵀX of all inputs X (some, columns) that are added; below the diagonal it may stay zero."""
+
+    def __init__(self, columns: int, device: torch.device):
+        self._sum = torch.zeros(columns, columns, device=device)
+        self._waiting: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        self._waiting.append(x.reshape(-1, x.shape[-1]).float())
+        if sum(map(len, self._waiting)) >= _AT_A_TIME:  # one product of many inputs, not many of few
+            self._multiply()
+
+    def _multiply(self) -> None:
+        x, self._waiting = torch.cat(self._waiting), []
+        step = -(-x.shape[1] // _BLOCKS)
+        for start in range(0, x.shape[1], step):
+            self._sum[start:start + step, start:].addmm_(x[:, start:start + step].T, x[:, start:])
+
+    def done(self) -> torch.Tensor:
+        """(columns, columns), fp32."""
+        if self._waiting:
+            self._multiply()
+        return self._sum
 
 
 class Calibration:
-    """Inputs of a model's matrices, in the order in which a file is written; some layers' at a time.
+    """Inputs of a model's matrices, layer by layer in the order in which a file is written.
 
     Args:
-        model: the merged model; it stays as it is.
-        architecture: names the tensors.
+        model: the merged model.
         rows: token ids of the sequences to compute on.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, rows: Sequence[np.ndarray]):
-        self._model = model
-        self._rows = [torch.from_numpy(row.astype(np.int64))[None].to(model.device) for row in rows]
-        self.tokens = sum(len(row) for row in rows)
-        self._layers = {architecture.canonical(f"{name}.weight"): module for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.Linear)}
-        self._leader = self._shared()
-        self._known: dict[torch.nn.Module, Inputs | None] = {}
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        self._tied = head is not None and head.weight is embedding
-        self._embedding = next(architecture.canonical(name) for name, p in model.named_parameters() if p is embedding)
+    def __init__(self, model: LayerwiseModel, rows: Sequence[np.ndarray]):
+        self._model, self._sequences = model, rows
+        self.tokens = sum(map(len, rows))
+        self._layer_of = {model.name(module): n for n, layer in enumerate(model.layers)
+                          for module in layer.modules() if isinstance(module, torch.nn.Linear)}
+        sizes = [model.stored(name).shape[1] for name in self._layer_of]
+        self._keeps = sum(4 * size ** 2 for size in sizes) <= 2 * KEPT  # of every second the input is another's as well
+        self._known: dict[str, Inputs | None] = {}
+        self._head: Inputs | None = None
+        self._rows: list[Row] = []
+        self._next = len(model.layers)  # the layer whose inputs the rows' states are
 
-    def inputs(self, source: str) -> Inputs | None:
+    def inputs(self, source: str | None) -> Inputs | None:
         """Of the matrix that the checkpoint calls ``source``; None where nothing is known of it."""
-        module = self._layers.get(source)
-        if source == self._embedding:  # as an output head; how often each of its rows is looked up does not matter
-            module = self._model.get_output_embeddings() if self._tied else None
-        if module not in self._leader:
-            return None
-        leader = self._leader[module]
-        if leader not in self._known:
-            self._compute(leader)
-        return self._known[leader]
+        if source is not None and source == self._model.head:
+            self._head = self._head or self._inputs_of_head()
+            return self._head
+        n = self._layer_of.get(source or "")
+        if n is not None and source not in self._known:
+            if self._next > n:
+                self._begin(self._sequences)
+            while self._next <= n:
+                self._one_layer(self._keeps or self._next == n)
+        return self._known.get(source or "")
 
-    def _shared(self) -> dict[torch.nn.Module, torch.nn.Module]:
-        """Each matrix that takes part → the first that gets the very same input, in the order of computation."""
-        leader, seen = {}, []
+    def _begin(self, rows: Sequence[np.ndarray]) -> None:
+        with torch.no_grad():
+            self._rows, self._next = self._model.start(rows), 0
 
-        def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            first = next((other for other, x in seen if x is args[0]), module)
-            if first is module:
-                seen.append((module, args[0]))
-            leader[module] = first
+    def _one_layer(self, noting: bool) -> None:
+        """Take the rows through the next layer, and its inputs into what is known."""
+        notes = _Notes()
+        with torch.no_grad(), self._model.loaded(self._next) as layer:
+            handles = [module.register_forward_hook(notes) for module in layer.modules()
+                       if noting and isinstance(module, torch.nn.Linear)]
+            try:
+                for row in self._rows:
+                    notes.seen = []
+                    row.states = self._model.through(self._next, layer, row)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        if not self._keeps:
+            self._known = {}
+        self._known |= {self._model.name(module): found for module, found in notes.inputs().items()}
+        self._next += 1
 
-        self._run(self._rows[:1], {module: note for module in self._matrices()})
-        return leader
+    def _inputs_of_head(self) -> Inputs | None:
+        """Of the output head, which comes behind the last layer."""
+        tied = self._model.head == self._model.embedding
+        # Of a large model the layers are gone through once more for it, and mean squares need few tokens.
+        few = tied and not self._keeps
+        if few or self._next < len(self._model.layers) or not self._rows:
+            self._begin(sample(self._sequences, _HEAD_TOKENS) if few else self._sequences)
+        while self._next < len(self._model.layers):
+            self._one_layer(self._keeps)
+        gram = None
+        with torch.no_grad():
+            for row in self._rows:
+                states = self._model.finish(row)
+                gram = gram or Gram(states.shape[-1], states.device)
+                gram.add(states)
+        count = sum(row.ids.numel() for row in self._rows)
+        self._rows, self._next = ([], len(self._model.layers)) if few else (self._rows, self._next)
+        found = inputs_of(gram.done(), count) if gram else None
+        # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
+        return Inputs(found.importance, None) if found and tied else found
 
-    def _matrices(self) -> list[torch.nn.Module]:
-        head = self._model.get_output_embeddings()
-        return [*self._layers.values(), *([] if head is None or head in self._layers.values() else [head])]
 
-    def _compute(self, first: torch.nn.Module) -> None:
-        """XᵀX of ``first`` and those that come after it, as far as the memory goes."""
-        head = self._leader.get(self._model.get_output_embeddings())
-        order = list(dict.fromkeys([*([head] if head else []), *self._leader.values()]))  # as in a file
-        todo, room = [], MEMORY
-        for module in order[order.index(first):]:
-            size = 4 * module.in_features ** 2
-            if todo and size > room:
-                break
-            todo.append(module)
-            room -= size
-        grams = {module: torch.zeros(module.in_features, module.in_features, device=self._model.device)
-                 for module in todo}
+class _Notes:
+    """A hook that notes what comes into the matrices of a layer, and how large what comes out is."""
 
-        def add(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            grams[module].addmm_(x.T, x)
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.nn.Module, torch.Tensor]] = []  # of the row that is under way
+        self._leader: dict[torch.nn.Module, torch.nn.Module] = {}
+        self._grams: dict[torch.nn.Module, Gram] = {}
+        self._output: dict[torch.nn.Module, float] = {}
+        self._count: dict[torch.nn.Module, int] = {}
 
-        self._run(self._rows, {module: add for module in todo})
-        self._known = {}
-        for module in todo:
-            found = inputs_of(grams.pop(module), self.tokens)
-            # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
-            self._known[module] = Inputs(found.importance, None) if found and module is head and self._tied else found
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        x = args[0]
+        leader = next((other for other, known in self.seen if known is x), None)
+        if leader is None:  # not the very same input as another's
+            leader = module
+            self.seen.append((module, x))
+            self._grams.setdefault(module, Gram(module.in_features, x.device)).add(x)
+        self._leader[module] = leader
+        y = out.float() if module.bias is None else out.float() - module.bias
+        self._output[module] = self._output.get(module, 0.0) + float(y.square().sum(dtype=torch.float64))
+        self._count[module] = self._count.get(module, 0) + x.numel() // x.shape[-1]
 
-    def _run(self, rows: Iterable[torch.Tensor], hooks: Mapping[torch.nn.Module, Callable]) -> None:
-        handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-        try:
-            with torch.inference_mode():
-                for row in rows:
-                    hidden = self._model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
-                    head = self._model.get_output_embeddings()
-                    if head in hooks:
-                        hooks[head](head, (hidden,))
-        finally:
-            for handle in handles:
-                handle.remove()
+    def inputs(self) -> dict[torch.nn.Module, Inputs | None]:
+        """By module; what was noted is given up for it."""
+        found = {leader: inputs_of(self._grams.pop(leader).done(), self._count[leader])
+                 for leader in dict.fromkeys(self._leader.values())}
+        return {module: found[leader] and replace(found[leader], output=self._output[module])
+                for module, leader in self._leader.items()}
 
 
 def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]) -> tuple[Calibration | None, str]:
@@ -122,17 +178,38 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     rows, reason = encoded_rows(session, "train")
     if rows is None:
         return None, reason
-    model, lacking = load_merged(source.merged, 2 * MEMORY)
-    return (Calibration(model, source.architecture, sample(rows)), "") if model is not None else (None, lacking)
+    checkpoint = open_tensors(source.merged)
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.values())
+    placement = choose_placement("fp32" if parameters < LARGEST_FP32 else "auto")
+    if lacking := _lacking(placement, source.architecture):
+        return None, lacking
+    model = LayerwiseModel(source.merged, placement, source.architecture.canonical)
+    return Calibration(model, sample(rows, _most_tokens(parameters, placement), lambda row: row["input_ids"])), ""
 
 
-def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
+def _most_tokens(parameters: int, placement: Placement) -> int:
+    return TOKENS if placement.device != "cpu" else min(TOKENS, max(_FEWEST, _WORK // parameters))
+
+
+def _lacking(placement: Placement, architecture: Architecture) -> str:
+    """Why there is not enough memory; empty if there is."""
+    columns = max(spec.shape[1] for spec in architecture.tensors if len(spec.shape) == 2 and ".ffn_" in spec.name)
+    layers = sum(math.prod(spec.shape) for spec in architecture.tensors if spec.name.startswith("blk."))
+    # XᵀX, the copy that is factored, the factor and those of the other inputs; a layer and its successor in fp32; rows
+    need = 20 * columns ** 2 + 8 * layers // architecture.layers + 2 * KEPT + OVERHEAD[placement.device]
+    room = min(available(device) for device in {placement.device, "cpu"})
+    if need <= USABLE * room:
+        return ""
+    return f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
+
+
+def sample(rows: Sequence[Any], tokens: int = TOKENS, ids: Callable[[Any], Any] = np.asarray) -> list[np.ndarray]:
     """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
     found, left = [], tokens
     for n in np.random.default_rng(0).permutation(len(rows)):
-        ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
-        found.append(ids)
-        left -= len(ids)
+        row = np.asarray(ids(rows[int(n)]))[:min(LONGEST, left)]
+        found.append(row)
+        left -= len(row)
         if not left:
             break
     return found

@@ -1,28 +1,35 @@
 """Rounding that knows what the weights are multiplied with: the weights still to be rounded make up for an error.
 
-Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1, onto the grids of GGUF blocks: their scales are chosen first,
-by ggml with the inputs' mean squares as importance, and stay.
+Frantar et al. 2022, arXiv 2210.17323 (GPTQ), onto the grids of GGUF blocks: their scales are chosen first, by ggml with
+the inputs' mean squares as importance, and stay. Written with a factor of XᵀX instead of one of its inverse: with XᵀX =
+R Rᵀ, R upper, rounding that changes a row of weights by d changes its outputs by ‖d R‖; so each column takes the value
+that brings its number of d R nearest to zero. The choices are the same, and no matrix is inverted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from gemma_tune.base.machine import cores
 from gemma_tune.gguf.grid import GRIDS, grid_of, with_chosen
-from gemma_tune.gguf.types import libgguf
+from gemma_tune.gguf.types import dequantise, libgguf
 
 if TYPE_CHECKING:
     import torch
 
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _TRIES = 6  # with ten times the damping each
-_BLOCK = 128  # columns after which the error goes on to all others at once
+_BLOCK = 128  # columns to which the error of all before them comes at once
+_COMPARED = 64  # rows by which compensated rounding is compared with plain rounding
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,23 @@ class Inputs:
 
     Args:
         importance: float32 (columns,), the mean square of each column.
-        spread: float32 (columns, columns), upper: the Cholesky factor of the inverse of XᵀX; None where an error is not
-            to be made up for, as in an embedding, whose rows are used by themselves too.
+        factor: float32 (columns, columns), upper, times its transpose XᵀX; None where an error is not to be made up
+            for.
+        output: sum of squares of what came out; None where nobody noted it.
     """
 
     importance: np.ndarray
-    spread: torch.Tensor | None
+    factor: torch.Tensor | None
+    output: float | None = None
 
 
-def inputs_of(gram: torch.Tensor, count: int) -> Inputs | None:
-    """Of XᵀX, (columns, columns) in fp32 or fp64, and the number of rows of X; None where that is not finite."""
+def inputs_of(gram: torch.Tensor, count: int, damping: float = DAMPING) -> Inputs | None:
+    """Of XᵀX and the number of rows of X; None where that is not finite.
+
+    Args:
+        gram: (columns, columns), fp32; below the diagonal nothing is read.
+        damping: added to the diagonal, a part of its mean.
+    """
     import torch
 
     diagonal = gram.diagonal()
@@ -48,14 +62,13 @@ def inputs_of(gram: torch.Tensor, count: int) -> Inputs | None:
         return None
     importance = (diagonal / max(1, count)).float().cpu().numpy()
     mean = diagonal.mean().clamp(min=1e-30)
+    flipped = gram.flip(0, 1)  # its lower factor, flipped back, is the upper one that multiplies from the right
     for more in range(_TRIES):  # numbers of fp32 can make the matrix indefinite
-        damped = gram.clone()
-        damped.diagonal().add_(DAMPING * 10 ** more * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        # In all, what was added before included: so many times the mean.
+        flipped.diagonal().copy_(diagonal.flip(0) + damping * 10 ** more * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
-            spread, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed:
-                return Inputs(importance, spread.float())
+            return Inputs(importance, lower.flip(0, 1).float())
     return Inputs(importance, None)
 
 
@@ -89,65 +102,103 @@ class Rounding:
     def rounded(self, name: str, chunks: Iterable[np.ndarray], kind: Type, inputs: Inputs) -> Iterator[np.ndarray]:
         """Some float32 rows (rows, columns) at a time as bytes: uint8 (rows, bytes of a row)."""
         digest, off, size = hashlib.sha256(), 0.0, 0.0
-        for rows in chunks:
-            data, error, whole = calibrated(rows, kind, inputs)
-            digest.update(data.data)
-            off, size = off + error, size + whole
-            yield data
+        with _each_on_one_core(inputs) as pool:
+            for rows in chunks:
+                parts = np.array_split(rows, min(len(rows), cores())) if pool else [rows]
+                for data, error, whole in (pool.map if pool else map)(partial(_part, kind=kind, inputs=inputs), parts):
+                    digest.update(data.data)
+                    off, size = off + error, size + whole
+                    yield data
+        size = size if inputs.output is None else inputs.output
         self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest())
 
 
-def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray, float, float]:
+@contextmanager
+def _each_on_one_core(inputs: Inputs) -> Iterator[ThreadPoolExecutor | None]:
+    """Threads for parts of the rows; None where a GPU computes.
+
+    Each works through its columns alone: threads that wait for each other after every column of every row take many
+    times as long where another process wants the cores as well.
+    """
+    import torch
+
+    if inputs.factor is not None and inputs.factor.device.type != "cpu":
+        yield None
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # which a thread has changed for those that start after it
+
+
+def _part(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray, float, float]:
+    return *calibrated(rows, kind, inputs), _energy(rows, inputs) if inputs.output is None else 0.0
+
+
+def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray, float]:
     """Round rows to a type out of ``grid.GRIDS``.
 
     Args:
         rows: float32 (rows, columns).
 
     Returns:
-        uint8 (rows, bytes of a row); the sum of squares of what that changes in the output; that of the output.
+        uint8 (rows, bytes of a row), and the sum of squares of what that changes in the output.
     """
     import torch
 
     rows = np.ascontiguousarray(rows, np.float32)
-    data = libgguf.quantize_rows(rows, kind, imatrix=np.maximum(inputs.importance, 1e-9 * inputs.importance.max()))
-    found = [data]
-    if inputs.spread is not None:
-        grid = grid_of(data, kind)
-        # Columns first: each step works on one column of all rows.
-        left, low, step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(inputs.spread.device)
-                           for part in (rows, grid.low, grid.step))
-        q = _compensated(left, low, step, grid.levels, inputs.spread)
-        found.append(with_chosen(data, kind, q.T.cpu().numpy()))
+    data = by_importance(rows, kind, inputs.importance)
+    if inputs.factor is None:
+        return data, _energy(dequantise(data, kind) - rows, inputs)
+    grid = grid_of(data, kind)
+    # Columns first: each step works on one column of all rows.
+    weights, low, step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(inputs.factor.device)
+                          for part in (rows, grid.low, grid.step))
+    q, error = _compensated(weights, low, step, grid.levels, inputs.factor)
+    some = slice(None, None, max(1, len(rows) // _COMPARED))
+    plain = _energy(dequantise(data[some], kind) - rows[some], inputs)
+    better = with_chosen(data, kind, q.T.cpu().numpy())
     # By ggml's own reading of the bytes. Where an error cannot be made up for, plain rounding stands.
-    off = [_energy(libgguf.dequantize_rows(one, kind) - rows, inputs) for one in found]
-    best = int(np.argmin(off))
-    return found[best], off[best], _energy(rows, inputs)
+    if _energy(dequantise(better[some], kind) - rows[some], inputs) <= plain:
+        return better, error
+    return data, _energy(dequantise(data, kind) - rows, inputs)
+
+
+def by_importance(rows: np.ndarray, kind: Type, importance: np.ndarray) -> np.ndarray:
+    """float32 rows (rows, columns) as ggml rounds them with an importance of each column: uint8 (rows, bytes)."""
+    return libgguf.quantize_rows(rows, kind, imatrix=np.maximum(importance, 1e-9 * importance.max(initial=0)))
 
 
 def _energy(weights: np.ndarray, inputs: Inputs) -> float:
-    """Sum of squares of the output of weights (rows, columns): ‖W U⁻¹‖², as XᵀX = U⁻¹U⁻ᵀ."""
+    """Sum of squares of the output of weights (rows, columns)."""
     import torch
 
-    if inputs.spread is None:
+    if inputs.factor is None:
         return float((np.square(weights).sum(0, dtype=np.float64) * inputs.importance).sum())
-    own = torch.from_numpy(weights).to(inputs.spread.device)
-    return float(torch.linalg.solve_triangular(inputs.spread, own, upper=True, left=False).square().sum())
+    own = torch.from_numpy(weights).to(inputs.factor.device)
+    return float((own @ inputs.factor).square().sum())
 
 
-def _compensated(left: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,
-                 spread: torch.Tensor) -> torch.Tensor:
-    """The q (columns, rows) of weights (columns, rows), which are changed."""
+def _compensated(weights: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,
+                 factor: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The q of weights, both (columns, rows), and the sum of squares of what they change in the output."""
     import torch
 
     per_step = torch.where(step == 0, 0.0, 1 / step)
-    q = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    for start in range(0, len(left), _BLOCK):
-        stop = min(start + _BLOCK, len(left))
-        part, errors = left[start:stop], torch.empty_like(left[start:stop])
+    q = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    changed = torch.empty_like(weights)
+    error = torch.zeros((), dtype=torch.float64, device=weights.device)
+    scale = factor.diagonal().tolist()
+    for start in range(0, len(weights), _BLOCK):
+        stop = min(start + _BLOCK, len(weights))
+        off = factor[:start, start:stop].T @ changed[:start]  # d R of these columns, so far
         for n, at in enumerate(range(start, stop)):
-            whole = ((part[n] - low[at]) * per_step[at]).round_().clamp_(0, levels - 1)
+            wanted = torch.sub(weights[at], off[n], alpha=1 / scale[at])
+            whole = wanted.sub_(low[at]).mul_(per_step[at]).round_().clamp_(0, levels - 1)
             q[at] = whole
-            errors[n] = (part[n] - torch.addcmul(low[at], step[at], whole)) / spread[at, at]
-            part[n + 1:].addr_(spread[at, at + 1:stop], errors[n], alpha=-1)
-        left[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
-    return q
+            torch.addcmul(low[at], step[at], whole, out=changed[at]).sub_(weights[at])
+            off[n:].addr_(factor[at, at:stop], changed[at])
+        error += off.square().sum(dtype=torch.float64)
+    return q, float(error)

@@ -41,7 +41,7 @@ FILE_TYPES = {"f32": FileType.ALL_F32, "bf16": FileType.MOSTLY_BF16, "f16": File
               "q5_1": FileType.MOSTLY_Q5_1, "q5_0": FileType.MOSTLY_Q5_0, "q4_k_m": FileType.MOSTLY_Q4_K_M,
               "q4_1": FileType.MOSTLY_Q4_1, "q4_0": FileType.MOSTLY_Q4_0}  # fmt: skip
 QUANTS = tuple(FILE_TYPES)
-COARSE = QUANTS[QUANTS.index("q8_0") + 1:]  # fewer than eight bits
+COARSE = QUANTS[QUANTS.index("q8_0"):]  # of blocks, whose rounding can be calibrated
 PLAIN = (Type.F32, Type.F16, Type.BF16)
 K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
 

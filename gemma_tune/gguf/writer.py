@@ -43,6 +43,7 @@ from gemma_tune.gguf.vocabulary import load_vocabulary
 from gemma_tune.gguf.vocabulary.parts import Vocabulary, write_vocabulary
 
 CHUNK_ELEMENTS = 4 * 1024 * 1024  # rows read at a time: 16 MiB as float32, and a few times that while quantising
+CALIBRATED_ELEMENTS = 4 * CHUNK_ELEMENTS  # column by column, so that many rows at a time save most of the steps
 METADATA_MARGIN = 1024 * 1024  # bytes allowed for metadata besides the vocabulary
 
 _SAMPLING = {
@@ -109,11 +110,14 @@ class PlannedTensor:
     def _encoded(self) -> Iterator[np.ndarray]:
         kind = self.choice.type
         if self.rounding and (inputs := self.rounding.knows(self.spec.source, kind)):
-            return self.rounding.rounded(self.spec.name, self.chunks(), kind, inputs)
+            return self.rounding.rounded(self.spec.name, self.chunks(CALIBRATED_ELEMENTS), kind, inputs)
         return (quantise(rows, kind) for rows in self.chunks())
 
-    def chunks(self) -> Iterator[np.ndarray]:
+    def chunks(self, elements: int = CHUNK_ELEMENTS) -> Iterator[np.ndarray]:
         """Yield the values as float32 arrays, one of shape (length,) or several of (some rows, columns).
+
+        Args:
+            elements: about how many of a matrix at a time.
 
         Raises:
             UserError: a value is NaN, infinite, or too large for the type.
@@ -123,7 +127,7 @@ class PlannedTensor:
             assert spec.values is not None
             yield spec.values
             return
-        step = spec.rows_at_a_time(CHUNK_ELEMENTS)
+        step = spec.rows_at_a_time(elements)
         for start in range(0, spec.shape[0], step):
             rows = self.stored.rows(start, start + step)
             rows = spec.change.forward(rows) if spec.change else rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from gemma_tune.export.calibration import Calibration, sample
 from gemma_tune.gguf.compensated import inputs_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.writer import parts_of, write_gguf
+from gemma_tune.models.layerwise import LayerwiseModel
+from gemma_tune.models.placement import Placement
 
 
 @pytest.fixture
@@ -39,10 +42,22 @@ def by_hand(model, rows, module) -> torch.Tensor:
     return x.T @ x
 
 
-@pytest.mark.parametrize("memory", [1 << 30, 1], ids=["all at once", "one by one"])
-def test_inputs_are_those_of_a_plain_forward_pass(tiny, model, rows, memory, monkeypatch):
-    monkeypatch.setattr(calibration, "MEMORY", memory)
-    known = Calibration(model, parts_of(tiny).architecture, rows)
+@pytest.fixture
+def layerwise(tiny) -> LayerwiseModel:
+    return LayerwiseModel(tiny, Placement("cpu", torch.float32, ""), parts_of(tiny).architecture.canonical)
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 1], ids=["all are kept", "layer by layer"])
+def test_inputs_are_those_of_a_plain_forward_pass(layerwise, model, rows, kept, monkeypatch):
+    monkeypatch.setattr(calibration, "KEPT", kept)
+    monkeypatch.setattr(calibration, "_AT_A_TIME", 50)
+    known = Calibration(layerwise, rows)
+    head = known.inputs("model.embed_tokens.weight")
+    gram = by_hand(model, rows, model.lm_head)
+    assert head.factor is None, "its rows are looked up too"
+    np.testing.assert_allclose(head.importance, (gram.diagonal() / known.tokens).numpy(), rtol=1e-4)
+    assert known.inputs("model.norm.weight") is None and known.inputs(None) is None
+    first = known.inputs("model.layers.0.mlp.down_proj.weight").factor
     layer = model.model.layers[1]
     for name, module in {"self_attn.q_proj": layer.self_attn.q_proj, "self_attn.v_proj": layer.self_attn.q_proj,
                          "self_attn.o_proj": layer.self_attn.o_proj, "mlp.up_proj": layer.mlp.gate_proj,
@@ -50,21 +65,22 @@ def test_inputs_are_those_of_a_plain_forward_pass(tiny, model, rows, memory, mon
         found = known.inputs(f"model.layers.1.{name}.weight")
         expected = inputs_of(by_hand(model, rows, module), known.tokens)
         np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-4)
-        torch.testing.assert_close(found.spread, expected.spread, rtol=1e-2, atol=1e-3 * expected.spread.abs().max())
-    head = known.inputs("model.embed_tokens.weight")
-    gram = by_hand(model, rows, model.lm_head)
-    assert head.spread is None, "its rows are looked up too"
-    np.testing.assert_allclose(head.importance, (gram.diagonal() / known.tokens).numpy(), rtol=1e-4)
-    assert known.inputs("model.norm.weight") is None
+        torch.testing.assert_close(found.factor, expected.factor, rtol=1e-2, atol=1e-3 * expected.factor.abs().max())
+        gram = by_hand(model, rows, module)
+        weight = layer.get_submodule(name).weight.detach()
+        assert found.output == pytest.approx(float(torch.einsum("ri,ij,rj->", weight, gram, weight)), rel=1e-3)
+    again = known.inputs("model.layers.0.mlp.down_proj.weight").factor  # as for the next file
+    torch.testing.assert_close(again, first)
 
 
 def test_rows_come_from_all_over_the_data_and_are_bounded():
     data = [{"input_ids": np.full(100, n)} for n in range(500)]
-    found = sample(data, 1050)
+    ids = itemgetter("input_ids")
+    found = sample(data, 1050, ids)
     assert sum(map(len, found)) == 1050 and len(found) == 11
     numbers = {int(row[0]) for row in found}
     assert len(numbers) == 11 and max(numbers) > 250 and min(numbers) < 250
-    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}])] == [calibration.LONGEST]
+    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}], ids=ids)] == [calibration.LONGEST]
 
 
 def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):
@@ -72,7 +88,7 @@ def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_
     assert result.code == 0, result.err
     assert "rounding is calibrated on" in result.err
     found = result.json["summary"]["quants"]
-    assert found["q4_0"]["calibrated_matrices"] > 10 and found["q8_0"]["calibrated_matrices"] == 0
+    assert found["q4_0"]["calibrated_matrices"] > 10 and found["q8_0"]["calibrated_matrices"] > 10
     file = merged / "ollama" / "tiny-gemma-q4_0.gguf"
     calibrated_bytes = file.read_bytes()
     result = export("--quant", "q4_0", "--no-calibration", "--json", "--run", merged)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import libgguf
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.gguf.compensated import Inputs, Rounding, calibrated, inputs_of
-from gemma_tune.gguf.grid import GRIDS
+from gemma_tune.gguf.grid import GRIDS, chosen, grid_of
 from gemma_tune.gguf.types import dequantise, quantise
 
 
@@ -37,20 +39,21 @@ def off(x: torch.Tensor, weights: np.ndarray, data: np.ndarray, kind: Type) -> f
 @pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.name)
 def test_the_output_keeps_more_than_by_an_importance_matrix(x, weights, kind):
     inputs = inputs_of(x.T @ x, len(x))
-    data, error, whole = calibrated(weights, kind, inputs)
+    data, error = calibrated(weights, kind, inputs)
     ours = off(x, weights, data, kind)
     assert ours < 0.6 * off(x, weights, libgguf.quantize_rows(weights, kind, imatrix=inputs.importance), kind)
     assert ours < 0.6 * off(x, weights, quantise(weights, kind), kind)
-    assert (error / whole) ** 0.5 == pytest.approx(ours, rel=0.1)  # but for the damping
+    whole = float((x @ torch.from_numpy(weights).T).square().sum())
+    assert (error / whole) ** 0.5 == pytest.approx(ours, rel=0.15)  # but for the damping
 
 
 def test_columns_that_were_always_zero_and_too_few_rows_do_no_harm(x, weights):
     few = x[:3].clone()
     few[:, 7] = 0
-    data, error, whole = calibrated(weights, Type.Q4_0, inputs_of(few.T @ few, len(few)))
+    data, error = calibrated(weights, Type.Q4_0, inputs_of(few.T @ few, len(few)))
     assert np.isfinite(dequantise(data, Type.Q4_0)).all()
-    assert error < 0.01 * whole
-    nothing, error, whole = calibrated(weights, Type.Q4_K, inputs_of(torch.zeros(256, 256), 0))
+    assert error < 0.01 * float((few @ torch.from_numpy(weights).T).square().sum())
+    nothing, error = calibrated(weights, Type.Q4_K, inputs_of(torch.zeros(256, 256), 0))
     assert np.isfinite(dequantise(nothing, Type.Q4_K)).all()
 
 
@@ -62,7 +65,7 @@ def test_what_is_not_finite_is_not_known(x):
 
 def test_without_the_spread_it_is_ggmls_rounding_with_the_importance(x, weights):
     importance = x.square().mean(0).numpy()
-    data, *_ = calibrated(weights, Type.Q6_K, Inputs(importance, None))
+    data, _ = calibrated(weights, Type.Q6_K, Inputs(importance, None))
     assert np.array_equal(data, libgguf.quantize_rows(weights, Type.Q6_K, imatrix=importance))
 
 
@@ -73,7 +76,43 @@ def test_rows_are_rounded_each_by_itself_and_what_was_made_is_kept(x, weights):
     assert rounding.knows("unknown", Type.Q4_K) is None
     assert rounding.knows("known", Type.F16) is None
     parts = b"".join(part.tobytes() for part in rounding.rounded("t", [weights[:20], weights[20:]], Type.Q4_K, inputs))
-    whole, error, size = calibrated(weights, Type.Q4_K, inputs)
+    whole, error = calibrated(weights, Type.Q4_K, inputs)
     assert parts == whole.tobytes()
     assert rounding.done["t"].sha256 == hashlib.sha256(parts).hexdigest()
-    assert rounding.done["t"].error == pytest.approx((error / size) ** 0.5)
+    size = float((x @ torch.from_numpy(weights).T).square().sum())
+    assert rounding.done["t"].error == pytest.approx((error / size) ** 0.5, rel=0.01)
+    list(rounding.rounded("noted", [weights], Type.Q4_K, replace(inputs, output=2 * size)))
+    assert rounding.done["noted"].error == pytest.approx((error / size / 2) ** 0.5)
+
+
+def test_the_threads_of_a_product_are_as_they_were(x, weights):
+    before = torch.get_num_threads()
+    list(Rounding({}.get).rounded("t", [weights], Type.Q4_0, inputs_of(x.T @ x, len(x))))
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
+
+
+def test_the_factor_times_its_transpose_is_the_product_of_the_inputs(x):
+    gram = x.T @ x
+    upper = inputs_of(gram.triu(), len(x)).factor
+    assert torch.equal(upper, upper.triu())
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(256)
+    torch.testing.assert_close(upper @ upper.T, damped, rtol=1e-4, atol=1e-2)
+
+
+def test_each_column_makes_up_for_those_before_it_as_in_gptq(x, weights):
+    """By the paper's own words: errors over the diagonal of the factor of the inverse are spread over what is left."""
+    gram = (x.T @ x).double()
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    spread = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    data = libgguf.quantize_rows(weights, Type.Q4_1, imatrix=x.square().mean(0).numpy())
+    grid, left = grid_of(data, Type.Q4_1), torch.from_numpy(weights).double()
+    expected = torch.empty(weights.shape, dtype=torch.uint8)
+    low, step = (torch.from_numpy(part).double() for part in (grid.low, grid.step))
+    for n in range(256):
+        q = ((left[:, n] - low[:, n]) / step[:, n]).round().clamp(0, grid.levels - 1)
+        expected[:, n] = q
+        error = (left[:, n] - low[:, n] - step[:, n] * q) / spread[n, n]
+        left[:, n:] -= error[:, None] * spread[n, n:]
+    found = chosen(calibrated(weights, Type.Q4_1, inputs_of(x.T @ x, len(x)))[0], Type.Q4_1)
+    assert (found == expected.numpy()).mean() > 0.995  # fp32 decides otherwise where two are as near

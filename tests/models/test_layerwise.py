@@ -1,0 +1,42 @@
+"""A model that computes layer by layer gives what it gives as a whole, and holds one layer's weights at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gemma_tune.gguf.writer import parts_of
+from gemma_tune.models.layerwise import LayerwiseModel
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
+from support.gemmas import FAMILIES, make_family
+from support.llamas import MODELS, make_llama
+
+FP32 = Placement("cpu", torch.float32, "")
+ROWS = [np.array([2, 9, 30, 31, 30, 44, 12, 13, 14, 15, 16, 17, 18]), np.array([5]), np.array([2, 7, 30])]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MODELS])
+def test_layer_by_layer_is_the_whole_model(family, tmp_path):
+    (make_family if family in FAMILIES else make_llama)(family, tmp_path)
+    architecture = parts_of(tmp_path).architecture
+    model = LayerwiseModel(tmp_path, FP32, architecture.canonical)
+    whole = load_model(tmp_path, FP32)
+    with torch.no_grad():
+        rows = model.start(ROWS)
+        for n in range(len(model.layers)):
+            with model.loaded(n) as layer:
+                for row in rows:
+                    row.states = model.through(n, layer, row)
+            assert {p.device.type for p in model.layers[n].parameters()} == {"meta"}
+        for row, ids in zip(rows, ROWS, strict=True):
+            expected = whole.get_decoder()(input_ids=torch.from_numpy(ids)[None]).last_hidden_state
+            torch.testing.assert_close(model.finish(row), expected)
+    names = {spec.source for spec in architecture.tensors}
+    assert {model.embedding, model.head} <= names
+    assert (model.head == model.embedding) == (whole.get_output_embeddings().weight
+                                               is whole.get_input_embeddings().weight)
+    for module in model.layers[0].modules():
+        if isinstance(module, torch.nn.Linear):
+            assert model.name(module) in names
