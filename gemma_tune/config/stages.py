@@ -331,6 +331,8 @@ class ExportConfig(StageConfig):
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
                               same_result=True, address=True)
+    allow_difference: bool = option(False, "Take an Ollama server that reads prompts otherwise than they were trained; "
+                                           "else that is an error.", same_result=True)
 
 
 CONFIGS: dict[str, type[StageConfig]] = {
