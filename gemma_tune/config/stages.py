@@ -323,8 +323,8 @@ class ExportConfig(StageConfig):
     calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
                                      "training rows, instead of each weight by itself.")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
-    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
-                                       "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)
+    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "
+                                       "Ollama's template or server.", auto="with what is installed and answers", check=True)
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
                                          "that gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
