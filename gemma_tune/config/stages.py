@@ -324,7 +324,8 @@ class ExportConfig(StageConfig):
                                      "training rows, instead of each weight by itself.")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "
-                                       "Ollama's template or server.", auto="with what is installed and answers", check=True)
+                                       "Ollama's template or server.", auto="with what is installed and answers",
+                                 check=True)
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
                                          "that gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "

@@ -79,7 +79,7 @@ def test_a_server_that_reads_prompts_as_training_did(model, go_cache, generation
 
 def test_a_tokenizer_of_the_servers_own_is_noticed(model, go_cache):
     """As before 0.30, where a paragraph break becomes two tokens: the text is the same, the number of tokens not."""
-    with running(model, "0.24") as (_, asked):
+    with running(model, "0.24", ["own-tokenizer"]) as (_, asked):
         _, checks = asked()
     assert checks["no system"] == Check("equal")
     tokens = len(model.chat.prompt_ids(prompts_of([])["system"].messages))
@@ -97,8 +97,8 @@ def test_counts_without_cached_tokens_are_no_counts(model, go_cache):
 
 
 def test_a_server_that_shows_no_prompts_is_compared_by_counts(model, go_cache):
-    for generation, state in (("0.33", {"equal"}), ("0.24", {"equal", "differs"})):
-        with running(model, generation, ["no-render"]) as (_, asked):
+    for fault, state in (([], {"equal"}), (["own-tokenizer"], {"equal", "differs"})):
+        with running(model, "0.24", ["no-render", *fault]) as (_, asked):
             who, checks = asked()
         assert who.untold == "this server does not show its prompts" and not who.shows
         assert {check.state for name, check in checks.items() if name not in LIMITS} == state
@@ -120,7 +120,8 @@ def test_the_first_difference_of_a_text_is_shown(model, go_cache):
         assert all("_debug_render_only" in r.body for r in double.requests if r.path == "/api/chat")
     text = model.chat.render(talk("Hi").messages, prompt=True).removeprefix("<bos>")
     assert checks["no system"] == Check("differs", f"from character {len(text) + 1} on '\\n' instead of ''")
-    assert {checks[name].state for name in ("accents apart", "40 spaces in a row")} == {"differs"}, "limits of tokenizers"
+    of_tokenizers = [name for name, (columns, _) in LIMITS.items() if "Ollama" in columns]
+    assert {checks[name].state for name in of_tokenizers} == {"differs"}
 
 
 def test_a_template_engine_that_trims_ascii_only_is_a_known_limit(model, go_cache):
@@ -133,6 +134,18 @@ def test_a_template_engine_that_trims_ascii_only_is_a_known_limit(model, go_cach
         _, checks = asked()
     assert checks["padded wide spaces"].state == "known limit"
     assert "trims ASCII white space only (from character" in checks["padded wide spaces"].detail
+
+
+def test_it_is_asked_to_think_or_not_as_in_training(model, go_cache):
+    """Whether the server has to be told is found out once."""
+    target = replace(model.target, chat=replace(model.target.chat, think=False))
+    with running(model, target=target) as (double, asked):
+        for double.thinks, said in ((True, {False}), (False, {None})):
+            double.requests.clear()
+            _, checks = asked({"one": talk("Hi"), "two": talk("Ho")})
+            assert set(checks.values()) == {Check("equal")}
+            assert {r.body.get("think") for r in double.requests if r.path == "/api/chat"} == said
+            assert double.paths().count("POST /api/show") == 1
 
 
 def test_system_of_the_model_is_part_of_what_is_expected(model, go_cache):

@@ -4,9 +4,8 @@ It stores blobs by their real digest, makes models only from uploaded GGUF files
 (`server/create.go` before and after Ollama's pull request #14969, `server/routes.go`, `types/model/name.go`), streams
 NDJSON, and answers a chat with a fixed text, of which `num_predict` may cut words off. It shows the prompt that it would
 make where that is asked for, and asks models that can think to do so, as the real one does. A prompt's tokens are counted
-by llama.cpp in the file that was uploaded, as each generation counts them: before 0.30 in an engine of Ollama's own, in
-the first versions with llama.cpp's server less what it had cached. Faults can be switched on by name. Every request is
-recorded.
+by llama.cpp in the file that was uploaded, as each generation counts them: the first ones with llama.cpp's server less
+what it had cached. Faults can be switched on by name. Every request is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from support.gguf import LlamaCpp
 
 ANSWER = "This is the loopback server's answer."
 THOUGHT = "They want to know who I am."
-# 0.24 has a tokenizer of its own; 0.30.0 counts only what it had not cached (ollama#16414); later ones count all.
+# 0.30.0 counts only what it had not cached (ollama#16414), those before and after it count all.
 VERSIONS = {"0.24": "0.24.0", "0.30": "0.30.0", "0.33": "0.33.0", "0.34.1": "0.34.1"}
 FAULTS = frozenset(
     {
@@ -48,6 +47,7 @@ FAULTS = frozenset(
         "chat-marker",  # the first stop is in the answer, which goes on after it
         "chat-new-turn",  # the answer is followed by a turn of Gemma's
         "no-render",  # as servers that do not know _debug_render_only, which answer instead
+        "own-tokenizer",  # which is not llama.cpp's, as versions before 0.30 have: a paragraph break is two tokens
         "no-count",  # an answer without prompt_eval_count, as versions before 0.4 gave to a prompt that they had cached
     }
 )
@@ -154,9 +154,8 @@ class LoopbackOllama:
         cached, self._cached = min(same, len(ids) - 1), ids  # the last token is always computed
         if self.generation == "0.30":
             return {"prompt_eval_count": len(ids) - cached}
-        if self.generation == "0.24":  # user-defined tokens are looked for in the order of their ids, the shorter first
-            return {"prompt_eval_count": len(ids) + prompt.count("\n\n")}
-        return {"prompt_eval_count": len(ids), "prompt_eval_cached_count": cached}
+        count = len(ids) + ("own-tokenizer" in self.faults) * prompt.count("\n\n")
+        return {"prompt_eval_count": count} | ({"prompt_eval_cached_count": cached} if self.generation == "0.34.1" else {})
 
 
 class _Refusal(Exception):
