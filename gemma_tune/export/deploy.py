@@ -175,17 +175,19 @@ def _compare(session: Session, stage: StageReport, result: tuple[str, ...], serv
     if served.untold:
         listener.warn(f"{served.untold}: update Ollama, and run the same command again to compare all")
     if DIFFERS in states:
-        _differs(session, f"{served} reads {states.count(DIFFERS)} of {counted(len(states), 'prompt')} for "
-                          f"{target.name} otherwise than training did", parity.remarks(OLLAMA, (DIFFERS,)), path)
+        _differs(session, server, f"{served} reads {states.count(DIFFERS)} of {counted(len(states), 'prompt')} for "
+                                  f"{target.name} otherwise than training did", parity.remarks(OLLAMA, (DIFFERS,)),
+                 path)
     return stage, None if not served.shows else DIFFERS not in states
 
 
-def _differs(session: Session, message: str, problems: Sequence[str], report: Path) -> None:
+def _differs(session: Session, server: Server, message: str, problems: Sequence[str], report: Path) -> None:
     """An error, unless differences are allowed."""
     if session.config.allow_difference:
         session.listener.warn("; ".join([message, *problems]))
         return
-    anyway = command("export-ollama", session.run.root, "--allow-difference")
+    where = ("--host", server.place) if session.config.host else ()
+    anyway = command("export-ollama", session.run.root, "--allow-difference", *where)
     raise WorkFailed(message, f"update Ollama and run the same command again, or take the model as it is: {anyway}. "
                               f"It stays in Ollama, the files are whole, and {report} has the whole table.", problems)
 

@@ -75,7 +75,7 @@ def test_a_difference_is_an_error_and_all_stays(export):
         assert error["message"].startswith("Ollama 0.24.0 reads ")
         assert error["message"].endswith("for tiny-gemma-tuned otherwise than training did")
         assert any("system: differs: " in line and "a tokenizer of its own" in line for line in error["problems"])
-        for part in ("update Ollama", "gemma-tune export-ollama --run runs/tiny-gemma --allow-difference", str(REPORT)):
+        for part in ("update Ollama", f"gemma-tune export-ollama --run runs/tiny-gemma --allow-difference --host {server.url}", str(REPORT)):
             assert part in error["hint"]
         assert list(server.models) == ["tiny-gemma-tuned:latest"]
         assert Path("runs/tiny-gemma/ollama/tiny-gemma-q8_0.gguf").exists()
