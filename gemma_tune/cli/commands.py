@@ -180,9 +180,9 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
                   name: o.Name = None, system: o.ExportSystem = None, parameter: o.Parameter = None,
                   num_ctx: o.NumCtx = None, calibration: o.Calibration = None,
                   measure: o.Measure = None, verify: o.Verify = None,
-                  converter: o.Converter = None, create: o.Create = None, host: o.Host = None, force: o.Force = False,
-                  quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None,
-                  debug: o.Debug = False) -> None:
+                  converter: o.Converter = None, create: o.Create = None, host: o.Host = None,
+                  allow_difference: o.AllowDifference = None, force: o.Force = False, quiet: o.Quiet = False,
+                  json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Write GGUF files and a Modelfile, check them, and create the model in Ollama.
 
     Reads the merged model. Writes ollama/<model name>-<quant>.gguf, ollama/Modelfile and ollama/report.md with what
@@ -195,8 +195,7 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
 
     request = Request.of(ctx)
     done = request.run("export-ollama", stage)
-    finish(request, done.stage, done.next_steps, created=done.created, name=done.name, advice=done.advice,
-           elsewhere=list(done.elsewhere), answer=done.answer)
+    finish(request, done.stage, done.next_steps, done.elsewhere, **done.as_json())
 
 
 @app.command("run", cls=Command)
@@ -223,9 +222,8 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
     steps = (command("chat", exported.stage.run), *exported.next_steps)
     console.run_summary(stages, steps, exported.advice, exported.elsewhere)
     if json:
-        screen.result_json({"run": str(exported.stage.run), "created": exported.created, "next": list(steps),
-                             "advice": exported.advice, "elsewhere": list(exported.elsewhere),
-                             "answer": exported.answer, "stages": {n: as_json(r) for n, r in stages.items()}})
+        screen.result_json({"run": str(exported.stage.run), "next": list(steps), **exported.as_json(),
+                             "stages": {n: as_json(r) for n, r in stages.items()}})
 
 
 @app.command(cls=Command)

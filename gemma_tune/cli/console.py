@@ -128,7 +128,7 @@ def _duration(seconds: float) -> str:
 
 
 def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None,
-                 elsewhere: Sequence[str] = ()) -> None:
+                 elsewhere: Any = None) -> None:
     """What a stage made, and what to type next."""
     state = "up to date" if report.status == "up-to-date" else f"done in {_duration(report.seconds)}"
     screen.err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
@@ -152,16 +152,18 @@ def _figures(report: Any) -> Table:
     return table
 
 
-def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Sequence[str] = ()) -> None:
-    """Commands to type next, after what has to be done before; and commands of other programs for the same file."""
+def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Any = None) -> None:
+    """Commands to type next, after what has to be done before; and how other programs take an exported file."""
     if advice:
         screen.prose(Text(advice))
     for n, step in enumerate(commands):
         screen.err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
-    for step in elsewhere:
-        screen.err.print(Text.assemble(("or with llama.cpp: ", "bold"), step))
     if elsewhere:
-        screen.prose(Text("LM Studio and Jan open the same GGUF file."))
+        screen.err.print(Text.assemble(("for other programs: ", "bold"), elsewhere.file, ", its chat template in it"))
+        for step in elsewhere.commands:
+            screen.err.print(Text(f"      {step}"))
+        screen.prose(Text("llama-cli and llama-server are llama.cpp's; lms is LM Studio's, which without it finds a "
+                          f"copy of the file in {elsewhere.lm_studio_folder}. Jan opens it, too."))
 
 
 def plan(planned: Any) -> None:
@@ -202,7 +204,7 @@ def _shortened(text: str, limit: int = 400) -> str:
 
 
 def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None,
-                elsewhere: Sequence[str] = ()) -> None:
+                elsewhere: Any = None) -> None:
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
     train = stages["train"].summary
     evaluated = stages["eval"].summary if "eval" in stages else {"answers": [], "questions": 0}

@@ -159,3 +159,5 @@ Verify = Annotated[Optional[bool], _of(c.ExportConfig, "verify", "--verify/--no-
 Converter = Annotated[Optional[str], _of(c.ExportConfig, "converter", metavar="PATH")]
 Create = Annotated[Optional[bool], _of(c.ExportConfig, "create", "--create/--no-create")]
 Host = Annotated[Optional[str], _of(c.ExportConfig, "host")]
+AllowDifference = Annotated[Optional[bool], _of(c.ExportConfig, "allow_difference",
+                                               "--allow-difference/--no-allow-difference")]

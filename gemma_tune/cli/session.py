@@ -330,9 +330,15 @@ def in_processes(request: Request) -> Request:
     return request if wanted == there else request.but(num_processes=there)
 
 
-def finish(request: Request, report: Any, next_steps: tuple[str, ...] = (), **extra: Any) -> None:
-    """Show a stage's result to people, and as JSON to programs."""
-    console.stage_result(report, request.options["quiet"], next_steps, extra.get("advice"), extra.get("elsewhere", ()))
+def finish(request: Request, report: Any, next_steps: tuple[str, ...] = (), others: Any = None,
+           **extra: Any) -> None:
+    """Show a stage's result to people, and as JSON to programs.
+
+    Args:
+        others: how other programs take an exported file, a :class:`gemma_tune.export.deploy.Elsewhere`.
+        extra: further fields of the JSON.
+    """
+    console.stage_result(report, request.options["quiet"], next_steps, extra.get("advice"), others)
     if request.options["json"]:
         screen.result_json(as_json(report) | extra | {"next": list(next_steps)})
 

@@ -323,14 +323,17 @@ class ExportConfig(StageConfig):
     calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
                                      "training rows, instead of each weight by itself.")
     measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
-    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
-                                       "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)
+    verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "
+                                       "Ollama's template or server.", auto="with what is installed and answers",
+                                 check=True)
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
                                          "that gemma-tune does not know.", auto="none")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
                               same_result=True, address=True)
+    allow_difference: bool = option(False, "Take an Ollama server that reads prompts otherwise than they were trained; "
+                                           "else that is an error.", same_result=True)
 
 
 CONFIGS: dict[str, type[StageConfig]] = {

@@ -210,6 +210,11 @@ def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, L
     return rows
 
 
+def report_title(name: str) -> str:
+    """The first line of ollama/report.md."""
+    return f"# {name} in GGUF"
+
+
 def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks, limits: Sequence[str] = (),
              earlier: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """ollama/report.md.
@@ -218,7 +223,7 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
         limits: what Ollama does otherwise than the training, one sentence each.
         earlier: what earlier exports left, see ``export.earlier``.
     """
-    lines = [f"# {name} in GGUF", "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
+    lines = [report_title(name), "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
     if loss := checks.losses.get(REFERENCE):
         lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
                       "per token, and how often the likeliest token is f16's."]
@@ -228,10 +233,10 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
         lines += ["", "From earlier exports: " + ", ".join(
             f"{item['file']} ({'of an earlier merged model' if item['stale'] else 'of this merged model'})"
             for item in earlier.values() if item["stale"] is not None) + "."]
-    if checks.parity:
-        lines += ["", checks.parity.markdown().rstrip()]
     if checks.merged:
         lines += ["", checks.merged]
+    if checks.parity:
+        lines += ["", checks.parity.markdown().rstrip()]
     if limits:
         lines += ["", "## Different in Ollama", "", *(f"- {text}" for text in limits)]
     if checks.unchecked:

@@ -1,4 +1,7 @@
-"""From exported files to a model that answers: in Ollama where a server is, else as commands to type."""
+"""From exported files to a model that answers: in Ollama where a server is, else as commands to type.
+
+A server is then asked how it reads every prompt of the parity report, whose Ollama column becomes the server's.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,49 @@ from typing import Any
 
 from gemma_tune import samples
 from gemma_tune.answers.prompts import Prompt
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.export.checks import report_title
 from gemma_tune.export.files import ExportSource
+from gemma_tune.export.parity import ANSWER_TOKENS as COMPARED_TOKENS
+from gemma_tune.export.parity import HELD_OUT, LONGEST_PROMPT, prompts_of
+from gemma_tune.export.parity_report import DIFFERS, EQUAL, OLLAMA, Parity, replaced
+from gemma_tune.export.served import PATIENCE, ask_server
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
+from gemma_tune.run.amend import amend, result_id
 from gemma_tune.run.directory import command
-from gemma_tune.run.manifest import read_manifest
+from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
 
 ANSWER_TOKENS = 256  # longest answer of the question that a new model is asked
-PATIENCE = 600.0  # seconds for it: the server first loads the model
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A GGUF file, which has the chat template in it, for other programs.
+
+    Args:
+        file: its path.
+        commands: of llama.cpp and LM Studio.
+        lm_studio_folder: where LM Studio finds a copy of it without a command.
+    """
+
+    file: str
+    commands: tuple[str, ...]
+    lm_studio_folder: str
+
+    @classmethod
+    def of(cls, gguf: str, model: str) -> Elsewhere:
+        """How a file is used; ``model`` is its name, without a tag."""
+        path = shlex.quote(gguf)
+        # Unless it is told to copy the file, LM Studio moves it out of the run.
+        commands = (f"llama-cli -m {path}", f"llama-server -m {path} --jinja", f"lms import --copy {path}")
+        return cls(gguf, commands, f"~/.lmstudio/models/gemma-tune/{model}/")
 
 
 @dataclass(frozen=True)
@@ -33,7 +66,7 @@ class ExportReport:
         name: the model's name in Ollama.
         created: whether it is there now.
         next_steps: commands that are left to do.
-        elsewhere: commands for other programs that take the same file.
+        elsewhere: the file for other programs; None if none keeps enough of what was learned.
         advice: what to do before the next steps.
         answer: what Ollama answered to a held-out prompt, with ``done_reason`` and counts of tokens.
     """
@@ -42,9 +75,16 @@ class ExportReport:
     name: str
     created: bool
     next_steps: tuple[str, ...]
-    elsewhere: tuple[str, ...] = ()
+    elsewhere: Elsewhere | None = None
     advice: str | None = None
     answer: Mapping[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What a program learns beside the stage's report and the next steps."""
+        other = self.elsewhere
+        return {"created": self.created, "name": self.name, "advice": self.advice, "answer": self.answer,
+                "file": other.file if other else None, "elsewhere": list(other.commands) if other else [],
+                "lm_studio_folder": other.lm_studio_folder if other else None}
 
 
 def model_names(name: str, quants: Sequence[str]) -> dict[str, str]:
@@ -59,14 +99,14 @@ def model_names(name: str, quants: Sequence[str]) -> dict[str, str]:
 
 def deploy(session: Session, stage: StageReport, server: Server | None,
            source: Callable[[Session], ExportSource]) -> ExportReport:
-    """Create the exported models in Ollama and ask the first good one a held-out prompt.
+    """Create the exported models in Ollama, compare how it reads prompts, and ask the first good one a held-out prompt.
 
     Args:
         server: None where none answers, or none is wanted: the commands to type are given instead.
         source: what the files were made from; asked for only where there is a server.
 
     Raises:
-        WorkFailed: Ollama refuses, is too old, or its model does not answer.
+        WorkFailed: Ollama refuses, is too old, reads prompts otherwise than training did, or its model does not answer.
     """
     files = [(stage.artifacts[key], stage.artifacts[key.replace("gguf", "modelfile", 1)])
              for key in stage.artifacts if key.startswith("gguf")]
@@ -76,19 +116,26 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
     if not good:
         better = command("export-ollama", session.run.root, "--quant", "f16" if "q8_0" in quants else "q8_0")
-    elsewhere = tuple(f"llama-cli -m {shlex.quote(files[n][0])}" for n in good[:1])
+    elsewhere = Elsewhere.of(files[good[0]][0], f"{session.run.model_name}-tuned") if good else None
     run_it = (f"ollama run {names[good[0]]}",) if good else (better,)
     if server is None:
         steps = [ollama.manual_command(Path(files[n][1]), names[n]) for n in good]
         advice = None if session.config.create is False else ollama.install_hint()
         return ExportReport(stage, names[good[0] if good else 0], False, (*steps, *run_it), elsewhere, advice)
     chat, target = source(session).chat, source(session).target
-    digests = _digests(session)
+    record = read_manifest(session.run.root) or session.manifest
+    result, digests = result_id(record, stage.stage), _digests(record)
     for name, (gguf, _) in zip(names, files, strict=True):
         _create(session, server, replace(target, name=name), Path(gguf), digests[Path(gguf).name])
     main = names[good[0] if good else 0]
-    answer = _ask(session, server, replace(target, name=main), chat)
-    return ExportReport(stage, main, True, run_it, elsewhere, answer=answer)
+    target, question = replace(target, name=main), _question(session, chat)
+    as_trained = None
+    if session.config.verify is not False:
+        stage, as_trained = _compare(session, stage, result, server, target, chat)
+    answer = _ask(session, server, target, question)
+    if session.config.verify is False:
+        as_trained = _compare_layout(session, server, target, chat, question)
+    return ExportReport(stage, main, True, run_it, elsewhere, answer={**answer, "prompt_as_trained": as_trained})
 
 
 def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: str) -> None:
@@ -97,11 +144,61 @@ def _create(session: Session, server: Server, target: Target, gguf: Path, sha256
                         session.listener.progress, sha256)
 
 
-def _digests(session: Session) -> dict[str, str]:
+def _digests(manifest: Manifest) -> dict[str, str]:
     """sha256 of each exported file, by its name, as the run's manifest has it now that they are exported."""
-    manifest = read_manifest(session.run.root) or session.manifest
     outputs = manifest.stages["export-ollama"]["outputs"]
     return {Path(item["path"]).name: item["sha256"] for item in outputs.values()}
+
+
+def _compare(session: Session, stage: StageReport, result: tuple[str, ...], server: Server, target: Target,
+             chat: ChatFormat) -> tuple[StageReport, bool | None]:
+    """Let the server's own column stand in the parity report.
+
+    Returns:
+        The stage's report with it, and whether all texts are those of training (None: the server does not show them).
+
+    Raises:
+        WorkFailed: a prompt is read otherwise, and that is not allowed; it is recorded all the same.
+    """
+    listener = session.listener
+    prompts = prompts_of(held_out(session, chat, HELD_OUT, COMPARED_TOKENS, most=LONGEST_PROMPT))
+    served, cases = ask_server(server, target, chat, prompts, listener)
+    before = Parity.from_json(stage.summary.get("parity")) or Parity("", (), {}, "no llama.cpp ran the files", ())
+    parity = before.with_server(served, cases)
+    path = Path(stage.artifacts["export_report"])
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else report_title(session.run.model_name)
+    stage = amend(session, stage, result, {"parity": parity.as_json()}, {"export_report": replaced(text, parity)})
+    states = [case.checks[OLLAMA].state for case in parity.cases]
+    listener.note(f"{served} reads {states.count(EQUAL)} of {counted(len(states), 'prompt')} as training did")
+    for remark in parity.remarks(OLLAMA) if DIFFERS not in states else ():
+        listener.note(remark)
+    if served.untold:
+        listener.warn(f"{served.untold}: update Ollama, and run the same command again to compare all")
+    if DIFFERS in states:
+        _differs(session, server, f"{served} reads {states.count(DIFFERS)} of {counted(len(states), 'prompt')} for "
+                                  f"{target.name} otherwise than training did", parity.remarks(OLLAMA, (DIFFERS,)),
+                 path)
+    return stage, None if not served.shows else DIFFERS not in states
+
+
+def _differs(session: Session, server: Server, message: str, problems: Sequence[str], report: Path) -> None:
+    """An error, unless differences are allowed."""
+    if session.config.allow_difference:
+        session.listener.warn("; ".join([message, *problems]))
+        return
+    where = ("--host", server.place) if session.config.host else ()
+    anyway = command("export-ollama", session.run.root, "--allow-difference", *where)
+    raise WorkFailed(message, f"update Ollama and run the same command again, or take the model as it is: {anyway}. "
+                              f"It stays in Ollama, the files are whole, and {report} has the whole table.", problems)
+
+
+def _compare_layout(session: Session, server: Server, target: Target, chat: ChatFormat, prompt: Prompt) -> bool | None:
+    """Whether one prompt is laid out as in training, where nothing else is compared; None if that is not told."""
+    served, [case] = ask_server(server, target, chat, {"the prompt": prompt}, session.listener, count=False)
+    check = case.checks[OLLAMA]
+    if check.state == DIFFERS:
+        session.listener.warn(f"Ollama lays out a prompt for {target.name} otherwise than training did: {check.detail}")
+    return None if not served.shows else check.state != DIFFERS
 
 
 def _question(session: Session, chat: ChatFormat) -> Prompt:
@@ -111,23 +208,10 @@ def _question(session: Session, chat: ChatFormat) -> Prompt:
     return next(plain, Prompt(samples.heldout_questions()[0]["messages"]))
 
 
-def _same_prompt(chat: ChatFormat, target: Target, prompt: Prompt, laid_out: str) -> bool:
-    """Whether a server's text of a prompt is Hugging Face's; either may spell out the BOS token."""
-    messages, bos = prompt.messages, chat.tokenizer.bos_token or ""
-    if target.system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
-        messages = [{"role": "system", "content": target.system}, *messages]
-    return laid_out.removeprefix(bos) == chat.render(messages, prompt=True).removeprefix(bos)
-
-
-def _ask(session: Session, server: Server, target: Target, chat: ChatFormat) -> dict[str, Any]:
+def _ask(session: Session, server: Server, target: Target, prompt: Prompt) -> dict[str, Any]:
     """Ask a held-out prompt; a model that does not end its answer is told of, as a short training can leave one so."""
-    prompt = _question(session, chat)
     session.listener.note(f"asking {target.name} a held-out prompt")
-    laid_out = ollama.rendered_prompt(server, target.name, prompt.messages, PATIENCE, chat=target.chat)
     answer = ollama.generate_check(server, target.name, prompt.messages, PATIENCE, ANSWER_TOKENS, chat=target.chat)
-    answer["prompt_as_trained"] = None if laid_out is None else _same_prompt(chat, target, prompt, laid_out)
-    if answer["prompt_as_trained"] is False:
-        session.listener.warn(f"Ollama lays out a prompt for {target.name} otherwise than training did: {laid_out!r}")
     if answer["done_reason"] != "stop":
         session.listener.warn(f"{target.name} did not end its answer within {ANSWER_TOKENS} tokens; `gemma-tune eval` "
                               "shows whether the adapter itself does")

@@ -1,8 +1,9 @@
 """Whether the exported model is asked and answers as the trained one: token ids of whole prompts, and greedy answers.
 
 A prompt's ids come from Hugging Face's rendering and tokenizer. They are compared with those that llama.cpp makes of
-the same messages with the template and the vocabulary in the GGUF, and with those of Ollama: its TEMPLATE rendered by
-Go, the text tokenised in the GGUF, whose tokenizer adds the BOS. What cannot be checked here says so, with the reason.
+the same messages with the template and the vocabulary in the GGUF, and with those of Ollama as far as they can be told
+without a server (``export.served`` asks one): its TEMPLATE rendered by Go, the text tokenised in the GGUF, whose
+tokenizer adds the BOS. What cannot be checked here says so, with the reason.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gemma_tune.export.parity_report import (
     KNOWN,
     LLAMA_CPP,
     OLLAMA,
+    TEMPLATE,
     UNCHECKED,
     Agreement,
     Case,
@@ -59,8 +61,7 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
         WorkFailed: it cannot load a file.
     """
     listener = listener or Listener()
-    chats = [prompt for prompt in conversations if prompt.text is None]
-    prompts = {f"held-out chat {n}": prompt for n, prompt in enumerate(chats, start=1)} | built_in()
+    prompts = prompts_of(conversations)
     expected, refused = _expected(chat, prompts)
     texts = _ollama_texts(ollama_chat, {name: prompts[name] for name in expected})
     asked = list(expected.values())[:answers] if merged_model is not None else []
@@ -78,6 +79,12 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
              _case(name, len(expected[name]), {label: checks[name] for label, checks in found.items()})
              for name in prompts]
     return Parity(engine_name(), cases, greedy, "" if asked else "the merged model is not loaded")
+
+
+def prompts_of(conversations: Sequence[Prompt]) -> dict[str, Prompt]:
+    """The prompts of the report by name: the chats among ``conversations``, and the built-in ones."""
+    chats = [prompt for prompt in conversations if prompt.text is None]
+    return {f"held-out chat {n}": prompt for n, prompt in enumerate(chats, start=1)} | built_in()
 
 
 def _expected(chat: ChatFormat, prompts: Mapping[str, Prompt]) -> tuple[dict[str, list[int]], dict[str, Check]]:
@@ -118,8 +125,10 @@ def _checks(engine: Engine, chat: ChatFormat, prompt: Prompt, expected: Sequence
         in_llama_cpp = _compared(engine, chat, expected, text, LLAMA_CPP)
     except EngineRefused as e:
         in_llama_cpp = Check(DIFFERS, e.message)
-    return {LLAMA_CPP: in_llama_cpp, OLLAMA: ollama_text if isinstance(ollama_text, Check) else
-            _compared(engine, chat, expected, ollama_text, OLLAMA)}
+    if isinstance(ollama_text, Check):
+        return {LLAMA_CPP: in_llama_cpp, OLLAMA: ollama_text}
+    of_template = _compared(engine, chat, expected, ollama_text, OLLAMA)
+    return {LLAMA_CPP: in_llama_cpp, OLLAMA: Check(TEMPLATE) if of_template.state == EQUAL else of_template}
 
 
 def _compared(engine: Engine, chat: ChatFormat, expected: Sequence[int], text: str, column: str) -> Check:

@@ -7,7 +7,7 @@ difference is seen, and seen to end; it is not the fault of an export.
 from __future__ import annotations
 
 from gemma_tune.answers.prompts import Prompt
-from gemma_tune.export.parity_report import COLUMNS, LLAMA_CPP
+from gemma_tune.export.parity_report import COLUMNS, KNOWN, LLAMA_CPP, OLLAMA, Check
 
 _CODE = 'def mean(xs):\n\t"""Of xs."""\n\tif not xs:\n\t\treturn {}  # {{ empty }}\n\n\n    return sum(xs) / len(xs)\n'
 _EMOJI = "👩‍👩‍👧 🇩🇪🇯🇵 👍🏽 ✌️ 1️⃣ 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🙂"
@@ -37,6 +37,17 @@ LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     "40 spaces in a row": (COLUMNS, "llama.cpp divides long runs of spaces otherwise"),
     "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
 }
+
+
+def known(name: str, detail: str, *, in_text: bool) -> Check | None:
+    """The check of a prompt that an Ollama server makes otherwise, if that is a limit of llama.cpp, which it may run.
+
+    Args:
+        in_text: the text is another, and not the number of tokens alone.
+    """
+    limited, reason = LIMITS.get(name, ((), ""))
+    of_templates = bool(limited) and OLLAMA not in limited  # else of the tokenizer
+    return Check(KNOWN, f"{reason} ({detail})") if limited and in_text == of_templates else None
 
 
 def built_in() -> dict[str, Prompt]:

@@ -1,7 +1,7 @@
 """A model in Ollama is asked a question, to see that it loads, answers and stops, and what prompt it gets.
 
 Sources: Ollama's `api/types.go` and `server/routes.go` (/api/show, /api/chat: a model that can think is asked to,
-unless the request says otherwise; `_debug_render_only`).
+unless the request says otherwise; `_debug_render_only`; `truncate`, which older servers ignore).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.ollama.server import PATIENCE, Server, check_status, client_of, json_field, refused, talking_to
+from gemma_tune.ollama.server import PATIENCE, Refused, Server, check_status, client_of, json_field, talking_to
 from gemma_tune.ollama.template import FAMILIES, OllamaChat
 
 Turn = Mapping[str, Any]
@@ -59,34 +59,81 @@ def generate_check(server: Server, name: str, messages: Sequence[Turn], timeout:
 
 
 def rendered_prompt(server: Server, name: str, messages: Sequence[Turn], timeout: float = PATIENCE, *,
-                    chat: OllamaChat | None = None) -> str | None:
+                    chat: OllamaChat | None = None, think: bool | None = None, tools: Sequence[Turn] | None = None,
+                    num_ctx: int | None = None) -> str | None:
     """The prompt that the server makes of the messages; it may begin with the text of BOS.
 
     None from servers that ignore the question (they answer instead, with one token).
 
+    Args:
+        chat, think: what the model was made with, or, where that is known, what requests say of thinking.
+        tools: on offer.
+        num_ctx: room for the prompt and a token, where the model's own context is shorter.
+
     Raises:
+        Refused: the server does not take such a conversation.
         WorkFailed: no answer in time, or an error from the server.
     """
-    request = _request(server, name, messages, chat, 1) | {"_debug_render_only": True}
+    request = _request(server, name, messages, chat, 1, think) | {"_debug_render_only": True}
+    _take_whole(request, tools, num_ctx)
     content = _post(server, "/api/chat", request, timeout, f"lay out a prompt for {name}").content
     debug = json_field(content, "_debug_info")
     text = debug.get("rendered_template") if isinstance(debug, dict) else None
     return text if isinstance(text, str) else None
 
 
+def prompt_tokens(server: Server, name: str, messages: Sequence[Turn], timeout: float = PATIENCE, *,
+                  think: bool | None = None, tools: Sequence[Turn] | None = None,
+                  num_ctx: int | None = None) -> int | None:
+    """How many tokens the server says that it read of a prompt; arguments as for :func:`rendered_prompt`.
+
+    It answers with one token, as none at all means as many as it likes in some versions. None where it says nothing.
+
+    Raises:
+        Refused, WorkFailed: as there.
+    """
+    request = _request(server, name, messages, None, 1, think)
+    _take_whole(request, tools, num_ctx)
+    content = _post(server, "/api/chat", request, timeout, f"read a prompt with {name}").content
+    count = json_field(content, "prompt_eval_count")
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def thinking_of(server: Server, name: str, chat: OllamaChat) -> bool | None:
+    """What requests to the model have to say of thinking, so that it is asked as in training; None for nothing.
+
+    Raises:
+        WorkFailed: as :func:`capabilities`.
+    """
+    return chat.think if chat.think is not None and "thinking" in capabilities(server, name) else None
+
+
 def _request(server: Server, name: str, messages: Sequence[Turn], chat: OllamaChat | None,
-             num_predict: int) -> dict[str, Any]:
+             num_predict: int, think: bool | None = None) -> dict[str, Any]:
     options = {"temperature": 0, "seed": 0, "num_predict": num_predict}
     request = {"model": name, "messages": [_as_sent(turn) for turn in messages], "stream": False, "options": options}
-    if chat is not None and chat.think is not None and "thinking" in capabilities(server, name):
-        request["think"] = chat.think
-    return request
+    if think is None and chat is not None:
+        think = thinking_of(server, name, chat)
+    return request if think is None else request | {"think": think}
 
 
-def _as_sent(turn: Turn) -> dict[str, str]:
-    """A turn of a conversation without tools; Ollama has a name of its own for reasoning."""
+def _take_whole(request: dict[str, Any], tools: Sequence[Turn] | None, num_ctx: int | None) -> None:
+    """Add what a request says whose prompt is compared: the server is to leave nothing of it out."""
+    request["truncate"] = False
+    request |= {"tools": list(tools)} if tools else {}
+    request["options"] |= {"num_ctx": num_ctx} if num_ctx else {}
+
+
+def _as_sent(turn: Turn) -> dict[str, Any]:
+    """A turn as Ollama takes it, which has names of its own for reasoning and for the tool that answers."""
     sent = {"role": turn["role"], "content": turn.get("content") or ""}
-    return sent | ({"thinking": turn["reasoning_content"]} if turn.get("reasoning_content") else {})
+    if turn.get("reasoning_content"):
+        sent["thinking"] = turn["reasoning_content"]
+    if turn.get("tool_calls"):
+        sent["tool_calls"] = [{key: call[key] for key in ("id", "function") if key in call}
+                              for call in turn["tool_calls"]]
+    names = {"name": "tool_name", "tool_call_id": "tool_call_id"}
+    return sent | {theirs: turn[ours] for ours, theirs in names.items() if turn["role"] == "tool" and turn.get(ours)}
 
 
 def _post(server: Server, path: str, request: Mapping[str, Any], timeout: float, doing: str) -> httpx.Response:
@@ -95,7 +142,7 @@ def _post(server: Server, path: str, request: Mapping[str, Any], timeout: float,
         response = client.post(path, json=request)
     check_status(response, doing)
     if error := json_field(response.content, "error"):
-        raise refused(doing, str(error))
+        raise Refused(doing, str(error))
     return response
 
 

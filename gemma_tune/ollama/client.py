@@ -18,12 +18,13 @@ from pathlib import Path
 import httpx
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.ollama.ask import capabilities, generate_check, rendered_prompt
+from gemma_tune.ollama.ask import capabilities, generate_check, prompt_tokens, rendered_prompt, thinking_of
 from gemma_tune.ollama.modelfile import merged_parameters, system_text, unix_lines
 from gemma_tune.ollama.names import default_model_name, tagged, validate_model_name
 from gemma_tune.ollama.server import (
     LOOK_AT_LOG,
     PATIENCE,
+    Refused,
     Server,
     check_status,
     check_version,
@@ -31,15 +32,15 @@ from gemma_tune.ollama.server import (
     find_server,
     json_field,
     ollama_host,
-    refused,
     server_words,
     talking_to,
 )
 from gemma_tune.ollama.template import OllamaChat
 
 __all__ = [
-    "Server", "capabilities", "check_version", "create_model", "default_model_name", "find_server", "generate_check",
-    "install_hint", "manual_command", "ollama_host", "rendered_prompt", "tagged", "validate_model_name",
+    "Refused", "Server", "capabilities", "check_version", "create_model", "default_model_name", "find_server",
+    "generate_check", "install_hint", "manual_command", "ollama_host", "prompt_tokens", "rendered_prompt", "tagged",
+    "thinking_of", "validate_model_name",
 ]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
@@ -145,7 +146,7 @@ def _follow(response: httpx.Response, on_progress: Progress) -> None:
         if not line.strip():
             continue
         if error := json_field(line, "error"):
-            raise refused("make the model", str(error))
+            raise Refused("make the model", str(error))
         status = json_field(line, "status")
         if not isinstance(status, str):
             raise WorkFailed(f"Ollama answered something that is not a status: {line[:200]!r}", LOOK_AT_LOG)

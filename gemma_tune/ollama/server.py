@@ -194,12 +194,22 @@ def check_status(response: httpx.Response, doing: str) -> None:
     response.read()
     if response.status_code == 403 and not response.content:
         raise WorkFailed("Ollama refuses the host name in OLLAMA_HOST", _FOREIGN_HOST)
-    raise refused(doing, server_words(response))
+    raise Refused(doing, server_words(response), response.status_code)
 
 
-def refused(doing: str, words: str) -> WorkFailed:
-    hint = next((hint for mark, hint in _HINTS if mark in words.lower()), LOOK_AT_LOG)
-    return WorkFailed(f"Ollama could not {doing}: {words}", hint)
+class Refused(WorkFailed):
+    """The server answers, and does not do what it was asked.
+
+    Args:
+        doing: what that was, after "Ollama could not".
+        words: the server's.
+        status: of HTTP; an error can come inside 200.
+    """
+
+    def __init__(self, doing: str, words: str, status: int = 200):
+        hint = next((hint for mark, hint in _HINTS if mark in words.lower()), LOOK_AT_LOG)
+        super().__init__(f"Ollama could not {doing}: {words}", hint)
+        self.words, self.status = words, status
 
 
 def server_words(response: httpx.Response) -> str:

@@ -230,7 +230,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         for maker, output in (NEEDS[stage][name] for name in inputs):
             require_unharmed(run, manifest, stage, maker, output)
         finished = work(session)
-        with _nothing_left_of(finished):
+        with nothing_left_of(finished):
             manifest.stages[stage] = {
                 "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
                 "config": session.resolved.record(), "inputs": fingerprints,
@@ -239,7 +239,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
                 "summary": redacted(finished.summary),
             }
             manifest.announce(run)
-        _put_in_place(run, manifest, finished.fresh)
+        put_results(run, manifest, finished.fresh)
     return _report(session, stage, "done", time.monotonic() - clock)
 
 
@@ -260,7 +260,7 @@ def locked(session: Session, stage: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nothing_left_of(finished: Finished) -> Iterator[None]:
+def nothing_left_of(finished: Finished) -> Iterator[None]:
     """Remove what was made if it cannot be recorded."""
     try:
         yield
@@ -270,7 +270,7 @@ def _nothing_left_of(finished: Finished) -> Iterator[None]:
         raise
 
 
-def _put_in_place(run: RunDir, manifest: Manifest, fresh: Mapping[Path, Path]) -> None:
+def put_results(run: RunDir, manifest: Manifest, fresh: Mapping[Path, Path]) -> None:
     """Let what was made take its place, and its record after it."""
     try:
         for target, made in fresh.items():

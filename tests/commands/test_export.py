@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.ollama import go_template
 from support.command import QUICK, rows, write_rows
 from support.gguf import LlamaCpp
 from support.modelfile import parse_modelfile
-from support.ollama import LoopbackOllama
+from support.ollama import LoopbackOllama, by_template
 
 
 def remember(run: Path, stage: str, name: str) -> None:
@@ -92,15 +91,9 @@ def test_no_create_leaves_the_server_alone(export, merged, monkeypatch):
         assert server.paths() == []
 
 
-def go(system: str, messages: list[dict]) -> str:
-    """What Ollama's own template engine makes of the TEMPLATE in the Modelfile."""
-    [text] = go_template.render(modelfile(Path("runs/tiny-gemma"))["template"], [messages], system or None)
-    return text
-
-
 def test_a_new_model_is_asked_a_held_out_prompt(export, merged, go_cache):
     """Its answer is in the result, and what is odd about it is said."""
-    with LoopbackOllama(render=go) as server:
+    with LoopbackOllama(render=by_template) as server:
         result = export("--host", server.url, "--json")
         assert result.code == 0, result.err
         answer = result.json["answer"]
@@ -358,7 +351,7 @@ def test_weights_that_are_overwritten_are_not_lent_again():
             again()
 
 
-def test_everything_is_decided_once(cli, merged, monkeypatch):
+def test_everything_is_decided_once(cli, merged, monkeypatch, go_cache):
     """Configuration, vocabulary, template and data are read once, for several formats and the deployment as well."""
     from gemma_tune.export import files as export_files
     from gemma_tune.gguf import writer
@@ -371,7 +364,7 @@ def test_everything_is_decided_once(cli, merged, monkeypatch):
             return real(*args)
 
         monkeypatch.setattr(place, name, once)
-    with LoopbackOllama("0.34.1") as server:
+    with LoopbackOllama("0.34.1", render=by_template) as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         result = cli("export-ollama", "--quant", "f16,q8_0,q4_0", "--no-measure", "--json")
         assert result.code == 0, result.err

@@ -47,7 +47,10 @@ def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, 
         "q4_k_m": "loses 50% of what was learned", "q8_0": None, "q4_0": "loses all that was learned"}
     assert result.json["next"] == [f"ollama create tiny-gemma-tuned:q8_0 -f {OLLAMA}/Modelfile-q8_0",
                                    "ollama run tiny-gemma-tuned:q8_0"]
-    assert result.json["elsewhere"] == [f"llama-cli -m {OLLAMA}/tiny-gemma-q8_0.gguf"]
+    gguf = f"{OLLAMA}/tiny-gemma-q8_0.gguf"
+    assert result.json["elsewhere"] == [f"llama-cli -m {gguf}", f"llama-server -m {gguf} --jinja",
+                                        f"lms import --copy {gguf}"]
+    assert result.json["file"] == gguf
     assert result.json["name"] == "tiny-gemma-tuned:q8_0"
     said = " ".join(result.err.split())  # however wide the terminal is
     for line in ("q8_0 0 MB, perplexity +1.0% against f16, tiny-gemma-tuned:q8_0",
@@ -62,7 +65,7 @@ def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, 
 def test_if_all_are_bad_another_is_proposed(measured):
     result = measured("--quant", "q4_0", "--json")
     assert result.json["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0"]
-    assert result.json["elsewhere"] == []
+    assert result.json["elsewhere"] == [] and result.json["file"] is None
     assert "what it costs" in result.err and "loses all that was learned" in result.err
     with LoopbackOllama() as server:
         created = measured("--quant", "q4_0", "--host", server.url, "--json")

@@ -81,13 +81,13 @@ def test_the_export_is_asked_and_answers_as_the_model_was_trained(exported, tiny
     conversations = [Prompt(talk("Say number 3.")), Prompt([], text="plain text has no prompt to compare")]
     parity = verify(exported.chat, exported.ollama, {"f16": exported.gguf, "other": other.gguf}, conversations,
                     merged_model=model, answers=3, answer_tokens=12)
-    assert states(parity) == {"llama.cpp": {"equal"}, "Ollama": {"equal"}} and parity.ok, parity.markdown()
+    assert states(parity) == {"llama.cpp": {"equal"}, "Ollama": {"template only"}} and parity.ok, parity.markdown()
     assert [case.name for case in parity.cases][:3] == ["held-out chat 1", "no system", "system"]
     same, different = parity.greedy["f16"], parity.greedy["other"]
     assert (same.answers, same.whole, same.leading) == (3, 3, same.tokens) and same.tokens > 3
     assert (different.answers, different.whole) == (3, 0) and different.leading < same.leading
     assert parity.as_json()["ids"]["Ollama"] == {
-        "equal": 15, "differs": 0, "known_limit": 0, "not_checked": 0, "remarks": []}
+        "equal": 0, "template_only": 15, "differs": 0, "known_limit": 0, "not_checked": 0, "remarks": []}
     assert len(json.dumps(parity.as_json())) < 2500
     [wide] = [case for case in parity.cases if case.name == "padded wide spaces"]
     assert str(wide.checks["llama.cpp"]).startswith("known limit: llama.cpp's template engine trims ASCII")
@@ -127,7 +127,7 @@ def test_a_tokenizer_that_composes_characters_is_a_known_limit(tmp_path, go_cach
     path = tmp_path / "m.gguf"
     write_gguf(tmp_path / "qwen", path, "f32", name="m", chat_template=chat.template, eot_token_id=chat.terminator_id)
     parity = verify(chat, chat_for(chat.template), {"f32": path}, [])
-    assert states(parity) == {"llama.cpp": {"equal"}, "Ollama": {"equal"}} and parity.ok, parity.markdown()
+    assert states(parity) == {"llama.cpp": {"equal"}, "Ollama": {"template only"}} and parity.ok, parity.markdown()
     [apart] = [case for case in parity.cases if case.name == "accents apart"]
     assert {check.state for check in apart.checks.values()} == {"known limit"}
 
@@ -145,7 +145,7 @@ def test_a_line_break_too_many_is_found_in_the_column_that_has_it(exported, tmp_
 
     broken = export(exported.checkpoint, tmp_path / "m.gguf", lambda t: t.replace("'<end_of_turn>\\n'", "'<end_of_turn>'"))
     in_gguf = verify(exported.chat, exported.ollama, {"good": exported.gguf, "bad": broken.gguf}, [])
-    assert states(in_gguf) == {"llama.cpp": {"differs"}, "Ollama": {"equal"}}
+    assert states(in_gguf) == {"llama.cpp": {"differs"}, "Ollama": {"template only"}}
     assert in_gguf.cases[0].checks["llama.cpp"].detail.startswith("bad: token ")
     assert "good" not in in_gguf.markdown()
 
@@ -192,11 +192,13 @@ def test_the_report_as_rows_and_markdown():
     assert "| emoji | – | not checked: no | not checked: no |\n" in text and "llama-server" in text
     assert parity.as_json() == {
         "ok": False, "engine": "llama-server",
-        "prompts": [{"name": "code", "tokens": 1200, "llama.cpp": "equal", "Ollama": "differs"},
-                    {"name": "emoji", "tokens": 0, "llama.cpp": "not checked", "Ollama": "not checked"}],
-        "ids": {"llama.cpp": {"equal": 1, "differs": 0, "known_limit": 0, "not_checked": 1,
+        "prompts": [{"name": "code", "tokens": 1200, "llama.cpp": "equal", "Ollama": "differs", "details": {
+                        "Ollama": "token 2 is '|' in Hugging Face, '\\n' in Ollama"}},
+                    {"name": "emoji", "tokens": 0, "llama.cpp": "not checked", "Ollama": "not checked", "details": {
+                        "llama.cpp": "no", "Ollama": "no"}}],
+        "ids": {"llama.cpp": {"equal": 1, "template_only": 0, "differs": 0, "known_limit": 0, "not_checked": 1,
                               "remarks": ["emoji: not checked: no"]},
-                "Ollama": {"equal": 0, "differs": 1, "known_limit": 0, "not_checked": 1, "remarks": [
+                "Ollama": {"equal": 0, "template_only": 0, "differs": 1, "known_limit": 0, "not_checked": 1, "remarks": [
                     "code: differs: token 2 is '|' in Hugging Face, '\\n' in Ollama", "emoji: not checked: no"]}},
         "greedy": {"q8_0": {"answers": 4, "whole": 3, "tokens": 40, "leading": 31}}}
     assert Parity("", [Case("digits", 1, {**checks, "Ollama": Check("known limit", "x")})], {}).ok

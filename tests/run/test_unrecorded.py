@@ -111,7 +111,7 @@ def made(root: Path, generation: int) -> None:
             "outputs": {name: describe(run, path, lies_at=fresh[path]) for name, path in targets.items()},
             "summary": {"generation": generation}}
         manifest.announce(run)
-        stage._put_in_place(run, manifest, fresh)
+        stage.put_results(run, manifest, fresh)
 
 
 def test_after_a_kill_at_any_step_the_record_is_that_of_what_is_there(tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 It stores blobs by their real digest, makes models only from uploaded GGUF files, refuses what the real server refuses
 (`server/create.go` before and after Ollama's pull request #14969, `server/routes.go`, `types/model/name.go`), streams
 NDJSON, and answers a chat with a fixed text, of which `num_predict` may cut words off. It shows the prompt that it would
-make where that is asked for, and asks models that can think to do so, as the real one does. Faults can be switched on by
-name. Every request is recorded.
+make where that is asked for, and asks models that can think to do so, as the real one does. A prompt's tokens are counted
+by llama.cpp in the file that was uploaded, as each generation counts them: the first ones with llama.cpp's server less
+what it had cached. Faults can be switched on by name. Every request is recorded.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from gemma_tune.ollama import go_template
+from support.gguf import LlamaCpp
+
 ANSWER = "This is the loopback server's answer."
 THOUGHT = "They want to know who I am."
-VERSIONS = {"0.33": "0.33.0", "0.34.1": "0.34.1"}
+# 0.30.0 counts only what it had not cached (ollama#16414), those before and after it count all.
+VERSIONS = {"0.24": "0.24.0", "0.30": "0.30.0", "0.33": "0.33.0", "0.34.1": "0.34.1"}
 FAULTS = frozenset(
     {
         "create-error",  # an error inside HTTP 200, after the first status
@@ -42,6 +47,8 @@ FAULTS = frozenset(
         "chat-marker",  # the first stop is in the answer, which goes on after it
         "chat-new-turn",  # the answer is followed by a turn of Gemma's
         "no-render",  # as servers that do not know _debug_render_only, which answer instead
+        "own-tokenizer",  # which is not llama.cpp's, as versions before 0.30 have: a paragraph break is two tokens
+        "no-count",  # an answer without prompt_eval_count, as versions before 0.4 gave to a prompt that they had cached
     }
 )
 QUANTIZE = (
@@ -69,13 +76,25 @@ def plain_prompt(system: str, messages: list[dict]) -> str:
     return "".join(f"[{turn['role']}]{turn['content']}" for turn in [*turns, *messages])
 
 
+def by_template(system: str, messages: list[dict], template: str) -> str:
+    """Ollama's rendering of a model's TEMPLATE, by Go's own engine."""
+    key = (template, system, json.dumps(messages))
+    if key not in _RENDERED:
+        [_RENDERED[key]] = go_template.render(template, [messages], system or None)
+    return _RENDERED[key]
+
+
+_RENDERED: dict[tuple[str, str, str], str] = {}
+
+
 class LoopbackOllama:
     """`with LoopbackOllama("0.33", faults={"create-cut"}) as server:`, then server.url, .models, .requests.
 
     Args:
         version: what the server says of itself, where it is not its generation's.
         thinks: whether the template in the GGUF files is one that can think, which the server reads off.
-        render: makes the prompt of a system text and messages, in the place of the server's templates.
+        render: makes the prompt of a system text and messages, in the place of the server's templates; `by_template`
+            also gets the model's.
     """
 
     def __init__(self, generation: str = "0.34.1", faults: Iterable[str] = (), *, version: str | None = None,
@@ -84,6 +103,9 @@ class LoopbackOllama:
         self.thinks, self.render = thinks, render
         assert self.faults <= FAULTS, self.faults - FAULTS
         self.strict = generation == "0.34.1"
+        self.generation = generation
+        self._engines: dict[str, LlamaCpp] = {}
+        self._cached: list[int] = []  # ids of the prompt before
         self.models: dict[str, dict] = {}  # what /api/create was given, by full name (with its tag)
         self.requests: list[Recorded] = []
         self.stopped = threading.Event()
@@ -111,6 +133,29 @@ class LoopbackOllama:
 
     def blob(self, digest: str) -> Path:
         return self.blobs / digest.replace(":", "-")
+
+    def prompt(self, model: dict, messages: list[dict]) -> str:
+        more = (model["template"],) if self.render is by_template else ()
+        return self.render(model.get("system", ""), messages, *more)
+
+    def counted(self, model: dict, prompt: str) -> dict[str, int]:
+        """What an answer says of the number of a prompt's tokens."""
+        if "no-count" in self.faults:
+            return {}
+        [digest] = model["files"].values()
+        with open(self.blob(digest), "rb") as file:
+            stands_for_a_file = b"tokenizer.ggml" not in file.read(1 << 20)
+        if stands_for_a_file:
+            return {"prompt_eval_count": len(prompt.split())}
+        if digest not in self._engines:
+            self._engines[digest] = LlamaCpp(self.blob(digest))
+        ids = self._engines[digest].tokenize(prompt, special=True)
+        same = next((n for n, (a, b) in enumerate(zip(ids, self._cached)) if a != b), min(len(ids), len(self._cached)))
+        cached, self._cached = min(same, len(ids) - 1), ids  # the last token is always computed
+        if self.generation == "0.30":
+            return {"prompt_eval_count": len(ids) - cached}
+        count = len(ids) + ("own-tokenizer" in self.faults) * prompt.count("\n\n")
+        return {"prompt_eval_count": count} | ({"prompt_eval_cached_count": cached} if self.generation == "0.34.1" else {})
 
 
 class _Refusal(Exception):
@@ -281,7 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _capabilities(self, model: dict) -> list[str]:
         thinks = self.ollama.thinks if "parser" not in model else model["parser"] == "gemma4"
-        return ["completion", "thinking"] if thinks else ["completion"]
+        tools = "parser" in model or ".Tools" in model.get("template", "")
+        return ["completion", *(["tools"] if tools else []), *(["thinking"] if thinks else [])]
 
     def _post_api_chat(self) -> None:
         model = self._model()
@@ -294,17 +340,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.ollama.stopped.wait(30)
         asked, options = self.record.body, self.record.body.get("options", {})
         can_think = "thinking" in self._capabilities(model)
+        if asked.get("tools") and "tools" not in self._capabilities(model):
+            raise _Refusal(400, f"registry.ollama.ai/library/{asked['model']} does not support tools")
         if asked.get("think") and not can_think:
             raise _Refusal(400, f'"{asked["model"]}" does not support thinking')
         if "chat-error-inside" in self.ollama.faults:
             return self._json({"error": "an error was encountered while running the model"})
-        prompt = self.ollama.render(model.get("system", ""), asked["messages"])
+        prompt = self.ollama.prompt(model, asked["messages"])
         if asked.get("_debug_render_only") and "no-render" not in self.ollama.faults:
             return self._json({"model": asked["model"], "_debug_info": {"rendered_template": prompt}})
         thought = THOUGHT if asked.get("think", can_think) else ""
         answer, ended = self._answer(model, thought, options.get("num_predict", -1))
         message = {"role": "assistant", "content": answer} | ({"thinking": thought} if thought else {})
-        counts = {"prompt_eval_count": len(prompt.split()), "eval_count": len(answer.split()),
+        counts = {**self.ollama.counted(model, prompt), "eval_count": len(answer.split()),
                   "total_duration": 1_500_000_000, "load_duration": 250_000_000}
         self._json({"model": asked["model"], "message": message, "done": True,
                     "done_reason": "stop" if ended else "length"} | counts)
