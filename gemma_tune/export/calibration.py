@@ -67,7 +67,7 @@ class Calibration:
     """
 
     def __init__(self, model: LayerwiseModel, rows: Sequence[np.ndarray]):
-        self._model, self._sequences = model, rows
+        self.model, self.sequences = model, rows
         self.tokens = sum(map(len, rows))
         self._layer_of = {model.name(module): n for n, layer in enumerate(model.layers)
                           for module in layer.modules() if isinstance(module, torch.nn.Linear)}
@@ -80,56 +80,56 @@ class Calibration:
 
     def inputs(self, source: str | None) -> Inputs | None:
         """Of the matrix that the checkpoint calls ``source``; None where nothing is known of it."""
-        if source is not None and source == self._model.head:
+        if source is not None and source == self.model.head:
             self._head = self._head or self._inputs_of_head()
             return self._head
         n = self._layer_of.get(source or "")
         if n is not None and source not in self._known:
             if self._next > n:
-                self._begin(self._sequences)
+                self._begin(self.sequences)
             while self._next <= n:
                 self._one_layer(self._keeps or self._next == n)
         return self._known.get(source or "")
 
     def _begin(self, rows: Sequence[np.ndarray]) -> None:
         with torch.no_grad():
-            self._rows, self._next = self._model.start(rows), 0
+            self._rows, self._next = self.model.start(rows), 0
 
     def _one_layer(self, noting: bool) -> None:
         """Take the rows through the next layer, and its inputs into what is known."""
         notes = _Notes()
-        with torch.no_grad(), self._model.loaded(self._next) as layer:
+        with torch.no_grad(), self.model.loaded(self._next) as layer:
             handles = [module.register_forward_hook(notes) for module in layer.modules()
                        if noting and isinstance(module, torch.nn.Linear)]
             try:
                 for row in self._rows:
                     notes.seen = []
-                    row.states = self._model.through(self._next, layer, row)
+                    row.states = self.model.through(self._next, layer, row)
             finally:
                 for handle in handles:
                     handle.remove()
         if not self._keeps:
             self._known = {}
-        self._known |= {self._model.name(module): found for module, found in notes.inputs().items()}
+        self._known |= {self.model.name(module): found for module, found in notes.inputs().items()}
         self._next += 1
 
     def _inputs_of_head(self) -> Inputs | None:
         """Of the output head, which comes behind the last layer."""
-        tied = self._model.head == self._model.embedding
+        tied = self.model.head == self.model.embedding
         # Of a large model the layers are gone through once more for it, and mean squares need few tokens.
         few = tied and not self._keeps
-        if few or self._next < len(self._model.layers) or not self._rows:
-            self._begin(sample(self._sequences, _HEAD_TOKENS) if few else self._sequences)
-        while self._next < len(self._model.layers):
+        if few or self._next < len(self.model.layers) or not self._rows:
+            self._begin(sample(self.sequences, _HEAD_TOKENS) if few else self.sequences)
+        while self._next < len(self.model.layers):
             self._one_layer(self._keeps)
         gram = None
         with torch.no_grad():
             for row in self._rows:
-                states = self._model.finish(row)
+                states = self.model.finish(row)
                 gram = gram or Gram(states.shape[-1], states.device)
                 gram.add(states)
         count = sum(row.ids.numel() for row in self._rows)
-        self._rows, self._next = ([], len(self._model.layers)) if few else (self._rows, self._next)
+        self._rows, self._next = ([], len(self.model.layers)) if few else (self._rows, self._next)
         found = inputs_of(gram.done(), count) if gram else None
         # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
         return Inputs(found.importance, None) if found and tied else found

@@ -42,6 +42,7 @@ FILE_TYPES = {"f32": FileType.ALL_F32, "bf16": FileType.MOSTLY_BF16, "f16": File
               "q4_1": FileType.MOSTLY_Q4_1, "q4_0": FileType.MOSTLY_Q4_0}  # fmt: skip
 QUANTS = tuple(FILE_TYPES)
 COARSE = QUANTS[QUANTS.index("q8_0"):]  # of blocks, whose rounding can be calibrated
+MIXED = ("q4_k_m", "q5_k_m")  # their names promise a size, and more bits where they matter
 PLAIN = (Type.F32, Type.F16, Type.BF16)
 K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
 
@@ -103,7 +104,7 @@ def _head_type(wanted: Type, columns: int) -> Type:
 
 def _more_bits(quant: str, names: Sequence[str], model: Architecture) -> dict[str, Type]:
     """The tensors to which a mix gives another type than to the rest."""
-    if quant not in ("q4_k_m", "q5_k_m"):
+    if quant not in MIXED:
         return {}
     values = sorted((n for n in names if n.endswith("attn_v.weight")), key=_block_number)
     downs = sorted((n for n in names if n.endswith("ffn_down.weight")), key=_block_number)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
@@ -174,6 +175,7 @@ def write_gguf(
     on_tensor: Callable[[int, int, str], None] | None = None,
     parts: Parts | None = None,
     rounding: Rounding | None = None,
+    types: Mapping[str, Type] | None = None,
 ) -> GgufSummary:
     """Write `checkpoint` as the GGUF file `out`.
 
@@ -189,6 +191,7 @@ def write_gguf(
         on_tensor: called after each tensor with how many are done, how many there are, and its name.
         parts: what :func:`parts_of` made of the checkpoint, where several files are written.
         rounding: how matrices of few bits are rounded, if not each weight by itself.
+        types: of some matrices, by their names in the file, in place of what ``quant`` gives them.
 
     Raises:
         UserError: the checkpoint or an argument can't be used; everything found before writing is listed together.
@@ -205,7 +208,7 @@ def write_gguf(
         return _with_llama_quantize(checkpoint, out, quant, name=name, chat_template=chat_template,
                                     eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor, parts=parts)
     with replacing(out) as partial, ExitStack() as stack:
-        plan = [replace(tensor, rounding=rounding) for tensor in _plan(model, checkpoint, quant)]
+        plan = [replace(tensor, rounding=rounding) for tensor in _plan(model, checkpoint, quant, types or {})]
         _check_space(out.parent, plan, vocab)
         writer = gguf.GGUFWriter(partial, model.name)
         stack.callback(writer.close)
@@ -252,8 +255,20 @@ def _suppressed(checkpoint: Path) -> list[int]:
     return list(generation_settings(checkpoint).get("suppress_tokens") or ())
 
 
-def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTensor]:
-    """Give every tensor its type; all that is missing, unknown or misshapen is one UserError."""
+def _plan(model: Architecture, checkpoint: Path, quant: str, types: Mapping[str, Type]) -> list[PlannedTensor]:
+    """Give every tensor its type."""
+    wanted = tensors_of(model, checkpoint)
+    choices = choose_types(quant, [(spec.name, spec.shape) for spec, _ in wanted], model)
+    return [PlannedTensor(spec, stored, TypeChoice(types[spec.name]) if spec.name in types else choice)
+            for (spec, stored), choice in zip(wanted, choices, strict=True)]
+
+
+def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, StoredTensor | None]]:
+    """What a file of a checkpoint holds, in its order, and where the checkpoint has it.
+
+    Raises:
+        UserError: something is missing, unknown or misshapen, or cannot be written; all of it together.
+    """
     stored = {model.canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()
               if not model.left_out(name)}
     wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
@@ -275,9 +290,7 @@ def _plan(model: Architecture, checkpoint: Path, quant: str) -> list[PlannedTens
     if not model.own_head and (own := [spec.source for spec in wanted if spec.tied_to]):
         raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
                         "other output head.", "Train without the output head, or with tied embeddings.")
-    choices = choose_types(quant, [(spec.name, spec.shape) for spec in wanted], model)
-    return [PlannedTensor(spec, stored.get(spec.source or ""), choice)
-            for spec, choice in zip(wanted, choices, strict=True)]
+    return [(spec, stored.get(spec.source or "")) for spec in wanted]
 
 
 def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:
@@ -289,12 +302,22 @@ def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:
 
 def _check_space(folder: Path, plan: list[PlannedTensor], vocab: Vocabulary) -> None:
     """Refuse to start what can't be finished. An earlier file stays until the end, so its space doesn't count."""
-    tensors = sum(gguf.GGUFWriter.ggml_pad(t.nbytes, gguf.GGUF_DEFAULT_ALIGNMENT) for t in plan)
-    needed = tensors + sum(len(text.encode()) + 16 for text in vocab.tokens) + METADATA_MARGIN
+    needed = sum(padded(t.nbytes) for t in plan) + vocabulary_bytes(vocab) + METADATA_MARGIN
     free = shutil.disk_usage(folder).free
     if free < needed:
         hint = "Free some space, choose a smaller --quant, or another folder."
         raise WorkFailed(f"{folder} has {gigabytes(free)} free; the GGUF file takes {gigabytes(needed)}.", hint)
+
+
+def padded(nbytes: int) -> int:
+    """Bytes that a tensor of so many takes in a file."""
+    return gguf.GGUFWriter.ggml_pad(nbytes, gguf.GGUF_DEFAULT_ALIGNMENT)
+
+
+def vocabulary_bytes(vocabulary: Vocabulary) -> int:
+    """Bytes of a file's arrays of tokens and merges: a length of 8 bytes and the text, a score and a type of 4 each."""
+    return (sum(len(text.encode()) + 16 for text in vocabulary.tokens)
+            + sum(len(pair.encode()) + 8 for pair in vocabulary.merges or ()))
 
 
 def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[PlannedTensor]) -> None:

@@ -93,14 +93,26 @@ class LayerwiseModel:
         """The name of the embedding's weight."""
         return self.name(self.model.get_input_embeddings())
 
+    def some_rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """Rows of a matrix, by their numbers in ascending order: float32 (numbers, columns)."""
+        stored = self._stored[name]
+        found = np.empty((len(numbers), *stored.shape[1:]), np.float32)
+        step = max(1, _ELEMENTS // max(1, stored.shape[1]))
+        for start in range(0, stored.shape[0], step):
+            first, last = np.searchsorted(numbers, (start, start + step))
+            if first < last:
+                found[first:last] = stored.rows(start, start + step)[numbers[first:last] - start]
+        return found
+
     # --- rows -------------------------------------------------------------------------------------------------------
 
     def start(self, rows: Sequence[np.ndarray]) -> list[Row]:
         """Sequences of token ids, before the first layer."""
         known = np.unique(np.concatenate(rows))
         for module in self._embeddings:
-            stored = self._stored[self.name(module)]
-            module._parameters["weight"] = self._parameter(_some_rows(stored, known[known < stored.shape[0]]))
+            name = self.name(module)
+            module._parameters["weight"] = self._parameter(
+                self.some_rows(name, known[known < self._stored[name].shape[0]]))
         return [self._before(torch.from_numpy(np.searchsorted(known, row))[None].to(self._placement.device))
                 for row in rows]
 
@@ -163,14 +175,3 @@ class LayerwiseModel:
     def _parameter(self, values: np.ndarray) -> torch.nn.Parameter:
         tensor = torch.from_numpy(values).to(self._placement.device, self._placement.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)
-
-
-def _some_rows(stored: StoredTensor, numbers: np.ndarray) -> np.ndarray:
-    """Rows of a matrix, by their numbers in ascending order: float32 (numbers, columns)."""
-    found = np.empty((len(numbers), *stored.shape[1:]), np.float32)
-    step = max(1, _ELEMENTS // max(1, stored.shape[1]))
-    for start in range(0, stored.shape[0], step):
-        first, last = np.searchsorted(numbers, (start, start + step))
-        if first < last:
-            found[first:last] = stored.rows(start, start + step)[numbers[first:last] - start]
-    return found

@@ -1,0 +1,108 @@
+"""Which type each matrix of a file gets: by what rounding it was measured to cost, for the size that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from gguf import GGMLQuantizationType as Type
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import size_text
+from gemma_tune.export.calibration import Calibration, sample
+from gemma_tune.export.files import ExportSource
+from gemma_tune.export.sensitivity import Costs, costs
+from gemma_tune.gguf.architectures.parts import TensorSpec
+from gemma_tune.gguf.mix import Matrix, best_mix, types_for
+from gemma_tune.gguf.types import COARSE, MIXED, choose_types, nbytes
+from gemma_tune.gguf.writer import padded, tensors_of, vocabulary_bytes
+
+# Tokens times parameters, as for the calibration itself: each token goes through the layers four times.
+_WORK = 1_000_000_000_000
+_FEWEST, _MOST = 256, 1024  # tokens
+_METADATA = 64 * 1024  # bytes for what describes the model, besides vocabulary and chat template
+
+
+@dataclass
+class Mixes:
+    """The mixes of one export; what rounding costs is measured when the first is asked for.
+
+    Args:
+        calibration: of the merged model.
+    """
+
+    source: ExportSource
+    calibration: Calibration
+    listener: Listener
+    _costs: Costs = field(default_factory=dict)
+
+    def of(self, quant: str) -> dict[str, Type]:
+        """Types of matrices for a format whose name promises a size and no single type; no larger than llama.cpp's."""
+        if quant not in MIXED:
+            return {}
+        chosen, matrices = self._llama_cpp(quant), self._matrices()
+        room = sum(nbytes(chosen[name], matrix.shape) for name, matrix in matrices.items())
+        best = best_mix(matrices, room)
+        return best if best and _cost(matrices, best) <= _cost(matrices, chosen) else {}
+
+    def of_size(self, size: int) -> tuple[str, dict[str, Type]]:
+        """The best mix for a file of no more than ``size`` bytes: the format that is nearest to it, and its types.
+
+        Raises:
+            UserError: even the smallest types take more.
+        """
+        matrices, besides = self._matrices(), self._besides()
+        best = best_mix(matrices, size - besides)
+        if best is None:
+            least = besides + sum(min(nbytes(kind, matrix.shape) for kind in matrix.costs)
+                                  for matrix in matrices.values())
+            raise UserError(f"no file of this model fits into {size_text(size)}: four bits take {size_text(least)}",
+                            f"ask for more, such as --size {-(-least // 1_000_000)}MB, or train a smaller model")
+        taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
+        sizes = {quant: sum(nbytes(kind, matrices[name].shape) for name, kind in self._llama_cpp(quant).items()
+                            if name in matrices) for quant in COARSE}
+        return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
+
+    def expected(self, quant: str, types: Mapping[str, Type]) -> float:
+        """Nats per token that rounding to the types of a format costs, but for matrices that were not measured."""
+        return _cost(self._matrices(), self._llama_cpp(quant) | dict(types))
+
+    def _matrices(self) -> dict[str, Matrix]:
+        """Those whose type is to be chosen, by their names in the file."""
+        specs = [spec for spec in self._specs() if len(spec.shape) == 2 and spec.source]
+        if not self._costs:
+            model, rows = self.calibration.model, self.calibration.sequences
+            parameters = sum(spec.shape[0] * spec.shape[1] for spec in specs)
+            tokens = min(_MOST, max(_FEWEST, _WORK // parameters))
+            self._costs = costs(model, sample(rows, tokens), {spec.source: types_for(spec.shape[1]) for spec in specs},
+                                partial(self.listener.progress, "measuring what rounding each matrix costs"))
+        quantised = {name for name, kind in self._llama_cpp("q8_0").items() if kind == Type.Q8_0}
+        return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in specs
+                if spec.name in quantised and self._costs.get(spec.source)}
+
+    def _specs(self) -> list[TensorSpec]:
+        assert self.source.architecture is not None
+        return [spec for spec, _ in tensors_of(self.source.architecture, self.source.merged)]
+
+    def _llama_cpp(self, quant: str) -> dict[str, Type]:
+        """Every tensor's type in llama.cpp's mix."""
+        assert self.source.architecture is not None
+        tensors = [(spec.name, spec.shape) for spec in self._specs()]
+        choices = choose_types(quant, tensors, self.source.architecture)
+        return {name: choice.type for (name, _), choice in zip(tensors, choices, strict=True)}
+
+    def _besides(self) -> int:
+        """Bytes of a file that do not depend on the mix."""
+        assert self.source.parts is not None
+        matrices, kinds = self._matrices(), self._llama_cpp("q8_0")
+        # A multiple of 32 elements takes a multiple of 2 bytes, and each tensor is filled up to one of 32.
+        rest = sum(padded(nbytes(kinds[spec.name], spec.shape)) if spec.name not in matrices else 32
+                   for spec in self._specs())
+        return rest + vocabulary_bytes(self.source.parts.vocabulary) + len(self.source.template.encode()) + _METADATA
+
+
+def _cost(matrices: Mapping[str, Matrix], types: Mapping[str, Type]) -> float:
+    """Of the matrices that were measured; a type that was not counts as none of them."""
+    return sum(matrix.costs.get(types[name], 0.0) for name, matrix in matrices.items())
