@@ -12,8 +12,8 @@ import gemma_tune
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.thinking import settled, with_thinking
 from gemma_tune.ollama import go_template
+from gemma_tune.ollama.go_text import SPACES
 from gemma_tune.ollama.template import chat_for
-from gemma_tune.ollama.turns import SPACES
 from support.templates import SMOLLM2, trl_template
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.ollama.go_text import lossy_runes
 from gemma_tune.ollama.modelfile import PARAMETERS, unix_lines
-from gemma_tune.ollama.turns import lossy_runes
 
 
 def parse_modelfile(text: str) -> dict:
