@@ -14,6 +14,7 @@ from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.capabilities import tell_capabilities
 from gemma_tune.ollama.server import Server
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import read_manifest
@@ -95,6 +96,7 @@ def _create(session: Session, server: Server, target: Target, gguf: Path, sha256
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
                         session.listener.progress, sha256)
+    tell_capabilities(server, target.name, target.chat, session.listener)
 
 
 def _digests(session: Session) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What is left of tools and calls by the time that a TEMPLATE gets them.
 
-Ollama reads them into structures of its own (`api/types.go`) and hands these on (`template/template.go`): what they have
-no place for is lost, keys are sorted, and whole numbers are written as such.
+Ollama reads them into structures of its own (`api/types.go`) and hands these on (`template/template.go`): what has no
+place there is lost, keys are sorted, and whole numbers are written as such.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 Turns = Sequence[dict[str, Any]]
 
 NOTE = (
-    "Ollama hands tools and the arguments of calls on with their keys sorted, and leaves out what it does not know of a "
-    "parameter (default, minimum, …): where rows have such keys or another order, those prompts are not as in training."
+    "Ollama hands tools and the arguments of calls on with their keys sorted, and leaves out what it does not know of "
+    "a parameter (default, minimum, …): where rows have such keys or another order, their prompts differ from training."
 )
 
 

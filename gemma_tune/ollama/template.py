@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.go_layout import template_text
+from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
 from gemma_tune.ollama.probe import (
     BOS,
     EOS,
@@ -54,7 +55,8 @@ class OllamaChat:
         notes: differences between the two templates that could not be closed, one sentence each.
         think: how the template's switch for thinking stands where nobody sets it, as in training; None without one. A
             request to a server that lists thinking among the model's capabilities has to say the same.
-        tools_missing: why the TEMPLATE has no place for tools; empty where it has, or the template knows none.
+        tools_missing: why the TEMPLATE has no place for tools; empty where it has.
+        gguf_capabilities: what an Ollama from 0.31 on takes the model to be able to do by its Jinja template.
     """
 
     template: str | None
@@ -66,6 +68,7 @@ class OllamaChat:
     notes: tuple[str, ...] = ()
     think: bool | None = None
     tools_missing: str = ""
+    gguf_capabilities: frozenset[str] = frozenset()
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -125,7 +128,15 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         notes += (_WITHOUT_THINKING,)
     stop = stop if stop and stop in ending else ending
     return OllamaChat(template_text(turns), (stop,), default_system=turns.default_system, family=family, notes=notes,
-                      think=think, tools_missing=tools_missing)
+                      think=think, tools_missing=tools_missing,
+                      gguf_capabilities=_by_words(chat_template_jinja))
+
+
+def _by_words(source: str) -> frozenset[str]:
+    """As Ollama guesses from the words in a Jinja template (`server/images.go`)."""
+    found = {"tools": "tools" in source or "tool_call" in source,
+             "thinking": "<think>" in source and "</think>" in source}
+    return frozenset(word for word, has in found.items() if has)
 
 
 _WITHOUT_THINKING = (
@@ -142,6 +153,11 @@ def tools_are_lost(chat: OllamaChat, rows: int) -> str | None:
     return (f"{have} tools, and the TEMPLATE for Ollama has no place for them yet{why}: an Ollama before 0.31 refuses "
             'a request with tools (400 "does not support tools"), a later one lays them out with the template in the '
             "GGUF, as llama.cpp does: llama-server --jinja.")
+
+
+def about_tools(chat: OllamaChat, rows: int) -> str | None:
+    """What an export says of ``rows`` rows with tools: that Ollama does not take them, or what it changes in them."""
+    return tools_are_lost(chat, rows) or (KEPT_NOTE if rows and chat.template is not None else None)
 
 
 def _thinking(jinja: Jinja) -> bool | None:

@@ -281,7 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _capabilities(self, model: dict) -> list[str]:
         thinks = self.ollama.thinks if "parser" not in model else model["parser"] == "gemma4"
-        return ["completion", "thinking"] if thinks else ["completion"]
+        tools = "parser" in model or ".Tools" in model.get("template", "")
+        return ["completion", *(["tools"] if tools else []), *(["thinking"] if thinks else [])]
 
     def _post_api_chat(self) -> None:
         model = self._model()
