@@ -58,7 +58,8 @@ _INSTRUCTIONS = (
 
 def _unquoted(value: str) -> str | None:
     """The value without its quotes, or None while it is not complete."""
-    value = "".join(c for c in value if c not in lossy_runes(value)).strip()
+    lost = lossy_runes(value)
+    value = "".join(c for c in value if c not in lost).strip()
     for quotes in ('"""', '"'):
         if value.startswith(quotes):
             closed = len(value) >= 2 * len(quotes) and value.endswith(quotes)
