@@ -44,7 +44,7 @@ def template_text(turns: Turns) -> str:
     if _grouped(tools):
         lines.append('{{- $before := "" }}')
     lines += [_opening(turns)] if turns.opening or (tools and tools.opening) else []
-    counted = tools or (thought and not thought.always)
+    counted = tools or turns.later_system or (thought and not thought.always)
     lines.append("{{- range $i, $_ := .Messages }}" if counted else "{{- range .Messages }}")
     if _grouped(tools):
         lines.append('{{- if and (eq $before "tool") (ne .Role "tool") }}' + go_text(tools.group[1]) + "{{ end }}")
@@ -136,6 +136,8 @@ def _asked(turns: Turns) -> str:
 def _system(turns: Turns) -> str:
     content = _put(turns, "system", ".Content")
     text = content.join(map(go_text, turns.system))
+    if turns.later_system:
+        text = "{{ if $i }}" + content.join(map(go_text, turns.later_system)) + "{{ else }}" + text + "{{ end }}"
     if not turns.tools:
         return text
     with_tools = content.join(_with_list(turns.tools, each) for each in turns.tools.system)
@@ -169,7 +171,8 @@ def _thought(turns: Turns) -> str:
     trims = {" \n": 'template "trim" ', "\n": 'template "trimLines" '}.get(thought.trims, "")
     inner = "{{ " + trims + ".Thinking }}"
     test = ".Thinking" if thought.always else "and .Thinking (gt $i $asked)"
-    return "{{ if " + test + " }}" + inner.join(map(go_text, thought.around)) + "{{ end }}"
+    otherwise = "{{ else }}" + go_text("".join(thought.around)) if thought.empty else ""
+    return "{{ if " + test + " }}" + inner.join(map(go_text, thought.around)) + otherwise + "{{ end }}"
 
 
 def _result(turns: Turns) -> str:

@@ -20,23 +20,9 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.go_layout import template_text
 from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
-from gemma_tune.ollama.probe import (
-    BOS,
-    EOS,
-    FIRST,
-    LITERAL_BOS,
-    REPLY,
-    SECOND,
-    SWITCH,
-    SYSTEM,
-    Jinja,
-    Messages,
-    Unlike,
-    split,
-    talk,
-    without,
-)
-from gemma_tune.ollama.thought import read_thought
+from gemma_tune.ollama.probe import EOS, FIRST, SWITCH, Jinja, Unlike, split, talk, without
+from gemma_tune.ollama.read_turns import read_turns
+from gemma_tune.ollama.thought import marks_alone, with_thought
 from gemma_tune.ollama.tool_turns import conversations, read_tools
 from gemma_tune.ollama.turns import Turns
 
@@ -110,7 +96,7 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         jinja = Jinja(chat_template_jinja, eos_token or EOS)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
-        turns = _read_turns(jinja)
+        turns = read_turns(jinja)
         notes, think = _compare(jinja, turns), _thinking(jinja)
         turns, more, tools_missing = _extended(jinja, turns, think, choice_in(chat_template_jinja))
         notes += more
@@ -177,28 +163,41 @@ def _extended(jinja: Jinja, turns: Turns, think: bool | None,
     if think and choice is None:
         turns, more = _with_switch(jinja, turns)
         notes += more
-    if think is not False:
-        turns = replace(turns, thought=read_thought(jinja, turns))
-    missing = ""
+    reasoned = with_thought(jinja, turns) if think is not False else turns
+    extended, missing = _with_tools(jinja, reasoned)
+    if missing and reasoned.thought:  # without a place for reasoning there may be one for tools
+        plain, still_missing = _with_tools(jinja, turns)
+        extended, missing = (extended, missing) if still_missing else (plain, "")
+    if think is not False and not _same_reasoning(jinja, extended):
+        extended, notes = replace(extended, thought=None, assistant=turns.assistant), (*notes, _LOST_REASONING)
+    if think is not False and not extended.thought:
+        extended = replace(extended, thought=marks_alone(turns.prompt))
+    return extended, notes, missing
+
+
+_LOST_REASONING = "Reasoning of earlier turns is not written as in training."
+
+
+def _with_tools(jinja: Jinja, turns: Turns) -> tuple[Turns, str]:
+    """The turns with tools, or as they are and why."""
     try:
         with_tools = replace(turns, tools=read_tools(jinja, turns))
         _compare_tools(jinja, with_tools)
-        turns = with_tools
     except (Unlike, TemplateError) as error:
-        missing = str(error)
-    if turns.thought and not _same_reasoning(jinja, turns):
-        turns = replace(turns, thought=None)
-        notes += ("Reasoning of earlier turns is left out, which the template writes.",)
-    return turns, notes, missing
+        return turns, str(error)
+    return with_tools, ""
 
 
 def _with_switch(jinja: Jinja, turns: Turns) -> tuple[Turns, tuple[str, ...]]:
     """The turns with another prompt for a request that wants no thinking."""
-    talks = talk(FIRST), talk("a", "b", "c", system="S")
-    prompt = jinja(talks[0], **{SWITCH: False})
-    changed = replace(turns, unthinking=split(prompt, FIRST)[1].removeprefix(turns.user[1]))
-    if all(jinja(messages, **{SWITCH: False}) == changed.render(messages, think=False) for messages in talks):
-        return changed, ()
+    talks = talk(FIRST), talk("a", "b", "c", system="S" if jinja.knows_system else None)
+    try:
+        prompt = jinja(talks[0], **{SWITCH: False})
+        changed = replace(turns, unthinking=without(split(prompt, FIRST)[1], turns.user[1]))
+        if all(jinja(messages, **{SWITCH: False}) == changed.render(messages, think=False) for messages in talks):
+            return changed, ()
+    except (Unlike, TemplateError):
+        pass
     return turns, ("A request cannot turn thinking off: the template then writes more than the prompt in another way.",)
 
 
@@ -222,17 +221,18 @@ def _compare_tools(jinja: Jinja, turns: Turns) -> None:
 
 
 def _same_reasoning(jinja: Jinja, turns: Turns) -> bool:
-    """Whether conversations with reasoning come out the same."""
+    """Whether conversations with reasoning, and the same without, come out the same."""
     thought = {"reasoning_content": "So.\n\nHm", "thinking": "So.\n\nHm"}
     called = conversations(turns.tools) if turns.tools else []
     for messages, tools in [(talk("a", "b", "c", "d", "e"), None), *called]:
-        reasoned = [turn | thought if turn["role"] == "assistant" else turn for turn in messages]
-        try:
-            theirs = jinja(reasoned, tools=tools)
-        except TemplateError:
-            continue
-        if theirs != turns.render(reasoned, tools):
-            return False
+        for more in ({}, thought):
+            reasoned = [turn | more if turn["role"] == "assistant" else turn for turn in messages]
+            try:
+                theirs = jinja(reasoned, tools=tools)
+            except (Unlike, TemplateError):
+                continue
+            if theirs != turns.render(reasoned, tools):
+                return False
     return True
 
 
@@ -272,78 +272,11 @@ def _gemma4(jinja: Jinja, stop: str, choice: bool | None) -> OllamaChat:
     return OllamaChat(None, (stop,), renderer=renderer, parser=parser, family="gemma4", notes=notes, think=think)
 
 
-# --- what stands around the turns -----------------------------------------------------------------------------------
-
-
-def _read_turns(jinja: Jinja) -> Turns:
-    """Takes the surroundings from renderings of marker words.
-
-    Raises:
-        Unlike: a marker is missing, or what stands around it changes with its place.
-    """
-    lead, first_end = split(jinja(talk(FIRST)), FIRST)
-    _, to_reply, to_second, _ = split(jinja(talk(FIRST, REPLY, SECOND)), FIRST, REPLY, SECOND)
-    user_after = _turn_end(jinja, talk(FIRST), first_end)
-    reply_after = _turn_end(jinja, talk(FIRST, REPLY), to_second)
-    user_before = without(to_second, reply_after)
-    if not lead.endswith(user_before) or not user_before:
-        raise Unlike("later user turns are not written like the first")
-    turns = Turns(
-        user=(user_before, user_after),
-        assistant=(without(to_reply, user_after), reply_after),
-        prompt=without(first_end, user_after),
-        opening=lead.removesuffix(user_before),
-        trims=frozenset(role for role in ("user", "assistant", "system") if _trims(jinja, role)),
-        **_system_place(jinja, user_before),
-    )
-    text = repr(turns)
-    if any(bos in text for bos in (BOS, *LITERAL_BOS)):
-        raise Unlike("it prints BOS between turns, while Ollama has one at the start")
-    if jinja.eos_token == EOS and EOS in text:
-        raise Unlike("it prints eos_token, which was not given")
-    turns = _with_default_system(turns)
-    if not jinja.knows_system:
-        return turns
-    empty = talk(FIRST, system="")
-    skipping = replace(turns, skips_empty=True)
-    return skipping if skipping.render(empty) == jinja(empty) != turns.render(empty) else turns
-
-
-def _turn_end(jinja: Jinja, messages: Messages, followed: str) -> str:
-    """What ends the last message; some templates add EOS where no answer is asked for, which is no part of the turn."""
-    end = split(jinja(messages, generation=False), messages[-1]["content"])[1]
-    return end if followed.startswith(end) else end.removesuffix(jinja.eos_token)
-
-
-def _system_place(jinja: Jinja, user_before: str) -> dict:
-    if not jinja.knows_system:
-        return {"fold": ("", "\n\n"), "fold_first": True}
-    before, after, _ = split(jinja(talk(FIRST, system=SYSTEM)), SYSTEM, FIRST)
-    if after.endswith(user_before):
-        return {"system": (before, after.removesuffix(user_before))}
-    return {"fold": (without(before, user_before), after)}
-
-
-def _trims(jinja: Jinja, role: str) -> bool:
-    """Whether white space around a message of this role is dropped; partly dropped counts as kept (see `_compare`)."""
-    if role == "system" and not jinja.knows_system:
-        return False
-    plain = talk(FIRST, REPLY, SECOND, system=SYSTEM if role == "system" else None)
-    padded = [{**m, "content": f" \n{m['content']}\u3000\n"} if m["role"] == role else m for m in plain]
-    return jinja(padded) == jinja(plain)
-
-
-def _with_default_system(turns: Turns) -> Turns:
-    """An opening that is a system turn with words in it is a default system prompt, which Ollama keeps in SYSTEM."""
-    opening, (before, after) = turns.opening, turns.system or ("", "")
-    inner = opening[len(before) : len(opening) - len(after)]
-    if turns.system and inner and opening == inner.join(turns.system):
-        return replace(turns, opening="", default_system=inner)
-    return turns
+# --- the two side by side -------------------------------------------------------------------------------------------
 
 
 def _compare(jinja: Jinja, turns: Turns) -> tuple[str, ...]:
-    """Holds the two against each other on conversations that `_read_turns` did not use.
+    """Holds the two against each other on conversations that `read_turns` did not use.
 
     Raises:
         Unlike: they differ in more than the white space around a message.

@@ -20,6 +20,7 @@ class Turns:
 
     Args:
         user, assistant, system: around a message; system is None where the template has no such turn.
+        later_system: around a system message that is not the first message, where that is something else.
         fold: around the system text inside the first user turn, where that is its place.
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
             them, since the template refuses system messages.
@@ -39,6 +40,7 @@ class Turns:
     fold: tuple[str, str] | None = None
     fold_first: bool = False
     opening: str = ""
+    later_system: tuple[str, str] | None = None
     default_system: str | None = None
     skips_empty: bool = False
     trims: frozenset[str] = frozenset()
@@ -74,7 +76,7 @@ class Turns:
                 parts.append("" if before == "tool" else self.tools.group[0])
                 parts.append(self.tools.answered(self._trimmed("tool", message["content"])))
             elif role == "system" and self.system and (message["content"] or not self.skips_empty):
-                around = self.system
+                around = self.later_system if n and self.later_system else self.system
                 if offered and n == 0:
                     around = [self.tools.listed(text, offered) for text in self.tools.system]
                 parts.append(self._trimmed("system", message["content"]).join(around))
@@ -89,13 +91,9 @@ class Turns:
 
     def _answer(self, message: dict, unanswered: bool) -> str:
         """What stands in an assistant's turn: reasoning, text and calls."""
-        text, thought = self._trimmed("assistant", message["content"]), ""
-        calls = message.get("tool_calls") if self.tools else None
-        if self.thought and message.get("reasoning_content") and (self.thought.always or unanswered):
-            reasoning = message["reasoning_content"]
-            inner = reasoning.strip("\n" if self.thought.trims == "\n" else None) if self.thought.trims else reasoning
-            thought = inner.join(self.thought.around)
-        if calls:
+        text = self._trimmed("assistant", message["content"])
+        thought = self.thought.written(message.get("reasoning_content"), unanswered) if self.thought else ""
+        if calls := message.get("tool_calls") if self.tools else None:
             beside = self.tools.beside
             text = text + beside if message["content"] and beside is not None else self.tools.alone
             text += self.tools.calls(calls)

@@ -104,7 +104,6 @@ UNCHANGED = {
     "phi3": "7d395569944328d3",
     "llama3": "305992f4316a947b",
     "cohere": "51bd7d5234eaa9cb",
-    "deepseek_r1_distill": "7653b1e4c668edca",
     "qwen2_5_vl": "cbfdc1e566d16a8f",
 }
 

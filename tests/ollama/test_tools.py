@@ -123,11 +123,41 @@ def test_reasoning_is_kept_where_the_template_keeps_it_and_a_request_chooses(thi
     assert "Let me\n\nlook." in got[1] and not any("Earlier." in text or "Gone." in text for text in got)
 
 
+@pytest.mark.parametrize(("name", "switches"), [
+    ("qwen3_6", True), ("qwen3_5_think_training", True), ("qwen3_8", False), ("lfm2_2_5", False)])
+def test_reasoning_has_its_place_also_where_tools_have_none(name, switches, go_cache):
+    """In every turn, below the last question, or an empty one where there is none."""
+    template = trl_template(name)
+    chat = chat_for(template)
+    assert chat.capabilities == {"thinking"} and ("turn thinking off" in "".join(chat.notes)) == (name == "qwen3_8")
+    chats = [REASONED[0], [system("S"), user("a"), assistant("b"), user("c")], [user("a")]]
+    for think in (None, False) if switches else (None,):
+        said = {} if think is None else {"enable_thinking": think}
+        got = go_template.render(chat.template, chats, think=think)
+        assert got == [hugging_face(template, messages, **said) for messages in chats]
+
+
+def test_a_prompt_that_begins_to_think_has_marks_by_which_the_end_is_found(go_cache):
+    template = trl_template("deepseek_r1_distill")
+    chat = chat_for(template)
+    assert chat.capabilities == {"thinking"}
+    [text] = go_template.render(chat.template, [REASONED[0]])
+    assert text == hugging_face(template, REASONED[0]) and text.endswith("<think>\n")
+
+
+def test_a_system_message_between_turns(go_cache):
+    """Llama 3.1 has its dates in the first one alone."""
+    template = trl_template("llama3_1")
+    chats = [[*first, user("a"), assistant("b"), system("Now in French."), user("c")] for first in ([system("S")], [])]
+    got = go_template.render(chat_for(template).template, chats)
+    assert got == [hugging_face(template, messages) for messages in chats]
+
+
 @pytest.mark.parametrize(("choice", "capabilities"), [("on", {"tools", "thinking"}), ("off", {"tools"})])
 def test_what_training_chose_stands_whatever_a_request_says(choice, capabilities, go_cache):
     template = with_thinking(trl_template("qwen3"), choice)
     chat = chat_for(template)
-    assert chat.capabilities == capabilities
+    assert chat.capabilities == capabilities and chat.notes == ()
     for think in (True, False):
         assert go_template.render(chat.template, [[user("a")]], think=think) == [hugging_face(template, [user("a")])]
 
