@@ -34,7 +34,7 @@ from gemma_tune.gguf.engine import Engine, EngineRefused, engine_name
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed
 from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
-from gemma_tune.ollama.kept import is_kept, kept
+from gemma_tune.ollama.kept import is_known
 from gemma_tune.ollama.template import OllamaChat
 
 HELD_OUT = 8  # chats of a run to compare
@@ -100,29 +100,36 @@ def _ollama_texts(chat: ChatFormat, ollama_chat: OllamaChat,
     """What Ollama makes of each prompt, or the check where that is clear without its text."""
     if ollama_chat.template is None:
         return dict.fromkeys(prompts, Check(UNCHECKED, f"Ollama's built-in renderer {ollama_chat.renderer} does it"))
-    texts: dict[str, str | Check] = {
-        name: Check(UNCHECKED, "it has tools, for which the TEMPLATE has no place")
-        for name, prompt in prompts.items() if not ollama_chat.takes_tools and kinds_in(prompt.messages, prompt.tools)}
-    left = [name for name in prompts if name not in texts]
+    called = {name: prompt for name, prompt in prompts.items() if kinds_in(prompt.messages, prompt.tools)}
+    plain = {name: prompt for name, prompt in prompts.items() if name not in called}
+    texts = dict(zip(plain, _rendered(ollama_chat, list(plain.values())), strict=True))
+    for name, prompt in called.items():  # each by itself: tools that do not fit Ollama's structures fail alone
+        if ollama_chat.takes_tools:
+            texts[name] = _with_tools(chat, prompt, *_rendered(ollama_chat, [prompt]))
+        else:
+            texts[name] = Check(UNCHECKED, "it has tools, for which the TEMPLATE has no place")
+    return texts
+
+
+def _rendered(ollama_chat: OllamaChat, prompts: Sequence[Prompt]) -> Sequence[str | Check]:
     try:
-        rendered: Sequence[str | Check] = go_template.render(
-            ollama_chat.template, [prompts[name].messages for name in left], ollama_chat.default_system,
-            tools=[prompts[name].tools for name in left])
+        return go_template.render(ollama_chat.template, [prompt.messages for prompt in prompts],
+                                  ollama_chat.default_system, tools=[prompt.tools for prompt in prompts])
     except TemplateFailed as e:
-        rendered = [Check(DIFFERS, e.message)] * len(left)
+        return [Check(DIFFERS, e.message)] * len(prompts)
     except UserError as e:
-        rendered = [Check(UNCHECKED, f"{e.message} ({e.hint})")] * len(left)
-    return texts | {name: text if isinstance(text, Check) else _known(chat, prompts[name], text)
-                    for name, text in zip(left, rendered, strict=True)}
+        return [Check(UNCHECKED, f"{e.message} ({e.hint})")] * len(prompts)
 
 
-def _known(chat: ChatFormat, prompt: Prompt, text: str) -> str | Check:
+def _with_tools(chat: ChatFormat, prompt: Prompt, text: str | Check) -> str | Check:
     """The text, or a known limit where it is that of training but for what Ollama changes in tools and calls."""
-    if is_kept(prompt.messages, prompt.tools):
-        return text
-    messages, tools = kept(prompt.messages, prompt.tools)
-    as_trained = chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
-    return Check(KNOWN, KEPT_NOTE) if text == as_trained else text
+    if isinstance(text, Check):
+        return Check(KNOWN, f"Ollama refuses such tools ({text.detail})") if "cannot unmarshal" in text.detail else text
+
+    def trained(messages: Any, tools: Any) -> str:
+        return chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
+
+    return Check(KNOWN, KEPT_NOTE) if is_known(text, prompt.messages, prompt.tools, trained) else text
 
 
 def _checks(engine: Engine, chat: ChatFormat, prompt: Prompt, expected: Sequence[int],

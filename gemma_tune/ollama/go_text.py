@@ -61,8 +61,8 @@ _RUN = 24  # bytes of a string that are looked at together: whole characters, if
 def go_json(name: str, indent: int | None) -> str:
     """A template that prints JSON text of Go's as Python's `json.dumps` writes it, spaces and line breaks included.
 
-    It takes a byte at a time, and runs of a string in which nothing is escaped at once (ranging over a number needs
-    the Go of 2025, with which Ollama has been built since then).
+    It takes a byte at a time, and runs of a string in which nothing is escaped at once. (Ranging over a number needs
+    Go 1.24, with which Ollama has been built since early 2025.)
 
     Args:
         name: of the template.

@@ -7,7 +7,8 @@ place there is lost, keys are sorted, and whole numbers are written as such.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Turns = Sequence[dict[str, Any]]
@@ -25,7 +26,27 @@ def kept(messages: Turns, tools: Turns | None) -> tuple[list[dict[str, Any]], li
 
 def is_kept(messages: Turns, tools: Turns | None) -> bool:
     """Whether Ollama changes nothing of a conversation's tools and calls."""
-    return json.dumps(kept(messages, tools)) == json.dumps([list(messages), list(tools) if tools else None])
+    text = json.dumps([list(messages), list(tools) if tools else None])
+    return json.dumps(kept(messages, tools)) == text and not _EXPONENT.search(text)
+
+
+def is_known(text: str, messages: Turns, tools: Turns | None, trained: Callable[[Turns, Turns | None], str]) -> bool:
+    """Whether a prompt of Ollama's differs from training by nothing but what Ollama changes in tools and calls.
+
+    Args:
+        text: Ollama's, without BOS.
+        trained: what training makes of messages and tools, without BOS.
+    """
+    return not is_kept(messages, tools) and _numbered(text) == _numbered(trained(*kept(messages, tools)))
+
+
+_EXPONENT = re.compile(r"\d[eE][+-]?\d")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+def _numbered(text: str) -> str:
+    """A text with its numbers in one form: Go has another for very large and very small ones."""
+    return _NUMBER.sub(lambda number: repr(float(number[0])), text)
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:

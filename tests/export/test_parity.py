@@ -184,12 +184,16 @@ def test_prompts_with_tools_are_laid_out_as_ollama_does(go_cache):
     unknown[0]["function"]["parameters"]["properties"]["city"]["default"] = "Paris"
     messages = [system(""), user("Hot?"), call("weather", city="<Rome>", reasoning="Look."), result("22 °C")]
     prompts = {"as it is": Prompt(messages, TOOLS), "changed": Prompt(messages, unknown),
-               "sorted": Prompt([user("q"), call("weather", z=1, a=2), result("1")])}
+               "sorted": Prompt([user("q"), call("weather", z=1e-7, a=2e30), result("1")])}
     told = chat_for(chat.template)
     texts = _ollama_texts(chat, told, prompts)
     assert texts["as it is"] == chat.render(messages, prompt=True, tools=TOOLS)
     assert {name: str(texts[name]) for name in ("changed", "sorted")} == dict.fromkeys(
         ("changed", "sorted"), f"known limit: {NOTE}")
+    unfit = copy.deepcopy(TOOLS)
+    unfit[0]["function"]["parameters"]["required"] = "city"
+    refused = _ollama_texts(chat, told, prompts | {"unfit": Prompt([user("q")], unfit)})
+    assert str(refused.pop("unfit")).startswith("known limit: Ollama refuses such tools (") and refused == texts
     broken = replace(told, template=told.template.replace("<tool_response>", "<tool_reply>"))
     assert all(isinstance(text, str) for text in _ollama_texts(chat, broken, prompts).values())
 
