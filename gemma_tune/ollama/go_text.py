@@ -29,7 +29,8 @@ def go_string(text: str) -> str:
 
 def go_text(text: str, last: bool = False) -> str:
     """Text as it is; as a quoted string where it could be misread, or lost to an editor that strips a file's end."""
-    plain = "{{" not in text and '"""' not in text and not lossy_runes(text) and not (last and text != text.rstrip())
+    misread = "{{" in text or text.endswith("{") or '"""' in text or lossy_runes(text)
+    plain = not misread and not (last and text != text.rstrip())
     return text if plain else f"{{{{ {go_string(text)} }}}}"
 
 

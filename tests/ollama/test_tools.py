@@ -55,12 +55,29 @@ CHATS = {
 WITH_TEXT = {"text and a call": [user("Weather?"), call("weather", "I look.", city="X"), result("1")]}
 
 
-@pytest.mark.parametrize(("name", "chats", "refuses"), [
-    ("qwen2_5", CHATS | WITH_TEXT, ()), ("qwen3", CHATS | WITH_TEXT, ()), ("qwen3_instruct_2507", CHATS | WITH_TEXT, ()),
-    ("qwen3_vl", CHATS | WITH_TEXT, ()), ("llama3_1", CHATS, ("two results",)),
-])
-def test_go_renders_tools_as_transformers_does(name, chats, refuses, go_cache):
-    template = trl_template(name)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CALLS<|im_end|>\n{% endfor %}ASK"
+LISTED = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def chatml(calls: str, listed: str = LISTED) -> str:
+    each = "{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}"
+    return listed + CHATML.replace("CALLS", each).replace("ASK", ASK)
+
+
+AFTER_A_RESULT = "{% if messages[-1].role == 'tool' %}!{% endif %}"
+CALLS = '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>'
+# Functions alone, a level of JSON on each line, before a system message; and a call between braces of its own.
+BARE = chatml(CALLS, "{% if tools %}<|im_start|>tools\n{% for t in tools %}{{ t.function | tojson(indent=2) }}"
+                     "{% if not loop.last %};\n{% endif %}{% endfor %}<|im_end|>\n{% endif %}")
+BRACED = chatml("{% raw %}{{% endraw %}{{ c.function.name }}: {{ c.function.arguments | tojson }}}")
+
+
+@pytest.mark.parametrize(("template", "chats", "refuses"), [
+    *((trl_template(name), CHATS | WITH_TEXT, ()) for name in ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl")),
+    (trl_template("llama3_1"), CHATS, ("two results",)), (BARE, CHATS | WITH_TEXT, ()), (BRACED, CHATS | WITH_TEXT, ()),
+], ids=["qwen 2.5", "qwen 3", "qwen 3 2507", "qwen 3 vl", "llama 3.1", "bare", "braced"])
+def test_go_renders_tools_as_transformers_does(template, chats, refuses, go_cache):
     chat = chat_for(template)
     assert "tools" in chat.capabilities and about_tools(chat, 3) == NOTE
     asked = [(case, messages, tools) for case, messages in chats.items() if case not in refuses
@@ -183,20 +200,6 @@ def test_the_words_by_which_ollama_finds_reasoning_stand_where_it_looks():
 
 
 # --- templates whose tools have no place
-
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CALLS<|im_end|>\n{% endfor %}ASK"
-LISTED = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-def chatml(calls: str, listed: str = LISTED) -> str:
-    each = "{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}"
-    return listed + CHATML.replace("CALLS", each).replace("ASK", ASK)
-
-
-AFTER_A_RESULT = "{% if messages[-1].role == 'tool' %}!{% endif %}"
-CALLS = '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>'
-
 
 @pytest.mark.parametrize(("template", "why"), [
     (chatml(CALLS), ""),
