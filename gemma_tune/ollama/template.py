@@ -163,19 +163,23 @@ def _extended(jinja: Jinja, turns: Turns, think: bool | None,
     if think and choice is None:
         turns, more = _with_switch(jinja, turns)
         notes += more
-    reasoned = with_thought(jinja, turns) if think is not False else turns
-    extended, missing = _with_tools(jinja, reasoned)
-    if missing and reasoned.thought:  # without a place for reasoning there may be one for tools
-        plain, still_missing = _with_tools(jinja, turns)
-        extended, missing = (extended, missing) if still_missing else (plain, "")
-    if think is not False and not _same_reasoning(jinja, extended):
-        extended, notes = replace(extended, thought=None, assistant=turns.assistant), (*notes, _LOST_REASONING)
+    candidates = [turns] if think is False else [with_thought(jinja, turns), turns]
+    tried = []
+    for each in candidates:
+        found, missing = _with_tools(jinja, each)
+        tried.append((found, missing, think is False or _same_reasoning(jinja, found)))
+
+    def worth(result: tuple[Turns, str, bool]) -> tuple[bool, ...]:
+        """Tools first, then reasoning as in training, and no place for it where it is not."""
+        found, missing, same = result
+        return not missing, same, same == (found.thought is not None)
+
+    extended, missing, same = max(tried, key=worth)
+    if not same:
+        notes += ("Reasoning of earlier turns is not written as in training.",)
     if think is not False and not extended.thought:
         extended = replace(extended, thought=marks_alone(turns.prompt))
     return extended, notes, missing
-
-
-_LOST_REASONING = "Reasoning of earlier turns is not written as in training."
 
 
 def _with_tools(jinja: Jinja, turns: Turns) -> tuple[Turns, str]:

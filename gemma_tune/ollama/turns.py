@@ -8,6 +8,7 @@ TEMPLATE never holds the BOS token: the tokenizer adds it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_tune.ollama.probe import Messages
 from gemma_tune.ollama.thought import Thought
@@ -53,43 +54,60 @@ class Turns:
         if self.default_system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
             messages = [{"role": "system", "content": self.default_system}, *messages]
         offered = tools if self.tools else None
-        systems = [m["content"] for m in messages if m["role"] == "system" and (m["content"] or not self.skips_empty)]
-        folded = "\n\n".join(systems) if systems and self.fold else None
-        last_asked = max((n for n, m in enumerate(messages) if m["role"] == "user"), default=-1)
-        parts, before = [], ""
-        if not systems if self.skips_empty else messages[0]["role"] != "system":
-            parts.append(self.tools.listed(self.tools.opening, offered) if offered else self.opening)
+        roles = [message["role"] for message in messages]
+        asked = [n for n, role in enumerate(roles) if role == "user"]
+        parts = [self._start(messages, offered)]
         for n, message in enumerate(messages):
-            role = message["role"]
-            if self.tools and before == "tool" != role:
-                parts.append(self.tools.group[1])
-            if role == "user":
-                around, content = self.user, self._trimmed("user", message["content"])
-                if folded is not None:
-                    content, folded = self._folded(folded, message["content"]), None
-                if offered and "user" not in (m["role"] for m in messages[:n]):
-                    around = self.tools.listed(self.tools.user, offered), self.user[1]
-                parts.append(content.join(around))
-            elif role == "assistant":
-                parts.append(self._answer(message, n > last_asked).join(self.assistant))
-            elif role == "tool" and self.tools:
-                parts.append("" if before == "tool" else self.tools.group[0])
+            parts.append(self._between(roles[n - 1] if n else "", roles[n]))
+            if roles[n] == "user":
+                with_first = (self._folded(messages), offered) if n == asked[0] else (None, None)
+                parts.append(self._asked(message, *with_first))
+            elif roles[n] == "assistant":
+                parts.append(self._answer(message, not asked or n > asked[-1]).join(self.assistant))
+            elif roles[n] == "tool" and self.tools:
                 parts.append(self.tools.answered(self._trimmed("tool", message["content"])))
-            elif role == "system" and self.system and (message["content"] or not self.skips_empty):
-                around = self.later_system if n and self.later_system else self.system
-                if offered and n == 0:
-                    around = [self.tools.listed(text, offered) for text in self.tools.system]
-                parts.append(self._trimmed("system", message["content"]).join(around))
-            before = role
-        parts.append(self.tools.group[1] if self.tools and before == "tool" else "")
-        return "".join([*parts, self.prompt if think or self.unthinking is None else self.unthinking])
+            elif roles[n] == "system" and self.system and self._counts(message):
+                parts.append(self._trimmed("system", message["content"]).join(self._around_system(n, offered)))
+        prompt = self.prompt if think or self.unthinking is None else self.unthinking
+        return "".join([*parts, self._between(roles[-1], ""), prompt])
 
-    def _folded(self, system: str, content: str) -> str:
-        if self.fold_first:
-            return self._trimmed("user", system + self.fold[1] + content)
-        return self._trimmed("system", system).join(self.fold) + self._trimmed("user", content)
+    def _counts(self, message: dict[str, Any]) -> bool:
+        """Whether a message is a system message that the template takes for one."""
+        return message["role"] == "system" and bool(message["content"] or not self.skips_empty)
 
-    def _answer(self, message: dict, unanswered: bool) -> str:
+    def _start(self, messages: Messages, offered: Tools | None) -> str:
+        if any(map(self._counts, messages if self.skips_empty else messages[:1])):
+            return ""
+        return self.tools.listed(self.tools.opening, offered) if offered else self.opening
+
+    def _between(self, before: str, role: str) -> str:
+        """What ends and begins a row of results."""
+        if not self.tools or before == role or "tool" not in (before, role):
+            return ""
+        return self.tools.group[0 if role == "tool" else 1]
+
+    def _folded(self, messages: Messages) -> str | None:
+        """The system text that belongs into the first user's turn."""
+        systems = [message["content"] for message in messages if self._counts(message)]
+        return "\n\n".join(systems) if systems and self.fold else None
+
+    def _asked(self, message: dict[str, Any], system: str | None, offered: Tools | None) -> str:
+        content, before = self._trimmed("user", message["content"]), self.user[0]
+        if system is not None and self.fold_first:
+            content = self._trimmed("user", system + self.fold[1] + message["content"])
+        elif system is not None:
+            content = self._trimmed("system", system).join(self.fold) + content
+        if offered:
+            before = self.tools.listed(self.tools.user, offered)
+        return before + content + self.user[1]
+
+    def _around_system(self, n: int, offered: Tools | None) -> tuple[str, str]:
+        if n == 0 and offered:
+            before, after = (self.tools.listed(text, offered) for text in self.tools.system)
+            return before, after
+        return self.later_system if n and self.later_system else self.system
+
+    def _answer(self, message: dict[str, Any], unanswered: bool) -> str:
         """What stands in an assistant's turn: reasoning, text and calls."""
         text = self._trimmed("assistant", message["content"])
         thought = self.thought.written(message.get("reasoning_content"), unanswered) if self.thought else ""
