@@ -24,6 +24,7 @@ from gemma_tune.export.parity_report import DIFFERS, EQUAL, OLLAMA, Parity, repl
 from gemma_tune.export.served import PATIENCE, ask_server
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.capabilities import tell_capabilities
 from gemma_tune.ollama.server import Server
 from gemma_tune.run.amend import amend, result_id
 from gemma_tune.run.directory import command
@@ -142,6 +143,7 @@ def _create(session: Session, server: Server, target: Target, gguf: Path, sha256
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
                         session.listener.progress, sha256)
+    tell_capabilities(server, target.name, target.chat, session.listener)
 
 
 def _digests(manifest: Manifest) -> dict[str, str]:

@@ -16,6 +16,7 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
+from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.export.parity_cases import LIMITS, built_in
 from gemma_tune.export.parity_report import (
     COLUMNS,
@@ -34,6 +35,8 @@ from gemma_tune.export.parity_report import (
 from gemma_tune.gguf.engine import Engine, EngineRefused, engine_name
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed
+from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
+from gemma_tune.ollama.kept import is_known
 from gemma_tune.ollama.template import OllamaChat
 
 HELD_OUT = 8  # chats of a run to compare
@@ -63,7 +66,7 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
     listener = listener or Listener()
     prompts = prompts_of(conversations)
     expected, refused = _expected(chat, prompts)
-    texts = _ollama_texts(ollama_chat, {name: prompts[name] for name in expected})
+    texts = _ollama_texts(chat, ollama_chat, {name: prompts[name] for name in expected})
     asked = list(expected.values())[:answers] if merged_model is not None else []
     theirs = _transformers_answers(merged_model, chat, asked, answer_tokens, listener)
     found: dict[str, dict[str, dict[str, Check]]] = {}
@@ -99,22 +102,41 @@ def _expected(chat: ChatFormat, prompts: Mapping[str, Prompt]) -> tuple[dict[str
     return expected, refused
 
 
-def _ollama_texts(ollama_chat: OllamaChat, prompts: Mapping[str, Prompt]) -> dict[str, str | Check]:
+def _ollama_texts(chat: ChatFormat, ollama_chat: OllamaChat,
+                  prompts: Mapping[str, Prompt]) -> dict[str, str | Check]:
     """What Ollama makes of each prompt, or the check where that is clear without its text."""
     if ollama_chat.template is None:
         return dict.fromkeys(prompts, Check(UNCHECKED, f"Ollama's built-in renderer {ollama_chat.renderer} does it"))
-    texts: dict[str, str | Check] = {
-        name: Check(UNCHECKED, "it has tools, which Ollama hands to a TEMPLATE in a form of its own")
-        for name, prompt in prompts.items() if prompt.tools or any(m["role"] == "tool" for m in prompt.messages)}
-    left = [name for name in prompts if name not in texts]
+    called = {name: prompt for name, prompt in prompts.items() if kinds_in(prompt.messages, prompt.tools)}
+    plain = {name: prompt for name, prompt in prompts.items() if name not in called}
+    texts = dict(zip(plain, _rendered(ollama_chat, list(plain.values())), strict=True))
+    for name, prompt in called.items():  # each by itself: tools that do not fit Ollama's structures fail alone
+        if ollama_chat.takes_tools:
+            texts[name] = _with_tools(chat, prompt, *_rendered(ollama_chat, [prompt]))
+        else:
+            texts[name] = Check(UNCHECKED, "it has tools, for which the TEMPLATE has no place")
+    return texts
+
+
+def _rendered(ollama_chat: OllamaChat, prompts: Sequence[Prompt]) -> Sequence[str | Check]:
     try:
-        rendered: Sequence[str | Check] = go_template.render(
-            ollama_chat.template, [prompts[name].messages for name in left], ollama_chat.default_system)
+        return go_template.render(ollama_chat.template, [prompt.messages for prompt in prompts],
+                                  ollama_chat.default_system, tools=[prompt.tools for prompt in prompts])
     except TemplateFailed as e:
-        rendered = [Check(DIFFERS, e.message)] * len(left)
+        return [Check(DIFFERS, e.message)] * len(prompts)
     except UserError as e:
-        rendered = [Check(UNCHECKED, f"{e.message} ({e.hint})")] * len(left)
-    return texts | dict(zip(left, rendered, strict=True))
+        return [Check(UNCHECKED, f"{e.message} ({e.hint})")] * len(prompts)
+
+
+def _with_tools(chat: ChatFormat, prompt: Prompt, text: str | Check) -> str | Check:
+    """The text, or a known limit where it is that of training but for what Ollama changes in tools and calls."""
+    if isinstance(text, Check):
+        return Check(KNOWN, f"Ollama refuses such tools ({text.detail})") if "cannot unmarshal" in text.detail else text
+
+    def trained(messages: Any, tools: Any) -> str:
+        return chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
+
+    return Check(KNOWN, KEPT_NOTE) if is_known(text, prompt.messages, prompt.tools, trained) else text
 
 
 def _checks(engine: Engine, chat: ChatFormat, prompt: Prompt, expected: Sequence[int],

@@ -22,6 +22,8 @@ from gemma_tune.export.parity_cases import known
 from gemma_tune.export.parity_report import DIFFERS, EQUAL, KNOWN, OLLAMA, UNCHECKED, Case, Check, Served
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
+from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
+from gemma_tune.ollama.kept import is_known
 from gemma_tune.ollama.modelfile import unix_lines
 from gemma_tune.ollama.server import Server
 
@@ -32,11 +34,16 @@ _SHOWN = 30  # characters of a difference
 
 @dataclass(frozen=True)
 class Wanted:
-    """A prompt as it was trained: its text without BOS, and the number of tokens with it."""
+    """A prompt as it was trained: its text without BOS, and the number of tokens with it.
+
+    Args:
+        is_kept: whether another text is that of training but for what Ollama changes in tools and calls.
+    """
 
     prompt: Prompt
     text: str
     tokens: int
+    is_kept: Callable[[str], bool]
 
 
 def wanted(chat: ChatFormat, target: Target, prompt: Prompt) -> Wanted | Check:
@@ -47,9 +54,13 @@ def wanted(chat: ChatFormat, target: Target, prompt: Prompt) -> Wanted | Check:
             messages = [{"role": "system", "content": unix_lines(system)}, *messages]
         elif target.chat.default_system:
             return Check(UNCHECKED, "SYSTEM was to be empty, and the template of training puts a text there")
+
+    def trained(messages: Any, tools: Any) -> str:
+        return chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
+
     try:
-        text = chat.render(messages, prompt=True, tools=prompt.tools).removeprefix(chat.tokenizer.bos_token or "")
-        return Wanted(prompt, text, len(chat.prompt_ids(messages, tools=prompt.tools)))
+        return Wanted(prompt, trained(messages, prompt.tools), len(chat.prompt_ids(messages, tools=prompt.tools)),
+                      partial(is_known, messages=messages, tools=prompt.tools, trained=trained))
     except FormatError as e:
         return Check(UNCHECKED, f"not for this template: {e}")
 
@@ -117,6 +128,8 @@ class Asked:
         text = text.removeprefix(self.bos)
         if text == want.text:
             return Check(EQUAL)
+        if want.is_kept(text):
+            return Check(KNOWN, KEPT_NOTE)
         n = next((n for n, (a, b) in enumerate(zip(want.text, text)) if a != b), min(len(want.text), len(text)))
         detail = f"from character {n + 1} on {text[n:n + _SHOWN]!r} instead of {want.text[n:n + _SHOWN]!r}"
         return known(name, detail, in_text=True) or Check(DIFFERS, detail)

@@ -15,7 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
-from gemma_tune.ollama.template import OllamaChat, chat_for, tools_are_lost
+from gemma_tune.ollama.template import OllamaChat, about_tools, chat_for
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
@@ -53,8 +53,8 @@ def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
     config, settings = read_config(merged), session.config
     laid_out = chat_for(chat.template, config.get("model_type"), eos_token=chat.tokenizer.eos_token)
     prepared = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
-    if lost := tools_are_lost(laid_out, prepared.get("tool_rows", 0)):
-        laid_out = replace(laid_out, notes=(*laid_out.notes, lost))
+    if told := about_tools(laid_out, prepared.get("tool_rows", 0)):
+        laid_out = replace(laid_out, notes=(*laid_out.notes, told))
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
         notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)

@@ -30,6 +30,7 @@ _KEPT_SETTINGS = ("GOCACHE", "GOROOT", "GOTMPDIR")
 _FAST = "-gcflags=all=-N -l"
 
 Messages = Sequence[dict[str, Any]]
+Tools = Sequence[dict[str, Any]]
 
 
 class TemplateFailed(WorkFailed):
@@ -41,13 +42,16 @@ def find_go() -> str | None:
     return shutil.which("go", path=str(Path(sys.executable).parent)) or shutil.which("go")
 
 
-def render(template: str, conversations: Sequence[Messages], default_system: str | None = None) -> list[str]:
+def render(template: str, conversations: Sequence[Messages], default_system: str | None = None, *,
+           tools: Sequence[Tools | None] = (), think: bool | None = None) -> list[str]:
     """What Ollama makes of conversations, up to where the answer begins; BOS is left to the tokenizer.
 
     Args:
         template: a TEMPLATE.
         conversations: messages with a role and a content.
         default_system: the model's SYSTEM.
+        tools: of each conversation; left out, none has any.
+        think: what a request says about thinking; None where it says nothing.
 
     Raises:
         TemplateFailed: the template does not work.
@@ -59,16 +63,20 @@ def render(template: str, conversations: Sequence[Messages], default_system: str
     if not newer and not re.search(r"\{\{[^}]*[.$]Response\b", template):
         template += "{{ .Response }}"
     prepared = [collated(messages, default_system) for messages in conversations]
-    question = {"Template": template, "Conversations": [[_values(c)] if newer else _exchanges(c) for c in prepared]}
+    more = {"Think": bool(think), "IsThinkSet": think is not None}
+    offered = [*tools] or [None] * len(prepared)
+    question = {"Template": template, "Conversations": [
+        [_values(turns, each) | more] if newer else [exchange | more for exchange in _exchanges(turns)]
+        for turns, each in zip(prepared, offered, strict=True)]}
     try:
         return json.loads(_run([program], "Go cannot render the TEMPLATE", _RENDER_SECONDS, input=json.dumps(question)))
     except WorkFailed as e:
         raise TemplateFailed(e.message) from e
 
 
-def collated(messages: Messages, default_system: str | None) -> list[dict[str, str]]:
+def collated(messages: Messages, default_system: str | None) -> list[dict[str, Any]]:
     """The messages as a template gets them."""
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     if default_system and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": default_system}, *messages]
     for message in messages:
@@ -76,16 +84,22 @@ def collated(messages: Messages, default_system: str | None) -> list[dict[str, s
         if turns and turns[-1]["role"] == role != "tool":
             turns[-1]["content"] += "\n\n" + content
         else:
-            turns.append({"role": role, "content": content})
+            turns.append({**message, "content": content})
     return turns
 
 
-def _values(turns: Sequence[dict[str, str]]) -> dict[str, Any]:
+def _values(turns: Sequence[dict[str, Any]], tools: Tools | None) -> dict[str, Any]:
     return {"System": "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system"),
-            "Messages": [{"Role": turn["role"], "Content": turn["content"]} for turn in turns]}
+            "Messages": [_as_handed_over(turn) for turn in turns], "Tools": tools or []}
 
 
-def _exchanges(turns: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+def _as_handed_over(turn: dict[str, Any]) -> dict[str, Any]:
+    return {"Role": turn["role"], "Content": turn["content"], "Thinking": turn.get("reasoning_content") or "",
+            "ToolName": turn.get("name") or "", "ToolCallID": turn.get("tool_call_id") or "",
+            "ToolCalls": turn.get("tool_calls") or []}
+
+
+def _exchanges(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One set of values for each exchange: a message begins the next where what comes after its place is taken."""
     places = {"system": ("System", ("Prompt", "Response")), "user": ("Prompt", ("Response",)),
               "assistant": ("Response", ())}

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.ollama.go_text import lossy_runes
 from gemma_tune.ollama.template import OllamaChat
-from gemma_tune.ollama.turns import lossy_runes
 
 # In the order in which they are written. Ollama: "unknown parameter 'x'" for any other.
 PARAMETERS: dict[str, type] = {

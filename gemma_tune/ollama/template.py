@@ -17,9 +17,14 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateError
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.thinking import choice_in
-from gemma_tune.ollama.turns import Messages, Turns
+from gemma_tune.ollama.go_layout import template_text
+from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
+from gemma_tune.ollama.probe import EOS, FIRST, SWITCH, Jinja, Unlike, split, talk, without
+from gemma_tune.ollama.read_turns import read_turns
+from gemma_tune.ollama.thought import marks_alone, with_thought
+from gemma_tune.ollama.tool_turns import conversations, read_tools
+from gemma_tune.ollama.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class OllamaChat:
         notes: differences between the two templates that could not be closed, one sentence each.
         think: how the template's switch for thinking stands where nobody sets it, as in training; None without one. A
             request to a server that lists thinking among the model's capabilities has to say the same.
+        tools_missing: why the TEMPLATE has no place for tools; empty where it has.
+        gguf_capabilities: what an Ollama from 0.31 on takes the model to be able to do by its Jinja template.
     """
 
     template: str | None
@@ -46,6 +53,17 @@ class OllamaChat:
     family: str = "other"
     notes: tuple[str, ...] = ()
     think: bool | None = None
+    tools_missing: str = ""
+    gguf_capabilities: frozenset[str] = frozenset()
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What Ollama should find the model able to do, of "tools" and "thinking"."""
+        if self.template is None:
+            thinks = self.parser is not None and not self.parser.endswith("-no-thinking")
+        else:
+            thinks = ".Thinking" in self.template
+        return frozenset(word for word, has in (("tools", self.takes_tools), ("thinking", thinks)) if has)
 
     @property
     def takes_tools(self) -> bool:
@@ -75,15 +93,17 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
     """
     family, stop = next(((f, s) for mark, f, s in FAMILIES if mark in chat_template_jinja), ("other", ""))
     try:
-        jinja = _Jinja(chat_template_jinja, eos_token or _EOS)
+        jinja = Jinja(chat_template_jinja, eos_token or EOS)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
-        turns = _read_turns(jinja)
+        turns = read_turns(jinja)
         notes, think = _compare(jinja, turns), _thinking(jinja)
+        turns, more, tools_missing = _extended(jinja, turns, think, choice_in(chat_template_jinja))
+        notes += more
         ending = turns.assistant[1].strip()
         if not ending:
-            raise _Unlike("nothing marks the end of an answer")
-    except (_Unlike, TemplateError) as error:
+            raise Unlike("nothing marks the end of an answer")
+    except (Unlike, TemplateError) as error:
         raise UserError(
             f"the chat template of {family_hint or 'this model'} cannot be turned into an Ollama TEMPLATE: {error}",
             "Write a TEMPLATE by hand (https://docs.ollama.com/template), then run `ollama create NAME -f Modelfile`.",
@@ -93,7 +113,16 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
     if think is False and choice_in(chat_template_jinja) is None:
         notes += (_WITHOUT_THINKING,)
     stop = stop if stop and stop in ending else ending
-    return OllamaChat(turns.go(), (stop,), default_system=turns.default_system, family=family, notes=notes, think=think)
+    return OllamaChat(template_text(turns), (stop,), default_system=turns.default_system, family=family, notes=notes,
+                      think=think, tools_missing=tools_missing,
+                      gguf_capabilities=_by_words(chat_template_jinja))
+
+
+def _by_words(source: str) -> frozenset[str]:
+    """As Ollama guesses from the words in a Jinja template (`server/images.go`)."""
+    found = {"tools": "tools" in source or "tool_call" in source,
+             "thinking": "<think>" in source and "</think>" in source}
+    return frozenset(word for word, has in found.items() if has)
 
 
 _WITHOUT_THINKING = (
@@ -106,14 +135,109 @@ def tools_are_lost(chat: OllamaChat, rows: int) -> str | None:
     if not rows or chat.takes_tools:
         return None
     have = "One row has" if rows == 1 else f"{rows:,} rows have"
-    return (f"{have} tools, and the TEMPLATE for Ollama has no place for them yet: Ollama refuses a request with tools "
-            '(400 "does not support tools"). llama.cpp takes them with the same GGUF: llama-server --jinja.')
+    why = f" ({chat.tools_missing})" if chat.tools_missing else ""
+    return (f"{have} tools, and the TEMPLATE for Ollama has no place for them yet{why}: an Ollama before 0.31 refuses "
+            'a request with tools (400 "does not support tools"), a later one lays them out with the template in the '
+            "GGUF, as llama.cpp does: llama-server --jinja.")
 
 
-def _thinking(jinja: _Jinja) -> bool | None:
+def about_tools(chat: OllamaChat, rows: int) -> str | None:
+    """What an export says of ``rows`` rows with tools: that Ollama does not take them, or what it changes in them."""
+    return tools_are_lost(chat, rows) or (KEPT_NOTE if rows and chat.template is not None else None)
+
+
+def _thinking(jinja: Jinja) -> bool | None:
     """How the template's switch for thinking stands where nobody sets it; None without a switch."""
-    on, off, unset = (jinja(_talk(_FIRST), **names) for names in ({_SWITCH: True}, {_SWITCH: False}, {}))
+    on, off, unset = (jinja(talk(FIRST), **names) for names in ({SWITCH: True}, {SWITCH: False}, {}))
     return None if on == off else {on: True, off: False}.get(unset)
+
+
+def _extended(jinja: Jinja, turns: Turns, think: bool | None,
+              choice: bool | None) -> tuple[Turns, tuple[str, ...], str]:
+    """The turns with tools and reasoning, notes, and why there are no tools.
+
+    A model that was trained without thinking gets no place for it: Ollama asks every model for thinking that it thinks
+    able to. The switch is left to a request where it is in the GGUF (:func:`gemma_tune.encoding.thinking.settled`).
+    """
+    notes: tuple[str, ...] = ()
+    if think and choice is None:
+        turns, more = _with_switch(jinja, turns)
+        notes += more
+    candidates = [turns] if think is False else [with_thought(jinja, turns), turns]
+    tried = []
+    for each in candidates:
+        found, missing = _with_tools(jinja, each)
+        tried.append((found, missing, think is False or _same_reasoning(jinja, found)))
+
+    def worth(result: tuple[Turns, str, bool]) -> tuple[bool, ...]:
+        """Tools first, then reasoning as in training, and no place for it where it is not."""
+        found, missing, same = result
+        return not missing, same, same == (found.thought is not None)
+
+    extended, missing, same = max(tried, key=worth)
+    if not same:
+        notes += ("Reasoning of earlier turns is not written as in training.",)
+    if think is not False and not extended.thought:
+        extended = replace(extended, thought=marks_alone(turns.prompt))
+    return extended, notes, missing
+
+
+def _with_tools(jinja: Jinja, turns: Turns) -> tuple[Turns, str]:
+    """The turns with tools, or as they are and why."""
+    try:
+        with_tools = replace(turns, tools=read_tools(jinja, turns))
+        _compare_tools(jinja, with_tools)
+    except (Unlike, TemplateError) as error:
+        return turns, str(error)
+    return with_tools, ""
+
+
+def _with_switch(jinja: Jinja, turns: Turns) -> tuple[Turns, tuple[str, ...]]:
+    """The turns with another prompt for a request that wants no thinking."""
+    talks = talk(FIRST), talk("a", "b", "c", system="S" if jinja.knows_system else None)
+    try:
+        prompt = jinja(talks[0], **{SWITCH: False})
+        changed = replace(turns, unthinking=without(split(prompt, FIRST)[1], turns.user[1]))
+        if all(jinja(messages, **{SWITCH: False}) == changed.render(messages, think=False) for messages in talks):
+            return changed, ()
+    except (Unlike, TemplateError):
+        pass
+    return turns, ("A request cannot turn thinking off: the template then writes more than the prompt in another way.",)
+
+
+def _compare_tools(jinja: Jinja, turns: Turns) -> None:
+    """Holds the two against each other on conversations with tools.
+
+    Raises:
+        Unlike: they differ, or the template refuses most of them.
+    """
+    compared = 0
+    for messages, tools in conversations(turns.tools):
+        try:
+            theirs = jinja(messages, tools=tools)
+        except TemplateError:  # such as two calls in one turn; a row with them cannot be trained on either
+            continue
+        compared += 1
+        if theirs != turns.render(messages, tools):
+            raise Unlike("a conversation with tools comes out differently")
+    if compared < 3:
+        raise Unlike("it refuses conversations with tools")
+
+
+def _same_reasoning(jinja: Jinja, turns: Turns) -> bool:
+    """Whether conversations with reasoning, and the same without, come out the same."""
+    thought = {"reasoning_content": "So.\n\nHm", "thinking": "So.\n\nHm"}
+    called = conversations(turns.tools) if turns.tools else []
+    for messages, tools in [(talk("a", "b", "c", "d", "e"), None), *called]:
+        for more in ({}, thought):
+            reasoned = [turn | more if turn["role"] == "assistant" else turn for turn in messages]
+            try:
+                theirs = jinja(reasoned, tools=tools)
+            except (Unlike, TemplateError):
+                continue
+            if theirs != turns.render(reasoned, tools):
+                return False
+    return True
 
 
 # --- Gemma 4 --------------------------------------------------------------------------------------------------------
@@ -128,14 +252,14 @@ _GEMMA4 = Turns(
 )
 
 
-def _gemma4(jinja: _Jinja, stop: str, choice: bool | None) -> OllamaChat:
+def _gemma4(jinja: Jinja, stop: str, choice: bool | None) -> OllamaChat:
     """The settings that make Ollama's own layout the template's.
 
     The renderer is named by its size: "gemma4" alone would choose by what the model happens to be called. A model that
     was trained without thinking gets the parser without it, since Ollama asks every model for thinking that it thinks
     able to.
     """
-    large = jinja(_talk(_FIRST), **{_SWITCH: False}).endswith(_EMPTY_THOUGHT)
+    large = jinja(talk(FIRST), **{SWITCH: False}).endswith(_EMPTY_THOUGHT)
     think = _thinking(jinja)
     if think:
         before, after = "<|turn>system\n<|think|>\n", "<turn|>\n"
@@ -144,7 +268,7 @@ def _gemma4(jinja: _Jinja, stop: str, choice: bool | None) -> OllamaChat:
         turns = replace(_GEMMA4, prompt=_GEMMA4.prompt + _EMPTY_THOUGHT) if large else _GEMMA4
     try:
         notes = _compare(jinja, turns)
-    except _Unlike as error:
+    except Unlike as error:
         notes = (f"Ollama lays out Gemma 4 in its own code, and this model's template differs: {error}.",)
     if think is False and choice is None:
         notes += (_WITHOUT_THINKING,)
@@ -152,152 +276,27 @@ def _gemma4(jinja: _Jinja, stop: str, choice: bool | None) -> OllamaChat:
     return OllamaChat(None, (stop,), renderer=renderer, parser=parser, family="gemma4", notes=notes, think=think)
 
 
-# --- the Jinja side -------------------------------------------------------------------------------------------------
-
-_BOS, _EOS = "[[bos]]", "[[eos]]"  # stand in for the tokens' texts, so that they can be told from the rest
-_LITERAL_BOS = ("<bos>", "<|begin_of_text|>", "<s>")  # templates that spell BOS out
-_SYSTEM, _FIRST, _REPLY, _SECOND = "Zsystem", "Zfirst", "Zreply", "Zsecond"
-_SWITCH = "enable_thinking"  # what templates that can think have in common
+# --- the two side by side -------------------------------------------------------------------------------------------
 
 
-class _Unlike(Exception):
-    """The Jinja template does something that turns with fixed surroundings cannot express."""
-
-
-class _Jinja:
-    """Renders what training rendered, less the BOS token."""
-
-    def __init__(self, source: str, eos_token: str):
-        self.template, self.eos_token = compiled(source), eos_token
-        self.knows_system = self._knows_system()
-
-    def __call__(self, messages: Messages, generation: bool = True, **more: bool) -> str:
-        names = {"add_generation_prompt": generation, "bos_token": _BOS, "eos_token": self.eos_token, **more}
-        try:
-            text = self.template.render(messages=messages, **names)
-        except TemplateError:
-            raise
-        except Exception as error:  # whatever a template from the Hub does with a plain conversation
-            raise _Unlike(f"it fails on a plain conversation ({error})") from error
-        for bos in (_BOS, *_LITERAL_BOS):
-            text = text.removeprefix(bos)
-        return text
-
-    def _knows_system(self) -> bool:
-        try:
-            self(_talk(_FIRST, system=_SYSTEM))
-        except TemplateError:  # Gemma 1 and 2: "System role not supported"
-            return False
-        return True
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def _talk(*contents: str, system: str | None = None) -> Messages:
-    turns = [_message("assistant" if number % 2 else "user", text) for number, text in enumerate(contents)]
-    return turns if system is None else [_message("system", system), *turns]
-
-
-# --- what stands around the turns -----------------------------------------------------------------------------------
-
-
-def _read_turns(jinja: _Jinja) -> Turns:
-    """Takes the surroundings from renderings of marker words.
+def _compare(jinja: Jinja, turns: Turns) -> tuple[str, ...]:
+    """Holds the two against each other on conversations that `read_turns` did not use.
 
     Raises:
-        _Unlike: a marker is missing, or what stands around it changes with its place.
-    """
-    lead, first_end = _split(jinja(_talk(_FIRST)), _FIRST)
-    _, to_reply, to_second, _ = _split(jinja(_talk(_FIRST, _REPLY, _SECOND)), _FIRST, _REPLY, _SECOND)
-    user_after = _turn_end(jinja, _talk(_FIRST), first_end)
-    reply_after = _turn_end(jinja, _talk(_FIRST, _REPLY), to_second)
-    user_before = _without(to_second, reply_after)
-    if not lead.endswith(user_before) or not user_before:
-        raise _Unlike("later user turns are not written like the first")
-    turns = Turns(
-        user=(user_before, user_after),
-        assistant=(_without(to_reply, user_after), reply_after),
-        prompt=_without(first_end, user_after),
-        opening=lead.removesuffix(user_before),
-        trims=frozenset(role for role in ("user", "assistant", "system") if _trims(jinja, role)),
-        **_system_place(jinja, user_before),
-    )
-    text = repr(turns)
-    if any(bos in text for bos in (_BOS, *_LITERAL_BOS)):
-        raise _Unlike("it prints BOS between turns, while Ollama has one at the start")
-    if jinja.eos_token == _EOS and _EOS in text:
-        raise _Unlike("it prints eos_token, which was not given")
-    return _with_default_system(turns)
-
-
-def _split(text: str, *marks: str) -> list[str]:
-    parts = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
-            raise _Unlike("a message is missing from what it renders")
-        parts.append(before)
-    return [*parts, text]
-
-
-def _without(text: str, start: str) -> str:
-    if not text.startswith(start):
-        raise _Unlike(f"a turn does not always end in {start!r}")
-    return text.removeprefix(start)
-
-
-def _turn_end(jinja: _Jinja, messages: Messages, followed: str) -> str:
-    """What ends the last message; some templates add EOS where no answer is asked for, which is no part of the turn."""
-    end = _split(jinja(messages, generation=False), messages[-1]["content"])[1]
-    return end if followed.startswith(end) else end.removesuffix(jinja.eos_token)
-
-
-def _system_place(jinja: _Jinja, user_before: str) -> dict:
-    if not jinja.knows_system:
-        return {"fold": ("", "\n\n"), "fold_first": True}
-    before, after, _ = _split(jinja(_talk(_FIRST, system=_SYSTEM)), _SYSTEM, _FIRST)
-    if after.endswith(user_before):
-        return {"system": (before, after.removesuffix(user_before))}
-    return {"fold": (_without(before, user_before), after)}
-
-
-def _trims(jinja: _Jinja, role: str) -> bool:
-    """Whether white space around a message of this role is dropped; partly dropped counts as kept (see `_compare`)."""
-    if role == "system" and not jinja.knows_system:
-        return False
-    plain = _talk(_FIRST, _REPLY, _SECOND, system=_SYSTEM if role == "system" else None)
-    padded = [{**m, "content": f" \n{m['content']}\u3000\n"} if m["role"] == role else m for m in plain]
-    return jinja(padded) == jinja(plain)
-
-
-def _with_default_system(turns: Turns) -> Turns:
-    """An opening that is a system turn with words in it is a default system prompt, which Ollama keeps in SYSTEM."""
-    opening, (before, after) = turns.opening, turns.system or ("", "")
-    inner = opening[len(before) : len(opening) - len(after)]
-    if turns.system and inner and opening == inner.join(turns.system):
-        return replace(turns, opening="", default_system=inner)
-    return turns
-
-
-def _compare(jinja: _Jinja, turns: Turns) -> tuple[str, ...]:
-    """Holds the two against each other on conversations that `_read_turns` did not use.
-
-    Raises:
-        _Unlike: they differ in more than the white space around a message.
+        Unlike: they differ in more than the white space around a message.
     """
 
     def same(*contents: str, system: str | None = None) -> bool:
         folded = turns.fold_first and system is not None
-        asked = _talk(f"{system}\n\n{contents[0]}", *contents[1:]) if folded else _talk(*contents, system=system)
-        return jinja(asked) == turns.render(_talk(*contents, system=system))
+        asked = talk(f"{system}\n\n{contents[0]}", *contents[1:]) if folded else talk(*contents, system=system)
+        return jinja(asked) == turns.render(talk(*contents, system=system))
 
     for contents in (("Hi",), ("Hi 👩‍👩‍👧", "你好。", "{{ a }}\n\n<b>"), ("a", "b", "c", "d", "e")):
         for system in (None, "Be brief.\n\nAnswer in 中文."):
             if not same(*contents, system=system):
-                raise _Unlike(f"a conversation with{'' if system else 'out'} a system message comes out differently")
+                raise Unlike(f"a conversation with{'' if system else 'out'} a system message comes out differently")
+    notes = () if same("Hi", system="") else ("An empty system message is not treated as in training.",)
     padded = (" \n hi\t", "\n yes \n", "\u3000so?\n")
     if same(*padded) and same(*padded, system="\n be brief "):
-        return ()
-    return ("White space at the start or end of a message is not treated as in training.",)
+        return notes
+    return (*notes, "White space at the start or end of a message is not treated as in training.")

@@ -1,4 +1,4 @@
-"""The turns of a chat: what stands around each kind of message, and that written as an Ollama TEMPLATE in Go.
+"""The turns of a chat: what stands around each kind of message, and what Ollama makes of messages with it.
 
 Sources: Ollama's `template/template.go` (`.System` joins all system messages, `.Messages` holds them as well,
 neighbours of one role are merged, and a template that uses `.Messages` needs no `.Response`) and Go's text/template. A
@@ -8,12 +8,11 @@ TEMPLATE never holds the BOS token: the tokenizer adds it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-Messages = list[dict[str, str]]
-
-# Exactly what Jinja's `trim` removes: the characters for which str.isspace() holds.
-_EN_QUAD_TO_HAIR_SPACE = "".join(map(chr, range(0x2000, 0x200B)))
-SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680" + _EN_QUAD_TO_HAIR_SPACE + "\u2028\u2029\u202f\u205f\u3000"
+from gemma_tune.ollama.probe import Messages
+from gemma_tune.ollama.thought import Thought
+from gemma_tune.ollama.tool_turns import Tools, ToolTurns
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,17 @@ class Turns:
 
     Args:
         user, assistant, system: around a message; system is None where the template has no such turn.
+        later_system: around a system message that is not the first message, where that is something else.
         fold: around the system text inside the first user turn, where that is its place.
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
             them, since the template refuses system messages.
-        opening: what stands first if there is no system message.
+        opening: what stands first if there is no system message in front.
+        skips_empty: whether an empty system message is as none.
         prompt: what asks for the answer.
+        unthinking: what asks for one without thinking, where a request can choose.
         trims: roles whose content loses the white space around it.
+        tools: what is written where there are tools; None where they have no place.
+        thought: how reasoning is written; None where it has no place.
     """
 
     user: tuple[str, str]
@@ -37,102 +41,81 @@ class Turns:
     fold: tuple[str, str] | None = None
     fold_first: bool = False
     opening: str = ""
+    later_system: tuple[str, str] | None = None
     default_system: str | None = None
+    skips_empty: bool = False
     trims: frozenset[str] = frozenset()
+    unthinking: str | None = None
+    tools: ToolTurns | None = None
+    thought: Thought | None = None
 
-    def render(self, messages: Messages) -> str:
-        """What Ollama makes of the messages with the template that `go` writes; tests hold the two together."""
-        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system") or self.default_system or ""
-        if system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
-            messages = [{"role": "system", "content": system}, *messages]
-        parts = [] if system else [self.opening]
-        for message in messages:
-            around = getattr(self, message["role"])
-            content = self._trimmed(message["role"], message["content"])
-            if message["role"] == "user" and system and self.fold:
-                if self.fold_first:
-                    content = self._trimmed("user", system + self.fold[1] + message["content"])
-                else:
-                    content = self._trimmed("system", system).join(self.fold) + content
-                system = ""
-            if around:
-                parts.append(content.join(around))
-        return "".join([*parts, self.prompt])
+    def render(self, messages: Messages, tools: Tools | None = None, think: bool = True) -> str:
+        """What Ollama makes of the messages with the TEMPLATE of these turns; tests hold the two together."""
+        if self.default_system and messages[0]["role"] != "system":  # Ollama puts the model's SYSTEM in front
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        offered = tools if self.tools else None
+        roles = [message["role"] for message in messages]
+        asked = [n for n, role in enumerate(roles) if role == "user"]
+        parts = [self._start(messages, offered)]
+        for n, message in enumerate(messages):
+            parts.append(self._between(roles[n - 1] if n else "", roles[n]))
+            if roles[n] == "user":
+                with_first = (self._folded(messages), offered) if n == asked[0] else (None, None)
+                parts.append(self._asked(message, *with_first))
+            elif roles[n] == "assistant":
+                parts.append(self._answer(message, not asked or n > asked[-1]).join(self.assistant))
+            elif roles[n] == "tool" and self.tools:
+                parts.append(self.tools.answered(self._trimmed("tool", message["content"])))
+            elif roles[n] == "system" and self.system and self._counts(message):
+                parts.append(self._trimmed("system", message["content"]).join(self._around_system(n, offered)))
+        prompt = self.prompt if think or self.unthinking is None else self.unthinking
+        return "".join([*parts, self._between(roles[-1], ""), prompt])
+
+    def _counts(self, message: dict[str, Any]) -> bool:
+        """Whether a message is a system message that the template takes for one."""
+        return message["role"] == "system" and bool(message["content"] or not self.skips_empty)
+
+    def _start(self, messages: Messages, offered: Tools | None) -> str:
+        if any(map(self._counts, messages if self.skips_empty else messages[:1])):
+            return ""
+        return self.tools.listed(self.tools.opening, offered) if offered else self.opening
+
+    def _between(self, before: str, role: str) -> str:
+        """What ends and begins a row of results."""
+        if not self.tools or before == role or "tool" not in (before, role):
+            return ""
+        return self.tools.group[0 if role == "tool" else 1]
+
+    def _folded(self, messages: Messages) -> str | None:
+        """The system text that belongs into the first user's turn."""
+        systems = [message["content"] for message in messages if self._counts(message)]
+        return "\n\n".join(systems) if systems and self.fold else None
+
+    def _asked(self, message: dict[str, Any], system: str | None, offered: Tools | None) -> str:
+        content, before = self._trimmed("user", message["content"]), self.user[0]
+        if system is not None and self.fold_first:
+            content = self._trimmed("user", system + self.fold[1] + message["content"])
+        elif system is not None:
+            content = self._trimmed("system", system).join(self.fold) + content
+        if offered:
+            before = self.tools.listed(self.tools.user, offered)
+        return before + content + self.user[1]
+
+    def _around_system(self, n: int, offered: Tools | None) -> tuple[str, str]:
+        if n == 0 and offered:
+            before, after = (self.tools.listed(text, offered) for text in self.tools.system)
+            return before, after
+        return self.later_system if n and self.later_system else self.system
+
+    def _answer(self, message: dict[str, Any], unanswered: bool) -> str:
+        """What stands in an assistant's turn: reasoning, text and calls."""
+        text = self._trimmed("assistant", message["content"])
+        thought = self.thought.written(message.get("reasoning_content"), unanswered) if self.thought else ""
+        if calls := message.get("tool_calls") if self.tools else None:
+            beside = self.tools.beside
+            text = text + beside if message["content"] and beside is not None else self.tools.alone
+            text += self.tools.calls(calls)
+        return thought + text
 
     def _trimmed(self, role: str, text: str) -> str:
         return text.strip() if role in self.trims else text
-
-    def go(self) -> str:
-        """The Go TEMPLATE. `{{-` eats the line break before it, so it never follows text that must stay."""
-        branches = [("user", self.user, self._go_user())]
-        for role in ("assistant", "system"):
-            if around := getattr(self, role):
-                branches.append((role, around, self._go_put(role, ".Content")))
-        body, test = "", "{{- if"
-        for role, (before, after), content in branches:
-            before, after = _go_text(before), _go_text(after)
-            body += f'{test} eq .Role "{role}" ' + "}}" + before + content + after
-            test = "{{ else if"
-        lines = [_go_trim()] if self.trims else []
-        lines += ["{{- $system := .System }}"] if self.fold else []
-        lines += ["{{- if not .System }}" + _go_text(self.opening) + "{{ end }}"] if self.opening else []
-        lines += ["{{- range .Messages }}", body + "{{ end }}", "{{- end }}" + _go_text(self.prompt, last=True)]
-        return "\n".join(lines)
-
-    def _go_put(self, role: str, value: str) -> str:
-        return "{{ " + (f'template "trim" {value}' if role in self.trims else value) + " }}"
-
-    def _go_user(self) -> str:
-        content = self._go_put("user", ".Content")
-        if not self.fold:
-            return content
-        done = '{{ $system = "" }}'
-        if self.fold_first:
-            joined = self._go_put("user", f"(print $system {_go_string(self.fold[1])} .Content)")
-            return "{{ if $system }}" + joined + done + "{{ else }}" + content + "{{ end }}"
-        before, after = map(_go_text, self.fold)
-        return "{{ if $system }}" + before + self._go_put("system", "$system") + after + done + "{{ end }}" + content
-
-
-# --- Go template text -----------------------------------------------------------------------------------------------
-
-
-def lossy_runes(text: str) -> list[str]:
-    """Characters that Ollama's Modelfile parser drops in silence (the REST route keeps them): no-break space,
-    zero-width joiner (so emoji families fall apart), U+3000. Go's strconv.IsPrint and str.isprintable agree on them."""
-    return sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"})
-
-
-def _go_string(text: str) -> str:
-    def escaped(char: str) -> str:
-        if char in '\\"' or char in "\n\t":
-            return {"\n": r"\n", "\t": r"\t"}.get(char, "\\" + char)
-        return char if char.isprintable() else f"\\u{ord(char):04x}" if char <= "\uffff" else f"\\U{ord(char):08x}"
-
-    return '"' + "".join(map(escaped, text)) + '"'
-
-
-def _go_text(text: str, last: bool = False) -> str:
-    """Text as it is; as a quoted string where it could be misread, or lost to an editor that strips a file's end."""
-    plain = "{{" not in text and '"""' not in text and not lossy_runes(text) and not (last and text != text.rstrip())
-    return text if plain else f"{{{{ {_go_string(text)} }}}}"
-
-
-def _go_trim() -> str:
-    """Two recursive templates that print their argument without the white space around it.
-
-    Go's text/template has no trim function and Ollama adds none, but `slice` cuts strings by bytes and `eq` compares
-    with many at once, so each step drops one space of 1, 2 or 3 bytes. (100,000 in a row are too many for Go.)
-    """
-
-    def define(name: str, edge: str, rest: str, otherwise: str) -> str:
-        cases = "if"
-        for n in "123":
-            spaces = " ".join(_go_string(c) for c in SPACES if len(c.encode()) == int(n))
-            cases += f" and (ge (len .) {n}) (eq ({edge.replace('N', n)}) {spaces}) " + "}}"
-            cases += '{{ template "' + name + '" (' + rest.replace("N", n) + ") }}{{ else if"
-        return '{{- define "' + name + '" }}{{ ' + cases.removesuffix(" if") + " }}" + otherwise + "{{ end }}{{ end }}"
-
-    start = define("trim", "slice . 0 N", "slice . N", '{{ template "trimEnd" . }}')
-    end = define("trimEnd", "slice . (len (slice . N))", "slice . 0 (len (slice . N))", "{{ . }}")
-    return "\n".join(["{{- /* trims messages as the model's Hugging Face template does */ -}}", start, end])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base.errors import WorkFailed
+from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
 from support.command import QUICK, rows, write_rows
 from support.gguf import LlamaCpp
 from support.modelfile import parse_modelfile
@@ -388,11 +389,16 @@ WEATHER = [{"type": "function", "function": {"name": "weather", "description": "
     "type": "object", "properties": {"city": {"type": "string"}}}}}]
 
 
+# Arguments that Ollama would not find in an answer.
+SPELLED_OUT = WITH_TOOLS.replace("{{ c.function.arguments | tojson }}",
+                                 "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }} {% endfor %}")
+
+
 @pytest.mark.parametrize("with_tools", [True, False])
 def test_tools_that_ollama_will_not_take_are_told_of(cli, export, trained, tiny, tmp_path, with_tools):
-    """From the first command on: a real server answers a request with tools 400."""
+    """From the first command on: an older server answers a request with tools 400."""
     model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(WITH_TOOLS)
+    (model / "chat_template.jinja").write_text(SPELLED_OUT)
     more = [row | {"tools": WEATHER} for row in rows(2)] if with_tools else []
     data = write_rows(tmp_path / "rows.jsonl", [*rows(8), *more])
     adapter = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "adapter",
@@ -409,6 +415,21 @@ def test_tools_that_ollama_will_not_take_are_told_of(cli, export, trained, tiny,
         assert (told in said and 'refuses a request with tools (400 "does not support tools")' in said) == with_tools
     record = json.loads(Path("runs/model/manifest.json").read_text())["stages"]
     assert record["prepare"]["summary"]["tool_rows"] == 2 * with_tools
+
+
+def test_tools_that_ollama_takes_are_in_its_template(cli, export, trained, tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(WITH_TOOLS)
+    data = write_rows(tmp_path / "rows.jsonl", [*rows(8), *(row | {"tools": WEATHER} for row in rows(2))])
+    adapter = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "adapter",
+                              ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    prepared = cli("prepare", data, "--model", model)
+    assert prepared.code == 0 and "TEMPLATE" not in prepared.err, prepared.err
+    assert cli("merge", "--adapter", adapter, "--base", model, "--no-check").code == 0
+    result = export("--json")
+    assert result.code == 0, result.err
+    assert "{{ range $n, $_ := $.Tools }}" in modelfile(Path("runs/model"))["template"]
+    assert result.json["summary"]["different_in_ollama"] == [KEPT_NOTE]
 
 
 def test_a_renderer_of_ollamas_own_takes_tools():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.export.parity import verify
+from gemma_tune.export.parity import _ollama_texts, verify
 from gemma_tune.export.parity_cases import LIMITS
 from gemma_tune.export.parity_report import Agreement, Case, Check, Parity
 from gemma_tune.gguf import engine
@@ -27,7 +28,9 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed, render
+from gemma_tune.ollama.kept import NOTE
 from gemma_tune.ollama.template import OllamaChat, chat_for
+from support.templates import CHATML, QWEN_WORDS, TOOLS, byte_tokenizer, call, result, system, trl_template, user
 
 MODEL_TURN = "<start_of_turn>model\n"
 
@@ -172,6 +175,27 @@ def test_what_cannot_be_checked_is_said_and_never_passed(exported, monkeypatch, 
     monkeypatch.setattr(engine, "find_engine", lambda: None)
     with pytest.raises(UserError, match="no llama.cpp engine"):
         verify(exported.chat, exported.ollama, {"f16": exported.gguf}, [])
+
+
+def test_prompts_with_tools_are_laid_out_as_ollama_does(go_cache):
+    """Equal where Ollama changes nothing of them; what it does change is a limit, and hides no other difference."""
+    chat = ChatFormat(byte_tokenizer(CHATML, trl_template("qwen3"), others=QWEN_WORDS), "qwen3")
+    unknown = copy.deepcopy(TOOLS)
+    unknown[0]["function"]["parameters"]["properties"]["city"]["default"] = "Paris"
+    messages = [system(""), user("Hot?"), call("weather", city="<Rome>", reasoning="Look."), result("22 °C")]
+    prompts = {"as it is": Prompt(messages, TOOLS), "changed": Prompt(messages, unknown),
+               "sorted": Prompt([user("q"), call("weather", z=1e-7, a=2e30), result("1")])}
+    told = chat_for(chat.template)
+    texts = _ollama_texts(chat, told, prompts)
+    assert texts["as it is"] == chat.render(messages, prompt=True, tools=TOOLS)
+    assert {name: str(texts[name]) for name in ("changed", "sorted")} == dict.fromkeys(
+        ("changed", "sorted"), f"known limit: {NOTE}")
+    unfit = copy.deepcopy(TOOLS)
+    unfit[0]["function"]["parameters"]["required"] = "city"
+    refused = _ollama_texts(chat, told, prompts | {"unfit": Prompt([user("q")], unfit)})
+    assert str(refused.pop("unfit")).startswith("known limit: Ollama refuses such tools (") and refused == texts
+    broken = replace(told, template=told.template.replace("<tool_response>", "<tool_reply>"))
+    assert all(isinstance(text, str) for text in _ollama_texts(chat, broken, prompts).values())
 
 
 def test_a_template_that_go_refuses_is_a_difference(exported, go_cache):

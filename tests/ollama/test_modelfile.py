@@ -10,9 +10,9 @@ import time
 import pytest
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.ollama.go_text import lossy_runes
 from gemma_tune.ollama.modelfile import merged_parameters, render_modelfile, system_text
 from gemma_tune.ollama.template import OllamaChat, chat_for
-from gemma_tune.ollama.turns import lossy_runes
 from support.modelfile import parse_modelfile
 from support.templates import SMOLLM2, trl_template
 

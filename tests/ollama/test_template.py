@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import jinja2
@@ -12,8 +13,8 @@ import gemma_tune
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.thinking import settled, with_thinking
 from gemma_tune.ollama import go_template
+from gemma_tune.ollama.go_text import SPACES
 from gemma_tune.ollama.template import chat_for
-from gemma_tune.ollama.turns import SPACES
 from support.templates import SMOLLM2, trl_template
 
 
@@ -59,6 +60,7 @@ CONVERSATIONS = {
     "padded system": talk("\n hi ", system="\n S \n"),
     "every space": talk(SPACES + "x" + SPACES + "y" + SPACES[::-1]),
     "nothing but spaces": talk(" \n ", "", "\u2003"),
+    "empty system": talk("hi", "yes", "so?", system=""),
     "template signs": talk('{{ .System }} {{- "q" -}} {% x %} \\n `', "a\\b", '"""'),
 }
 
@@ -77,16 +79,34 @@ GEMMA3_GOLDENS = {  # each of them is what Go's text/template made of the TEMPLA
 }
 
 GEMMA3_GO = """\
-{{- $system := .System }}
+{{- $system := false }}{{- range .Messages }}{{ if eq .Role "system" }}{{ $system = true }}{{ end }}{{- end }}
 {{- range .Messages }}
 {{- if eq .Role "user" }}<start_of_turn>user
-{{ if $system }}{{ $system }}
+{{ if $system }}{{ $.System }}
 
-{{ $system = "" }}{{ end }}{{ template "trim" .Content }}<end_of_turn>
+{{ $system = false }}{{ end }}{{ template "trim" .Content }}<end_of_turn>
 {{ else if eq .Role "assistant" }}<start_of_turn>model
 {{ template "trim" .Content }}<end_of_turn>
 {{ end }}
 {{- end }}{{ "<start_of_turn>model\\n" }}"""
+
+SMOLLM2_GO = """\
+{{- range .Messages }}
+{{- if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "system" }}<|im_start|>system
+{{ .Content }}<|im_end|>
+{{ end }}
+{{- end }}{{ "<|im_start|>assistant\\n" }}"""
+UNCHANGED = {
+    "phi3": "7d395569944328d3",
+    "llama3": "305992f4316a947b",
+    "cohere": "51bd7d5234eaa9cb",
+    "qwen2_5_vl": "cbfdc1e566d16a8f",
+}
+
 
 @pytest.fixture
 def go_render(go_cache):
@@ -97,7 +117,7 @@ def go_render(go_cache):
 @pytest.mark.parametrize(
     "name",
     ["gemma", "gemma3", "own gemma", "smollm2", "qwen2_5", "qwen3", "qwen3 off", "qwen3_6", "qwen3_6 off", "llama3",
-     "llama3_1", "phi3"],
+     "llama3_1", "phi3", "phi3_5", "lfm2", "cohere"],
 )  # fmt: skip
 def test_go_renders_what_hugging_face_renders(name, go_render):
     template = source(name)
@@ -120,6 +140,13 @@ def test_the_gemma3_template_is_the_one_that_go_was_asked_about():
     assert trim.count("{{- define") == 2
     for name, expected in GEMMA3_GOLDENS.items():
         assert hugging_face(template, CONVERSATIONS[name]) == expected
+
+
+def test_the_template_of_a_model_without_tools_stays_as_it_was():
+    """Byte for byte: what an earlier version derived, in full and as the beginning of its sha256."""
+    assert chat_for(SMOLLM2).template == SMOLLM2_GO
+    digests = {name: sha256(chat_for(source(name)).template.encode()).hexdigest()[:16] for name in UNCHANGED}
+    assert digests == UNCHANGED
 
 
 def test_a_history_that_was_cut_at_the_front_still_has_its_system_text(go_render):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.ollama.go_text import lossy_runes
 from gemma_tune.ollama.modelfile import PARAMETERS, unix_lines
-from gemma_tune.ollama.turns import lossy_runes
 
 
 def parse_modelfile(text: str) -> dict:
@@ -58,7 +58,8 @@ _INSTRUCTIONS = (
 
 def _unquoted(value: str) -> str | None:
     """The value without its quotes, or None while it is not complete."""
-    value = "".join(c for c in value if c not in lossy_runes(value)).strip()
+    lost = lossy_runes(value)
+    value = "".join(c for c in value if c not in lost).strip()
     for quotes in ('"""', '"'):
         if value.startswith(quotes):
             closed = len(value) >= 2 * len(quotes) and value.endswith(quotes)

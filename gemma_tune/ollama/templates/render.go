@@ -12,9 +12,70 @@ import (
 )
 
 type message struct {
-	Role, Content, Thinking string
-	ToolCalls               []any
+	Role, Content, Thinking, ToolName, ToolCallID string
+
+	ToolCalls []struct {
+		ID       string
+		Function struct {
+			Index     int
+			Name      string
+			Arguments object
+		}
+	}
 }
+
+// What Ollama keeps of a tool's declaration, in the order in which it writes it; all else is lost.
+type tool struct {
+	Type     string `json:"type"`
+	Items    any    `json:"items,omitempty"`
+	Function struct {
+		Name        string `json:"name"`
+		Description string `json:"description"`
+		Parameters  struct {
+			Type       string              `json:"type"`
+			Defs       any                 `json:"$defs,omitempty"`
+			Items      any                 `json:"items,omitempty"`
+			Required   []string            `json:"required,omitempty"`
+			Properties map[string]property `json:"properties"`
+		} `json:"parameters"`
+	} `json:"function"`
+}
+
+type property struct {
+	AnyOf       []property          `json:"anyOf,omitempty"`
+	Type        kinds               `json:"type,omitempty"`
+	Items       any                 `json:"items,omitempty"`
+	Description string              `json:"description,omitempty"`
+	Enum        []any               `json:"enum,omitempty"`
+	Properties  map[string]property `json:"properties,omitempty"`
+}
+
+// One type is a text, several are a list.
+type kinds []string
+
+func (all *kinds) UnmarshalJSON(data []byte) error {
+	var one string
+	if json.Unmarshal(data, &one) == nil {
+		*all = kinds{one}
+		return nil
+	}
+	return json.Unmarshal(data, (*[]string)(all))
+}
+
+func (all kinds) MarshalJSON() ([]byte, error) {
+	if len(all) == 1 {
+		return json.Marshal(all[0])
+	}
+	return json.Marshal([]string(all))
+}
+
+// Values that print themselves as JSON.
+type object map[string]any
+
+type tools []tool
+
+func (value object) String() string { return toJSON(value) }
+func (value tools) String() string  { return toJSON(value) }
 
 // A conversation is one rendering, or, where the template is of the older kind, one for each exchange. Values of the
 // last exchange are rendered up to the place of the answer.
@@ -23,6 +84,8 @@ type question struct {
 	Conversations [][]struct {
 		System, Prompt, Response string
 		Messages                 []*message
+		Tools                    tools
+		Think, IsThinkSet        bool
 		Cut                      bool
 	}
 }
@@ -42,7 +105,8 @@ func main() {
 			}
 			check(use.Execute(&text, map[string]any{
 				"System": values.System, "Prompt": values.Prompt, "Response": values.Response,
-				"Messages": values.Messages, "Tools": nil, "Think": false, "ThinkLevel": "", "IsThinkSet": false,
+				"Messages": values.Messages, "Tools": values.Tools, "Think": values.Think, "ThinkLevel": "",
+				"IsThinkSet": values.IsThinkSet,
 			}))
 		}
 		texts = append(texts, text.String())
@@ -50,11 +114,12 @@ func main() {
 	check(json.NewEncoder(os.Stdout).Encode(texts))
 }
 
+func toJSON(value any) string {
+	text, _ := json.Marshal(value)
+	return string(text)
+}
+
 func parsed(source string) *template.Template {
-	toJSON := func(value any) string {
-		text, _ := json.Marshal(value)
-		return string(text)
-	}
 	result, err := template.New("").Option("missingkey=zero").Funcs(template.FuncMap{"json": toJSON}).Parse(source)
 	check(err)
 	return result

@@ -1,0 +1,94 @@
+"""A Jinja chat template asked with marker words, so that what stands around them can be read off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from gemma_tune.encoding.rendering import compiled
+
+Messages = list[dict[str, Any]]
+
+BOS, EOS = "[[bos]]", "[[eos]]"  # stand in for the tokens' texts, so that they can be told from the rest
+LITERAL_BOS = ("<bos>", "<|begin_of_text|>", "<s>")  # templates that spell BOS out
+SYSTEM, FIRST, REPLY, SECOND = "Zsystem", "Zfirst", "Zreply", "Zsecond"
+SWITCH = "enable_thinking"  # what templates that can think have in common
+
+
+class Unlike(Exception):
+    """The Jinja template does something that turns with fixed surroundings cannot express."""
+
+
+class Jinja:
+    """Renders what training rendered, less the BOS token.
+
+    Args:
+        source: the template.
+        eos_token: for the few templates that print it.
+    """
+
+    def __init__(self, source: str, eos_token: str):
+        self.template, self.eos_token = compiled(source), eos_token
+        self.knows_system = self._knows_system()
+
+    def __call__(self, messages: Messages, generation: bool = True, **more: Any) -> str:
+        """The text of a conversation; ``more`` are other variables, such as ``tools``.
+
+        Raises:
+            TemplateError: the template refuses it.
+            Unlike: it fails.
+        """
+        names = {"add_generation_prompt": generation, "bos_token": BOS, "eos_token": self.eos_token, **more}
+        try:
+            text = self.template.render(messages=messages, **names)
+        except TemplateError:
+            raise
+        except Exception as error:  # whatever a template from the Hub does with a plain conversation
+            raise Unlike(f"it fails on a plain conversation ({error})") from error
+        for bos in (BOS, *LITERAL_BOS):
+            text = text.removeprefix(bos)
+        return text
+
+    def _knows_system(self) -> bool:
+        try:
+            self(talk(FIRST, system=SYSTEM))
+        except TemplateError:  # Gemma 1 and 2: "System role not supported"
+            return False
+        return True
+
+
+def message(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def talk(*contents: str, system: str | None = None) -> Messages:
+    """User and assistant in turn, below a system message."""
+    turns = [message("assistant" if number % 2 else "user", text) for number, text in enumerate(contents)]
+    return turns if system is None else [message("system", system), *turns]
+
+
+def split(text: str, *marks: str) -> list[str]:
+    """What stands before, between and after the marks.
+
+    Raises:
+        Unlike: one is missing.
+    """
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise Unlike("a message is missing from what it renders")
+        parts.append(before)
+    return [*parts, text]
+
+
+def without(text: str, start: str) -> str:
+    """The text after its start.
+
+    Raises:
+        Unlike: it starts otherwise.
+    """
+    if not text.startswith(start):
+        raise Unlike(f"a turn does not always end in {start!r}")
+    return text.removeprefix(start)

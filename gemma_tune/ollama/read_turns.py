@@ -1,0 +1,104 @@
+"""What stands around the turns of a chat template, read off renderings of marker words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jinja2 import TemplateError
+
+from gemma_tune.ollama.probe import (
+    BOS,
+    EOS,
+    FIRST,
+    LITERAL_BOS,
+    REPLY,
+    SECOND,
+    SYSTEM,
+    Jinja,
+    Messages,
+    Unlike,
+    split,
+    talk,
+    without,
+)
+from gemma_tune.ollama.turns import Turns
+
+
+def read_turns(jinja: Jinja) -> Turns:
+    """Takes the surroundings from renderings of marker words.
+
+    Raises:
+        Unlike: a marker is missing, or what stands around it changes with its place.
+    """
+    lead, first_end = split(jinja(talk(FIRST)), FIRST)
+    _, to_reply, to_second, _ = split(jinja(talk(FIRST, REPLY, SECOND)), FIRST, REPLY, SECOND)
+    user_after = _turn_end(jinja, talk(FIRST), first_end)
+    reply_after = _turn_end(jinja, talk(FIRST, REPLY), to_second)
+    user_before = without(to_second, reply_after)
+    if not lead.endswith(user_before) or not user_before:
+        raise Unlike("later user turns are not written like the first")
+    turns = Turns(
+        user=(user_before, user_after),
+        assistant=(without(to_reply, user_after), reply_after),
+        prompt=without(first_end, user_after),
+        opening=lead.removesuffix(user_before),
+        trims=frozenset(role for role in ("user", "assistant", "system") if _trims(jinja, role)),
+        **_system_place(jinja, user_before),
+    )
+    text = repr(turns)
+    if any(bos in text for bos in (BOS, *LITERAL_BOS)):
+        raise Unlike("it prints BOS between turns, while Ollama has one at the start")
+    if jinja.eos_token == EOS and EOS in text:
+        raise Unlike("it prints eos_token, which was not given")
+    turns = _with_default_system(turns)
+    if not jinja.knows_system:
+        return turns
+    empty = talk(FIRST, system="")
+    skipping = replace(turns, skips_empty=True)
+    return skipping if skipping.render(empty) == jinja(empty) != turns.render(empty) else turns
+
+
+def _turn_end(jinja: Jinja, messages: Messages, followed: str) -> str:
+    """What ends the last message; some templates add EOS where no answer is asked for, which is no part of the turn."""
+    end = split(jinja(messages, generation=False), messages[-1]["content"])[1]
+    return end if followed.startswith(end) else end.removesuffix(jinja.eos_token)
+
+
+def _system_place(jinja: Jinja, user_before: str) -> dict:
+    if not jinja.knows_system:
+        return {"fold": ("", "\n\n"), "fold_first": True}
+    before, after, _ = split(jinja(talk(FIRST, system=SYSTEM)), SYSTEM, FIRST)
+    if after.endswith(user_before):
+        around = before, after.removesuffix(user_before)
+        later = _later_system(jinja, user_before)
+        return {"system": around, "later_system": None if later == around else later}
+    return {"fold": (without(before, user_before), after)}
+
+
+def _later_system(jinja: Jinja, user_before: str) -> tuple[str, str] | None:
+    """What stands around a system message between other turns; None where the template takes none there."""
+    first, reply, second = talk(FIRST, REPLY, SECOND)
+    try:
+        plain = split(jinja([first, reply, second]), REPLY, SECOND)[1].removesuffix(user_before)
+        _, text, after, _ = split(jinja([first, reply, *talk(SECOND, system=SYSTEM)]), REPLY, SYSTEM, SECOND)
+        return without(text, plain), after.removesuffix(user_before)
+    except (Unlike, TemplateError):
+        return None
+
+
+def _trims(jinja: Jinja, role: str) -> bool:
+    """Whether white space around a message of this role is dropped; partly dropped counts as kept (see `_compare`)."""
+    if role == "system" and not jinja.knows_system:
+        return False
+    plain = talk(FIRST, REPLY, SECOND, system=SYSTEM if role == "system" else None)
+    padded = [{**m, "content": f" \n{m['content']}\u3000\n"} if m["role"] == role else m for m in plain]
+    return jinja(padded) == jinja(plain)
+
+
+def _with_default_system(turns: Turns) -> Turns:
+    """An opening that is a system turn with words in it is a default system prompt, which Ollama keeps in SYSTEM."""
+    opening, (before, after) = turns.opening, turns.system or ("", "")
+    inner = opening[len(before) : len(opening) - len(after)]
+    if turns.system and inner and opening == inner.join(turns.system):
+        return replace(turns, opening="", default_system=inner)
+    return turns
