@@ -68,16 +68,16 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
     expected, refused = _expected(chat, prompts)
     texts = _ollama_texts(chat, ollama_chat, {name: prompts[name] for name in expected})
     asked = list(expected.values())[:answers] if merged_model is not None else []
-    theirs = _transformers_answers(merged_model, chat, asked, answer_tokens, listener)
     found: dict[str, dict[str, dict[str, Check]]] = {}
-    greedy = {}
+    answers_of: dict[str, list[list[int]]] = {}
     for n, (label, gguf) in enumerate(ggufs.items(), start=1):
         with Engine(gguf, max(map(len, asked), default=1) + answer_tokens) as engine:
             found[label] = {name: _checks(engine, chat, prompts[name], ids, texts[name])
                             for name, ids in expected.items()}
             if asked:
-                greedy[label] = _agreement(theirs, [_engine_answer(engine, ids, answer_tokens) for ids in asked])
+                answers_of[label] = [_engine_answer(engine, ids, answer_tokens) for ids in asked]
         listener.progress("comparing with llama.cpp", n, len(ggufs))
+    greedy = {label: _agreement(merged_model, chat, asked, given) for label, given in answers_of.items()}
     cases = [Case(name, 0, dict.fromkeys(COLUMNS, refused[name])) if name in refused else
              _case(name, len(expected[name]), {label: checks[name] for label, checks in found.items()})
              for name in prompts]
@@ -190,31 +190,36 @@ def leading(expected: Sequence[int], got: Sequence[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
 
 
-def _transformers_answers(model: Any, chat: ChatFormat, prompts: Sequence[Sequence[int]], count: int,
-                          listener: Listener) -> list[list[int]]:
-    """Greedy answers, one by one: in a batch, padding moves the last digits of the numbers."""
-    import torch
-
-    from gemma_tune.answers.generation import sampling_arguments
-
-    answers = []
-    for n, prompt in enumerate(prompts, start=1):
-        ids = torch.tensor([list(prompt)], device=model.device)
-        arguments = sampling_arguments(model, {"temperature": 0.0, "repetition_penalty": 1.0})
-        with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                                 eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0], **arguments)
-        new = out[0, len(prompt):].tolist()
-        answers.append([*new[:-1], _END] if new[-1] in chat.stop_ids else new)
-        listener.progress("answering with transformers", n, len(prompts))
-    return answers
-
-
 def _engine_answer(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
     answer = engine.complete(prompt, count)
     return [*answer.ids, _END] if answer.ended else list(answer.ids)
 
 
-def _agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> Agreement:
-    return Agreement(answers=len(theirs), whole=sum(a == b for a, b in zip(theirs, ours)),
-                     tokens=sum(map(len, theirs)), leading=sum(map(leading, theirs, ours)))
+def _agreement(model: Any, chat: ChatFormat, prompts: Sequence[Sequence[int]],
+               answers: Sequence[Sequence[int]]) -> Agreement:
+    """How far transformers would have given the same greedy answers.
+
+    It does so up to the first token that is not its likeliest behind those before it, so one pass over prompt and
+    answer tells, where generating takes one for each token.
+    """
+    same = [_likeliest(model, chat, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return Agreement(answers=len(answers), whole=sum(map(all, same)), tokens=sum(map(len, answers)),
+                     leading=sum(next((n for n, as_theirs in enumerate(row) if not as_theirs), len(row))
+                                 for row in same))
+
+
+def _likeliest(model: Any, chat: ChatFormat, prompt: Sequence[int], answer: Sequence[int]) -> list[bool]:
+    """For each token of an answer whether it is the model's likeliest there."""
+    import torch
+
+    if not answer:
+        return []
+    ids = torch.tensor([[*prompt, *(id for id in answer if id != _END)]], device=model.device)
+    with torch.inference_mode():
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        # What a family does to its logits behind the head, a factor or a cap, leaves their order.
+        logits = model.get_output_embeddings()(states[:, len(prompt) - 1:][:, :len(answer)])[0]
+        logits[:, list(model.generation_config.suppress_tokens or ())] = -torch.inf  # as `generate` does
+        likeliest = logits.argmax(1).tolist()
+    return [(theirs in chat.stop_ids) if ours == _END else theirs == ours
+            for theirs, ours in zip(likeliest, answer, strict=True)]

@@ -59,7 +59,7 @@ class Agreement:
     Args:
         answers: prompts that were answered.
         whole: answers that are equal to their end, or to the limit.
-        tokens: in Hugging Face's answers, with the token that ends one.
+        tokens: in llama.cpp's answers, with the token that ends one.
         leading: of these, how many come before the first difference.
     """
 
