@@ -320,9 +320,11 @@ class ExportConfig(StageConfig):
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
                                  auto="at least 4096 and the longest length in training")
-    calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
-                                     "training rows, instead of each weight by itself.")
-    measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
+    calibration: bool | str = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on "
+                                           "the rows of this file, which is any that `prepare` reads or plain text "
+                                           "(.txt); `rows` sets the default back.", auto="the training rows",
+                                     off="Round each weight by itself.")
+    measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
                                        "Ollama template.", auto="on where a llama.cpp engine is installed", check=True)
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
@@ -331,6 +333,11 @@ class ExportConfig(StageConfig):
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
                               same_result=True, address=True)
+
+    def __post_init__(self) -> None:
+        if self.calibration == "rows":
+            object.__setattr__(self, "calibration", True)
+        super().__post_init__()
 
 
 CONFIGS: dict[str, type[StageConfig]] = {

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.export.calibration_rows import calibration_rows, not_calibrated
 from gemma_tune.export.files import ExportSource, load_merged
-from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
-from gemma_tune.gguf.types import COARSE, libgguf
+from gemma_tune.gguf.types import COARSE
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of the training rows; the demo's 8,465 are enough for its 270M parameters
-LONGEST = 2048  # tokens of one row
 MEMORY = 1 << 30  # bytes of XᵀX at a time: the layers that fit in are gone through together
 
 
@@ -110,29 +108,13 @@ class Calibration:
 
 
 def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]) -> tuple[Calibration | None, str]:
-    """What the files of an export are rounded by; or None and why not, "" where nothing is to be rounded."""
+    """What the files of an export are rounded by, and in words; or None and why not, "" where nothing is to be."""
     if not set(COARSE).intersection(quants):
         return None, ""
-    if not session.config.calibration:
-        return None, "--no-calibration"
-    if source.architecture is None:
-        return None, "the converter writes the file"
-    if libgguf is None:
-        return None, "libgguf is not installed"
-    rows, reason = encoded_rows(session, "train")
-    if rows is None:
+    if reason := not_calibrated(session, source):
         return None, reason
+    rows, said = calibration_rows(session, source)
+    if rows is None:
+        return None, said
     model, lacking = load_merged(source.merged, 2 * MEMORY)
-    return (Calibration(model, source.architecture, sample(rows)), "") if model is not None else (None, lacking)
-
-
-def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
-    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
-    found, left = [], tokens
-    for n in np.random.default_rng(0).permutation(len(rows)):
-        ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
-        found.append(ids)
-        left -= len(ids)
-        if not left:
-            break
-    return found
+    return (Calibration(model, source.architecture, rows), said) if model is not None else (None, lacking)

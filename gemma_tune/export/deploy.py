@@ -13,6 +13,7 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.target import Target
+from gemma_tune.export.worth import finer_than
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.server import Server
 from gemma_tune.run.directory import command
@@ -75,7 +76,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     # What loses much of what was learned is made as it was asked for, but nobody is sent there.
     good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
     if not good:
-        better = command("export-ollama", session.run.root, "--quant", "f16" if "q8_0" in quants else "q8_0")
+        better = command("export-ollama", session.run.root, "--quant", finer_than(quants))
     elsewhere = tuple(f"llama-cli -m {shlex.quote(files[n][0])}" for n in good[:1])
     run_it = (f"ollama run {names[good[0]]}",) if good else (better,)
     if server is None:

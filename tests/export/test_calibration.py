@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gemma_tune.export import calibration
-from gemma_tune.export.calibration import Calibration, sample
+from gemma_tune.export.calibration import Calibration
+from gemma_tune.export.calibration_rows import LONGEST, sample
 from gemma_tune.gguf.compensated import inputs_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.writer import parts_of, write_gguf
@@ -64,7 +65,7 @@ def test_rows_come_from_all_over_the_data_and_are_bounded():
     assert sum(map(len, found)) == 1050 and len(found) == 11
     numbers = {int(row[0]) for row in found}
     assert len(numbers) == 11 and max(numbers) > 250 and min(numbers) < 250
-    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}])] == [calibration.LONGEST]
+    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}])] == [LONGEST]
 
 
 def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):

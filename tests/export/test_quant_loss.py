@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import quant_loss
-from gemma_tune.export.quant_loss import measure, validation_rows
+from gemma_tune.export.quant_loss import validation_rows, wanted_of
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.types import QUANTS
@@ -76,6 +76,11 @@ def rows(lengths: tuple[int, ...] = (30, 12, 40)) -> list[dict[str, np.ndarray]]
         labels[0] = ids[0]  # nothing predicts a row's first token
         found.append({"input_ids": ids, "labels": labels})
     return found
+
+
+def measure(model, rows, files, architecture, limit: int | None = None, **settings):
+    """The losses of one text."""
+    return quant_loss.measure(model, {"rows": wanted_of(rows, limit)}, files, architecture, **settings).get("rows", {})
 
 
 def loaded(folder: Path) -> torch.nn.Module:

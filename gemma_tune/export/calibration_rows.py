@@ -1,0 +1,63 @@
+"""Which rows the rounding of an export is calibrated by, as token ids: a file's or the training's, and general text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.base.words import counted
+from gemma_tune.export.calibration_file import file_rows, named_file
+from gemma_tune.export.files import ExportSource
+from gemma_tune.export.general import calibration_ids
+from gemma_tune.export.quant_loss import encoded_rows
+from gemma_tune.gguf.types import libgguf
+from gemma_tune.run.session import Session
+
+TOKENS = 16_384  # of rows; the demo's 8,465 are enough for its 270M parameters
+LONGEST = 2048  # tokens of one row
+PART_OF_GENERAL = 0.25  # at most, of all tokens
+
+
+def not_calibrated(session: Session, source: ExportSource) -> str:
+    """Why the rounding cannot be calibrated whatever rows there are; "" where it can."""
+    if session.config.calibration is False:
+        return "--no-calibration"
+    if source.architecture is None:
+        return "the converter writes the file"
+    return "libgguf is not installed" if libgguf is None else ""
+
+
+def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.ndarray] | None, str]:
+    """Ids, (length,) each, of the rows to calibrate by; and what they are in words, or None and why there are none.
+
+    They are rows of the file that ``--calibration`` names, else of the training, with general text among them.
+
+    Raises:
+        UserError: a file of which nothing, or too little, can be used.
+    """
+    config, chat = session.config, source.chat
+    if isinstance(config.calibration, str):
+        rows, of = file_rows(session, chat), f"of {named_file(session)}"
+    else:
+        trained, reason = encoded_rows(session, "train")
+        if trained is None:
+            return None, reason
+        rows, of = trained, "of the training rows"
+    own = sample(rows)
+    size = sum(map(len, own))
+    general = sample([{"input_ids": ids} for ids in calibration_ids(chat.tokenizer)],
+                     int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
+    return [*own, *general], f"{counted(size, 'token')} {of} and {sum(map(len, general)):,} of general text"
+
+
+def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
+    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
+    found, left = [], tokens
+    for n in np.random.default_rng(0).permutation(len(rows)):
+        ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
+        found.append(ids)
+        left -= len(ids)
+        if not left:
+            break
+    return found
