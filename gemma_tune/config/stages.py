@@ -320,9 +320,9 @@ class ExportConfig(StageConfig):
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
                                  auto="at least 4096 and the longest length in training")
-    calibration: bool | str = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on "
-                                           "the rows of this file, which is any that `prepare` reads or plain text "
-                                           "(.txt); `rows` sets the default back.", auto="the training rows",
+    calibration: bool | str = option("rows", "Round to fewer than eight bits by what the matrices are multiplied with "
+                                             "on the rows of this file, which is any that `prepare` reads or plain "
+                                             "text (.txt), or with `rows` on those of the training.",
                                      off="Round each weight by itself.")
     measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and the "
@@ -334,9 +334,14 @@ class ExportConfig(StageConfig):
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
                               same_result=True, address=True)
 
+    @property
+    def calibration_file(self) -> str | None:
+        """The file that ``calibration`` names, if it names one."""
+        return None if self.calibration in (False, "rows") else self.calibration
+
     def __post_init__(self) -> None:
-        if self.calibration == "rows":
-            object.__setattr__(self, "calibration", True)
+        if self.calibration is True:
+            object.__setattr__(self, "calibration", "rows")
         super().__post_init__()
 
 

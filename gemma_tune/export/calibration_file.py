@@ -16,6 +16,7 @@ from gemma_tune.config.stages import MOST_TOKENS, PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.reading.hub_rows import PREFIX
 from gemma_tune.data.reading.rows import JSON
 from gemma_tune.data.reading.sources import STDIN, Row, Source, find_sources, read_blocks
 from gemma_tune.data.reading.text import TextFile, compression
@@ -34,11 +35,11 @@ def with_file(session: Session) -> tuple[Session, dict[str, Path]]:
     Raises:
         UserError: there is no such file.
     """
-    named = session.config.calibration
-    if not isinstance(named, str):
+    named = session.config.calibration_file
+    if named is None:
         return session, {}
     sources = _sources(session)
-    kept = named if named.startswith("hf:") else session.run.relative(Path(os.path.expanduser(named_file(session))))
+    kept = named if named.startswith(PREFIX) else session.run.relative(Path(os.path.expanduser(named_file(session))))
     resolved = replace(session.resolved, config=replace(session.config, calibration=kept))
     return (replace(session, resolved=resolved, given=set(session.given) - {"calibration"}),
             {f"calibration_{n}": source.path for n, source in enumerate(sources)})
@@ -46,16 +47,27 @@ def with_file(session: Session) -> tuple[Session, dict[str, Path]]:
 
 def named_file(session: Session) -> str:
     """The file's name from here: what was given is one, what the manifest has is relative to the run."""
-    named = session.config.calibration
+    named = session.config.calibration_file
     return named if "calibration" in session.given else session.run.found(named)
 
 
 def _sources(session: Session) -> list[Source]:
     name = named_file(session)
+    require_file(name)
+    return find_sources([name], session.run.inputs, session.listener, _prepared_as(session).delimiter_sign)
+
+
+def require_file(name: str | None) -> None:
+    """What can be known of ``--calibration`` without a run.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if name == STDIN:
         raise UserError("--calibration reads no standard input, as an export that is repeated reads the rows again",
                         "save them to a file, and name that")
-    return find_sources([name], session.run.inputs, session.listener, _prepared_as(session).delimiter_sign)
+    if name and not name.startswith(PREFIX):  # the Hub is asked when the rows are needed
+        find_sources([name], Path())
 
 
 def _prepared_as(session: Session) -> PrepareConfig:

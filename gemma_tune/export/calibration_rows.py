@@ -9,7 +9,7 @@ import numpy as np
 from gemma_tune.base.words import counted
 from gemma_tune.export.calibration_file import file_rows, named_file
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.general import calibration_ids
+from gemma_tune.export.general import calibration_rows_of
 from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
@@ -37,7 +37,7 @@ def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.nd
         UserError: a file of which nothing, or too little, can be used.
     """
     config, chat = session.config, source.chat
-    if isinstance(config.calibration, str):
+    if config.calibration_file:
         rows, of = file_rows(session, chat), f"of {named_file(session)}"
     else:
         trained, reason = encoded_rows(session, "train")
@@ -46,8 +46,7 @@ def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.nd
         rows, of = trained, "of the training rows"
     own = sample(rows)
     size = sum(map(len, own))
-    general = sample([{"input_ids": ids} for ids in calibration_ids(chat.tokenizer)],
-                     int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
+    general = sample(calibration_rows_of(chat), int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
     return [*own, *general], f"{counted(size, 'token')} {of} and {sum(map(len, general)):,} of general text"
 
 
@@ -55,9 +54,9 @@ def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
     """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
     found, left = [], tokens
     for n in np.random.default_rng(0).permutation(len(rows)):
+        if not left:
+            break
         ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
         found.append(ids)
         left -= len(ids)
-        if not left:
-            break
     return found

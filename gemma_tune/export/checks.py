@@ -13,7 +13,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import ExportSource, load_merged
-from gemma_tune.export.general import measuring_rows
+from gemma_tune.export.general import measuring_rows_of
 from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import (
@@ -155,7 +155,7 @@ def _texts(session: Session, source: ExportSource) -> tuple[dict[str, list[Wante
     if source.architecture is None:
         return {}, "the converter's tensors are not known here"
     rows, reason = validation_rows(session)
-    general = wanted_of(measuring_rows(source.chat.tokenizer))
+    general = wanted_of(measuring_rows_of(source.chat))
     return {VALIDATION: [] if rows is None else wanted_of(rows, TOKENS), GENERAL: general}, reason
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from gemma_tune import samples
+from gemma_tune.encoding.chat_format import ChatFormat
 
 
-def calibration_ids(tokenizer: Any) -> list[np.ndarray]:
-    """Ids of each passage to round by: int64 (length,)."""
-    return _ids(tokenizer, samples.general_calibration())
+def calibration_rows_of(chat: ChatFormat) -> list[dict[str, np.ndarray]]:
+    """The passages to round by, as rows with ``input_ids``."""
+    return [{"input_ids": ids} for ids in _ids(chat, samples.general_calibration())]
 
 
-def measuring_rows(tokenizer: Any) -> list[dict[str, np.ndarray]]:
+def measuring_rows_of(chat: ChatFormat) -> list[dict[str, np.ndarray]]:
     """The passages to measure on, as rows of ``quant_loss``: every token is predicted but the first of each."""
-    return [{"input_ids": ids, "labels": ids} for ids in _ids(tokenizer, samples.general_measuring())]
+    return [{"input_ids": ids, "labels": ids} for ids in _ids(chat, samples.general_measuring())]
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """With what the tokenizer puts before a text by itself, such as a BOS."""
-    return [np.asarray(ids, np.int64) for ids in tokenizer(list(texts)).input_ids]
+def _ids(chat: ChatFormat, texts: Sequence[str]) -> list[np.ndarray]:
+    """As a plain text is trained on, behind a BOS where the model has one, but without an end: int32 (length,)."""
+    end = chat.tokenizer.eos_token_id
+    return [encoded.ids[:-1] if encoded.ids[-1] == end else encoded.ids for encoded in chat.encode_texts(texts)]

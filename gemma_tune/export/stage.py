@@ -118,6 +118,8 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     calibration, said = calibration_of(session, source, tuple(files))
     if calibration:
         listener.note(f"rounding is calibrated on {said}")
+    elif not said and session.config.calibration_file:
+        listener.note("--calibration is not used: none of these formats has fewer than eight bits")
     elif said:
         listener.note(f"rounding is not calibrated: {said}")
         if session.model.source in ("gguf", "demo"):

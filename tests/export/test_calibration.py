@@ -10,7 +10,6 @@ import torch
 
 from gemma_tune.export import calibration
 from gemma_tune.export.calibration import Calibration
-from gemma_tune.export.calibration_rows import LONGEST, sample
 from gemma_tune.gguf.compensated import inputs_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.writer import parts_of, write_gguf
@@ -57,15 +56,6 @@ def test_inputs_are_those_of_a_plain_forward_pass(tiny, model, rows, memory, mon
     assert head.spread is None, "its rows are looked up too"
     np.testing.assert_allclose(head.importance, (gram.diagonal() / known.tokens).numpy(), rtol=1e-4)
     assert known.inputs("model.norm.weight") is None
-
-
-def test_rows_come_from_all_over_the_data_and_are_bounded():
-    data = [{"input_ids": np.full(100, n)} for n in range(500)]
-    found = sample(data, 1050)
-    assert sum(map(len, found)) == 1050 and len(found) == 11
-    numbers = {int(row[0]) for row in found}
-    assert len(numbers) == 11 and max(numbers) > 250 and min(numbers) < 250
-    assert [len(row) for row in sample([{"input_ids": np.arange(5000)}])] == [LONGEST]
 
 
 def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):
