@@ -217,7 +217,9 @@ def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Ten
         hidden = states[0, at]
         step = max(1, _LOGITS // head.weight.shape[0])
         for start in range(0, len(hidden), step):
-            logits = head(hidden[start:start + step]).float() * after["scale"]
+            logits = head(hidden[start:start + step]).float()
+            if after["scale"] != 1:
+                logits.mul_(after["scale"])
             if after["softcap"]:
                 logits.div_(after["softcap"]).tanh_().mul_(after["softcap"])
             yield torch.log_softmax(logits, 1), labels[start:start + step]
