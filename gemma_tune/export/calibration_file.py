@@ -53,8 +53,14 @@ def named_file(session: Session) -> str:
 
 def _sources(session: Session) -> list[Source]:
     name = named_file(session)
-    require_file(name)
-    return find_sources([name], session.run.inputs, session.listener, _prepared_as(session).delimiter_sign)
+    try:
+        require_file(name)
+        return find_sources([name], session.run.inputs, session.listener, _prepared_as(session).delimiter_sign)
+    except UserError as e:
+        if "calibration" in session.given:
+            raise
+        raise UserError(f"the rows that were calibrated by before: {e.message}",
+                        "name others with --calibration FILE, or take those of the training: --calibration rows") from e
 
 
 def require_file(name: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,22 @@ def test_an_export_is_up_to_date_as_long_as_the_files_content_is_the_same(cli, m
     assert again.json["status"] == "done" and "more.jsonl was changed" in again.err
     back = cli(*CALIBRATE, "--run", ".", "--calibration", "rows", "--json")
     assert back.json["status"] == "done" and "calibration: ../../more.jsonl -> rows" in back.err
+
+
+def test_a_file_of_an_earlier_export_that_is_gone(cli, merged, tmp_path):
+    rows = tmp_path / "more.jsonl"
+    rows.write_text(json.dumps(CHAT))
+    export = (*CALIBRATE[:-1], "q4_0")
+    first = cli(*export, "--calibration", "more.jsonl", "--json")
+    assert first.code == 0, first.err
+    assert re.search(r"rounding is calibrated on \d+ tokens of more.jsonl and \d+ of general text", first.err)
+    rows.unlink()
+    result = cli(*export, "--json")
+    assert result.code == BAD_INPUT
+    error = result.json["error"]
+    assert error["message"].startswith("the rows that were calibrated by before: there is no file more.jsonl")
+    assert "--calibration rows" in error["hint"]
+    assert (merged / "ollama" / "tiny-gemma-q4_0.gguf").is_file()
 
 
 @pytest.mark.parametrize(("options", "message", "hint"), [

@@ -100,6 +100,20 @@ def test_a_format_that_loses_general_text_alone_is_not_recommended(measured, gen
     assert result.json["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant f16"]
 
 
+def test_without_validation_rows_general_text_is_measured(cli, merged):
+    (merged / "data" / "tokens" / "valid.arrow").unlink()
+    result = cli("export-ollama", "--no-verify", "--quant", "q8_0,f32", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert "the loss of the number formats on validation rows: the run has no prepared data" in summary["unchecked"]
+    found = summary["quants"]["q8_0"]
+    assert "perplexity" not in found and found["general_tokens"] > 1000
+    assert found["general_perplexity"] / summary["f16_general_perplexity"] == pytest.approx(1, abs=0.02)
+    assert summary["recommended"] == "q8_0"
+    assert "keeps what the model knew before (what was learned is not measured)" in " ".join(result.err.split())
+    assert "number formats, on general text" in result.err
+
+
 @pytest.mark.parametrize(("tried", "next_one"), [
     (["q4_k_m"], "q5_k_m"), (["q5_k_m", "q4_0"], "q6_k"), (["q6_k"], "q8_0"), (["q4_0"], "q8_0"), (["q5_1"], "q8_0"),
     (["q8_0", "q4_k_m"], "f16"), (["bf16"], "f16")])
