@@ -114,7 +114,5 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     if reason := not_calibrated(session, source):
         return None, reason
     rows, said = calibration_rows(session, source)
-    if rows is None:
-        return None, said
     model, lacking = load_merged(source.merged, 2 * MEMORY)
     return (Calibration(model, source.architecture, rows), said) if model is not None else (None, lacking)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.config.settings import converted, types_of
 from gemma_tune.config.stages import MOST_TOKENS, PrepareConfig
@@ -38,7 +39,7 @@ def with_file(session: Session) -> tuple[Session, dict[str, Path]]:
     named = session.config.calibration_file
     if named is None:
         return session, {}
-    sources = _sources(session)
+    sources = _sources(session, Listener())
     kept = named if named.startswith(PREFIX) else session.run.relative(Path(os.path.expanduser(named_file(session))))
     resolved = replace(session.resolved, config=replace(session.config, calibration=kept))
     return (replace(session, resolved=resolved, given=set(session.given) - {"calibration"}),
@@ -51,11 +52,11 @@ def named_file(session: Session) -> str:
     return named if "calibration" in session.given else session.run.found(named)
 
 
-def _sources(session: Session) -> list[Source]:
+def _sources(session: Session, listener: Listener) -> list[Source]:
     name = named_file(session)
     try:
         require_file(name)
-        return find_sources([name], session.run.inputs, session.listener, _prepared_as(session).delimiter_sign)
+        return find_sources([name], session.run.inputs, listener, _prepared_as(session).delimiter_sign)
     except UserError as e:
         if "calibration" in session.given:
             raise
@@ -92,14 +93,14 @@ def file_rows(session: Session, chat: ChatFormat) -> list[Mapping[str, np.ndarra
         UserError: it cannot be read, or more of its rows cannot be used than ``prepare`` allowed.
     """
     config = _prepared_as(session)
-    rows = _some(row for source in _sources(session) for row in _rows_of(source, session))
+    rows = _some(row for source in _sources(session, session.listener) for row in _rows_of(source, session))
     found, faults = _encoded(rows, chat, config)
     name = named_file(session)
     if not found or len(faults) / len(rows) > config.max_rejected:
         shown = [*faults[:_SHOWN], *([f"… and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else [])]
         raise UserError(f"{len(faults):,} of {counted(len(rows), 'row')} of {name} cannot be used to calibrate by"
                         if rows else f"{name} holds no rows to calibrate by",
-                        "correct them, or leave --calibration out: the training rows are taken then", shown)
+                        "correct them, or take those of the training: --calibration rows", shown)
     if faults:
         session.listener.warn(f"{counted(len(faults), 'row')} of {name} cannot be used to calibrate by; the first is "
                               f"{faults[0]}")

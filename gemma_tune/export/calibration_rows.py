@@ -28,26 +28,27 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
     return "libgguf is not installed" if libgguf is None else ""
 
 
-def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.ndarray] | None, str]:
-    """Ids, (length,) each, of the rows to calibrate by; and what they are in words, or None and why there are none.
+def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.ndarray], str]:
+    """Ids, (length,) each, of the rows to calibrate by, and what they are in words.
 
-    They are rows of the file that ``--calibration`` names, else of the training, with general text among them.
+    They are rows of the file that ``--calibration`` names, else of the training, with general text among them; where
+    there are none, as beside an adapter from elsewhere, general text alone.
 
     Raises:
         UserError: a file of which nothing, or too little, can be used.
     """
-    config, chat = session.config, source.chat
-    if config.calibration_file:
-        rows, of = file_rows(session, chat), f"of {named_file(session)}"
+    general = calibration_rows_of(source.chat)
+    if session.config.calibration_file:
+        own, of = sample(file_rows(session, source.chat)), f"of {named_file(session)}"
     else:
         trained, reason = encoded_rows(session, "train")
         if trained is None:
-            return None, reason
-        rows, of = trained, "of the training rows"
-    own = sample(rows)
+            alone = sample(general)
+            return alone, f"{counted(sum(map(len, alone)), 'token')} of general text alone: {reason}"
+        own, of = sample(trained), "of the training rows"
     size = sum(map(len, own))
-    general = sample(calibration_rows_of(chat), int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
-    return [*own, *general], f"{counted(size, 'token')} {of} and {sum(map(len, general)):,} of general text"
+    more = sample(general, int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
+    return [*own, *more], f"{counted(size, 'token')} {of} and {sum(map(len, more)):,} of general text"
 
 
 def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
