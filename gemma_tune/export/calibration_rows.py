@@ -14,9 +14,8 @@ from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of rows; the demo's 8,465 are enough for its 270M parameters
+TOKENS = 16_384  # of rows, beside general text; the demo's 8,465 are enough for its 270M parameters
 LONGEST = 2048  # tokens of one row
-PART_OF_GENERAL = 0.25  # at most, of all tokens
 
 
 def not_calibrated(session: Session, source: ExportSource) -> str:
@@ -31,24 +30,23 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
 def calibration_rows(session: Session, source: ExportSource) -> tuple[list[np.ndarray], str]:
     """Ids, (length,) each, of the rows to calibrate by, and what they are in words.
 
-    They are rows of the file that ``--calibration`` names, else of the training, with general text among them; where
-    there are none, as beside an adapter from elsewhere, general text alone.
+    They are rows of the file that ``--calibration`` names, else of the training, and general text, whole however few
+    the rows are: with it the demo's q4_0 loses less on either text, most if there are 600 tokens of rows. It stands
+    alone where there are no rows, as with an adapter from elsewhere.
 
     Raises:
         UserError: a file of which nothing, or too little, can be used.
     """
-    general = calibration_rows_of(source.chat)
+    general = [row["input_ids"] for row in calibration_rows_of(source.chat)]
+    more = sum(map(len, general))
     if session.config.calibration_file:
         own, of = sample(file_rows(session, source.chat)), f"of {named_file(session)}"
     else:
         trained, reason = encoded_rows(session, "train")
         if trained is None:
-            alone = sample(general)
-            return alone, f"{counted(sum(map(len, alone)), 'token')} of general text alone: {reason}"
+            return general, f"{counted(more, 'token')} of general text alone: {reason}"
         own, of = sample(trained), "of the training rows"
-    size = sum(map(len, own))
-    more = sample(general, int(size * PART_OF_GENERAL / (1 - PART_OF_GENERAL)))
-    return [*own, *more], f"{counted(size, 'token')} {of} and {sum(map(len, more)):,} of general text"
+    return [*own, *general], f"{counted(sum(map(len, own)), 'token')} {of} and {more:,} of general text"
 
 
 def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:

@@ -131,6 +131,18 @@ def test_each_format_against_plain_cross_entropy(checkpoint, files):
     assert found["f16"].agreement == 1 > found["q4_k_m"].agreement
 
 
+def test_several_texts_are_measured_while_a_files_weights_are_in(checkpoint, files, monkeypatch):
+    put, opened = quant_loss._put, []
+    monkeypatch.setattr(quant_loss, "_put", lambda weights, file, model: opened.append(file.path) or put(weights, file, model))
+    texts = {"long": wanted_of(rows((50, 8))), "short": wanted_of(rows((9,))), "nothing": wanted_of([])}
+    wanted = {quant: files[quant] for quant in ("q4_0", "q8_0")}
+    found = quant_loss.measure(loaded(checkpoint), texts, wanted, architecture(checkpoint))
+    assert opened == [*wanted.values()] and list(found) == ["long", "short"]
+    for name, lengths in (("long", (50, 8)), ("short", (9,))):
+        assert found[name] == measure(loaded(checkpoint), rows(lengths), wanted, architecture(checkpoint))
+    assert quant_loss.measure(loaded(checkpoint), {"nothing": []}, wanted, architecture(checkpoint)) == {}
+
+
 def test_entries_that_are_not_kept_count_as_one(checkpoint, files, monkeypatch):
     monkeypatch.setattr(quant_loss, "_KEPT", 100)
     monkeypatch.setattr(quant_loss, "_LOGITS", 383 * 5)  # five positions at a time
