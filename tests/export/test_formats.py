@@ -102,7 +102,7 @@ def test_a_format_that_loses_general_text_alone_is_not_recommended(measured, gen
 
 def test_without_validation_rows_general_text_is_measured(cli, merged):
     (merged / "data" / "tokens" / "valid.arrow").unlink()
-    result = cli("export-ollama", "--no-verify", "--quant", "q8_0,f32", "--json")
+    result = cli("export-ollama", "--no-verify", "--quant", "q8_0", "--json")
     assert result.code == 0, result.err
     summary = result.json["summary"]
     assert "the loss of the number formats on validation rows: the run has no prepared data" in summary["unchecked"]
