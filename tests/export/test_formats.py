@@ -48,6 +48,20 @@ def test_what_a_format_loses(perplexity, gain, said):
     assert what_it_loses(Loss(perplexity, 0.0, 1.0, 100), Loss(10.0, 0.0, 1.0, 100), gain) == said
 
 
+@pytest.mark.parametrize(("validation", "general", "said"), [
+    (10.1, 32.9, None), (10.1, 33.4, "predicts 11% worse than f16 on general text"), (10.1, 20.0, None),
+    (20.0, 30.0, "loses 50% of what was learned"),
+    (20.0, 60.0, "loses 50% of what was learned and predicts 100% worse than f16 on general text")])
+def test_what_is_said_of_both_texts(validation, general, said):
+    from gemma_tune.export.worth import said_against
+
+    losses = {text: {quant: Loss(perplexity, 0.0, 1.0, 100) for quant, perplexity in found.items()}
+              for text, found in (("validation", {"f16": 10.0, "q4_0": validation}),
+                                  ("general", {"f16": 30.0, "q4_0": general}))}
+    assert said_against("q4_0", losses, math.log(4)) == said
+    assert said_against("q8_0", losses, math.log(4)) is None
+
+
 def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, cli):
     result = measured("--quant", "q4_k_m,q8_0,q4_0", "--json")
     assert result.code == 0, result.err
