@@ -177,8 +177,9 @@ def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision =
 
 @app.command("export-ollama", cls=Command)
 def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quant: o.Quant = None,
-                  name: o.Name = None, system: o.ExportSystem = None, parameter: o.Parameter = None,
-                  num_ctx: o.NumCtx = None, calibration: o.Calibration = None,
+                  size: o.Size = None, name: o.Name = None, system: o.ExportSystem = None,
+                  parameter: o.Parameter = None,
+                  num_ctx: o.NumCtx = None, calibration: o.Calibration = None, no_calibration: o.NoCalibration = False,
                   measure: o.Measure = None, verify: o.Verify = None,
                   converter: o.Converter = None, create: o.Create = None, host: o.Host = None,
                   allow_difference: o.AllowDifference = None, force: o.Force = False, quiet: o.Quiet = False,

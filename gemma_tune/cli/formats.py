@@ -16,12 +16,15 @@ def format_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Args:
         summary: of ``export-ollama``, as the manifest keeps it.
     """
-    reference = summary.get("f16_perplexity")
+    several = len(summary.get("quants", {})) > 1
     for quant, figures in summary.get("quants", {}).items():
         said = [size_text(figures["bytes"])]
-        if reference and "perplexity" in figures:
-            said.append(f"perplexity {figures['perplexity'] / reference - 1:+.1%} against f16")
-        yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"]])
+        worse = {prefix: figures[f"{prefix}perplexity"] / reference - 1 for prefix in ("", "general_")
+                 if (reference := summary.get(f"f16_{prefix}perplexity")) and f"{prefix}perplexity" in figures}
+        said += [f"perplexity {worse['']:+.1%} against f16"] if "" in worse else []
+        said += [f"{worse['general_']:+.1%} on general text"] if "general_" in worse else []
+        best = ["recommended"] if several and quant == summary.get("recommended") else []
+        yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"], *best])
     for quant, figures in summary.get("earlier", {}).items():
         age = {None: "not recorded by any export", True: "from an earlier export, of an earlier merged model: stale",
                False: "from an earlier export"}[figures["stale"]]

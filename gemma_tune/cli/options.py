@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.config import stages as c
 
 
 def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
     """The option of one configuration field."""
-    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    field = _field(cls, name)
     return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False, **extra)
+
+
+def _off(cls: type, name: str) -> Any:
+    """The flag that refuses what a field names, of a field that takes false as well: see :func:`with_refusals`."""
+    return typer.Option(f"--no-{name.replace('_', '-')}", help=escape(_field(cls, name).metadata["off"]))
+
+
+def with_refusals(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name: the flag ``no_NAME`` is the option ``NAME`` with the value false.
+
+    Raises:
+        UserError: both are given.
+    """
+    options = {name: value for name, value in params.items() if not name.startswith("no_")}
+    for name in (name.removeprefix("no_") for name, given in params.items() if name.startswith("no_") and given):
+        if options[name] is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} and --no-{flag} exclude each other", "leave one of them out")
+        options[name] = False
+    return options
+
+
+def _field(cls: type, name: str) -> dataclasses.Field:
+    return next(f for f in dataclasses.fields(cls) if f.name == name)
 
 
 def _joined(values: Optional[list[str]]) -> Optional[str]:
@@ -149,11 +175,13 @@ CheckPrompts = Annotated[Optional[int], _of(c.MergeConfig, "check_prompts")]
 Push = Annotated[Optional[str], _of(c.MergeConfig, "push", metavar="ACCOUNT/NAME")]
 Private = Annotated[Optional[bool], _of(c.MergeConfig, "private", "--private/--public")]
 Quant = Annotated[Optional[list[str]], _of(c.ExportConfig, "quant", "--quant", "-Q", callback=_joined_lower)]
+Size = Annotated[Optional[str], _of(c.ExportConfig, "size", metavar="SIZE")]
 Name = Annotated[Optional[str], _of(c.ExportConfig, "name")]
 ExportSystem = Annotated[Optional[str], _of(c.ExportConfig, "system", "--system", "-s")]
 NumCtx = Annotated[Optional[int], _of(c.ExportConfig, "num_ctx")]
 Parameter = Annotated[Optional[list[str]], _of(c.ExportConfig, "parameter", metavar="NAME=VALUE")]
-Calibration = Annotated[Optional[bool], _of(c.ExportConfig, "calibration", "--calibration/--no-calibration")]
+Calibration = Annotated[Optional[str], _of(c.ExportConfig, "calibration", metavar="FILE")]
+NoCalibration = Annotated[bool, _off(c.ExportConfig, "calibration")]
 Measure = Annotated[Optional[bool], _of(c.ExportConfig, "measure", "--measure/--no-measure")]
 Verify = Annotated[Optional[bool], _of(c.ExportConfig, "verify", "--verify/--no-verify")]
 Converter = Annotated[Optional[str], _of(c.ExportConfig, "converter", metavar="PATH")]

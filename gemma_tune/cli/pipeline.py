@@ -13,6 +13,7 @@ from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.evaluate.stage import nothing_to_ask
+from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
 from gemma_tune.run.session import Session
@@ -69,3 +70,4 @@ def _check_all_settings(request: Request) -> None:
     """Refuse at once what a later stage would refuse after an hour of training."""
     settings = {name: request.settings(name) for name in IN_ORDER}
     check_target(settings["export-ollama"], "any")
+    require_file(settings["export-ollama"].calibration_file)

@@ -20,6 +20,7 @@ from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.machine import noting_ctrl_c, occupy_standard_streams
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, screen
+from gemma_tune.cli.options import with_refusals
 from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
 from gemma_tune.run.directory import RunDir, find_run
@@ -36,7 +37,7 @@ _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAME
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
-_PLACES = ("model", "run", "config", "adapter", "converter")  # other files and directories
+_PLACES = ("model", "run", "config", "adapter", "converter", "calibration")  # other files and directories
 
 
 class Commands(TyperGroup):
@@ -261,7 +262,7 @@ class Request:
             UserError: a ``--config`` file that cannot be used.
         """
         config = ctx.params.get("config")
-        return cls(dict(ctx.params), load_yaml(config) if config else {}, tuple(ctx.meta["arguments"]))
+        return cls(with_refusals(ctx.params), load_yaml(config) if config else {}, tuple(ctx.meta["arguments"]))
 
     def but(self, **options: Any) -> Request:
         """The same request with other options."""

@@ -313,6 +313,8 @@ class ExportConfig(StageConfig):
     section: ClassVar[str] = "export-ollama"
     quant: tuple[str, ...] = option((), "Number format of the GGUF's matrices; several with commas, each a file of its "
                                         "own.", choices=QUANTS, auto="by the model's size")
+    size: str | None = option(None, "Write the best mix of number formats whose file is no larger, such as 250MB.",
+                              auto="none")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
     system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
                                 auto="the data's, where every conversation has the same one", prose=True)
@@ -320,9 +322,11 @@ class ExportConfig(StageConfig):
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
                                  auto="at least 4096 and the longest length in training")
-    calibration: bool = option(True, "Round to fewer than eight bits by what the matrices are multiplied with on the "
-                                     "training rows, instead of each weight by itself.")
-    measure: bool = option(True, "Measure on the validation rows what each number format loses.", check=True)
+    calibration: bool | str = option("rows", "Round to eight bits and fewer by what the matrices are multiplied with "
+                                             "on the rows of this file, which is any that `prepare` reads or plain "
+                                             "text (.txt), or with `rows` on those of the training.",
+                                     off="Round each weight by itself.")
+    measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True)
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "
                                        "Ollama's template or server.", auto="with what is installed and answers",
                                  check=True)
@@ -334,6 +338,30 @@ class ExportConfig(StageConfig):
                               same_result=True, address=True)
     allow_difference: bool = option(False, "Take an Ollama server that reads prompts otherwise than they were trained; "
                                            "else that is an error.", same_result=True)
+
+    def more_problems(self) -> list[str]:
+        if self.size is None:
+            return []
+        if size_in_bytes(self.size) is None:
+            return [f"size: {shown(self.size)} is no size; write 250MB or 1.5GB"]
+        other = "a converter" if self.converter else "no calibration" if self.calibration is False else ""
+        return [f"size: what it takes is measured on rows, so it does not go with {other}"] if other else []
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the files are called after: the formats, and the size."""
+        size = () if self.size is None else ("".join(self.size.lower().split()),)
+        return (*dict.fromkeys(self.quant), *size)
+
+    @property
+    def calibration_file(self) -> str | None:
+        """The file that ``calibration`` names, if it names one."""
+        return None if self.calibration in (False, "rows") else self.calibration
+
+    def __post_init__(self) -> None:
+        if self.calibration is True:
+            object.__setattr__(self, "calibration", "rows")
+        super().__post_init__()
 
 
 CONFIGS: dict[str, type[StageConfig]] = {

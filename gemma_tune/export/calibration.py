@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,36 +12,39 @@ import torch
 
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import gigabytes
+from gemma_tune.export.calibration_rows import TOKENS, calibration_rows, not_calibrated, shortened
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
-from gemma_tune.gguf.types import COARSE, libgguf
+from gemma_tune.gguf.types import COARSE, QUANTS
 from gemma_tune.models.layerwise import LayerwiseModel, Row
 from gemma_tune.models.placement import LARGEST_FP32, OVERHEAD, USABLE, Placement, available, choose_placement
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of the training rows; the demo's 8,465 are enough for its 270M parameters
-LONGEST = 2048  # tokens of one row
 # Tokens times parameters on a CPU: the layers, their XᵀX and its factor then take about as long as choosing the scales.
-# 16,384 tokens up to 0.5B parameters, 2,048 for 4B.
-_WORK = 8_192_000_000_000
+# 16,384 tokens up to 1B parameters, 4,096 for 4B.
+_WORK = 16_384_000_000_000
 _FEWEST = 2048  # tokens
 KEPT = 1 << 30  # bytes of factors that are kept for the next format; else each format has them computed anew
 _HEAD_TOKENS = 512  # where the layers are gone through for the head alone
 _AT_A_TIME = 2048  # inputs that are multiplied at once
+_PROBES = 32  # inputs with which what is written is checked
 _BLOCKS = 4  # in which XᵀX is computed, but for the blocks below the diagonal
 
 
 class Gram:
-    """XᵀX of all inputs X (some, columns) that are added; below the diagonal it may stay zero."""
+    """XᵀX of all inputs X (some, columns) that are added, and a few of them; below the diagonal it may be zero."""
 
     def __init__(self, columns: int, device: torch.device):
         self._sum = torch.zeros(columns, columns, device=device)
         self._waiting: list[torch.Tensor] = []
+        self._probes: list[np.ndarray] = []
 
     def add(self, x: torch.Tensor) -> None:
-        self._waiting.append(x.reshape(-1, x.shape[-1]).float())
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._waiting.append(x)
+        if len(self._probes) < _PROBES:
+            self._probes.append(x[len(x) // 2].cpu().numpy())
         if sum(map(len, self._waiting)) >= _AT_A_TIME:  # one product of many inputs, not many of few
             self._multiply()
 
@@ -51,11 +54,12 @@ class Gram:
         for start in range(0, x.shape[1], step):
             self._sum[start:start + step, start:].addmm_(x[:, start:start + step].T, x[:, start:])
 
-    def done(self) -> torch.Tensor:
-        """(columns, columns), fp32."""
+    def inputs(self, count: int) -> Inputs | None:
+        """What rounding depends on, after ``count`` inputs."""
         if self._waiting:
             self._multiply()
-        return self._sum
+        found = inputs_of(self._sum, count)
+        return found and replace(found, probes=np.stack(self._probes))
 
 
 class Calibration:
@@ -119,7 +123,7 @@ class Calibration:
         # Of a large model the layers are gone through once more for it, and mean squares need few tokens.
         few = tied and not self._keeps
         if few or self._next < len(self.model.layers) or not self._rows:
-            self._begin(sample(self.sequences, _HEAD_TOKENS) if few else self.sequences)
+            self._begin(shortened(self.sequences, _HEAD_TOKENS) if few else self.sequences)
         while self._next < len(self.model.layers):
             self._one_layer(self._keeps)
         gram = None
@@ -130,9 +134,9 @@ class Calibration:
                 gram.add(states)
         count = sum(row.ids.numel() for row in self._rows)
         self._rows, self._next = ([], len(self.model.layers)) if few else (self._rows, self._next)
-        found = inputs_of(gram.done(), count) if gram else None
+        found = gram.inputs(count) if gram else None
         # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
-        return Inputs(found.importance, None) if found and tied else found
+        return replace(found, factor=None) if found and tied else found
 
 
 class _Notes:
@@ -159,32 +163,27 @@ class _Notes:
 
     def inputs(self) -> dict[torch.nn.Module, Inputs | None]:
         """By module; what was noted is given up for it."""
-        found = {leader: inputs_of(self._grams.pop(leader).done(), self._count[leader])
+        found = {leader: self._grams.pop(leader).inputs(self._count[leader])
                  for leader in dict.fromkeys(self._leader.values())}
         return {module: found[leader] and replace(found[leader], output=self._output[module])
                 for module, leader in self._leader.items()}
 
 
 def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]) -> tuple[Calibration | None, str]:
-    """What the files of an export are rounded by; or None and why not, "" where nothing is to be rounded."""
-    if not set(COARSE).intersection(quants):
+    """What the files of an export are rounded by, and in words; or None and why not, "" where nothing is to be."""
+    if all(quant in QUANTS and quant not in COARSE for quant in quants):
         return None, ""
-    if not session.config.calibration:
-        return None, "--no-calibration"
-    if source.architecture is None:
-        return None, "the converter writes the file"
-    if libgguf is None:
-        return None, "libgguf is not installed"
-    rows, reason = encoded_rows(session, "train")
-    if rows is None:
+    if reason := not_calibrated(session, source):
         return None, reason
+    assert source.architecture is not None
     checkpoint = open_tensors(source.merged)
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.values())
     placement = choose_placement("fp32" if parameters < LARGEST_FP32 else "auto")
     if lacking := _lacking(placement, source.architecture):
         return None, lacking
+    rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
     model = LayerwiseModel(source.merged, placement, source.architecture.canonical)
-    return Calibration(model, sample(rows, _most_tokens(parameters, placement), lambda row: row["input_ids"])), ""
+    return Calibration(model, rows), said
 
 
 def _most_tokens(parameters: int, placement: Placement) -> int:
@@ -201,15 +200,3 @@ def _lacking(placement: Placement, architecture: Architecture) -> str:
     if need <= USABLE * room:
         return ""
     return f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
-
-
-def sample(rows: Sequence[Any], tokens: int = TOKENS, ids: Callable[[Any], Any] = np.asarray) -> list[np.ndarray]:
-    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
-    found, left = [], tokens
-    for n in np.random.default_rng(0).permutation(len(rows)):
-        row = np.asarray(ids(rows[int(n)]))[:min(LONGEST, left)]
-        found.append(row)
-        left -= len(row)
-        if not left:
-            break
-    return found

@@ -13,15 +13,26 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import ExportSource, load_merged
+from gemma_tune.export.general import measuring_rows_of
 from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
-from gemma_tune.export.quant_loss import REFERENCE, Loss, measure, validation_rows
-from gemma_tune.gguf.architectures.parts import Architecture
+from gemma_tune.export.quant_loss import (
+    GENERAL,
+    REFERENCE,
+    TOKENS,
+    VALIDATION,
+    Loss,
+    Wanted,
+    measure,
+    validation_rows,
+    wanted_of,
+)
 from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
+_PREFIXES = {VALIDATION: "", GENERAL: "general_"}  # of figures in the manifest, by the text that they were measured on
 SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
 
 
@@ -30,27 +41,28 @@ class ExportChecks:
     """What was found out about the files of one export.
 
     Args:
-        losses: by number format; f16 is always among them, as the yardstick.
+        losses: by text and number format; f16 is always among them, as the yardstick.
         parity: token ids and answers, or None.
         unchecked: what was not checked, and why, one sentence each.
         merged: how the merged model compares to base + adapter, the step before these.
     """
 
-    losses: Mapping[str, Loss] = field(default_factory=dict)
+    losses: Mapping[str, Mapping[str, Loss]] = field(default_factory=dict)
     parity: Parity | None = None
     unchecked: tuple[str, ...] = ()
     merged: str = ""
 
     def figures(self, quant: str) -> dict[str, Any]:
         """One format's figures for the manifest."""
-        return vars(self.losses[quant]) if quant in self.losses else {}
+        return {_PREFIXES[text] + name: value for text, losses in self.losses.items() if quant in losses
+                for name, value in vars(losses[quant]).items()}
 
     @property
     def summary(self) -> dict[str, Any]:
         """The rest for the manifest."""
         found: dict[str, Any] = {"unchecked": list(self.unchecked)} if self.unchecked else {}
-        if REFERENCE in self.losses:
-            found["f16_perplexity"] = self.losses[REFERENCE].perplexity
+        found |= {f"f16_{_PREFIXES[text]}perplexity": losses[REFERENCE].perplexity
+                  for text, losses in self.losses.items()}
         if self.parity:
             found["parity"] = self.parity.as_json()
         return found
@@ -76,13 +88,14 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
         files: number format → GGUF.
     """
     config, architecture = session.config, source.architecture
-    rows, reason = _rows(session, architecture)
+    texts, reason = _texts(session, source)
     compare = wants_engine(config)
-    unchecked = [f"the loss of the number formats: {reason}"] if config.measure and rows is None else []
+    on_rows = " on validation rows" if texts else ""
+    unchecked = [f"the loss of the number formats{on_rows}: {reason}"] if config.measure and reason else []
     if not compare and config.verify is None:
         unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
                          "with --verify)")
-    if not compare and rows is None:
+    if not compare and not texts:
         return ExportChecks(unchecked=tuple(unchecked), merged=_merged(session))
     beside = _engine_bytes(source, files) if compare else 0
     model, reason = _loaded(session, beside)
@@ -90,14 +103,14 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
         unchecked.append(f"answers: {reason}")
     parity = _compared(session, source, files, model and model.lent()) if compare else None
     losses = {}
-    if rows is not None and architecture is not None:
+    if texts and architecture is not None:
         if model is None and beside:  # llama.cpp has ended
             model, reason = _loaded(session, 0)
         if model is None:
             unchecked.append(f"the loss of the number formats: {reason}")
         else:
             task = "measuring the loss of " + ", ".join(files)
-            losses = measure(model.given_away(), rows, files, architecture,
+            losses = measure(model.given_away(), texts, files, architecture,
                              on_progress=partial(session.listener.progress, task))
     return ExportChecks(losses, parity, tuple(unchecked), _merged(session))
 
@@ -135,12 +148,15 @@ def _merged(session: Session) -> str:
             f"divergence {found['check_divergence']:.2g} nats per token.")
 
 
-def _rows(session: Session, architecture: Architecture | None) -> tuple[Any | None, str]:
+def _texts(session: Session, source: ExportSource) -> tuple[dict[str, list[Wanted]], str]:
+    """What the formats are measured on; and why not on validation rows, or on nothing, "" where they are."""
     if not session.config.measure:
-        return None, "--no-measure"
-    if architecture is None:
-        return None, "the converter's tensors are not known here"
-    return validation_rows(session)
+        return {}, "--no-measure"
+    if source.architecture is None:
+        return {}, "the converter's tensors are not known here"
+    rows, reason = validation_rows(session)
+    general = wanted_of(measuring_rows_of(source.chat))
+    return {VALIDATION: [] if rows is None else wanted_of(rows, TOKENS), GENERAL: general}, reason
 
 
 def _loaded(session: Session, beside: int) -> tuple[MergedModel | None, str]:
@@ -196,7 +212,18 @@ def _with_f16(session: Session, source: ExportSource, files: Mapping[str, Path])
 # --- as tables --------------------------------------------------------------------------------------------------------
 
 
-def format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Loss]) -> list[tuple[str, ...]]:
+_TITLES = {VALIDATION: "number formats", GENERAL: "number formats, on general text"}
+_ON = {VALIDATION: "learned tokens of the validation rows",
+       GENERAL: "tokens of the general text that comes with gemma-tune"}
+
+
+def format_tables(figures: Mapping[str, Mapping[str, Any]],
+                  losses: Mapping[str, Mapping[str, Loss]]) -> dict[str, list[tuple[str, ...]]]:
+    """By its title, a table for each text that was measured on."""
+    return {_TITLES[text]: _format_rows(figures, losses.get(text, {})) for text in losses or (VALIDATION,)}
+
+
+def _format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Loss]) -> list[tuple[str, ...]]:
     """Number formats with their size and what they lose, the first row being the heading."""
     rows = [("format", "size", "perplexity", "against f16", "divergence (nats)", "same likeliest token")]
     reference = losses.get(REFERENCE)
@@ -216,19 +243,23 @@ def report_title(name: str) -> str:
 
 
 def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks, limits: Sequence[str] = (),
-             earlier: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+             earlier: Mapping[str, Mapping[str, Any]] | None = None, conclusion: str = "") -> str:
     """ollama/report.md.
 
     Args:
         limits: what Ollama does otherwise than the training, one sentence each.
         earlier: what earlier exports left, see ``export.earlier``.
+        conclusion: which format to take, as a sentence.
     """
-    lines = [report_title(name), "", "## Number formats", "", *markdown_table(format_rows(figures, checks.losses))]
-    if loss := checks.losses.get(REFERENCE):
-        lines += ["", f"On {loss.tokens:,} learned tokens of the validation rows: perplexity, KL divergence from f16 "
-                      "per token, and how often the likeliest token is f16's."]
+    lines = [report_title(name), "", "## Number formats"]
+    for text, rows in zip(checks.losses or (VALIDATION,), format_tables(figures, checks.losses).values()):
+        lines += ["", *markdown_table(rows)]
+        if loss := checks.losses.get(text, {}).get(REFERENCE):
+            lines += ["", f"On {loss.tokens:,} {_ON[text]}: perplexity, KL divergence from f16 per token, and how "
+                          "often the likeliest token is f16's."]
     lines += [line for quant, figure in figures.items() if "loses" in figure
               for line in ("", f"**{quant} {figure['loses']}**: choose a format of more bits.")]
+    lines += ["", f"{conclusion}."] if conclusion else []
     if earlier:
         lines += ["", "From earlier exports: " + ", ".join(
             f"{item['file']} ({'of an earlier merged model' if item['stale'] else 'of this merged model'})"

@@ -23,6 +23,7 @@ from gemma_tune.export.parity import HELD_OUT, LONGEST_PROMPT, prompts_of
 from gemma_tune.export.parity_report import DIFFERS, EQUAL, OLLAMA, Parity, replaced
 from gemma_tune.export.served import PATIENCE, ask_server
 from gemma_tune.export.target import Target
+from gemma_tune.export.worth import finer_than
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.capabilities import tell_capabilities
 from gemma_tune.ollama.server import Server
@@ -116,7 +117,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     # What loses much of what was learned is made as it was asked for, but nobody is sent there.
     good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
     if not good:
-        better = command("export-ollama", session.run.root, "--quant", "f16" if "q8_0" in quants else "q8_0")
+        better = command("export-ollama", session.run.root, "--quant", finer_than(quants))
     elsewhere = Elsewhere.of(files[good[0]][0], f"{session.run.model_name}-tuned") if good else None
     run_it = (f"ollama run {names[good[0]]}",) if good else (better,)
     if server is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.gguf.types import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
 
@@ -54,7 +55,10 @@ def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Itera
     if not stale:
         return None
     files = [earlier[quant]["file"] for quant in stale]
-    again = command("export-ollama", run.root, "--quant", ",".join(dict.fromkeys([*current, *stale])))
+    labels = list(dict.fromkeys([*current, *stale]))
+    formats, sizes = ([label for label in labels if (label in QUANTS) == named] for named in (True, False))
+    again = command("export-ollama", run.root, *(["--quant", ",".join(formats)] if formats else []),
+                    *(["--size", sizes[0]] if sizes else []))
     remove = shlex.join(["rm", *(str(run.ollama / name) for name in files)])
     return (f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} of an earlier merged model: make "
             f"{'it' if len(files) == 1 else 'them'} again ({again}), or remove {'it' if len(files) == 1 else 'them'} "

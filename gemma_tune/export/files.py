@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType as Type
+
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.tensors import open_tensors
@@ -94,11 +96,12 @@ def load_merged(merged: Path, beside: int) -> tuple[Any | None, str]:
 
 
 def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
-               rounding: Rounding | None = None) -> dict[str, Any]:
+               rounding: Rounding | None = None, types: Mapping[str, Type] | None = None) -> dict[str, Any]:
     """Write ``out`` in a number format and compare it with the checkpoint; its figures for the manifest.
 
     Args:
         rounding: how matrices of few bits are rounded, if not each weight by itself.
+        types: of some matrices, in place of those of the format.
 
     Raises:
         UserError: a checkpoint that cannot be written.
@@ -110,7 +113,8 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
     progress = functools.partial(listener.progress, f"writing {quant}")
     written = write_gguf(source.merged, out, quant, name=source.name, chat_template=source.template,
                          eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
-                         on_tensor=lambda done, total, _: progress(done, total), parts=source.parts, rounding=rounding)
+                         on_tensor=lambda done, total, _: progress(done, total), parts=source.parts, rounding=rounding,
+                         types=types)
     for reason, count in Counter(reason for _, reason in written.fallbacks).items():
         listener.note(f"{quant}: {counted(count, 'matrix', 'matrices')}: {reason}")
     error, tensor = worst_error(source.merged, out, source.parts.architecture, written.calibrated)

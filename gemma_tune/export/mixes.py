@@ -10,8 +10,9 @@ from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import size_text
-from gemma_tune.export.calibration import Calibration, sample
+from gemma_tune.base.words import size_in_bytes, size_text
+from gemma_tune.export.calibration import Calibration
+from gemma_tune.export.calibration_rows import shortened
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.sensitivity import Costs, costs
 from gemma_tune.gguf.architectures.parts import TensorSpec
@@ -38,8 +39,20 @@ class Mixes:
     listener: Listener
     _costs: Costs = field(default_factory=dict)
 
-    def of(self, quant: str) -> dict[str, Type]:
-        """Types of matrices for a format whose name promises a size and no single type; no larger than llama.cpp's."""
+    def of(self, label: str) -> tuple[str, dict[str, Type]]:
+        """The named format that a file's metadata says, and types of matrices in place of those that it gives them.
+
+        Args:
+            label: a format, or a size as ``--size`` takes it.
+
+        Raises:
+            UserError: no file of the size can hold the model.
+        """
+        size = size_in_bytes(label)
+        return self._of_size(size) if size else (label, self._of_format(label))
+
+    def _of_format(self, quant: str) -> dict[str, Type]:
+        """For a format whose name promises a size and no single type; no larger than llama.cpp's mix."""
         if quant not in MIXED:
             return {}
         chosen, matrices = self._llama_cpp(quant), self._matrices()
@@ -47,7 +60,7 @@ class Mixes:
         best = best_mix(matrices, room)
         return best if best and _cost(matrices, best) <= _cost(matrices, chosen) else {}
 
-    def of_size(self, size: int) -> tuple[str, dict[str, Type]]:
+    def _of_size(self, size: int) -> tuple[str, dict[str, Type]]:
         """The best mix for a file of no more than ``size`` bytes: the format that is nearest to it, and its types.
 
         Raises:
@@ -76,7 +89,8 @@ class Mixes:
             model, rows = self.calibration.model, self.calibration.sequences
             parameters = sum(spec.shape[0] * spec.shape[1] for spec in specs)
             tokens = min(_MOST, max(_FEWEST, _WORK // parameters))
-            self._costs = costs(model, sample(rows, tokens), {spec.source: types_for(spec.shape[1]) for spec in specs},
+            types = {spec.source: types_for(spec.shape[1]) for spec in specs}
+            self._costs = costs(model, shortened(rows, tokens), types,
                                 partial(self.listener.progress, "measuring what rounding each matrix costs"))
         quantised = {name for name, kind in self._llama_cpp("q8_0").items() if kind == Type.Q8_0}
         return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in specs

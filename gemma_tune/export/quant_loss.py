@@ -1,13 +1,15 @@
-"""What a number format costs: perplexity, divergence and greedy agreement against f16, on the validation rows.
+"""What a number format costs: perplexity, divergence and greedy agreement against f16, on texts that nothing has seen.
 
-The merged model computes with the values that each GGUF holds, in place of its own, and predicts the learned tokens of
-rows that training has not seen. llama.cpp also rounds what it multiplies with them (to 8 bits), which is not in these
-figures. Perplexity is exp of the mean negative log-likelihood; the divergence is KL(f16 || format) in nats per token.
+The merged model computes with the values that each GGUF holds, in place of its own, and predicts tokens: the learned
+ones of validation rows, for what was learned, and general text, for what it knew before. llama.cpp also rounds what it
+multiplies with them (to 8 bits), which is not in these figures. Perplexity is exp of the mean negative log-likelihood;
+the divergence is KL(f16 || format) in nats per token.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from gemma_tune.run.session import Session
 
 REFERENCE = "f16"
-TOKENS = 1_000  # learned tokens to measure on
+VALIDATION, GENERAL = "validation", "general"  # the texts that are measured on
+TOKENS = 1_000  # learned tokens of validation rows to measure on
 # Entries of f16's distribution that are kept for each token; the divergence counts all others as one. 8 kB instead of
 # 1 MB a token for Gemma's 262,144. Measured on Gemma 3 270M, the divergence comes out 2 % smaller for it.
 _KEPT = 1024
@@ -39,10 +42,10 @@ class Loss:
     """How well a format predicts.
 
     Args:
-        perplexity: of the learned tokens.
+        perplexity: of the tokens that were to be predicted.
         kl: KL(f16 || this) in nats per token, 0 for f16 itself.
         agreement: share of positions at which the likeliest token is f16's.
-        tokens: learned tokens that were measured.
+        tokens: how many these are.
     """
 
     perplexity: float
@@ -52,12 +55,12 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class _Position:
-    """Learned tokens of one row: its ids (1, length), the positions that predict them, and the tokens themselves."""
+class Wanted:
+    """Tokens of one row to predict: its ids (1, length), the positions that predict them, and the tokens themselves."""
 
-    ids: torch.Tensor
-    at: torch.Tensor
-    labels: torch.Tensor
+    ids: np.ndarray
+    at: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,40 @@ def validation_rows(session: Session) -> tuple[Any | None, str]:
     return rows, reason
 
 
-def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, Path], architecture: Architecture,
-            limit: int = TOKENS, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Loss]:
-    """Measure number formats against the merged weights in f16.
+def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> list[Wanted]:
+    """What is to be predicted of rows, taken in their order.
+
+    Each token is predicted where the one before it stands, a row's first nowhere.
+
+    Args:
+        rows: mappings with ``input_ids`` and ``labels`` (-100 where nothing is learned), such as validation rows.
+        limit: at most so many tokens.
+    """
+    found, left = [], sys.maxsize if limit is None else limit
+    for row in rows:
+        ids, labels = (np.asarray(row[key], np.int64) for key in ("input_ids", "labels"))
+        at = np.flatnonzero(labels[1:] != IGNORE_INDEX)[:left]
+        if len(at):
+            found.append(Wanted(ids[None, :at[-1] + 1], at, labels[at + 1]))
+            left -= len(at)
+        if not left:
+            break
+    return found
+
+
+def measure(model: Any, texts: Mapping[str, Sequence[Wanted]], files: Mapping[str, Path], architecture: Architecture,
+            on_progress: Callable[[int, int], None] | None = None) -> dict[str, dict[str, Loss]]:
+    """Measure number formats against the merged weights in f16; each file's are put in once for all texts.
 
     Args:
         model: the merged model as transformers loaded it. In fp32 the figures are exact; in bf16 its own rounding moves
             the divergence by about 1e-3 nats. **Afterwards it holds the last file's weights**, so it is given away.
-        rows: mappings with ``input_ids`` and ``labels`` (-100 where nothing is learned), such as validation rows.
+        texts: name → what is to be predicted.
         files: quantisation → its GGUF file.
-        limit: learned tokens to measure on; the rows are taken in their order.
         on_progress: called before each format with how many are done, and how many there are.
 
     Returns:
-        A loss for f16 and for each of ``files``; empty if the rows have no learned token.
+        By text, a loss for f16 and for each of ``files``; without the texts in which nothing is to be predicted.
 
     Raises:
         UserError: a file that cannot be read.
@@ -110,67 +133,53 @@ def measure(model: Any, rows: Iterable[Mapping[str, Any]], files: Mapping[str, P
     """
     import torch
 
-    positions = _positions(rows, limit, model.device)
-    if not positions:
-        return {}
+    texts = {name: rows for name, rows in texts.items() if rows}
+    losses: dict[str, dict[str, Loss]] = {name: {} for name in texts}
+    if not texts:
+        return losses
     progress = on_progress or (lambda done, total: None)
     weights = _weights(model, architecture)
     model.eval()
     with torch.inference_mode():
         progress(0, len(files) + 1)
         _round_to_f16(weights, architecture)
-        reference, kept = _reference(model, positions)
-        losses = {REFERENCE: reference}
+        kept = {}
+        for name, rows in texts.items():
+            losses[name][REFERENCE], kept[name] = _reference(model, rows)
         for n, (quant, path) in enumerate(files.items(), start=1):
             progress(n, len(files) + 1)
             _put(weights, GgufFile(path, keys=()), architecture)
-            losses[quant] = _against(model, positions, kept)
+            for name, rows in texts.items():
+                losses[name][quant] = _against(model, rows, kept[name])
         progress(len(files) + 1, len(files) + 1)
     return losses
 
 
-def _positions(rows: Iterable[Mapping[str, Any]], limit: int, device: Any) -> list[_Position]:
-    """The first ``limit`` learned tokens. Each is predicted where the one before it stands, a row's first nowhere."""
-    import torch
-
-    found, left = [], limit
-    for row in rows:
-        ids, labels = (np.asarray(row[key], np.int64) for key in ("input_ids", "labels"))
-        at = np.flatnonzero(labels[1:] != IGNORE_INDEX)[:left]
-        if len(at):
-            end = at[-1] + 1
-            found.append(_Position(*(torch.from_numpy(a).to(device) for a in (ids[None, :end], at, labels[at + 1]))))
-            left -= len(at)
-        if not left:
-            break
-    return found
-
-
-def _reference(model: Any, positions: Sequence[_Position]) -> tuple[Loss, list[_Kept]]:
+def _reference(model: Any, rows: Sequence[Wanted]) -> tuple[Loss, list[_Kept]]:
     import torch
 
     kept: list[_Kept] = []
     total = 0.0
-    for log_probabilities, labels in _predictions(model, positions):
+    for log_probabilities, labels in _predictions(model, rows):
         count = min(_KEPT, log_probabilities.shape[1])
         top, entries = torch.topk(log_probabilities, count)
         kept.append(_Kept(entries.to(torch.int32), top))
         total -= _label_sum(log_probabilities, labels)
-    tokens = sum(len(p.labels) for p in positions)
+    tokens = sum(len(row.labels) for row in rows)
     return Loss(math.exp(total / tokens), 0.0, 1.0, tokens), kept
 
 
-def _against(model: Any, positions: Sequence[_Position], kept: Sequence[_Kept]) -> Loss:
+def _against(model: Any, rows: Sequence[Wanted], kept: Sequence[_Kept]) -> Loss:
     total = divergence = 0.0
     same = 0
-    for (log_probabilities, labels), known in zip(_predictions(model, positions), kept, strict=True):
+    for (log_probabilities, labels), known in zip(_predictions(model, rows), kept, strict=True):
         entries = known.entries.long()
         total -= _label_sum(log_probabilities, labels)
         likeliest = log_probabilities.gather(1, entries[:, :1])[:, 0]
         same += int((likeliest == log_probabilities.amax(1)).sum())  # in bf16 several are often the likeliest
         divergence += _divergence(known.log_probabilities, log_probabilities.gather(1, entries),
                                   complete=entries.shape[1] == log_probabilities.shape[1])
-    tokens = sum(len(p.labels) for p in positions)
+    tokens = sum(len(row.labels) for row in rows)
     return Loss(math.exp(total / tokens), max(0.0, divergence / tokens), same / tokens, tokens)
 
 
@@ -195,22 +204,25 @@ def _label_sum(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     return float(log_probabilities.gather(1, labels[:, None]).double().sum())
 
 
-def _predictions(model: Any, positions: Sequence[_Position]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities (n, vocabulary) in fp32, and the tokens (n) that came; some positions at a time."""
     import torch
 
     from gemma_tune.models.load import after_product
 
     head, after = model.get_output_embeddings(), after_product(model)
-    for row in positions:
-        states = model.get_decoder()(input_ids=row.ids, attention_mask=None, use_cache=False).last_hidden_state
-        hidden = states[0, row.at]
+    for row in rows:
+        ids, at, labels = (torch.from_numpy(a).to(model.device) for a in (row.ids, row.at, row.labels))
+        states = model.get_decoder()(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
+        hidden = states[0, at]
         step = max(1, _LOGITS // head.weight.shape[0])
         for start in range(0, len(hidden), step):
-            logits = head(hidden[start:start + step]).float() * after["scale"]
+            logits = head(hidden[start:start + step]).float()
+            if after["scale"] != 1:
+                logits.mul_(after["scale"])
             if after["softcap"]:
                 logits.div_(after["softcap"]).tanh_().mul_(after["softcap"])
-            yield torch.log_softmax(logits, 1), row.labels[start:start + step]
+            yield torch.log_softmax(logits, 1), labels[start:start + step]
 
 
 def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:

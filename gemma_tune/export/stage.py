@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.secrets import place_of
-from gemma_tune.base.words import counted
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration import calibration_of
-from gemma_tune.export.checks import ExportChecks, check_files, format_rows, markdown, wants_engine
+from gemma_tune.export.calibration_file import with_file
+from gemma_tune.export.calibration_rows import not_calibrated
+from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
-from gemma_tune.export.quant_loss import REFERENCE
+from gemma_tune.export.mixes import Mixes
 from gemma_tune.export.target import Target, parse_parameters
-from gemma_tune.export.worth import gained, what_it_loses
+from gemma_tune.export.worth import conclusion, gained, said_against, smallest_sound
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import COARSE, recommended
@@ -42,11 +44,12 @@ def export(session: Session) -> ExportReport:
         UserError: no merged model, an architecture without a writer, a bad name.
         WorkFailed: with ``create``, no Ollama server; a GGUF does not hold the merged weights; Ollama refuses.
     """
+    session, rows = with_file(session)
     server = check_target(session.config, session.model.name)
     if server:
         ollama.check_version(server, session.model.config["model_type"])
     source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
-    stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)))
+    stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)), rows)
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
         if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
             raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
@@ -76,7 +79,7 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
         UserError: a bad name, address or parameter; no engine for ``verify``; no such converter.
         WorkFailed: ``create`` is asked for, and no server answers.
     """
-    model_names(config.name or ollama.default_model_name(model_name), config.quant or ("",))
+    model_names(config.name or ollama.default_model_name(model_name), config.labels or ("",))
     if half := [text for text in (config.system or "", *config.parameter) if re.search("[\ud800-\udfff]", text)]:
         raise UserError(f"this is not text in UTF-8: {half[0]!r}", "check the terminal's encoding, or put it into a "
                                                                    "--config file that is saved as UTF-8")
@@ -112,19 +115,33 @@ def _export(session: Session, source: ExportSource) -> Finished:
 
 
 def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Write the files; those of few bits rounded by what the matrices are multiplied with on the training rows."""
+    """Write the files; those of few bits rounded by what the matrices are multiplied with on rows."""
     listener = session.listener
-    calibration, reason = calibration_of(session, source, tuple(files))
+    calibration, said = calibration_of(session, source, tuple(files))
     if calibration:
-        listener.note(f"rounding is calibrated on {counted(calibration.tokens, 'token')} of the training rows")
-    elif reason:
-        listener.note(f"rounding is not calibrated: {reason}")
+        listener.note(f"rounding is calibrated on {said}")
+    elif not said and session.config.calibration_file:
+        listener.note("--calibration is not used: none of these formats has fewer than eight bits")
+    elif said:
+        listener.note(f"rounding is not calibrated: {said}")
         if session.model.source in ("gguf", "demo"):
             listener.warn("the base model came from a GGUF, so its weights lie on the steps of few bits: rounding each "
                           "by itself can take what was learned back to them; the table tells")
-    return {quant: write_file(source, path, quant, listener,
-                              Rounding(calibration.inputs) if calibration and quant in COARSE else None)
-            for quant, path in files.items()}
+    mixes = Mixes(source, calibration, listener) if calibration else None
+    if session.config.size and not mixes:
+        raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
+                        "name a number format with --quant")
+    return {label: _write_one(session, source, label, path, mixes) for label, path in files.items()}
+
+
+def _write_one(session: Session, source: ExportSource, label: str, path: Path, mixes: Mixes | None) -> dict[str, Any]:
+    quant, types = mixes.of(label) if mixes else (label, {})
+    rounding = Rounding(mixes.calibration.inputs) if mixes and quant in COARSE else None
+    figures = write_file(source, path, quant, session.listener, rounding, types)
+    if types:
+        counts = ", ".join(f"{n} in {kind.name}" for kind, n in Counter(types.values()).most_common())
+        session.listener.note(f"{label}: types by what rounding each matrix was measured to cost: {counts}")
+    return figures
 
 
 def _say(session: Session, target: Target) -> None:
@@ -138,13 +155,14 @@ def _say(session: Session, target: Target) -> None:
 
 
 def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(session.config.quant))
+    chosen = session.config.labels
     if not chosen:
         if source.architecture:
             parameters = sum(math.prod(spec.shape) for spec in source.architecture.tensors if not spec.tied_to)
         else:  # 16 bits each
             parameters = sum(p.stat().st_size for p in source.merged.glob("*.safetensors")) // 2
-        quant, reason = recommended(parameters, from_gguf=session.model.source in ("gguf", "demo"))
+        quant, reason = recommended(parameters, from_gguf=session.model.source in ("gguf", "demo"),
+                                    calibrated=not not_calibrated(session, source))
         session.listener.note(f"number format {quant}: {reason}")
         chosen = (quant,)
     return chosen
@@ -188,14 +206,19 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
     report = run.ollama / _REPORT
     limits = target.chat.notes
+    concluded = conclusion(figures, checks.losses, command("export-ollama", run.root))
     fresh[report] = fresh_path(report)
-    fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier), encoding="utf-8")
+    fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier, concluded), encoding="utf-8")
     _show(session, figures, checks)
+    if concluded:
+        session.listener.note(concluded)
     main = figures[first]
     summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
     summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
     summary |= {"different_in_ollama": list(limits)} if limits else {}
     summary |= {"loses": main["loses"]} if "loses" in main else {}
+    best = smallest_sound(figures)
+    summary |= {"recommended": best} if best else {}
     summary |= {"earlier": earlier} if earlier else {}
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary},
                     fresh)
@@ -211,9 +234,7 @@ def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any
 
 def _worth(session: Session, quant: str, checks: ExportChecks) -> dict[str, str]:
     """``loses``: what is to be said against a format, if anything is."""
-    loss, reference = (checks.losses.get(name) for name in (quant, REFERENCE))
-    said = loss and reference and what_it_loses(loss, reference, gained(session))
-    if said:
+    if said := said_against(quant, checks.losses, gained(session)):
         session.listener.warn(f"{quant} {said}: choose a format of more bits")
     return {"loses": said} if said else {}
 
@@ -222,7 +243,8 @@ def _show(session: Session, figures: Mapping[str, Mapping[str, Any]], checks: Ex
     """Tables for people, and what was not checked."""
     listener = session.listener
     if checks.losses or len(figures) > 1:
-        listener.grid("number formats", format_rows(figures, checks.losses))
+        for title, rows in format_tables(figures, checks.losses).items():
+            listener.grid(title, rows)
     if checks.parity:
         listener.grid("token ids of whole prompts, against Hugging Face's", checks.parity.rows())
         if checks.parity.greedy:

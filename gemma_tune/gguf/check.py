@@ -39,8 +39,8 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
                 calibrated: Mapping[str, Rounded] | None = None) -> tuple[float, str]:
     """Compare all tensors of a GGUF with a checkpoint's.
 
-    A calibrated one may be far from the checkpoint's where nothing is multiplied with it. Its output was compared when
-    it was rounded; the file has to hold those very bytes.
+    A calibrated one may be far from the checkpoint's where nothing is multiplied with it. What is compared is its
+    output for some of the inputs that it was calibrated by; and the file has to hold the very bytes that were chosen.
 
     Args:
         checkpoint: folder with safetensors.
@@ -65,11 +65,12 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
         if rounded := (calibrated or {}).get(name):
             if file.sha256(name) != rounded.sha256:
                 problems.append(f"{name}: not what was written")
-            if not rounded.error <= MOST_OF_OUTPUT[file.tensors[name].type]:
-                problems.append(f"{name}: its output is off by {rounded.error:.2%}, more than "
+            error = _output_error(spec, file, name, shards, rounded)
+            if not error <= MOST_OF_OUTPUT[file.tensors[name].type]:
+                problems.append(f"{name}: its output is off by {error:.2%}, more than "
                                 f"{file.tensors[name].type.name} explains")
-            if not rounded.error <= worst:
-                worst, where = rounded.error, name
+            if not error <= worst:
+                worst, where = error, name
             continue
         error, excess = _compared(spec, file, name, shards)
         if not excess <= 1:
@@ -120,6 +121,21 @@ def _compared(
         off, size = (a.reshape(-1, block).max(1) if block > 1 else a for a in (off, size))
         excess = np.maximum(excess, (off / (size * np.float32(part) + np.float32(floor * _LEAST_F16 + 1e-30))).max())
     return (difference / total) ** 0.5 if total else difference ** 0.5, float(excess)
+
+
+def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Mapping[str, tuple[Path, str]],
+                  rounded: Rounded) -> float:
+    """How much of a calibrated matrix's output is off; for the inputs that are known one by one, the worse of both."""
+    if rounded.probes is None:
+        return rounded.error
+    off, size = (np.zeros(len(rounded.probes)) for _ in range(2))
+    for start, expected in _expected(spec, shards):
+        got = file.rows(name, start, start + len(expected)).reshape(expected.shape)
+        got = spec.change.backward(got) if spec.change else got
+        off += np.square((got - expected) @ rounded.probes.T).sum(0)
+        size += np.square(expected @ rounded.probes.T).sum(0)
+    each = np.divide(off, size, out=np.zeros_like(off), where=size > 0)
+    return max(rounded.error, float(each.mean()) ** 0.5)
 
 
 def _expected(spec: TensorSpec, shards: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[int, np.ndarray]]:

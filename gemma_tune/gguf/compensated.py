@@ -41,11 +41,13 @@ class Inputs:
         factor: float32 (columns, columns), upper, times its transpose XᵀX; None where an error is not to be made up
             for.
         output: sum of squares of what came out; None where nobody noted it.
+        probes: float32 (some, columns), some of the inputs: what is written is checked with them; None without any.
     """
 
     importance: np.ndarray
     factor: torch.Tensor | None
     output: float | None = None
+    probes: np.ndarray | None = None
 
 
 def inputs_of(gram: torch.Tensor, count: int, damping: float = DAMPING) -> Inputs | None:
@@ -79,10 +81,12 @@ class Rounded:
     Args:
         error: RMS of what rounding changes in its output, over the output's own, on the inputs that are known.
         sha256: of its bytes in the file.
+        probes: see :class:`Inputs`.
     """
 
     error: float
     sha256: str
+    probes: np.ndarray | None = None
 
 
 class Rounding:
@@ -110,7 +114,7 @@ class Rounding:
                     off, size = off + error, size + whole
                     yield data
         size = size if inputs.output is None else inputs.output
-        self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest())
+        self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest(), inputs.probes)
 
 
 @contextmanager

@@ -145,8 +145,8 @@ def nbytes(type: Type, shape: Sequence[int]) -> int:
     return math.prod(shape) // block * size
 
 
-def recommended(parameters: int, from_gguf: bool = False) -> tuple[str, str]:
-    """The number format for a model of so many parameters, and why.
+def recommended(parameters: int, from_gguf: bool = False, calibrated: bool = False) -> tuple[str, str]:
+    """The number format to begin with for a model of so many parameters, before anything is measured, and why.
 
     The figures are those of `llama-quantize --help`: what each format adds to the perplexity of Llama 3 8B.
 
@@ -154,10 +154,13 @@ def recommended(parameters: int, from_gguf: bool = False) -> tuple[str, str]:
         from_gguf: whether the base model was quantised before it was trained. Its weights then lie on a grid, training
             moves them by less than a step of it, and rounding them to such a grid again takes much of that back: of
             what Gemma 3 270M in Q4_K_M had learned in 68 steps (perplexity 68 to 19), q4_k_m kept half (40).
+        calibrated: whether fewer bits will be rounded by what the matrices are multiplied with, which keeps what was
+            learned on such a grid as well (19 there).
     """
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
-    if from_gguf:
-        return "q8_0", "the base model comes from a GGUF file: rounding to fewer bits again could undo the training"
+    if from_gguf and not calibrated:
+        return "q8_0", ("the base model comes from a GGUF file: rounding to fewer bits again, each weight by itself, "
+                        "could undo the training")
     if libgguf is None and not shutil.which(_PROGRAM):
         return "q8_0", "fewer bits in good quality need libgguf or llama.cpp's llama-quantize, which are not installed"
     if parameters < 3e9:

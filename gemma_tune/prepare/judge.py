@@ -167,9 +167,7 @@ class Judge:
         return judged
 
     def _example(self, row: Row, judged: Judged) -> PreparedRow:
-        if row.error:
-            raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
-        example = self.formats.example(row.value)
+        example = self.formats.example_of(row)
         judged.noticed.formats[example.format] += 1
         if example.format == "columns":
             judged.noticed.named.update(role for role, name in self.formats.columns.items() if name in row.value)
@@ -179,10 +177,10 @@ class Judge:
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:
-            return {"text": example.text}
+            return example.as_row()
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
-        return {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
+        return example.as_row()
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):

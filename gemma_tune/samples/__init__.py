@@ -8,7 +8,14 @@ on a laptop, and whether it did can be decided by a plain check
 or a person as the judge.
 
 The conversations were written for this project.  They show a form and are not
-investment advice.  This module needs the standard library only, so the
+investment advice.
+
+Beside it lies general text: short passages of many kinds in several languages,
+written for this project as well, in two halves of the same make-up about other
+things.  By one an export rounds, so that a model does not lose what it knew
+beside what it learned; on the other it measures.
+
+This module needs the standard library only, so the
 command line can list the example or check an answer before torch is loaded.
 """
 
@@ -22,6 +29,8 @@ from typing import Any
 __all__ = [
     "FORM_DESCRIPTION",
     "SAMPLE",
+    "general_calibration",
+    "general_measuring",
     "heldout_path",
     "heldout_questions",
     "in_form",
@@ -76,10 +85,28 @@ def heldout_questions() -> list[dict[str, Any]]:
     Each has ``id``, ``language`` (``"en"`` or ``"zh"``) and ``messages``,
     which end with the user turn that waits for an answer.
     """
-    text = heldout_path().read_text(encoding="utf-8")
+    return _rows(heldout_path())
+
+
+def general_calibration() -> list[str]:
+    """Return the passages of general text to round by, about 3,000 tokens."""
+    return [row["text"] for row in _rows(_real_path("general_calibration.jsonl"))]
+
+
+def general_measuring() -> list[str]:
+    """Return the passages of general text to measure on, about 2,000 tokens.
+
+    Nothing of them is calibrated by: what a number format loses can only be
+    told on text that its rounding has not seen.
+    """
+    return [row["text"] for row in _rows(_real_path("general_measuring.jsonl"))]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, one JSON object a line."""
     # Split on "\n" alone: splitlines() would also cut at rarer separators
     # (U+2028 for one) that may stand unescaped inside a JSON string.
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _has_label(line: str, label: str, colons: tuple[str, ...]) -> bool:

@@ -7,16 +7,24 @@ import json
 import math
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from gemma_tune.export.quant_loss import Loss
+from support.command import MANIFEST_SCHEMA
 from support.ollama import LoopbackOllama
 
 OLLAMA = Path("runs/tiny-gemma/ollama")
 
 
 @pytest.fixture
-def measured(cli, merged, monkeypatch):
+def general() -> dict[str, float]:
+    """Perplexities on general text; nothing was measured on it where there are none."""
+    return {}
+
+
+@pytest.fixture
+def measured(cli, merged, general, monkeypatch):
     """``export-ollama`` with formats of a known loss, after a training that gained ln 4 nats."""
     from gemma_tune.export import checks
 
@@ -24,8 +32,9 @@ def measured(cli, merged, monkeypatch):
     manifest["stages"]["train"]["summary"] |= {"eval_loss_before": math.log(40), "eval_loss_after": math.log(10)}
     (merged / "manifest.json").write_text(json.dumps(manifest))
     perplexities = {"f16": 10.0, "q8_0": 10.1, "q4_k_m": 20.0, "q4_0": 92.2}
-    monkeypatch.setattr(checks, "measure", lambda model, rows, files, *args, **more: {
-        quant: Loss(perplexities[quant], 0.0, 1.0, 100) for quant in ("f16", *files)})
+    monkeypatch.setattr(checks, "measure", lambda model, texts, files, *args, **more: {
+        text: {quant: Loss(found[quant], 0.0, 1.0, 100) for quant in ("f16", *files)}
+        for text, found in (("validation", perplexities), ("general", general)) if found})
     return functools.partial(cli, "export-ollama", "--no-verify")
 
 
@@ -37,6 +46,20 @@ def test_what_a_format_loses(perplexity, gain, said):
     from gemma_tune.export.worth import what_it_loses
 
     assert what_it_loses(Loss(perplexity, 0.0, 1.0, 100), Loss(10.0, 0.0, 1.0, 100), gain) == said
+
+
+@pytest.mark.parametrize(("validation", "general", "said"), [
+    (10.1, 32.9, None), (10.1, 33.4, "predicts 11% worse than f16 on general text"), (10.1, 20.0, None),
+    (20.0, 30.0, "loses 50% of what was learned"),
+    (20.0, 60.0, "loses 50% of what was learned and predicts 100% worse than f16 on general text")])
+def test_what_is_said_of_both_texts(validation, general, said):
+    from gemma_tune.export.worth import said_against
+
+    losses = {text: {quant: Loss(perplexity, 0.0, 1.0, 100) for quant, perplexity in found.items()}
+              for text, found in (("validation", {"f16": 10.0, "q4_0": validation}),
+                                  ("general", {"f16": 30.0, "q4_0": general}))}
+    assert said_against("q4_0", losses, math.log(4)) == said
+    assert said_against("q8_0", losses, math.log(4)) is None
 
 
 def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, cli):
@@ -60,6 +83,61 @@ def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, 
     assert "**q4_0 loses all that was learned**" in (OLLAMA / "report.md").read_text()
     again = measured("--quant", "q4_k_m,q8_0,q4_0")
     assert "up to date" in again.err and "loses 50% of what was learned" in " ".join(again.err.split())
+
+
+def test_the_smallest_format_that_keeps_both_is_recommended(measured, merged, general):
+    general |= {"f16": 30.0, "q8_0": 30.3, "q4_0": 45.0}
+    result = measured("--quant", "q4_0,q8_0,f16", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert summary["recommended"] == "q8_0" and summary["f16_general_perplexity"] == 30.0
+    assert summary["quants"]["q8_0"] | {"general_perplexity": 30.3, "general_tokens": 100} == summary["quants"]["q8_0"]
+    assert summary["quants"]["q4_0"]["loses"] == ("loses all that was learned and predicts 50% worse than f16 on general "
+                                                  "text")
+    said = " ".join(result.err.split())
+    sentence = "is the smallest of these formats that keeps what was learned and what the model knew before"
+    assert f"q8_0 (0 MB) {sentence}" in said
+    assert "perplexity +1.0% against f16, +1.0% on general text, tiny-gemma-tuned:q8_0, recommended" in said
+    report = (OLLAMA / "report.md").read_text()
+    assert sentence in report and "On 100 tokens of the general text that comes with gemma-tune" in report
+    assert "| q4_0 | 0 MB | 45.000 | +50.00% |" in report
+    jsonschema.validate(json.loads((merged / "manifest.json").read_text()), MANIFEST_SCHEMA)
+
+
+def test_a_format_that_loses_general_text_alone_is_not_recommended(measured, general):
+    general |= {"f16": 30.0, "q8_0": 40.0}
+    result = measured("--json")
+    assert result.code == 0, result.err
+    assert "number format q8_0: at 0M parameters" in " ".join(result.err.split())
+    assert "recommended" not in result.json["summary"]
+    said = " ".join(result.err.split())
+    assert "! q8_0 predicts 33% worse than f16 on general text: choose a format of more bits" in said
+    assert ("q8_0 does not keep what was learned and what the model knew before; the next to try is f16: gemma-tune "
+            "export-ollama --run runs/tiny-gemma --quant f16") in said
+    assert result.json["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant f16"]
+
+
+def test_without_validation_rows_general_text_is_measured(cli, merged):
+    (merged / "data" / "tokens" / "valid.arrow").unlink()
+    result = cli("export-ollama", "--no-verify", "--quant", "q8_0", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert "the loss of the number formats on validation rows: the run has no prepared data" in summary["unchecked"]
+    found = summary["quants"]["q8_0"]
+    assert "perplexity" not in found and found["general_tokens"] > 1000
+    assert found["general_perplexity"] / summary["f16_general_perplexity"] == pytest.approx(1, abs=0.02)
+    assert summary["recommended"] == "q8_0"
+    assert "keeps what the model knew before (what was learned is not measured)" in " ".join(result.err.split())
+    assert "number formats, on general text" in result.err
+
+
+@pytest.mark.parametrize(("tried", "next_one"), [
+    (["q4_k_m"], "q5_k_m"), (["q5_k_m", "q4_0"], "q6_k"), (["q6_k"], "q8_0"), (["q4_0"], "q8_0"), (["q5_1"], "q8_0"),
+    (["q8_0", "q4_k_m"], "f16"), (["bf16"], "f16")])
+def test_the_next_format_to_try(tried, next_one):
+    from gemma_tune.export.worth import finer_than
+
+    assert finer_than(tried) == next_one
 
 
 def test_if_all_are_bad_another_is_proposed(measured):

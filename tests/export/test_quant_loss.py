@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import quant_loss
-from gemma_tune.export.quant_loss import measure, validation_rows
+from gemma_tune.export.quant_loss import validation_rows, wanted_of
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.types import QUANTS
@@ -78,6 +78,11 @@ def rows(lengths: tuple[int, ...] = (30, 12, 40)) -> list[dict[str, np.ndarray]]
     return found
 
 
+def measure(model, rows, files, architecture, limit: int | None = None, **settings):
+    """The losses of one text."""
+    return quant_loss.measure(model, {"rows": wanted_of(rows, limit)}, files, architecture, **settings).get("rows", {})
+
+
 def loaded(folder: Path) -> torch.nn.Module:
     """The model in fp32, with capped logits, as Gemma 2 and 4 have them."""
     model = load_model(folder, choose_placement("fp32"))
@@ -124,6 +129,18 @@ def test_each_format_against_plain_cross_entropy(checkpoint, files):
         assert loss.tokens == len(labels)
     assert found["f16"].kl < 1e-6 < found["q8_0"].kl < found["q5_1"].kl < found["q4_k_m"].kl
     assert found["f16"].agreement == 1 > found["q4_k_m"].agreement
+
+
+def test_several_texts_are_measured_while_a_files_weights_are_in(checkpoint, files, monkeypatch):
+    put, opened = quant_loss._put, []
+    monkeypatch.setattr(quant_loss, "_put", lambda weights, file, model: opened.append(file.path) or put(weights, file, model))
+    texts = {"long": wanted_of(rows((50, 8))), "short": wanted_of(rows((9,))), "nothing": wanted_of([])}
+    wanted = {quant: files[quant] for quant in ("q4_0", "q8_0")}
+    found = quant_loss.measure(loaded(checkpoint), texts, wanted, architecture(checkpoint))
+    assert opened == [*wanted.values()] and list(found) == ["long", "short"]
+    for name, lengths in (("long", (50, 8)), ("short", (9,))):
+        assert found[name] == measure(loaded(checkpoint), rows(lengths), wanted, architecture(checkpoint))
+    assert quant_loss.measure(loaded(checkpoint), {"nothing": []}, wanted, architecture(checkpoint)) == {}
 
 
 def test_entries_that_are_not_kept_count_as_one(checkpoint, files, monkeypatch):

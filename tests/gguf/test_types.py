@@ -186,6 +186,7 @@ def test_default_by_size():
         found, reason = gguf_types.recommended(int(parameters))
         assert found == quant and "llama.cpp" in reason
     assert gguf_types.recommended(8_000_000_000, from_gguf=True)[0] == "q8_0"
+    assert gguf_types.recommended(8_000_000_000, from_gguf=True, calibrated=True)[0] == "q4_k_m"
 
 
 def test_without_a_k_quantiser_the_default_does_without(monkeypatch):

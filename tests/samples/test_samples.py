@@ -245,3 +245,37 @@ def test_the_description_is_one_sentence_naming_every_label() -> None:
     for answer in (EN, ZH):
         for line in answer.split("\n"):
             assert re.split("[:：]", line)[0] in text
+
+
+def _general(name: str) -> list[Row]:
+    return [json.loads(line) for line in (Path(samples.__file__).parent / f"general_{name}.jsonl").read_text(
+        encoding="utf-8").splitlines()]
+
+
+def test_the_halves_of_general_text_have_the_same_make_up_and_share_nothing() -> None:
+    one, other = _general("calibration"), _general("measuring")
+    assert samples.general_calibration() == [row["text"] for row in one]
+    assert samples.general_measuring() == [row["text"] for row in other]
+    assert [(row["language"], row["kind"]) for row in one] == [(row["language"], row["kind"]) for row in other]
+    assert {row["language"] for row in one} == {"en", "zh", "de", "fr", "es", "ja", "code"}
+
+    def fragments(rows: list[Row]) -> set[str]:
+        """Runs of six words, or of twelve characters of what is written without spaces."""
+        words = [row["text"].split() for row in rows if row["language"] not in ("zh", "ja")]
+        runs = {" ".join(text[n:n + 6]) for text in words for n in range(len(text) - 5)}
+        return runs | {row["text"][n:n + 12] for row in rows if row["language"] in ("zh", "ja")
+                       for n in range(len(row["text"]) - 11)}
+
+    assert not fragments(one) & fragments(other)
+
+
+@pytest.mark.parametrize("name", ["calibration", "measuring"])
+def test_general_text_is_clean(name: str) -> None:
+    """No passage has another chat template's marks, odd controls or white space at its ends, and all are short."""
+    for row in _general(name):
+        text = row["text"]
+        assert text == text.strip() and unicodedata.normalize("NFC", text) == text
+        assert not re.search(r"<\||\[INST|<start_of|[\x00-\x08\x0b-\x1f\x7f\ufffd]", text)
+        assert 60 < len(text) < 1000
+    size = sum(len(row["text"]) for row in _general(name))
+    assert {"calibration": 9_000, "measuring": 6_000}[name] < size < {"calibration": 13_000, "measuring": 9_000}[name]

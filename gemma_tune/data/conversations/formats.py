@@ -16,6 +16,7 @@ from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.turns import Turn, conversation
+from gemma_tune.data.reading.rows import Row
 
 Fields = Mapping[str, Any]
 
@@ -37,6 +38,12 @@ class Example:
     tools: list[dict[str, Any]] | None
     text: str | None
     unread: tuple[unread.Unread, ...] = field(default=(), compare=False)
+
+    def as_row(self) -> dict[str, Any]:
+        """What is encoded of it: ``{"messages": […], "tools": […]}`` or ``{"text": "…"}``, as in train.jsonl."""
+        if self.messages is None:
+            return {"text": self.text}
+        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
 
 
 # Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
@@ -106,6 +113,16 @@ class Formats:
         """A format with the reason for which a row is taken to have it."""
         reason = _REASONS.get(format) or " and ".join(f"`{name}`" for name in self.columns.values())
         return f"{format} (rows have {reason})"
+
+    def example_of(self, row: Row) -> Example:
+        """The checked example of a row as it stands in a file.
+
+        Raises:
+            RowError: everything for which it cannot be learned from, or that it could not be read.
+        """
+        if row.error:
+            raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
+        return self.example(row.value)
 
     def example(self, value: Any) -> Example:
         """The checked example of one row.

@@ -1,0 +1,71 @@
+"""Which rows the rounding of an export is calibrated by, as token ids: a file's or the training's, and general text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.base.words import counted
+from gemma_tune.export.calibration_file import file_rows, named_file
+from gemma_tune.export.files import ExportSource
+from gemma_tune.export.general import calibration_rows_of
+from gemma_tune.export.quant_loss import encoded_rows
+from gemma_tune.gguf.types import libgguf
+from gemma_tune.run.session import Session
+
+TOKENS = 16_384  # the demo's 11,500 are enough for its 270M parameters
+_PART = 3  # of the tokens, one in so many is of general text at most
+LONGEST = 2048  # tokens of one row
+
+
+def not_calibrated(session: Session, source: ExportSource) -> str:
+    """Why the rounding cannot be calibrated whatever rows there are; "" where it can."""
+    if session.config.calibration is False:
+        return "--no-calibration"
+    if source.architecture is None:
+        return "the converter writes the file"
+    return "libgguf is not installed" if libgguf is None else ""
+
+
+def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKENS) -> tuple[list[np.ndarray], str]:
+    """Ids, (length,) each, of the rows to calibrate by, and what they are in words.
+
+    They are rows of the file that ``--calibration`` names, else of the training, and general text, whole however few
+    the rows are: with it the demo's q4_0 loses less on either text, most if there are 600 tokens of rows. It stands
+    alone where there are no rows, as with an adapter from elsewhere.
+
+    Args:
+        tokens: in all, at most.
+
+    Raises:
+        UserError: a file of which nothing, or too little, can be used.
+    """
+    general = sample(calibration_rows_of(source.chat), tokens // _PART)
+    more = sum(map(len, general))
+    if session.config.calibration_file:
+        own, of = sample(file_rows(session, source.chat), tokens - more), f"of {named_file(session)}"
+    else:
+        trained, reason = encoded_rows(session, "train")
+        if trained is None:
+            return general, f"{counted(more, 'token')} of general text alone: {reason}"
+        own, of = sample(trained, tokens - more), "of the training rows"
+    return [*own, *general], f"{counted(sum(map(len, own)), 'token')} {of} and {more:,} of general text"
+
+
+def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
+    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
+    found, left = [], tokens
+    for n in np.random.default_rng(0).permutation(len(rows)):
+        if not left:
+            break
+        ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
+        found.append(ids)
+        left -= len(ids)
+    return found
+
+
+def shortened(sequences: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Some of these ids, so many together."""
+    return sample([{"input_ids": ids} for ids in sequences], tokens)
