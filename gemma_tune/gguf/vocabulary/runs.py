@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
+from gguf import Keys, TokenType
 
+from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.parts import SPACE, halves
 
 FIRST = 1.0  # the score of runs that Hugging Face finds in the text; of those that it merges, 1 - length/1000
@@ -67,6 +69,14 @@ def runs_in_gguf(tokens: Iterable[bytes], types: Iterable[int], scores: Iterable
     """
     return {i: (text, score == FIRST) for i, (raw, kind, score) in enumerate(zip(tokens, types, scores, strict=True))
             if kind == TokenType.NORMAL and score > 0 and _is_run(text := raw.decode("utf-8", errors="replace"))}
+
+
+def looks_for_spaces(gguf: Path) -> bool:
+    """Whether a GGUF's SentencePiece vocabulary has user-defined runs of spaces, as from llama.cpp's converter."""
+    keys = (Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.TOKEN_TYPE)
+    model, tokens, types = map(read_gguf_metadata(gguf, keys).get, keys)
+    return model == "llama" and any(kind == TokenType.USER_DEFINED and len(text) > 1 and not text.strip(b" ")
+                                    for text, kind in zip(tokens, types, strict=True))
 
 
 def _is_run(text: str) -> bool:
