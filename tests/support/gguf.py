@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,17 @@ SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<done>")  # their ids 
 ORDINARY = ("\n\n", "\u2581\u2581")  # user-defined in the SentencePiece model: a paragraph break and two spaces
 RUNS = tuple(c * n for c, shortest in (("\n", 1), ("\u2581", 2), ("\t", 1)) for n in range(shortest, 32))  # Gemma's
 DONE = SPECIAL.index("<done>")  # ends a turn; a name that llama.cpp doesn't know, unlike <end_of_turn>
+
+
+def white_space() -> list[str]:
+    """Runs of each kind by themselves and inside a text, up to some times the longest token, and all kinds mixed."""
+    picked = random.Random(15)
+    between = ["the", " the", "x", "今天", "\r\n", "\r", "\u3000", "\u00a0", "▁", ",", " \n", "\t\n", "\u2028"]
+    alone = [text for run in " \n\t" for length in (*range(1, 12), *range(28, 36), 40, 47, 62, 63, 64, 65, 80, 93, 97)
+             for text in (run * length, f"the{run * length}seven")]
+    return alone + [
+        "".join(picked.choice(between) if picked.random() < 0.5 else picked.choice(" \n\t") * picked.randint(1, 80)
+                for _ in range(picked.randint(2, 9))) for _ in range(60)]
 
 
 def train_sentencepiece(vocab_size: int = 380, special: tuple[str, ...] = SPECIAL[4:],

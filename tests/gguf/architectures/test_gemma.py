@@ -33,7 +33,7 @@ from gemma_tune.gguf.vocabulary.gemma4 import load_gemma4_vocab
 from gemma_tune.gguf.writer import GgufSummary, write_gguf
 from support.command import ROOT
 from support.gemmas import FAMILIES, GEMMA_4, make_family, write_gemma4_tokenizer
-from support.gguf import CORPUS, LlamaCpp, make_checkpoint, train_sentencepiece, with_the_converters_runs
+from support.gguf import CORPUS, LlamaCpp, make_checkpoint, train_sentencepiece, white_space, with_the_converters_runs
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 NEAR = 0.1  # two logits that may change places: llama.cpp looks GELU up in a table of float16 values
@@ -116,10 +116,10 @@ def test_llama_cpp_cuts_text_as_gemma_4s_tokenizer_does(family: Any) -> None:
     made = family("gemma4-large")
     tokenizer, llama_cpp = AutoTokenizer.from_pretrained(made.folder), LlamaCpp(made.gguf)
     for text in (*CORPUS, "  padded  ", " \n\n \n", "日本語 👨‍👩‍👧‍👦 e\u0301", "\tdef f():\r\n\t\treturn  1\n\n\n", "", "a<extra>b",
-                 "<|turn>user\nhi  you<turn|>\n<|turn>model\n<|channel>x<channel|><|\"|>"):
+                 "<|turn>user\nhi  you<turn|>\n<|turn>model\n<|channel>x<channel|><|\"|>", *white_space()[::3]):
         expected = tokenizer(text).input_ids
         assert llama_cpp.tokenize(text, special=True) == expected, text
-        assert tokenizer.decode(expected, skip_special_tokens=False) == "<bos>" + text
+        assert tokenizer.decode(expected, skip_special_tokens=False) == "<bos>" + text.replace("▁", " ")
 
     def stop(token: int) -> str:
         return llama_cpp.complete([2, 50], 3, logit_bias=[[token, 1000.0]])["stop_type"]
