@@ -134,6 +134,7 @@ CHANGED: list[tuple[dict[str, Any], list[str]]] = [
     ({"tokens": {"\n": 1, "a\n": 1}}, [*LINES[1:], *SPACES]),  # of a single one it does
     ({"tokens": {"b▁▁": 1, "a b": 4}}, [*LINES, *SPACES]),  # spaces are merged like everything else
     ({"added": {"\n\n": {"rstrip": True}}}, SPACES),
+    ({"added": {"\n": {"content": ""}}}, SPACES),  # one alone is not looked for
     ({"added": {"  ": {"normalized": True}}}, LINES),  # of one length looked for, of another merged
     ({"added": {"  ": {"content": "  "}, "   ": {"content": "   "}}}, [*LINES, *SPACES]),
     ({"tokens": {"a b": 4}, "added": {"  ": {"content": "  "}, "   ": {"content": "   "}}}, LINES),

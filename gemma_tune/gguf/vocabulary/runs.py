@@ -50,7 +50,7 @@ def merged_runs(tokens: Sequence[str], types: Sequence[int], scores: Sequence[fl
         piece = character.replace(" ", SPACE)
         if not _complete(ids):
             continue
-        entries = [added.get(i, {}) for length, i in ids.items() if length > 1]
+        entries = [added.get(i, {}) for i in ids.values()]
         in_text = {_in_text(entry) for entry in entries}
         if any(entry.get(key) for entry in entries for key in _TAKES_MORE):
             continue
