@@ -135,7 +135,8 @@ def _find_runs(tokenizer: Any, file: GgufFile) -> None:
     from tokenizers import AddedToken
 
     arrays = [file.metadata.get(key) for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.SCORES)]
-    if file.metadata.get(Keys.Tokenizer.MODEL) == "llama" and all(array is not None for array in arrays):
+    lengths = {None if array is None else len(array) for array in arrays}
+    if file.metadata.get(Keys.Tokenizer.MODEL) == "llama" and None not in lengths and len(lengths) == 1:
         tokenizer.add_tokens([AddedToken(text, normalized=SPACE in text, special=False)
                               for text, in_text in runs_in_gguf(*arrays).values() if in_text])
 

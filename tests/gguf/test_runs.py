@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 from gemma_tune.base.listener import Listener
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.parts import Vocabulary
-from gemma_tune.gguf.vocabulary.runs import merged_runs
+from gemma_tune.gguf.vocabulary.runs import merged_runs, runs_in_gguf
 from gemma_tune.gguf.vocabulary.sentencepiece import load_sentencepiece_vocab, sentencepiece_model_from_gguf
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.models.from_gguf import dequantised
@@ -163,6 +163,14 @@ def test_a_tokenizer_that_cuts_at_spaces_keeps_them(tmp_path: Path) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": cut}))
         types.append(load_sentencepiece_vocab(folder, 300).types[6:8])
     assert types == [[1, 1], [1, 4]]
+
+
+def test_only_runs_that_were_written_here_are_found_in_a_gguf() -> None:
+    """Other vocabularies have other scores."""
+    tokens, types = [b"a", b"\n\n", "▁▁".encode(), b"\t", b"\xff"], [1, 1, 1, 4, 6]
+    assert runs_in_gguf(tokens, types, [0.0, 1.0, 0.998, 1.0, 1.0]) == {1: ("\n\n", True), 2: ("▁▁", False)}
+    assert runs_in_gguf(tokens, types, [-1.0, -2.0, -1e9, -1000.0, 0.0]) == {}
+    assert runs_in_gguf(tokens, types, [5.0, 4.0, 3.0, 2.0, 1.0]) == {}
 
 
 # ---- and back ------------------------------------------------------------------------------------------------------

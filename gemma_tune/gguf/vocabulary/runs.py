@@ -62,13 +62,15 @@ def merged_runs(tokens: Sequence[str], types: Sequence[int], scores: Sequence[fl
 
 
 def runs_in_gguf(tokens: Iterable[bytes], types: Iterable[int], scores: Iterable[float]) -> dict[int, tuple[str, bool]]:
-    """What `merged_runs` has made of a vocabulary that was read from a GGUF: no learned piece has a score above 0.
+    """The runs that `merged_runs` gave to a GGUF, found by their scores: there all other pieces have 0 or less.
 
     Returns:
-        id → text, and whether Hugging Face finds the token in the text; else it merges it.
+        id → text, and whether Hugging Face finds the token in the text; else it merges it. Empty for other files.
     """
-    return {i: (text, score == FIRST) for i, (raw, kind, score) in enumerate(zip(tokens, types, scores, strict=True))
-            if kind == TokenType.NORMAL and score > 0 and _is_run(text := raw.decode("utf-8", errors="replace"))}
+    found = {i: (raw.decode("utf-8", errors="replace"), score == FIRST)
+             for i, (raw, kind, score) in enumerate(zip(tokens, types, scores, strict=True))
+             if kind == TokenType.NORMAL and score > 0}
+    return found if all(_is_run(text) for text, _ in found.values()) else {}
 
 
 def looks_for_spaces(gguf: Path) -> bool:
