@@ -165,7 +165,8 @@ def _compare(session: Session, stage: StageReport, result: tuple[str, ...], serv
     """
     listener = session.listener
     prompts = prompts_of(held_out(session, chat, HELD_OUT, COMPARED_TOKENS, most=LONGEST_PROMPT))
-    served, cases = ask_server(server, target, chat, prompts, listener)
+    ggufs = [Path(path) for name, path in stage.artifacts.items() if name.startswith("gguf")]
+    served, cases = ask_server(server, target, chat, prompts, listener, ggufs=ggufs)
     before = Parity.from_json(stage.summary.get("parity")) or Parity("", (), {}, "no llama.cpp ran the files", ())
     parity = before.with_server(served, cases)
     path = Path(stage.artifacts["export_report"])

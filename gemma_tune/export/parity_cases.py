@@ -1,16 +1,22 @@
 """Conversations that show where a template or a tokenizer goes its own way: turns, white space, scripts, code.
 
-Of four it is known that llama.cpp goes its own way with some models. They are compared like the others, so that the
+Of some it is known that llama.cpp goes its own way with some models. They are compared like the others, so that the
 difference is seen, and seen to end; it is not the fault of an export.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.export.parity_report import COLUMNS, KNOWN, LLAMA_CPP, OLLAMA, Check
+from gemma_tune.gguf.vocabulary.runs import looks_for_spaces
 
 _CODE = 'def mean(xs):\n\t"""Of xs."""\n\tif not xs:\n\t\treturn {}  # {{ empty }}\n\n\n    return sum(xs) / len(xs)\n'
 _EMOJI = "👩‍👩‍👧 🇩🇪🇯🇵 👍🏽 ✌️ 1️⃣ 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🙂"
+
+SPACES = "40 spaces in a row"
 
 # The first text of each is the system message, then user and assistant in turn; the last is the user's.
 _TALKS: dict[str, tuple[str | None, ...]] = {
@@ -27,25 +33,34 @@ _TALKS: dict[str, tuple[str | None, ...]] = {
     "other scripts": (None, "Ünïcødé नमस्ते สวัสดี مرحبا שלום Привет 안녕하세요 こんにちは 1,234.50 €"),
     "accents apart": (None, "cafe\u0301 man\u0303ana"),
     "padded wide spaces": (None, "\u3000\u3000什么？\u00a0"),
-    "40 spaces in a row": (None, f"a{' ' * 40}b"),
+    SPACES: (None, f"a{' ' * 40}b"),
+    "runs of white space": (None, "a" + "\n" * 40 + "b" + "\t" * 35 + "c\r\n\r\n \n\n\t  \t\t\n" + " " * 7 + "d"),
     "other digits": (None, "½ cup, point ①, x²"),
 }
 # Name, the columns that may differ, and why.
 LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     "padded wide spaces": ((LLAMA_CPP,), "llama.cpp's template engine trims ASCII white space only"),
     "accents apart": (COLUMNS, "llama.cpp does not put letters and accents together (NFC) as this tokenizer does"),
-    "40 spaces in a row": (COLUMNS, "llama.cpp divides long runs of spaces otherwise"),
+    SPACES: (COLUMNS, "this file's vocabulary looks for spaces in the text, which Hugging Face's tokenizer merges"),
     "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
 }
 
 
-def known(name: str, detail: str, *, in_text: bool) -> Check | None:
+def limit(name: str, ggufs: Iterable[Path]) -> tuple[tuple[str, ...], str]:
+    """The columns in which a conversation may differ in these files, and why; none where it has to be equal."""
+    if name == SPACES and not any(map(looks_for_spaces, ggufs)):
+        return (), ""
+    return LIMITS.get(name, ((), ""))
+
+
+def known(name: str, ggufs: Iterable[Path], detail: str, *, in_text: bool) -> Check | None:
     """The check of a prompt that an Ollama server makes otherwise, if that is a limit of llama.cpp, which it may run.
 
     Args:
+        ggufs: what the server runs.
         in_text: the text is another, and not the number of tokens alone.
     """
-    limited, reason = LIMITS.get(name, ((), ""))
+    limited, reason = limit(name, ggufs)
     of_templates = bool(limited) and OLLAMA not in limited  # else of the tokenizer
     return Check(KNOWN, f"{reason} ({detail})") if limited and in_text == of_templates else None
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gemma_tune.answers.prompts import Prompt
@@ -71,6 +72,7 @@ class Asked:
 
     Args:
         count: whether tokens are to be counted as well.
+        ggufs: the model's file.
         num_ctx: room that the prompts need, if it is more than the model has; another context makes the server load it
             again.
         shows, counts: whether the server shows prompts, and counts the tokens of whole ones; None as long as that is
@@ -81,6 +83,7 @@ class Asked:
     target: Target
     bos: str
     count: bool = True
+    ggufs: Sequence[Path] = ()
     num_ctx: int | None = None
     shows: bool | None = None
     counts: bool | None = None
@@ -132,7 +135,7 @@ class Asked:
             return Check(KNOWN, KEPT_NOTE)
         n = next((n for n, (a, b) in enumerate(zip(want.text, text)) if a != b), min(len(want.text), len(text)))
         detail = f"from character {n + 1} on {text[n:n + _SHOWN]!r} instead of {want.text[n:n + _SHOWN]!r}"
-        return known(name, detail, in_text=True) or Check(DIFFERS, detail)
+        return known(name, self.ggufs, detail, in_text=True) or Check(DIFFERS, detail)
 
     def _counted(self, name: str, want: Wanted, of_text: Check) -> Check:
         """The check of a text together with the number of tokens."""
@@ -143,7 +146,7 @@ class Asked:
             return Check(EQUAL, "text alone") if of_text.state == EQUAL else of_text
         if tokens != want.tokens:
             detail = f"{tokens} tokens instead of {want.tokens}: the server seems to have a tokenizer of its own"
-            return known(name, detail, in_text=False) or Check(DIFFERS, detail)
+            return known(name, self.ggufs, detail, in_text=False) or Check(DIFFERS, detail)
         return Check(EQUAL, "number of tokens alone") if of_text.state == UNCHECKED else of_text
 
     def _counts_whole_prompts(self) -> bool:
@@ -153,13 +156,14 @@ class Asked:
 
 
 def ask_server(server: Server, target: Target, chat: ChatFormat, prompts: Mapping[str, Prompt], listener: Listener, *,
-               count: bool = True) -> tuple[Served, list[Case]]:
+               count: bool = True, ggufs: Sequence[Path] = ()) -> tuple[Served, list[Case]]:
     """How a server reads prompts for a model that it has.
 
     Args:
         target: what the server was told about the model.
         prompts: by name.
         count: whether tokens are counted as well, which runs the model.
+        ggufs: the model's file.
 
     Returns:
         The server, and each prompt with its check in the column ``OLLAMA``.
@@ -169,7 +173,7 @@ def ask_server(server: Server, target: Target, chat: ChatFormat, prompts: Mappin
     """
     wants = {name: wanted(chat, target, prompt) for name, prompt in prompts.items()}
     longest = 1 + max((want.tokens for want in wants.values() if isinstance(want, Wanted)), default=0)
-    asked = Asked(server, target, chat.tokenizer.bos_token or "", count,
+    asked = Asked(server, target, chat.tokenizer.bos_token or "", count, ggufs,
                   num_ctx=longest if longest > target.parameters.get("num_ctx", longest) else None)
     progress = partial(listener.progress, f"asking Ollama {server.version} how it reads prompts")
     cases, deadline = [], None

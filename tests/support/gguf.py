@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,23 @@ CORPUS = (
 )
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<done>")  # their ids are 0 to 5
 ORDINARY = ("\n\n", "\u2581\u2581")  # user-defined in the SentencePiece model: a paragraph break and two spaces
+RUNS = tuple(c * n for c, shortest in (("\n", 1), ("\u2581", 2), ("\t", 1)) for n in range(shortest, 32))  # Gemma's
 DONE = SPECIAL.index("<done>")  # ends a turn; a name that llama.cpp doesn't know, unlike <end_of_turn>
 
 
-def train_sentencepiece(vocab_size: int = 380, special: tuple[str, ...] = SPECIAL[4:]) -> bytes:
+def white_space() -> list[str]:
+    """Runs of each kind by themselves and inside a text, up to some times the longest token, and all kinds mixed."""
+    picked = random.Random(15)
+    between = ["the", " the", "x", "今天", "\r\n", "\r", "\u3000", "\u00a0", "▁", ",", " \n", "\t\n", "\u2028"]
+    alone = [text for run in " \n\t" for length in (*range(1, 12), *range(28, 36), 40, 47, 62, 63, 64, 65, 80, 93, 97)
+             for text in (run * length, f"the{run * length}seven")]
+    return alone + [
+        "".join(picked.choice(between) if picked.random() < 0.5 else picked.choice(" \n\t") * picked.randint(1, 80)
+                for _ in range(picked.randint(2, 9))) for _ in range(60)]
+
+
+def train_sentencepiece(vocab_size: int = 380, special: tuple[str, ...] = SPECIAL[4:],
+                        ordinary: tuple[str, ...] = ORDINARY) -> bytes:
     """Train a BPE model with byte fallback, as Gemma's; return the serialised `tokenizer.model`."""
     from sentencepiece import SentencePieceTrainer
 
@@ -28,7 +43,7 @@ def train_sentencepiece(vocab_size: int = 380, special: tuple[str, ...] = SPECIA
         sentence_iterator=iter(CORPUS * 4), model_writer=model, model_type="bpe", vocab_size=vocab_size,
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        control_symbols=list(special), user_defined_symbols=list(ORDINARY), minloglevel=2,
+        control_symbols=list(special), user_defined_symbols=list(ordinary), minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
 
@@ -82,6 +97,57 @@ def make_checkpoint(folder: Path, model: bytes, shard_size: str = "1GB", **chang
     network = network.to(torch.bfloat16)
     network.save_pretrained(folder, max_shard_size=shard_size)
     return network.float().eval()
+
+
+def with_the_converters_runs(arrays: dict[str, list[Any]], looked_for: str = "\n\t") -> tuple[dict[str, list[Any]], int]:
+    """Arrays of a GGUF as llama.cpp's converter writes them: runs of white space are user-defined tokens, not pieces.
+
+    Args:
+        arrays: ``tokens``, ``token_type`` and ``scores``.
+        looked_for: the characters whose runs Hugging Face finds in the text; it merges others.
+
+    Returns:
+        the arrays, and how many runs there were; each had the score that merges it as Hugging Face does.
+    """
+    tokens, types, scores = (list(arrays[key]) for key in ("tokens", "token_type", "scores"))
+    runs = [i for i, score in enumerate(scores) if types[i] == 1 and score > 0]
+    for i in runs:
+        character, length = tokens[i][0], len(tokens[i])
+        assert tokens[i] == character * length and character in "\n\t\u2581"
+        assert abs(scores[i] - (1 if character in looked_for else 1 - length / 1000)) < 1e-6
+        tokens[i], types[i], scores[i] = tokens[i].replace("\u2581", " "), 4, -1000.0
+    return {"tokens": tokens, "token_type": types, "scores": scores}, len(runs)
+
+
+class OllamaEngine:
+    """How Ollama's own engine (0.24 and others of its time) makes ids of SentencePiece vocabularies: it looks for
+    control and user-defined tokens in the order of their ids, then merges the pair with the best score, the leftmost
+    of equal ones."""
+
+    def __init__(self, tokens: list[str], types: list[int], scores: list[float]):
+        self._ids, self._scores = {text: i for i, text in enumerate(tokens)}, scores
+        self._special = [text for text, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
+
+    def tokenize(self, text: str) -> list[int]:
+        parts: list[str | int] = [text]
+        for special in self._special:
+            parts = [piece for part in parts for piece in (self._cut(part, special) if isinstance(part, str) else [part])]
+        return [i for part in parts for i in (self._merge(part.replace(" ", "\u2581")) if isinstance(part, str) else [part])]
+
+    def _cut(self, text: str, special: str) -> list[str | int]:
+        between = [[piece, self._ids[special]] for piece in text.split(special)]
+        return [part for pair in between for part in pair if part != ""][:-1]
+
+    def _merge(self, text: str) -> list[int]:
+        pieces = list(text)
+        while True:
+            pairs = ((self._ids.get(a + b), at) for at, (a, b) in enumerate(pairwise(pieces)))
+            best = min(((-self._scores[i], at) for i, at in pairs if i is not None), default=None)
+            if best is None:
+                break
+            pieces[best[1]:best[1] + 2] = ["".join(pieces[best[1]:best[1] + 2])]
+        return [i for piece in pieces for i in ([self._ids[piece]] if piece in self._ids else
+                                                [self._ids[f"<0x{byte:02X}>"] for byte in piece.encode()])]
 
 
 class LlamaCpp:

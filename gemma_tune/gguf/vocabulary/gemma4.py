@@ -16,13 +16,20 @@ from gguf import TokenType
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.parts import CONVERTER
-from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, refuse_duplicates
-from gemma_tune.gguf.vocabulary.sentencepiece import ADDED_TOKEN_SCORE, SPACE
+from gemma_tune.gguf.vocabulary.parts import (
+    ID_KEYS,
+    SPACE,
+    Vocabulary,
+    cuts_nothing,
+    halves,
+    refuse_duplicates,
+    spells_spaces,
+)
+from gemma_tune.gguf.vocabulary.sentencepiece import ADDED_TOKEN_SCORE
 
 # llama.cpp's parser of chats looks for these in the generated text, where control tokens are not shown.
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
@@ -41,7 +48,7 @@ def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     try:
         texts = {i: text for text, i in content["model"]["vocab"].items()}
         added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
-        merges = [_merge(pair) for pair in content["model"]["merges"]]
+        merges = [" ".join(halves(pair)) for pair in content["model"]["merges"]]
         texts.update((i, _text(entry)) for i, entry in added.items())
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} holds no whole vocabulary: {error}.", "Copy it again from the base model.") from error
@@ -65,17 +72,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refuse_others(path: Path, content: dict[str, Any]) -> None:
     """Refuse what cuts text otherwise than llama.cpp's ``gemma4`` does."""
-    model, normalizer, cut = content["model"], content.get("normalizer"), content.get("pre_tokenizer")
-    problems = []
+    model, problems = content["model"], []
     if (model.get("type"), model.get("byte_fallback"), model.get("dropout")) != ("BPE", True, None):
         problems.append("its model isn't BPE with byte_fallback and without dropout")
-    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) == 1:
-        [normalizer] = normalizer["normalizers"]
-    if normalizer != _SPACES:
+    if not spells_spaces(content):
         problems.append(f"its normalizer doesn't replace each space by {SPACE} and nothing else")
-    # A cut at spaces finds none: the normalizer, which comes before it, has replaced them.
-    if cut is not None and (cut.get("type"), cut.get("pattern")) != ("Split", {"String": " "}):
-        problems.append(f"its pre_tokenizer {cut.get('type')} is not known")
+    if not cuts_nothing(content):
+        problems.append(f"its pre_tokenizer {content['pre_tokenizer'].get('type')} is not known")
     trimming = [entry["content"] for entry in content.get("added_tokens") or ()
                 if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")]
     if trimming:
@@ -87,12 +90,6 @@ def _refuse_others(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{path} is not a tokenizer as Gemma 4's: llama.cpp would cut text into other tokens.",
                         CONVERTER,
                         [f"{path}: {problem}" for problem in problems])
-
-
-def _merge(pair: str | list[str]) -> str:
-    """A merge in one string, as older files have it; newer ones list the two pieces."""
-    left, right = pair.split(" ") if isinstance(pair, str) else pair
-    return f"{left} {right}"
 
 
 def _text(entry: dict[str, Any]) -> str:

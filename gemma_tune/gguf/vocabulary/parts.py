@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gguf import GGUFWriter, Keys
 
 from gemma_tune.base.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
+SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
 ID_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID, "eos": Keys.Tokenizer.EOS_ID,
     "unk": Keys.Tokenizer.UNK_ID, "pad": Keys.Tokenizer.PAD_ID,
@@ -86,6 +84,26 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: 
             add(value)
     for name, i in ids.items():
         writer.add_uint32({**ID_KEYS, "mask": Keys.Tokenizer.MASK_ID}[name], i)
+
+
+def halves(merge: str | Sequence[str]) -> tuple[str, str]:
+    """The two pieces of a merge in ``tokenizer.json``, where older files have them in one string."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def spells_spaces(content: dict[str, Any]) -> bool:
+    """Whether the normalizer of a ``tokenizer.json`` replaces each space by "▁", and does nothing else."""
+    normalizer = content.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) == 1:
+        [normalizer] = normalizer["normalizers"]
+    return normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def cuts_nothing(content: dict[str, Any]) -> bool:
+    """Whether its pre-tokenizer leaves a text whole. A cut at spaces finds none: the normalizer has replaced them."""
+    cut = content.get("pre_tokenizer")
+    return cut is None or (cut.get("type"), cut.get("pattern")) == ("Split", {"String": " "})
 
 
 def looks_special(text: str) -> bool:

@@ -6,6 +6,7 @@ exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,20 @@ from gguf import Keys, TokenType
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.reader import read_gguf_metadata
-from gemma_tune.gguf.vocabulary.parts import ID_KEYS, Vocabulary, looks_special, refuse_duplicates
+from gemma_tune.gguf.vocabulary.parts import (
+    ID_KEYS,
+    SPACE,
+    Vocabulary,
+    cuts_nothing,
+    looks_special,
+    refuse_duplicates,
+    spells_spaces,
+)
+from gemma_tune.gguf.vocabulary.runs import merged_runs, runs_in_gguf
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-SPACE = "\u2581"  # "▁": how SentencePiece spells a space inside a piece
 ADDED_TOKEN_SCORE = -1000.0  # what llama.cpp's converter gives an added token: never worth a merge
 PADDING_SCORE = -10000.0  # what it gives an id that no token claims
 
@@ -48,12 +57,13 @@ def sentencepiece_model_from_gguf(gguf_path: Path) -> bytes | None:
 
 
 def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
-    """Read a checkpoint's vocabulary the way llama.cpp's converter does, so that both write the same arrays.
+    """Read a checkpoint's vocabulary the way llama.cpp's converter does, but for runs of white space.
 
     The pieces of `tokenizer.model` come first; tokens added on top of them (`added_tokens.json`, `tokenizer.json`,
     `tokenizer_config.json`, the last wins) replace or extend them: a special one is CONTROL, any other USER_DEFINED
     with real spaces. Ids that nothing claims become `[PAD<id>]`; ids from `vocab_size` on have no embedding and are
-    left out (Gemma 3 1B has one such token, for images).
+    left out (Gemma 3 1B has one such token, for images). Runs that merging cuts as Hugging Face does become NORMAL,
+    see `runs`.
 
     Args:
         checkpoint: a Hugging Face checkpoint folder.
@@ -62,6 +72,18 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     Raises:
         UserError: `tokenizer.model` is missing or broken, or two ids have the same text (llama.cpp aborts on those).
     """
+    content = _read_json(checkpoint / "tokenizer.json")
+    added = _added_tokens(checkpoint, content)
+    vocab = _converters_vocab(checkpoint, vocab_size, added)
+    assert vocab.scores is not None
+    runs = merged_runs(vocab.tokens, vocab.types, vocab.scores, added, _merges(content))
+    for i, (text, score) in runs.items():
+        vocab.tokens[i], vocab.types[i], vocab.scores[i] = text, int(TokenType.NORMAL), score
+    return vocab
+
+
+def _converters_vocab(checkpoint: Path, vocab_size: int, added_tokens: dict[int, dict[str, Any]]) -> Vocabulary:
+    """The arrays that llama.cpp's converter writes."""
     path = checkpoint / "tokenizer.model"
     model = _parse_model(path)
     pieces = model.pieces[:vocab_size]
@@ -72,7 +94,8 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     types += [int(TokenType.UNUSED)] * len(unclaimed)
     # What SentencePiece alone knows to be user-defined gets the same treatment as an added token that isn't special.
     added = {i: (tokens[i], False) for i, kind in enumerate(types) if kind == TokenType.USER_DEFINED}
-    added.update((i, token) for i, token in _added_tokens(checkpoint).items() if i < vocab_size)
+    added.update((i, (token["content"], bool(token.get("special")))) for i, token in added_tokens.items()
+                 if i < vocab_size)
     for i, (text, special) in added.items():
         control = special or looks_special(text)
         tokens[i] = text if control else text.replace(SPACE, " ")
@@ -84,7 +107,7 @@ def load_sentencepiece_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
 
 
 def load_llama_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
-    """Read a vocabulary of Llama 2 or an early Mistral, as `load_sentencepiece_vocab` does.
+    """Read a vocabulary of Llama 2 or an early Mistral, as llama.cpp's converter does.
 
     Whether they add a BOS and a space is asked of the tokenizer that Transformers loads. Some add the space at the
     start of a text alone ("legacy": false), llama.cpp behind every special token or nowhere: a rendered chat starts
@@ -96,7 +119,8 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     from gemma_tune.encoding.tokenizer import load_tokenizer
     from gemma_tune.gguf.architectures.parts import CONVERTER
 
-    vocab, tokenizer = load_sentencepiece_vocab(checkpoint, vocab_size), load_tokenizer(checkpoint)
+    added = _added_tokens(checkpoint, _read_json(checkpoint / "tokenizer.json"))
+    vocab, tokenizer = _converters_vocab(checkpoint, vocab_size, added), load_tokenizer(checkpoint)
     ids = [tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"] for text in ("a", " a")]
     behind = ["".join(tokenizer.convert_ids_to_tokens(some[1:])) for some in ids]
     if behind not in (["a", f"{SPACE}a"], [f"{SPACE}a", f"{SPACE}{SPACE}a"]):
@@ -119,8 +143,10 @@ def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
     ids = {name: metadata.get(key, -1) for name, key in ID_KEYS.items()}
     ids = {name: i if i < len(texts) else -1 for name, i in ids.items()}
     ids["unk"] = _unknown_id(path, texts, types, ids["unk"])
-    model = ModelProto()
-    for i, (text, score, kind) in enumerate(zip(texts, arrays[1].tolist(), types, strict=True)):
+    scores, model = arrays[1].tolist(), ModelProto()
+    for i in runs_in_gguf(arrays[0], types, scores):
+        types[i], scores[i] = int(TokenType.USER_DEFINED), ADDED_TOKEN_SCORE
+    for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
         kind = _piece_type(kind, is_unknown=i == ids["unk"])
         # Text is matched after its spaces became "▁", while llama.cpp matches user-defined tokens before that.
         piece = text.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else text
@@ -196,14 +222,19 @@ def _parse_model(path: Path) -> ModelProto:
     return model
 
 
-def _added_tokens(checkpoint: Path) -> dict[int, tuple[str, bool]]:
-    """Tokens that the Hugging Face files add: id → (text, special). Missing files add nothing."""
-    added = {int(i): (text, False) for text, i in _read_json(checkpoint / "added_tokens.json").items()}
-    entries: list[dict[str, Any]] = list(_read_json(checkpoint / "tokenizer.json").get("added_tokens", ()))
+def _added_tokens(checkpoint: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Tokens that the Hugging Face files add: id → entry as in `tokenizer.json`. Missing files add nothing."""
+    added = {int(i): {"content": text} for text, i in _read_json(checkpoint / "added_tokens.json").items()}
+    added.update((int(entry["id"]), entry) for entry in content.get("added_tokens") or ())
     decoder = _read_json(checkpoint / "tokenizer_config.json").get("added_tokens_decoder", {})
-    entries += [{**entry, "id": i} for i, entry in decoder.items()]
-    added.update((int(e["id"]), (e["content"], bool(e.get("special")))) for e in entries)
+    added.update((int(i), entry) for i, entry in decoder.items())
     return added
+
+
+def _merges(content: dict[str, Any]) -> Sequence[Any]:
+    """The merges of a `tokenizer.json`, where it applies them to whole texts."""
+    merges = (content.get("model") or {}).get("merges") or ()
+    return merges if spells_spaces(content) and cuts_nothing(content) else ()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.bpe import load_bpe_vocab, pre_tokenizer_name, set_pre_tokenizer
 from gemma_tune.gguf.writer import GgufSummary, write_gguf
 from gemma_tune.models.from_gguf import dequantised, read_once
-from support.gguf import LlamaCpp, train_sentencepiece
+from support.gguf import LlamaCpp, train_sentencepiece, white_space
 from support.llamas import (
     BYTES,
     CUTS,
@@ -92,7 +92,7 @@ def stored(path: Path) -> dict[str, np.ndarray]:
 def test_llama_cpp_continues_and_cuts_text_as_transformers_does(llama: Any, name: str) -> None:
     made, answers = llama(name), []
     llama_cpp, tokenizer = LlamaCpp(made.gguf, exact=True), made.tokenizer
-    for text in (*TEXTS, "seven wizards<think>", ""):
+    for text in (*TEXTS, "seven wizards<think>", "", *white_space()[::25]):
         assert llama_cpp.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids, text
     chat = "<turn>hi  you <think>12<done>\n"
     assert llama_cpp.tokenize(chat, special=True) == tokenizer(chat).input_ids  # with a BOS where the tokenizer adds it
@@ -381,6 +381,7 @@ def test_llama_2s_vocabulary_and_its_spaces(tmp_path: Path, scheme: str) -> None
     path = export(tmp_path, tmp_path / "m.gguf", 5).path
     found = read_gguf_metadata(path)
     assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.token_type"][6:8].tolist() == [4, 4]  # a space follows what is looked for
     assert found["tokenizer.ggml.add_bos_token"] is found["tokenizer.ggml.add_space_prefix"] is (scheme == "always")
     llama_cpp = LlamaCpp(path)
     for chat in ("<turn>hi you<done>x<turn>def f():\n x", "<turn>The quick 今天<done>👨‍👩‍👧 1"):
@@ -445,5 +446,5 @@ def test_smollm2s_real_vocabulary_comes_back_token_by_token(tmp_path: Path) -> N
     assert found.types == expected["tokenizer.ggml.token_type"].tolist()
     assert (found.pre, found.add_bos, found.special_ids) == ("smollm", False, {"bos": 1, "eos": 2, "unk": 0, "pad": 2})
     llama_cpp = LlamaCpp(path)
-    for text in (*TEXTS, "नमस्ते ١٢٣ ½ ² Ⅷ\u2028\u0085 \x07ÿ"):
+    for text in (*TEXTS, "नमस्ते ١٢٣ ½ ² Ⅷ\u2028\u0085 \x07ÿ", *white_space()):
         assert llama_cpp.tokenize(text) == tokenizer(text).input_ids, text
