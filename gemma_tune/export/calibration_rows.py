@@ -15,8 +15,8 @@ from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # the demo's 11,500 are enough for its 270M parameters
-_PART = 3  # of the tokens, one in so many is of general text at most
+TOKENS = 16_384  # of rows, beside general text; the demo's 8,465 are enough for its 270M parameters
+_PART = 3  # where fewer are asked for, one in so many is of general text at most
 LONGEST = 2048  # tokens of one row
 
 
@@ -37,20 +37,23 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
     alone where there are no rows, as with an adapter from elsewhere.
 
     Args:
-        tokens: in all, at most.
+        tokens: of rows, at most; of fewer than ``TOKENS`` general text is a part.
 
     Raises:
         UserError: a file of which nothing, or too little, can be used.
     """
-    general = sample(calibration_rows_of(source.chat), tokens // _PART)
+    general = [row["input_ids"] for row in calibration_rows_of(source.chat)]
+    if tokens < TOKENS:
+        general = shortened(general, tokens // _PART)
+        tokens -= sum(map(len, general))
     more = sum(map(len, general))
     if session.config.calibration_file:
-        own, of = sample(file_rows(session, source.chat), tokens - more), f"of {named_file(session)}"
+        own, of = sample(file_rows(session, source.chat), tokens), f"of {named_file(session)}"
     else:
         trained, reason = encoded_rows(session, "train")
         if trained is None:
             return general, f"{counted(more, 'token')} of general text alone: {reason}"
-        own, of = sample(trained, tokens - more), "of the training rows"
+        own, of = sample(trained, tokens), "of the training rows"
     return [*own, *general], f"{counted(sum(map(len, own)), 'token')} {of} and {more:,} of general text"
 
 

@@ -121,7 +121,7 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     if calibration:
         listener.note(f"rounding is calibrated on {said}")
     elif not said and session.config.calibration_file:
-        listener.note("--calibration is not used: none of these formats has fewer than eight bits")
+        listener.note("--calibration is not used: none of these formats has eight bits or fewer")
     elif said:
         listener.note(f"rounding is not calibrated: {said}")
         if session.model.source in ("gguf", "demo"):

@@ -24,7 +24,7 @@ from gemma_tune.run.session import open_session
 
 QUESTION, ANSWER = "Which way is north?", "Where the moss grows."
 CHAT = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
-CALIBRATE = ("export-ollama", "--no-verify", "--no-measure", "--quant", "q8_0")
+CALIBRATE = ("export-ollama", "--no-verify", "--no-measure", "--quant", "f16")
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_an_export_is_up_to_date_as_long_as_the_files_content_is_the_same(cli, m
     rows.write_text(json.dumps(CHAT))
     first = cli(*CALIBRATE, "--calibration", "more.jsonl", "--json")
     assert first.code == 0, first.err
-    assert "--calibration is not used: none of these formats has fewer than eight bits" in first.err
+    assert "--calibration is not used: none of these formats has eight bits or fewer" in first.err
     record = json.loads((merged / "manifest.json").read_text())["stages"]["export-ollama"]
     assert record["config"]["calibration"] == {"value": "../../more.jsonl", "from": "flag"}
     assert record["inputs"]["calibration_0"]["path"] == "../../more.jsonl"

@@ -74,7 +74,7 @@ def test_a_server_that_reads_prompts_as_training_did(model, go_cache, generation
             assert {checks[name].state for name in LIMITS} <= {"equal", "known limit"}
         last = double.requests[-1].body
         assert last["truncate"] is False and last["options"] == {"temperature": 0, "seed": 0, "num_predict": 1}
-    assert done[13] == (14, 14) and len(done) == 28
+    assert done[14] == (15, 15) and len(done) == 30
 
 
 def test_a_tokenizer_of_the_servers_own_is_noticed(model, go_cache):
@@ -196,7 +196,7 @@ def test_a_slow_server_is_not_waited_for_without_end(model, go_cache, monkeypatc
     monkeypatch.setattr(served, "MOST_SECONDS", -1.0)
     with running(model) as (_, asked):
         _, checks = asked()
-    assert [check.state for check in checks.values()] == ["equal"] + ["not checked"] * 13
+    assert [check.state for check in checks.values()] == ["equal"] + ["not checked"] * 14
 
 
 def test_a_context_that_is_too_short_for_the_prompts_is_asked_to_be_longer(model, go_cache):

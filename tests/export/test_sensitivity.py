@@ -1,0 +1,96 @@
+"""What rounding is measured to cost, held against what it costs: the divergence of a model that computes with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from gemma_tune.export import sensitivity
+from gemma_tune.export.sensitivity import costs
+from gemma_tune.gguf.compensated import by_importance
+from gemma_tune.gguf.types import dequantise
+from gemma_tune.gguf.writer import parts_of
+from gemma_tune.models.layerwise import LayerwiseModel
+from gemma_tune.models.placement import Placement
+from support.gemmas import make_family
+from support.llamas import make_llama
+
+FP32 = Placement("cpu", torch.float32, "")
+KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
+
+
+def rows(vocabulary: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(3, vocabulary, 40) for _ in range(5)]
+
+
+def log_probabilities(model, sequences) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(torch.from_numpy(ids)[None]).logits[0].log_softmax(-1) for ids in sequences])
+
+
+def divergence(model, module, kind, x, sequences, before) -> float:
+    """KL(model || model with one matrix rounded by the importance of its inputs), nats per token."""
+    kept = module.weight.data.clone()
+    data = by_importance(kept.numpy(), kind, x.square().mean(0).numpy())
+    module.weight.data.copy_(torch.from_numpy(dequantise(data, kind)))
+    after = log_probabilities(model, sequences)
+    module.weight.data.copy_(kept)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def inputs_of_module(model, module, sequences) -> torch.Tensor:
+    seen = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    log_probabilities(model, sequences)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "llama3"])
+def test_the_cost_is_the_divergence(family, tmp_path, monkeypatch):
+    """To second order, and by samples: within a factor of two for matrices of each kind, and in their sum."""
+    monkeypatch.setattr(sensitivity, "COMPENSATED", 1.0)
+    model = make_family(family, tmp_path) if family == "gemma2" else make_llama(family, tmp_path)[0]
+    sequences = rows(model.config.vocab_size - 3)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    linear = {f"{name}.weight": module for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and ".layers." in name}
+    found = costs(layerwise, sequences, dict.fromkeys([*linear, layerwise.head], KINDS))
+    assert found.keys() == {*linear, layerwise.head}
+    before = log_probabilities(model, sequences)
+    expected, measured = [], []
+    for n, (name, module) in enumerate(linear.items()):
+        if len(linear) < 16 or n % 3 == 0:  # seven in a layer, so that each kind is among them
+            x = inputs_of_module(model, module, sequences)
+            expected.append(divergence(model, module, KINDS[n % 2], x, sequences, before))
+            measured.append(found[name][KINDS[n % 2]])
+    ratios = np.log2(np.array(measured) / np.array(expected))
+    assert abs(np.log2(sum(measured) / sum(expected))) < 0.6 and np.abs(ratios).mean() < 0.6, ratios
+    head = model.get_output_embeddings()
+    if layerwise.head != layerwise.embedding:
+        real = divergence(model, head, Type.Q4_0, inputs_of_module(model, head, sequences), sequences, before)
+        assert 0.5 < found[layerwise.head][Type.Q4_0] / real < 2
+    for by_kind in found.values():
+        assert by_kind[Type.Q8_0] < 0.05 * by_kind[Type.Q4_0]
+
+
+def test_an_embedding_that_is_the_head_costs_in_both_places(tmp_path):
+    model, _ = make_llama("qwen3", tmp_path)
+    sequences = rows(model.config.vocab_size - 3)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    assert layerwise.head == layerwise.embedding
+    found = costs(layerwise, sequences, {layerwise.head: (Type.Q4_0,)})[layerwise.head][Type.Q4_0]
+    before = log_probabilities(model, sequences)
+    head = model.get_output_embeddings()
+    real = divergence(model, head, Type.Q4_0, inputs_of_module(model, head, sequences), sequences, before)
+    assert 0.5 < found / real < 2
+
+
+def test_progress_reaches_its_end(tiny):
+    layerwise = LayerwiseModel(tiny, FP32, parts_of(tiny).architecture.canonical)
+    told = []
+    costs(layerwise, [np.arange(10, 30)], {}, lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] and [done for done, _ in told] == list(range(1, len(told) + 1))
