@@ -177,15 +177,19 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     """Settings that an earlier result was asked for with, where nothing is said now: their values by name.
 
     Not those that leave the result as it is, nor what it is compared with: they belong to the command that they were
-    given to. Nor a model, whose place is recorded relative to the run: the stage takes it up again itself.
+    given to. Nor a model, whose place is recorded relative to the run: the stage takes it up again itself. Nor one of
+    several that say the same thing (``about``), where another of them is given.
 
     Args:
         before: as :meth:`Resolved.record` wrote it.
     """
     kinds, kept = types_of(type(resolved.config)), {}
+    said = {f.metadata["about"] for f in dataclasses.fields(resolved.config)
+            if f.metadata.get("about") and f.name in resolved.given}
     for f in dataclasses.fields(resolved.config):
         earlier = before.get(f.name, {"from": "default", "value": None})
-        passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
+        passing = (any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
+                   or f.metadata.get("about") in said)
         # An empty list is what a name such as `all` has set back, and so the default again.
         asked = earlier["from"] not in NOT_GIVEN and earlier["value"] != []
         if asked and not passing and resolved.origins[f.name] in NOT_GIVEN:

@@ -312,9 +312,9 @@ class ExportConfig(StageConfig):
 
     section: ClassVar[str] = "export-ollama"
     quant: tuple[str, ...] = option((), "Number format of the GGUF's matrices; several with commas, each a file of its "
-                                        "own.", choices=QUANTS, auto="by the model's size")
+                                        "own.", choices=QUANTS, auto="by the model's size", about="formats")
     size: str | None = option(None, "Write the best mix of number formats whose file is no larger, such as 250MB.",
-                              auto="none")
+                              auto="none", about="formats")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")
     system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
                                 auto="the data's, where every conversation has the same one", prose=True)

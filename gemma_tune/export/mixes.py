@@ -23,7 +23,8 @@ from gemma_tune.gguf.writer import padded, tensors_of, vocabulary_bytes
 # Tokens times parameters, as for the calibration itself: each token goes through the layers four times.
 _WORK = 1_000_000_000_000
 _FEWEST, _MOST = 256, 1024  # tokens
-_METADATA = 64 * 1024  # bytes for what describes the model, besides vocabulary and chat template
+_METADATA = 8 * 1024  # bytes for what describes the model, besides vocabulary, chat template and tensors
+_INFO = 44  # bytes that describe a tensor, at most, besides its name
 
 
 @dataclass
@@ -114,6 +115,7 @@ class Mixes:
         # A multiple of 32 elements takes a multiple of 2 bytes, and each tensor is filled up to one of 32.
         rest = sum(padded(nbytes(kinds[spec.name], spec.shape)) if spec.name not in matrices else 32
                    for spec in self._specs())
+        rest += sum(_INFO + len(spec.name) for spec in self._specs())
         return rest + vocabulary_bytes(self.source.parts.vocabulary) + len(self.source.template.encode()) + _METADATA
 
 

@@ -1,0 +1,89 @@
+"""Mixes of types: the best for a size, and for the formats whose names promise one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from gemma_tune.export import mixes
+from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.gguf.types import nbytes
+
+
+def size_of(path) -> int:
+    return sum(nbytes(info.type, info.shape) for info in GgufFile(path).tensors.values())
+
+
+def test_a_file_for_a_size(export, merged):
+    ends = [export("--quant", quant, "--run", merged, "--json").json["summary"]["gguf_bytes"]
+            for quant in ("q4_0", "q8_0")]
+    for size in (ends[1] * 2, sum(ends) // 2 + 10_000, ends[0] + 10_000):
+        result = export("--size", f"{size / 1000}KB", "--run", merged, "--json")
+        assert result.code == 0, result.err
+        [label] = result.json["summary"]["quants"]
+        assert label == f"{size / 1000}kb" and "measured to cost" in result.err
+        file = merged / "ollama" / f"tiny-gemma-{label}.gguf"
+        assert size - 20_000 < file.stat().st_size <= size or size > ends[1]
+        assert result.json["summary"]["quants"][label]["calibrated_matrices"] > 10
+    kinds = {info.type for info in GgufFile(file).tensors.values()}
+    assert len(kinds - {Type.F32}) > 1, "a mix"
+
+
+def test_a_size_beside_a_format_and_in_a_rerun(cli, merged):
+    again = ("export-ollama", "--no-verify", "--no-measure", "--quant", "q8_0", "--size", "1 MB", "--run", merged, "--json")
+    result = cli(*again)
+    assert result.code == 0, result.err
+    assert [*result.json["summary"]["quants"]] == ["q8_0", "1mb"]
+    assert (merged / "ollama" / "Modelfile-1mb").is_file()
+    assert [figures["ollama_name"].split(":")[1] for figures in result.json["summary"]["quants"].values()] == [
+        "q8_0", "1mb"]
+    assert cli(*again).json["status"] == "up-to-date"
+    assert cli("status", "--run", merged).code == 0
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--size", "20KB"), ("no file of this model fits into ", "ask for more, such as --size ")),
+    (("--size", "large"), ("size: 'large' is no size; write 250MB or 1.5GB",)),
+    (("--size", "1MB", "--no-calibration"), ("measured on rows, so it does not go with no calibration",)),
+])
+def test_a_size_that_cannot_be(export, merged, arguments, words):
+    result = export(*arguments, "--run", merged)
+    assert result.code == 2
+    assert all(word in result.err for word in words), result.err
+    assert not [*(merged / "ollama").glob("*.gguf")]
+
+
+def test_a_format_that_promises_a_size_is_never_larger_or_expected_to_be_worse(export, merged, monkeypatch):
+    asked = []
+    plain = mixes.Mixes.of
+
+    def of(self, label):
+        quant, types = plain(self, label)
+        asked.append((self.expected(quant, types), self.expected(quant, {}), types))
+        return quant, types
+
+    monkeypatch.setattr(mixes.Mixes, "of", of)
+    for calibrated in (True, False):
+        result = export("--quant", "q4_k_m,q5_k_m", *([] if calibrated else ["--no-calibration"]), "--run", merged)
+        assert result.code == 0, result.err
+        sizes = {quant: size_of(merged / "ollama" / f"tiny-gemma-{quant}.gguf") for quant in ("q4_k_m", "q5_k_m")}
+        if calibrated:
+            ours = sizes
+    assert len(asked) == 2
+    assert all(ours[quant] <= sizes[quant] for quant in sizes)
+    for expected, of_llama_cpp, types in asked:
+        assert expected <= of_llama_cpp and (types or expected == of_llama_cpp)
+
+
+def test_the_file_says_the_format_that_is_nearest(export, merged):
+    result = export("--size", "300KB", "--run", merged, "--json")
+    label = next(iter(result.json["summary"]["quants"]))
+    from gguf import GGUFReader, LlamaFileType
+
+    reader = GGUFReader(merged / "ollama" / f"tiny-gemma-{label}.gguf")
+    kind = LlamaFileType(int(reader.fields["general.file_type"].parts[-1][0]))
+    assert kind.name.startswith("MOSTLY_Q")
+    record = json.loads((merged / "manifest.json").read_text())["stages"]["export-ollama"]
+    assert record["summary"]["quants"][label]["tensor_types"]
