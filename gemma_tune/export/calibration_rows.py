@@ -14,7 +14,7 @@ from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of rows, beside general text; the demo's 8,465 are enough for its 270M parameters
+TOKENS = 16_384  # of rows, beside general text; the demo's 8,398 are enough for its 270M parameters
 LONGEST = 2048  # tokens of one row
 
 
