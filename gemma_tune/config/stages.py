@@ -356,12 +356,7 @@ class ExportConfig(StageConfig):
     @property
     def calibration_file(self) -> str | None:
         """The file that ``calibration`` names, if it names one."""
-        return None if self.calibration in (False, "rows") else self.calibration
-
-    def __post_init__(self) -> None:
-        if self.calibration is True:
-            object.__setattr__(self, "calibration", "rows")
-        super().__post_init__()
+        return None if self.calibration in (True, False, "rows") else self.calibration
 
 
 CONFIGS: dict[str, type[StageConfig]] = {

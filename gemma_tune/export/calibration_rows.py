@@ -15,7 +15,7 @@ from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of rows, beside general text; the demo's 8,465 are enough for its 270M parameters
+TOKENS = 16_384  # of rows, beside general text; the demo's 8,398 are enough for its 270M parameters
 _PART = 3  # where fewer are asked for, one in so many is of general text at most
 LONGEST = 2048  # tokens of one row
 
