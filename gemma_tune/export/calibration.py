@@ -22,8 +22,8 @@ from gemma_tune.models.placement import LARGEST_FP32, OVERHEAD, USABLE, Placemen
 from gemma_tune.run.session import Session
 
 # Tokens times parameters on a CPU: the layers, their XᵀX and its factor then take about as long as choosing the scales.
-# 16,384 tokens up to 1B parameters, 4,096 for 4B.
-_WORK = 16_384_000_000_000
+# 16,384 tokens up to 0.5B parameters, 2,100 for 4B.
+_WORK = 8_192_000_000_000
 _FEWEST = 2048  # tokens
 KEPT = 1 << 30  # bytes of factors that are kept for the next format; else each format has them computed anew
 _HEAD_TOKENS = 512  # where the layers are gone through for the head alone
@@ -157,8 +157,9 @@ class _Notes:
             self.seen.append((module, x))
             self._grams.setdefault(module, Gram(module.in_features, x.device)).add(x)
         self._leader[module] = leader
-        y = out.float() if module.bias is None else out.float() - module.bias
-        self._output[module] = self._output.get(module, 0.0) + float(y.square().sum(dtype=torch.float64))
+        y = out if module.bias is None else out - module.bias
+        size = float(torch.linalg.vector_norm(y, dtype=torch.float32))
+        self._output[module] = self._output.get(module, 0.0) + size * size
         self._count[module] = self._count.get(module, 0) + x.numel() // x.shape[-1]
 
     def inputs(self) -> dict[torch.nn.Module, Inputs | None]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _TRIES = 6  # with ten times the damping each
 _BLOCK = 128  # columns to which the error of all before them comes at once
-_COMPARED = 64  # rows by which compensated rounding is compared with plain rounding
+_COMPARED = 32  # rows by which compensated rounding is compared with plain rounding
 
 
 @dataclass(frozen=True)
