@@ -10,12 +10,14 @@ with the states before each layer kept, so that one layer's weights are in memor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from gemma_tune.base.machine import cores
 from gemma_tune.gguf.compensated import by_importance
 from gemma_tune.gguf.types import dequantise
 from gemma_tune.models.layerwise import LayerwiseModel, Row
@@ -84,8 +86,7 @@ def _of_lookups(model: LayerwiseModel, sequences: Sequence[np.ndarray], gradient
     scale = float(getattr(model.model.get_input_embeddings(), "embed_scale", 1.0))
     weight = torch.cat([part.reshape(-1, part.shape[-1]) for part in gradients]).float().square().cpu().numpy()
     found = {}
-    for kind in types:
-        off = dequantise(by_importance(values, kind, importance), kind) - values
+    for kind, off in _changes(values, types, importance).items():
         e = np.square(off * scale)[np.searchsorted(known, ids)]
         found[kind] = 0.5 * float((weight * e).sum(dtype=np.float64)) / len(ids)
     return found
@@ -157,12 +158,20 @@ class _Note:
         values = np.concatenate([stored.rows(row, row + 1) for row in rows])
         importance = x.square().mean(0).cpu().numpy()
         found = {}
-        for kind in types:
-            off = dequantise(by_importance(values, kind, importance), kind) - values
+        for kind, off in _changes(values, types, importance).items():
             e = x @ torch.from_numpy(off).to(x.device).T
             each = (gradients[:, rows] * e).square().sum(0, dtype=torch.float64).cpu().numpy() / weight[rows]
             found[kind] = COMPENSATED * 0.5 * weight.sum() * float(each.mean()) / total
         return found
+
+
+def _changes(values: np.ndarray, types: Sequence[Type], importance: np.ndarray) -> dict[Type, np.ndarray]:
+    """What rounding by importance to each type changes of float32 rows (rows, columns)."""
+    def change(kind: Type) -> np.ndarray:
+        return dequantise(by_importance(values, kind, importance), kind) - values
+
+    with ThreadPoolExecutor(cores()) as pool:  # ggml's functions let other threads run
+        return dict(zip(types, pool.map(change, types), strict=True))
 
 
 class _Head:
@@ -178,9 +187,10 @@ class _Head:
         if self._stored is None:
             raise ValueError("a model without an output head")
         step = max(1, _ELEMENTS // self._stored.shape[1])
-        example = next(model.decoder.parameters())
-        self._weight = torch.cat([torch.from_numpy(self._stored.rows(start, start + step)).to(example)
-                                  for start in range(0, self._stored.shape[0], step)])
+        self._weight = torch.empty(self._stored.shape, dtype=model.dtype, device=model.device)
+        for start in range(0, self._stored.shape[0], step):
+            rows = self._stored.rows(start, start + step)
+            self._weight[start:start + len(rows)] = torch.from_numpy(rows)
         self._after = after_product(model.model)
         self._generator = torch.Generator(device=self._weight.device).manual_seed(0)
         self._states: list[torch.Tensor] = []
@@ -224,8 +234,7 @@ class _Head:
         rows = draw.choice(len(weight), _HEAD_ROWS, p=weight / weight.sum())
         values = np.concatenate([self._stored.rows(row, row + 1) for row in rows])
         found = {}
-        for kind in types:
-            off = dequantise(by_importance(values, kind, importance), kind) - values
+        for kind, off in _changes(values, types, importance).items():
             e = (x @ torch.from_numpy(off).to(x.device).T).square().mean(dtype=torch.float64)
             found[kind] = 0.5 * float(weight.sum() * e) / self._total
         return found

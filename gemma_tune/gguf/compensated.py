@@ -9,7 +9,7 @@ that brings its number of d R nearest to zero. The choices are the same, and no 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,40 +38,47 @@ class Inputs:
 
     Args:
         importance: float32 (columns,), the mean square of each column.
-        factor: float32 (columns, columns), upper, times its transpose XᵀX; None where an error is not to be made up
-            for.
+        factors: float32, upper, of consecutive columns each, together all: times its transpose, XᵀX of these columns;
+            None where an error is not to be made up for.
         output: sum of squares of what came out; None where nobody noted it.
         probes: float32 (some, columns), some of the inputs: what is written is checked with them; None without any.
     """
 
     importance: np.ndarray
-    factor: torch.Tensor | None
+    factors: tuple[torch.Tensor, ...] | None
     output: float | None = None
     probes: np.ndarray | None = None
 
 
-def inputs_of(gram: torch.Tensor, count: int, damping: float = DAMPING) -> Inputs | None:
+def inputs_of(grams: Sequence[torch.Tensor], count: int, damping: float = DAMPING) -> Inputs | None:
     """Of XᵀX and the number of rows of X; None where that is not finite.
 
     Args:
-        gram: (columns, columns), fp32; below the diagonal nothing is read.
+        grams: of consecutive columns, each (columns, columns) in fp32; below the diagonal nothing is read.
         damping: added to the diagonal, a part of its mean.
     """
     import torch
 
-    diagonal = gram.diagonal()
+    diagonal = torch.cat([gram.diagonal() for gram in grams])
     if not torch.isfinite(diagonal).all():
         return None
-    importance = (diagonal / max(1, count)).float().cpu().numpy()
     mean = diagonal.mean().clamp(min=1e-30)
+    factors = [_factor(gram, damping * mean) for gram in grams]
+    importance = (diagonal / max(1, count)).float().cpu().numpy()
+    return Inputs(importance, None if any(factor is None for factor in factors) else tuple(factors))
+
+
+def _factor(gram: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
+    """The upper factor; None where more than 10⁵ times what is added to the diagonal would be needed for one."""
+    import torch
+
     flipped = gram.flip(0, 1)  # its lower factor, flipped back, is the upper one that multiplies from the right
     for more in range(_TRIES):  # numbers of fp32 can make the matrix indefinite
-        # In all, what was added before included: so many times the mean.
-        flipped.diagonal().copy_(diagonal.flip(0) + damping * 10 ** more * mean)
+        flipped.diagonal().copy_(gram.diagonal().flip(0) + 10 ** more * added)
         lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
-            return Inputs(importance, lower.flip(0, 1).float())
-    return Inputs(importance, None)
+            return lower.flip(0, 1).float()
+    return None
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _each_on_one_core(inputs: Inputs) -> Iterator[ThreadPoolExecutor | None]:
     """
     import torch
 
-    if inputs.factor is not None and inputs.factor.device.type != "cpu":
+    if inputs.factors and inputs.factors[0].device.type != "cpu":
         yield None
         return
     before = torch.get_num_threads()
@@ -154,16 +161,20 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
 
     rows = np.ascontiguousarray(rows, np.float32)
     data = by_importance(rows, kind, inputs.importance)
-    if inputs.factor is None:
+    if inputs.factors is None:
         return data, _energy(dequantise(data, kind) - rows, inputs)
     grid = grid_of(data, kind)
-    # Columns first: each step works on one column of all rows.
-    weights, low, step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(inputs.factor.device)
-                          for part in (rows, grid.low, grid.step))
-    q, error = _compensated(weights, low, step, grid.levels, inputs.factor)
+    chosen, error = [], 0.0
+    for columns, factor in _ranges(inputs.factors):
+        # Columns first: each step works on one column of all rows.
+        weights, low, step = (torch.from_numpy(np.ascontiguousarray(part[:, columns].T)).to(factor.device)
+                              for part in (rows, grid.low, grid.step))
+        q, off = _compensated(weights, low, step, grid.levels, factor)
+        chosen.append(q.T.cpu().numpy())
+        error += off
     some = slice(None, None, max(1, len(rows) // _COMPARED))
     plain = _energy(dequantise(data[some], kind) - rows[some], inputs)
-    better = with_chosen(data, kind, q.T.cpu().numpy())
+    better = with_chosen(data, kind, np.concatenate(chosen, axis=1))
     # By ggml's own reading of the bytes. Where an error cannot be made up for, plain rounding stands.
     if _energy(dequantise(better[some], kind) - rows[some], inputs) <= plain:
         return better, error
@@ -179,10 +190,18 @@ def _energy(weights: np.ndarray, inputs: Inputs) -> float:
     """Sum of squares of the output of weights (rows, columns)."""
     import torch
 
-    if inputs.factor is None:
+    if inputs.factors is None:
         return float((np.square(weights).sum(0, dtype=np.float64) * inputs.importance).sum())
-    own = torch.from_numpy(weights).to(inputs.factor.device)
-    return float((own @ inputs.factor).square().sum())
+    return sum(float((torch.from_numpy(weights[:, columns]).to(factor.device) @ factor).square().sum())
+               for columns, factor in _ranges(inputs.factors))
+
+
+def _ranges(factors: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each factor with the columns that it is of."""
+    start = 0
+    for factor in factors:
+        yield slice(start, start + len(factor)), factor
+        start += len(factor)
 
 
 def _compensated(weights: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,

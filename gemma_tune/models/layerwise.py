@@ -47,7 +47,7 @@ class LayerwiseModel:
         with importing():
             from accelerate import init_empty_weights
             from transformers import AutoConfig, AutoModelForCausalLM
-        self._placement = placement
+        self.device, self.dtype = torch.device(placement.device), placement.dtype
         self._stored = {canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()}
         self._canonical = canonical
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
@@ -68,7 +68,7 @@ class LayerwiseModel:
         for name, buffer in self.decoder.named_buffers():  # the layers' own come with their weights
             if buffer.device.type != "meta":
                 owner, _, leaf = name.rpartition(".")
-                self.decoder.get_submodule(owner)._buffers[leaf] = buffer.to(placement.device)
+                self.decoder.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def name(self, module: torch.nn.Module) -> str:
         """What the checkpoint calls a module's weight."""
@@ -113,7 +113,7 @@ class LayerwiseModel:
             name = self.name(module)
             module._parameters["weight"] = self._parameter(
                 self.some_rows(name, known[known < self._stored[name].shape[0]]))
-        return [self._before(torch.from_numpy(np.searchsorted(known, row))[None].to(self._placement.device))
+        return [self._before(torch.from_numpy(np.searchsorted(known, row))[None].to(self.device))
                 for row in rows]
 
     def _before(self, ids: torch.Tensor) -> Row:
@@ -170,8 +170,8 @@ class LayerwiseModel:
         for leaf, buffer in module._buffers.items():
             stored = self._stored.get(self._canonical(f"{prefix}.{leaf}"))
             if buffer is not None and stored is not None:
-                module._buffers[leaf] = torch.from_numpy(stored.rows()).to(self._placement.device, buffer.dtype)
+                module._buffers[leaf] = torch.from_numpy(stored.rows()).to(self.device, buffer.dtype)
 
     def _parameter(self, values: np.ndarray) -> torch.nn.Parameter:
-        tensor = torch.from_numpy(values).to(self._placement.device, self._placement.dtype)
+        tensor = torch.from_numpy(values).to(self.device, self.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)

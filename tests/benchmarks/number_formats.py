@@ -36,7 +36,7 @@ def importance_of(calibration: Calibration) -> Callable[[str], Inputs | None]:
 
     def inputs(source: str) -> Inputs | None:
         found = calibration.inputs(source)
-        return found and dataclasses.replace(found, factor=None)
+        return found and dataclasses.replace(found, factors=None)
 
     return inputs
 

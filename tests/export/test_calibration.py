@@ -54,23 +54,23 @@ def test_inputs_are_those_of_a_plain_forward_pass(layerwise, model, rows, kept, 
     known = Calibration(layerwise, rows)
     head = known.inputs("model.embed_tokens.weight")
     gram = by_hand(model, rows, model.lm_head)
-    assert head.factor is None, "its rows are looked up too"
+    assert head.factors is None, "its rows are looked up too"
     np.testing.assert_allclose(head.importance, (gram.diagonal() / known.tokens).numpy(), rtol=1e-4)
     assert known.inputs("model.norm.weight") is None and known.inputs(None) is None
     assert head.probes.shape == (len(rows), model.config.hidden_size)
-    first = known.inputs("model.layers.0.mlp.down_proj.weight").factor
+    first = known.inputs("model.layers.0.mlp.down_proj.weight").factors[0]
     layer = model.model.layers[1]
     for name, module in {"self_attn.q_proj": layer.self_attn.q_proj, "self_attn.v_proj": layer.self_attn.q_proj,
                          "self_attn.o_proj": layer.self_attn.o_proj, "mlp.up_proj": layer.mlp.gate_proj,
                          "mlp.down_proj": layer.mlp.down_proj}.items():
         found = known.inputs(f"model.layers.1.{name}.weight")
-        expected = inputs_of(by_hand(model, rows, module), known.tokens)
+        expected = inputs_of([by_hand(model, rows, module)], known.tokens)
         np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-4)
-        torch.testing.assert_close(found.factor, expected.factor, rtol=1e-2, atol=1e-3 * expected.factor.abs().max())
+        torch.testing.assert_close(found.factors[0], expected.factors[0], rtol=1e-2, atol=1e-3 * expected.factors[0].abs().max())
         gram = by_hand(model, rows, module)
         weight = layer.get_submodule(name).weight.detach()
         assert found.output == pytest.approx(float(torch.einsum("ri,ij,rj->", weight, gram, weight)), rel=1e-3)
-    again = known.inputs("model.layers.0.mlp.down_proj.weight").factor  # as for the next file
+    again = known.inputs("model.layers.0.mlp.down_proj.weight").factors[0]  # as for the next file
     torch.testing.assert_close(again, first)
 
 

@@ -38,7 +38,7 @@ def off(x: torch.Tensor, weights: np.ndarray, data: np.ndarray, kind: Type) -> f
 
 @pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.name)
 def test_the_output_keeps_more_than_by_an_importance_matrix(x, weights, kind):
-    inputs = inputs_of(x.T @ x, len(x))
+    inputs = inputs_of([x.T @ x], len(x))
     data, error = calibrated(weights, kind, inputs)
     ours = off(x, weights, data, kind)
     assert ours < 0.6 * off(x, weights, libgguf.quantize_rows(weights, kind, imatrix=inputs.importance), kind)
@@ -50,17 +50,17 @@ def test_the_output_keeps_more_than_by_an_importance_matrix(x, weights, kind):
 def test_columns_that_were_always_zero_and_too_few_rows_do_no_harm(x, weights):
     few = x[:3].clone()
     few[:, 7] = 0
-    data, error = calibrated(weights, Type.Q4_0, inputs_of(few.T @ few, len(few)))
+    data, error = calibrated(weights, Type.Q4_0, inputs_of([few.T @ few], len(few)))
     assert np.isfinite(dequantise(data, Type.Q4_0)).all()
     assert error < 0.01 * float((few @ torch.from_numpy(weights).T).square().sum())
-    nothing, error = calibrated(weights, Type.Q4_K, inputs_of(torch.zeros(256, 256), 0))
+    nothing, error = calibrated(weights, Type.Q4_K, inputs_of([torch.zeros(256, 256)], 0))
     assert np.isfinite(dequantise(nothing, Type.Q4_K)).all()
 
 
 def test_what_is_not_finite_is_not_known(x):
     gram = x.T @ x
     gram[3, 3] = float("nan")
-    assert inputs_of(gram, len(x)) is None
+    assert inputs_of([gram], len(x)) is None
 
 
 def test_without_the_spread_it_is_ggmls_rounding_with_the_importance(x, weights):
@@ -70,7 +70,7 @@ def test_without_the_spread_it_is_ggmls_rounding_with_the_importance(x, weights)
 
 
 def test_rows_are_rounded_each_by_itself_and_what_was_made_is_kept(x, weights):
-    inputs = inputs_of(x.T @ x, len(x))
+    inputs = inputs_of([x.T @ x], len(x))
     rounding = Rounding({"known": inputs}.get)
     assert rounding.knows("known", Type.Q4_K) is inputs
     assert rounding.knows("unknown", Type.Q4_K) is None
@@ -87,14 +87,14 @@ def test_rows_are_rounded_each_by_itself_and_what_was_made_is_kept(x, weights):
 
 def test_the_threads_of_a_product_are_as_they_were(x, weights):
     before = torch.get_num_threads()
-    list(Rounding({}.get).rounded("t", [weights], Type.Q4_0, inputs_of(x.T @ x, len(x))))
+    list(Rounding({}.get).rounded("t", [weights], Type.Q4_0, inputs_of([x.T @ x], len(x))))
     with ThreadPoolExecutor(1) as pool:
         assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
 
 
 def test_the_factor_times_its_transpose_is_the_product_of_the_inputs(x):
     gram = x.T @ x
-    upper = inputs_of(gram.triu(), len(x)).factor
+    [upper] = inputs_of([gram.triu()], len(x)).factors
     assert torch.equal(upper, upper.triu())
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(256)
     torch.testing.assert_close(upper @ upper.T, damped, rtol=1e-4, atol=1e-2)
@@ -114,5 +114,16 @@ def test_each_column_makes_up_for_those_before_it_as_in_gptq(x, weights):
         expected[:, n] = q
         error = (left[:, n] - low[:, n] - step[:, n] * q) / spread[n, n]
         left[:, n:] -= error[:, None] * spread[n, n:]
-    found = chosen(calibrated(weights, Type.Q4_1, inputs_of(x.T @ x, len(x)))[0], Type.Q4_1)
+    found = chosen(calibrated(weights, Type.Q4_1, inputs_of([x.T @ x], len(x)))[0], Type.Q4_1)
     assert (found == expected.numpy()).mean() > 0.995  # fp32 decides otherwise where two are as near
+
+
+def test_in_parts_each_part_makes_up_for_its_own_errors(x, weights):
+    gram = x.T @ x
+    halves = inputs_of([gram[:128, :128], gram[128:, 128:]], len(x))
+    data, error = calibrated(weights, Type.Q4_1, halves)
+    apart = [calibrated(weights[:, part], Type.Q4_1, inputs_of([gram[part, part]], len(x)))
+             for part in (slice(128), slice(128, None))]
+    assert error == pytest.approx(sum(one for _, one in apart), rel=0.1)  # but for the damping
+    ours = off(x, weights, data, Type.Q4_1)
+    assert ours < 0.9 * off(x, weights, libgguf.quantize_rows(weights, Type.Q4_1, imatrix=halves.importance), Type.Q4_1)
