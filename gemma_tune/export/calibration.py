@@ -107,6 +107,14 @@ class Calibration:
                 self._one_layer(self._keeps or self._next == n)
         return self._known.get(source or "")
 
+    def take_head(self, states: np.ndarray) -> None:
+        """Take from elsewhere what an output head that is the embedding was multiplied with: float32 (tokens, columns).
+
+        Of a large model that spares going through the layers for it; mean squares need few tokens.
+        """
+        if self.model.head == self.model.embedding and not self._keeps:
+            self._head = Inputs(np.square(states).mean(0), None, None, states[:: max(1, len(states) // _PROBES)])
+
     def _begin(self, rows: Sequence[np.ndarray]) -> None:
         with torch.no_grad():
             self._rows, self._next = self.model.start(rows), 0

@@ -35,13 +35,16 @@ Costs = dict[str, dict[Type, float]]
 
 
 def costs(model: LayerwiseModel, sequences: Sequence[np.ndarray], types: Mapping[str, Sequence[Type]],
-          on_progress: Callable[[int, int], None] | None = None) -> Costs:
+          on_progress: Callable[[int, int], None] | None = None,
+          on_head: Callable[[np.ndarray], None] | None = None) -> Costs:
     """Nats per token that rounding costs.
 
     Args:
         model: the merged model.
         sequences: token ids to measure on.
         types: by what the checkpoint calls a matrix, the types to round it to; no others are measured.
+        on_progress: called with how many layers are done, and how many there are; each counts twice.
+        on_head: gets what the head was multiplied with: float32 (tokens, columns).
 
     Returns:
         By matrix and type. A matrix whose output has no influence, or that the model does not multiply with, is left
@@ -57,6 +60,8 @@ def costs(model: LayerwiseModel, sequences: Sequence[np.ndarray], types: Mapping
     if model.head in types:
         found[model.head] = head.costs(types[model.head], draw)
     importance = head.importance
+    if on_head:
+        on_head(head.states.cpu().numpy())
     del head
     for n in reversed(range(len(model.layers))):
         notes, gradients = _backward(model, n, rows, before.pop(), gradients)
@@ -223,14 +228,19 @@ class _Head:
         return found.to(self._weight.dtype)
 
     @property
+    def states(self) -> torch.Tensor:
+        """What it was multiplied with, fp32 (tokens, columns)."""
+        return torch.cat(self._states)
+
+    @property
     def importance(self) -> np.ndarray:
-        """The mean square of what each column is multiplied with."""
-        return torch.cat(self._states).square().mean(0).cpu().numpy()
+        """The mean square of each column of it."""
+        return self.states.square().mean(0).cpu().numpy()
 
     def costs(self, types: Sequence[Type], draw: np.random.Generator) -> dict[Type, float]:
         """As for other matrices, but that gradients and states are taken as independent."""
         weight = self._energy.cpu().numpy()
-        x, importance = torch.cat(self._states), self.importance
+        x, importance = self.states, self.importance
         rows = draw.choice(len(weight), _HEAD_ROWS, p=weight / weight.sum())
         values = np.concatenate([self._stored.rows(row, row + 1) for row in rows])
         found = {}

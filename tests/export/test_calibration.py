@@ -74,6 +74,19 @@ def test_inputs_are_those_of_a_plain_forward_pass(layerwise, model, rows, kept, 
     torch.testing.assert_close(again, first)
 
 
+def test_what_the_head_gets_may_come_from_elsewhere(layerwise, rows, monkeypatch):
+    states = np.random.default_rng(0).standard_normal((100, layerwise.model.config.hidden_size)).astype(np.float32)
+    kept = Calibration(layerwise, rows)
+    kept.take_head(states)
+    assert not np.allclose(kept.inputs(layerwise.head).importance, np.square(states).mean(0)), "all rows are better"
+    monkeypatch.setattr(calibration, "KEPT", 1)
+    known = Calibration(layerwise, rows)
+    known.take_head(states)
+    head = known.inputs(layerwise.head)
+    np.testing.assert_allclose(head.importance, np.square(states).mean(0), rtol=1e-5)
+    assert head.factors is None and len(head.probes) >= 32
+
+
 def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):
     result = export("--quant", "q4_0,q8_0", "--json", "--run", merged)
     assert result.code == 0, result.err
