@@ -18,7 +18,7 @@ from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, QUANTS
 from gemma_tune.models.layerwise import LayerwiseModel, Row
-from gemma_tune.models.placement import LARGEST_FP32, OVERHEAD, USABLE, Placement, available, choose_placement
+from gemma_tune.models.placement import OVERHEAD, USABLE, Placement, available, choose_placement
 from gemma_tune.run.session import Session
 
 # Tokens times parameters on a CPU: the layers, their XᵀX and its factor then take about as long as choosing the scales.
@@ -199,7 +199,8 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     assert source.architecture is not None
     checkpoint = open_tensors(source.merged)
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.values())
-    placement = choose_placement("fp32" if parameters < LARGEST_FP32 else "auto")
+    # In bf16 where it is fast: what rounding depends on is known less exactly than that anyway.
+    placement = choose_placement("auto")
     if lacking := _lacking(placement, source.architecture):
         return None, lacking
     rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
