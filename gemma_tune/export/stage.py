@@ -118,16 +118,17 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     """Write the files; those of few bits rounded by what the matrices are multiplied with on rows."""
     listener = session.listener
     calibration, said = calibration_of(session, source, tuple(files))
+    on_grid = session.model.source in ("gguf", "demo")
     if calibration:
         listener.note(f"rounding is calibrated on {said}")
     elif not said and session.config.calibration_file:
         listener.note("--calibration is not used: none of these formats has eight bits or fewer")
     elif said:
         listener.note(f"rounding is not calibrated: {said}")
-        if session.model.source in ("gguf", "demo"):
+        if on_grid:
             listener.warn("the base model came from a GGUF, so its weights lie on the steps of few bits: rounding each "
                           "by itself can take what was learned back to them; the table tells")
-    mixes = Mixes(source, calibration, listener) if calibration else None
+    mixes = Mixes(source, calibration, listener, on_grid) if calibration else None
     if session.config.size and not mixes:
         raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
                         "name a number format with --quant")

@@ -77,6 +77,11 @@ def test_a_format_that_promises_a_size_is_never_larger_or_expected_to_be_worse(e
         assert expected <= of_llama_cpp and (types or expected == of_llama_cpp)
 
 
+def test_named_formats_keep_llama_cpps_mixes_where_the_base_was_quantised():
+    mixed = mixes.Mixes(None, None, None, on_grid=True)
+    assert mixed.of("q4_k_m") == ("q4_k_m", {}) and mixed.of("q5_k_m") == ("q5_k_m", {})
+
+
 def test_the_file_says_the_format_that_is_nearest(export, merged):
     result = export("--size", "300KB", "--run", merged, "--json")
     label = next(iter(result.json["summary"]["quants"]))
