@@ -60,7 +60,7 @@ def main() -> None:
         if calibration is None:
             sys.exit(said)
         print(f"calibrated on {said}: {time.perf_counter() - started:.1f} s to begin with", flush=True)
-        mixes = Mixes(source, calibration, Listener())
+        mixes = Mixes(source, calibration, Listener(), session.model.source in ("gguf", "demo"))
         for way in chosen.ways.split(","):
             for label in [*formats, *(sizes if way == "ours" else [])]:
                 files[f"{label} {way}"] = _write(source, Path(folder) / f"{label}-{way}.gguf", label, way, mixes)
