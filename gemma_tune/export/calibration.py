@@ -175,7 +175,9 @@ class _Notes:
         if leader is None:  # not the very same input as another's
             leader = module
             self.seen.append((module, x))
-            self._grams.setdefault(module, Gram(module.in_features, x.device)).add(x)
+            if module not in self._grams:
+                self._grams[module] = Gram(module.in_features, x.device)
+            self._grams[module].add(x)
         self._leader[module] = leader
         y = out if module.bias is None else out - module.bias
         size = float(torch.linalg.vector_norm(y, dtype=torch.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from gguf import GGMLQuantizationType as Type
 
@@ -90,7 +90,7 @@ class Mixes:
 
     def _matrices(self) -> dict[str, Matrix]:
         """Those whose type is to be chosen, by their names in the file."""
-        specs = [spec for spec in self._specs() if len(spec.shape) == 2 and spec.source]
+        specs = [spec for spec in self._specs if len(spec.shape) == 2 and spec.source]
         if not self._costs:
             model, rows = self.calibration.model, self.calibration.sequences
             parameters = sum(spec.shape[0] * spec.shape[1] for spec in specs)
@@ -103,14 +103,16 @@ class Mixes:
         return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in specs
                 if spec.name in quantised and self._costs.get(spec.source)}
 
+    @cached_property
     def _specs(self) -> list[TensorSpec]:
+        """What the file holds; finding it out can mean reading the head and the embedding."""
         assert self.source.architecture is not None
         return [spec for spec, _ in tensors_of(self.source.architecture, self.source.merged)]
 
     def _llama_cpp(self, quant: str) -> dict[str, Type]:
         """Every tensor's type in llama.cpp's mix."""
         assert self.source.architecture is not None
-        tensors = [(spec.name, spec.shape) for spec in self._specs()]
+        tensors = [(spec.name, spec.shape) for spec in self._specs]
         choices = choose_types(quant, tensors, self.source.architecture)
         return {name: choice.type for (name, _), choice in zip(tensors, choices, strict=True)}
 
@@ -120,8 +122,8 @@ class Mixes:
         matrices, kinds = self._matrices(), self._llama_cpp("q8_0")
         # A multiple of 32 elements takes a multiple of 2 bytes, and each tensor is filled up to one of 32.
         rest = sum(padded(nbytes(kinds[spec.name], spec.shape)) if spec.name not in matrices else 32
-                   for spec in self._specs())
-        rest += sum(_INFO + len(spec.name) for spec in self._specs())
+                   for spec in self._specs)
+        rest += sum(_INFO + len(spec.name) for spec in self._specs)
         return rest + vocabulary_bytes(self.source.parts.vocabulary) + len(self.source.template.encode()) + _METADATA
 
 

@@ -118,7 +118,7 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     """Write the files; those of few bits rounded by what the matrices are multiplied with on rows."""
     listener = session.listener
     calibration, said = calibration_of(session, source, tuple(files))
-    on_grid = session.model.source in ("gguf", "demo")
+    on_grid = _on_grid(session)
     if calibration:
         listener.note(f"rounding is calibrated on {said}")
     elif not said and session.config.calibration_file:
@@ -133,6 +133,11 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
         raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
                         "name a number format with --quant")
     return {label: _write_one(session, source, label, path, mixes) for label, path in files.items()}
+
+
+def _on_grid(session: Session) -> bool:
+    """Whether the base model came from a GGUF, so that its weights lie on the steps of few bits."""
+    return session.model.source in ("gguf", "demo")
 
 
 def _write_one(session: Session, source: ExportSource, label: str, path: Path, mixes: Mixes | None) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
             parameters = sum(math.prod(spec.shape) for spec in source.architecture.tensors if not spec.tied_to)
         else:  # 16 bits each
             parameters = sum(p.stat().st_size for p in source.merged.glob("*.safetensors")) // 2
-        quant, reason = recommended(parameters, from_gguf=session.model.source in ("gguf", "demo"),
+        quant, reason = recommended(parameters, from_gguf=_on_grid(session),
                                     calibrated=not not_calibrated(session, source))
         session.listener.note(f"number format {quant}: {reason}")
         chosen = (quant,)
