@@ -112,3 +112,15 @@ def lengths_of(dataset: Any) -> np.ndarray:
 
     column = dataset.data.column("input_ids")
     return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def trained_of(dataset: Any) -> np.ndarray:
+    """How many tokens of each sequence are learned (int64), without reading them: all in spans but the first of the
+    sequence, which nothing predicts."""
+    chunks = [np.zeros(0, np.int64)]
+    for column in dataset.data.column("spans").chunks:
+        ends = np.maximum(column.flatten().to_numpy().astype(np.int64), 1)
+        sums = np.concatenate([[0], np.cumsum(ends[1::2] - ends[::2])])
+        offsets = np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy())]) // 2
+        chunks.append(sums[offsets[1:]] - sums[offsets[:-1]])
+    return np.concatenate(chunks)

@@ -47,6 +47,19 @@ class Share:
             yield mine[n * self.batch:(n + 1) * self.batch].tolist()
 
 
+class Batch(list[int]):
+    """Rows of one forward pass, with what the whole step learns from, which all its processes so know by themselves.
+
+    Attributes:
+        tokens: of all rows of the step, without padding.
+        trained: those of them that are learned.
+    """
+
+    def __init__(self, rows: Sequence[int], tokens: int, trained: int):
+        super().__init__(rows)
+        self.tokens, self.trained = tokens, trained
+
+
 class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
     """Rows of similar length together, in an order that depends on the seed and the epoch alone.
 
@@ -58,10 +71,12 @@ class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
         lengths: tokens of each row.
         share: what this process does of a step.
         seed: of the order.
+        trained: how many tokens of each row are learned; where it is not given, all but the first.
     """
 
-    def __init__(self, lengths: Sequence[int], share: Share, seed: int):
+    def __init__(self, lengths: Sequence[int], share: Share, seed: int, trained: Sequence[int] | None = None):
         self.lengths, self.share, self.seed, self.epoch = np.asarray(lengths), share, seed, 0
+        self.trained = np.maximum(self.lengths - 1, 0) if trained is None else np.asarray(trained)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of an epoch."""
@@ -78,7 +93,9 @@ class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.steps():
-            yield from self.share.batches(rows)
+            tokens, trained = int(self.lengths[rows].sum()), int(self.trained[rows].sum())
+            for batch in self.share.batches(rows):
+                yield Batch(batch, tokens, trained)
 
     def steps(self) -> list[np.ndarray]:
         """The epoch's steps, each as its rows, longest first."""
@@ -125,17 +142,28 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
-        return [self.dataset[row] for row in rows]
+    def __getitems__(self, rows: list[int]) -> Fetched:
+        many = getattr(self.dataset, "__getitems__", None)
+        found = many(list(rows)) if many and rows else [self.dataset[row] for row in rows]
+        return Fetched(found, getattr(rows, "tokens", 0), getattr(rows, "trained", 0))
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+class Fetched(list[dict[str, Any]]):
+    """The rows of a :class:`Batch`, with what it says of its step."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], tokens: int = 0, trained: int = 0):
+        super().__init__(rows)
+        self.tokens, self.trained = tokens, trained
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Padded on the right to the longest of these rows.
 
     Returns:
         ``input_ids`` and ``labels`` (rows, length) int64, ``lengths`` (rows,) int64. Padding is token 0, which no
         trained position sees: attention is causal, and labels are ``IGNORE_INDEX`` there. No rows give one token
-        that is not trained, for a process that takes part in a step without a row of its own.
+        that is not trained, for a process that takes part in a step without a row of its own. Of rows that a loader
+        fetched also ``step_tokens`` and ``step_trained``, numbers of the whole step, see :class:`Batch`.
     """
     sizes = [len(row["input_ids"]) for row in rows] or [0]
     ids = torch.zeros(len(sizes), max(1, *sizes), dtype=torch.long)
@@ -143,21 +171,41 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for n, row in enumerate(rows):
         ids[n, :sizes[n]] = torch.as_tensor(row["input_ids"])
         labels[n, :sizes[n]] = torch.as_tensor(row["labels"])
-    return {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)}
+    batch = {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)}
+    if isinstance(rows, Fetched):
+        batch |= {"step_tokens": rows.tokens, "step_trained": rows.trained}
+    return batch
 
 
-def pieces(batch: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+def pieces(batch: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]]:
     """The batch in parts of at most ``rows`` rows, each without the padding that it does not need."""
     for start in range(0, len(batch["lengths"]), rows):
-        part = {name: tensor[start:start + rows] for name, tensor in batch.items()}
+        part = {name: batch[name][start:start + rows] for name in ("input_ids", "labels", "lengths")}
         longest = max(1, int(part["lengths"].max()))
         yield part | {name: part[name][:, :longest] for name in ("input_ids", "labels")}
 
 
+def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which hidden states predict a trained token, and which token that is.
+
+    How many there are depends on the labels, so on a GPU this would wait for it: the labels stay on the CPU.
+
+    Args:
+        labels: (rows, length) int64, ``IGNORE_INDEX`` where nothing is learned.
+
+    Returns:
+        Positions in the flattened (rows x length), each before that of its label, and the labels there; both int64.
+    """
+    rows, before = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    return rows * labels.shape[1] + before, labels[rows, before + 1]
+
+
 def loader(dataset: Any, batches: torch.utils.data.Sampler, accelerator: Any) -> Any:
-    """A data loader on the accelerator's device, which accelerate must not shard: the sampler knows the processes."""
+    """A data loader that leaves batches on the CPU, where their sizes can be read without waiting for a GPU.
+
+    accelerate must not shard it: the sampler knows the processes.
+    """
     from accelerate.data_loader import prepare_data_loader
 
-    plain = torch.utils.data.DataLoader(Rows(dataset), batch_sampler=batches, collate_fn=collate,
-                                        pin_memory=accelerator.device.type == "cuda")
-    return prepare_data_loader(plain, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    plain = torch.utils.data.DataLoader(Rows(dataset), batch_sampler=batches, collate_fn=collate)
+    return prepare_data_loader(plain, device=accelerator.device, num_processes=1, process_index=0, put_on_device=False)

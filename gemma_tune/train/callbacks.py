@@ -1,9 +1,8 @@
-"""What happens around training steps: the log, guards against bad numbers, and a clean way to stop."""
+"""What happens around training steps: the log, and a clean way to stop."""
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.listener import Listener
 from gemma_tune.train import processes
 
@@ -35,6 +33,7 @@ class MetricsLog(TrainerCallback):
         self.path, self.listener = path, listener
         self.trainer: GemmaTrainer | None = None
         self.busy = 0.0  # seconds in training steps
+        self._began: float | None = None  # when the current step did
         self.first_step = resumed_step
         self.records = list(earlier)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
@@ -44,33 +43,42 @@ class MetricsLog(TrainerCallback):
             path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.perf_counter()
+        if self._began is None:
+            self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.busy += time.perf_counter() - self._began
+        # From one step's end to the next one's: collecting the rows in between is part of it.
+        now = time.perf_counter()
+        self.busy += now - self._began
+        self._began = now
+
+    def on_save(self, args, state, control, **kwargs):
+        self._began = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        done = max(1, state.global_step - self.first_step)
-        self._add({"step": state.global_step, "steps": state.max_steps, "epoch": round(logs["epoch"], 4),
+        step = logs["step"]
+        done = max(1, step - self.first_step)
+        self._add({"step": step, "steps": state.max_steps, "epoch": round(logs["epoch"], 4),
                    "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
                    "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
                    "tokens_per_second": round(self.tokens_per_second, 1),
-                   "seconds_left": round(self.busy / done * (state.max_steps - state.global_step), 1)})
+                   "seconds_left": round(self.busy / done * (state.max_steps - step), 1)})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._began = None
         self._add({"step": state.global_step, "steps": state.max_steps, "eval_loss": metrics["eval_loss"]})
 
     @property
     def tokens(self) -> int:
         """Real tokens (no padding) of all training steps, those before an interruption included."""
-        return self.tokens_before + (self.trainer.tokens_of_all if self.trainer else 0)
+        return self.tokens_before + (self.trainer.tokens_seen if self.trainer else 0)
 
     @property
     def tokens_per_second(self) -> float:
         """Real tokens (no padding) of all processes per second spent in training steps of this command."""
-        return self.trainer.tokens_of_all / self.busy if self.busy and self.trainer else 0.0
+        return self.trainer.tokens_seen / self.busy if self.busy and self.trainer else 0.0
 
     def _add(self, record: dict[str, Any]) -> None:
         record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
@@ -94,33 +102,6 @@ def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):  # the line being written when the process was killed, or damage
             continue
     return records
-
-
-class FiniteGuard(TrainerCallback):
-    """Stops before the optimiser sees a gradient that is not finite: the trained state stays the last good one."""
-
-    in_a_row = 0
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        if processes.any_of(bool(bad)):  # a process may hold only a part of each gradient
-            bad = sorted({name for names in processes.gathered(bad) for name in names})
-        # In fp16 the loss scaler finds its factor by skipping steps that overflow; only many in a row mean trouble.
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if bad and (not args.fp16 or self.in_a_row > 20):
-            raise WorkFailed(f"the gradient of {len(bad)} tensors is not finite at step {state.global_step + 1} "
-                             f"({bad[0]}, …)", "train again with --force and a lower --learning-rate or --clip "
-                                               "0.3, or with --dtype fp32; checkpoints before it are kept")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise WorkFailed(f"the loss is {logs['loss']} at step {state.global_step}",
-                             "train again with --force and a lower --learning-rate, or with --dtype fp32")
-
-
-def _finite(grad: torch.Tensor) -> bool:
-    """Of what this process holds."""
-    return bool(torch.isfinite(grad.to_local() if hasattr(grad, "to_local") else grad).all())
 
 
 class StopRequest(TrainerCallback):

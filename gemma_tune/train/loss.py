@@ -146,7 +146,16 @@ def linear_cross_entropy(
     """
     if weight.requires_grad:
         raise ValueError("linear_cross_entropy is for a frozen head; this one requires a gradient")
+    rows, targets = trained_rows(hidden, labels)
+    return rows_cross_entropy(rows, weight, targets, softcap=softcap, scale=scale)
+
+
+def trained_rows(hidden, labels):
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
-    rows = hidden[:, :-1][trained]
-    return _FusedLinearCrossEntropy.apply(rows, weight, targets[trained], softcap, scale)
+    return hidden[:, :-1][trained], targets[trained]
+
+
+def rows_cross_entropy(rows, weight, targets, *, softcap=None, scale=1.0):
+    """PLACEHOLDER until the fused one lands."""
+    return _FusedLinearCrossEntropy.apply(rows, weight, targets, softcap, scale)

@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -195,6 +195,18 @@ def _reduced(value: int, how: str) -> int:
     tensor = torch.tensor(value, dtype=torch.int64)
     torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
     return int(tensor)
+
+
+def same_everywhere(tensors: Sequence[Any]) -> None:
+    """Give all processes the main one's values of tensors of one type and device."""
+    if not joined():
+        return
+    import torch
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.broadcast(flat, src=0)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
 
 
 def wait_for_all() -> None:

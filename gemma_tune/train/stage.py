@@ -17,7 +17,7 @@ from gemma_tune.config.settings import in_words, same_result
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
-from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens
+from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
 from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
 from gemma_tune.lora.load import import_peft
 from gemma_tune.models.load import load_model
@@ -299,7 +299,6 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.lora.dora import start_from_base
-    from gemma_tune.train.callbacks import FiniteGuard
     from gemma_tune.train.trainer import GemmaTrainer
 
     config = session.config
@@ -311,9 +310,9 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
             model=model, args=_arguments(session, steps, len(train_rows), placement, choice, bool(len(valid_rows))),
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer, peft_config=lora_config(config, chosen),
-            callbacks=[*callbacks, FiniteGuard()], training=training, listener=session.listener,
-            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), micro_batch=choice.micro_batch,
-            rate=lambda step: rate_at(step, steps, config))
+            callbacks=[*callbacks], training=training, listener=session.listener,
+            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), trained=trained_of(train_rows),
+            micro_batch=choice.micro_batch, rate=lambda step: rate_at(step, steps, config))
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
@@ -343,16 +342,15 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.clip,
-        weight_decay=config.weight_decay, optim="adamw_torch", seed=config.seed, data_seed=config.seed,
+        weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
+        optim="adamw_torch_fused" if placement.device == "cuda" else "adamw_torch",
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=choice.checkpointing,
         logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
         save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
         report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        dataloader_pin_memory=placement.device == "cuda", remove_unused_columns=False,
-        # A step leaves no tensor out: a process without a row of its own has gradients of zero. Buffers are constants.
-        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
+        dataloader_pin_memory=False, remove_unused_columns=False)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # the Trainer would put the model on all of them with DataParallel
         session.listener.note(f"training on one GPU of {torch.cuda.device_count()}; all train together with "

@@ -39,7 +39,7 @@ if os.environ.get("RANK") == "1":
     def event(self, args, state, control, **kwargs):
         if state.global_step == 3:
             {what}
-    gemma_tune.train.callbacks.FiniteGuard.on_step_begin = event
+    gemma_tune.train.callbacks.StopRequest.on_step_begin = event
 """
 
 

@@ -228,15 +228,15 @@ def test_compiled_layers_learn_the_same(cli, prepared, monkeypatch):
     """Whatever is faster on this machine: the compiled layers are kept here, and are plain ones afterwards."""
     from torch._dynamo.utils import counters
 
-    from gemma_tune.train import trainer
+    from gemma_tune.train import first_batch
 
     torch._dynamo.reset()
     counters.clear()
-    compiled, worth = [], trainer.worth_compiling
+    compiled, worth = [], first_batch.worth_compiling
     # Traced and split into forward and backward pass, but not translated to C++, which takes a minute.
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: plain(self, backend="aot_eager", **kwargs))
-    monkeypatch.setattr(trainer, "worth_compiling", lambda before, after, compiling, batches: (
+    monkeypatch.setattr(first_batch, "worth_compiling", lambda before, after, compiling, batches: (
         compiled.append(worth(before, after, compiling, batches)) or (True, "compiled layers are kept")))
     losses = []
     for flags in ((), ("--compile",)):

@@ -1,0 +1,139 @@
+"""Steps that are captured once and replayed: one CUDA graph of forward and backward pass for each shape of a batch.
+
+A small model's step is thousands of kernels of a few microseconds, and Python takes ten times as long to start them as
+the GPU to run them. A captured step is started by one call. For that nothing in it may depend on the data: pieces are
+padded to one of a few shapes (:mod:`gemma_tune.train.buckets`), inputs are copied to where the graph reads them, and
+gradients are added where it saw them (:mod:`gemma_tune.train.gradients`). The optimiser's step comes after it as ever.
+
+All graphs share one pool of memory, as no two of them run at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import first_line
+from gemma_tune.train.batches import trained_positions
+from gemma_tune.train.buckets import Bucket, Buckets
+from gemma_tune.train.gradients import Gradients
+from gemma_tune.train.loss import IGNORE_INDEX
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def filled(part: Mapping[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
+    """A piece padded to a bucket's shape, as one tensor that is sent to the device in one go.
+
+    Args:
+        part: ``input_ids`` and ``labels`` (rows, length) on the CPU, not larger than the bucket.
+
+    Returns:
+        (rows x length + 2 x positions,) int32: ids, positions, targets, see :func:`inputs_of`. Positions that are
+        filled up point to different places, as many gradients of zero added to one would wait for each other.
+    """
+    rows, length = part["input_ids"].shape
+    size = bucket.rows * bucket.length
+    flat = torch.zeros(size + 2 * bucket.positions, dtype=torch.int32)
+    flat[:size].view(bucket.rows, bucket.length)[:rows, :length] = part["input_ids"]
+    positions, targets = trained_positions(part["labels"])
+    count = len(positions)
+    wider = positions // length * bucket.length + positions % length
+    places, wanted = flat[size:size + bucket.positions], flat[size + bucket.positions:]
+    places[:count] = wider
+    places[count:] = torch.arange(bucket.positions - count, dtype=torch.int32) % size
+    wanted[:count] = targets
+    wanted[count:] = IGNORE_INDEX
+    return flat
+
+
+def inputs_of(flat: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids (rows, length), positions and targets (positions,) of what :func:`filled` made, all int64."""
+    size = bucket.rows * bucket.length
+    ids, positions, targets = flat.split([size, bucket.positions, bucket.positions])
+    return ids.view(bucket.rows, bucket.length).long(), positions.long(), targets.long()
+
+
+@dataclass
+class _Captured:
+    graph: Any
+    inputs: torch.Tensor
+
+
+class CapturedSteps:
+    """Forward and backward pass of pieces, replayed where that pays.
+
+    Args:
+        loss: the summed loss in nats of ids (rows, length), positions and targets (n,), see ``install_summed_loss``.
+        gradients: where it adds; also the loss.
+        buckets: the training's shapes.
+        prepare: called with a bucket before its step is captured, to choose what cannot be chosen within.
+        seconds: spent on capturing so far.
+    """
+
+    def __init__(self, loss: Loss, gradients: Gradients, buckets: Buckets, listener: Listener,
+                 prepare: Callable[[Bucket], None] = lambda bucket: None):
+        self.loss, self.gradients, self.buckets, self.listener, self.prepare = (
+            loss, gradients, buckets, listener, prepare)
+        self.seconds = 0.0
+        self._weight = torch.zeros((), device=gradients.device)  # what a trained token counts: 1 / those of the step
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Bucket, _Captured] = {}
+        self._broken = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, part: Mapping[str, torch.Tensor], weight: float) -> bool:
+        """Forward and backward pass of a piece; False, with nothing done, where it has to go its own way.
+
+        Args:
+            part: on the CPU, see :func:`filled`.
+            weight: factor on its summed loss.
+        """
+        if self._broken:
+            return False
+        trained = int((part["labels"][:, 1:] != IGNORE_INDEX).sum())
+        bucket = self.buckets.find(*part["input_ids"].shape, trained)
+        if bucket is None:
+            return False
+        captured = self._graphs.get(bucket) or self._capture(bucket)
+        if captured is None:
+            return False
+        captured.inputs.copy_(filled(part, bucket).pin_memory(), non_blocking=True)
+        self._weight.fill_(weight)
+        captured.graph.replay()
+        return True
+
+    def forget(self) -> None:
+        """Free all graphs and their memory; they are captured anew when they are needed."""
+        self._graphs.clear()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def _capture(self, bucket: Bucket) -> _Captured | None:
+        began = time.perf_counter()
+        self.prepare(bucket)
+        inputs = torch.zeros(bucket.rows * bucket.length + 2 * bucket.positions, dtype=torch.int32,
+                             device=self.gradients.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as one that reads data, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self.loss(*inputs_of(inputs, bucket)) * self._weight
+                loss.backward()
+                self.gradients.loss += loss.detach()
+        except RuntimeError as e:  # whatever cannot be captured
+            self._broken = True
+            self.listener.note(f"steps cannot be captured here and go one kernel at a time: {first_line(e)}")
+            self.forget()
+            return None
+        finally:
+            self.seconds += time.perf_counter() - began
+        self._graphs[bucket] = _Captured(graph, inputs)
+        return self._graphs[bucket]

@@ -1,0 +1,158 @@
+"""What happens before a training's first step: faster layers, checked; the longest batch, tried; steps, captured."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.finite import not_finite
+from gemma_tune.train import processes
+from gemma_tune.train.batches import collate
+from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
+from gemma_tune.train.captured import CapturedSteps
+from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
+from gemma_tune.train.loss import IGNORE_INDEX
+
+MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
+
+
+class FirstBatch:
+    """The part of :class:`gemma_tune.train.trainer.GemmaTrainer` that is done when its first step begins."""
+
+    @contextlib.contextmanager
+    def fast(self, compiled: bool = False) -> Iterator[None]:
+        """Faster layers in place of the library's, checked against the model's own logits, and the longest batch tried.
+
+        Args:
+            compiled: try ``torch.compile`` too, and keep it if it is faster.
+
+        Raises:
+            UserError: the model's head does something that the loss here does not know; training it would be wrong.
+        """
+        ids = self._sample()
+        theirs = self._loss_by_logits(ids)
+        with contextlib.ExitStack() as layers:
+            layers.enter_context(fast_layers(self.model))
+            self._compare(ids, theirs)
+            if self.args.activation_checkpointing:  # train() would, but the probe comes before it
+                self.model.activation_checkpointing_enable()
+            seconds = self.probe()
+            self.listener.note(f"the longest batch takes {seconds:.1f} s")
+            if compiled and not self._compile(layers):
+                layers.enter_context(fast_layers(self.model))
+            self.micro_batch = processes.least(self.micro_batch)
+            # Memory that runs out later does so in one process, while the others wait for its gradients.
+            self.in_step = self.accelerator.num_processes > 1
+            self._capture()
+            yield
+
+    def _capture(self) -> None:
+        """Capture the steps from now on, where a GPU would wait for them to be started otherwise."""
+        if self.waits or self.sharded or self.compiled:
+            return
+        shapes, tokens = self._shapes()
+        buckets = Buckets(shapes, costs_of(self.causal_lm))
+        if not buckets.counts:
+            return
+
+        def loss(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, positions=positions, targets=targets)["loss"]
+
+        self.captured = CapturedSteps(loss, self.gradients, buckets, self.listener)
+        self.listener.note(buckets.described(shapes, tokens))
+
+    def _shapes(self) -> tuple[np.ndarray, int]:
+        """Of this process's pieces, see ``shapes_of_pieces``, and the tokens of all of them."""
+        sampler, steps, left = self._sampler(), [], min(self.args.max_steps, MOST_STEPS)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            steps += [list(sampler.share.batches(rows)) for rows in sampler.steps()[:left - len(steps)]]
+            if len(steps) == left:
+                break
+        lengths = np.asarray(self.lengths[0])
+        tokens = sum(int(lengths[batch].sum()) for batches in steps for batch in batches)
+        return shapes_of_pieces(iter(steps), lengths, np.asarray(self.trained), self.micro_batch), tokens
+
+    def _compile(self, layers: contextlib.ExitStack) -> bool:
+        """Put compiled layers in place of the fast ones; False, with nothing in place, where that does not help."""
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+        if not hasattr(self.causal_lm.get_decoder(), "layers"):
+            layers.close()
+            self.listener.warn("--compile does not know this model's layers, going on without it")
+            return False
+        before, micro_batch = self.probe(), self.micro_batch
+        layers.close()
+        try:
+            if self.accelerator.device.type == "cpu":
+                get_cpp_compiler()  # it would be missed only after the layers have been traced
+            self.listener.note("compiling the model's layers, which can take some minutes")
+            layers.enter_context(compiled_layers(self.model))
+            compiling = self.probe()
+            after = self.probe()
+        except (TorchDynamoException, InductorError, InvalidCxxCompiler) as e:
+            layers.close()
+            self.micro_batch = micro_batch
+            self.listener.warn(f"--compile does not work here, going on without it: {str(e).strip().splitlines()[0]}")
+            return False
+        kept, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())
+        self.listener.note(sentence)
+        if not kept:
+            layers.close()
+            self.micro_batch = micro_batch
+        self.compiled = kept
+        return kept
+
+    def _longest_batches_worth(self) -> float:
+        """The whole training in batches as long as the longest."""
+        longest = sum(self.lengths[0][row] for row in next(iter(self._sampler())))
+        epochs = self.args.max_steps * self._share(self.args.gradient_accumulation_steps).step / len(self.lengths[0])
+        return float(sum(self.lengths[0]) * epochs / longest / self.accelerator.num_processes)
+
+    def _sample(self) -> torch.Tensor:
+        """The beginning of the shortest row (1, length)."""
+        shortest = int(min(range(len(self.lengths[0])), key=self.lengths[0].__getitem__))
+        return torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=self.causal_lm.device)[None]
+
+    def _loss_by_logits(self, ids: torch.Tensor) -> float:
+        with self._evaluating():
+            logits = self.causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
+            return torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+
+    def _compare(self, ids: torch.Tensor, theirs: float, tolerance: float = 0.02) -> None:
+        with self._evaluating():
+            ours = self._summed_loss(self.model, {"input_ids": ids, "labels": ids}).item()
+        count = max(1, ids.shape[1] - 1)
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            raise not_finite(self.model)
+        if not abs(ours - theirs) <= tolerance * (abs(theirs) + count):
+            raise UserError(f"this model ({self.causal_lm.config.model_type}) computes its logits in a way that "
+                            f"gemma-tune does not know: loss {ours / count:.3f} here, {theirs / count:.3f} by the "
+                            "model itself", "use a model of another family, such as Gemma, Llama or Qwen")
+
+    def probe(self) -> float:
+        """Forward and backward pass of the longest batch, before anything else takes time; returns its seconds.
+
+        Memory that does not suffice shows here, and the micro-batch becomes one that fits.
+        """
+        batch = collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
+        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        began = time.perf_counter()
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.gradients.clear()
+        with torch.random.fork_rng([self.accelerator.device] if on_gpu else []):
+            self.training_step(self.model, batch, count)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        self.gradients.clear()
+        return seconds
