@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_tune.train import loss as module
-from gemma_tune.train.loss import IGNORE_INDEX, linear_cross_entropy
+from gemma_tune.train.loss import IGNORE_INDEX, linear_cross_entropy, rows_cross_entropy
 
 VOCABULARY, WIDTH = 211, 24
 
@@ -247,3 +247,119 @@ def test_the_sizes_that_are_used_bound_the_memory():
     with Allocations() as seen:
         linear_cross_entropy(hidden, weight, labels).backward()
     assert module.CHUNK // 2 < seen.largest <= module.CHUNK < 1025 * len(weight)
+
+
+# ---- rows that were picked already -----------------------------------------------------------------------------------
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+def filled_up(dtype: torch.dtype, device: str = "cpu"):
+    """Rows with targets, between them rows that only fill up, whose numbers must not matter."""
+    hidden, weight, labels = batch(rows=2, length=36, dtype=dtype)
+    rows, targets = hidden.detach()[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    rows[torch.nonzero(targets == IGNORE_INDEX)[0]] = torch.inf
+    return rows.to(device).requires_grad_(), weight.to(device), targets.to(device), reference(hidden, weight, labels, 4.0, 0.5)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The way of a GPU on a CPU, with Triton's interpreter."""
+    pytest.importorskip("triton")
+    from support.triton_cpu import interpreted
+
+    monkeypatch.setattr(module, "_by_chunks", module.by_kernel(interpreted("gemma_tune.train.fused").cross_entropy_))
+
+
+def check_rows(dtype, device="cpu", tolerance=None):
+    hidden, weight, targets, (expected, expected_gradient) = filled_up(dtype, device)
+    total = rows_cross_entropy(hidden, weight, targets, softcap=4.0, scale=0.5)
+    (total / 3).backward()
+    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    kept = (targets != IGNORE_INDEX).cpu()
+    assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and hidden.grad.dtype == dtype
+    assert total.item() == pytest.approx(expected.item(), rel=value_tolerance)
+    gradient = hidden.grad.cpu()
+    assert not gradient[~kept].any() and 0 < kept.sum() < len(kept)
+    expected_gradient = expected_gradient[:, :-1].flatten(0, 1)[kept] / 3
+    assert relative_error(gradient[kept], expected_gradient) < (tolerance or gradient_tolerance)
+    with torch.no_grad():
+        assert torch.equal(rows_cross_entropy(hidden, weight, targets, softcap=4.0, scale=0.5), total)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_rows_that_fill_up_count_nothing(dtype, device):
+    check_rows(dtype, device)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_way_of_a_gpu_gives_the_same(kernel, monkeypatch, dtype):
+    monkeypatch.setattr(module, "LOGITS", 64 * VOCABULARY * dtype.itemsize)
+    assert [len(part) for part in filled_up(dtype)[0].split(module._rows_at_a_time(70, VOCABULARY, dtype.itemsize))] == [64, 6]
+    # The softcap's derivative is taken in fp32 of the interpreter's cut-off numbers.
+    check_rows(dtype, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_nothing_trained_the_way_of_a_gpu(kernel):
+    test_nothing_trained_is_zero_and_backward_works(torch.float32)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 500, 512, 513, 1025, 6144])
+def test_blocks_of_logits_are_bounded_and_of_about_one_size(rows):
+    size = module._rows_at_a_time(rows, 262_144, 2)
+    assert size % 64 == 0 and size * 262_144 * 2 <= module.LOGITS
+    sizes = [len(part) for part in torch.empty(rows, 0).split(size)]
+    assert len(sizes) == max(1, math.ceil(rows / 512)) and max(sizes) - min(sizes) <= 64 * len(sizes)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_sure_target_keeps_its_gradient_in_bf16(device):
+    """softmax_y - 1 is -4e-4 here; from a bf16 softmax_y it would be 0 or -4e-3."""
+    hidden = torch.ones(1, 8, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(32, 8, dtype=torch.bfloat16, device=device)
+    weight[5] = 1.4
+    hidden.requires_grad_()
+    rows_cross_entropy(hidden, weight, torch.tensor([5], device=device)).backward()
+    expected = reference(torch.stack([hidden, hidden], 1).cpu(), weight.cpu(), torch.tensor([[0, 5]]))[1][0, :1]
+    assert relative_error(hidden.grad.cpu(), expected) < 5e-3
+
+
+def test_no_size_depends_on_the_data():
+    """Fake tensors have no numbers: a size that came from one, or a number that Python asks for, is an error."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden = torch.empty(7, 8, dtype=torch.bfloat16, requires_grad=True)
+        total = rows_cross_entropy(hidden, torch.empty(50, 8, dtype=torch.bfloat16), torch.empty(7, dtype=torch.long),
+                                   softcap=4.0, scale=0.5)
+        total.backward()
+        assert total.shape == () and hidden.grad.shape == hidden.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_rows_in_a_cuda_graph():
+    """Captured on other targets, which are then written in place."""
+    hidden, weight, labels = batch(rows=1, length=41, dtype=torch.bfloat16)
+    expected, gradient = reference(hidden, weight, labels, 4.0, 0.5)
+    rows, head = hidden.detach()[0, :-1].cuda().requires_grad_(), weight.cuda()
+    rows.grad, targets = torch.zeros_like(rows), torch.full((40,), 3, device="cuda")
+
+    def step():
+        total = rows_cross_entropy(rows, head, targets, softcap=4.0, scale=0.5)
+        total.backward()
+        return total.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = step()
+    rows.grad.zero_()
+    targets.copy_(labels[0, 1:])
+    graph.replay()
+    assert total.item() == pytest.approx(expected.item(), rel=3e-3)
+    assert relative_error(rows.grad.cpu(), gradient[0, :-1]) < 6e-3
