@@ -240,3 +240,92 @@ def test_what_cannot_be_captured_goes_on_uncaptured(model, on_cpu, monkeypatch):
     assert ours(model, capture=True) == theirs(model)
     assert "cannot be captured" in decoding._given_up[model]
     assert not decoding.pays(model)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def on_gpu(talkative):
+    """In fp32, where the captured step computes what the other one does."""
+    return load_model(talkative, Placement("cuda", torch.float32, "test")).eval()
+
+
+@gpu
+@pytest.mark.parametrize("chosen", [dict(temperature=0.0), dict(temperature=0.0, repetition_penalty=1e6),
+                                    dict(temperature=0.9, top_k=20, top_p=0.9)], ids=str)
+def test_captured_ids_are_those_made_without(on_gpu, chosen):
+    arguments = sampling_arguments(on_gpu, chosen)
+    made = []
+    for capture in (False, True, True):
+        torch.manual_seed(3)
+        made.append(ours(on_gpu, limit=100, arguments=arguments, capture=capture))
+    assert made[0] == made[1] == made[2]
+    assert on_gpu not in decoding._given_up, decoding._given_up.get(on_gpu)
+    [decoder] = decoding._kept[on_gpu].values()
+    assert decoder.replays
+
+
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_ids_of_every_gemma(family, tmp_path):
+    model = make_family(family, tmp_path).cuda()
+    assert ours(model, limit=40) == ours(model, limit=40, capture=False)
+    assert model not in decoding._given_up, decoding._given_up.get(model)
+
+
+@gpu
+def test_a_captured_answer_outgrows_its_cache(on_gpu, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "ROOM", 4)
+    assert ours(on_gpu, limit=90) == ours(on_gpu, limit=90, capture=False)
+
+
+@gpu
+def test_the_second_turn_replays_what_the_first_captured(on_gpu, chat, monkeypatch):
+    captures = []
+    capture = decoding.Decoder._capture
+    monkeypatch.setattr(decoding.Decoder, "_capture", lambda self, model: (captures.append(1), capture(self, model)))
+    texts = []
+    for text in ("a", "seven wizards box quietly", "a"):
+        stream = Stream(on_gpu, chat, [{"role": "user", "content": text}], 60, GREEDY)
+        texts.append("".join(stream))
+        stream.finish()
+    assert texts[0] == texts[2] != texts[1]
+    assert captures == [1]
+
+
+@gpu
+def test_an_adapter_that_is_switched_off_is_captured_apart(on_gpu):
+    expected = ours(on_gpu)
+    model = get_peft_model(on_gpu, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                                              init_lora_weights=False)).eval()
+    tuned = ours(model)
+    with model.disable_adapter():
+        assert ours(model) == expected != tuned
+    assert ours(model) == tuned
+    [decoder] = decoding._kept[model].values()
+    assert len(decoder._captured) == 2
+
+
+@gpu
+def test_a_captured_stream_can_be_stopped(on_gpu, chat):
+    stream = Stream(on_gpu, chat, [{"role": "user", "content": "a"}], 900, GREEDY)
+    for n, _ in enumerate(stream):
+        if n == 10:
+            stream.stop()
+    answer = stream.finish()
+    assert 10 < answer.tokens < 900 and not answer.ended
+
+
+@gpu
+def test_logits_of_a_captured_step_that_are_not_finite_are_an_error(on_gpu, chat):
+    stream = Stream(on_gpu, chat, [{"role": "user", "content": "a"}], 900, GREEDY)
+    with pytest.raises(UserError, match="holds infinities or no numbers"):
+        for n, _ in enumerate(stream):
+            if n == 10:
+                with torch.no_grad():
+                    on_gpu.lm_head.weight[7] = float("nan")
+        stream.finish()
