@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tune.answers import decoding
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import refuse_not_finite
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError, Messages, Tools
 
+READ_EVERY = 8  # steps of a batch after which its tokens are looked at for ends
 _BROKEN = "\ufffd"  # what the bytes of half a character decode to
 
 
@@ -104,11 +108,16 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
     pad = chat.tokenizer.pad_token_id if chat.tokenizer.pad_token_id is not None else chat.stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
+    limit = room_for_answer(model, width, max_new_tokens)
+    arguments = sampling_arguments(model, {"temperature": 0.0})
     with torch.inference_mode():
+        if decoding.pays(model):
+            with contextlib.suppress(decoding.GaveUp):
+                groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
+                                               arguments=arguments, every=READ_EVERY))
+                return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
-                             max_new_tokens=room_for_answer(model, width, max_new_tokens),
-                             logits_processor=_finite_logits(model),
-                             **sampling_arguments(model, {"temperature": 0.0}))
+                             max_new_tokens=limit, logits_processor=_finite_logits(model), **arguments)
     return [_cut(chat, row[width:].tolist()) for row in out]
 
 
@@ -160,12 +169,21 @@ class _Pieces:
         """Length of the answer so far, without what ended it."""
         return len(self._ids)
 
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of the answer so far, without what ended it."""
+        return list(self._ids)
+
     def put(self, ids: Any) -> None:
         """Take the prompt, which is not given out, or the next token."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        for token in ids.flatten().tolist():
+        self.take(ids.flatten().tolist())
+
+    def take(self, ids: Sequence[int]) -> None:
+        """Take the next tokens of the answer."""
+        for token in ids:
             if token in self._stop_ids:
                 self.ended = True
             else:
@@ -236,6 +254,30 @@ class Stream:
 
     def _run_model(self) -> None:
         import torch
+
+        with torch.inference_mode():
+            if decoding.pays(self._model):
+                with contextlib.suppress(decoding.GaveUp):
+                    self._decode()
+                    return
+            self._go_on()
+
+    def _decode(self) -> None:
+        import torch
+
+        ids = torch.tensor([self._ids], device=self._model.device)
+        groups = decoding.decoded(self._model, ids, torch.ones_like(ids), stop_ids=self._chat.stop_ids,
+                                  pad=self._chat.stop_ids[0], limit=self._limit, arguments=self._arguments, every=1)
+        with contextlib.closing(groups):
+            for [tokens] in groups:
+                self._pieces.take(tokens)
+                if self._stopped.is_set():
+                    break
+        self._pieces.end()
+
+    def _go_on(self) -> None:
+        """Continue what there is of the answer by ``generate``."""
+        import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         stopped = self._stopped
@@ -244,10 +286,9 @@ class Stream:
             def __call__(self, input_ids, scores, **kwargs):
                 return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
-        ids = torch.tensor([self._ids], device=self._model.device)
-        with torch.inference_mode():
-            self._model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._pieces, max_new_tokens=self._limit,
-                eos_token_id=self._chat.stop_ids, pad_token_id=self._chat.stop_ids[0],
-                stopping_criteria=StoppingCriteriaList([Stopped()]), logits_processor=_finite_logits(self._model),
-                **self._arguments)
+        ids = torch.tensor([self._ids + self._pieces.ids], device=self._model.device)
+        self._model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._pieces,
+            max_new_tokens=self._limit - self._pieces.tokens, eos_token_id=self._chat.stop_ids,
+            pad_token_id=self._chat.stop_ids[0], stopping_criteria=StoppingCriteriaList([Stopped()]),
+            logits_processor=_finite_logits(self._model), **self._arguments)

@@ -147,8 +147,8 @@ def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
     for dtype in dict.fromkeys((first, "auto", "bf16")):
         placement = choose_placement(dtype)
         need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
-        # A checkpoint goes through the computer's own memory on its way to a GPU.
-        room = min(available(device) for device in {placement.device, "cpu"})
+        # Weights go straight to a CUDA GPU; Apple's shares its memory with the computer.
+        room = min(available(device) for device in {placement.device, "cuda" if placement.device == "cuda" else "cpu"})
         if need <= USABLE * room:
             return placement, ""
     return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"

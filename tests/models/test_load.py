@@ -36,3 +36,32 @@ def test_the_first_token_of_an_answer_is_made_without_copies_of_the_head(tiny, d
         last = model(input_ids=ids, logits_to_keep=1).logits
     assert copied and max(copied) < head.numel()
     torch.testing.assert_close(last, whole)
+
+
+def test_a_device_alone_gets_no_hooks_and_the_same_weights(tiny, monkeypatch):
+    """What is asked of transformers for a GPU, here of the CPU, as the library does the same for each device."""
+    from transformers import AutoModelForCausalLM
+
+    asked, original = [], AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **settings):
+        asked.append(settings["device_map"])
+        return original(*args, **settings | {"device_map": {"": "cpu"}})
+
+    expected = load_model(tiny, Placement("cpu", torch.float32, "test"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(type(expected), "to", lambda model, device: model)
+    model = load_model(tiny, Placement("cuda", torch.float32, "test"))
+    assert asked == [{"": "cuda"}]
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert not hasattr(model, "hf_device_map")
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_weights_and_buffers_are_on_the_gpu(tiny):
+    model = load_model(tiny, Placement("cuda", torch.bfloat16, "test"))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cuda"}
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())

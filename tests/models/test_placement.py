@@ -35,3 +35,13 @@ def test_where_they_are_not_known_only_a_wide_lead_counts(processor, monkeypatch
 
 def test_the_measurement_is_a_ratio():
     assert 0.01 < placement.bf16_speed(rounds=2) < 100
+
+
+@pytest.mark.parametrize(("device", "fits"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_what_goes_straight_to_a_gpu_needs_no_room_beside_it(monkeypatch, device, fits):
+    chosen = placement.Placement(device, torch.bfloat16, "test")
+    monkeypatch.setattr(placement, "choose_placement", lambda dtype: chosen)
+    monkeypatch.setattr(placement, "available", {"cuda": 40e9, "mps": 40e9, "cpu": 4e9}.__getitem__)
+    found, lacking = placement.place(8_000_000_000)
+    assert (found == chosen) is fits
+    assert bool(lacking) is not fits

@@ -1,0 +1,375 @@
+"""Answers token by token with a cache of fixed size, whose steps a GPU records once and then replays.
+
+A GPU works less than a millisecond on a token of a small model, and Python needs twenty to tell it what to do. So one
+step, from a token to the next one, is captured as a CUDA graph: each tensor that it reads or changes keeps its address.
+The same loop runs without capture, which is what tests do without a GPU; there ``generate`` answers, as it is faster.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.finite import not_finite
+
+_LOG = logging.getLogger(__name__)
+SMALLEST = 256  # positions of a cache; larger ones are powers of two, so that the next turn finds one that fits
+ROOM = 256  # positions for the answer at first, as most answers are short; the cache grows where one is not
+EAGER = 3  # tokens before a step is captured: it has to have run before, and a capture takes about as long as a few
+KEPT = 2  # caches of a model, with what was captured on them
+
+# What a model's generation_config.json may say that this loop knows, or that does not concern it.
+_KNOWN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version",
+          "cache_implementation", "use_cache", "max_length", "max_new_tokens", "output_attentions",
+          "output_hidden_states", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+_NEUTRAL = {"num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"}  # at 1
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+_kept: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Decoder]] = weakref.WeakKeyDictionary()
+_given_up: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+class GaveUp(Exception):
+    """Something here failed; ``generate`` answers instead, from what was given out so far."""
+
+
+def pays(model: Any) -> bool:
+    """Whether :func:`decoded` is the faster way, and a known one, to an answer of this model."""
+    return model.device.type == "cuda" and model not in _given_up and not unknown(model)
+
+
+def unknown(model: Any) -> str:
+    """What of a model this loop does not know; empty if it knows all of it."""
+    base = _base(model)
+    if not getattr(base, "_can_compile_fullgraph", False) or base.config.is_encoder_decoder:
+        return "a forward pass that cannot be captured"
+    if base.config._attn_implementation not in ("sdpa", "eager"):
+        return f"{base.config._attn_implementation} attention"
+    try:
+        kinds = set(_layer_types(base))
+    except Exception as e:  # noqa: BLE001 - a configuration of another shape
+        return f"a configuration without kinds of layers ({e})"
+    if other := kinds - _ATTENTION - {"dummy"}:
+        return f"layers of {', '.join(sorted(other))}"
+    settings = base.generation_config.to_diff_dict().items()
+    if other := {name for name, value in settings if value and not (value == 1 and name in _NEUTRAL)} - _KNOWN:
+        return f"generation settings: {', '.join(sorted(other))}"
+    return ""
+
+
+def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: int, limit: int,
+            arguments: Mapping[str, Any], every: int, capture: bool | None = None) -> Iterator[list[list[int]]]:
+    """Continue token ids, as ``generate`` does with the same arguments.
+
+    To be used under ``torch.inference_mode()``.
+
+    Args:
+        ids: (rows, width), padded on the left; ``mask`` (rows, width) is 0 there.
+        pad: what follows the end of a row while others go on.
+        limit: most new tokens.
+        arguments: of :func:`gemma_tune.answers.generation.sampling_arguments`.
+        every: steps after which tokens are read, which the GPU does not wait for.
+        capture: None captures where the device can.
+
+    Yields:
+        the next up to ``every`` tokens of each row. Iterating ends when all rows have ended, or at the limit.
+
+    Raises:
+        UserError: logits that are not finite; tokens made of them are not given out.
+        GaveUp: anything else; this model is not asked this way again.
+    """
+    capture = model.device.type == "cuda" if capture is None else capture
+    try:
+        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments), every, capture)
+    except UserError:
+        raise
+    except Exception as e:  # noqa: BLE001 - in as many ways as a model can differ from what is known here
+        give_up(model, f"{type(e).__name__}: {e}")
+        raise GaveUp from e
+
+
+def give_up(model: Any, reason: str) -> None:
+    """Let ``generate`` answer for this model from now on; what was kept of it frees its memory."""
+    _LOG.debug("answers are made by generate, without captured steps: %s", reason)
+    _kept.pop(model, None)
+    _given_up[model] = reason
+
+
+def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int, limit: int, choose: Chooser | None,
+             every: int, capture: bool) -> Iterator[list[list[int]]]:
+    rows, width = ids.shape
+    decoder = _take(model, rows, width + 1, width + min(limit, ROOM))
+    waiting: deque[tuple[Any, Any]] = deque()
+    ended = [False] * rows
+    begun, last = width, width + limit
+    try:
+        for end in range(width + 1, last + 1):
+            if end > decoder.size:
+                decoder = decoder.grown(model)
+            if end == width + 1:
+                decoder.begin(model, ids, mask, stop_ids, pad, choose)
+            else:
+                decoder.step(model, choose, capture)
+            if (end - width) % every == 0 or end == last:
+                waiting.append(decoder.read(begun, end))
+                begun = end
+            # Where steps are replayed, the GPU makes the next group while this one is read.
+            while len(waiting) > (1 if decoder.replays and end < last else 0):
+                group = _on_host(waiting.popleft(), model)
+                ended = [done or not stop_ids.isdisjoint(row) for done, row in zip(ended, group)]
+                yield group
+                if all(ended):
+                    return _keep(model, decoder)
+    except GeneratorExit:  # the reader has enough
+        _keep(model, decoder)
+        raise
+    _keep(model, decoder)
+
+
+def _on_host(read: tuple[Any, Any], model: Any) -> list[list[int]]:
+    tokens, event = read
+    if event is not None:
+        event.synchronize()
+    group: list[list[int]] = tokens.tolist()
+    if any(token < 0 for row in group for token in row):
+        raise not_finite(model)
+    return group
+
+
+Chooser = Callable[[Any, Any], Any]
+
+
+def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
+    """How the next tokens (rows) are chosen from ids (rows, so far) and logits (rows, vocabulary); None: the best."""
+    import torch
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    processors, sample = LogitsProcessorList(), arguments["do_sample"]
+    if (penalty := arguments.get("repetition_penalty") or 1.0) != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if sample:  # in the order of generate
+        if (temperature := arguments["temperature"]) != 1.0:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if top_k := arguments["top_k"]:
+            processors.append(TopKLogitsWarper(top_k))
+        if (top_p := arguments["top_p"]) < 1.0:
+            processors.append(TopPLogitsWarper(top_p))
+    elif not processors:
+        return None
+
+    def choose(ids: Any, logits: Any) -> Any:
+        scores = processors(ids, logits)
+        return torch.multinomial(scores.softmax(-1), 1)[:, 0] if sample else scores.argmax(-1)
+
+    return choose
+
+
+class Decoder:
+    """A cache for so many rows and positions, and what a step reads and changes; all of it keeps its address."""
+
+    def __init__(self, model: Any, rows: int, size: int):
+        import torch
+
+        self.size = size
+        self.cache = _static_cache(model, size)
+        zeros = _zeros(model.device)
+        self.ids = zeros(rows, size)  # prompt and answer
+        self.mask = zeros(rows, size)  # 0 where the prompt is padded
+        self.token, self.position = zeros(rows, 1), zeros(rows, 1)  # what the next step reads, and its place in the row
+        self.column = zeros(1)  # of `ids` that is written next
+        self.pad = zeros()
+        self.ended = zeros(rows, dtype=torch.bool)
+        self.finite = zeros(dtype=torch.bool)
+        self.stops: Any = None  # (vocabulary), whether a token ends a row
+        self._last = _last_position(model)
+        self._captured: dict[tuple[int, bool], tuple[Any, Any]] = {}  # graph, and the logits that it leaves
+        self._pool: Any = None
+        self._key = (0, True)
+        self._eager = self._made = 0
+
+    def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
+              choose: Chooser | None) -> None:
+        """Read the prompts and choose the first token."""
+        import torch
+
+        width = ids.shape[1]
+        self.cache.reset()
+        self.ids[:, :width], self.ids[:, width:] = ids, pad
+        self.mask[:, :width], self.mask[:, width:] = mask, 1  # what lies ahead is hidden by its place in the cache
+        self.position.copy_(mask.sum(1, keepdim=True) - 1)
+        self.column.fill_(width)
+        self.pad.fill_(pad)
+        self.ended.zero_()
+        self.finite.fill_(True)
+        self._key = (_state(model), choose is None)
+        self._eager, self._made = 0, width
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                       past_key_values=self.cache, use_cache=True, **self._last).logits[:, -1]
+        if self.stops is None:
+            self.stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=ids.device)
+        self.stops.zero_()
+        self.stops[[token for token in stop_ids if token < len(self.stops)]] = True
+        logits = self._usable(logits)
+        self._append(choose(ids, logits) if choose else logits.argmax(-1))
+        self._made += 1
+
+    def step(self, model: Any, choose: Chooser | None, capture: bool) -> None:
+        """Append the next token to each row that has not ended."""
+        if capture and self._eager >= EAGER and not self.replays and model not in _given_up:
+            self._capture(model)
+        if found := self._captured.get(self._key):
+            graph, logits = found
+            graph.replay()
+        else:
+            logits = self._greedy_step(model) if choose is None else self._logits(model)
+            self._eager += 1
+        if choose:
+            self._append(choose(self.ids[:, :self._made], logits))
+        self._made += 1
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next step is a captured one."""
+        return self._key in self._captured
+
+    def read(self, begin: int, end: int) -> tuple[Any, Any]:
+        """Columns of the ids on their way to the host, with the event after which they are there; -1: not finite."""
+        import torch
+
+        columns = torch.where(self.finite, self.ids[:, begin:end], -1)
+        if columns.device.type != "cuda":
+            return columns, None
+        tokens = columns.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return tokens, event
+
+    def grown(self, model: Any) -> Decoder:
+        """The same answers so far, with twice the room."""
+        larger = Decoder(model, len(self.ids), 2 * self.size)
+        for old, new in zip(self.cache.layers, larger.cache.layers):
+            if old.keys is not None:
+                new.lazy_initialization(old.keys, old.values)
+                new.keys[:, :, :self.size], new.values[:, :, :self.size] = old.keys, old.values
+                new.cumulative_length.copy_(old.cumulative_length)
+        larger.ids[:, :self.size], larger.mask[:, :self.size], larger.mask[:, self.size:] = self.ids, self.mask, 1
+        for name in ("token", "position", "column", "pad", "ended", "finite"):
+            getattr(larger, name).copy_(getattr(self, name))
+        larger.stops, larger._key, larger._made = self.stops.clone(), self._key, self._made
+        return larger
+
+    def _logits(self, model: Any) -> Any:
+        out = model(input_ids=self.token, attention_mask=self.mask, position_ids=self.position,
+                    past_key_values=self.cache, use_cache=True, **self._last)
+        return self._usable(out.logits[:, -1])
+
+    def _greedy_step(self, model: Any) -> Any:
+        logits = self._logits(model)
+        self._append(logits.argmax(-1))
+        return logits
+
+    def _usable(self, logits: Any) -> Any:
+        """Logits (rows, vocabulary) in fp32; rows that are not finite are noted, and made harmless to choose from."""
+        import torch
+
+        logits = logits.float()
+        finite = torch.isfinite(logits.amax(-1, keepdim=True))  # a NaN anywhere is the largest
+        self.finite.logical_and_(finite.all())
+        return torch.where(finite, logits, 0.0)
+
+    def _append(self, chosen: Any) -> None:
+        import torch
+
+        token = torch.where(self.ended, self.pad, chosen)
+        self.ended.logical_or_(self.stops[token])
+        self.token.copy_(token[:, None])
+        self.ids.index_copy_(1, self.column, self.token)
+        self.column.add_(1)
+        self.position.add_(1)
+
+    def _capture(self, model: Any) -> None:
+        """Record a step. Where that fails the answer goes on as before, and later ones are made by ``generate``."""
+        import torch
+
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile: an answer is made in a thread of its own.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._greedy_step(model) if self._key[1] else self._logits(model)
+        except Exception as e:  # noqa: BLE001 - whatever a model does that cannot be captured
+            give_up(model, f"a step cannot be captured: {e}")
+            return
+        self._pool = graph.pool()
+        self._captured[self._key] = graph, logits
+
+
+def _static_cache(model: Any, size: int) -> Any:
+    """A layer of so many positions for each that has keys and values of its own.
+
+    Layers with a sliding window have them all as well, and the mask hides what is behind the window: transformers' own
+    layer for them counts in Python whether the window is full, which a captured step would not see change.
+    """
+    from transformers.cache_utils import Cache, DummyLayer, StaticLayer
+
+    return Cache(layers=[DummyLayer() if kind == "dummy" else StaticLayer(max_cache_len=size)
+                         for kind in _layer_types(_base(model))])
+
+
+def _layer_types(base: Any) -> list[str]:
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    return get_layer_types_and_kwargs(base.config.get_text_config(decoder=True))[0]
+
+
+def _base(model: Any) -> Any:
+    """The model of transformers, with an adapter's layers inside it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _last_position(model: Any) -> dict[str, int]:
+    known = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+    return {"logits_to_keep": 1} if known else {}
+
+
+def _zeros(device: Any) -> Callable[..., Any]:
+    import torch
+
+    return lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _state(model: Any) -> int:
+    """What a captured step depends on besides its buffers: where the weights lie, and which adapters take part."""
+    adapters = [(module.disable_adapters, *module.active_adapters, *getattr(module, "merged_adapters", ()))
+                for module in model.modules() if hasattr(module, "_disable_adapters")]  # PEFT's layers
+    weights = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
+    return hash((model.training, *adapters, *weights))
+
+
+def _take(model: Any, rows: int, least: int, wanted: int) -> Decoder:
+    """A decoder for so many rows, out of those kept if one fits; nobody else has it while it is used."""
+    kept = _kept.get(model, {})
+    fitting = sorted(size for number, size in kept if number == rows and least < size <= max(SMALLEST, 8 * wanted))
+    if fitting:
+        return kept.pop((rows, fitting[-1]))
+    return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length()))
+
+
+def _keep(model: Any, decoder: Decoder) -> None:
+    if model in _given_up:
+        return
+    kept = _kept.setdefault(model, {})
+    kept[len(decoder.ids), decoder.size] = decoder
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]

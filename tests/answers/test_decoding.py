@@ -1,0 +1,331 @@
+"""The loop with a cache of fixed size against ``generate``: the same ids, and what may end or break it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gemma_tune.answers import decoding
+from gemma_tune.answers.generation import Stream, greedy_continuations, sampling_arguments
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
+from support.gemmas import FAMILIES, make_family
+from support.llamas import make_llama
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+FP32 = Placement("cpu", torch.float32, "test")
+PROMPTS = [list(range(40, 75)), [50, 61, 72], list(range(90, 102))]
+
+
+@pytest.fixture
+def model(talkative):
+    return load_model(talkative, FP32).eval()
+
+
+@pytest.fixture(scope="module")
+def chat(talkative):
+    return load_format(talkative, "gemma3_text")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let answers be made by the loop here, as on a GPU but without capture."""
+    monkeypatch.setattr(decoding, "pays", lambda model: model not in decoding._given_up and not decoding.unknown(model))
+
+
+def batch(prompts=PROMPTS, device="cpu"):
+    """Prompts padded on the left, and where they are not."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+
+def ours(model, prompts=PROMPTS, limit=24, stops=(1,), arguments=GREEDY, every=5, **how):
+    """What the loop makes of each prompt, up to where all have ended."""
+    ids, mask = batch(prompts, model.device)
+    with torch.inference_mode():
+        groups = list(decoding.decoded(model, ids, mask, stop_ids=stops, pad=0, limit=limit, arguments=arguments,
+                                       every=every, **how))
+    made = [list(itertools.chain.from_iterable(row)) for row in zip(*groups)]
+    ends = [next((n + 1 for n, token in enumerate(row) if token in stops), limit) for row in made]
+    assert all(token == 0 for row, end in zip(made, ends) for token in row[end:]), "padding follows an end"
+    return [row[:max(ends)] for row in made]
+
+
+def theirs(model, prompts=PROMPTS, limit=24, stops=(1,), arguments=GREEDY):
+    """The same from ``generate``."""
+    ids, mask = batch(prompts, model.device)
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, eos_token_id=list(stops),
+                             max_new_tokens=limit, **arguments)
+    return [row[ids.shape[1]:].tolist() for row in out]
+
+
+# --- the same ids -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gemma_writes_what_generate_writes(family, tmp_path):
+    """Their windows are 8 positions wide: prompts fill them, or fill them on the way."""
+    model = make_family(family, tmp_path)
+    assert not decoding.unknown(model)
+    made = ours(model)
+    assert made == theirs(model)
+    assert len(set(map(tuple, made))) == len(PROMPTS), "answers that are all the same would prove nothing"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral", "qwen3"])
+def test_other_families_as_well(name, tmp_path):
+    model, _ = make_llama(name, tmp_path)
+    assert not decoding.unknown(model)
+    assert ours(model) == theirs(model)
+    assert ours(model, PROMPTS[:1]) == theirs(model, PROMPTS[:1])
+
+
+def test_a_row_that_ends_is_padded_while_others_go_on(model):
+    made = theirs(model, limit=12)
+    stops = (made[0][3], made[1][7])
+    expected = theirs(model, limit=12, stops=stops)
+    assert 0 in expected[0]
+    for every in (1, 4, 50):
+        assert ours(model, limit=12, stops=stops, every=every) == expected
+
+
+def test_nothing_is_made_once_all_rows_have_ended(model):
+    [made] = theirs(model, PROMPTS[:1], limit=20)
+    groups = list(decoding.decoded(model, *batch(PROMPTS[:1]), stop_ids=[made[4]], pad=0, limit=20, arguments=GREEDY,
+                                   every=2))
+    assert list(itertools.chain(*(row for [row] in groups)))[:5] == made[:5]
+    assert len(groups) <= 3
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 8, 9])
+def test_the_limit_counts_exactly(model, limit):
+    made = ours(model, limit=limit, stops=(), every=4)
+    assert made == theirs(model, limit=limit)
+    assert {len(row) for row in made} == {limit}
+
+
+def test_a_cache_grows_with_its_answer(model, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "ROOM", 4)
+    assert ours(model, limit=70) == theirs(model, limit=70)
+    assert [size for _, size in decoding._kept[model]] == [128]
+
+
+def test_a_cache_is_used_again_and_goes_with_its_model(model):
+    first = ours(model)
+    [decoder] = decoding._kept[model].values()
+    assert ours(model, [PROMPTS[1]] * 3) == theirs(model, [PROMPTS[1]] * 3)
+    assert ours(model) == first, "nothing of the answer in between is left"
+    assert list(decoding._kept[model].values()) == [decoder]
+    for rows in (1, 2):
+        ours(model, PROMPTS[:rows])
+    assert [rows for rows, _ in decoding._kept[model]] == [1, 2], "few are kept"
+
+
+def test_a_cache_goes_with_its_model(talkative):
+    model = load_model(talkative, FP32).eval()
+    ours(model)
+    keys = weakref.ref(next(iter(decoding._kept[model].values())).cache.layers[0].keys)
+    del model
+    gc.collect()
+    assert keys() is None
+
+
+def test_an_adapter_answers_as_itself_and_switched_off_as_its_base(talkative):
+    base = load_model(talkative, FP32).eval()
+    expected = theirs(base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                                            init_lora_weights=False)).eval()
+    assert not decoding.unknown(model)
+    tuned = ours(model)
+    assert tuned == theirs(model) != expected
+    on = decoding._state(model)
+    with model.disable_adapter():
+        assert ours(model) == expected
+        assert decoding._state(model) != on, "what was captured with the adapter is not replayed without it"
+    assert decoding._state(model) == on
+    assert ours(model) == tuned
+
+
+@pytest.mark.parametrize("chosen", [
+    dict(temperature=0.7), dict(temperature=1.5, top_k=7), dict(temperature=1.2, top_p=0.8),
+    dict(top_k=20, top_p=0.9, repetition_penalty=1.3), dict(temperature=0.0, repetition_penalty=1e6),
+], ids=str)
+def test_a_seed_draws_what_generate_draws(model, chosen):
+    arguments = sampling_arguments(model, chosen)
+    torch.manual_seed(3)
+    expected = theirs(model, arguments=arguments)
+    torch.manual_seed(3)
+    assert ours(model, arguments=arguments) == expected
+
+
+# --- what it does not know, and what fails ------------------------------------------------------------------------
+
+
+def test_what_it_does_not_know_is_left_to_generate(model):
+    model.generation_config.no_repeat_ngram_size = 3
+    assert "no_repeat_ngram_size" in decoding.unknown(model)
+    model.generation_config.no_repeat_ngram_size = None
+    assert not decoding.unknown(model)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in decoding.unknown(model)
+    model.config.layer_types = ["chunked_attention"] * 2  # of which this configuration has no size
+    assert "without kinds of layers" in decoding.unknown(model)
+    assert not decoding.pays(model), "on a CPU generate is faster"
+
+
+def spoil(model, step, what=float("nan")):
+    """Spoil the logits of one step of the model, counted from 1, in its last row."""
+    original, calls = model.lm_head.forward, itertools.count(1)
+
+    def forward(states):
+        logits = original(states)
+        if next(calls) == step:
+            logits[-1, -1, 5] = what
+        return logits
+
+    model.lm_head.forward = forward
+
+
+@pytest.mark.parametrize("arguments", [GREEDY, dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)],
+                         ids=["greedy", "sampling"])
+@pytest.mark.parametrize("step", [1, 4])
+def test_no_token_made_of_logits_that_are_not_finite_is_given_out(model, arguments, step):
+    spoil(model, step)
+    given = []
+    with torch.inference_mode(), pytest.raises(UserError, match="is not finite, though its weights are"):
+        given.extend(decoding.decoded(model, *batch(), stop_ids=[], pad=0, limit=9, arguments=arguments, every=1))
+    assert model not in decoding._given_up, "the model is to blame, and generate would say the same"
+
+
+def test_an_answer_that_fails_here_is_made_by_generate(model, chat, on_cpu, monkeypatch):
+    expected = greedy_continuations(model, chat, PROMPTS, 12)
+    monkeypatch.setattr(decoding.Decoder, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+    assert greedy_continuations(model, chat, PROMPTS, 12) == expected
+    assert "out of memory" in decoding._given_up[model]
+    assert model not in decoding._kept
+    assert not decoding.pays(model)
+
+
+def test_a_stream_that_fails_goes_on_where_it_was(model, chat, on_cpu, monkeypatch):
+    question = [{"role": "user", "content": "a"}]
+    plain = Stream(model, chat, question, 12, GREEDY)
+    expected = "".join(plain)
+    step, calls = decoding.Decoder.step, itertools.count()
+
+    def fails(self, *args):
+        if next(calls) == 5:
+            raise RuntimeError("the cache is of another kind")
+        step(self, *args)
+
+    monkeypatch.setattr(decoding.Decoder, "step", fails)
+    stream = Stream(model, chat, question, 12, GREEDY)
+    assert "".join(stream) == expected
+    assert stream.finish() == plain.finish()
+    assert model in decoding._given_up
+
+
+def test_what_cannot_be_captured_goes_on_uncaptured(model, on_cpu, monkeypatch):
+    """Here there is no CUDA at all, so the capture fails after the first tokens."""
+    assert ours(model, capture=True) == theirs(model)
+    assert "cannot be captured" in decoding._given_up[model]
+    assert not decoding.pays(model)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def on_gpu(talkative):
+    """In fp32, where the captured step computes what the other one does."""
+    return load_model(talkative, Placement("cuda", torch.float32, "test")).eval()
+
+
+@gpu
+@pytest.mark.parametrize("chosen", [dict(temperature=0.0), dict(temperature=0.0, repetition_penalty=1e6),
+                                    dict(temperature=0.9, top_k=20, top_p=0.9)], ids=str)
+def test_captured_ids_are_those_made_without(on_gpu, chosen):
+    arguments = sampling_arguments(on_gpu, chosen)
+    made = []
+    for capture in (False, True, True):
+        torch.manual_seed(3)
+        made.append(ours(on_gpu, limit=100, arguments=arguments, capture=capture))
+    assert made[0] == made[1] == made[2]
+    assert on_gpu not in decoding._given_up, decoding._given_up.get(on_gpu)
+    [decoder] = decoding._kept[on_gpu].values()
+    assert decoder.replays
+
+
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_ids_of_every_gemma(family, tmp_path):
+    model = make_family(family, tmp_path).cuda()
+    assert ours(model, limit=40) == ours(model, limit=40, capture=False)
+    assert model not in decoding._given_up, decoding._given_up.get(model)
+
+
+@gpu
+def test_a_captured_answer_outgrows_its_cache(on_gpu, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "ROOM", 4)
+    assert ours(on_gpu, limit=90) == ours(on_gpu, limit=90, capture=False)
+
+
+@gpu
+def test_the_second_turn_replays_what_the_first_captured(on_gpu, chat, monkeypatch):
+    captures = []
+    capture = decoding.Decoder._capture
+    monkeypatch.setattr(decoding.Decoder, "_capture", lambda self, model: (captures.append(1), capture(self, model)))
+    texts = []
+    for text in ("a", "seven wizards box quietly", "a"):
+        stream = Stream(on_gpu, chat, [{"role": "user", "content": text}], 60, GREEDY)
+        texts.append("".join(stream))
+        stream.finish()
+    assert texts[0] == texts[2] != texts[1]
+    assert captures == [1]
+
+
+@gpu
+def test_an_adapter_that_is_switched_off_is_captured_apart(on_gpu):
+    expected = ours(on_gpu)
+    model = get_peft_model(on_gpu, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                                              init_lora_weights=False)).eval()
+    tuned = ours(model)
+    with model.disable_adapter():
+        assert ours(model) == expected != tuned
+    assert ours(model) == tuned
+    [decoder] = decoding._kept[model].values()
+    assert len(decoder._captured) == 2
+
+
+@gpu
+def test_a_captured_stream_can_be_stopped(on_gpu, chat):
+    stream = Stream(on_gpu, chat, [{"role": "user", "content": "a"}], 900, GREEDY)
+    for n, _ in enumerate(stream):
+        if n == 10:
+            stream.stop()
+    answer = stream.finish()
+    assert 10 < answer.tokens < 900 and not answer.ended
+
+
+@gpu
+def test_logits_of_a_captured_step_that_are_not_finite_are_an_error(on_gpu, chat):
+    stream = Stream(on_gpu, chat, [{"role": "user", "content": "a"}], 900, GREEDY)
+    with pytest.raises(UserError, match="holds infinities or no numbers"):
+        for n, _ in enumerate(stream):
+            if n == 10:
+                with torch.no_grad():
+                    on_gpu.lm_head.weight[7] = float("nan")
+        stream.finish()
