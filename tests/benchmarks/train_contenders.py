@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import step_clock
+
 RANK, ALPHA, DROPOUT, LEARNING_RATE, WARMUP, SEED = 16, 32, 0.0, 2e-4, 0.05, 42
 IGNORE_INDEX = -100
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -23,13 +25,22 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 def cli(job: dict[str, Any], *arguments: str) -> dict[str, Any]:
     """This project's command line, in this process so that the GPU's peak of memory can be read from it."""
+    seen = step_clock.watch(job["profile"]) if arguments[0] == "train" else None
     sys.argv = ["gemma-tune", *arguments]
     try:
         runpy.run_module("gemma_tune", run_name="__main__")
     except SystemExit as e:
         if e.code:
             raise
-    return {}
+    return {"steps_seen": seen.figures()} if seen else {}
+
+
+def shape(job: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of a shape; the tokenizer of a folder or a tiny one."""
+    from shapes import make_checkpoint
+
+    tokenizer = Path(job["tokenizer"]) if job["tokenizer"] else None
+    return {"checkpoint": str(make_checkpoint(job["shape"], Path(job["output"]), tokenizer))}
 
 
 def measure_limit(job: dict[str, Any]) -> dict[str, Any]:
@@ -69,25 +80,29 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
 
 def trl_best(job: dict[str, Any]) -> dict[str, Any]:
     """SFTTrainer with the settings that make it fastest here: bf16 weights, activations kept, our labels, rows of
-    similar length together; on a GPU its fused kernels, where the package that has them is installed."""
+    similar length together, a fused optimiser; on a GPU Liger's kernels, or those of ``kernels``, where installed."""
     from datasets import Dataset
 
     from gemma_tune.encoding.tokens import open_tokens
 
     model_settings: dict[str, Any] = {"dtype": "bfloat16" if job["dtype"] == "bf16" else "float32"}
     settings: dict[str, Any] = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
-    if job["device"] == "cuda" and find_spec("kernels"):
-        model_settings["use_kernels"] = True
-    elif job["device"] == "cuda" and find_spec("liger_kernel"):
-        settings["use_liger_kernel"] = True
+    if job["device"] == "cuda":
+        settings["optim"] = "adamw_torch_fused"
+        if find_spec("liger_kernel"):
+            settings["use_liger_kernel"] = True
+        elif find_spec("kernels"):
+            model_settings["use_kernels"] = True
     rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()}
             for row in open_tokens(Path(job["tokens"]))]
     return _train_with_trl(job, Dataset.from_list(rows), model_init_kwargs=model_settings, **settings)
 
 
-def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str, Any]:
+def _train_with_trl(job: dict[str, Any], rows: Any, model_init_kwargs: dict[str, Any] | None = None,
+                    **settings: Any) -> dict[str, Any]:
+    import torch
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
@@ -102,14 +117,18 @@ def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str
             self.seconds += time.perf_counter() - self.began
             print(f"step {state.global_step} of {state.max_steps}: {self.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    clock = Clock()
+    clock, seen = Clock(), step_clock.watch(job["profile"])
+    if job["qlora"]:
+        model_init_kwargs = (model_init_kwargs or {}) | {"quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)}
     steps = -(-len(rows) // job["batch_size"]) * job["epochs"]
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
     arguments = SFTConfig(
         output_dir=job["output"], per_device_train_batch_size=job["batch_size"], num_train_epochs=job["epochs"],
         learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=round(WARMUP * steps), seed=SEED,
         max_length=None, use_cpu=job["device"] == "cpu", report_to=[], logging_steps=1, save_strategy="no",
-        disable_tqdm=True, **settings)
+        disable_tqdm=True, model_init_kwargs=model_init_kwargs, **settings)
     trainer = SFTTrainer(model=job["checkpoint"], args=arguments, train_dataset=rows, peft_config=lora,
                          processing_class=_tokenizer(job), callbacks=[clock])
     trainer.train()
@@ -117,7 +136,8 @@ def _train_with_trl(job: dict[str, Any], rows: Any, **settings: Any) -> dict[str
     learned = [label != IGNORE_INDEX for row in trainer.train_dataset for label in row.get("labels", row["input_ids"])[1:]]
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     return {"seconds": clock.seconds, "rows": len(rows), "steps": trainer.state.global_step, "trained_tokens": sum(learned),
-            "tokens": sum(len(row["input_ids"]) for row in trainer.train_dataset), "losses": losses}
+            "tokens": sum(len(row["input_ids"]) for row in trainer.train_dataset), "losses": losses,
+            "steps_seen": seen.figures()}
 
 
 def _tokenizer(job: dict[str, Any]) -> Any:
@@ -208,16 +228,13 @@ def _summed_loss(model: Any, row: dict[str, Any]) -> Any:
     return torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-JOBS = {"cli": cli, "limit": measure_limit, "trl": trl, "trl-best": trl_best, "fp32": fp32, "judge": judge}
+JOBS = {"cli": cli, "shape": shape, "limit": measure_limit, "trl": trl, "trl-best": trl_best, "fp32": fp32, "judge": judge}
 
 
 def main() -> None:
     name, path, *arguments = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    result = JOBS[name](job, *arguments)
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    result = JOBS[name](job, *arguments) | step_clock.memory()
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 

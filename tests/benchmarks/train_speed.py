@@ -1,4 +1,4 @@
-"""How fast ``train`` is and how much memory it takes, beside TRL and LLaMA-Factory on the same rows.
+"""How fast ``train`` is and how much memory it takes, beside TRL and other programs on the same rows.
 
 Run it from the repository: ``python tests/benchmarks/train_speed.py DATA``, where DATA is a ``.json`` array or a
 ``.jsonl`` file of conversations; its first rows are learned, the next ones are held out. Every contender runs in a
@@ -8,15 +8,18 @@ process of its own, one after the other, with the same LoRA, batch size, schedul
 - ``trl``: SFTTrainer with TRL's defaults; it learns all tokens, the others the assistant's turns only;
 - ``trl-best``: SFTTrainer with the settings that make it fastest here, and our labels;
 - ``fp32``: the same training as ours in fp32 by PEFT and PyTorch alone, for its held-out loss only;
-- ``llama-factory``: the command given as ``--llama-factory``. It gets three arguments, the rows (JSONL with
-  ``messages``), the checkpoint, and a directory for its adapter, and prints as its last line ``{"seconds", "rows",
-  "peak_rss_bytes", "train_loss"}``, and ``"adapter"`` where it wrote one.
+- each ``--contender NAME=COMMAND``. It gets three arguments, the rows (JSONL with ``messages``), the checkpoint, and a
+  directory for its adapter; in the environment ``TRAIN_SPEED`` has the settings as JSON. Its last line is ``{"seconds",
+  "rows", "peak_rss_bytes" or "peak_gpu_bytes", "train_loss"}``, and ``"adapter"`` where it wrote one. Of a program
+  with transformers' Trainer, step_clock.py also gives ``"steps_seen"``; others may say how many of the seconds were
+  ``"warmup_seconds"``. contender_unsloth.py is such a program.
 
 Speed counts the seconds in training steps; "whole command" also starting, loading, preparing the rows and saving. Real
 tokens are those without padding, the same for all (TRL's defaults add one at the end of each conversation). Peak memory
 is the training process's resident set, on a GPU what PyTorch allocated there. The training loss is the mean over the
 steps; the contenders batch and label differently, so only the held-out loss compares: the same program computes it for
-every adapter, in fp32. The matrix limit is explained in matrix_limit.py.
+every adapter, in fp32. Warm-up, the first steps until speed is steady, is reported apart (see step_clock.py), on a GPU with
+the share of the time in which it works, and its kernels, in the last three steps. The matrix limit is explained in matrix_limit.py.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ import platform
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,30 +39,31 @@ from pathlib import Path
 from typing import Any
 
 import train_contenders as common
+from shapes import SHAPES
+from train_report import compare, say, summarised, table
 
-CONTENDERS = ("ours", "trl", "trl-best", "fp32", "llama-factory")
-TITLES = {"ours": "gemma-tune", "trl": "TRL, its defaults", "trl-best": "TRL, tuned", "fp32": "plain fp32",
-          "llama-factory": "LLaMA-Factory"}
-TO_REACH = {"trl": 6.0, "llama-factory": 3.0}  # times as many conversations per second
-
-
-def say(text: str) -> None:
-    """Progress, for people."""
-    print(text, file=sys.stderr, flush=True)
+CONTENDERS = ("ours", "trl", "trl-best", "fp32")
 
 
 class Work:
     """A folder with the rows, and the processes that are measured on them."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
-        self.folder, self.options = folder, options
-        self.job: dict[str, Any] = {"model": options.model, "batch_size": options.batch_size, "epochs": options.epochs}
+        self.folder, self.options, self.model = folder, options, options.model
+        self.job: dict[str, Any] = {"model": options.model, "batch_size": options.batch_size, "epochs": options.epochs,
+                                     "qlora": options.qlora, "profile": False}
 
     def prepare(self) -> dict[str, Any]:
         """Split DATA, prepare both sides, measure the machine. The figures that hold for all contenders."""
         for name, rows in zip(("train", "held-out"), read_rows(self.options)):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        if self.options.shape:
+            say(f"shape: {self.options.shape} with random weights")
+            kept = Path(self.options.checkpoint or self.folder / "checkpoint").resolve()
+            self.model = self.child("shape", shape=self.options.shape, output=str(kept),
+                                    tokenizer=self.options.tokenizer)["figures"]["checkpoint"]
+            self.job["model"] = self.model
         self.cli("prepare", "held-out")  # the first one also makes the demo's checkpoint, before anything is measured
         self.preparation = self.cli("prepare", "train")
         summary = self.preparation["summary"]
@@ -70,6 +73,7 @@ class Work:
         say("limit: measuring the speed of matrix products")
         limit = self.child("limit")["figures"]
         self.job |= {name: limit[name] for name in ("checkpoint", "device", "dtype")}
+        self.job["profile"] = self.job["device"] == "cuda"
         return {"rows": summary["train_rows"], "tokens": summary["tokens"], "trained_tokens": summary["trained_tokens"],
                 "machine": machine(limit), "limit": limit}
 
@@ -80,36 +84,42 @@ class Work:
             return self._ours()
         output = self.folder / f"adapter-{name}"
         shutil.rmtree(output, ignore_errors=True)
-        if name == "llama-factory":
-            command = [*shlex.split(self.options.llama_factory), self.job["rows"], self.job["checkpoint"], str(output)]
+        if name in self.options.commands:
+            command = [*shlex.split(self.options.commands[name]), self.job["rows"], self.job["checkpoint"], str(output)]
             done = self.measured(command, name)
-            figures = json.loads(done["stdout"].strip().splitlines()[-1])
-            return {"wall_seconds": done["wall_seconds"], "peak_bytes": figures["peak_rss_bytes"]} | figures
+            figures = answer(done["stdout"], name)
+            peak = figures.get("peak_gpu_bytes") or figures["peak_rss_bytes"]
+            return {"wall_seconds": done["wall_seconds"], "peak_bytes": peak} | figures
         done = self.child(name, output=str(output))
         return done["figures"] | {"adapter": str(output)} | {key: done[key] for key in ("wall_seconds", "peak_bytes")}
 
     def _ours(self) -> dict[str, Any]:
         done = self.cli("train", "train", "--epochs", self.options.epochs, "--batch-size", self.options.batch_size,
                         "--rank", common.RANK, "--alpha", common.ALPHA, "--dropout", common.DROPOUT, "--learning-rate",
-                        common.LEARNING_RATE, "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED)
+                        common.LEARNING_RATE, "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED, *(["--qlora"] if self.options.qlora else []))
         summary, run = done["summary"], self.folder / "run-train"
         lines = (run / "logs/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
         if summary["dtype"] != self.job["dtype"]:
             say(f"ours: it computed in {summary['dtype']}, while the limit was measured in {self.job['dtype']}")
-        return {"seconds": summary["training_seconds"], "steps": summary["steps"], "losses": losses, "summary": summary,
+        seen = done["figures"].get("steps_seen", {})
+        if said := re.findall(r"padding adds (\d+) ?%", (self.folder / "ours.log").read_text(encoding="utf-8")):
+            # Padding to a shape that was captured comes after the batches that were counted.
+            seen["padding"] = max(seen.get("padding", 0), 1 - 1 / (1 + int(said[-1]) / 100))
+        return done["figures"] | {"steps_seen": seen} | {
+                "seconds": summary["training_seconds"], "steps": summary["steps"], "losses": losses, "summary": summary,
                 "wall_seconds": self.preparation["wall_seconds"] + done["wall_seconds"],
                 "peak_bytes": done["peak_bytes"], "adapter": str(run / done["artifacts"]["adapter"])}
 
     def cli(self, command: str, side: str, *arguments: object) -> dict[str, Any]:
         """One of our commands on the run of one side: its JSON, seconds and memory."""
         if command == "prepare":
-            arguments = (self.folder / f"{side}.jsonl", "--model", self.options.model, "--valid", 0, "--duplicates", "keep")
+            arguments = (self.folder / f"{side}.jsonl", "--model", self.model, "--valid", 0, "--duplicates", "keep")
         done = self.child("cli", command, *arguments, "--run", self.folder / f"run-{side}", "--json", "--force",
                           log="ours" if command == "train" else f"prepare-{side}")
         return json.loads(done["stdout"]) | done
 
-    def child(self, name: str, *arguments: object, log: str | None = None, **more: str) -> dict[str, Any]:
+    def child(self, name: str, *arguments: object, log: str | None = None, **more: Any) -> dict[str, Any]:
         """Run one job of train_contenders.py; ``figures`` is what it found."""
         path, result = self.folder / f"{log or name}-job.json", self.folder / f"{log or name}-result.json"
         path.write_text(json.dumps(self.job | more | {"result": str(result)}), encoding="utf-8")
@@ -126,13 +136,27 @@ class Work:
             # Its own peak, not that of its children: a sampled sum would slow down what is measured, and training is
             # one process.
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr,
-                                       env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+                                       env=os.environ | {"TOKENIZERS_PARALLELISM": "false",
+                                                         "TRAIN_SPEED": json.dumps(self.job)})
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             sys.exit(f"{shlex.join(command)} failed:\n{(out.read_text() + err.read_text())[-3000:]}")
         unit = 1 if sys.platform == "darwin" else 1024
         return {"wall_seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * unit, "stdout": out.read_text()}
+
+
+def answer(output: str, name: str) -> dict[str, Any]:
+    """The figures in the last line of a contender's standard output."""
+    lines = output.strip().splitlines()
+    try:
+        figures = json.loads(lines[-1])
+        missing = {"seconds", "rows", "train_loss"} - set(figures)
+    except (IndexError, ValueError, TypeError):
+        sys.exit(f"{name}: its last line is no JSON object: {lines[-1] if lines else '(nothing)'}")
+    if missing or not {"peak_rss_bytes", "peak_gpu_bytes"} & set(figures):
+        sys.exit(f"{name}: its last line has no {', '.join(sorted(missing)) or 'peak_rss_bytes or peak_gpu_bytes'}")
+    return figures
 
 
 def read_rows(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -157,61 +181,6 @@ def machine(limit: dict[str, Any]) -> dict[str, Any]:
             **{name: limit[name] for name in ("device", "dtype", "gpu", "threads", "versions")}}
 
 
-def summarised(runs: list[dict[str, Any]], name: str, facts: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """A contender's figures: medians of its runs' speeds, the highest of their memory."""
-    losses = runs[-1].get("losses")
-    figures = {"runs": runs, "wall_seconds": statistics.median(r["wall_seconds"] for r in runs),
-               "peak_bytes": max(r["peak_bytes"] for r in runs), "adapter": runs[-1].get("adapter"),
-               "training_loss": statistics.fmean(losses) if losses else runs[-1].get("train_loss")}
-    if name != "fp32":
-        seconds = statistics.median(r["seconds"] for r in runs)
-        least = facts["limit"]["all_tokens" if name == "trl" else "trained_only"]["seconds"] * epochs
-        figures |= {"seconds": seconds, "conversations_per_second": facts["rows"] * epochs / seconds,
-                    "tokens_per_second": facts["tokens"] * epochs / seconds, "share_of_limit": least / seconds}
-    if runs[-1].get("rows", facts["rows"]) != facts["rows"]:
-        say(f"{name}: it trained on {runs[-1]['rows']} rows, not on {facts['rows']}: its figures do not compare")
-    return figures
-
-
-def table(facts: dict[str, Any], contenders: dict[str, Any], options: argparse.Namespace) -> str:
-    """Markdown: what was measured where, and a line for each contender."""
-    m, limit = facts["machine"], facts["limit"]["trained_only"]
-    where = m["gpu"] or f"{m['cores']} cores of {m['cpu']}"
-    lines = [
-        f"{facts['rows']} conversations ({facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them learned), "
-        f"{options.epochs} epoch(s) in batches of {options.batch_size}, model `{options.model}`. {where}, "
-        f"{m['memory_bytes'] / 2**30:.0f} GiB, {m['dtype']}; torch {m['versions']['torch']}, TRL {m['versions']['trl']}. "
-        f"At the {limit['gflops_per_second']:,.0f} GFLOP/s measured for the model's matrix products, this takes "
-        f"{limit['seconds'] * options.epochs:.1f} s at least. The held-out loss of the base model is "
-        f"{facts['held_out']['base']:.4f}.", "",
-        "| | conversations/s | real tokens/s | of the matrix limit | peak memory | training loss | held-out loss | whole command |",
-        "|---|---|---|---|---|---|---|---|"]
-    for name, c in contenders.items():
-        speed = ([f"{c['conversations_per_second']:.2f}", f"{c['tokens_per_second']:,.0f}", f"{c['share_of_limit']:.0%}",
-                  f"{c['peak_bytes'] / 1e9:.2f} GB"] if "seconds" in c else ["–"] * 4)
-        wall = f"{c['wall_seconds']:.0f} s" if "seconds" in c else "–"
-        losses = [f"{x:.4f}" if x is not None else "–" for x in (c["training_loss"], c.get("held_out_loss"))]
-        lines.append(f"| {TITLES[name]} | {' | '.join([*speed, *losses, wall])} |")
-    return "\n".join(lines)
-
-
-def compare(contenders: dict[str, Any]) -> None:
-    """Say how ours compares with what is to be reached."""
-    ours = contenders.get("ours")
-    if not ours:
-        return
-    for name, factor in TO_REACH.items():
-        if name in contenders:
-            times = ours["conversations_per_second"] / contenders[name]["conversations_per_second"]
-            say(f"{times:.1f}x the conversations/s of {TITLES[name]} (to reach: {factor:g}x)")
-    say(f"{ours['share_of_limit']:.0%} of the matrix limit (to reach: 50 %)")
-    if "trl" in contenders:
-        say(f"{ours['peak_bytes'] / contenders['trl']['peak_bytes']:.0%} of the peak memory of TRL's defaults (to reach: below)")
-    if "fp32" in contenders and "held_out_loss" in ours:
-        off = ours["held_out_loss"] / contenders["fp32"]["held_out_loss"] - 1
-        say(f"held-out loss {off:+.2%} against plain fp32 (to reach: within 0.5 %)")
-
-
 def parse() -> argparse.Namespace:
     """The options; refused are contenders that do not exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,17 +191,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--with", dest="contenders", default=",".join(CONTENDERS), help="default: %(default)s")
-    parser.add_argument("--llama-factory", metavar="COMMAND", help="without it, LLaMA-Factory is left out")
+    parser.add_argument("--contender", metavar="NAME=COMMAND", action="append", default=[],
+                        help="another program, such as llama-factory or unsloth; may be given several times")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of a released model's shape, instead of --model")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="for --shape: a Gemma 3 tokenizer (default: a tiny one)")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="where the model of --shape is kept for the next run")
+    parser.add_argument("--qlora", action="store_true", help="with the base in 4 bits")
+    parser.add_argument("--max-steps", type=int, help="take so few rows that an epoch has at most so many steps")
     parser.add_argument("--repeats", type=int, default=1, help="speeds are medians of so many rounds")
     parser.add_argument("--json", metavar="FILE", help="where all figures go")
     parser.add_argument("--folder", help="where to work (default: a temporary directory, deleted at the end)")
     options = parser.parse_args()
-    options.contenders = options.contenders.split(",")
-    if unknown := set(options.contenders) - set(CONTENDERS):
+    options.commands = {}
+    for given in options.contender:
+        name, sign, command = given.partition("=")
+        if not (sign and re.fullmatch(r"[\w.-]+", name) and shlex.split(command)) or name in CONTENDERS:
+            parser.error(f"--contender {given}: give it as NAME=COMMAND, with a name that is not {', '.join(CONTENDERS)}")
+        options.commands[name] = command
+    options.contenders = [*options.contenders.split(","), *options.commands]
+    if unknown := set(options.contenders) - set(CONTENDERS) - set(options.commands):
         parser.error(f"there is no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
-    if "llama-factory" in options.contenders and not options.llama_factory:
-        say("llama-factory: left out, as --llama-factory names no command")
-        options.contenders.remove("llama-factory")
+    if options.max_steps:
+        options.rows = min(options.rows, options.max_steps * options.batch_size)
+    if options.shape:
+        options.model = f"random weights, {options.shape}"
     return options
 
 
