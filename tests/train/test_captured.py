@@ -1,0 +1,225 @@
+"""Steps whose shapes do not depend on the data: what can be captured, shown without a GPU, and the captures on one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemma_tune.base.listener import Listener
+from gemma_tune.train.batches import collate
+from gemma_tune.train.buckets import Bucket, Buckets, Costs
+from gemma_tune.train.captured import CapturedSteps, filled, inputs_of
+from gemma_tune.train.gradients import Gradients
+from gemma_tune.train.kernels import fast_layers
+from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.summed_loss import install_summed_loss
+from train.test_summed_loss import conversations, small
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+# What makes the CPU wait for a device, or depends on what a tensor holds.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "equal", "_to_copy.host")
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS = {"gemma3": ("Gemma3", WINDOW), "gemma2, capped": ("Gemma2", {
+    "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "attn_implementation": "eager", **WINDOW}), "llama": ("Llama", {})}
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def adapted(kind: str, device: str = "cpu", dropout: float = 0.0, dtype: torch.dtype = torch.float32):
+    family, changes = KINDS[kind]
+    model = small(family, **changes).to(dtype)
+    install_summed_loss(model)
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout,
+                                            init_lora_weights=False)).to(device)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft.train()
+
+
+def step(model, ids, positions, targets) -> torch.Tensor:
+    return model(input_ids=ids, positions=positions, targets=targets)["loss"]
+
+
+def weights(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def bucket_of(parts, room: int = 0) -> Bucket:
+    trained = max(int((p["labels"][:, 1:] != IGNORE_INDEX).sum()) for p in parts)
+    return Bucket(max(len(p["lengths"]) for p in parts), max(p["input_ids"].shape[1] for p in parts) + room, trained + room)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_piece_padded_to_its_bucket_teaches_the_same(kind):
+    model, part = adapted(kind), collate(conversations())
+    gradients = Gradients(weights(model), fixed=True)
+    found = []
+    for bucket in (bucket_of([part]), Bucket(6, 40, 64)):
+        gradients.clear()
+        with fast_layers(model):
+            loss = step(model, *inputs_of(filled(part, bucket), bucket))
+            loss.backward()
+        found.append((loss.item(), gradients._flat.clone()))
+    plain = model(input_ids=part["input_ids"], labels=part["labels"])["loss"]
+    assert found[0][0] == pytest.approx(plain.item(), rel=1e-5) and found[1][0] == pytest.approx(plain.item(), rel=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm() != 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_has_no_size_that_depends_on_the_data(kind):
+    """Under fake tensors, which hold nothing: whatever asked for a value would fail."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, part = adapted(kind), collate(conversations())
+    bucket = bucket_of([part], room=3)
+    flat = filled(part, bucket)
+    with fast_layers(model), FakeTensorMode(allow_non_fake_inputs=True):
+        loss = step(model, *inputs_of(torch.empty_like(flat, device="cpu"), bucket))
+        loss.backward()
+    assert loss.shape == ()
+
+
+def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
+    model = adapted("gemma3")
+    parts = [collate(conversations()), collate(conversations()[1:])]
+    bucket = bucket_of(parts, room=2)
+    found, _ = [], Gradients(weights(model), fixed=True)
+    with fast_layers(model):
+        for part in parts:
+            flat = filled(part, bucket)
+            with Operations() as operations:
+                (step(model, *inputs_of(flat, bucket)) / 7).backward()
+            found.append(operations.names)
+    assert found[0] == found[1] and len(found[0]) > 100
+    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+
+
+def test_the_optimisers_step_waits_for_nothing(cli, tiny, data, monkeypatch):
+    """Clipping, the check of the gradients and their norms: with figures that are read late, as on a GPU."""
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    seen, plain = [], GemmaTrainer._finish_gradients
+
+    def counted(self, most):
+        self.waits, self.figures._wait_for = False, 0
+        with Operations() as operations:
+            norm = plain(self, most)
+        seen.append(operations.names)
+        return norm
+
+    monkeypatch.setattr(GemmaTrainer, "_finish_gradients", counted)
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32").code == 0
+    assert seen and not [name for names in seen for name in names if any(word in name for word in WAITING)]
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+class Told(Listener):
+    def __init__(self):
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def captured(model, parts, told: Told) -> tuple[CapturedSteps, Gradients]:
+    gradients = Gradients(weights(model), fixed=True)
+    shapes = np.array([(len(p["lengths"]), p["input_ids"].shape[1], int((p["labels"][:, 1:] != IGNORE_INDEX).sum())) for p in parts])
+    steps = CapturedSteps(lambda *inputs: step(model, *inputs), gradients, Buckets(np.repeat(shapes, 4, 0), Costs(1, 1)), told)
+    return steps, gradients
+
+
+def compare(model, tolerance: float, **_) -> None:
+    """Replays of several pieces, accumulated, give the gradients and the loss of the eager steps."""
+    parts, told = [collate(conversations()), collate(conversations()[1:]), collate(conversations()[:2])], Told()
+    with fast_layers(model):
+        steps, gradients = captured(model, parts, told)
+        eager = Gradients(weights(model), fixed=True)
+        for part in parts:
+            (model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"] / 5).backward()
+        expected, loss = eager._flat.clone(), sum(
+            (model(input_ids=p["input_ids"].cuda(), labels=p["labels"].cuda())["loss"] / 5).item() for p in parts)
+        gradients.clear()
+        for _ in range(2):  # captured first, then only replayed
+            gradients.clear()
+            assert all(steps.run(part, 1 / 5) for part in parts), told.notes
+            torch.cuda.synchronize()
+            off = (gradients._flat[:-1] - expected[:-1]).norm() / expected.norm()
+            assert off < tolerance, off
+            assert gradients.loss.item() == pytest.approx(loss, rel=tolerance)
+    assert len(steps) and not told.notes
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_gradients_are_those_of_the_eager_step(kind, dtype):
+    compare(adapted(kind, "cuda", dtype=dtype), 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@on_gpu
+def test_with_activations_that_are_recomputed():
+    model = adapted("gemma3", "cuda")
+    model.enable_input_require_grads()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    compare(model, 1e-4)
+
+
+@on_gpu
+def test_dropout_draws_anew_in_each_replay():
+    model, told = adapted("llama", "cuda", dropout=0.5), Told()
+    part, found = collate(conversations()), []
+    with fast_layers(model):
+        steps, gradients = captured(model, [part], told)
+        for _ in range(3):
+            gradients.clear()
+            assert steps.run(part, 1.0), told.notes
+            found.append(gradients._flat.clone())
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+@on_gpu
+def test_replays_wait_for_nothing():
+    model, told = adapted("gemma3", "cuda"), Told()
+    part = collate(conversations())
+    with fast_layers(model):
+        steps, gradients = captured(model, [part], told)
+        assert steps.run(part, 1.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert steps.run(part, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_what_cannot_be_captured_says_so_once_and_goes_on():
+    model, told = adapted("llama", "cuda"), Told()
+    part = collate(conversations())
+    steps, gradients = captured(model, [part], told)
+    steps.loss = lambda ids, positions, targets: step(model, ids, positions, targets) * float(ids.sum().item() > 0)
+    assert not steps.run(part, 1.0) and not steps.run(part, 1.0)
+    assert len(told.notes) == 1 and "one kernel at a time" in told.notes[0]
+    with contextlib.suppress(AttributeError):
+        gradients.clear()
+    model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"].backward()
+    assert torch.isfinite(gradients._flat).all() and gradients._flat.any()
