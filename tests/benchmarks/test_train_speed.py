@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parent))
 
 import step_clock  # noqa: E402
-from train_report import speed, warmup_table  # noqa: E402
+from train_report import speed, step_seconds, warmup_table  # noqa: E402
 from train_speed import Work, answer, parse  # noqa: E402
 
 
@@ -95,11 +95,18 @@ def test_a_contender_that_does_not_answer(printed, said):
 
 def test_the_table_has_the_gpu_where_there_is_one():
     seen = {"warmup_steps": 1, "warmup_seconds": 3.0, "steady_tokens_per_second": 1234.5, "padding": 0.125}
-    cpu = speed({"steps_seen": seen}, 10.0, 100)
+    cpu = speed({"steps_seen": seen})
     assert warmup_table({"ours": cpu | {"seconds": 10.0}, "fp32": {}})[2:] == [
         "| gemma-tune | 1,234 | – | 1 | 3.0 s | 12.5% |"]
-    gpu = speed({"steps_seen": seen | {"gpu_busy": 0.5}, "peak_gpu_bytes": 2_000_000_000}, 10.0, 100)
+    gpu = speed({"steps_seen": seen | {"gpu_busy": 0.5}, "peak_gpu_bytes": 2_000_000_000})
     assert "| 50% | – | – | 2.00 GB | – |" in warmup_table({"x": gpu | {"seconds": 10.0}})[2]
+
+
+def test_profiled_steps_do_not_slow_the_training_down():
+    """Two of three steps of 100 tokens were timed, the third was profiled."""
+    seen = {"profiled_steps": 1, "step_seconds": [3.0, 1.0], "step_tokens": [100, 100]}
+    assert step_seconds({"seconds": 50.0, "steps_seen": seen}, 300) == 6
+    assert step_seconds({"seconds": 50.0, "steps_seen": {"step_seconds": [1.0]}}, 300) == 50
 
 
 def test_a_shape_is_made_once(tmp_path, monkeypatch):
