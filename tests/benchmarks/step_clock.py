@@ -7,6 +7,7 @@ and the few steps that are profiled, which are the last ones and count nowhere e
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -66,6 +67,7 @@ class Steps:
         counts = [(int(real), positions) for real, positions in self.counts]
         return figures(self.seconds, [real for real, _ in counts]) | {
             "first_step_after": self.first_step, "step_seconds": self.seconds,
+            "step_tokens": [real for real, _ in counts][:len(self.seconds)],
             "padding": 1 - sum(r for r, _ in counts) / max(1, sum(p for _, p in counts)), **self.gpu}
 
 
@@ -103,6 +105,7 @@ def watch(profile: bool) -> Steps:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.seconds, seen.counts = [], []
+            _count_batches(library.Trainer, seen)  # only here: Unsloth puts a method of its own there until now
             seen.last = time.perf_counter()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -127,16 +130,24 @@ def watch(profile: bool) -> Steps:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.skip()
 
-    inner = library.Trainer.get_batch_samples
+    library.DEFAULT_CALLBACKS.append(Clock)
+    return seen
 
+
+def _count_batches(trainer: Any, seen: Steps) -> None:
+    """Let ``seen`` read the batches of each step of a Trainer class, once."""
+    inner = trainer.get_batch_samples
+    if getattr(inner, "read_by", None) is seen:
+        return
+
+    @functools.wraps(inner)
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = inner(self, *args, **kwargs)
         seen.read(answer[0])
         return answer
 
-    library.Trainer.get_batch_samples = get_batch_samples
-    library.DEFAULT_CALLBACKS.append(Clock)
-    return seen
+    get_batch_samples.read_by = seen
+    trainer.get_batch_samples = get_batch_samples
 
 
 def _started() -> Any:
@@ -160,15 +171,15 @@ def _work(profiler: Any, steps: int, since: float) -> dict[str, Any]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - since
     if not profiler:
-        return {}
+        return {"profiled_steps": steps}
     try:
         profiler.stop()
         spans = [(e.time_range.start, e.time_range.end) for e in profiler.events()
                  if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Mem", "ProfilerStep"))]
     except Exception as e:
         print(f"no profile: {e}", file=sys.stderr)
-        return {}
-    return {"kernels_per_step": len(spans) / steps, "gpu_busy": covered(spans) / 1e6 / seconds,
+        return {"profiled_steps": steps}
+    return {"profiled_steps": steps, "kernels_per_step": len(spans) / steps, "gpu_busy": covered(spans) / 1e6 / seconds,
             "gpu_seconds_per_step": covered(spans) / 1e6 / steps, "profiled_step_seconds": seconds / steps}
 
 

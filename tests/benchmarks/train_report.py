@@ -24,10 +24,10 @@ def summarised(runs: list[dict[str, Any]], name: str, facts: dict[str, Any], epo
                "peak_bytes": max(r["peak_bytes"] for r in runs), "adapter": runs[-1].get("adapter"),
                "training_loss": statistics.fmean(losses) if losses else runs[-1].get("train_loss")}
     if name != "fp32":
-        seconds = statistics.median(r["seconds"] for r in runs)
+        seconds = statistics.median(step_seconds(r, facts["tokens"] * epochs) for r in runs)
         least = facts["limit"]["all_tokens" if name == "trl" else "trained_only"]["seconds"] * epochs
         figures |= {"seconds": seconds, "conversations_per_second": facts["rows"] * epochs / seconds,
-                    "tokens_per_second": facts["tokens"] * epochs / seconds, "share_of_limit": least / seconds} | speed(runs[-1], seconds, facts["tokens"] * epochs)
+                    "tokens_per_second": facts["tokens"] * epochs / seconds, "share_of_limit": least / seconds} | speed(runs[-1])
     if runs[-1].get("rows", facts["rows"]) != facts["rows"]:
         say(f"{name}: it trained on {runs[-1]['rows']} rows, not on {facts['rows']}: its figures do not compare")
     return figures
@@ -55,15 +55,19 @@ def table(facts: dict[str, Any], contenders: dict[str, Any], options: argparse.N
     return "\n".join([*lines, "", *warmup_table(contenders)])
 
 
-def speed(run: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
-    """A contender's steps as step_clock.py saw them, or as its own ``warmup_seconds`` lets one know."""
-    seen = dict(run.get("steps_seen") or {})
-    if "steady_tokens_per_second" not in seen and 0 <= run.get("warmup_seconds", -1) < seconds and not seen:
-        # How many rows those first steps took is not known: as many as the others would be too many.
-        seen = {"warmup_seconds": run["warmup_seconds"]}
-    if "steady_tokens_per_second" in run:
-        seen["steady_tokens_per_second"] = run["steady_tokens_per_second"]
-    return {"steps_seen": seen | {name: run[name] for name in ("peak_gpu_bytes", "peak_reserved_bytes") if name in run}}
+def step_seconds(run: dict[str, Any], tokens: int) -> float:
+    """Seconds in steps; profiled ones, which take longer, count as the mean of the others."""
+    seen = run.get("steps_seen") or {}
+    if seen.get("profiled_steps") and sum(seen.get("step_tokens", ())):
+        return sum(seen["step_seconds"]) * tokens / sum(seen["step_tokens"])
+    return run["seconds"]
+
+
+def speed(run: dict[str, Any]) -> dict[str, Any]:
+    """A contender's steps as step_clock.py saw them, and what it says itself."""
+    seen = run.get("steps_seen") or {}
+    said = ("warmup_seconds", "steady_tokens_per_second", "peak_gpu_bytes", "peak_reserved_bytes")
+    return {"steps_seen": seen | {name: run[name] for name in said if name in run}}
 
 
 def warmup_table(contenders: dict[str, Any]) -> list[str]:

@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
         if not (sign and re.fullmatch(r"[\w.-]+", name) and shlex.split(command)) or name in CONTENDERS:
             parser.error(f"--contender {given}: give it as NAME=COMMAND, with a name that is not {', '.join(CONTENDERS)}")
         options.commands[name] = command
-    options.contenders = [*options.contenders.split(","), *options.commands]
+    options.contenders = [*filter(None, options.contenders.split(",")), *options.commands]
     if unknown := set(options.contenders) - set(CONTENDERS) - set(options.commands):
         parser.error(f"there is no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
     if options.max_steps:
