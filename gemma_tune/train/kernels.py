@@ -343,8 +343,11 @@ def _replace_rotations(model: torch.nn.Module, undo: contextlib.ExitStack) -> in
 
 
 def _replace_attention(undo: contextlib.ExitStack) -> None:
+    from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
+    # Rows are never packed here; to find that out, the library would wait for the GPU, or make a mask in a capture.
+    _set(undo, masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     theirs = FUNCTIONS["sdpa"]
     undo.callback(FUNCTIONS.__setitem__, "sdpa", theirs)
     FUNCTIONS["sdpa"] = causal_attention_or(theirs)
