@@ -10,6 +10,7 @@ All graphs share one pool of memory, as no two of them run at the same time.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,17 +73,20 @@ class CapturedSteps:
         loss: the summed loss in nats of ids (rows, length), positions and targets (n,), see ``install_summed_loss``.
         gradients: where it adds; also the loss.
         buckets: the training's shapes.
-        prepare: called with a bucket before its step is captured, to choose what cannot be chosen within.
+        pool: memory that is shared with other captured steps, none of which runs at the same time.
+        backward: False for the loss alone, of an evaluation.
+
+    Attributes:
         seconds: spent on capturing so far.
     """
 
     def __init__(self, loss: Loss, gradients: Gradients, buckets: Buckets, listener: Listener,
-                 prepare: Callable[[Bucket], None] = lambda bucket: None):
-        self.loss, self.gradients, self.buckets, self.listener, self.prepare = (
-            loss, gradients, buckets, listener, prepare)
+                 pool: Any = None, backward: bool = True):
+        self.loss, self.gradients, self.buckets, self.listener, self.backward = (
+            loss, gradients, buckets, listener, backward)
         self.seconds = 0.0
         self._weight = torch.zeros((), device=gradients.device)  # what a trained token counts: 1 / those of the step
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
         self._broken = False
 
@@ -118,15 +122,18 @@ class CapturedSteps:
 
     def _capture(self, bucket: Bucket) -> _Captured | None:
         began = time.perf_counter()
-        self.prepare(bucket)
+        if not self._graphs:  # each capture collects garbage, of which none is in what was there before
+            gc.collect()
+            gc.freeze()
         inputs = torch.zeros(bucket.rows * bucket.length + 2 * bucket.positions, dtype=torch.int32,
                              device=self.gradients.device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, such as one that reads data, may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = self.loss(*inputs_of(inputs, bucket)) * self._weight
-                loss.backward()
+                if self.backward:
+                    loss.backward()
                 self.gradients.loss += loss.detach()
         except RuntimeError as e:  # whatever cannot be captured
             self._broken = True

@@ -14,9 +14,9 @@ import torch
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 from gemma_tune.train import processes
-from gemma_tune.train.batches import collate
+from gemma_tune.train.batches import SortedBatches, collate
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
-from gemma_tune.train.captured import CapturedSteps
+from gemma_tune.train.captured import CapturedSteps, Loss
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.train.loss import IGNORE_INDEX
 
@@ -66,7 +66,20 @@ class FirstBatch:
             return self.model(input_ids=ids, positions=positions, targets=targets)["loss"]
 
         self.captured = CapturedSteps(loss, self.gradients, buckets, self.listener)
+        self._capture_evaluations(loss)
         self.listener.note(buckets.described(shapes, tokens))
+
+    def _capture_evaluations(self, loss: Loss) -> None:
+        """Capture the validation's forward passes as well, which come again in each evaluation."""
+        if self.eval_dataset is None:
+            return
+        batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
+        shapes = shapes_of_pieces(iter([list(batches)]), np.asarray(self.lengths[1]), np.asarray(self.trained[1]),
+                                  self.micro_batch)
+        evaluations = 2 + self.args.max_steps // max(1, int(self.args.eval_steps or self.args.max_steps))
+        buckets = Buckets(np.repeat(shapes, evaluations, axis=0), costs_of(self.causal_lm))
+        self.captured_evaluation = CapturedSteps(loss, self.gradients, buckets, self.listener, self.captured.pool,
+                                                 backward=False)
 
     def _shapes(self) -> tuple[np.ndarray, int]:
         """Of this process's pieces, see ``shapes_of_pieces``, and the tokens of all of them."""
@@ -78,7 +91,7 @@ class FirstBatch:
                 break
         lengths = np.asarray(self.lengths[0])
         tokens = sum(int(lengths[batch].sum()) for batches in steps for batch in batches)
-        return shapes_of_pieces(iter(steps), lengths, np.asarray(self.trained), self.micro_batch), tokens
+        return shapes_of_pieces(iter(steps), lengths, np.asarray(self.trained[0]), self.micro_batch), tokens
 
     def _compile(self, layers: contextlib.ExitStack) -> bool:
         """Put compiled layers in place of the fast ones; False, with nothing in place, where that does not help."""

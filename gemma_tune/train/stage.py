@@ -42,6 +42,7 @@ from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.results import plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
+from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
 from gemma_tune.train.verdict import advice, is_harm, rose
 
@@ -111,6 +112,7 @@ class _Job:
     Args:
         checkpoint: what training goes on from, or None.
         earlier: records of the log up to there.
+        startup: what the time went to so far.
     """
 
     session: Session
@@ -119,6 +121,7 @@ class _Job:
     placement: Placement
     choice: BatchChoice
     earlier: list[dict[str, Any]]
+    startup: Startup
 
 
 def follow() -> None:
@@ -140,15 +143,17 @@ def _load_libraries() -> None:
 
 
 def _train(session: Session) -> Finished:
+    startup = Startup()
     processes.begin()
     _load_libraries()
-    job = _decide(session)
+    startup.done("libraries")
+    job = _decide(session, startup)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     adapter = session.run.adapter
     return Finished({"adapter": adapter}, _work(job), {adapter: fresh_path(adapter)})
 
 
-def _decide(session: Session) -> _Job:
+def _decide(session: Session, startup: Startup) -> _Job:
     from gemma_tune.train.callbacks import earlier_records
 
     config, run, listener = session.config, session.run, session.listener
@@ -166,7 +171,8 @@ def _decide(session: Session) -> _Job:
     session = replace(session, model=with_weights(session.model, listener))
     refuse_rotten(session.model.path, session.model.files)
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
-    return _Job(session, training, checkpoint, placement, choice, earlier)
+    startup.done("plan")
+    return _Job(session, training, checkpoint, placement, choice, earlier, startup)
 
 
 def _refuse_processes(config: Any) -> None:
@@ -196,6 +202,7 @@ def _work(job: _Job) -> dict[str, Any]:
     chat = _format(session)
     train_rows, valid_rows = _prepared_sequences(session)
     model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
+    job.startup.done("weights")
     steps = total_steps(len(train_rows), config)
     listener.note(described_steps(len(train_rows), config))
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
@@ -203,8 +210,9 @@ def _work(job: _Job) -> dict[str, Any]:
     trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice, (log, stop),
                        job.training)
     log.trainer = trainer
+    job.startup.done("adapter")
     with stop:
-        summary = run_steps(trainer, log, stop, session, job.checkpoint)
+        summary = run_steps(trainer, log, stop, session, job.checkpoint, job.startup)
     if processes.is_main():
         plot(log.records, run.plot)
         _refuse_harm(session, trainer.model, chat, log.records, summary["steps"])
@@ -311,7 +319,8 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer, peft_config=lora_config(config, chosen),
             callbacks=[*callbacks], training=training, listener=session.listener,
-            lengths=(lengths_of(train_rows), lengths_of(valid_rows)), trained=trained_of(train_rows),
+            lengths=(lengths_of(train_rows), lengths_of(valid_rows)),
+            trained=(trained_of(train_rows), trained_of(valid_rows)),
             micro_batch=choice.micro_batch, rate=lambda step: rate_at(step, steps, config))
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",

@@ -11,17 +11,21 @@ from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
+from gemma_tune.train.startup import Startup
 
 
-def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None) -> dict[str, Any]:
+def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None, startup: Startup) -> dict[str, Any]:
     """Evaluate, train, evaluate; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
     try:
         with trainer.fast(session.config.compile):
+            startup.done("longest batch")
             if processes.is_main():  # only now: what can fail at once has not
                 clear(session.run.checkpoints, after=checkpoint)
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
+                startup.done("first evaluation")
+            session.listener.note(startup.described())
             if log.first_step < trainer.args.max_steps:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:  # it was interrupted after the last step: all that is missing is the adapter
@@ -42,7 +46,8 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None) -> 
             "train_loss_last": losses[-1] if losses else None,
             "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(last),
             "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
-            "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step}
+            "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
+            "startup_seconds": startup.seconds}
 
 
 def _stopped(session: Session, state: Any) -> Interrupted:

@@ -53,13 +53,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     Args:
         training: what the checkpoints belong to.
         lengths: tokens of each training sequence, and of each validation sequence.
-        trained: how many tokens of each training sequence are learned.
+        trained: how many tokens of each of them are learned, or count in the validation loss.
         micro_batch: rows that go through the model at once; a batch is worked on in such pieces.
         rate: the learning rate of a step, from 0 on, as a share of the peak.
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
-                 trained: Sequence[int], micro_batch: int, listener: Listener, rate: Callable[[int], float],
+                 trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener, rate: Callable[[int], float],
                  **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
@@ -77,6 +77,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.waits = not on_gpu or self.args.fp16
         self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, on_gpu)
         self.captured: CapturedSteps | None = None
+        self.captured_evaluation: CapturedSteps | None = None
         self.figures = LateFigures(self.accelerator.device)
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
@@ -248,12 +249,16 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         """
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
         losses, count = [], 0
+        self.gradients.clear()
         with self._evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
-                    losses.append(self._summed_loss(self.model, part))
+                    if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0):
+                        losses.append(self._summed_loss(self.model, part))
                     count += int((part["labels"][:, 1:] != IGNORE_INDEX).sum())
-        total = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once: a GPU works on meanwhile
+        losses.append(self.gradients.loss)  # of what was captured
+        total = sum(torch.stack(losses).tolist())  # read once: a GPU works on meanwhile
+        self.gradients.clear()
         total, count = map(sum, zip(*processes.gathered((total, count))))
         metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -277,7 +282,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _sampler(self) -> LengthGroupedBatches:
         return LengthGroupedBatches(self.lengths[0], self._share(self.args.gradient_accumulation_steps), self.args.seed,
-                                    self.trained)
+                                    self.trained[0])
 
     def get_train_dataloader(self):
         """Batches of rows of similar length, each row once per epoch."""

@@ -1,0 +1,26 @@
+"""Where the time before the first step goes."""
+
+from __future__ import annotations
+
+import time
+
+from gemma_tune.base.words import span
+
+
+class Startup:
+    """Seconds of the parts of a training's start, in order, from now on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, part: str) -> None:
+        """A part ends now; the next one begins."""
+        now = time.perf_counter()
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 2)
+        self._last = now
+
+    def described(self) -> str:
+        """All parts in one line."""
+        parts = ", ".join(f"{part} {span(seconds)}" for part, seconds in self.seconds.items())
+        return f"ready for the first step after {span(sum(self.seconds.values()))}: {parts}"
