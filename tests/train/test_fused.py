@@ -6,8 +6,9 @@ import functools
 
 import pytest
 import torch
-from support.triton_cpu import interpreted
 from torch.nn import functional as F
+
+from support.triton_cpu import interpreted
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of exp() of a large number
