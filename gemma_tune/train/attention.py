@@ -93,6 +93,21 @@ def _split(product: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return product.view(*like.shape[:2], product.shape[-1])
 
 
+def plain_causal(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 attention_mask: torch.Tensor | None, dropout: float, is_causal: bool | None, more: dict[str, Any]) -> bool:
+    """Whether a call of transformers' attention means causal attention of rows with themselves and no more.
+
+    Rows are padded on the right and never packed, so a mask can only be there for the window.
+
+    Args:
+        more: what else the attention function was given by name.
+    """
+    return (not dropout and is_causal is not False and getattr(module, "is_causal", False)
+            and query.shape[2] == key.shape[2] and key.shape[1] == value.shape[1]
+            and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+            and (attention_mask is None or bool(more.get("sliding_window"))))
+
+
 def causal_attention_or(theirs: Any) -> Any:
     """transformers' attention function ``theirs`` with ours in its place wherever the two mean the same.
 
@@ -100,16 +115,12 @@ def causal_attention_or(theirs: Any) -> Any:
         theirs: transformers' function for SDPA.
     """
     def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-        window = kwargs.get("sliding_window")
-        plain = (query.device.type == "cpu" and not dropout and is_causal is not False
-                 and getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]
-                 and key.shape[1] == value.shape[1] and kwargs.get("position_bias") is None
-                 and kwargs.get("softcap") is None and kwargs.get("s_aux") is None and kwargs.get("cache") is None)
-        # Rows are padded on the right and never packed, so a mask can only be there for the window.
-        if not plain or (attention_mask is not None and not window):
+        if query.device.type != "cpu" or not plain_causal(module, query, key, value, attention_mask, dropout, is_causal,
+                                                          kwargs):
             return theirs(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                           is_causal=is_causal, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return CausalAttention.apply(query, key, value, scale, None if attention_mask is None else window), None
+        window = None if attention_mask is None else kwargs["sliding_window"]
+        return CausalAttention.apply(query, key, value, scale, window), None
 
     return attention

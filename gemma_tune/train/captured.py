@@ -22,6 +22,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import first_line
 from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.buckets import Bucket, Buckets
+from gemma_tune.train.cuda_attention import choose_for
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.loss import IGNORE_INDEX
 
@@ -129,6 +130,7 @@ class CapturedSteps:
                              device=self.gradients.device)
         graph = torch.cuda.CUDAGraph()
         try:
+            choose_for(bucket.rows, bucket.length)
             # Other threads, such as one that reads data, may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = self.loss(*inputs_of(inputs, bucket)) * self._weight

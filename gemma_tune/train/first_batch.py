@@ -39,14 +39,14 @@ class FirstBatch:
         ids = self._sample()
         theirs = self._loss_by_logits(ids)
         with contextlib.ExitStack() as layers:
-            layers.enter_context(fast_layers(self.model))
+            self.refresh = layers.enter_context(fast_layers(self.model)).refresh
             self._compare(ids, theirs)
             if self.args.activation_checkpointing:  # train() would, but the probe comes before it
                 self.model.activation_checkpointing_enable()
             seconds = self.probe()
             self.listener.note(f"the longest batch takes {seconds:.1f} s")
             if compiled and not self._compile(layers):
-                layers.enter_context(fast_layers(self.model))
+                self.refresh = layers.enter_context(fast_layers(self.model)).refresh
             self.micro_batch = processes.least(self.micro_batch)
             # Memory that runs out later does so in one process, while the others wait for its gradients.
             self.in_step = self.accelerator.num_processes > 1

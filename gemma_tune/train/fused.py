@@ -1,4 +1,4 @@
-"""The layers' elementwise work on a GPU as single Triton kernels, forward and backward, with the derivatives written out.
+"""The layers' elementwise work on a GPU as single Triton kernels, forward and backward.
 
 In eager PyTorch a norm, a rotation or a gated activation is a dozen kernels, each of which reads and writes the whole
 tensor; here each is one, computed in fp32 and rounded once. Nothing depends on the data: the kernels can be captured in
@@ -260,7 +260,7 @@ def _some_logits(logits, at, vocabulary, softcap, scale, CAP: tl.constexpr, WIDE
 @triton.jit
 def _cross_entropy(logits, targets, loss, own, stride, vocabulary, softcap, scale, CAP: tl.constexpr,
                    GRAD: tl.constexpr, IGNORED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: its loss; with GRAD the gradient in place of the logits, but the target's share, which goes to ``own``."""
+    """A row's loss; with GRAD the gradient in place of its logits, but the target's share, which goes to ``own``."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)

@@ -79,12 +79,10 @@ def by_kernel(cross_entropy_: Callable) -> Callable:
         blocks = torch.split(hidden, _rows_at_a_time(*hidden.shape[:1], *weight.shape[:1], hidden.element_size()))
         buffer = hidden.new_empty(len(blocks[0]), len(weight))
         losses, shares, grads = [], [], []
-        start = 0
-        for block in blocks:
+        for block, wanted in zip(blocks, targets.split(len(blocks[0]) or 1)):
             logits = buffer[:len(block)]
             torch.mm(block, weight.t(), out=logits)
-            loss, own = cross_entropy_(logits, targets[start:start + len(block)], softcap, scale, IGNORE_INDEX, with_grad)
-            start += len(block)
+            loss, own = cross_entropy_(logits, wanted, softcap, scale, IGNORE_INDEX, with_grad)
             losses.append(loss)
             if with_grad:
                 shares.append(own)

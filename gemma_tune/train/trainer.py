@@ -78,6 +78,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, on_gpu)
         self.captured: CapturedSteps | None = None
         self.captured_evaluation: CapturedSteps | None = None
+        self.refresh: Callable[[], None] = lambda: None  # see FastLayers
         self.figures = LateFigures(self.accelerator.device)
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
@@ -101,6 +102,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
+        self.refresh()
         self._facts = {"tokens": batches[0]["step_tokens"], "trained": batches[0]["step_trained"]}
         return batches, self._facts["trained"]
 
@@ -249,6 +251,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         """
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
         losses, count = [], 0
+        self.refresh()
         self.gradients.clear()
         with self._evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from train.test_summed_loss import conversations, small
 
 from gemma_tune.base.listener import Listener
 from gemma_tune.train.batches import collate
@@ -19,7 +20,6 @@ from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
-from train.test_summed_loss import conversations, small
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # What makes the CPU wait for a device, or depends on what a tensor holds.

@@ -1,0 +1,21 @@
+"""Small helpers of those who put something else in a layer's place for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def unsharded(weight: torch.Tensor) -> torch.Tensor:
+    """The whole of a weight that FSDP keeps in shards; all processes have to ask for it."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def set_until(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until ``undo`` is closed."""
+    own = vars(owner)
+    undo.callback(partial(setattr, owner, name, own[name]) if name in own else partial(delattr, owner, name))
+    setattr(owner, name, value)
