@@ -110,7 +110,7 @@ class NarrowCopies:
     def of(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Weight number ``index`` as ``dtype``."""
         if dtype not in self._copies:
-            self._copies[dtype] = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for weight in self._weights]
+            self._copies[dtype] = [torch.empty_like(w, dtype=dtype, requires_grad=False) for w in self._weights]
             self.refresh()
         elif self._weights[index]._version != self._versions[index]:
             self.refresh()
@@ -130,11 +130,13 @@ def replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack, narrow:
     """
     from peft.tuners.lora import LoraLayer
 
-    found = [(layer, dense) for layer in model.modules() if isinstance(layer, LoraLayer) and (dense := dense_weight(layer))]
+    found = [(layer, dense) for layer in model.modules()
+             if isinstance(layer, LoraLayer) and (dense := dense_weight(layer))]
     copies = NarrowCopies([weight for layer, _ in found for weight in _factors(layer)] if narrow else [])
     for number, (layer, dense) in enumerate(found):
         rounded = partial(_copied, copies, number) if narrow else None
-        set_until(undo, layer, "forward", partial(_adapted, layer, layer.forward, partial(_fused, layer, dense, rounded)))
+        ours = partial(_fused, layer, dense, rounded)
+        set_until(undo, layer, "forward", partial(_adapted, layer, layer.forward, ours))
     return len(found), copies
 
 

@@ -94,7 +94,8 @@ def _split(product: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def plain_causal(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                 attention_mask: torch.Tensor | None, dropout: float, is_causal: bool | None, more: dict[str, Any]) -> bool:
+                 attention_mask: torch.Tensor | None, dropout: float, is_causal: bool | None,
+                 more: dict[str, Any]) -> bool:
     """Whether a call of transformers' attention means causal attention of rows with themselves and no more.
 
     Rows are padded on the right and never packed, so a mask can only be there for the window.

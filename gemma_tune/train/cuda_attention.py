@@ -1,7 +1,7 @@
 """Attention on a GPU by whichever of PyTorch's kernels is fastest for a shape.
 
-Which one that is differs by length, heads and GPU, cuDNN makes a plan for each new shape, flash takes no head wider than
-256, and a window excludes several. So candidates are timed, forward and backward, once for each shape that a training
+Which one that is differs by length, heads and GPU, cuDNN makes a plan for each new shape, flash takes no head wider
+than 256, and a window excludes several. So candidates are timed, forward and backward, once for each shape that a training
 uses often, and only those count that can compute it and agree with attention in fp32. Any other shape goes
 transformers' way.
 """
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from gemma_tune.train.attention import plain_causal
 
 REPEATS = 5
-# Length of the difference against that of the result: in bf16 all kernels measure 0.2 to 0.8 %, a wrong mask 10 % and more.
+# Length of the difference against that of the result: in bf16 all kernels measure 0.2 to 0.8 %, a wrong mask 10 % and
+# more.
 TOLERANCE = 0.03
 _MATH_SCORES = 1 << 28  # more than so many scores, 1 GB in fp32, are not built
 
@@ -136,7 +138,9 @@ def choose(shape: Shape, scale: float) -> Choice:
     if shape not in _chosen:
         if _capturing(shape.device):
             raise RuntimeError("attention cannot be measured while a CUDA graph is captured")
-        with torch.random.fork_rng([shape.device] if shape.device.type == "cuda" else []), torch.enable_grad():
+        with (torch.random.fork_rng([shape.device] if shape.device.type == "cuda" else []), torch.enable_grad(),
+              warnings.catch_warnings()):
+            warnings.simplefilter("ignore")  # PyTorch says in several why a candidate cannot be taken
             _chosen[shape] = _measured(shape, scale)
     return _chosen[shape]
 

@@ -49,7 +49,7 @@ def fast_layers(model: torch.nn.Module) -> Iterator[FastLayers]:
     Yields:
         How many layers of each kind were replaced, and how to refresh what is kept of the adapters.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     operations = _operations(device)
     with contextlib.ExitStack() as undo:
         adapters, copies = replace_adapters(model, undo, narrow=operations is not elementwise)

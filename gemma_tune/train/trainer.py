@@ -59,8 +59,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
-                 trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener, rate: Callable[[int], float],
-                 **kwargs: Any):
+                 trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener,
+                 rate: Callable[[int], float], **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         # Gradients are summed over the processes once a step, see Gradients; DDP would do so while they are computed,
@@ -126,7 +126,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         Raises:
             RuntimeError: out of memory with a single row, or with several processes, which must stay in step.
         """
-        model.train()
+        if not model.training:  # it would walk through all modules in each step
+            model.train()
         rows = len(inputs["lengths"])
         earlier = self.gradients.saved() if self._divisible(rows) and self.captured is None else None
         while True:
