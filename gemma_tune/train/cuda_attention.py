@@ -1,8 +1,8 @@
 """Attention on a GPU by whichever of PyTorch's kernels is fastest for a shape.
 
 Which one that is differs by length, heads and GPU, cuDNN makes a plan for each new shape, flash takes no head wider
-than 256, and a window excludes several. So candidates are timed, forward and backward, once for each shape that a training
-uses often, and only those count that can compute it and agree with attention in fp32. Any other shape goes
+than 256, and a window excludes several. So candidates are timed, forward and backward, once for each shape that a
+training uses often, and only those count that can compute it and agree with attention in fp32. Any other shape goes
 transformers' way.
 """
 

@@ -27,11 +27,12 @@ class FirstBatch:
     """The part of :class:`gemma_tune.train.trainer.GemmaTrainer` that is done when its first step begins."""
 
     @contextlib.contextmanager
-    def fast(self, compiled: bool = False) -> Iterator[None]:
+    def fast(self, compiled: bool = False, captured: bool = True) -> Iterator[None]:
         """Faster layers in place of the library's, checked against the model's own logits, and the longest batch tried.
 
         Args:
             compiled: try ``torch.compile`` too, and keep it if it is faster.
+            captured: capture the steps on a CUDA GPU.
 
         Raises:
             UserError: the model's head does something that the loss here does not know; training it would be wrong.
@@ -50,7 +51,8 @@ class FirstBatch:
             self.micro_batch = processes.least(self.micro_batch)
             # Memory that runs out later does so in one process, while the others wait for its gradients.
             self.in_step = self.accelerator.num_processes > 1
-            self._capture()
+            if captured:
+                self._capture()
             yield
 
     def _capture(self) -> None:

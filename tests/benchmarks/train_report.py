@@ -7,7 +7,7 @@ import statistics
 import sys
 from typing import Any
 
-TITLES = {"ours": "gemma-tune", "trl": "TRL, its defaults", "trl-best": "TRL, tuned", "fp32": "plain fp32",
+TITLES = {"ours": "gemma-tune", "ours-eager": "gemma-tune, not captured", "trl": "TRL, its defaults", "trl-best": "TRL, tuned", "fp32": "plain fp32",
           "llama-factory": "LLaMA-Factory", "unsloth": "Unsloth"}
 TO_REACH = {"trl": 6.0, "llama-factory": 3.0}  # times as many conversations per second
 

@@ -43,6 +43,7 @@ from shapes import SHAPES
 from train_report import compare, say, summarised, table
 
 CONTENDERS = ("ours", "trl", "trl-best", "fp32")
+OURS = {"ours": [], "ours-eager": ["--no-cuda-graphs"]}  # the second is asked for by its name, on a GPU
 
 
 class Work:
@@ -80,8 +81,8 @@ class Work:
     def run(self, name: str) -> dict[str, Any]:
         """Train once: seconds, tokens, losses, memory (bytes), where the adapter is."""
         say(f"{name}: training (load {os.getloadavg()[0]:.1f}); its output is in {self.folder / name}.log")
-        if name == "ours":
-            return self._ours()
+        if name in OURS:
+            return self._ours(name)
         output = self.folder / f"adapter-{name}"
         shutil.rmtree(output, ignore_errors=True)
         if name in self.options.commands:
@@ -93,30 +94,33 @@ class Work:
         done = self.child(name, output=str(output))
         return done["figures"] | {"adapter": str(output)} | {key: done[key] for key in ("wall_seconds", "peak_bytes")}
 
-    def _ours(self) -> dict[str, Any]:
-        done = self.cli("train", "train", "--epochs", self.options.epochs, "--batch-size", self.options.batch_size,
+    def _ours(self, name: str) -> dict[str, Any]:
+        done = self.cli("train", "train", *OURS[name], "--epochs", self.options.epochs, "--batch-size", self.options.batch_size,
                         "--rank", common.RANK, "--alpha", common.ALPHA, "--dropout", common.DROPOUT, "--learning-rate",
-                        common.LEARNING_RATE, "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED, *(["--qlora"] if self.options.qlora else []))
+                        common.LEARNING_RATE, "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED,
+                        *(["--qlora"] if self.options.qlora else []), log=name)
         summary, run = done["summary"], self.folder / "run-train"
         lines = (run / "logs/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
         if summary["dtype"] != self.job["dtype"]:
             say(f"ours: it computed in {summary['dtype']}, while the limit was measured in {self.job['dtype']}")
         seen = done["figures"].get("steps_seen", {})
-        if said := re.findall(r"padding adds (\d+) ?%", (self.folder / "ours.log").read_text(encoding="utf-8")):
+        if said := re.findall(r"padding adds (\d+) ?%", (self.folder / f"{name}.log").read_text(encoding="utf-8")):
             # Padding to a shape that was captured comes after the batches that were counted.
             seen["padding"] = max(seen.get("padding", 0), 1 - 1 / (1 + int(said[-1]) / 100))
+        adapter = self.folder / f"adapter-{name}"  # the next training of ours would replace the run's
+        shutil.copytree(run / done["artifacts"]["adapter"], adapter, dirs_exist_ok=True)
         return done["figures"] | {"steps_seen": seen} | {
                 "seconds": summary["training_seconds"], "steps": summary["steps"], "losses": losses, "summary": summary,
                 "wall_seconds": self.preparation["wall_seconds"] + done["wall_seconds"],
-                "peak_bytes": done["peak_bytes"], "adapter": str(run / done["artifacts"]["adapter"])}
+                "peak_bytes": done["peak_bytes"], "adapter": str(adapter)}
 
-    def cli(self, command: str, side: str, *arguments: object) -> dict[str, Any]:
+    def cli(self, command: str, side: str, *arguments: object, log: str | None = None) -> dict[str, Any]:
         """One of our commands on the run of one side: its JSON, seconds and memory."""
         if command == "prepare":
             arguments = (self.folder / f"{side}.jsonl", "--model", self.model, "--valid", 0, "--duplicates", "keep")
         done = self.child("cli", command, *arguments, "--run", self.folder / f"run-{side}", "--json", "--force",
-                          log="ours" if command == "train" else f"prepare-{side}")
+                          log=log or f"prepare-{side}")
         return json.loads(done["stdout"]) | done
 
     def child(self, name: str, *arguments: object, log: str | None = None, **more: Any) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def parse() -> argparse.Namespace:
             parser.error(f"--contender {given}: give it as NAME=COMMAND, with a name that is not {', '.join(CONTENDERS)}")
         options.commands[name] = command
     options.contenders = [*filter(None, options.contenders.split(",")), *options.commands]
-    if unknown := set(options.contenders) - set(CONTENDERS) - set(options.commands):
+    if unknown := set(options.contenders) - {*CONTENDERS, *OURS, *options.commands}:
         parser.error(f"there is no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
     if options.max_steps:
         options.rows = min(options.rows, options.max_steps * options.batch_size)
