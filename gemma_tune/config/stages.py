@@ -203,8 +203,9 @@ class TrainConfig(StageConfig):
     activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
                                                          "slower.", same_result=True,
                                                    auto="only if the memory asks for it")
-    cuda_graphs: bool = option(True, "On a CUDA GPU, capture steps once and replay them: many times as fast for small "
-                                     "models. Where that fails, training goes on without by itself.", same_result=True)
+    cuda_graphs: bool | None = option(None, "Capture steps once as CUDA graphs and replay them: many times as fast for "
+                                            "small models. Where that fails, training goes on without by itself.",
+                                      same_result=True, auto="on a CUDA GPU, where it pays")
     compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
                                   "compiler: for long trainings. The point where it breaks even is shown.",
                            same_result=True)

@@ -148,16 +148,18 @@ def captured(model, parts, told: Told) -> tuple[CapturedSteps, Gradients]:
     return steps, gradients
 
 
-def compare(model, tolerance: float, **_) -> None:
+def compare(model, tolerance: float) -> None:
     """Replays of several pieces, accumulated, give the gradients and the loss of the eager steps."""
-    parts, told = [collate(conversations()), collate(conversations()[1:]), collate(conversations()[:2])], Told()
+    rows = conversations()
+    parts, told = [collate(rows), collate(rows[::-1]), collate(rows[:3])], Told()
     with fast_layers(model):
         steps, gradients = captured(model, parts, told)
-        eager = Gradients(weights(model), fixed=True)
+        eager, loss = Gradients(weights(model), fixed=True), 0.0
         for part in parts:
-            (model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"] / 5).backward()
-        expected, loss = eager._flat.clone(), sum(
-            (model(input_ids=p["input_ids"].cuda(), labels=p["labels"].cuda())["loss"] / 5).item() for p in parts)
+            mean = model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"] / 5
+            mean.backward()
+            loss += mean.item()
+        expected = eager._flat.clone()
         gradients.clear()
         for _ in range(2):  # captured first, then only replayed
             gradients.clear()

@@ -1,0 +1,98 @@
+"""Attention by whichever kernel is fastest for a shape: which ones count, and what is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma_tune.train import cuda_attention as attention
+from gemma_tune.train.cuda_attention import CANDIDATES, Kind, Shape, choose, choose_for, fastest_attention_or
+
+CPU = torch.device("cpu")
+PLAIN = Shape(2, 4, 2, 24, 16, 16, torch.float32, None, CPU)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_met", {})
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(attention, "_milliseconds", lambda run: run() and 1.0)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_candidate_counts_if_it_agrees_with_plain_attention(monkeypatch, window):
+    right, tried = CANDIDATES["math"], []
+
+    def other(q, k, v, scale, window):
+        tried.append("off")
+        return right(q, k, v, scale * 1.5, window)
+
+    def missing(*args):
+        raise RuntimeError("No available kernel.\nAborting execution.")
+
+    monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": missing, "flash": other, "varlen": other, "math": right})
+    found = choose(PLAIN._replace(window=window), 0.25)
+    assert found.name == "math" and isinstance(found.measured["math"], float) and tried
+    assert found.measured["cudnn"] == "No available kernel." and "off by" in found.measured["varlen" if window else "flash"]
+    assert choose(PLAIN._replace(window=window), 0.25) is found, "once for a shape"
+
+
+def test_slow_candidates_are_not_tried_where_a_fast_one_works(monkeypatch):
+    def never(*args):
+        raise AssertionError("it was tried")
+
+    monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": CANDIDATES["math"], "flash": CANDIDATES["math"],
+                                                  "varlen": never, "efficient": never, "math": never})
+    assert set(choose(PLAIN, 0.25).measured) == {"cudnn", "flash"}
+
+
+def test_no_candidate_is_no_choice(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": broken, "math": broken})
+    assert choose(PLAIN, 0.25).name is None
+
+
+class Module:
+    is_causal = True
+
+
+def inputs(shape: Shape) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape.batch, heads, shape.length, shape.width) for heads in (shape.heads, shape.key_heads, shape.key_heads)]
+
+
+@pytest.mark.parametrize("window", [None, 7, 99])
+def test_layers_that_were_met_attend_by_the_choice_for_their_rows(monkeypatch, window):
+    """Chosen at the next power of two, used for the real length; a window that hides nothing is none."""
+    asked, served = [], []
+
+    def theirs(module, q, k, v, mask, **kwargs):
+        served.append(q.shape)
+        return q.transpose(1, 2), None
+
+    def math(q, k, v, scale, window):
+        asked.append((q.shape[2], window))
+        return CANDIDATES["math"](q, k, v, scale, window)
+
+    monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": math})
+    call, (q, k, v) = fastest_attention_or(theirs), inputs(PLAIN)
+    mask = attention._window_mask(24, window, CPU) if window and window < 24 else None
+    given = {"scaling": 0.25, "sliding_window": window}
+    call(Module(), q, k, v, mask, **given)
+    assert served == [q.shape], "nothing was chosen yet"
+    choose_for(2, 24)
+    assert {length for length, _ in asked} == {64}
+    out, _ = call(Module(), q, k, v, mask, **given)
+    assert len(served) == 1 and asked[-1] == (24, window if mask is not None else None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=0.25, enable_gqa=True)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-5)
+    assert set(attention._met) == {Kind(4, 2, 16, 16, torch.float32, window, CPU)}
+
+
+@pytest.mark.parametrize("other", [{"dropout": 0.1}, {"softcap": 5.0}, {"is_causal": False}])
+def test_what_means_something_else_is_left_to_transformers(other):
+    call = fastest_attention_or(lambda *args, **kwargs: ("theirs", None))
+    assert call(Module(), *inputs(PLAIN), None, **other)[0] == "theirs" and not attention._met
