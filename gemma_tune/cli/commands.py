@@ -77,7 +77,8 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
           weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
           micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
-          compile: o.Compile = None, eval_steps: o.EvalSteps = None, save_steps: o.SaveSteps = None,
+          cuda_graphs: o.CudaGraphs = None, compile: o.Compile = None, eval_steps: o.EvalSteps = None,
+          save_steps: o.SaveSteps = None,
           seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
           json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.

@@ -143,6 +143,7 @@ QLora = Annotated[Optional[bool], _of(c.TrainConfig, "qlora", "--qlora/--no-qlor
 MicroBatch = Annotated[Optional[int], _of(c.TrainConfig, "micro_batch")]
 Checkpointing = Annotated[Optional[bool], _of(c.TrainConfig, "activation_checkpointing",
                                               "--activation-checkpointing/--no-activation-checkpointing")]
+CudaGraphs = Annotated[Optional[bool], _of(c.TrainConfig, "cuda_graphs", "--cuda-graphs/--no-cuda-graphs")]
 Compile = Annotated[Optional[bool], _of(c.TrainConfig, "compile", "--compile/--no-compile")]
 EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
 SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
