@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -97,14 +96,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """This process's batches of a step, and the number of tokens that all processes learn in it."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not batches:
-            return batches, None
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The number of tokens that all processes learn in the step that begins with these batches of this one."""
+        if not batch_samples:
+            return None
         self.refresh()
-        self._facts = {"tokens": batches[0]["step_tokens"], "trained": batches[0]["step_trained"]}
-        return batches, self._facts["trained"]
+        first = batch_samples[0]
+        self._facts = {"tokens": first["step_tokens"], "trained": first["step_trained"]}
+        return first["step_trained"]
 
     def floating_point_ops(self, inputs):
         """None are counted: the library would walk through all modules in each step."""

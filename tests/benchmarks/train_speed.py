@@ -46,6 +46,10 @@ CONTENDERS = ("ours", "trl", "trl-best", "fp32")
 OURS = {"ours": [], "ours-eager": ["--no-cuda-graphs"]}  # the second is asked for by its name, on a GPU
 
 
+class Failed(SystemExit):
+    """A process that is measured ended with an error; as an exit it ends the benchmark, unless somebody goes on."""
+
+
 class Work:
     """A folder with the rows, and the processes that are measured on them."""
 
@@ -145,7 +149,7 @@ class Work:
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{shlex.join(command)} failed:\n{(out.read_text() + err.read_text())[-3000:]}")
+            raise Failed(f"{shlex.join(command)} failed:\n{(out.read_text() + err.read_text())[-3000:]}")
         unit = 1 if sys.platform == "darwin" else 1024
         return {"wall_seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * unit, "stdout": out.read_text()}
 
@@ -232,9 +236,14 @@ def main() -> None:
     for round_number in range(options.repeats):
         for name in options.contenders:
             if name != "fp32" or round_number == 0:  # only its loss is wanted
-                runs[name].append(work.run(name))
-                say(f"{name}: {runs[name][-1]['wall_seconds']:.0f} s")
-    contenders = {name: summarised(done, name, facts, options.epochs) for name, done in runs.items()}
+                try:
+                    runs[name].append(work.run(name))
+                except Failed as e:  # one program's failure does not lose what was measured of the others
+                    say(f"{name}: left out, {e}")
+                    continue
+                steady = runs[name][-1].get("steps_seen", {}).get("steady_tokens_per_second")
+                say(f"{name}: {runs[name][-1]['wall_seconds']:.0f} s" + (f", {steady:,.0f} tokens/s" if steady else ""))
+    contenders = {name: summarised(done, name, facts, options.epochs) for name, done in runs.items() if done}
     say("judge: computing the held-out losses")
     work.job["adapters"] = {name: c["adapter"] for name, c in contenders.items() if c["adapter"]}
     facts["held_out"] = work.child("judge")["figures"]["losses"]
