@@ -61,6 +61,11 @@ def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
     return ",".join(values).lower() if values else None
 
 
+def _number_or_word(value: Optional[str]) -> Any:
+    """A whole number where a text is one; what else it may be, the setting knows."""
+    return int(value) if value and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()) else value
+
+
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"]
     if field.metadata["choices"]:
@@ -128,7 +133,7 @@ RsLora = Annotated[Optional[bool], _of(c.TrainConfig, "rslora", "--rslora/--no-r
 Dora = Annotated[Optional[bool], _of(c.TrainConfig, "dora", "--dora/--no-dora")]
 TargetModules = Annotated[Optional[list[str]], _of(c.TrainConfig, "target_modules", callback=_joined)]
 LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
-BatchSize = Annotated[Optional[int], _of(c.TrainConfig, "batch_size", "--batch-size", "-b")]
+BatchSize = Annotated[Optional[str], _of(c.TrainConfig, "batch_size", "--batch-size", "-b", callback=_number_or_word)]
 Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]
 NumProcesses = Annotated[Optional[int], _of(c.TrainConfig, "num_processes")]
 Strategy = Annotated[Optional[str], _of(c.TrainConfig, "strategy")]

@@ -46,6 +46,10 @@ class FirstBatch:
                 self.model.activation_checkpointing_enable()
             seconds = self.probe()
             self.listener.note(f"the longest batch takes {seconds:.1f} s")
+            if compiled and captured and not self.waits and not self.sharded:
+                self.listener.note("--compile is left out: steps are captured here, which takes seconds instead of "
+                                   "minutes; with --no-cuda-graphs it is tried")
+                compiled = False
             if compiled and not self._compile(layers):
                 self.refresh = layers.enter_context(fast_layers(self.model)).refresh
             self.micro_batch = processes.least(self.micro_batch)

@@ -25,6 +25,7 @@ NF4_BYTES = (4 + 0.127) / 8
 WORKING_LINEAR, WORKING_NORM = 2.5, 16
 # The loss holds a chunk of the logits of a block of rows, never all of them; see ``loss``.
 LOGITS = 64_000_000
+LOGITS_ON_GPU = 270_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.
 FRAGMENTATION = 1.25
@@ -82,6 +83,10 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
       norm, which never exist together.
 
+    Captured steps need no more: their graphs share one pool, which holds what the largest shape does, and the step that
+    is tried first has given its memory back by then. Measured on an H100 with 8 x 707 tokens, bf16 and rank 16: 5.0 GB
+    reserved for Gemma 3 270M where this says 5.2, 30.9 GB for a 4B where it says 40.5.
+
     Args:
         micro_batch: conversations at once.
         longest: tokens of the longest one.
@@ -97,7 +102,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         weights = weights // shards + shape.head * shape.item + 2 * weights // shape.layers
     if four_bit:
         weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
-    working = max(LOGITS, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
+    logits = LOGITS_ON_GPU if device == "cuda" else LOGITS
+    working = max(logits, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
                   WORKING_NORM * tokens * shape.hidden)
     overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
     return Memory(weights=weights, adapter=4 * shape.adapter, gradients=4 * shape.adapter, optimizer=8 * shape.adapter,

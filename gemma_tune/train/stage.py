@@ -14,7 +14,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import importing
 from gemma_tune.base.words import span
 from gemma_tune.config.settings import in_words, same_result
-from gemma_tune.config.stages import TrainConfig
+from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
@@ -28,6 +28,7 @@ from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
 from gemma_tune.train import processes
+from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import (
     Training,
     clear,
@@ -69,12 +70,21 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
         return session
     now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
     before = {name: value for name, value in waiting["settings"].items()
-              if name in now and name not in passing and value != now[name]}
+              if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
     if before:
         session.listener.note(f"settings of the interrupted training: {in_words(before)}")
         before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
         session = replace(session, resolved=session.resolved.but(before, {}))
     return session
+
+
+def _with_batch_size(session: Session, rows: int, device: str) -> Session:
+    """The same, with a number where the batch size is left to us."""
+    if session.config.batch_size != AUTO:
+        return session
+    size, reason = proposed(rows, session.config, device)
+    session.listener.note(reason)
+    return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
 
 
 def _took_long(summary: Mapping[str, Any]) -> str | None:
@@ -94,6 +104,7 @@ def plan_training(session: Session) -> TrainingPlan:
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train"))
     train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
     placement = choose_placement(session.config.dtype)
+    session = _with_batch_size(session, len(train_rows.lengths), placement.device)
     shape, choice = _fit(session, int(train_rows.lengths.max()), placement)
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
     if waiting:
@@ -156,9 +167,10 @@ def _train(session: Session) -> Finished:
 def _decide(session: Session, startup: Startup) -> _Job:
     from gemma_tune.train.callbacks import earlier_records
 
-    config, run, listener = session.config, session.run, session.listener
-    _refuse_processes(config)
+    _refuse_processes(session.config)
     train_rows, _ = _prepared_sequences(session)
+    session = _with_batch_size(session, len(train_rows), choose_placement(session.config.dtype).device)
+    config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
     key = training_key(session.model.fingerprint, tokens, _format(session).template, config.as_dict())
     checkpoint = _checkpoint_to_resume(session, key)
@@ -219,7 +231,7 @@ def _work(job: _Job) -> dict[str, Any]:
         save_adapter(session, trainer.model, chat, run.adapter)
     return summary | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
-        "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
+        "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
 

@@ -148,7 +148,7 @@ def captured(model, parts, told: Told) -> tuple[CapturedSteps, Gradients]:
     return steps, gradients
 
 
-def compare(model, tolerance: float) -> None:
+def compare(model, tolerance: float, may_refuse: bool = False) -> None:
     """Replays of several pieces, accumulated, give the gradients and the loss of the eager steps."""
     rows = conversations()
     parts, told = [collate(rows), collate(rows[::-1]), collate(rows[:3])], Told()
@@ -163,7 +163,11 @@ def compare(model, tolerance: float) -> None:
         gradients.clear()
         for _ in range(2):  # captured first, then only replayed
             gradients.clear()
-            assert all(steps.run(part, 1 / 5) for part in parts), told.notes
+            ran = [steps.run(part, 1 / 5) for part in parts]
+            if may_refuse and not all(ran):
+                assert len(told.notes) == 1 and "one kernel at a time" in told.notes[0]
+                return
+            assert all(ran), told.notes
             torch.cuda.synchronize()
             off = (gradients._flat[:-1] - expected[:-1]).norm() / expected.norm()
             assert off < tolerance, off
@@ -175,7 +179,9 @@ def compare(model, tolerance: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_captured_gradients_are_those_of_the_eager_step(kind, dtype):
-    compare(adapted(kind, "cuda", dtype=dtype), 1e-4 if dtype == torch.float32 else 3e-2)
+    wide = dtype == torch.float32
+    # PyTorch's attention in fp32 with a window's mask could not be captured on an H100 (torch 2.11).
+    compare(adapted(kind, "cuda", dtype=dtype), 1e-4 if wide else 3e-2, may_refuse=wide and kind == "gemma3")
 
 
 @on_gpu
