@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def follow() -> None:
     _load_libraries()  # while the main process decides
     job = processes.received()
     if job is not None:
-        _work(job)
+        _work(job, lambda: None)
 
 
 def _load_libraries() -> None:
@@ -159,9 +160,13 @@ def _train(session: Session) -> Finished:
     _load_libraries()
     startup.done("libraries")
     job = _decide(session, startup)
+    # Their hashes take as long as loading them does, and go on beside it.
+    hashing = ThreadPoolExecutor(1)
+    sound = hashing.submit(refuse_rotten, job.session.model.path, job.session.model.files)
+    hashing.shutdown(wait=False)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     adapter = session.run.adapter
-    return Finished({"adapter": adapter}, _work(job), {adapter: fresh_path(adapter)})
+    return Finished({"adapter": adapter}, _work(job, sound.result), {adapter: fresh_path(adapter)})
 
 
 def _decide(session: Session, startup: Startup) -> _Job:
@@ -181,7 +186,6 @@ def _decide(session: Session, startup: Startup) -> _Job:
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     session = replace(session, model=with_weights(session.model, listener))
-    refuse_rotten(session.model.path, session.model.files)
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
     return _Job(session, training, checkpoint, placement, choice, earlier, startup)
@@ -205,7 +209,7 @@ def _format(session: Session) -> ChatFormat:
     return load_format(session.model.path, session.model.config["model_type"], thinking)
 
 
-def _work(job: _Job) -> dict[str, Any]:
+def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
     from gemma_tune.train.callbacks import MetricsLog, StopRequest
@@ -213,7 +217,10 @@ def _work(job: _Job) -> dict[str, Any]:
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     chat = _format(session)
     train_rows, valid_rows = _prepared_sequences(session)
-    model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
+    try:
+        model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
+    finally:  # weights that are not what they were explain whatever else is wrong
+        refuse_bad_weights()
     job.startup.done("weights")
     steps = total_steps(len(train_rows), config)
     listener.note(described_steps(len(train_rows), config))
