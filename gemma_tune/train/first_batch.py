@@ -27,12 +27,12 @@ class FirstBatch:
     """The part of :class:`gemma_tune.train.trainer.GemmaTrainer` that is done when its first step begins."""
 
     @contextlib.contextmanager
-    def fast(self, compiled: bool = False, captured: bool = True) -> Iterator[None]:
+    def fast(self, compiled: bool = False, captured: bool | None = None) -> Iterator[None]:
         """Faster layers in place of the library's, checked against the model's own logits, and the longest batch tried.
 
         Args:
             compiled: try ``torch.compile`` too, and keep it if it is faster.
-            captured: capture the steps on a CUDA GPU.
+            captured: capture the steps; None does so on a CUDA GPU, where they can be.
 
         Raises:
             UserError: the model's head does something that the loss here does not know; training it would be wrong.
@@ -46,7 +46,8 @@ class FirstBatch:
                 self.model.activation_checkpointing_enable()
             seconds = self.probe()
             self.listener.note(f"the longest batch takes {seconds:.1f} s")
-            if compiled and captured and not self.waits and not self.sharded:
+            wanted, why_not = captured is not False, self._why_not_captured()
+            if compiled and wanted and not why_not:
                 self.listener.note("--compile is left out: steps are captured here, which takes seconds instead of "
                                    "minutes; with --no-cuda-graphs it is tried")
                 compiled = False
@@ -55,14 +56,22 @@ class FirstBatch:
             self.micro_batch = processes.least(self.micro_batch)
             # Memory that runs out later does so in one process, while the others wait for its gradients.
             self.in_step = self.accelerator.num_processes > 1
-            if captured:
+            if wanted and not why_not and not self.compiled:
                 self._capture()
+            elif why_not and (captured or wanted and self.accelerator.device.type == "cuda"):
+                self.listener.note(f"steps are not captured: {why_not}")
             yield
+
+    def _why_not_captured(self) -> str | None:
+        """What stands against CUDA graphs here."""
+        if self.accelerator.device.type != "cuda":
+            return "CUDA graphs need a CUDA GPU"
+        if self.args.fp16:
+            return "in fp16 the loss scaler has to look at each step's gradients"
+        return "with --strategy fsdp the processes gather weights within a step" if self.sharded else None
 
     def _capture(self) -> None:
         """Capture the steps from now on, where a GPU would wait for them to be started otherwise."""
-        if self.waits or self.sharded or self.compiled:
-            return
         shapes, tokens = self._shapes()
         buckets = Buckets(shapes, costs_of(self.causal_lm))
         if not buckets.counts:

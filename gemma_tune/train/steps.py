@@ -18,7 +18,7 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None, sta
     """Evaluate, train, evaluate; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
     try:
-        with trainer.fast(session.config.compile, session.config.cuda_graphs is not False):
+        with trainer.fast(session.config.compile, session.config.cuda_graphs):
             startup.done("longest batch")
             if processes.is_main():  # only now: what can fail at once has not
                 clear(session.run.checkpoints, after=checkpoint)

@@ -131,6 +131,17 @@ def test_the_optimisers_step_waits_for_nothing(cli, tiny, data, monkeypatch):
     assert seen and not [name for names in seen for name in names if any(word in name for word in WAITING)]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_only_those_who_asked_are_told(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    told = []
+    for flags in (("--cuda-graphs",), ("--no-cuda-graphs",), ()):
+        result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--force", *flags)
+        assert result.code == 0, result.err
+        told.append("steps are not captured: CUDA graphs need a CUDA GPU" in result.err)
+    assert told == [True, False, False]
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 class Told(Listener):
