@@ -211,7 +211,8 @@ class TrainConfig(StageConfig):
                                             "small models. Where that fails, training goes on without by itself.",
                                       same_result=True, auto="on a CUDA GPU, where it pays")
     compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
-                                  "compiler: for long trainings. The point where it breaks even is shown. On a CUDA "
+                                  "compiler: for long trainings. It is given up after ten minutes, or a quarter of the "
+                                  "training's time; the point where it breaks even is shown. On a CUDA "
                                   "GPU captured steps are faster, and take its place.",
                            same_result=True)
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)

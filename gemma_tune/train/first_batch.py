@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from gemma_tune.base.at_most import TookTooLong, at_most
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
+from gemma_tune.base.words import span
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches, collate
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
@@ -21,6 +23,12 @@ from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compili
 from gemma_tune.train.loss import IGNORE_INDEX
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
+
+
+def longest_compiling(training: float) -> float:
+    """Seconds that compiling may take for a training of so many without it: a quarter, which is about what compiled
+    layers save, but at least one minute and at most ten."""
+    return min(600.0, max(60.0, training / 4))
 
 
 class FirstBatch:
@@ -123,10 +131,20 @@ class FirstBatch:
         try:
             if self.accelerator.device.type == "cpu":
                 get_cpp_compiler()  # it would be missed only after the layers have been traced
-            self.listener.note("compiling the model's layers, which can take some minutes")
+            bound = longest_compiling(before * self._longest_batches_worth())
+            self.listener.note(f"compiling the model's layers, which can take some minutes ({span(bound)} at most)")
             layers.enter_context(compiled_layers(self.model))
-            compiling = self.probe()
+            with at_most(bound):
+                compiling = self.probe()
             after = self.probe()
+        except TookTooLong:
+            layers.close()
+            torch._dynamo.reset()
+            self.gradients.clear()
+            self.micro_batch = micro_batch
+            self.listener.warn(f"--compile was not done after {span(bound)}, going on without it: more is not worth it "
+                               f"for a training of about {span(before * self._longest_batches_worth())}")
+            return False
         except (TorchDynamoException, InductorError, InvalidCxxCompiler) as e:
             layers.close()
             self.micro_batch = micro_batch

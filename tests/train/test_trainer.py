@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,31 @@ def test_without_a_compiler_the_training_goes_on(cli, prepared, monkeypatch):
     result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32", "--compile")
     assert result.code == 0, result.err
     assert "--compile does not work here, going on without it" in result.err
+
+
+def test_compiling_that_takes_too_long_is_given_up(cli, prepared, monkeypatch):
+    from gemma_tune.train import first_batch
+
+    probes, plain = [], GemmaTrainer.probe
+
+    def probe(self):
+        probes.append(self.model.get_base_model().get_decoder().layers[0]._compiled_call_impl is not None)
+        if probes[-1]:
+            time.sleep(60)  # as a compiler does that this waits for
+        return plain(self)
+
+    monkeypatch.setattr(GemmaTrainer, "probe", probe)
+    monkeypatch.setattr(first_batch, "longest_compiling", lambda training: 0.2)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")  # it is never started
+    began = time.monotonic()
+    result = cli("train", *FLAGS, "--compile")
+    assert result.code == 0, result.err
+    assert "--compile was not done after 1 s, going on without it" in result.err
+    assert probes == [False, False, True] and time.monotonic() - began < 50
+
+
+@pytest.mark.parametrize(("training", "bound"), [(10, 60), (1_000, 250), (100_000, 600)])
+def test_the_bound_follows_from_what_the_training_takes(training, bound):
+    from gemma_tune.train.first_batch import longest_compiling
+
+    assert longest_compiling(training) == bound
