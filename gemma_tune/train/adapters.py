@@ -26,12 +26,8 @@ class LoraLinear(torch.autograd.Function):
         """Args: x, dropped (n, in); weight: a callable that gives (out, in) in x's type; a (r, in); b (out, r)."""
         narrow_a, narrow_b = a.to(x.dtype), (b * scale).to(x.dtype)
         inner = dropped @ narrow_a.t()
-        out = torch.nn.functional.linear(x, weight(), bias)
-        out.addmm_(inner, narrow_b.t())
-        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x
-        ctx.save_for_backward(dropped, inner, narrow_a, narrow_b)
-        ctx.types = a.dtype, b.dtype
-        return out
+        ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
+        return _base_and_adapter(ctx, x, dropped, weight, bias, inner, narrow_a, narrow_b)
 
     @staticmethod
     @once_differentiable
@@ -40,14 +36,7 @@ class LoraLinear(torch.autograd.Function):
         grad_inner = grad @ b
         grad_a = (grad_inner.t() @ dropped).to(ctx.types[0])
         grad_b = (grad.t() @ inner).to(ctx.types[1]).mul_(ctx.scale)
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight()
-            if ctx.same:
-                grad_x.addmm_(grad_inner, a)
-        if not ctx.same and ctx.needs_input_grad[1]:
-            grad_dropped = grad_inner @ a
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+        return *_input_gradients(ctx, grad, grad_inner, a), None, None, grad_a, grad_b, None
 
 
 class NarrowLoraLinear(torch.autograd.Function):
@@ -59,12 +48,8 @@ class NarrowLoraLinear(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, a, b, narrow_a, narrow_b, scale):
         """Args: as above; narrow_a (r, in) and narrow_b (out, r) in x's type, a and b for their gradients only."""
         inner = _scaled_product(dropped, narrow_a.t(), scale)
-        out = torch.nn.functional.linear(x, weight(), bias)
-        out.addmm_(inner, narrow_b.t())
-        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x
-        ctx.save_for_backward(dropped, inner, narrow_a, narrow_b)
-        ctx.types = a.dtype, b.dtype
-        return out
+        ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
+        return _base_and_adapter(ctx, x, dropped, weight, bias, inner, narrow_a, narrow_b)
 
     @staticmethod
     @once_differentiable
@@ -73,14 +58,30 @@ class NarrowLoraLinear(torch.autograd.Function):
         grad_inner = _scaled_product(grad, b, ctx.scale)
         grad_a = wide_product(grad_inner.t(), dropped).to(ctx.types[0])
         grad_b = wide_product(grad.t(), inner).to(ctx.types[1])
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight()
-            if ctx.same:
-                grad_x.addmm_(grad_inner, a)
-        if not ctx.same and ctx.needs_input_grad[1]:
-            grad_dropped = grad_inner @ a
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None, None, None
+        return *_input_gradients(ctx, grad, grad_inner, a), None, None, grad_a, grad_b, None, None, None
+
+
+def _base_and_adapter(ctx: Any, x: torch.Tensor, dropped: torch.Tensor, weight: Callable[[], torch.Tensor],
+                      bias: torch.Tensor | None, inner: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``x W^T + bias + inner b^T``, and what the backward pass needs of it."""
+    out = torch.nn.functional.linear(x, weight(), bias)
+    out.addmm_(inner, b.t())
+    ctx.weight, ctx.same = weight, dropped is x
+    ctx.save_for_backward(dropped, inner, a, b)
+    return out
+
+
+def _input_gradients(ctx: Any, grad: torch.Tensor, grad_inner: torch.Tensor,
+                     a: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x and of its copy under dropout; None for one that is not asked for, or is the other."""
+    grad_x = grad_dropped = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ ctx.weight()
+        if ctx.same:
+            grad_x.addmm_(grad_inner, a)
+    if not ctx.same and ctx.needs_input_grad[1]:
+        grad_dropped = grad_inner @ a
+    return grad_x, grad_dropped
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

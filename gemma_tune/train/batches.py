@@ -47,15 +47,16 @@ class Share:
             yield mine[n * self.batch:(n + 1) * self.batch].tolist()
 
 
-class Batch(list[int]):
-    """Rows of one forward pass, with what the whole step learns from, which all its processes so know by themselves.
+class Batch(list[Any]):
+    """Rows of one forward pass, as numbers or as what they hold, with what the whole step learns from, which all its
+    processes so know by themselves.
 
     Attributes:
         tokens: of all rows of the step, without padding.
         trained: those of them that are learned.
     """
 
-    def __init__(self, rows: Sequence[int], tokens: int, trained: int):
+    def __init__(self, rows: Sequence[Any], tokens: int = 0, trained: int = 0):
         super().__init__(rows)
         self.tokens, self.trained = tokens, trained
 
@@ -142,18 +143,10 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, rows: list[int]) -> Fetched:
+    def __getitems__(self, rows: list[int]) -> Batch:
         many = getattr(self.dataset, "__getitems__", None)
         found = many(list(rows)) if many and rows else [self.dataset[row] for row in rows]
-        return Fetched(found, getattr(rows, "tokens", 0), getattr(rows, "trained", 0))
-
-
-class Fetched(list[dict[str, Any]]):
-    """The rows of a :class:`Batch`, with what it says of its step."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]], tokens: int = 0, trained: int = 0):
-        super().__init__(rows)
-        self.tokens, self.trained = tokens, trained
+        return Batch(found, getattr(rows, "tokens", 0), getattr(rows, "trained", 0))
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -172,7 +165,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids[n, :sizes[n]] = torch.as_tensor(row["input_ids"])
         labels[n, :sizes[n]] = torch.as_tensor(row["labels"])
     batch = {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)}
-    if isinstance(rows, Fetched):
+    if isinstance(rows, Batch):
         batch |= {"step_tokens": rows.tokens, "step_trained": rows.trained}
     return batch
 
@@ -183,6 +176,11 @@ def pieces(batch: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]
         part = {name: batch[name][start:start + rows] for name in ("input_ids", "labels", "lengths")}
         longest = max(1, int(part["lengths"].max()))
         yield part | {name: part[name][:, :longest] for name in ("input_ids", "labels")}
+
+
+def trained_count(labels: torch.Tensor) -> int:
+    """How many tokens of ``labels`` (rows, length) are trained; on a GPU this would wait for it."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ which padding costs least, and for each length a few numbers of trained position
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +59,20 @@ def costs_of(causal_lm: Any) -> Costs:
     return Costs(linear, text.vocab_size * text.hidden_size)
 
 
-def shapes_of_pieces(steps: Iterator[Sequence[list[int]]], lengths: np.ndarray, trained: np.ndarray,
+def shapes_of_pieces(batches: Iterable[Sequence[int]], lengths: np.ndarray, trained: np.ndarray,
                      micro_batch: int) -> np.ndarray:
     """What goes through the model at once, piece by piece.
 
     Args:
-        steps: for each step the rows of this process's forward passes, see ``LengthGroupedBatches.batches_of``.
+        batches: rows of this process's forward passes, see ``Share.batches``; some may be empty.
         lengths, trained: tokens of each row, and how many of them are trained.
 
     Returns:
         (pieces, 3) int64: rows, tokens of the longest, trained positions.
     """
     found = [(len(part), lengths[part].max(), trained[part].sum())
-             for batches in steps for batch in batches
-             for part in (batch[n:n + micro_batch] for n in range(0, len(batch), micro_batch))]
+             for batch in batches for n in range(0, len(batch), micro_batch)
+             for part in (batch[n:n + micro_batch],)]
     return np.array(found, np.int64).reshape(-1, 3)
 
 
@@ -95,18 +95,16 @@ class Buckets:
         rows = int(shapes[:, 0].max())
         rounded = _rounded(shapes[:, 1], STEP)
         lengths = levels(rounded, np.full(len(shapes), rows), GOAL, MOST_LENGTHS)
-        met = np.bincount(np.searchsorted(lengths, rounded), minlength=len(lengths))
-        lengths = _without_rare(lengths, met)
+        lengths = _without_rare(lengths, rounded)
         at = np.searchsorted(lengths, rounded)
         for n, length in enumerate(lengths):
             counts = _rounded(np.maximum(1, shapes[at == n, 2]), STEP)
             if len(counts) < WORTH:  # only the longest: nothing else holds it
                 continue
             sizes = levels(counts, np.ones_like(counts), GOAL, min(MOST_COUNTS, max(1, len(counts) // 8)))
-            met = np.bincount(np.searchsorted(sizes, counts), minlength=len(sizes))
-            sizes = _without_rare(sizes, met)
-            met = np.bincount(np.searchsorted(sizes, counts), minlength=len(sizes))
-            self.counts |= {Bucket(rows, int(length), int(size)): int(m) for size, m in zip(sizes, met)}
+            sizes = _without_rare(sizes, counts)
+            self.counts |= {Bucket(rows, int(length), int(size)): int(m)
+                            for size, m in zip(sizes, _met(sizes, counts))}
 
     def find(self, rows: int, length: int, positions: int) -> Bucket | None:
         """The bucket in which a piece causes the least work; None if it is better off by itself."""
@@ -118,26 +116,34 @@ class Buckets:
         return best
 
     def described(self, shapes: np.ndarray, tokens: int) -> str:
-        """The choice in one line; arguments as for :meth:`padding`."""
-        by_itself = sum(self.find(*shape) is None for shape in shapes.tolist())
+        """The choice in one line; arguments as for :meth:`fit`."""
+        padding, by_itself = self.fit(shapes, tokens)
         rest = f"; {by_itself:,} of {len(shapes):,} pieces fit none" if by_itself else ""
         return (f"steps are captured in {counted(len(self.counts), 'shape')} of up to "
-                f"{max(b.length for b in self.counts):,} tokens; padding adds {self.padding(shapes, tokens):.0%}{rest}")
+                f"{max(b.length for b in self.counts):,} tokens; padding adds {padding:.0%}{rest}")
 
-    def padding(self, shapes: np.ndarray, tokens: int) -> float:
-        """Share that padding adds to ``tokens``, the real ones of all pieces of these shapes."""
-        padded = 0
-        for rows, length, positions in shapes.tolist():
+    def fit(self, shapes: np.ndarray, tokens: int) -> tuple[float, int]:
+        """Share that padding adds to ``tokens``, the real ones of all pieces of these shapes, and how many of the
+        pieces no bucket holds."""
+        padded = by_itself = 0
+        different, met = np.unique(shapes, axis=0, return_counts=True)
+        for (rows, length, positions), times in zip(different.tolist(), met.tolist()):
             bucket = self.find(rows, length, positions)
-            padded += bucket.rows * bucket.length if bucket else rows * length
-        return padded / tokens - 1
+            padded += times * (bucket.rows * bucket.length if bucket else rows * length)
+            by_itself += 0 if bucket else times
+        return padded / tokens - 1, by_itself
 
 
-def _without_rare(sizes: np.ndarray, met: np.ndarray) -> np.ndarray:
+def _met(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """How many of the values are rounded up to each of the ascending sizes."""
+    return np.bincount(np.searchsorted(sizes, values), minlength=len(sizes))
+
+
+def _without_rare(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Levels that are met often enough to pay, with those that the others before them are rounded up to; the largest
     always stays."""
     kept, waiting = [], 0
-    for size, times in zip(sizes[:-1], met[:-1]):
+    for size, times in zip(sizes[:-1], _met(sizes, values)[:-1]):
         waiting += times
         if waiting >= WORTH:
             kept.append(size)
@@ -175,7 +181,7 @@ def levels(values: np.ndarray, weights: np.ndarray, goal: float, most: int) -> n
         cost = least[:, None] + different[None, :] * (before[None, 1:] - before[1:, None])
         cost[np.tril_indices(len(different))] = np.inf
         choice.append(cost.argmin(0))
-        least = np.minimum(cost.min(0), np.inf)
+        least = cost.min(0)
         number += 1
     found, at = [], len(different) - 1
     for chosen in reversed(choice):

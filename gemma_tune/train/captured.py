@@ -20,7 +20,7 @@ import torch
 
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import first_line
-from gemma_tune.train.batches import trained_positions
+from gemma_tune.train.batches import trained_count, trained_positions
 from gemma_tune.train.buckets import Bucket, Buckets
 from gemma_tune.train.cuda_attention import choose_for
 from gemma_tune.train.gradients import Gradients
@@ -103,8 +103,7 @@ class CapturedSteps:
         """
         if self._broken:
             return False
-        trained = int((part["labels"][:, 1:] != IGNORE_INDEX).sum())
-        bucket = self.buckets.find(*part["input_ids"].shape, trained)
+        bucket = self.buckets.find(*part["input_ids"].shape, trained_count(part["labels"]))
         if bucket is None:
             return False
         captured = self._graphs.get(bucket) or self._capture(bucket)

@@ -8,12 +8,11 @@ transformers' way.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +65,6 @@ class Choice(NamedTuple):
 
 _chosen: dict[Shape, Choice] = {}
 _met: dict[Kind, float] = {}  # with the scale of its scores
-_measuring = False
 _LEAST = 64  # tokens: shorter rows are taken for so long when candidates are timed
 
 
@@ -163,17 +161,6 @@ def choose_for(rows: int, length: int) -> None:
             _chosen[shape] = choose(shape._replace(length=longer), scale)
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Attention that meets a new shape in this context times the candidates for it first."""
-    global _measuring
-    before, _measuring = _measuring, True
-    try:
-        yield
-    finally:
-        _measuring = before
-
-
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -257,7 +244,7 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 def fastest_attention_or(theirs: Any) -> Any:
     """transformers' attention function ``theirs`` with the chosen one in its place wherever the two mean the same.
 
-    A shape for which nothing was chosen is theirs too, but within :func:`measuring`.
+    A shape for which nothing was chosen is theirs too, see :func:`choose_for`.
 
     Args:
         theirs: transformers' function for SDPA.
@@ -271,8 +258,6 @@ def fastest_attention_or(theirs: Any) -> Any:
             # Without a mask there is no window, whatever the layer says; within it, it hides nothing.
             window = window if attention_mask is not None and window < length else None
             shape = Shape(query.shape[0], *sizes[:2], length, *sizes[2:], window, query.device)
-            if _measuring and not _capturing(query.device):
-                choose(shape, scale)
             choice = _chosen.get(shape)
             if choice and choice.name:
                 return CANDIDATES[choice.name](query, key, value, scale, window), None

@@ -16,11 +16,10 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 from gemma_tune.base.words import span
 from gemma_tune.train import processes
-from gemma_tune.train.batches import SortedBatches, collate
+from gemma_tune.train.batches import SortedBatches, collate, trained_count
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import CapturedSteps, Loss
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
-from gemma_tune.train.loss import IGNORE_INDEX
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
 
@@ -97,8 +96,7 @@ class FirstBatch:
         if self.eval_dataset is None:
             return
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
-        shapes = shapes_of_pieces(iter([list(batches)]), np.asarray(self.lengths[1]), np.asarray(self.trained[1]),
-                                  self.micro_batch)
+        shapes = shapes_of_pieces(batches, np.asarray(self.lengths[1]), np.asarray(self.trained[1]), self.micro_batch)
         evaluations = 2 + self.args.max_steps // max(1, int(self.args.eval_steps or self.args.max_steps))
         buckets = Buckets(np.repeat(shapes, evaluations, axis=0), costs_of(self.causal_lm))
         self.captured_evaluation = CapturedSteps(loss, self.gradients, buckets, self.listener, self.captured.pool,
@@ -106,15 +104,18 @@ class FirstBatch:
 
     def _shapes(self) -> tuple[np.ndarray, int]:
         """Of this process's pieces, see ``shapes_of_pieces``, and the tokens of all of them."""
-        sampler, steps, left = self._sampler(), [], min(self.args.max_steps, MOST_STEPS)
+        steps = itertools.islice(self._steps(), min(self.args.max_steps, MOST_STEPS))
+        share, lengths = self._sampler().share, np.asarray(self.lengths[0])
+        batches = [batch for rows in steps for batch in share.batches(rows)]
+        tokens = sum(int(lengths[batch].sum()) for batch in batches)
+        return shapes_of_pieces(batches, lengths, np.asarray(self.trained[0]), self.micro_batch), tokens
+
+    def _steps(self) -> Iterator[np.ndarray]:
+        """The rows of each step of all processes together, epoch by epoch without end."""
+        sampler = self._sampler()
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
-            steps += [list(sampler.share.batches(rows)) for rows in sampler.steps()[:left - len(steps)]]
-            if len(steps) == left:
-                break
-        lengths = np.asarray(self.lengths[0])
-        tokens = sum(int(lengths[batch].sum()) for batches in steps for batch in batches)
-        return shapes_of_pieces(iter(steps), lengths, np.asarray(self.trained[0]), self.micro_batch), tokens
+            yield from sampler.steps()
 
     def _compile(self, layers: contextlib.ExitStack) -> bool:
         """Put compiled layers in place of the fast ones; False, with nothing in place, where that does not help."""
@@ -191,12 +192,11 @@ class FirstBatch:
         Memory that does not suffice shows here, and the micro-batch becomes one that fits.
         """
         batch = collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
-        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         began = time.perf_counter()
         on_gpu = self.accelerator.device.type == "cuda"
         self.gradients.clear()
         with torch.random.fork_rng([self.accelerator.device] if on_gpu else []):
-            self.training_step(self.model, batch, count)
+            self.training_step(self.model, batch, trained_count(batch["labels"]))
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began

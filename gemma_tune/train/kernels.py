@@ -25,10 +25,10 @@ from gemma_tune.train.attention import causal_attention_or
 from gemma_tune.train.cuda_attention import fastest_attention_or
 from gemma_tune.train.elementwise import RMSNorm, Rotation
 from gemma_tune.train.products import has_kernels
-from gemma_tune.train.undoing import set_until, unsharded
+from gemma_tune.train.undoing import set_until
 
 __all__ = ["FastLayers", "LoraLinear", "RMSNorm", "Rotation", "compiled_layers", "fast_layers", "not_compiled",
-           "unsharded", "worth_compiling"]
+           "worth_compiling"]
 
 
 class FastLayers(dict[str, int]):

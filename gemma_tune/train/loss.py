@@ -170,37 +170,6 @@ class _Block:
         return grad.masked_fill_(self.left_out, 0)
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Summed next-token cross-entropy over the trained positions, with a head that gets no gradient.
-
-    Args:
-        hidden: last hidden states (batch, length, d), in the compute dtype.
-        weight: output embedding (vocabulary, d), frozen; same dtype and device as ``hidden``.
-        labels: token ids (batch, length), ``IGNORE_INDEX`` where nothing is learned. Position t of ``hidden``
-            predicts ``labels[:, t + 1]``; the shift happens here.
-        softcap: final logit soft-capping constant, in logits, or None.
-        scale: factor on the raw logits before capping (1 for Gemma).
-
-    Returns:
-        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
-        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
-        when no position is trained.
-
-    Raises:
-        ValueError: if the head requires a gradient, which this function would silently drop.
-    """
-    targets = labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-    return rows_cross_entropy(hidden[:, :-1][trained], weight, targets[trained], softcap=softcap, scale=scale)
-
-
 def rows_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -209,20 +178,27 @@ def rows_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """:func:`linear_cross_entropy` for rows that were picked already: no size depends on the data.
+    """Summed cross-entropy of rows that predict one token each, with a head that gets no gradient.
+
+    Which hidden states predict a trained token is the caller's to say, see ``batches.trained_positions``: no size here
+    depends on the data.
 
     Args:
-        hidden: (rows, d), in the compute dtype.
-        weight: output embedding (vocabulary, d), frozen; same dtype and device.
-        targets: (rows,) what each row predicts; ``IGNORE_INDEX`` for a row that only fills up: it adds neither loss nor
-            gradient, whatever is in it.
+        hidden: last hidden states (rows, d), in the compute dtype.
+        weight: output embedding (vocabulary, d), frozen; same dtype and device as ``hidden``.
+        targets: (rows,) the token that each row predicts; ``IGNORE_INDEX`` for a row that only fills up: it adds
+            neither loss nor gradient, whatever is in it.
+        softcap: final logit soft-capping constant, in logits, or None.
+        scale: factor on the raw logits before capping (1 for Gemma).
 
     Returns:
-        Scalar in fp32 (float64 for float64 inputs), the sum in nats.
+        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
+        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
+        when no row predicts anything.
 
     Raises:
-        ValueError: if the head requires a gradient.
+        ValueError: if the head requires a gradient, which this function would silently drop.
     """
     if weight.requires_grad:
-        raise ValueError("linear_cross_entropy is for a frozen head; this one requires a gradient")
+        raise ValueError("this loss is for a frozen head; this one requires a gradient")
     return _FusedLinearCrossEntropy.apply(hidden, weight, targets, softcap, scale)

@@ -22,7 +22,7 @@ from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, tr
 from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
 from gemma_tune.lora.load import import_peft
 from gemma_tune.models.load import load_model
-from gemma_tune.models.placement import Placement, available, choose_placement
+from gemma_tune.models.placement import Placement, available, best_device, choose_placement
 from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
@@ -79,11 +79,11 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
     return session
 
 
-def _with_batch_size(session: Session, rows: int, device: str) -> Session:
+def _with_batch_size(session: Session, rows: int) -> Session:
     """The same, with a number where the batch size is left to us."""
     if session.config.batch_size != AUTO:
         return session
-    size, reason = proposed(rows, session.config, device)
+    size, reason = proposed(rows, session.config, best_device())
     session.listener.note(reason)
     return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
 
@@ -105,7 +105,7 @@ def plan_training(session: Session) -> TrainingPlan:
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train"))
     train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
     placement = choose_placement(session.config.dtype)
-    session = _with_batch_size(session, len(train_rows.lengths), placement.device)
+    session = _with_batch_size(session, len(train_rows.lengths))
     shape, choice = _fit(session, int(train_rows.lengths.max()), placement)
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
     if waiting:
@@ -174,7 +174,7 @@ def _decide(session: Session, startup: Startup) -> _Job:
 
     _refuse_processes(session.config)
     train_rows, _ = _prepared_sequences(session)
-    session = _with_batch_size(session, len(train_rows), choose_placement(session.config.dtype).device)
+    session = _with_batch_size(session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
     key = training_key(session.model.fingerprint, tokens, _format(session).template, config.as_dict())

@@ -10,8 +10,8 @@ import torch
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
 from gemma_tune.train.batches import trained_positions
-from gemma_tune.train.kernels import unsharded
 from gemma_tune.train.loss import rows_cross_entropy
+from gemma_tune.train.undoing import unsharded
 
 
 def install_summed_loss(causal_lm: Any) -> None:

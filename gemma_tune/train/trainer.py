@@ -32,6 +32,7 @@ from gemma_tune.train.batches import (
     collate,
     loader,
     pieces,
+    trained_count,
     trained_positions,
 )
 from gemma_tune.train.captured import CapturedSteps
@@ -40,7 +41,6 @@ from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import not_compiled
 from gemma_tune.train.late import LateFigures
-from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 
 MOST_OVERFLOWS = 20  # steps in a row that the loss scaler of fp16 may skip
@@ -258,7 +258,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                 for part in self._pieces(batch):
                     if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0):
                         losses.append(self._summed_loss(self.model, part))
-                    count += int((part["labels"][:, 1:] != IGNORE_INDEX).sum())
+                    count += trained_count(part["labels"])
         losses.append(self.gradients.loss)  # of what was captured
         total = sum(torch.stack(losses).tolist())  # read once: a GPU works on meanwhile
         self.gradients.clear()

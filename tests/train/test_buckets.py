@@ -41,18 +41,18 @@ def pieces(rows: int, batch: int, epochs: int, spread: float = 0.6):
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(5, spread, rows).astype(int), 12, 900)
     trained = np.maximum(1, (lengths * generator.uniform(0.2, 0.8, rows)).astype(int))
-    sampler, steps = LengthGroupedBatches(lengths, Share(batch), 42, trained), []
+    sampler, batches = LengthGroupedBatches(lengths, Share(batch), 42, trained), []
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
-        steps += [list(sampler.share.batches(rows)) for rows in sampler.steps()]
-    return shapes_of_pieces(iter(steps), lengths, trained, batch), int(lengths.sum()) * epochs
+        batches += sampler
+    return shapes_of_pieces(batches, lengths, trained, batch), int(lengths.sum()) * epochs
 
 
 @pytest.mark.parametrize(("rows", "batch", "epochs"), [(1000, 8, 3), (1000, 4, 2), (5000, 8, 1), (3000, 16, 2)])
 def test_padding_stays_under_15_percent(rows, batch, epochs):
     shapes, tokens = pieces(rows, batch, epochs)
     buckets = Buckets(shapes, Costs(1, 1.6))
-    assert 0 < buckets.padding(shapes, tokens) < 0.15
+    assert 0 < buckets.fit(shapes, tokens)[0] < 0.15
     assert len(buckets.counts) <= 28
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_tune.train import loss as module
-from gemma_tune.train.loss import IGNORE_INDEX, linear_cross_entropy, rows_cross_entropy
+from gemma_tune.train.batches import trained_positions
+from gemma_tune.train.loss import IGNORE_INDEX, rows_cross_entropy
 
 VOCABULARY, WIDTH = 211, 24
 
@@ -23,6 +24,12 @@ def batch(rows: int = 3, length: int = 9, *, dtype: torch.dtype = torch.float64,
     labels[torch.rand(rows, length, generator=generator) < 0.5] = IGNORE_INDEX
     labels[:, 0] = 5  # a label at position 0 has no position before it: it must not count
     return hidden.to(dtype).requires_grad_(), weight.to(dtype), labels
+
+
+def linear_cross_entropy(hidden, weight, labels, **how):
+    """The product's loss of whole rows (batch, length), as training puts its parts together."""
+    positions, targets = trained_positions(labels)
+    return rows_cross_entropy(hidden.flatten(0, 1).index_select(0, positions), weight, targets, **how)
 
 
 def reference(hidden, weight, labels, softcap=None, scale=1.0):
