@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import gigabytes
 from gemma_tune.export.calibration_rows import TOKENS, calibration_rows, not_calibrated, shortened
 from gemma_tune.export.files import ExportSource
+from gemma_tune.export.token_weights import Progress, token_weights
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, QUANTS
@@ -46,11 +48,12 @@ class Gram:
         self._waiting: list[torch.Tensor] = []
         self._probes: list[np.ndarray] = []
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add inputs (…, columns), each as often as its weight (some,) says."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self._waiting.append(x)
         if len(self._probes) < _PROBES:
             self._probes.append(x[len(x) // 2].cpu().numpy())
+        self._waiting.append(x if weights is None else x * weights.sqrt()[:, None])
         if sum(map(len, self._waiting)) >= _AT_A_TIME:  # one product of many inputs, not many of few
             self._multiply()
 
@@ -89,10 +92,21 @@ class Calibration:
         self._layer_of = {model.name(module): n for n, layer in enumerate(model.layers)
                           for module in layer.modules() if isinstance(module, torch.nn.Linear)}
         self._keeps = _factors((model.stored(name).shape[1] for name in self._layer_of), model.device.type) <= KEPT
+        self._weights: dict[str, torch.Tensor] = {}
         self._known: dict[str, Inputs | None] = {}
         self._head: Inputs | None = None
         self._rows: list[Row] = []
         self._next = len(model.layers)  # the layer whose inputs the rows' states are
+
+    def weigh(self, on_progress: Progress | None = None) -> None:
+        """Let each token count by how much depends on it, see :func:`token_weights`; it takes about four times as long
+        as going through the layers for their inputs does."""
+        if self.model.stored(self.model.head or "") is None:
+            return
+        self._weights, states = token_weights(self.model, self.sequences, on_progress)
+        gram = Gram(states.shape[1], states.device)
+        gram.add(states, self._weights.get(str(self.model.head)))
+        self._head = self._of_head(gram, len(states))
 
     def inputs(self, source: str | None) -> Inputs | None:
         """Of the matrix that the checkpoint calls ``source``; None where nothing is known of it."""
@@ -107,28 +121,20 @@ class Calibration:
                 self._one_layer(self._keeps or self._next == n)
         return self._known.get(source or "")
 
-    def take_head(self, states: np.ndarray) -> None:
-        """Take from elsewhere what an output head that is the embedding was multiplied with: float32 (tokens, columns).
-
-        Of a large model that spares going through the layers for it; mean squares need few tokens.
-        """
-        if self.model.head == self.model.embedding and not self._keeps:
-            self._head = Inputs(np.square(states).mean(0), None, None, states[:: max(1, len(states) // _PROBES)])
-
     def _begin(self, rows: Sequence[np.ndarray]) -> None:
         with torch.no_grad():
             self._rows, self._next = self.model.start(rows), 0
 
     def _one_layer(self, noting: bool) -> None:
         """Take the rows through the next layer, and its inputs into what is known."""
-        notes = _Notes()
+        notes = _Notes(lambda module: self._weights.get(self.model.name(module)))
         with torch.no_grad(), self.model.loaded(self._next) as layer:
             handles = [module.register_forward_hook(notes) for module in layer.modules()
                        if noting and isinstance(module, torch.nn.Linear)]
             try:
                 for row in self._rows:
-                    notes.seen = []
                     row.states = self.model.through(self._next, layer, row)
+                    notes.tokens += row.ids.numel()
             finally:
                 for handle in handles:
                     handle.remove()
@@ -154,35 +160,49 @@ class Calibration:
                 gram.add(states)
         count = sum(row.ids.numel() for row in self._rows)
         self._rows, self._next = ([], len(self.model.layers)) if few else (self._rows, self._next)
-        found = gram.inputs(count) if gram else None
+        return self._of_head(gram, count) if gram else None
+
+    def _of_head(self, gram: Gram, count: int) -> Inputs | None:
+        found = gram.inputs(count)
         # Rows of an embedding are looked up as well: an error in one column is not made up for by others.
-        return replace(found, factors=None) if found and tied else found
+        return replace(found, factors=None) if found and self.model.head == self.model.embedding else found
 
 
 class _Notes:
-    """A hook that notes what comes into the matrices of a layer, and how large what comes out is."""
+    """A hook that notes what comes into the matrices of a layer, and how large what comes out is.
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[torch.nn.Module, torch.Tensor]] = []  # of the row that is under way
+    Args:
+        weights: of a matrix, how much each token of all sequences counts; None where all count the same.
+
+    Attributes:
+        tokens: of the sequences that went through the layer before.
+    """
+
+    def __init__(self, weights: Callable[[torch.nn.Module], torch.Tensor | None]) -> None:
+        self.tokens = 0
+        self._weights = weights
+        self._seen: dict[torch.nn.Module, torch.Tensor] = {}  # the last input of those that lead others
         self._leader: dict[torch.nn.Module, torch.nn.Module] = {}
         self._grams: dict[torch.nn.Module, Gram] = {}
         self._output: dict[torch.nn.Module, float] = {}
         self._count: dict[torch.nn.Module, int] = {}
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        x = args[0]
-        leader = next((other for other, known in self.seen if known is x), None)
-        if leader is None:  # not the very same input as another's
+        x, y = args[0], out if module.bias is None else out - module.bias
+        weights, count = self._weights(module), x.numel() // x.shape[-1]
+        if weights is not None:
+            weights = weights[self.tokens:self.tokens + count]
+            y = y.reshape(count, -1) * weights.sqrt()[:, None]
+        # Not the very same input as another's, or counted otherwise.
+        leader = next((other for other, known in self._seen.items() if known is x), module)
+        if weights is not None or leader is module:
             leader = module
-            self.seen.append((module, x))
-            if module not in self._grams:
-                self._grams[module] = Gram(module.in_features, x.device)
-            self._grams[module].add(x)
+            self._seen[module] = x
+            self._grams.setdefault(module, Gram(module.in_features, x.device)).add(x, weights)
         self._leader[module] = leader
-        y = out if module.bias is None else out - module.bias
         size = float(torch.linalg.vector_norm(y, dtype=torch.float32))
         self._output[module] = self._output.get(module, 0.0) + size * size
-        self._count[module] = self._count.get(module, 0) + x.numel() // x.shape[-1]
+        self._count[module] = self._count.get(module, 0) + count
 
     def inputs(self) -> dict[torch.nn.Module, Inputs | None]:
         """By module; what was noted is given up for it."""
@@ -203,11 +223,13 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.values())
     # In bf16 where it is fast: what rounding depends on is known less exactly than that anyway.
     placement = choose_placement("auto")
-    if lacking := _lacking(placement, source.architecture):
-        return None, lacking
     rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
-    model = LayerwiseModel(source.merged, placement, source.architecture.canonical)
-    return Calibration(model, rows), said
+    if lacking := _lacking(placement, source.architecture, sum(map(len, rows))):
+        return None, lacking
+    found = Calibration(LayerwiseModel(source.merged, placement, source.architecture.canonical), rows)
+    if any(quant in COARSE[1:] or quant not in QUANTS for quant in quants):  # q8_0 alone loses hardly anything
+        found.weigh(partial(session.listener.progress, "measuring how much depends on each token"))
+    return found, said
 
 
 def _most_tokens(parameters: int, placement: Placement) -> int:
@@ -219,7 +241,7 @@ def _factors(columns: Iterable[int], device: str) -> int:
     return sum(2 * size ** 2 for count in columns for size in parts(count, device))
 
 
-def _lacking(placement: Placement, architecture: Architecture) -> str:
+def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> str:
     """Why there is not enough memory; empty if there is."""
     matrices = [spec for spec in architecture.tensors if len(spec.shape) == 2]
     inside = [spec for spec in matrices if spec.name.startswith("blk.")]
@@ -229,8 +251,11 @@ def _lacking(placement: Placement, architecture: Architecture) -> str:
     weights = sum(math.prod(spec.shape) for spec in inside) // architecture.layers
     layer = 12 * max(max(parts(spec.shape[1], placement.device)) for spec in inside) ** 2 + 8 * weights + (1 << 30)
     layer += factors if factors <= KEPT else factors // architecture.layers
-    head = placement.dtype.itemsize * max(math.prod(spec.shape) for spec in matrices)  # what rounding costs, before
-    need = max(layer, head + (1 << 30)) + OVERHEAD[placement.device]
+    # Before that, on the way back through the layers: the head's matrix, and the states before each layer.
+    head = max((spec.shape for spec in matrices), key=math.prod)
+    states = (architecture.layers + 1) * tokens * head[1]
+    back = placement.dtype.itemsize * (math.prod(head) + states) + (1 << 30)
+    need = max(layer, back) + OVERHEAD[placement.device]
     room = min(available(device) for device in {placement.device, "cpu"})
     if need <= USABLE * room:
         return ""

@@ -97,8 +97,7 @@ class Mixes:
             tokens = min(_MOST, max(_FEWEST, _WORK // parameters))
             types = {spec.source: types_for(spec.shape[1]) for spec in specs}
             self._costs = costs(model, shortened(rows, tokens), types,
-                                partial(self.listener.progress, "measuring what rounding each matrix costs"),
-                                self.calibration.take_head)
+                                partial(self.listener.progress, "measuring what rounding each matrix costs"))
         quantised = {name for name, kind in self._llama_cpp("q8_0").items() if kind == Type.Q8_0}
         return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in specs
                 if spec.name in quantised and self._costs.get(spec.source)}

@@ -32,14 +32,19 @@ def rows() -> list[np.ndarray]:
 
 def by_hand(model, rows, module) -> torch.Tensor:
     """XᵀX of one module's inputs."""
+    x = by_hand_inputs(model, rows, module)
+    return x.T @ x
+
+
+def by_hand_inputs(model, rows, module) -> torch.Tensor:
+    """One module's inputs (tokens, columns)."""
     seen = []
     handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     with torch.no_grad():
         for row in rows:
             model(torch.tensor(row)[None])
     handle.remove()
-    x = torch.cat(seen)
-    return x.T @ x
+    return torch.cat(seen)
 
 
 @pytest.fixture
@@ -74,17 +79,38 @@ def test_inputs_are_those_of_a_plain_forward_pass(layerwise, model, rows, kept, 
     torch.testing.assert_close(again, first)
 
 
-def test_what_the_head_gets_may_come_from_elsewhere(layerwise, rows, monkeypatch):
-    states = np.random.default_rng(0).standard_normal((100, layerwise.model.config.hidden_size)).astype(np.float32)
-    kept = Calibration(layerwise, rows)
-    kept.take_head(states)
-    assert not np.allclose(kept.inputs(layerwise.head).importance, np.square(states).mean(0)), "all rows are better"
-    monkeypatch.setattr(calibration, "KEPT", 1)
-    known = Calibration(layerwise, rows)
-    known.take_head(states)
-    head = known.inputs(layerwise.head)
-    np.testing.assert_allclose(head.importance, np.square(states).mean(0), rtol=1e-5)
-    assert head.factors is None and len(head.probes) >= 32
+@pytest.mark.parametrize("kept", [1 << 30, 1], ids=["all are kept", "layer by layer"])
+def test_a_token_counts_as_often_as_its_weight_says(layerwise, model, rows, kept, monkeypatch):
+    monkeypatch.setattr(calibration, "KEPT", kept)
+    monkeypatch.setattr(calibration, "_AT_A_TIME", 50)
+    known, rng, layer = Calibration(layerwise, rows), np.random.default_rng(0), model.model.layers[1]
+    modules = {"model.layers.1.self_attn.q_proj.weight": layer.self_attn.q_proj,
+               "model.layers.1.self_attn.v_proj.weight": layer.self_attn.v_proj,
+               "model.layers.1.mlp.down_proj.weight": layer.mlp.down_proj, layerwise.head: model.lm_head}
+    weights = {name: torch.from_numpy(rng.uniform(0, 2, known.tokens)).float() for name in modules}
+    inputs = {name: by_hand_inputs(model, rows, module) for name, module in modules.items()}
+    monkeypatch.setattr(calibration, "token_weights", lambda *_: (weights, inputs[layerwise.head]))
+    known.weigh()
+    for name, module in modules.items():
+        x, found = inputs[name] * weights[name].sqrt()[:, None], known.inputs(name)
+        np.testing.assert_allclose(found.importance, x.square().mean(0).numpy(), rtol=1e-4)
+        if name != layerwise.head:
+            expected = inputs_of([x.T @ x], known.tokens).factors[0]
+            torch.testing.assert_close(found.factors[0], expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
+            assert found.output == pytest.approx(float((x @ module.weight.detach().T).square().sum()), rel=1e-3)
+    plain = known.inputs("model.layers.1.mlp.up_proj.weight"), known.inputs("model.layers.1.mlp.gate_proj.weight")
+    expected = by_hand(model, rows, layer.mlp.up_proj).diagonal() / known.tokens
+    for found in plain:  # of which nothing is said
+        np.testing.assert_allclose(found.importance, expected.numpy(), rtol=1e-4)
+
+
+def test_tokens_are_weighed_for_less_than_eight_bits(export, merged, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Calibration, "weigh", lambda self, on_progress: asked.append(self.tokens))
+    for formats, times in (("q8_0,f16", 0), ("q6_k,q8_0", 1)):
+        asked.clear()
+        assert export("--quant", formats, "--run", merged).code == 0
+        assert len(asked) == times
 
 
 def test_an_export_is_calibrated_unless_told_otherwise(cli, export, merged, tmp_path):

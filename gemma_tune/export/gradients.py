@@ -1,0 +1,164 @@
+"""What a model's predictions depend on: gradients of its own, layer by layer from the last to the first.
+
+They are those of the negative log-likelihood of tokens that the model itself draws: their mean square is the Fisher
+information, the curvature of the divergence from the model (Amari 1998; for rounding, Dong et al. 2019, arXiv
+1911.03852). The states before each layer are kept, so that one layer's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma_tune.models.layerwise import LayerwiseModel, Row
+from gemma_tune.models.load import after_product
+
+_LOGITS = 1 << 26  # made at a time: 256 MB in fp32; the head's matrix is read anew each time
+_ELEMENTS = 1 << 22  # of the head that are read at a time
+
+# Gets a matrix, its input (1, length, in), which may be part of a graph, and the gradient of its output (1, length,
+# out): for each sequence each matrix of a layer once, the last first.
+Note = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], None]
+
+
+class BackwardPass:
+    """The way back through a model, whose way forward is done.
+
+    Args:
+        model: the model.
+        sequences: token ids, (length,) each.
+        on_progress: called with how many layers are done, and how many there are; each counts twice.
+
+    Attributes:
+        head: the output head; ``del`` it to free its weights.
+        gradients: of the states before the layer that was gone through last, (1, length, hidden size) for each
+            sequence.
+
+    Raises:
+        ValueError: the model has no output head.
+    """
+
+    def __init__(self, model: LayerwiseModel, sequences: Sequence[np.ndarray],
+                 on_progress: Callable[[int, int], None] | None = None):
+        self._model, self._progress = model, on_progress or (lambda done, total: None)
+        self.head = Head(model)
+        self._before: list[list[torch.Tensor]] = []
+        self._rows = self._forward(sequences)
+        self.gradients = [self.head.gradient(row) for row in self._rows]
+
+    def _forward(self, sequences: Sequence[np.ndarray]) -> list[Row]:
+        """The rows behind the last layer."""
+        model = self._model
+        with torch.no_grad():
+            rows = model.start(sequences)
+            for n in range(len(model.layers)):
+                self._before.append([row.states for row in rows])
+                with model.loaded(n) as layer:
+                    for row in rows:
+                        # A copy: a layer may change what it is given.
+                        row.states = model.through(n, layer, Row(row.ids, row.states.clone(), row.arguments))
+                self._progress(n + 1, 2 * len(model.layers))
+        return rows
+
+    def layers(self, note: Note) -> Iterator[int]:
+        """Go through the layers from the last to the first, with the number of each when it is done; once."""
+        count = len(self._model.layers)
+        for n in reversed(range(count)):
+            self._layer(n, note, self._before.pop())
+            self._progress(2 * count - n, 2 * count)
+            yield n
+
+    def _layer(self, n: int, note: Note, before: Sequence[torch.Tensor]) -> None:
+        model = self._model
+
+        def noted(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            if out.requires_grad:
+                out.register_hook(lambda gradient: note(module, args[0], gradient))
+
+        with model.loaded(n) as layer:
+            handles = [module.register_forward_hook(noted) for module in layer.modules()
+                       if isinstance(module, torch.nn.Linear)]
+            try:
+                for i, (row, states) in enumerate(zip(self._rows, before, strict=True)):
+                    leaf = states.detach().requires_grad_()
+                    # Not the leaf itself: a layer may change what it is given.
+                    out = model.through(n, layer, Row(row.ids, leaf.clone(), row.arguments))
+                    torch.autograd.backward(out, self.gradients[i])
+                    self.gradients[i] = leaf.grad
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+class Head:
+    """The output head: gradients of what it is given, and of what it gives.
+
+    Attributes:
+        energy: of each entry of the vocabulary, the sum of squares of the gradients there so far: fp32 (vocabulary,).
+        squares: the same of each token: fp32 (tokens,), in one part for each sequence or more.
+    """
+
+    def __init__(self, model: LayerwiseModel):
+        self._model = model
+        self._stored = model.stored(model.head or "")
+        if self._stored is None:
+            raise ValueError("a model without an output head")
+        step = max(1, _ELEMENTS // self._stored.shape[1])
+        self._weight = torch.empty(self._stored.shape, dtype=model.dtype, device=model.device)
+        for start in range(0, self._stored.shape[0], step):
+            rows = self._stored.rows(start, start + step)
+            self._weight[start:start + len(rows)] = torch.from_numpy(rows)
+        self._after = after_product(model.model)
+        self._generator = torch.Generator(device=self._weight.device).manual_seed(0)
+        self._states: list[torch.Tensor] = []
+        self.energy = torch.zeros(len(self._weight), device=self._weight.device)
+        self.squares: list[torch.Tensor] = []
+
+    def gradient(self, row: Row) -> torch.Tensor:
+        """That of a row's states behind the last layer, (1, length, hidden size)."""
+        leaf = row.states.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self._model.finish(Row(row.ids, leaf.clone(), row.arguments))
+        states = out.detach()[0]
+        step = max(1, _LOGITS // len(self._weight))
+        parts = [self._of_logits(states[start:start + step]) @ self._weight for start in range(0, len(states), step)]
+        self._states.append(states)
+        torch.autograd.backward(out, torch.cat(parts)[None].to(out.dtype))
+        return leaf.grad
+
+    def _of_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The gradient of −log p(drawn token) by what the head's product gives: (some, vocabulary)."""
+        found = (states @ self._weight.T).float()
+        slope: torch.Tensor | None = None
+        if (scale := self._after["scale"]) != 1:
+            found *= scale
+        if cap := self._after["softcap"]:
+            found.div_(cap).tanh_()
+            slope = 1 - found.square()
+            found *= cap
+        found.sub_(found.amax(1, keepdim=True)).exp_()
+        # By where a random part of the sum is reached: torch.multinomial takes a random number for every entry.
+        reached = found.cumsum(1)
+        whole = reached[:, -1:]
+        part = torch.rand(whole.shape, generator=self._generator, device=whole.device) * whole
+        drawn = torch.searchsorted(reached, part).clamp_(max=found.shape[1] - 1)
+        found.div_(whole).scatter_add_(1, drawn, torch.full_like(whole, -1.0))
+        if slope is not None:
+            found *= slope
+        if scale != 1:
+            found *= scale
+        self.energy += torch.linalg.vector_norm(found, dim=0).square_()
+        self.squares.append(torch.linalg.vector_norm(found, dim=1).square_())
+        return found.to(self._weight.dtype)
+
+    @property
+    def states(self) -> torch.Tensor:
+        """What it was multiplied with, in the model's type (tokens, columns)."""
+        return torch.cat(self._states)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows of its matrix: float32 (numbers, columns)."""
+        return np.concatenate([self._stored.rows(row, row + 1) for row in numbers])
