@@ -30,6 +30,7 @@ _FEWEST = 2048  # tokens
 KEPT = 1 << 30  # bytes of factors that are kept for the next format; else each format has them computed anew
 _HEAD_TOKENS = 512  # where the layers are gone through for the head alone
 MOST_COLUMNS = 4096  # whose errors are made up for by each other
+_COLUMNS = 256  # of the largest blocks of a file
 _AT_A_TIME = 2048  # inputs that are multiplied at once
 _PROBES = 32  # inputs with which what is written is checked
 _BLOCKS = 4  # in which XᵀX is computed, but for the blocks below the diagonal
@@ -73,9 +74,11 @@ class Gram:
 
 
 def parts(columns: int, device: str) -> list[int]:
-    """Sizes of about equal parts of so many columns, on a CPU no larger than :data:`MOST_COLUMNS`."""
+    """Sizes of about equal parts of so many columns, on a CPU no larger than :data:`MOST_COLUMNS`, in whole blocks."""
     count = -(-columns // MOST_COLUMNS) if device == "cpu" else 1
-    return [len(part) for part in np.array_split(np.arange(columns), count)]
+    blocks = -(-columns // _COLUMNS)
+    found = [len(part) * _COLUMNS for part in np.array_split(np.arange(blocks), count)]
+    return [*found[:-1], found[-1] - blocks * _COLUMNS + columns]
 
 
 class Calibration:

@@ -31,6 +31,7 @@ class BackwardPass:
         model: the model.
         sequences: token ids, (length,) each.
         on_progress: called with how many layers are done, and how many there are; each counts twice.
+        with_energy: have the head's ``energy`` as well.
 
     Attributes:
         head: the output head; ``del`` it to free its weights.
@@ -42,9 +43,9 @@ class BackwardPass:
     """
 
     def __init__(self, model: LayerwiseModel, sequences: Sequence[np.ndarray],
-                 on_progress: Callable[[int, int], None] | None = None):
+                 on_progress: Callable[[int, int], None] | None = None, with_energy: bool = False):
         self._model, self._progress = model, on_progress or (lambda done, total: None)
-        self.head = Head(model)
+        self.head = Head(model, with_energy)
         self._before: list[list[torch.Tensor]] = []
         self._rows = self._forward(sequences)
         self.gradients = [self.head.gradient(row) for row in self._rows]
@@ -97,11 +98,11 @@ class Head:
     """The output head: gradients of what it is given, and of what it gives.
 
     Attributes:
-        energy: of each entry of the vocabulary, the sum of squares of the gradients there so far: fp32 (vocabulary,).
-        squares: the same of each token: fp32 (tokens,), in one part for each sequence or more.
+        energy: of each entry of the vocabulary, the sum of squares of the gradients there so far, fp32 (vocabulary,);
+            None where nobody asks, as it takes as long as a product.
     """
 
-    def __init__(self, model: LayerwiseModel):
+    def __init__(self, model: LayerwiseModel, with_energy: bool = False):
         self._model = model
         self._stored = model.stored(model.head or "")
         if self._stored is None:
@@ -114,8 +115,7 @@ class Head:
         self._after = after_product(model.model)
         self._generator = torch.Generator(device=self._weight.device).manual_seed(0)
         self._states: list[torch.Tensor] = []
-        self.energy = torch.zeros(len(self._weight), device=self._weight.device)
-        self.squares: list[torch.Tensor] = []
+        self.energy = torch.zeros(len(self._weight), device=self._weight.device) if with_energy else None
 
     def gradient(self, row: Row) -> torch.Tensor:
         """That of a row's states behind the last layer, (1, length, hidden size)."""
@@ -150,8 +150,8 @@ class Head:
             found *= slope
         if scale != 1:
             found *= scale
-        self.energy += torch.linalg.vector_norm(found, dim=0).square_()
-        self.squares.append(torch.linalg.vector_norm(found, dim=1).square_())
+        if self.energy is not None:
+            self.energy += torch.linalg.vector_norm(found, dim=0).square_()
         return found.to(self._weight.dtype)
 
     @property

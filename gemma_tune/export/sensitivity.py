@@ -45,7 +45,7 @@ def costs(model: LayerwiseModel, sequences: Sequence[np.ndarray], types: Mapping
     draw = np.random.default_rng(0)
     total = sum(map(len, sequences))
     found: Costs = {}
-    passing = BackwardPass(model, sequences, on_progress)
+    passing = BackwardPass(model, sequences, on_progress, with_energy=True)
     if model.head in types:
         found[model.head] = _of_head(passing.head, types[model.head], draw, total)
     importance = _importance(passing.head.states.float())
@@ -75,6 +75,7 @@ def _importance(x: torch.Tensor) -> np.ndarray:
 
 def _of_head(head: Head, types: Sequence[Type], draw: np.random.Generator, total: int) -> dict[Type, float]:
     """What rounding the output head costs; gradients and what it is multiplied with are taken as independent."""
+    assert head.energy is not None
     weight, x = head.energy.double().cpu().numpy(), head.states.float()
     rows = draw.choice(len(weight), _HEAD_ROWS, p=weight / weight.sum())
     found = {}

@@ -43,15 +43,20 @@ def token_weights(model: LayerwiseModel, sequences: Sequence[np.ndarray],
     squares: dict[torch.nn.Module, list[torch.Tensor]] = {}
 
     def note(module: torch.nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=1, dtype=torch.float32)
-        squares.setdefault(module, []).append(norm.square_())
+        squares.setdefault(module, []).append(_squares(gradient))
 
-    states, of_head = passing.head.states, torch.cat(passing.head.squares)
+    # What depends on the head's input stands for what depends on its output, which would have to be gone through again.
+    states, of_head = passing.head.states, torch.cat([_squares(gradient) for gradient in passing.gradients])
     del passing.head
     for _ in passing.layers(note):
         pass
     found = {model.name(module): torch.cat(parts) for module, parts in squares.items()} | {str(model.head): of_head}
     return {name: _weights(square) for name, square in found.items() if _known(square)}, states
+
+
+def _squares(gradient: torch.Tensor) -> torch.Tensor:
+    """|g|² of each token: fp32 (tokens,)."""
+    return gradient.flatten(0, -2).float().square().sum(1)
 
 
 def _known(squares: torch.Tensor) -> bool:

@@ -1,9 +1,11 @@
 """Rounding that knows what the weights are multiplied with: the weights still to be rounded make up for an error.
 
-Frantar et al. 2022, arXiv 2210.17323 (GPTQ), onto the grids of GGUF blocks: their scales are chosen first, by ggml with
-the inputs' mean squares as importance, and stay. Written with a factor of XᵀX instead of one of its inverse: with XᵀX =
-R Rᵀ, R upper, rounding that changes a row of weights by d changes its outputs by ‖d R‖; so each column takes the value
-that brings its number of d R nearest to zero. The choices are the same, and no matrix is inverted.
+Frantar et al. 2022, arXiv 2210.17323 (GPTQ), onto the grids of GGUF blocks: when a block's turn comes, ggml chooses its
+scales, with the inputs' mean squares as importance, for the weights that would make up for all errors so far.
+
+Written with a factor of XᵀX instead of one of its inverse: with XᵀX = R Rᵀ, R upper, rounding that changes a row of
+weights by d changes its outputs by ‖d R‖; so each column takes the value that brings its number of d R nearest to zero.
+The choices are the same, and no matrix is inverted.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.machine import cores
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _TRIES = 6  # with ten times the damping each
-_BLOCK = 128  # columns to which the error of all before them comes at once
+_BLOCK = 128  # columns to which the error of all before them in the block comes at once
 _COMPARED = 32  # rows by which compensated rounding is compared with plain rounding
 
 
@@ -157,28 +160,20 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
     Returns:
         uint8 (rows, bytes of a row), and the sum of squares of what that changes in the output.
     """
-    import torch
 
     rows = np.ascontiguousarray(rows, np.float32)
-    data = by_importance(rows, kind, inputs.importance)
     if inputs.factors is None:
+        data = by_importance(rows, kind, inputs.importance)
         return data, _energy(dequantise(data, kind) - rows, inputs)
-    grid = grid_of(data, kind)
-    chosen, error = [], 0.0
-    for columns, factor in _ranges(inputs.factors):
-        # Columns first: each step works on one column of all rows.
-        weights, low, step = (torch.from_numpy(np.ascontiguousarray(part[:, columns].T)).to(factor.device)
-                              for part in (rows, grid.low, grid.step))
-        q, off = _compensated(weights, low, step, grid.levels, factor)
-        chosen.append(q.T.cpu().numpy())
-        error += off
+    parts = [_compensated(rows[:, columns], kind, inputs.importance[columns], factor)
+             for columns, factor in _ranges(inputs.factors)]
+    better = np.concatenate([data for data, _ in parts], axis=1)
     some = slice(None, None, max(1, len(rows) // _COMPARED))
-    plain = _energy(dequantise(data[some], kind) - rows[some], inputs)
-    better = with_chosen(data, kind, np.concatenate(chosen, axis=1))
+    plain = _energy(dequantise(by_importance(rows[some], kind, inputs.importance), kind) - rows[some], inputs)
     # By ggml's own reading of the bytes. Where an error cannot be made up for, plain rounding stands.
     if _energy(dequantise(better[some], kind) - rows[some], inputs) <= plain:
-        return better, error
-    return data, _energy(dequantise(data, kind) - rows, inputs)
+        return better, sum(error for _, error in parts)
+    return calibrated(rows, kind, replace(inputs, factors=None))[0], plain * len(rows) / len(rows[some])
 
 
 def by_importance(rows: np.ndarray, kind: Type, importance: np.ndarray) -> np.ndarray:
@@ -204,24 +199,67 @@ def _ranges(factors: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tens
         start += len(factor)
 
 
-def _compensated(weights: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int,
-                 factor: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The q of weights, both (columns, rows), and the sum of squares of what they change in the output."""
+def _compensated(rows: np.ndarray, kind: Type, importance: np.ndarray,
+                 factor: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Round rows (rows, columns): uint8 (rows, bytes of a row), and the sum of squares of what that changes in the
+    output."""
     import torch
 
-    per_step = torch.where(step == 0, 0.0, 1 / step)
-    q = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    changed = torch.empty_like(weights)
-    error = torch.zeros((), dtype=torch.float64, device=weights.device)
-    scale = factor.diagonal().tolist()
-    for start in range(0, len(weights), _BLOCK):
-        stop = min(start + _BLOCK, len(weights))
+    size, diagonal = GGML_QUANT_SIZES[kind][0], factor.diagonal().tolist()
+    # Columns first: each step works on one column of all rows.
+    weights = torch.from_numpy(np.ascontiguousarray(rows.T)).to(factor.device)
+    changed, error = torch.empty_like(weights), torch.zeros((), dtype=torch.float64, device=factor.device)
+    data = []
+    for start in range(0, len(weights), size):
+        stop = start + size
         off = factor[:start, start:stop].T @ changed[:start]  # d R of these columns, so far
-        for n, at in enumerate(range(start, stop)):
-            wanted = torch.sub(weights[at], off[n], alpha=1 / scale[at])
-            whole = wanted.sub_(low[at]).mul_(per_step[at]).round_().clamp_(0, levels - 1)
-            q[at] = whole
-            torch.addcmul(low[at], step[at], whole, out=changed[at]).sub_(weights[at])
-            off[n:].addr_(factor[at, at:stop], changed[at])
+        block = _Block(weights[start:stop], kind, importance[start:stop])
+        block.choose_scales(torch.linalg.solve_triangular(factor[start:stop, start:stop].T, off, upper=False))
+        for first in range(start, stop, _BLOCK):
+            last = min(first + _BLOCK, stop)
+            for at in range(first, last):
+                block.round(at - start, off[at - start], 1 / diagonal[at], out=changed[at])
+                off[at - start:last - start].addr_(factor[at, at:last], changed[at])
+            off[last - start:].addmm_(factor[first:last, last:stop].T, changed[first:last])
         error += off.square().sum(dtype=torch.float64)
-    return q, float(error)
+        data.append(block.data())
+    return np.concatenate(data, axis=1), float(error)
+
+
+class _Block:
+    """Columns that share their blocks in the file.
+
+    Args:
+        weights: fp32 (columns, rows).
+        importance: of these columns.
+    """
+
+    def __init__(self, weights: torch.Tensor, kind: Type, importance: np.ndarray):
+        import torch
+
+        self._weights, self._kind, self._importance = weights, kind, importance
+        self._q = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+
+    def choose_scales(self, off: torch.Tensor) -> None:
+        """For the weights less ``off`` (columns, rows)."""
+        import torch
+
+        wanted = np.ascontiguousarray((self._weights - off).T.cpu().numpy())
+        self._data = by_importance(wanted, self._kind, self._importance)
+        grid = grid_of(self._data, self._kind)
+        self._low, self._step = (torch.from_numpy(np.ascontiguousarray(part.T)).to(off.device)
+                                 for part in (grid.low, grid.step))
+        self._per_step, self._most = torch.where(self._step == 0, 0.0, 1 / self._step), grid.levels - 1
+
+    def round(self, n: int, off: torch.Tensor, factor: float, out: torch.Tensor) -> None:
+        """Round column ``n`` less ``factor`` times ``off``, and write into ``out`` what that changes, all (rows,)."""
+        import torch
+
+        wanted = torch.sub(self._weights[n], off, alpha=factor)
+        whole = wanted.sub_(self._low[n]).mul_(self._per_step[n]).round_().clamp_(0, self._most)
+        self._q[n] = whole
+        torch.addcmul(self._low[n], self._step[n], whole, out=out).sub_(self._weights[n])
+
+    def data(self) -> np.ndarray:
+        """uint8 (rows, bytes of a row)."""
+        return with_chosen(self._data, self._kind, self._q.T.cpu().numpy())

@@ -19,20 +19,23 @@ FP32 = Placement("cpu", torch.float32, "")
 
 
 def whole_model(model, sequences, token: int):
-    """By module and row of the head, |g|² at each token: of −log p(token), summed over all positions."""
+    """|g|² at each token, by matrix and behind the last layer: of −log p(token), summed over all positions."""
     linear = {f"{name}.weight": module for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and ".layers." in name}
     found, head = {name: [] for name in linear}, []
     for ids in sequences:
-        kept = {}
-        handles = [module.register_forward_hook(lambda m, a, out, name=name: kept.update({name: out}) or out.retain_grad())
+        kept, last = {}, []
+        handles = [module.register_forward_hook(lambda m, a, out, name=name, kept=kept: kept.update({name: out}) or out.retain_grad())
                    for name, module in linear.items()]
-        logits = model(inputs_embeds=model.get_input_embeddings()(torch.from_numpy(ids)[None]).detach().requires_grad_()).logits
-        logits.retain_grad()
+        embedded = model.get_input_embeddings()(torch.from_numpy(ids)[None]).detach().requires_grad_()
+        # The states before the last norm, where the way back through the layers begins.
+        handles.append(model.model.norm.register_forward_pre_hook(lambda m, args, last=last: last.append(args[0])))
+        logits, [states] = model(inputs_embeds=embedded).logits, last
+        states.retain_grad()
         (-logits.log_softmax(-1)[..., token].sum()).backward()
         for handle in handles:
             handle.remove()
-        head.append(logits.grad[0].square().sum(-1))
+        head.append(states.grad[0].square().sum(-1))
         for name, out in kept.items():
             found[name].append(out.grad[0].square().sum(-1))
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(head)
@@ -54,10 +57,7 @@ def test_weights_are_squared_gradients(family, tmp_path, monkeypatch):
     expected, head = whole_model(model, sequences, 0)
     assert states.shape == (63, model.config.hidden_size) and told[-1][0] == told[-1][1]
     assert found.keys() == {*expected, layerwise.head}
-    if family == "gemma2":  # the softcap is in its logits, and what is weighed comes before it
-        del found[layerwise.head]
-    else:
-        expected[layerwise.head] = head
+    expected[layerwise.head] = head
     for name, weights in found.items():
         assert float(weights.mean()) == pytest.approx(1)
         torch.testing.assert_close(weights, expected[name] / expected[name].mean(), rtol=1e-3, atol=1e-4)
@@ -65,7 +65,7 @@ def test_weights_are_squared_gradients(family, tmp_path, monkeypatch):
 
 def test_tokens_are_drawn_by_their_probability(tmp_path):
     make_llama("llama3", tmp_path)
-    head = Head(LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical))
+    head = Head(LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical), with_energy=True)
     states = torch.randn(1, head._weight.shape[1], generator=torch.Generator().manual_seed(0))
     probabilities = (states @ head._weight.T).softmax(1)[0]
     gradient = head._of_logits(states.expand(6000, -1))
@@ -74,7 +74,7 @@ def test_tokens_are_drawn_by_their_probability(tmp_path):
     torch.testing.assert_close(gradient, probabilities - own, rtol=1e-4, atol=1e-6)
     share, spread = own.float().mean(0), (probabilities * (1 - probabilities) / 6000).sqrt()
     assert ((share - probabilities).abs() < 5 * spread + 1e-3).all() and (share > 0).sum() > 3
-    assert head.squares[0].shape == (6000,) and head.energy.shape == probabilities.shape
+    torch.testing.assert_close(head.energy, gradient.square().sum(0), rtol=1e-3, atol=1e-6)
 
 
 def test_a_matrix_on_which_nothing_depends_has_no_weights():
