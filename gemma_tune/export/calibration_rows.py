@@ -15,8 +15,9 @@ from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.run.session import Session
 
-TOKENS = 16_384  # of rows, beside general text; the demo's 8,398 are enough for its 270M parameters
-_PART = 3  # where fewer are asked for, one in so many is of general text at most
+TOKENS = 16_384  # of rows, beside general text
+_WHOLE = 8192  # where fewer are asked for,
+_PART = 3  # one in so many is of general text at most
 LONGEST = 2048  # tokens of one row
 
 
@@ -37,13 +38,13 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
     It stands alone where there are no rows, as with an adapter from elsewhere.
 
     Args:
-        tokens: of rows, at most; of fewer than ``TOKENS`` general text is a part.
+        tokens: of rows, at most; of few of them general text is a part.
 
     Raises:
         UserError: a file of which nothing, or too little, can be used.
     """
     general = [row["input_ids"] for row in calibration_rows_of(source.chat)]
-    if tokens < TOKENS:
+    if tokens < _WHOLE:
         general = shortened(general, tokens // _PART)
         tokens -= sum(map(len, general))
     more = sum(map(len, general))
