@@ -196,7 +196,7 @@ class _Notes:
         if weights is not None:
             weights = weights[self.tokens:self.tokens + count]
             y = y.reshape(count, -1) * weights.sqrt()[:, None]
-        # Not the very same input as another's, or counted otherwise.
+        # The very same input is another's as well, as often as it counts the same.
         leader = next((other for other, known in self._seen.items() if known is x), module)
         if weights is not None or leader is module:
             leader = module
@@ -240,8 +240,8 @@ def _most_tokens(parameters: int, placement: Placement) -> int:
 
 
 def _factors(columns: Iterable[int], device: str) -> int:
-    """About how many bytes the factors of matrices take: of every second one the input is another's as well."""
-    return sum(2 * size ** 2 for count in columns for size in parts(count, device))
+    """How many bytes the factors of matrices take, if no two of them share one."""
+    return sum(4 * size ** 2 for count in columns for size in parts(count, device))
 
 
 def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> str:
