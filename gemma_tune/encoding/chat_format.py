@@ -119,6 +119,10 @@ class ChatFormat:
         """
         return self._render(self._for_template(messages), tools, prompt)
 
+    def prompt_text(self, messages: Messages, tools: Tools = None) -> str:
+        """The prompt for the next answer, without the BOS that whoever tokenises it puts in front."""
+        return self.render(messages, prompt=True, tools=tools).removeprefix(self.tokenizer.bos_token or "")
+
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Ids of the prompt for the next answer, with exactly one BOS."""
         return self._labeller.ids(self.render(messages, prompt=True, tools=tools))

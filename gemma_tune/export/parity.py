@@ -133,10 +133,7 @@ def _with_tools(chat: ChatFormat, prompt: Prompt, text: str | Check) -> str | Ch
     if isinstance(text, Check):
         return Check(KNOWN, f"Ollama refuses such tools ({text.detail})") if "cannot unmarshal" in text.detail else text
 
-    def trained(messages: Any, tools: Any) -> str:
-        return chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
-
-    return Check(KNOWN, KEPT_NOTE) if is_known(text, prompt.messages, prompt.tools, trained) else text
+    return Check(KNOWN, KEPT_NOTE) if is_known(text, prompt.messages, prompt.tools, chat.prompt_text) else text
 
 
 def _checks(engine: Engine, chat: ChatFormat, prompt: Prompt, expected: Sequence[int],

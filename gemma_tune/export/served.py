@@ -56,12 +56,10 @@ def wanted(chat: ChatFormat, target: Target, prompt: Prompt) -> Wanted | Check:
         elif target.chat.default_system:
             return Check(UNCHECKED, "SYSTEM was to be empty, and the template of training puts a text there")
 
-    def trained(messages: Any, tools: Any) -> str:
-        return chat.render(messages, prompt=True, tools=tools).removeprefix(chat.tokenizer.bos_token or "")
-
     try:
-        return Wanted(prompt, trained(messages, prompt.tools), len(chat.prompt_ids(messages, tools=prompt.tools)),
-                      partial(is_known, messages=messages, tools=prompt.tools, trained=trained))
+        text, count = chat.prompt_text(messages, prompt.tools), len(chat.prompt_ids(messages, tools=prompt.tools))
+        return Wanted(prompt, text, count,
+                      partial(is_known, messages=messages, tools=prompt.tools, trained=chat.prompt_text))
     except FormatError as e:
         return Check(UNCHECKED, f"not for this template: {e}")
 
