@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gemma_tune.base.errors import INTERRUPTED, UserError, WorkFailed
-from gemma_tune.base.machine import cores
+from gemma_tune.base.machine import cores, settled
 from gemma_tune.train.processes import GRACE, LAUNCHER
 
 _MOST_GPUS = 16  # of one machine; a process more than there are GPUs is refused by what knows them
@@ -102,7 +102,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     defaults = {"OMP_NUM_THREADS": max(1, cores() // count), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":  # nothing from outside this machine has to do with it
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return {n: str(v) for n, v in defaults.items()} | os.environ | {n: str(v) for n, v in there.items()}
+    asked = {name: value for name, value in os.environ.items() if name not in settled}
+    return {n: str(v) for n, v in defaults.items()} | asked | {n: str(v) for n, v in there.items()}
 
 
 def _free_port() -> int:

@@ -18,6 +18,8 @@ from typing import Any
 
 import step_clock
 
+from gemma_tune.base.machine import settle_threads
+
 RANK, ALPHA, DROPOUT, LEARNING_RATE, WARMUP, SEED = 16, 32, 0.0, 2e-4, 0.05, 42
 IGNORE_INDEX = -100
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -25,6 +27,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 def cli(job: dict[str, Any], *arguments: str) -> dict[str, Any]:
     """This project's command line, in this process so that the GPU's peak of memory can be read from it."""
+    settle_threads()  # as the command line does; watching imports torch before it can
     seen = step_clock.watch(job["profile"]) if arguments[0] == "train" else None
     sys.argv = ["gemma-tune", *arguments]
     try:

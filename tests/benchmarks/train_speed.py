@@ -19,12 +19,14 @@ tokens are those without padding, the same for all (TRL's defaults add one at th
 is the training process's resident set, on a GPU what PyTorch allocated there. The training loss is the mean over the
 steps; the contenders batch and label differently, so only the held-out loss compares: the same program computes it for
 every adapter, in fp32. Warm-up, the first steps until speed is steady, is reported apart (see step_clock.py), on a GPU with
-the share of the time in which it works, and its kernels, in the last three steps. The matrix limit is explained in matrix_limit.py.
+the share of the time in which it works, and its kernels, in the last three steps. The matrix limit is explained in
+matrix_limit.py. ``--neighbours N`` keeps N other processes busy meanwhile, as on a machine that others work on too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,18 @@ class Work:
         return {"wall_seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * unit, "stdout": out.read_text()}
 
 
+@contextlib.contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """So many processes that take all the time that they get."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
 def answer(output: str, name: str) -> dict[str, Any]:
     """The figures in the last line of a contender's standard output."""
     lines = output.strip().splitlines()
@@ -206,6 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="FOLDER", help="where the model of --shape is kept for the next run")
     parser.add_argument("--qlora", action="store_true", help="with the base in 4 bits")
     parser.add_argument("--max-steps", type=int, help="take so few rows that an epoch has at most so many steps")
+    parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside each contender")
     parser.add_argument("--repeats", type=int, default=1, help="speeds are medians of so many rounds")
     parser.add_argument("--json", metavar="FILE", help="where all figures go")
     parser.add_argument("--folder", help="where to work (default: a temporary directory, deleted at the end)")
@@ -237,7 +253,8 @@ def main() -> None:
         for name in options.contenders:
             if name != "fp32" or round_number == 0:  # only its loss is wanted
                 try:
-                    runs[name].append(work.run(name))
+                    with busy_neighbours(options.neighbours):
+                        runs[name].append(work.run(name))
                 except Failed as e:  # one program's failure does not lose what was measured of the others
                     say(f"{name}: left out, {e}")
                     continue

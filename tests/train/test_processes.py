@@ -331,3 +331,14 @@ def test_more_processes_than_the_machine_can_use_are_not_started(monkeypatch):
     with pytest.raises(UserError, match="--num-processes 4000 is more than this machine has processors for") as error:
         launch.launch(4000, ["train"])
     assert "use at most" in error.value.hint
+
+
+def test_each_process_gets_its_part_of_the_processors(monkeypatch):
+    """What the launcher settled for itself is not for each of them; what the user asked for is."""
+    monkeypatch.setattr(launch, "cores", lambda: 6)
+    monkeypatch.setattr(launch, "settled", {"OMP_NUM_THREADS": "6", "GOMP_SPINCOUNT": "1000"})
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    assert launch._environment(1, 3, 5)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setattr(launch, "settled", {})
+    assert launch._environment(1, 3, 5)["OMP_NUM_THREADS"] == "6"
