@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 
 # How often a thread of GNU OpenMP looks whether the others are done before it sleeps. By itself it looks as long as
-# other programs want the processor: beside two of them on two cores the demo trained at 14 tokens/s instead of 222, with
+# other programs want the processor: beside two of them on two cores the demo trained at 14 tokens/s, not 222, with
 # this at 156, with OMP_WAIT_POLICY=PASSIVE at 144; alone it made 212 to 222 with this, and 219 without.
 _SPINS = "1000"
 
