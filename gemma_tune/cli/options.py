@@ -152,6 +152,8 @@ CudaGraphs = Annotated[Optional[bool], _of(c.TrainConfig, "cuda_graphs", "--cuda
 Compile = Annotated[Optional[bool], _of(c.TrainConfig, "compile", "--compile/--no-compile")]
 EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
 SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
+Keep = Annotated[Optional[str], _of(c.TrainConfig, "keep")]
+EarlyStopping = Annotated[Optional[int], _of(c.TrainConfig, "early_stopping")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]

@@ -70,6 +70,7 @@ LABELS = {
     "p99": "99 % are at most (tokens)", "max_length": "limit (tokens)", "steps": "steps",
     "train_loss_first": "training loss, first step", "train_loss_last": "training loss, last step",
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
+    "kept_step": "the adapter is that of step",
     "tokens_per_second": "tokens/s", "training_seconds": "seconds in training steps", "device": "device",
     "dtype": "compute type", "effective_batch": "effective batch", "trainable_parameters": "trained parameters",
     "questions": "held-out prompts", "base_ended": "base: answers that end by themselves",

@@ -216,6 +216,10 @@ class TrainConfig(StageConfig):
                                   "GPU captured steps are faster, and take its place.",
                            same_result=True)
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
+    keep: str = option("best", "Which adapter stays: the one whose validation loss was lowest, or that of the last "
+                               "step; without validation rows it is the last.", choices=("best", "last"))
+    early_stopping: int = option(0, "End after so many evaluations in a row without a lower validation loss; 0 trains "
+                                    "to the end.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 

@@ -20,6 +20,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.run.directory import command
 
 MARKER = "complete.json"
+BEST = "best.safetensors"  # beside the checkpoints, see train/best.py
 KEEP = 2
 # Settings that change how a training is computed, not what is learned; dtype's is kept with the training.
 _WAYS = ("dtype", *same_result(TrainConfig))
@@ -165,8 +166,10 @@ def clear(folder: Path, after: Path | None = None) -> None:
     """Remove all checkpoints, whole or not; or those that are newer than ``after``, which a training goes on from.
 
     Such are damaged: they would be kept in place of whole ones, and PEFT would read the card of one when it saves the
-    same step again.
+    same step again. With all of them goes the best adapter that they had.
     """
+    if after is None:
+        remove(folder / BEST)
     for checkpoint in folder.glob("checkpoint-*") if after is None else _all(folder):
         if after is None or step_of(checkpoint) > step_of(after):
             remove(checkpoint)

@@ -212,6 +212,7 @@ def _format(session: Session) -> ChatFormat:
 def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
+    from gemma_tune.train.best import Best
     from gemma_tune.train.callbacks import MetricsLog, StopRequest
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
@@ -226,15 +227,18 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     listener.note(described_steps(len(train_rows), config))
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
     stop = StopRequest(listener)
-    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice, (log, stop),
-                       job.training)
-    log.trainer = trainer
+    best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
+                earlier=job.earlier)
+    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice,
+                       (log, best, stop), job.training)
+    log.trainer = best.trainer = trainer
     job.startup.done("adapter")
     with stop:
-        summary = run_steps(trainer, log, stop, session, job.checkpoint, job.startup)
+        summary = run_steps(trainer, log, stop, best, session, job.checkpoint, job.startup)
     if processes.is_main():
         plot(log.records, run.plot)
-        _refuse_harm(session, trainer.model, chat, log.records, summary["steps"])
+        until = [record for record in log.records if record["step"] <= summary["kept_step"]]
+        _refuse_harm(session, trainer.model, chat, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
     return summary | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,

@@ -14,8 +14,9 @@ from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, w
 from gemma_tune.train.startup import Startup
 
 
-def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None, startup: Startup) -> dict[str, Any]:
-    """Evaluate, train, evaluate; figures for the summary."""
+def run_steps(trainer, log, stop, best, session: Session, checkpoint: Path | None,
+              startup: Startup) -> dict[str, Any]:
+    """Evaluate, train, evaluate, and put the best adapter into the model; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
     try:
         with trainer.fast(session.config.compile, session.config.cuda_graphs):
@@ -26,10 +27,10 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None, sta
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
                 startup.done("first evaluation")
             session.listener.note(startup.described())
-            if log.first_step < trainer.args.max_steps:
+            if log.first_step < trainer.args.max_steps and not best.exhausted:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:  # it was interrupted after the last step: all that is missing is the adapter
-                trainer.state.global_step = trainer.state.max_steps = log.first_step
+                trainer.state.global_step, trainer.state.max_steps = log.first_step, trainer.args.max_steps
                 _load_trained(trainer.model, checkpoint)
             if stop.requested and trainer.state.global_step < trainer.state.max_steps:
                 raise _stopped(session, trainer.state)
@@ -42,9 +43,12 @@ def run_steps(trainer, log, stop, session: Session, checkpoint: Path | None, sta
     losses = [r["loss"] for r in log.records if "loss" in r]
     evals = {r["step"]: r["eval_loss"] for r in log.records if "eval_loss" in r}
     last = trainer.state.global_step
+    kept = best.restore(last)
+    if sentence := best.described(kept, last):
+        session.listener.note(sentence)
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
             "train_loss_last": losses[-1] if losses else None,
-            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(last),
+            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(kept), "kept_step": kept,
             "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
             "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
             "startup_seconds": startup.seconds}

@@ -1,0 +1,138 @@
+"""The adapter whose validation loss is the lowest of a training, and an end where it does not get lower any more."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from transformers import TrainerCallback
+
+from gemma_tune.base.files import os_errors, write_atomic
+from gemma_tune.base.listener import Listener
+from gemma_tune.lora.layers import trained_weights
+from gemma_tune.train import processes
+from gemma_tune.train.checkpoints import BEST
+
+if TYPE_CHECKING:
+    from gemma_tune.train.trainer import GemmaTrainer
+
+class Best(TrainerCallback):
+    """Keeps the adapter of each evaluation that is lower than all before it, in a file beside the checkpoints.
+
+    The loss before the first step is the base model's, which no adapter is kept for.
+
+    Args:
+        folder: where checkpoints lie; of several processes only the main one writes.
+        training: its id. A file of another one does not count.
+        keeps: whether the best is to be kept; else only the end is looked after.
+        patience: evaluations in a row without a lower loss after which the training ends; 0 for none.
+        earlier: records of the log up to the checkpoint that training goes on from.
+    """
+
+    def __init__(self, folder: Path, training: str, listener: Listener, *, keeps: bool, patience: int,
+                 earlier: Sequence[Mapping[str, Any]] = ()):
+        self.path, self.training, self.listener = folder / BEST, training, listener
+        self.keeps, self.patience = keeps, patience
+        self.trainer: GemmaTrainer | None = None
+        self.losses = {r["step"]: r["eval_loss"] for r in earlier if "eval_loss" in r}
+        self._kept = self._of_file()
+        self._told = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the loss was not lower for too long."""
+        steps = sorted(self.losses)
+        return bool(self.patience and steps and sum(s > self._lowest(steps) for s in steps) >= self.patience)
+
+    def _lowest(self, steps: Sequence[int]) -> int:
+        return min(steps, key=lambda step: (self.losses[step] if math.isfinite(self.losses[step]) else math.inf, step))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        step, loss = state.global_step, metrics["eval_loss"]
+        self.losses[step] = loss
+        if step and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
+            self._keep(step, loss)
+        elif step and not self._told and len(self.losses) > 1:
+            best = self._lowest(list(self.losses))
+            self.listener.note(f"the validation loss is {loss:.4g} after step {step}, and was lowest "
+                               f"{f'after step {best}' if best else 'before the first step'}: {self.losses[best]:.4g}")
+            self._told = True
+        if self.exhausted and step < state.max_steps:
+            self.listener.note(f"--early-stopping {self.patience}: the training ends after step {step} of "
+                               f"{state.max_steps}; so many times in a row the validation loss was not lower")
+            control.should_training_stop = True
+        return control
+
+    def _keep(self, step: int, loss: float) -> None:
+        if processes.is_main():
+            assert self.trainer is not None
+            weights = {name: value.detach().cpu().contiguous()
+                       for name, value in trained_weights(self.trainer.model).items()}
+            data = save(weights)
+            with os_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # With their hash, as everything that training may go on from.
+                write_atomic(self.path, save(weights, {"training": self.training, "step": str(step), "loss": repr(loss),
+                                                       "sha256": hashlib.sha256(data).hexdigest()}))
+        self._kept = step, loss
+
+    def _of_file(self) -> tuple[int, float] | None:
+        """Step and loss of what an interrupted part of this training kept."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata() or {}
+            return (int(about["step"]), float(about["loss"])) if about["training"] == self.training else None
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+
+    def restore(self, last: int) -> int:
+        """Put the best adapter into the model, where it is not the last one.
+
+        Args:
+            last: the training's last step.
+
+        Returns:
+            The step after which the model's adapter was so.
+        """
+        if not (self.keeps and self._kept) or self._kept[0] == last:
+            return last
+        step, _ = self._kept
+        assert self.trainer is not None
+        if not processes.is_main():
+            return step
+        weights = self._read()
+        if weights is None:
+            self.listener.warn(f"the adapter of step {step}, whose validation loss was lowest, cannot be read from "
+                               f"{self.path}: the one of the last step stays")
+            return last
+        for name, value in trained_weights(self.trainer.model).items():
+            value.copy_(weights[name])
+        return step
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            data = self.path.read_bytes()
+            weights = load(data)
+            with safe_open(self.path, framework="pt") as file:
+                wanted = (file.metadata() or {})["sha256"]
+        except (OSError, KeyError, SafetensorError):
+            return None
+        return weights if hashlib.sha256(save(weights)).hexdigest() == wanted else None
+
+    def described(self, kept: int, last: int) -> str | None:
+        """Which adapter it is and what that says, in one sentence; None where nothing was evaluated."""
+        if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
+            return None
+        before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
+        if kept != last:
+            return (f"the adapter is that of step {kept} of {last}, whose validation loss was lowest: {loss:.4g}, and "
+                    f"{end:.4g} at the end; fewer --epochs, a lower --learning-rate or more rows may lower it further")
+        if self._lowest(list(self.losses)) == last:
+            return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more --epochs may "
+                    "lower it further")
+        return None

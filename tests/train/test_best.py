@@ -1,0 +1,142 @@
+"""The adapter with the lowest validation loss is kept, and a training ends where it does not get lower."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma_tune.base.listener import Listener
+from gemma_tune.train.best import Best
+from gemma_tune.train.callbacks import MetricsLog
+from support.command import rows, write_rows
+
+RUN = Path("runs/tiny-gemma")
+ADAPTER = RUN / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
+# So few rows, seen so often and at such a rate, are learned by heart.
+BY_HEART = ("--epochs", 12, "--rank", 8, "--dtype", "fp32", "--learning-rate", 2e-2, "--schedule", "constant", "--eval-steps", 2,
+            "--save-steps", 2, "--batch-size", 4)
+
+
+def metrics() -> list[dict]:
+    return [json.loads(line) for line in (RUN / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def prepared(cli, tiny, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(14)), "--model", tiny).code == 0
+
+
+def lowest() -> tuple[int, dict[int, float]]:
+    losses = {r["step"]: r["eval_loss"] for r in metrics() if "eval_loss" in r}
+    return min((step for step in losses if step), key=losses.__getitem__), losses
+
+
+def test_the_best_adapter_stays_and_the_last_where_that_is_asked_for(cli, prepared):
+    result = cli("train", *BY_HEART, "--json")
+    assert result.code == 0, result.err
+    best, losses = lowest()
+    last = max(losses)
+    assert 0 < best < last, "the case itself: it learns by heart"
+    summary = result.json["summary"]
+    assert summary["kept_step"] == best and summary["eval_loss_after"] == losses[best] and summary["steps"] == last
+    assert f"the adapter is that of step {best} of {last}" in result.err
+    assert re.search(r"the validation loss is .* after step [0-9]+, and was lowest after step [0-9]+", result.err)
+    kept = load_file(ADAPTER)
+    final = cli("train", *BY_HEART, "--keep", "last", "--force", "--json")
+    assert final.json["summary"]["kept_step"] == last and final.json["summary"]["eval_loss_after"] == losses[last]
+    assert any(not torch.equal(value, kept[name]) for name, value in load_file(ADAPTER).items())
+
+
+def test_it_is_the_adapter_of_that_step(cli, prepared):
+    flags = (*BY_HEART, "--warmup", 0, "--json", "--force")
+    best = cli("train", *flags).json["summary"]["kept_step"]
+    kept = load_file(ADAPTER)
+    result = cli("train", *flags, "--max-steps", best, "--keep", "last")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["steps"] == best
+    ended = load_file(ADAPTER)
+    assert all(torch.equal(ended[name], value) for name, value in kept.items())
+
+
+def test_early_stopping_ends_and_says_so(cli, prepared):
+    result = cli("train", *BY_HEART, "--early-stopping", 2, "--json")
+    assert result.code == 0, result.err
+    best, losses = lowest()
+    assert sorted(losses)[-3] == best == result.json["summary"]["kept_step"], "two evaluations later"
+    assert result.json["summary"]["steps"] == max(losses) == best + 4
+    assert "--early-stopping 2: the training ends after step" in result.err
+    assert "up to date" in cli("train", *BY_HEART, "--early-stopping", 2).err
+
+
+def test_an_interrupted_training_has_its_best_from_before(cli, prepared, monkeypatch):
+    whole = cli("train", *BY_HEART, "--json")
+    best, losses = lowest()
+    expected = load_file(ADAPTER)
+    plain = MetricsLog.on_evaluate
+
+    def stopping(self, args, state, control, metrics=None, **kwargs):
+        plain(self, args, state, control, metrics, **kwargs)
+        if state.global_step == best + 2:  # looked at when the next step ends
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "on_evaluate", stopping)
+    assert cli("train", *BY_HEART, "--force").code == 130
+    monkeypatch.setattr(MetricsLog, "on_evaluate", plain)
+    result = cli("train", *BY_HEART, "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] > best + 2, result.err
+    assert result.json["summary"]["kept_step"] == best == whole.json["summary"]["kept_step"]
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(ADAPTER).items())
+
+
+def test_a_damaged_file_leaves_the_last_adapter_and_is_told(cli, prepared, monkeypatch):
+    plain = Best.restore
+
+    def damaged(self, last):
+        data = bytearray(self.path.read_bytes())
+        data[-5] ^= 1
+        self.path.write_bytes(data)
+        return plain(self, last)
+
+    monkeypatch.setattr(Best, "restore", damaged)
+    result = cli("train", *BY_HEART, "--json")
+    assert result.code == 0 and "cannot be read from" in result.err
+    assert result.json["summary"]["kept_step"] == max(lowest()[1])
+
+
+def of(folder: Path, training: str = "a", **how) -> Best:
+    return Best(folder, training, Listener(), **{"keeps": True, "patience": 0} | how)
+
+
+def evaluate(best: Best, step: int, loss: float):
+    control = SimpleNamespace(should_training_stop=False)
+    return best.on_evaluate(None, SimpleNamespace(global_step=step, max_steps=100), control, {"eval_loss": loss})
+
+
+class Adapter(torch.nn.Linear):
+    """Enough of a model for its trained weights to be read and written."""
+
+    def set(self, value: float) -> None:
+        torch.nn.init.constant_(self.weight, value)
+
+
+def test_no_number_is_never_the_best_and_another_trainings_file_does_not_count(tmp_path):
+    model = Adapter(3, 2, bias=False)
+    best = of(tmp_path, patience=2)
+    best.trainer = SimpleNamespace(model=model)
+    for step, (loss, value) in enumerate([(2.0, 0), (1.0, 1), (float("nan"), 2), (1.5, 3)]):
+        model.set(value)
+        control = evaluate(best, step, loss)
+    assert control.should_training_stop
+    assert best.restore(3) == 1 and torch.equal(model.weight, torch.ones(2, 3))
+    assert of(tmp_path)._kept == (1, 1.0)
+    assert of(tmp_path, "b")._kept is None
+    last = of(tmp_path, keeps=False)
+    assert last.restore(3) == 3
