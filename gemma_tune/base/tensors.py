@@ -64,6 +64,15 @@ class StoredTensor:
         Raises:
             UserError: the file ends too early, or the numbers are of a type that isn't read here.
         """
+        count = (self.shape[0] if stop is None else min(stop, self.shape[0])) - start
+        return _as_float32(self.raw(start, stop), self.dtype).reshape(count, *self.shape[1:])
+
+    def raw(self, start: int = 0, stop: int | None = None) -> bytearray:
+        """The bytes of such rows, as they are stored: little-endian.
+
+        Raises:
+            UserError: the file ends too early, or the numbers are of a type that isn't read here.
+        """
         if self.dtype not in READABLE:
             raise UserError(f"{self.path}: {self.name} is {self.dtype}, which can't be read as numbers.")
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
@@ -73,7 +82,7 @@ class StoredTensor:
             data = _read(file, self.offset + start * row * READABLE[self.dtype], length)
         if len(data) != length:
             raise UserError(f"{self.path} ends within {self.name}.", "Download or merge the model again.")
-        return _as_float32(data, self.dtype).reshape(stop - start, *self.shape[1:])
+        return data
 
 
 def _read(file: Any, offset: int, length: int) -> bytearray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,12 +167,19 @@ class LayerwiseModel:
         for leaf in module._parameters:
             if module._parameters[leaf] is not None:
                 stored = self._stored[self._canonical(f"{prefix}.{leaf}" if prefix else leaf)]
-                module._parameters[leaf] = self._parameter(stored.rows())
+                module._parameters[leaf] = self._parameter(_values(stored))
         for leaf, buffer in module._buffers.items():
             stored = self._stored.get(self._canonical(f"{prefix}.{leaf}"))
             if buffer is not None and stored is not None:
                 module._buffers[leaf] = torch.from_numpy(stored.rows()).to(self.device, buffer.dtype)
 
-    def _parameter(self, values: np.ndarray) -> torch.nn.Parameter:
-        tensor = torch.from_numpy(values).to(self.device, self.dtype)
+    def _parameter(self, values: np.ndarray | torch.Tensor) -> torch.nn.Parameter:
+        tensor = torch.as_tensor(values).to(self.device, self.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _values(stored: StoredTensor) -> torch.Tensor:
+    """A tensor's numbers; those in bf16 as they are, which takes a fifth of the time that making fp32 of them does."""
+    if stored.dtype == "BF16" and sys.byteorder == "little" and all(stored.shape):
+        return torch.frombuffer(stored.raw(), dtype=torch.bfloat16).reshape(stored.shape)
+    return torch.from_numpy(stored.rows())
