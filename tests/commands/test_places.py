@@ -27,7 +27,7 @@ def test_no_file_of_a_run_names_a_place(exported, tmp_path_factory):
 
 
 def test_the_base_is_called_by_its_name(exported, tmp_path):
-    for folder in (exported / "tiny-gemma_lora_adapter", *exported.glob("training_checkpoints/*")):
+    for folder in (exported / "tiny-gemma_lora_adapter", *exported.glob("training_checkpoints/checkpoint-*")):
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == ("tiny-gemma" if "adapter" in folder.name else "")
         assert "base_model: tiny-gemma\n" in (folder / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_an_adapter_that_names_no_place_belongs_to_its_run(cli, trained, tiny, t
     away = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "away")
     within = cli("merge", "--adapter", away, "--run", trained, "--no-check")
     assert within.code == 0, within.err
-    checkpoint = sorted(trained.glob("training_checkpoints/*"))[-1]
+    checkpoint = sorted(trained.glob("training_checkpoints/checkpoint-*"))[-1]
     of_training = cli("merge", "--adapter", checkpoint, "--run", trained, "--no-check")
     assert of_training.code == 0, of_training.err
     alone = cli("merge", "--adapter", checkpoint, "--run", "other", "--no-check")
