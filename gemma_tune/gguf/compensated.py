@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -173,7 +173,8 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
     # By ggml's own reading of the bytes. Where an error cannot be made up for, plain rounding stands.
     if _energy(dequantise(better[some], kind) - rows[some], inputs) <= plain:
         return better, sum(error for _, error in parts)
-    return calibrated(rows, kind, replace(inputs, factors=None))[0], plain * len(rows) / len(rows[some])
+    data = by_importance(rows, kind, inputs.importance)
+    return data, _energy(dequantise(data, kind) - rows, inputs)
 
 
 def by_importance(rows: np.ndarray, kind: Type, importance: np.ndarray) -> np.ndarray:

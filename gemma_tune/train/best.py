@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from transformers import TrainerCallback
 
 from gemma_tune.base.files import os_errors, write_atomic
@@ -73,12 +73,12 @@ class Best(TrainerCallback):
             assert self.trainer is not None
             weights = {name: value.detach().cpu().contiguous()
                        for name, value in trained_weights(self.trainer.model).items()}
-            data = save(weights)
+            digest = hashlib.sha256(save(weights)).hexdigest()
             with os_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # With their hash, as everything that training may go on from.
                 write_atomic(self.path, save(weights, {"training": self.training, "step": str(step), "loss": repr(loss),
-                                                       "sha256": hashlib.sha256(data).hexdigest()}))
+                                                       "sha256": digest}))
         self._kept = step, loss
 
     def _of_file(self) -> tuple[int, float] | None:
@@ -116,9 +116,8 @@ class Best(TrainerCallback):
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            data = self.path.read_bytes()
-            weights = load(data)
             with safe_open(self.path, framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}
                 wanted = (file.metadata() or {})["sha256"]
         except (OSError, KeyError, SafetensorError):
             return None

@@ -120,7 +120,7 @@ def test_each_column_makes_up_for_those_before_it_as_in_gptq(x, weights, kind):
             error = (left[:, at] - low[:, n] - step[:, n] * q) / spread[at, at]
             left[:, at:] -= error[:, None] * spread[at, at:]
     found = chosen(calibrated(weights, kind, inputs_of([x.T @ x], len(x)))[0], kind)
-    assert (found == expected.numpy()).mean() > 0.98  # fp32 decides otherwise where two are as near
+    assert (found == expected.numpy()).mean() > 0.995  # fp32 decides otherwise where two are as near
 
 
 def test_in_parts_each_part_makes_up_for_its_own_errors(x, weights):
