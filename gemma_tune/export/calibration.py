@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import gigabytes
 from gemma_tune.export.calibration_rows import TOKENS, calibration_rows, not_calibrated, shortened
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.token_weights import Progress, token_weights
+from gemma_tune.export.gradients import BackwardPass
+from gemma_tune.export.sensitivity import Costs, Sensitivity
+from gemma_tune.export.token_weights import TokenWeights
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, QUANTS
@@ -101,15 +103,40 @@ class Calibration:
         self._rows: list[Row] = []
         self._next = len(model.layers)  # the layer whose inputs the rows' states are
 
-    def weigh(self, on_progress: Progress | None = None) -> None:
-        """Let each token count by how much depends on it, see :func:`token_weights`; it takes about four times as long
-        as going through the layers for their inputs does."""
+    def weigh(self, types: Mapping[str, Sequence[Type]], tokens: int,
+              on_progress: Callable[[int, int], None] | None = None) -> Costs:
+        """Let each token count by how much depends on it, see :class:`TokenWeights`; it takes about four times as long
+        as going through the layers for their inputs does.
+
+        Args:
+            types: by what the checkpoint calls a matrix, the types for which to measure on the way what rounding costs.
+            tokens: to measure that on.
+            on_progress: as for :class:`BackwardPass`.
+
+        Returns:
+            What :class:`Sensitivity` measured.
+        """
         if self.model.stored(self.model.head or "") is None:
-            return
-        self._weights, states = token_weights(self.model, self.sequences, on_progress)
+            return {}
+        sensitivity = Sensitivity(self.model, self.sequences, types, tokens)
+        passing = BackwardPass(self.model, self.sequences, on_progress, sensitivity.some)
+        weights = TokenWeights(passing, self.model.name, str(self.model.head))
+        sensitivity.of_head(passing.head)
+        states = passing.head.states
+        del passing.head
+
+        def note(*seen: Any) -> None:
+            weights.note(*seen)
+            sensitivity.note(*seen)
+
+        for _ in passing.layers(note):
+            sensitivity.of_layer()
+        sensitivity.of_embedding(passing.gradients)
+        self._weights = weights.weights()
         gram = Gram(states.shape[1], states.device)
         gram.add(states, self._weights.get(str(self.model.head)))
         self._head = self._of_head(gram, len(states))
+        return sensitivity.costs
 
     def inputs(self, source: str | None) -> Inputs | None:
         """Of the matrix that the checkpoint calls ``source``; None where nothing is known of it."""
@@ -229,10 +256,7 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
     if lacking := _lacking(placement, source.architecture, sum(map(len, rows))):
         return None, lacking
-    found = Calibration(LayerwiseModel(source.merged, placement, source.architecture.canonical), rows)
-    if any(quant in COARSE[1:] or quant not in QUANTS for quant in quants):  # q8_0 alone loses hardly anything
-        found.weigh(partial(session.listener.progress, "measuring how much depends on each token"))
-    return found, said
+    return Calibration(LayerwiseModel(source.merged, placement, source.architecture.canonical), rows), said
 
 
 def _most_tokens(parameters: int, placement: Placement) -> int:

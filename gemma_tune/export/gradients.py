@@ -19,9 +19,9 @@ from gemma_tune.models.load import after_product
 _LOGITS = 1 << 26  # made at a time: 256 MB in fp32; the head's matrix is read anew each time
 _ELEMENTS = 1 << 22  # of the head that are read at a time
 
-# Gets a matrix, its input (1, length, in), which may be part of a graph, and the gradient of its output (1, length,
-# out): for each sequence each matrix of a layer once, the last first.
-Note = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], None]
+# Gets a matrix, a sequence's number, the matrix's input (1, length, in), which may be part of a graph, and the gradient
+# of its output (1, length, out): for each sequence each matrix of a layer once, the last first.
+Note = Callable[[torch.nn.Module, int, torch.Tensor, torch.Tensor], None]
 
 
 class BackwardPass:
@@ -31,7 +31,7 @@ class BackwardPass:
         model: the model.
         sequences: token ids, (length,) each.
         on_progress: called with how many layers are done, and how many there are; each counts twice.
-        with_energy: have the head's ``energy`` as well.
+        energy_of: so many leading tokens of each sequence, for the head's ``energy``.
 
     Attributes:
         head: the output head; ``del`` it to free its weights.
@@ -43,12 +43,13 @@ class BackwardPass:
     """
 
     def __init__(self, model: LayerwiseModel, sequences: Sequence[np.ndarray],
-                 on_progress: Callable[[int, int], None] | None = None, with_energy: bool = False):
+                 on_progress: Callable[[int, int], None] | None = None, energy_of: Sequence[int] = ()):
         self._model, self._progress = model, on_progress or (lambda done, total: None)
-        self.head = Head(model, with_energy)
+        self.head = Head(model)
         self._before: list[list[torch.Tensor]] = []
         self._rows = self._forward(sequences)
-        self.gradients = [self.head.gradient(row) for row in self._rows]
+        energy_of = energy_of or [0] * len(sequences)
+        self.gradients = [self.head.gradient(row, some) for row, some in zip(self._rows, energy_of, strict=True)]
 
     def _forward(self, sequences: Sequence[np.ndarray]) -> list[Row]:
         """The rows behind the last layer."""
@@ -77,7 +78,7 @@ class BackwardPass:
 
         def noted(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             if out.requires_grad:
-                out.register_hook(lambda gradient: note(module, args[0], gradient))
+                out.register_hook(lambda gradient, i=i: note(module, i, args[0], gradient))
 
         with model.loaded(n) as layer:
             handles = [module.register_forward_hook(noted) for module in layer.modules()
@@ -98,11 +99,11 @@ class Head:
     """The output head: gradients of what it is given, and of what it gives.
 
     Attributes:
-        energy: of each entry of the vocabulary, the sum of squares of the gradients there so far, fp32 (vocabulary,);
-            None where nobody asks, as it takes as long as a product.
+        energy: of each entry of the vocabulary, the sum of squares of the gradients there, of the tokens for which it
+            was asked so far: fp32 (vocabulary,). It takes as long as a product.
     """
 
-    def __init__(self, model: LayerwiseModel, with_energy: bool = False):
+    def __init__(self, model: LayerwiseModel):
         self._model = model
         self._stored = model.stored(model.head or "")
         if self._stored is None:
@@ -115,22 +116,31 @@ class Head:
         self._after = after_product(model.model)
         self._generator = torch.Generator(device=self._weight.device).manual_seed(0)
         self._states: list[torch.Tensor] = []
-        self.energy = torch.zeros(len(self._weight), device=self._weight.device) if with_energy else None
+        self.energy = torch.zeros(len(self._weight), device=self._weight.device)
 
-    def gradient(self, row: Row) -> torch.Tensor:
-        """That of a row's states behind the last layer, (1, length, hidden size)."""
+    def gradient(self, row: Row, energy_of: int = 0) -> torch.Tensor:
+        """That of a row's states behind the last layer, (1, length, hidden size).
+
+        Args:
+            energy_of: so many leading tokens count for the energy.
+        """
         leaf = row.states.detach().requires_grad_()
         with torch.enable_grad():
             out = self._model.finish(Row(row.ids, leaf.clone(), row.arguments))
         states = out.detach()[0]
         step = max(1, _LOGITS // len(self._weight))
-        parts = [self._of_logits(states[start:start + step]) @ self._weight for start in range(0, len(states), step)]
+        parts = []
+        for start in range(0, len(states), step):
+            found = self._of_logits(states[start:start + step])
+            if (some := found[:max(0, energy_of - start)]).numel():
+                self.energy += torch.linalg.vector_norm(some, dim=0).square_()
+            parts.append(found.to(self._weight.dtype) @ self._weight)
         self._states.append(states)
         torch.autograd.backward(out, torch.cat(parts)[None].to(out.dtype))
         return leaf.grad
 
     def _of_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The gradient of −log p(drawn token) by what the head's product gives: (some, vocabulary)."""
+        """The gradient of −log p(drawn token) by what the head's product gives: fp32 (some, vocabulary)."""
         found = (states @ self._weight.T).float()
         slope: torch.Tensor | None = None
         if (scale := self._after["scale"]) != 1:
@@ -150,9 +160,7 @@ class Head:
             found *= slope
         if scale != 1:
             found *= scale
-        if self.energy is not None:
-            self.energy += torch.linalg.vector_norm(found, dim=0).square_()
-        return found.to(self._weight.dtype)
+        return found
 
     @property
     def states(self) -> torch.Tensor:

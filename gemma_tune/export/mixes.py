@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -12,15 +12,14 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import size_in_bytes, size_text
 from gemma_tune.export.calibration import Calibration
-from gemma_tune.export.calibration_rows import shortened
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.sensitivity import Costs, costs
+from gemma_tune.export.sensitivity import Costs
 from gemma_tune.gguf.architectures.parts import TensorSpec
 from gemma_tune.gguf.mix import Matrix, best_mix, types_for
 from gemma_tune.gguf.types import COARSE, MIXED, choose_types, nbytes
 from gemma_tune.gguf.writer import padded, tensors_of, vocabulary_bytes
 
-# Tokens times parameters, as for the calibration itself: each token goes through the layers four times.
+# Tokens times parameters, as for the calibration itself.
 _WORK = 1_000_000_000_000
 _FEWEST, _MOST = 256, 1024  # tokens
 _METADATA = 8 * 1024  # bytes for what describes the model, besides vocabulary, chat template and tensors
@@ -29,7 +28,7 @@ _INFO = 44  # bytes that describe a tensor, at most, besides its name
 
 @dataclass
 class Mixes:
-    """The mixes of one export; what rounding costs is measured when the first is asked for.
+    """The mixes of one export.
 
     Args:
         calibration: of the merged model.
@@ -44,6 +43,25 @@ class Mixes:
     listener: Listener
     on_grid: bool = False
     _costs: Costs = field(default_factory=dict)
+
+    def measure(self, labels: Iterable[str]) -> None:
+        """Measure how much depends on each token, and what rounding costs where a mix depends on that.
+
+        Raises:
+            UserError: no file of a size can hold the model, which is known before.
+        """
+        sizes = [size for size in map(size_in_bytes, labels) if size]
+        for size in sizes:
+            self._fitting(size, {spec.name: Matrix(spec.shape, dict.fromkeys(types_for(spec.shape[1]), 0.0))
+                                 for spec in self._to_choose})
+        if not sizes and not any(label in COARSE[1:] for label in labels):  # q8_0 alone loses hardly anything
+            return
+        types, parameters = {}, sum(spec.shape[0] * spec.shape[1] for spec in self._to_choose)
+        if sizes or any(label in MIXED and not self.on_grid for label in labels):
+            types = {spec.source: types_for(spec.shape[1]) for spec in self._to_choose}
+        doing = "measuring how much depends on each token" + (", and what rounding each matrix costs" if types else "")
+        self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // parameters)),
+                                             partial(self.listener.progress, doing))
 
     def of(self, label: str) -> tuple[str, dict[str, Type]]:
         """The named format that a file's metadata says, and types of matrices in place of those that it gives them.
@@ -72,35 +90,38 @@ class Mixes:
         Raises:
             UserError: even the smallest types take more.
         """
-        matrices, besides = self._matrices(), self._besides()
+        matrices = self._matrices()
+        best = self._fitting(size, matrices)
+        taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
+        sizes = {quant: sum(nbytes(kind, matrices[name].shape) for name, kind in self._llama_cpp(quant).items()
+                            if name in matrices) for quant in COARSE}
+        return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
+
+    def _fitting(self, size: int, matrices: Mapping[str, Matrix]) -> dict[str, Type]:
+        """The best types of matrices for a file of no more than ``size`` bytes."""
+        besides = self._besides(matrices)
         best = best_mix(matrices, size - besides)
         if best is None:
             least = besides + sum(min(nbytes(kind, matrix.shape) for kind in matrix.costs)
                                   for matrix in matrices.values())
             raise UserError(f"no file of this model fits into {size_text(size)}: four bits take {size_text(least)}",
                             f"ask for more, such as --size {-(-least // 1_000_000)}MB, or train a smaller model")
-        taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
-        sizes = {quant: sum(nbytes(kind, matrices[name].shape) for name, kind in self._llama_cpp(quant).items()
-                            if name in matrices) for quant in COARSE}
-        return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
+        return best
 
     def expected(self, quant: str, types: Mapping[str, Type]) -> float:
         """Nats per token that rounding to the types of a format costs, but for matrices that were not measured."""
         return _cost(self._matrices(), self._llama_cpp(quant) | dict(types))
 
     def _matrices(self) -> dict[str, Matrix]:
-        """Those whose type is to be chosen, by their names in the file."""
-        specs = [spec for spec in self._specs if len(spec.shape) == 2 and spec.source]
-        if not self._costs:
-            model, rows = self.calibration.model, self.calibration.sequences
-            parameters = sum(spec.shape[0] * spec.shape[1] for spec in specs)
-            tokens = min(_MOST, max(_FEWEST, _WORK // parameters))
-            types = {spec.source: types_for(spec.shape[1]) for spec in specs}
-            self._costs = costs(model, shortened(rows, tokens), types,
-                                partial(self.listener.progress, "measuring what rounding each matrix costs"))
+        """Those that were measured, by their names in the file."""
+        return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in self._to_choose
+                if self._costs.get(spec.source)}
+
+    @cached_property
+    def _to_choose(self) -> list[TensorSpec]:
+        """The matrices whose types can be chosen."""
         quantised = {name for name, kind in self._llama_cpp("q8_0").items() if kind == Type.Q8_0}
-        return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in specs
-                if spec.name in quantised and self._costs.get(spec.source)}
+        return [spec for spec in self._specs if len(spec.shape) == 2 and spec.source and spec.name in quantised]
 
     @cached_property
     def _specs(self) -> list[TensorSpec]:
@@ -115,10 +136,10 @@ class Mixes:
         choices = choose_types(quant, tensors, self.source.architecture)
         return {name: choice.type for (name, _), choice in zip(tensors, choices, strict=True)}
 
-    def _besides(self) -> int:
-        """Bytes of a file that do not depend on the mix."""
+    def _besides(self, matrices: Mapping[str, Matrix]) -> int:
+        """Bytes of a file that do not depend on the types of these matrices."""
         assert self.source.parts is not None
-        matrices, kinds = self._matrices(), self._llama_cpp("q8_0")
+        kinds = self._llama_cpp("q8_0")
         # A multiple of 32 elements takes a multiple of 2 bytes, and each tensor is filled up to one of 32.
         rest = sum(padded(nbytes(kinds[spec.name], spec.shape)) if spec.name not in matrices else 32
                    for spec in self._specs)

@@ -6,7 +6,7 @@ where g is the gradient of :mod:`gemma_tune.export.gradients`. Errors of differe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.machine import cores
-from gemma_tune.export.gradients import BackwardPass, Head
+from gemma_tune.export.gradients import Head
 from gemma_tune.gguf.compensated import by_importance
 from gemma_tune.gguf.types import dequantise
 from gemma_tune.models.layerwise import LayerwiseModel
@@ -28,43 +28,68 @@ _HEAD_ROWS = 512
 Costs = dict[str, dict[Type, float]]
 
 
-def costs(model: LayerwiseModel, sequences: Sequence[np.ndarray], types: Mapping[str, Sequence[Type]],
-          on_progress: Callable[[int, int], None] | None = None) -> Costs:
-    """Nats per token that rounding costs.
+class Sensitivity:
+    """Measures, on the way back through a model, what rounding its matrices costs.
 
     Args:
         model: the merged model.
-        sequences: token ids to measure on.
+        sequences: token ids that go through it, (length,) each.
         types: by what the checkpoint calls a matrix, the types to round it to; no others are measured.
-        on_progress: called with how many layers are done, and how many there are; each counts twice.
+        tokens: to measure on, of them.
 
-    Returns:
-        By matrix and type. A matrix whose output has no influence, or that the model does not multiply with, is left
-        out.
+    Attributes:
+        some: of each sequence, on how many of its leading tokens.
+        costs: nats per token that rounding costs, by matrix and type; filled on the way. A matrix whose output has no
+            influence, or that the model does not multiply with, is left out.
     """
-    draw = np.random.default_rng(0)
-    total = sum(map(len, sequences))
-    found: Costs = {}
-    passing = BackwardPass(model, sequences, on_progress, with_energy=True)
-    if model.head in types:
-        found[model.head] = _of_head(passing.head, types[model.head], draw, total)
-    importance = _importance(passing.head.states.float())
-    del passing.head
-    notes: dict[torch.nn.Module, _Note] = {}
 
-    def note(module: torch.nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        notes.setdefault(module, _Note()).add(x.detach(), gradient)
+    def __init__(self, model: LayerwiseModel, sequences: Sequence[np.ndarray], types: Mapping[str, Sequence[Type]],
+                 tokens: int):
+        self.some = _leading(sequences, tokens if types else 0)
+        self.costs: Costs = {}
+        self._model, self._sequences, self._types = model, sequences, types
+        self._draw, self._total = np.random.default_rng(0), sum(self.some)
+        self._importance = np.ones(0, np.float32)
+        self._notes: dict[torch.nn.Module, _Note] = {}
 
-    for _ in passing.layers(note):
-        for module, mine in notes.items():
-            name = model.name(module)
-            if name in types and (measured := mine.costs(model, name, types[name], draw, total)):
-                found[name] = measured
-        notes.clear()
-    if model.embedding in types:
-        looked_up = _of_lookups(model, sequences, passing.gradients, types[model.embedding], importance)
-        as_head = found.get(model.embedding, {})
-        found[model.embedding] = {kind: cost + as_head.get(kind, 0.0) for kind, cost in looked_up.items()}
+    def of_head(self, head: Head) -> None:
+        """Measure the output head, before the layers."""
+        if self._total:
+            self._importance = _importance(head.states.float())
+        if self._model.head in self._types:
+            self.costs[self._model.head] = _of_head(head, self._types[self._model.head], self._draw, self._total)
+
+    def note(self, module: torch.nn.Module, sequence: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See :data:`gradients.Note`."""
+        if (some := self.some[sequence]) and self._model.name(module) in self._types:
+            self._notes.setdefault(module, _Note()).add(x.detach()[:, :some], gradient[:, :some])
+
+    def of_layer(self) -> None:
+        """Measure the matrices of the layer that was gone through last."""
+        for module, mine in self._notes.items():
+            name = self._model.name(module)
+            if measured := mine.costs(self._model, name, self._types[name], self._draw, self._total):
+                self.costs[name] = measured
+        self._notes.clear()
+
+    def of_embedding(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Measure the embedding where rows of it are what goes into the first layer, whose gradients these are."""
+        name = self._model.embedding
+        if name not in self._types:
+            return
+        pairs = [(ids[:some], gradient[:, :some])
+                 for ids, gradient, some in zip(self._sequences, gradients, self.some, strict=True) if some]
+        looked_up = _of_lookups(self._model, [ids for ids, _ in pairs], [gradient for _, gradient in pairs],
+                                self._types[name], self._importance)
+        as_head = self.costs.get(name, {})
+        self.costs[name] = {kind: cost + as_head.get(kind, 0.0) for kind, cost in looked_up.items()}
+
+
+def _leading(sequences: Sequence[np.ndarray], tokens: int) -> list[int]:
+    """Of sequences from all over, how many leading tokens are taken: ``tokens`` together, if there are so many."""
+    found = [0] * len(sequences)
+    for n in np.random.default_rng(0).permutation(len(sequences)):
+        found[n] = min(len(sequences[n]), tokens - sum(found))
     return found
 
 
@@ -75,7 +100,6 @@ def _importance(x: torch.Tensor) -> np.ndarray:
 
 def _of_head(head: Head, types: Sequence[Type], draw: np.random.Generator, total: int) -> dict[Type, float]:
     """What rounding the output head costs; gradients and what it is multiplied with are taken as independent."""
-    assert head.energy is not None
     weight, x = head.energy.double().cpu().numpy(), head.states.float()
     rows = draw.choice(len(weight), _HEAD_ROWS, p=weight / weight.sum())
     found = {}

@@ -132,6 +132,8 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     if session.config.size and not mixes:
         raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
                         "name a number format with --quant")
+    if mixes:
+        mixes.measure(tuple(files))
     return {label: _write_one(session, source, label, path, mixes) for label, path in files.items()}
 
 

@@ -8,50 +8,40 @@ anything depends, can have the largest inputs of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from gemma_tune.export.gradients import BackwardPass
-from gemma_tune.models.layerwise import LayerwiseModel
 
 # Of |g|². One drawn token tells |g|² with an error as large as itself, which a power below 1 levels out. KL in nats of
 # SmolLM2's q4_0, on its own rows and on general text: unweighted 0.145, 0.269; 0.5: 0.068, 0.136; 1: 0.071, 0.132.
 POWER = 0.75
 
-Progress = Callable[[int, int], None]
-
-
-def token_weights(model: LayerwiseModel, sequences: Sequence[np.ndarray],
-                  on_progress: Progress | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+class TokenWeights:
     """What the tokens of some sequences count for each matrix.
 
     Args:
-        model: the merged model.
-        sequences: token ids, (length,) each.
-        on_progress: as for :class:`BackwardPass`.
-
-    Returns:
-        By what the checkpoint calls a matrix: fp32 (tokens of all sequences,), 1 on average; a matrix on which nothing
-        depends is left out. And what the head is multiplied with: (tokens, hidden size), in the model's type.
-
-    Raises:
-        ValueError: the model has no output head.
+        passing: through the model, before its layers are gone back through.
+        name: what the checkpoint calls a matrix.
+        head: the same of the output head.
     """
-    passing = BackwardPass(model, sequences, on_progress)
-    squares: dict[torch.nn.Module, list[torch.Tensor]] = {}
 
-    def note(module: torch.nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        squares.setdefault(module, []).append(_squares(gradient))
+    def __init__(self, passing: BackwardPass, name: Callable[[torch.nn.Module], str], head: str):
+        self._name = name
+        # What depends on the head's input stands for what depends on its output, which would have to be gone through
+        # again.
+        self._squares = {head: [_squares(gradient) for gradient in passing.gradients]}
 
-    # What depends on the head's input stands for what depends on its output, which would have to be gone through again.
-    states, of_head = passing.head.states, torch.cat([_squares(gradient) for gradient in passing.gradients])
-    del passing.head
-    for _ in passing.layers(note):
-        pass
-    found = {model.name(module): torch.cat(parts) for module, parts in squares.items()} | {str(model.head): of_head}
-    return {name: _weights(square) for name, square in found.items() if _known(square)}, states
+    def note(self, module: torch.nn.Module, sequence: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See :data:`gradients.Note`."""
+        self._squares.setdefault(self._name(module), []).append(_squares(gradient))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By what the checkpoint calls a matrix: fp32 (tokens of all sequences,), 1 on average; a matrix on which
+        nothing depends is left out."""
+        found = {name: torch.cat(parts) for name, parts in self._squares.items()}
+        return {name: _weights(square) for name, square in found.items() if _known(square)}
 
 
 def _squares(gradient: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,9 @@ def main() -> None:
         calibration, said = calibration_of(session, source, formats)
         if calibration is None:
             sys.exit(said)
-        print(f"calibrated on {said}: {time.perf_counter() - started:.1f} s to begin with", flush=True)
         mixes = Mixes(source, calibration, Listener(), session.model.source in ("gguf", "demo"))
+        mixes.measure([*formats, *sizes])
+        print(f"calibrated on {said}: {time.perf_counter() - started:.1f} s to begin with", flush=True)
         for way in chosen.ways.split(","):
             for label in [*formats, *(sizes if way == "ours" else [])]:
                 files[f"{label} {way}"] = _write(source, Path(folder) / f"{label}-{way}.gguf", label, way, mixes)

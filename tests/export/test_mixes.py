@@ -8,6 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.export import mixes
+from gemma_tune.export.calibration import Calibration
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import nbytes
 
@@ -48,7 +49,8 @@ def test_a_size_beside_a_format_and_in_a_rerun(cli, merged):
     (("--size", "large"), ("size: 'large' is no size; write 250MB or 1.5GB",)),
     (("--size", "1MB", "--no-calibration"), ("measured on rows, so it does not go with no calibration",)),
 ])
-def test_a_size_that_cannot_be(export, merged, arguments, words):
+def test_a_size_that_cannot_be(export, merged, arguments, words, monkeypatch):
+    monkeypatch.delattr(Calibration, "weigh")  # told before any measuring
     result = export(*arguments, "--run", merged)
     assert result.code == 2
     assert all(word in result.err for word in words), result.err

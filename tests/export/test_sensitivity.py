@@ -8,7 +8,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.export import sensitivity
-from gemma_tune.export.sensitivity import costs
+from gemma_tune.export.calibration import Calibration
+from gemma_tune.export.gradients import Head
+from gemma_tune.export.sensitivity import Sensitivity
 from gemma_tune.gguf.compensated import by_importance
 from gemma_tune.gguf.types import dequantise
 from gemma_tune.gguf.writer import parts_of
@@ -19,6 +21,10 @@ from support.llamas import make_llama
 
 FP32 = Placement("cpu", torch.float32, "")
 KINDS = (Type.Q4_0, Type.Q4_1, Type.Q8_0)
+
+
+def costs(layerwise, sequences, types, tokens=1000, told=None):
+    return Calibration(layerwise, sequences).weigh(types, tokens, told)
 
 
 def rows(vocabulary: int) -> list[np.ndarray]:
@@ -89,8 +95,41 @@ def test_an_embedding_that_is_the_head_costs_in_both_places(tmp_path):
     assert 0.5 < found / real < 2
 
 
+def test_a_part_of_the_tokens_tells_about_the_same(tmp_path):
+    """Some of 200 tokens, with the rows and the tokens that are drawn: each cost within a factor of two on average."""
+    model, _ = make_llama("llama3", tmp_path)
+    sequences = rows(model.config.vocab_size - 3)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    types = {f"{name}.weight": KINDS[:1] for name, module in model.named_modules()
+             if isinstance(module, torch.nn.Linear) and ".layers." in name} | {layerwise.head: KINDS[:1]}
+    whole, part = (costs(layerwise, sequences, types, tokens) for tokens in (1000, 100))
+    assert whole.keys() == part.keys()
+    ratios = [np.log2(part[name][Type.Q4_0] / whole[name][Type.Q4_0]) for name in whole]
+    assert 0 < np.abs(ratios).mean() < 1, ratios
+    assert sum(Sensitivity(layerwise, sequences, types, 100).some) == 100
+    assert Sensitivity(layerwise, sequences, types, 1000).some == [40] * 5
+    assert not any(Sensitivity(layerwise, sequences, {}, 100).some)
+
+
+def test_the_energy_is_of_the_leading_tokens(tmp_path):
+    make_llama("llama3", tmp_path)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    heads = []
+    for some in (0, 7, 20):
+        heads.append(Head(layerwise))
+        [row] = layerwise.start([np.arange(10, 30)])
+        heads[-1].gradient(row, some)
+    row = layerwise.start([np.arange(10, 30)])[0]
+    again = Head(layerwise)
+    with torch.no_grad():
+        slopes = again._of_logits(layerwise.finish(row)[0])
+    for head, some in zip(heads, (0, 7, 20), strict=True):
+        torch.testing.assert_close(head.energy, slopes[:some].square().sum(0), rtol=1e-3, atol=1e-6)
+    assert heads[0].energy.count_nonzero() == 0 < heads[2].energy.count_nonzero()
+
+
 def test_progress_reaches_its_end(tiny):
     layerwise = LayerwiseModel(tiny, FP32, parts_of(tiny).architecture.canonical)
     told = []
-    costs(layerwise, [np.arange(10, 30)], {}, lambda done, total: told.append((done, total)))
+    costs(layerwise, [np.arange(10, 30)], {}, told=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] and [done for done, _ in told] == list(range(1, len(told) + 1))
