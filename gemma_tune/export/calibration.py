@@ -22,7 +22,7 @@ from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, QUANTS
 from gemma_tune.models.layerwise import LayerwiseModel, Row
-from gemma_tune.models.placement import OVERHEAD, USABLE, Placement, available, choose_placement
+from gemma_tune.models.placement import OVERHEAD, USABLE, Placement, available, best_device, choose_placement
 from gemma_tune.run.session import Session
 
 # Tokens times parameters on a CPU, where each token goes through the layers five times; the most and fewest
@@ -251,8 +251,9 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     assert source.architecture is not None
     checkpoint = open_tensors(source.merged)
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.values())
-    # In bf16 where it is fast: what rounding depends on is known less exactly than that anyway.
-    placement = choose_placement("auto")
+    # In bf16 where it is fast: what rounding depends on is known less exactly than that anyway. Not on Apple's GPU,
+    # which has no fp64 to sum in; the CPU has the same memory.
+    placement = choose_placement("auto", "cpu" if best_device() == "mps" else None)
     rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
     if lacking := _lacking(placement, source.architecture, sum(map(len, rows))):
         return None, lacking

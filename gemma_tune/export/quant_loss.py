@@ -191,7 +191,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor, complete: bool) -> flo
     """
     import torch
 
-    ours, theirs = ours.double(), theirs.double()
+    ours, theirs = _wide(ours), _wide(theirs)
     found = (ours.exp() * (ours - theirs)).sum()
     if not complete:
         p, q = (1 - a.exp().sum(1) for a in (ours, theirs))
@@ -201,7 +201,12 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor, complete: bool) -> flo
 
 
 def _label_sum(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(log_probabilities.gather(1, labels[:, None]).double().sum())
+    return float(_wide(log_probabilities.gather(1, labels[:, None])).sum())
+
+
+def _wide(numbers: torch.Tensor) -> torch.Tensor:
+    """In fp64, which Apple's GPU does not have."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
 
 
 def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

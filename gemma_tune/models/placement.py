@@ -35,25 +35,35 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_placement(dtype: str) -> Placement:
+def choose_placement(dtype: str, device: str | None = None) -> Placement:
     """Device and compute type for ``--dtype``: never fp16 by itself, as Gemma 2 and 3 overflow in it.
+
+    Args:
+        device: in place of :func:`best_device`.
 
     Raises:
         UserError: a type that the device does not have.
     """
     import torch
 
-    device = best_device()
+    device = device or best_device()
+    # Metal has bf16 since macOS 14.
+    lacks_bf16 = device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
     if dtype != "auto":
         wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
         if wanted == torch.float16 and device == "cpu":
             raise UserError("fp16 is not for training on a CPU: it is slow there and overflows on Gemma 2 and 3",
                             "use --dtype bf16 or --dtype fp32")
+        if wanted == torch.bfloat16 and lacks_bf16:
+            raise UserError("Apple's GPU computes in bf16 from macOS 14 on, and this system is older",
+                            "leave --dtype out: fp32 is taken then; or update macOS")
         return Placement(device, wanted, f"{dtype} on {device}, as asked")
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return Placement(device, torch.bfloat16 if fast else torch.float32,
                          "bf16, which this GPU computes natively" if fast else "fp32: this GPU has no native bf16")
+    if lacks_bf16:
+        return Placement(device, torch.float32, "fp32 on Apple's GPU, which has bf16 from macOS 14 on")
     if device == "mps":
         return Placement(device, torch.bfloat16, "bf16 on Apple's GPU: half the memory of fp32")
     return _on_cpu(bf16_instructions())

@@ -14,7 +14,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import gigabytes
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.models.placement import OVERHEAD, USABLE
+from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
 from gemma_tune.train.shape import ModelShape
 
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
@@ -159,13 +159,25 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
     raise UserError(says, _what_helps(choice, config, longest))
 
 
+def refuse_four_bits(config: TrainConfig, device: str) -> None:
+    """Before any work: ``--qlora`` where it does not compute.
+
+    Raises:
+        UserError: on Apple's GPU, where transformers loads bitsandbytes' layers onto the CPU.
+    """
+    if config.qlora and device == "mps":
+        raise UserError("--qlora does not go with Apple's GPU: transformers puts bitsandbytes' 4-bit layers on the CPU "
+                        "there", "leave --qlora out; --micro-batch 1 --activation-checkpointing saves memory, and so "
+                                 "does a smaller model")
+
+
 def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     memory, room = choice.memory, USABLE * choice.available
     fixed = memory.total - memory.activations - memory.working
     ways = []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
-    if not config.qlora and memory.weights > memory.total / 4:
+    if not config.qlora and memory.weights > memory.total / 4 and best_device() != "mps":
         ways.append("--qlora keeps the weights in 4 bits")
     if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:
         shorter = max(64, int(longest * (room - fixed) / (memory.activations + memory.working)) // 64 * 64)

@@ -40,7 +40,7 @@ from gemma_tune.train.checkpoints import (
     unfinished,
     whole,
 )
-from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_does_not_fit
+from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.results import plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
@@ -315,6 +315,7 @@ def _fit(session: Session, longest: int, placement: Placement, before: int = 0) 
     Args:
         before: the micro-batch that a resumed training had, which is kept if it fits.
     """
+    refuse_four_bits(session.config, placement.device)
     shape = shape_of(session.model.path, session.config, placement.dtype)
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1

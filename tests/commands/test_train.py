@@ -838,3 +838,28 @@ def test_every_step_learns(cli, prepared, schedule):
     rates = [r["learning_rate"] for r in log if "loss" in r]
     assert len(set(evals)) == len(evals) == 7, "each step changes the loss"
     assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3]) and min(rates) > 0
+
+
+def test_four_bits_do_not_go_with_apples_gpu(cli, prepared, monkeypatch):
+    """Before any work, in a plan and in a training; and nothing advises them there."""
+    from gemma_tune.models import placement
+    from gemma_tune.train import memory, stage
+
+    monkeypatch.setattr(stage, "choose_placement", lambda dtype: placement.Placement("mps", torch.bfloat16, ""))
+    monkeypatch.setattr(stage, "available", lambda device: 2**34)
+    monkeypatch.setattr(stage, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    for more in ((), ("--dry-run",)):
+        result = cli("train", *QUICK, "--qlora", *more)
+        assert result.code == 2 and "Apple's GPU" in result.err and "leave --qlora out" in result.err
+    monkeypatch.setattr(memory, "best_device", lambda: "mps")
+    assert "qlora" not in memory._what_helps(*_tight())
+
+
+def _tight():
+    """A choice that does not fit for its weights, with settings, and the longest row's tokens."""
+    from types import SimpleNamespace
+
+    from gemma_tune.config.stages import TrainConfig
+
+    parts = SimpleNamespace(total=2**35, activations=0, working=0, weights=2**34)
+    return SimpleNamespace(memory=parts, available=2**33), TrainConfig(), 100

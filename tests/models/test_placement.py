@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.models import placement
 
 
@@ -45,3 +46,20 @@ def test_what_goes_straight_to_a_gpu_needs_no_room_beside_it(monkeypatch, device
     found, lacking = placement.place(8_000_000_000)
     assert (found == chosen) is fits
     assert bool(lacking) is not fits
+
+
+@pytest.mark.parametrize(("new", "dtype", "named"), [(True, torch.bfloat16, "half the memory"),
+                                                     (False, torch.float32, "from macOS 14 on")])
+def test_apples_gpu_computes_in_bf16_where_its_system_does(monkeypatch, new, dtype, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: new)
+    chosen = placement.choose_placement("auto")
+    assert (chosen.device, chosen.dtype) == ("mps", dtype) and named in chosen.reason
+    assert placement.choose_placement("auto", "cpu").device == "cpu"
+    assert placement.choose_placement("fp32").dtype == torch.float32
+    if new:
+        assert placement.choose_placement("bf16").dtype == torch.bfloat16
+    else:
+        with pytest.raises(UserError, match="older"):
+            placement.choose_placement("bf16")
