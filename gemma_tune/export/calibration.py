@@ -44,12 +44,22 @@ class Gram:
     Of many columns XᵀX is computed in parts along the diagonal on a CPU, and an error is made up for within a part: a
     model's largest matrices would take half of all time otherwise. With fewer tokens than columns, as then, that costs
     nothing: in thirds the error of the demo's down projections grew by 1 to 2 %.
+
+    Args:
+        free: matrices that may be used, and are given back: to get so much memory anew takes as long as a product.
     """
 
-    def __init__(self, columns: int, device: torch.device):
-        self._sums = [torch.zeros(size, size, device=device) for size in parts(columns, device.type)]
+    def __init__(self, columns: int, device: torch.device, free: list[torch.Tensor] | None = None):
+        self._free = [] if free is None else free
+        self._sums = [self._zeros(size, device) for size in parts(columns, device.type)]
         self._waiting: list[torch.Tensor] = []
         self._probes: list[np.ndarray] = []
+
+    def _zeros(self, size: int, device: torch.device) -> torch.Tensor:
+        for n, matrix in enumerate(self._free):
+            if len(matrix) == size:
+                return self._free.pop(n).zero_()
+        return torch.zeros(size, size, device=device)
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add inputs (…, columns), each as often as its weight (some,) says."""
@@ -68,10 +78,12 @@ class Gram:
                 gram[start:start + step, start:].addmm_(own[:, start:start + step].T, own[:, start:])
 
     def inputs(self, count: int) -> Inputs | None:
-        """What rounding depends on, after ``count`` inputs."""
+        """What rounding depends on, after ``count`` inputs, which are all."""
         if self._waiting:
             self._multiply()
         found = inputs_of(self._sums, count)
+        self._free += self._sums
+        self._sums = []
         return found and replace(found, probes=np.stack(self._probes))
 
 
@@ -100,6 +112,7 @@ class Calibration:
         self._weights: dict[str, torch.Tensor] = {}
         self._known: dict[str, Inputs | None] = {}
         self._head: Inputs | None = None
+        self._free: list[torch.Tensor] = []
         self._rows: list[Row] = []
         self._next = len(model.layers)  # the layer whose inputs the rows' states are
 
@@ -157,7 +170,7 @@ class Calibration:
 
     def _one_layer(self, noting: bool) -> None:
         """Take the rows through the next layer, and its inputs into what is known."""
-        notes = _Notes(lambda module: self._weights.get(self.model.name(module)))
+        notes = _Notes(lambda module: self._weights.get(self.model.name(module)), self._free)
         with torch.no_grad(), self.model.loaded(self._next) as layer:
             handles = [module.register_forward_hook(notes) for module in layer.modules()
                        if noting and isinstance(module, torch.nn.Linear)]
@@ -203,13 +216,15 @@ class _Notes:
 
     Args:
         weights: of a matrix, how much each token of all sequences counts; None where all count the same.
+        free: see :class:`Gram`.
 
     Attributes:
         tokens: of the sequences that went through the layer before.
     """
 
-    def __init__(self, weights: Callable[[torch.nn.Module], torch.Tensor | None]) -> None:
+    def __init__(self, weights: Callable[[torch.nn.Module], torch.Tensor | None], free: list[torch.Tensor]) -> None:
         self.tokens = 0
+        self._free = free
         self._weights = weights
         self._seen: dict[torch.nn.Module, torch.Tensor] = {}  # the last input of those that lead others
         self._leader: dict[torch.nn.Module, torch.nn.Module] = {}
@@ -220,18 +235,20 @@ class _Notes:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
         x, y = args[0], out if module.bias is None else out - module.bias
         weights, count = self._weights(module), x.numel() // x.shape[-1]
+        squares = y.reshape(count, -1).float().square().sum(1)
         if weights is not None:
             weights = weights[self.tokens:self.tokens + count]
-            y = y.reshape(count, -1) * weights.sqrt()[:, None]
+            squares *= weights
         # The very same input is another's as well, as often as it counts the same.
         leader = next((other for other, known in self._seen.items() if known is x), module)
         if weights is not None or leader is module:
             leader = module
             self._seen[module] = x
-            self._grams.setdefault(module, Gram(module.in_features, x.device)).add(x, weights)
+            if module not in self._grams:
+                self._grams[module] = Gram(module.in_features, x.device, self._free)
+            self._grams[module].add(x, weights)
         self._leader[module] = leader
-        size = float(torch.linalg.vector_norm(y, dtype=torch.float32))
-        self._output[module] = self._output.get(module, 0.0) + size * size
+        self._output[module] = self._output.get(module, 0.0) + float(squares.sum())
         self._count[module] = self._count.get(module, 0) + count
 
     def inputs(self) -> dict[torch.nn.Module, Inputs | None]:
