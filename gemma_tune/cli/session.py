@@ -37,7 +37,8 @@ _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAME
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
-_PLACES = ("model", "run", "config", "adapter", "converter", "calibration")  # other files and directories
+# other files and directories
+_PLACES = ("model", "run", "config", "adapter", "from_adapter", "converter", "calibration")
 
 
 class Commands(TyperGroup):

@@ -74,6 +74,26 @@ def test_damaged_ones_are_not_kept_in_place_of_whole_ones(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, new.name, "checkpoint-mine"]
 
 
+@pytest.mark.parametrize(("keep", "best", "kept"), [
+    (2, None, [4, 5]), (1, None, [5]), (3, 4, [3, 4, 5]), (2, 1, [1, 5]), (3, 2, [2, 4, 5]), (1, 1, [5]), (2, 9, [4, 5]),
+    (9, 1, [1, 2, 3, 4, 5])])
+def test_so_many_checkpoints_stay_the_latest_and_the_best_among_them(tmp_path, keep, best, kept):
+    checkpoints(tmp_path, 1, 2, 3, 4, 5)
+    rotate(tmp_path, keep, best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+
+
+@pytest.mark.parametrize(("how", "kept"), [(("--keep-checkpoints", 3), 3), ((), 2), (("--keep-checkpoints", 1), 1)])
+def test_a_training_keeps_as_many_as_it_is_told(cli, tiny, data, how, kept):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert cli("train", *QUICK, "--epochs", 2, "--save-steps", 1, *how).code == 0
+    found = {p.name for p in Path("runs/tiny-gemma/training_checkpoints").glob("checkpoint-*")}
+    assert len(found) == kept and "checkpoint-6" in found
+    if not how:
+        other = cli("train", *QUICK, "--epochs", 2, "--save-steps", 1, "--keep-checkpoints", 1, "--json")
+        assert other.json["status"] == "up-to-date", "it changes nothing of the result"
+
+
 def test_a_damaged_log_is_no_obstacle(tmp_path):
     from gemma_tune.train.callbacks import earlier_records
 
