@@ -225,7 +225,7 @@ def _waiting(params: Mapping[str, Any]) -> dict[str, Any] | None:
     with contextlib.suppress(UserError):
         root = find_run(params.get("run"), params.get("model"))
         if manifest := current_manifest(root):
-            return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_training)
+            return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_trainings)
     return None
 
 

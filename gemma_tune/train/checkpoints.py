@@ -31,7 +31,7 @@ class Training:
     """One training, however often it is interrupted.
 
     Args:
-        id: a random name; the manifest keeps that of the training that finished last.
+        id: a random name; the manifest keeps that of the training that finished last, and its ``earlier``.
         key: hex digest of what its result depends on, see :func:`training_key`.
         settings: of ``train``, for the command that finishes it.
         compute: device and type, such as ``cpu bf16``.
@@ -55,6 +55,10 @@ class Training:
         """The one whose checkpoint has this marker, as it goes on."""
         return cls(marker["id"], key, settings, marker["compute"], marker.get("micro_batch", 0),
                    tuple(marker.get("earlier", ())), marker.get("steps_before", 0))
+
+    def went_on(self) -> dict[str, Any]:
+        """What the manifest keeps of a training that goes on from finished ones."""
+        return {"earlier_trainings": [*self.earlier], "steps_before": self.steps_before} if self.earlier else {}
 
 
 def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any], start: str | None = None) -> str:
@@ -111,14 +115,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
-def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any],
+def find_resumable(folder: Path, key: str, finished: Collection[str], settings: Mapping[str, Any],
                    listener: Listener, otherwise: str = "the training starts anew") -> Path | None:
     """The checkpoint that an interrupted training goes on from, or None to start anew.
 
     Damaged checkpoints are passed over in favour of an older whole one.
 
     Args:
-        finished: id of the training that the manifest records as done; its checkpoints are not resumed.
+        finished: ids of trainings that the manifest records as done; their checkpoints are not resumed.
         listener: is warned of damaged checkpoints, and of what follows from them.
         otherwise: what follows where none is whole.
 
@@ -128,7 +132,7 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
     others, damaged, found = [], [], None
     for checkpoint in reversed(_all(folder)):
         marker = read_marker(checkpoint)
-        if marker and marker["id"] == finished:
+        if marker and marker["id"] in finished:
             continue
         if marker and marker["key"] != key:
             others.append(marker["settings"])
@@ -149,11 +153,11 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
     return found
 
 
-def last_of(folder: Path, training: str, listener: Listener) -> Path | None:
-    """The newest whole checkpoint of a training; None where there is none any more. Damaged ones are told of."""
+def last_of(folder: Path, trainings: Collection[str], listener: Listener) -> Path | None:
+    """The newest whole checkpoint of these trainings; None where there is none any more. Damaged ones are told of."""
     for checkpoint in reversed(whole(folder)):
         marker = read_marker(checkpoint)
-        if marker is None or marker["id"] != training:
+        if marker is None or marker["id"] not in trainings:
             continue
         if not (damage := _damage(checkpoint, marker)):
             return checkpoint
@@ -173,10 +177,10 @@ def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def unfinished(folder: Path, finished: str | None) -> dict[str, Any] | None:
-    """Marker of the newest checkpoint that has one, if its training is not the one that finished last."""
+def unfinished(folder: Path, finished: Collection[str]) -> dict[str, Any] | None:
+    """Marker of the newest checkpoint that has one, if its training is none of those that finished."""
     marker = next(filter(None, map(read_marker, reversed(whole(folder)))), None)
-    return marker if marker and marker["id"] != finished else None
+    return marker if marker and marker["id"] not in finished else None
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:

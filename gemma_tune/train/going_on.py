@@ -20,7 +20,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.config.settings import as_flags, plain
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.start import digest_of, names_in, weights_of
+from gemma_tune.lora.start import digest_of, weights_of
 from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
@@ -97,7 +97,7 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
     Raises:
         UserError: an interrupted training with other settings or data is there, or one that goes on cannot.
     """
-    run, listener, finished = session.run, session.listener, session.manifest.finished_training
+    run, listener, finished = session.run, session.listener, session.manifest.finished_trainings
     settings, waiting = session.config.as_dict(), unfinished(run.checkpoints, finished)
     if session.force:
         if waiting:
@@ -132,7 +132,7 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     start = _start(session, found.steps_before)
     training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
                         found.before.get("micro_batch", summary.get("micro_batch", 0)),
-                        (*found.before.get("earlier", ()), summary["training_id"]), found.steps_before)
+                        session.manifest.finished_trainings, found.steps_before)
     return Beginning(training, placement, found.checkpoint, start)
 
 
@@ -207,7 +207,7 @@ def continuation(session: Session, rows: int) -> Continuation:
             nothing left to do.
     """
     run, manifest = session.run, session.manifest
-    if not manifest.finished_training:
+    if not manifest.finished_trainings:
         raise UserError(f"{run.root} has no finished training that could go on",
                         f"train first, without --continue: {command('train', run.root)}")
     state, config = state_of(run, manifest, "train"), session.config
@@ -223,7 +223,7 @@ def continuation(session: Session, rows: int) -> Continuation:
         raise UserError("the finished training cannot go on with these settings",
                         "with --continue give more --epochs or --max-steps, and what differs as it was; without it the "
                         "training starts anew", problems)
-    checkpoint = last_of(run.checkpoints, summary["training_id"], session.listener)
+    checkpoint = last_of(run.checkpoints, manifest.finished_trainings, session.listener)
     if checkpoint is None and state.status != "done":
         raise UserError(f"nothing is left that could go on: no checkpoint of the finished training, and of its adapter "
                         f"{state.reason}", "leave --continue out to start anew")
@@ -267,8 +267,10 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
         return (f"no checkpoint of the finished training is left: going on from its adapter{kept} with a fresh "
                 f"optimiser, for the {counted(left, 'step')} that are missing of {found.total}, on the {new.schedule} "
                 f"schedule of so many; {rates}")
+    again = found.done - shift - first
     return (f"going on from {found.checkpoint.name} of the finished training to step {left}, on the {new.schedule} "
-            f"schedule of all {left} steps; {rates}")
+            f"schedule of all {left} steps; {rates}"
+            + (f"; no later checkpoint is left, so its last {counted(again, 'step')} are done again" if again else ""))
 
 
 def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
@@ -279,4 +281,4 @@ def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
             summary.get("steps_before", 0) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
-    best.keep(step, loss, weights_of(adapter, names_in(best.trainer.model.get_base_model(), adapter)))
+    best.keep(step, loss, weights_of(adapter, {layer: layer for layer in adapter.layers}))

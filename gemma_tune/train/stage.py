@@ -68,7 +68,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         session.listener.note(f"this starts anew; to go on from the end of the finished training instead: {instead}")
 
     def has_more(manifest: Manifest) -> bool:
-        return (unfinished(checkpoints, manifest.finished_training) is not None
+        return (unfinished(checkpoints, manifest.finished_trainings) is not None
                 or go_on and not nothing_new(session, manifest))
 
     report = run_stage(session, "train", partial(_train, go_on=go_on), elsewhere=start, unfinished=has_more,
@@ -81,7 +81,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
 def _as_before(session: Session) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
     """The session with the settings of an interrupted training and those of the adapter that it starts from; that
     training's marker; and the adapter's files."""
-    waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
+    waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
     session, start = with_start(_as_interrupted(session, waiting), waiting and waiting["settings"])
     return session, waiting, start
 
@@ -265,9 +265,8 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
         _refuse_harm(session, trainer.model, chat, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
-    return summary | {
+    return summary | job.training.went_on() | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
-        "parts": len(job.training.earlier) + 1, "steps_before": job.training.steps_before,
         "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}

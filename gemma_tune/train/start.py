@@ -94,7 +94,12 @@ def _refuse_replaced(session: Session, folder: Path) -> None:
 def _contradictions(session: Session, brought: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
             f"{in_words({name: value})}" for name, value in brought.items()
-            if name in session.given and _plain(getattr(session.config, name)) != _plain(value)]
+            if name in session.given and _asked(session.config, name) not in (None, _plain(value))]
+
+
+def _asked(config: Any, name: str) -> Any:
+    """A setting's value; None for layers that are all of them, which leaves the choice to the adapter."""
+    return _plain(getattr(config, name)) or (None if name == "target_modules" else getattr(config, name))
 
 
 def _plain(value: Any) -> Any:

@@ -299,11 +299,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """The library's; the rates stay those of this training, which may be longer than the checkpoint's was."""
+        """The library's. Rates, and the steps that are evaluated and saved, stay those of this training, which may go
+        on otherwise than the checkpoint's did."""
         rates = list(self.lr_scheduler.base_lrs)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.state.compute_steps(self.args, self.state.max_steps)
         self.lr_scheduler.base_lrs = rates
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * self.rate(self.lr_scheduler.last_epoch)

@@ -45,21 +45,21 @@ def damage(path: Path, how: str) -> str:
 def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, how):
     said, (old, new) = Said(), checkpoints(tmp_path, 9, 10)
     words = damage(new, how)
-    assert unfinished(tmp_path, None)["id"] == "this"
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == old
+    assert unfinished(tmp_path, ())["id"] == "this"
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) == old
     assert said.warnings == [f"damaged checkpoints are passed over ({words}): the training goes on from checkpoint-9"]
     said, both = Said(), f"{words}; {damage(old, how)}"
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) is None
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) is None
     assert said.warnings == [f"damaged checkpoints are passed over ({both}): the training starts anew"]
 
 
 def test_nothing_is_said_of_whole_ones_and_of_those_of_a_finished_training(tmp_path):
     said, (_, new) = Said(), checkpoints(tmp_path, 9, 10)
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == new
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) == new
     damage(new, "card")
-    assert find_resumable(tmp_path, "key", "this", {"rank": 4}, said) is None
+    assert find_resumable(tmp_path, "key", ("this",), {"rank": 4}, said) is None
     with pytest.raises(UserError, match="other settings"):
-        find_resumable(tmp_path, "another", None, {"rank": 8}, said)
+        find_resumable(tmp_path, "another", (), {"rank": 8}, said)
     assert not said.warnings
 
 

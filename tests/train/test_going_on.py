@@ -57,7 +57,7 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     assert ("going on from checkpoint-3 of the finished training to step 6, on the constant schedule of all 6 steps; the "
             "learning rate was 0.002 in its last step, and is 0.002 in the next one") in result.err
     summary = result.json["summary"]
-    assert (summary["steps"], summary["resumed_from_step"], summary["parts"]) == (6, 3, 2)
+    assert (summary["steps"], summary["resumed_from_step"], len(summary["earlier_trainings"])) == (6, 3, 1)
     assert adapter_bytes(steady) == steady_once[1]
     assert [r["step"] for r in metrics() if "loss" in r] == [1, 2, 3, 4, 5, 6]
     again = cli("train", "--continue", "--json")
@@ -66,7 +66,7 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     third = cli("train", "--continue", "--epochs", 0, "--max-steps", 7, "--json")
     assert third.code == 2
     third = cli("train", "--continue", "--epochs", 3, "--max-steps", 7, "--json")
-    assert third.code == 0 and third.json["summary"]["steps"] == 7 and third.json["summary"]["parts"] == 3, third.err
+    assert third.code == 0 and third.json["summary"]["steps"] == 7 and len(third.json["summary"]["earlier_trainings"]) == 2, third.err
 
 
 def test_an_interrupted_continuation_goes_on_by_itself(cli, steady, steady_once, monkeypatch):
@@ -76,7 +76,7 @@ def test_an_interrupted_continuation_goes_on_by_itself(cli, steady, steady_once,
     assert cli("status", "--json").json["stages"]["train"]["state"] == "interrupted: checkpoint-5 is saved"
     result = cli("train", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 5, result.err
-    assert result.json["summary"]["parts"] == 2 and adapter_bytes(steady) == steady_once[1]
+    assert len(result.json["summary"]["earlier_trainings"]) == 1 and adapter_bytes(steady) == steady_once[1]
 
 
 def test_one_that_was_killed_before_it_saved_anything_begins_again(cli, steady, steady_once, monkeypatch):
@@ -106,8 +106,13 @@ def test_damaged_checkpoints_of_a_continuation_lead_back_to_the_finished_one(cli
 
 def test_a_rate_that_had_fallen_rises_and_both_are_said(cli, steady):
     assert cli("train", *BY_HAND, "--epochs", 2, "--schedule", "cosine", "--warmup", 0).code == 0
-    result = cli("train", "--continue", "--epochs", 3, "--learning-rate", 1e-3, "--schedule", "linear")
+    result = cli("train", "--continue", "--epochs", 3, "--learning-rate", 1e-3, "--schedule", "linear",
+                 "--eval-steps", 1, "--save-steps", 2, "--keep-checkpoints", 9)
     assert result.code == 0, result.err
+    assert "do not match" not in result.err
+    assert [r["step"] for r in metrics() if "eval_loss" in r] == [0, 3, 6, 7, 8, 9]
+    assert {p.name for p in (steady / "training_checkpoints").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (3, 6, 8, 9)}
     old, new = TrainConfig(schedule="cosine", warmup=0.0), TrainConfig(schedule="linear", warmup=0.0)
     was, now, last = 2e-3 * rate_at(5, 6, old), 1e-3 * rate_at(6, 9, new), 1e-3 * rate_at(8, 9, new)
     assert (f"the learning rate was {was:.3g} in its last step, and is {now:.3g} in the next one and {last:.3g} in the "
@@ -201,14 +206,14 @@ def test_one_that_early_stopping_ended_needs_another_patience(cli, steady, monke
     with monkeypatch.context() as patch:
         from gemma_tune.train.best import Best
 
-        patch.setattr(Best, "exhausted", property(lambda self: len(self.losses) > 3))
+        patch.setattr(Best, "exhausted", property(lambda self: len(self.losses) > 2))
         assert cli("train", *flags, "--early-stopping", 2, "--force").code == 0
-        assert summary_of()["steps"] == 3
+        assert summary_of()["steps"] == 2
         refused = cli("train", "--continue", "--epochs", 4)
     assert refused.code == 2 and "would end it again at once" in refused.err and "--early-stopping 0" in refused.err
     result = cli("train", "--continue", "--early-stopping", 0, "--json")
     assert result.code == 0 and result.json["summary"]["steps"] == 9, result.err
-    assert result.json["summary"]["resumed_from_step"] == 3, "saved where it ended, though no save was due"
+    assert result.json["summary"]["resumed_from_step"] == 2, "saved where it ended, though no save was due"
 
 
 def test_a_forced_training_that_fails_at_once_leaves_the_log_of_the_finished_one(cli, steady, monkeypatch):

@@ -166,7 +166,7 @@ def test_one_of_another_base_is_refused_by_its_name(trained, tiny, tmp_path):
         if refused:
             with pytest.raises(UserError) as raised:
                 with_start(of_hub, None)
-            assert raised.value.problems == [f"it was trained on {theirs}, and this run's model is {ours}"]
+            assert list(raised.value.problems) == [f"it was trained on {theirs}, and this run's model is {ours}"]
         else:
             assert with_start(of_hub, None)[0].config.rank == 4
 
