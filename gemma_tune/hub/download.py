@@ -227,7 +227,7 @@ def _check_room(request: Request, commit: str, files: list[_File]) -> None:
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
-def _missing(snapshot: Path, weights: bool) -> list[str]:
+def _missing(snapshot: Path, weights: bool = True) -> list[str]:
     if not snapshot.is_dir():
         return ["everything"]
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # false for a link whose target is gone

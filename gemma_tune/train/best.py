@@ -145,13 +145,17 @@ class Best(TrainerCallback):
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
         before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
+        lowest = self._lowest(list(self.losses))
+        if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
+            return (f"the adapter is that of step {kept} of {last}, with a validation loss of {loss:.4g}; it was lower "
+                    f"after step {lowest} ({self.losses[lowest]:.4g}), whose adapter was not kept")
         if kept != last and not kept:
             return (f"the adapter stays the one that was there before these {last} steps: its validation loss is "
                     f"{loss:.4g}, and {end:.4g} at the end")
         if kept != last:
             return (f"the adapter is that of step {kept} of {last}, whose validation loss was lowest: {loss:.4g}, and "
                     f"{end:.4g} at the end; fewer --epochs, a lower --learning-rate or more rows may lower it further")
-        if self._lowest(list(self.losses)) == last:
+        if lowest == last:
             return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more --epochs may "
                     "lower it further")
         return None
