@@ -35,16 +35,13 @@ class Best(TrainerCallback):
         patience: evaluations in a row without a lower loss after which the training ends; 0 for none.
         earlier: records of the log up to the checkpoint that training goes on from.
         checkpoints: how many of them stay, that of the best step among them.
-        before: ids of finished trainings that this one goes on from, whose best counts.
         keeps_start: the adapter that the training starts from may be the best as well.
     """
 
     def __init__(self, folder: Path, training: str, listener: Listener, *, keeps: bool, patience: int,
-                 earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, before: Sequence[str] = (),
-                 keeps_start: bool = False):
+                 earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, keeps_start: bool = False):
         self.path, self.training, self.listener = folder / BEST, training, listener
-        self.before, self.keeps_start = before, keeps_start
-        self.keeps, self.patience, self.checkpoints = keeps, patience, checkpoints
+        self.keeps, self.patience, self.checkpoints, self.keeps_start = keeps, patience, checkpoints, keeps_start
         self.trainer: GemmaTrainer | None = None
         self.losses = {r["step"]: r["eval_loss"] for r in earlier if "eval_loss" in r}
         self._kept = self._of_file()
@@ -102,8 +99,7 @@ class Best(TrainerCallback):
         try:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata() or {}
-            own = about["training"] in (self.training, *self.before)
-            return (int(about["step"]), float(about["loss"])) if own else None
+            return (int(about["step"]), float(about["loss"])) if about["training"] == self.training else None
         except (OSError, ValueError, KeyError, SafetensorError):
             return None
 

@@ -274,7 +274,7 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
 
 
 def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
-    """Where a training goes on whose best adapter has no file any more: it is the one that the run has."""
+    """The best adapter so far of a training that goes on is the one that the run has, and may stay the best."""
     summary = session.manifest.stages.get("train", {"summary": {}})["summary"]
     step, loss = summary.get("kept_step", summary.get("steps")), summary.get("eval_loss_after")
     if not (training.earlier and best.lacks_file) or step is None or loss is None or (

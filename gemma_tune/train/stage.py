@@ -252,8 +252,7 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
     stop = StopRequest(listener)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
-                earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.earlier,
-                keeps_start=job.training.steps_before > 0)
+                earlier=job.earlier, checkpoints=config.keep_checkpoints, keeps_start=job.training.steps_before > 0)
     trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, stop))
     log.trainer = best.trainer = trainer
     keep_what_is_best(session, job.training, best)

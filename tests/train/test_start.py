@@ -88,6 +88,8 @@ def test_what_was_trained_further_is_an_adapter_for_plain_peft(cli, prepared, ti
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (given, ADAPTER))
     assert {name: t.shape for name, t in new.items()} == {name: t.shape for name, t in old.items()}
     assert all(not torch.equal(new[name], t) for name, t in old.items())
+    targets = json.loads((ADAPTER / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 3 and all(".layers.1." in name for name in targets)
     record = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]
     assert record["config"]["from_adapter"] == {"value": "../../given", "from": "flag"}
     assert record["config"]["rank"] == {"value": 4, "from": "adapter"}
