@@ -30,11 +30,12 @@ def digest_of(folder: Path) -> str:
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:
     """Settings of ``train`` that say what an adapter computes, and its dropout, by the names of the options."""
-    config = adapter.config
-    return {"rank": config.get("r") or 8, "alpha": float(config.get("lora_alpha") or 8),
+    # What is missing or null has PEFT's default.
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0} | {k: v for k, v in adapter.config.items() if v is not None}
+    return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
             "target_modules": tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
-            "dropout": float(config.get("lora_dropout") or 0.0)}
+            "dropout": float(config["lora_dropout"])}
 
 
 def untrainable(adapter: Adapter) -> Iterator[str]:

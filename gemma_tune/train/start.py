@@ -112,7 +112,9 @@ def _other_base(session: Session, adapter: Adapter) -> list[str]:
     Copies of one model have the same last name (``unsloth/gemma-3-270m-it``), also in 4 bits.
     """
     ours, theirs = session.model.id, adapter.base_id
-    if not isinstance(theirs, str) or not theirs or theirs == ours:
+    if not isinstance(theirs, str) or theirs in ("", ours):
+        return []
+    if os.path.isdir(theirs) and os.path.samefile(theirs, session.model.path):
         return []
     if session.model.source == "hub" and theirs.count("/") == 1 and not theirs.startswith((".", "/", "~")):
         last = [_FOUR_BIT.sub("", name.rsplit("/", 1)[-1].lower()) for name in (ours, theirs)]
