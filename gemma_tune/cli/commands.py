@@ -78,14 +78,16 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           weight_decay: o.WeightDecay = None, clip: o.Clip = None, dtype: o.Dtype = None, qlora: o.QLora = None,
           micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
           cuda_graphs: o.CudaGraphs = None, compile: o.Compile = None, eval_steps: o.EvalSteps = None,
-          save_steps: o.SaveSteps = None, keep: o.Keep = None, early_stopping: o.EarlyStopping = None,
-          seed: o.TrainSeed = None, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
+          save_steps: o.SaveSteps = None, keep_checkpoints: o.KeepCheckpoints = None, keep: o.Keep = None,
+          early_stopping: o.EarlyStopping = None, from_adapter: o.FromAdapter = None, seed: o.TrainSeed = None,
+          go_on: o.Continue = False, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
           json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
     end. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the
-    same command goes on. With --dry-run it only shows steps, memory and time.
+    same command goes on; a finished one does with --continue and more --epochs. With --dry-run it only shows steps,
+    memory and time.
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """
@@ -97,9 +99,9 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
     from gemma_tune.train.stage import train as stage
 
     if dry_run:
-        return show_plan(request, plan_training)
+        return show_plan(request, lambda session: plan_training(session, go_on))
     request, prepared = prepare_first(request) if data else (request, {})
-    report, merging = request.run("train", lambda session: (stage(session), next_merge(session)))
+    report, merging = request.run("train", lambda session: (stage(session, go_on), next_merge(session)))
     finish(request, report, (command("chat", report.run), merging), **prepared)
 
 

@@ -152,8 +152,12 @@ CudaGraphs = Annotated[Optional[bool], _of(c.TrainConfig, "cuda_graphs", "--cuda
 Compile = Annotated[Optional[bool], _of(c.TrainConfig, "compile", "--compile/--no-compile")]
 EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
 SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
+KeepCheckpoints = Annotated[Optional[int], _of(c.TrainConfig, "keep_checkpoints", metavar="N")]
 Keep = Annotated[Optional[str], _of(c.TrainConfig, "keep")]
 EarlyStopping = Annotated[Optional[int], _of(c.TrainConfig, "early_stopping")]
+FromAdapter = Annotated[Optional[str], _of(c.TrainConfig, "from_adapter", metavar="ADAPTER")]
+Continue = Annotated[bool, typer.Option("--continue", help="Go on from the end of the finished training, with more "
+                                                           "--epochs or --max-steps, instead of starting anew.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]

@@ -37,7 +37,8 @@ _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAME
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
-_PLACES = ("model", "run", "config", "adapter", "converter", "calibration")  # other files and directories
+# other files and directories
+_PLACES = ("model", "run", "config", "adapter", "from_adapter", "converter", "calibration")
 
 
 class Commands(TyperGroup):
@@ -224,7 +225,7 @@ def _waiting(params: Mapping[str, Any]) -> dict[str, Any] | None:
     with contextlib.suppress(UserError):
         root = find_run(params.get("run"), params.get("model"))
         if manifest := current_manifest(root):
-            return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_training)
+            return unfinished(RunDir(root, manifest.model_name).checkpoints, manifest.finished_trainings)
     return None
 
 

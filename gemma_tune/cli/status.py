@@ -115,7 +115,7 @@ def _read_once() -> Look:
 
 def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
     """A training that was stopped after the last one that is recorded, and the command that finishes it."""
-    marker = unfinished(run.checkpoints, manifest.finished_training)
+    marker = unfinished(run.checkpoints, manifest.finished_trainings)
     if marker is None:
         return None, None
     return (State("interrupted", f"{whole(run.checkpoints)[-1].name} is saved"),

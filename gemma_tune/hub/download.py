@@ -48,6 +48,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _NEVER = (*_PICKLED, "*.py", "*.onnx", "*.gguf", "consolidated*", "adapter_*")
 _TEMPLATES = "additional_chat_templates"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = True,
@@ -67,25 +68,56 @@ def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = T
     Raises:
         HubError: the model cannot be had; ``kind`` says why.
     """
-    request = request_for(model_id, revision)
+    return _fetch(request_for(model_id, revision), _MODEL, weights, on_progress)
+
+
+def fetch_adapter(adapter_id: str, revision: str | None = None, *, on_progress: Progress | None = None) -> HubModel:
+    """The same of a PEFT adapter: its settings and its weights, and nothing else that its repository holds.
+
+    Raises:
+        HubError: it cannot be had, or is no PEFT adapter.
+    """
+    return _fetch(request_for(adapter_id, revision), _ADAPTER, True, on_progress)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is fetched.
+
+    Attributes:
+        called: in messages.
+        wants: whether a file of the repository is needed, by its name.
+        fault: why a repository with these files is of no use; None if it is.
+        missing: what a snapshot lacks to be whole, with or without weights; empty when it is.
+    """
+
+    called: str
+    wants: Callable[[str], bool]
+    fault: Callable[[list[str]], str | None]
+    missing: Callable[[Path, bool], list[str]]
+
+
+def _fetch(request: Request, kind: _Kind, weights: bool, on_progress: Progress | None) -> HubModel:
+    revision = request.revision
     # The weights come last: where they are, the rest is. Without them only the Hub knows what else there is.
-    if revision and COMMIT.fullmatch(revision) and not _missing(request.snapshot(revision)):
+    if revision and COMMIT.fullmatch(revision) and not kind.missing(request.snapshot(revision), True):
         return request.model(revision, from_cache=True)
     if variable := offline_wanted():
-        return _from_cache(request, hub_error("forbidden", request, variable), weights)
+        return _from_cache(request, hub_error("forbidden", request, variable), kind, weights)
     with quietly():
         request = replace(request, token=token_for(request))
         try:
-            commit, files = explained(request, lambda: _look_up(request))
+            commit, files = explained(request, lambda: _look_up(request, kind))
         except HubError as failure:
             if failure.kind in ("offline", "server"):
-                return _from_cache(request, failure, weights)
+                return _from_cache(request, failure, kind, weights)
             raise
         files = [file for file in files if weights or not file.is_weights]
         explained(request, lambda: _download(request, commit, files, on_progress or (lambda *_: None)))
-    if lacking := _missing(request.snapshot(commit), weights):
-        raise hub_error("bad repo", request, f"at {commit[:12]} is not a whole model, it lacks {', '.join(lacking)}")
-    if weights or not _serves(request):
+    if lacking := kind.missing(request.snapshot(commit), weights):
+        raise hub_error("bad repo", request, f"at {commit[:12]} is not a whole {kind.called}, it lacks "
+                                             f"{', '.join(lacking)}")
+    if weights or not _serves(request, kind):
         _remember(request, commit)
     return request.model(commit)
 
@@ -105,7 +137,7 @@ class _File:
         return self.name.endswith(".safetensors")
 
 
-def _look_up(request: Request) -> tuple[str, list[_File]]:
+def _look_up(request: Request, kind: _Kind) -> tuple[str, list[_File]]:
     """Ask once which commit the revision is and which files it has; everything after is pinned to that commit."""
     from huggingface_hub import HfApi, constants
 
@@ -118,9 +150,9 @@ def _look_up(request: Request) -> tuple[str, list[_File]]:
         raise hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
     files = [_File(one.rfilename, (one.lfs.size if one.lfs else one.size) or 0,
                    one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or ()]
-    if fault := _fault([file.name for file in files]):
+    if fault := kind.fault([file.name for file in files]):
         raise hub_error("bad repo", request, fault)
-    return info.sha, sorted((file for file in files if _is_wanted(file.name)), key=lambda file: file.name)
+    return info.sha, sorted((file for file in files if kind.wants(file.name)), key=lambda file: file.name)
 
 
 def _is_wanted(name: str) -> bool:
@@ -196,7 +228,6 @@ def _check_room(request: Request, commit: str, files: list[_File]) -> None:
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 def _missing(snapshot: Path, weights: bool = True) -> list[str]:
-    """What a snapshot lacks to be whole, with or without weights; empty when it is."""
     if not snapshot.is_dir():
         return ["everything"]
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # false for a link whose target is gone
@@ -210,6 +241,16 @@ def _missing(snapshot: Path, weights: bool = True) -> list[str]:
     return lacking + ([] if any(_is_wanted(name) and name.endswith(".safetensors") for name in names) else ["weights"])
 
 
+def _adapter_fault(names: list[str]) -> str | None:
+    if _ADAPTER_FILES[0] not in names:
+        return f"is no PEFT adapter: it has no {_ADAPTER_FILES[0]}"
+    if _ADAPTER_FILES[1] in names:
+        return None
+    pickled = any(_matches(name, _PICKLED) for name in names)
+    return ("has its adapter only as a pickle file, which can run code when it is loaded; gemma-tune reads safetensors "
+            "only" if pickled else f"has no {_ADAPTER_FILES[1]}")
+
+
 def _shards(index: Path) -> set[str]:
     try:
         return set(object_in(index)["weight_map"].values())
@@ -217,7 +258,7 @@ def _shards(index: Path) -> set[str]:
         return {f"a readable {index.name}"}
 
 
-def _from_cache(request: Request, failure: HubError, weights: bool) -> HubModel:
+def _from_cache(request: Request, failure: HubError, kind: _Kind, weights: bool) -> HubModel:
     """The cached copy, because the Hub cannot be asked; without a whole one, the failure, and what the copy lacks.
 
     One with weights is preferred also where they are not needed yet: later they will be.
@@ -225,22 +266,22 @@ def _from_cache(request: Request, failure: HubError, weights: bool) -> HubModel:
     commits = [commit for commit in _cached_commits(request) if request.snapshot(commit).is_dir()]
     for needed in (True, weights):
         for commit in commits:
-            if not _missing(request.snapshot(commit), needed):
+            if not kind.missing(request.snapshot(commit), needed):
                 return request.model(commit, from_cache=True)
     if commits and failure.kind == "offline":
-        lacking = ", ".join(_missing(request.snapshot(commits[0]), weights))
+        lacking = ", ".join(kind.missing(request.snapshot(commits[0]), weights))
         raise HubError("offline", f"{failure.message}; the copy in the cache, of commit {commits[0][:12]}, is not "
                        f"whole: it lacks {lacking}", str(failure.hint), failure.detail)
     raise failure
 
 
-def _serves(request: Request) -> bool:
+def _serves(request: Request, kind: _Kind) -> bool:
     """Whether the branch or tag is known, with a whole model, for work without a connection."""
     try:
         commit = _ref(request).read_text(encoding="utf-8").strip()
     except OSError:
         return False
-    return COMMIT.fullmatch(commit) is not None and not _missing(request.snapshot(commit))
+    return COMMIT.fullmatch(commit) is not None and not kind.missing(request.snapshot(commit), True)
 
 
 def _ref(request: Request) -> Path:
@@ -271,3 +312,8 @@ def _remember(request: Request, commit: str) -> None:
         with unfinished(ref.with_name(f"{ref.name}.{os.getpid()}.tmp")) as new:  # others use the cache, too
             new.write_text(commit, encoding="utf-8")
             put_in_place(new, ref)
+
+
+_MODEL = _Kind("model", _is_wanted, _fault, _missing)
+_ADAPTER = _Kind("adapter", _ADAPTER_FILES.__contains__, _adapter_fault, lambda snapshot, weights: [
+    name for name in _ADAPTER_FILES if not (snapshot / name).is_file()])

@@ -58,6 +58,11 @@ class Lora:
         """(out, in)."""
         return self.b.shape[0], self.a.shape[1]
 
+    @property
+    def numbers(self) -> int:
+        """How many there are of it."""
+        return sum(math.prod(tensor.shape) for tensor in (self.a, self.b, self.magnitude) if tensor)
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import nearest
@@ -41,12 +41,12 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     return chosen
 
 
-def lora_config(config: TrainConfig, chosen: Sequence[str]) -> LoraConfig:
-    """PEFT's settings of an adapter on the layers ``chosen``."""
+def lora_config(config: TrainConfig, chosen: Sequence[str], **patterns: Any) -> LoraConfig:
+    """PEFT's settings of an adapter on the layers ``chosen``; ``patterns`` are ranks and alphas of single ones."""
     from peft import LoraConfig
 
     return LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                      use_dora=config.dora, target_modules=list(chosen), task_type="CAUSAL_LM")
+                      use_dora=config.dora, target_modules=list(chosen), task_type="CAUSAL_LM", **patterns)
 
 
 def described_adapter(config: TrainConfig) -> str:

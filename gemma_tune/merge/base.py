@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
-from gemma_tune.merge.plan import running_name
+from gemma_tune.lora.names import running_name
 from gemma_tune.models.quantised import quantisation, sixteen_bit
 from gemma_tune.models.source import BaseModel, locate, split_revision
 from gemma_tune.run.directory import command

@@ -1,8 +1,6 @@
 """What each tensor of the merged model is made of: names, shapes and tied embeddings, before anything is written.
 
-Checkpoints name some tensors otherwise than the running model does, by which an adapter names its layers. The renames
-are those of transformers' ``conversion_mapping.py`` for multimodal models (``llava``, which Gemma 3 and PaliGemma use):
-``language_model.model.X`` on the disk is ``model.language_model.X`` in memory. The files keep their names.
+Tensors are found by the names that the running model has for them, see ``lora.names``. The files keep their names.
 """
 
 from __future__ import annotations
@@ -15,12 +13,9 @@ from dataclasses import dataclass
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor
 from gemma_tune.lora.files import Adapter, Lora
+from gemma_tune.lora.names import candidates, running_name
 
 HEAD = "lm_head.weight"
-_RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
-            (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-            # Repositories, and versions of transformers before 5, put the tower's parts one level deeper.
-            (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."))
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)\.weight$")
 _ROWS = 4096  # of a matrix that are compared at once
 _ANOTHER_MODEL = "the adapter belongs to another model: merge it into its own base"
@@ -83,15 +78,6 @@ class MergePlan:
     @property
     def bytes(self) -> int:
         return sum(piece.bytes for piece in self.pieces)
-
-
-def running_name(stored: str) -> str:
-    """What the running model calls a tensor or layer of a checkpoint."""
-    for pattern, new in _RENAMES:
-        name, count = re.subn(pattern, new, stored)
-        if count:
-            return name
-    return stored
 
 
 def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | None = None) -> MergePlan:
@@ -185,7 +171,7 @@ class _Names:
         asked = running_name(name)
         if asked == HEAD and self.tied:
             return HEAD
-        for candidate in _candidates(asked):
+        for candidate in candidates(asked):
             if candidate in self._stored:
                 if candidate != asked:
                     self.renamed[name] = candidate
@@ -197,18 +183,6 @@ class _Names:
         """What a tensor is called in the files; a head that was none before, as its repository would."""
         wrapped = name == HEAD and self.tied and self.tied.startswith("language_model.")
         return f"language_model.{HEAD}" if wrapped else name
-
-
-def _candidates(name: str) -> Iterator[str]:
-    """Names that the base may have for an adapter's tensor, the likeliest first."""
-    yield name
-    # The text part of a multimodal model was adapted by itself, or the other way round.
-    if name.startswith("model.language_model."):
-        yield name.replace("model.language_model.", "model.", 1)
-    elif name.startswith("model."):
-        yield name.replace("model.", "model.language_model.", 1)
-    # Some repositories, as GPT-2's, leave out the name that all layers have in common.
-    yield re.sub(r"^(transformer|model)\.", "", name)
 
 
 def _transposed(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Lora], adapter: Adapter) -> set[str]:

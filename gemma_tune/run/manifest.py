@@ -37,8 +37,9 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss
             "divergence", "same_token", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "steps",
             "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
-            "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
+            "steps_before", "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
 _TEXTS = ("training_id", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses", "recommended")
+_LISTS = ("earlier_trainings",)
 _LARGEST = 1e300
 
 
@@ -54,9 +55,10 @@ class Manifest:
         return self.model["name"]
 
     @property
-    def finished_training(self) -> str | None:
-        """Id of the training that finished last, see ``checkpoints.Training``."""
-        return self.stages.get("train", {"summary": {}})["summary"].get("training_id")
+    def finished_trainings(self) -> tuple[str, ...]:
+        """Ids of the training that finished last, see ``checkpoints.Training``, and of those that it went on from."""
+        summary = self.stages.get("train", {"summary": {}})["summary"]
+        return tuple(filter(None, (summary.get("training_id"), *summary.get("earlier_trainings", ()))))
 
     def save(self, run: RunDir) -> None:
         """Write the manifest atomically."""
@@ -188,6 +190,8 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
                 yield from _figure_problems(f"{place}.{key}.{name}", row)
         elif key in _NUMBERS and value is not None and not _is_number(value):
             yield f"{place}.{key}: {shown(value)} is no number"
+        elif key in _LISTS and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            yield f"{place}.{key}: {shown(value)} is no list of texts"
         elif key in _TEXTS and not isinstance(value, str | None):
             yield f"{place}.{key}: {shown(value)} is no text"
 

@@ -190,7 +190,8 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
               extra_inputs: Mapping[str, Path] | None = None,
               unfinished: Callable[[Manifest], bool] = lambda manifest: False,
               elsewhere: Mapping[str, Path] | None = None,
-              long_work: Callable[[Mapping[str, Any]], str | None] = lambda summary: None) -> StageReport:
+              long_work: Callable[[Mapping[str, Any]], str | None] = lambda summary: None,
+              instead: str | None = None) -> StageReport:
     """Run one stage under the run's lock, unless its result is up to date, and record it.
 
     Args:
@@ -199,6 +200,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         elsewhere: inputs from outside the run, in place of what another stage makes under the same name.
         unfinished: whether an interrupted repetition of this stage waits to be finished, so that it is not up to date.
         long_work: from a result's figures, how long it took in words, if that is too long to replace it unasked.
+        instead: a command that would go on from such a result.
 
     Raises:
         UserError: missing input, run in use, no permission, a result that is not replaced unasked; and whatever
@@ -222,7 +224,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         fingerprints = _fingerprints(session, {**inputs, **named, **(extra_inputs or {})}, stage)
         if session.force:
             _note_other_settings(session, stage)
-        elif not unfinished(manifest) and (kept := _up_to_date(session, stage, fingerprints, long_work)):
+        elif not unfinished(manifest) and (kept := _up_to_date(session, stage, fingerprints, long_work, instead)):
             if moved or manifest.stages != stamped:
                 manifest.save(run)
             return kept
@@ -335,17 +337,17 @@ def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> d
 
 def _note_other_settings(session: Session, stage: str) -> None:
     record = session.manifest.stages.get(stage)
-    if record and (changed := _other_settings(record, session.config)):
+    if record and (changed := other_settings(record, session.config)):
         session.listener.note(f"`{stage}` runs with other settings than before: {'; '.join(changed)}")
 
 
 def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any],
-                long_work: Callable[[Mapping[str, Any]], str | None]) -> StageReport | None:
+                long_work: Callable[[Mapping[str, Any]], str | None], instead: str | None) -> StageReport | None:
     record = session.manifest.stages.get(stage)
     if record is None:
         return None
     state = state_of(session.run, session.manifest, stage)
-    settings, others = _other_settings(record, session.config), _other_files(record, inputs)
+    settings, others = other_settings(record, session.config), _other_files(record, inputs)
     if state.status == "done" and not settings and not others:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")
         record["inputs"] = dict(inputs)  # with the time stamps that they have now
@@ -354,17 +356,19 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any],
     session.listener.note(f"`{stage}` runs again: {state.reason or changed}")
     # Made from other data, a result is replaced as it always is; only for its settings it need not be.
     if state.status == "done" and not others and (took := long_work(record["summary"])):
-        _ask_to_replace(session, stage, took, changed)
+        _ask_to_replace(session, stage, took, changed, instead)
     return None
 
 
-def _ask_to_replace(session: Session, stage: str, took: str, changed: str) -> None:
+def _ask_to_replace(session: Session, stage: str, took: str, changed: str, instead: str | None) -> None:
     if not session.listener.confirm(f"the result of `{stage}` took {took}; replace it ({changed})?"):
         raise UserError(f"the result of `{stage}` took {took}, and is not replaced unasked by one with other settings "
-                        f"({changed})", "add --force to replace it, or leave it and work on another run: --run DIR")
+                        f"({changed})", f"{f'go on from it: {instead}; or ' if instead else ''}add --force to replace "
+                                      "it, or leave it and work on another run: --run DIR")
 
 
-def _other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
+def other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
+    """What a result was made with and is asked for otherwise now, as ``name: old -> new``."""
     # A setting that an older version did not have was, in effect, at its default.
     old = {f.name: plain(f.default) for f in fields(config)}
     old |= {name: entry["value"] for name, entry in record["config"].items()}

@@ -16,9 +16,11 @@ from gemma_tune.base.files import os_errors, write_atomic
 from gemma_tune.base.listener import Listener
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
-from gemma_tune.train.checkpoints import BEST
+from gemma_tune.train.checkpoints import BEST, KEEP, rotate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gemma_tune.train.trainer import GemmaTrainer
 
 class Best(TrainerCallback):
@@ -32,12 +34,14 @@ class Best(TrainerCallback):
         keeps: whether the best is to be kept; else only the end is looked after.
         patience: evaluations in a row without a lower loss after which the training ends; 0 for none.
         earlier: records of the log up to the checkpoint that training goes on from.
+        checkpoints: how many of them stay, that of the best step among them.
+        keeps_start: the adapter that the training starts from may be the best as well.
     """
 
     def __init__(self, folder: Path, training: str, listener: Listener, *, keeps: bool, patience: int,
-                 earlier: Sequence[Mapping[str, Any]] = ()):
+                 earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, keeps_start: bool = False):
         self.path, self.training, self.listener = folder / BEST, training, listener
-        self.keeps, self.patience = keeps, patience
+        self.keeps, self.patience, self.checkpoints, self.keeps_start = keeps, patience, checkpoints, keeps_start
         self.trainer: GemmaTrainer | None = None
         self.losses = {r["step"]: r["eval_loss"] for r in earlier if "eval_loss" in r}
         self._kept = self._of_file()
@@ -52,11 +56,16 @@ class Best(TrainerCallback):
     def _lowest(self, steps: Sequence[int]) -> int:
         return min(steps, key=lambda step: (self.losses[step] if math.isfinite(self.losses[step]) else math.inf, step))
 
+    def on_save(self, args, state, control, **kwargs):
+        if processes.is_main():
+            rotate(self.path.parent, self.checkpoints, self._kept[0] if self.keeps and self._kept else None)
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         step, loss = state.global_step, metrics["eval_loss"]
         self.losses[step] = loss
-        if step and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
-            self._keep(step, loss)
+        if (step or self.keeps_start) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
+            assert self.trainer is not None
+            self.keep(step, loss, trained_weights(self.trainer.model))
         elif step and not self._told and len(self.losses) > 1:
             best = self._lowest(list(self.losses))
             self.listener.note(f"the validation loss is {loss:.4g} after step {step}, and was lowest "
@@ -65,14 +74,18 @@ class Best(TrainerCallback):
         if self.exhausted and step < state.max_steps:
             self.listener.note(f"--early-stopping {self.patience}: the training ends after step {step} of "
                                f"{state.max_steps}; so many times in a row the validation loss was not lower")
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True  # a later --continue goes on from here
         return control
 
-    def _keep(self, step: int, loss: float) -> None:
+    @property
+    def lacks_file(self) -> bool:
+        """Whether the best is to be kept, and no file has one."""
+        return self.keeps and self._kept is None
+
+    def keep(self, step: int, loss: float, trained: Mapping[str, Tensor]) -> None:
+        """Keep these weights as the best, by the names of the model's parameters."""
         if processes.is_main():
-            assert self.trainer is not None
-            weights = {name: value.detach().cpu().contiguous()
-                       for name, value in trained_weights(self.trainer.model).items()}
+            weights = {name: value.detach().float().cpu().contiguous() for name, value in trained.items()}
             digest = hashlib.sha256(save(weights)).hexdigest()
             with os_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +141,17 @@ class Best(TrainerCallback):
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
         before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
+        lowest = self._lowest(list(self.losses))
+        if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
+            return (f"the adapter is that of step {kept} of {last}, with a validation loss of {loss:.4g}; it was lower "
+                    f"after step {lowest} ({self.losses[lowest]:.4g}), whose adapter was not kept")
+        if kept != last and not kept:
+            return (f"the adapter stays the one that was there before these {last} steps: its validation loss is "
+                    f"{loss:.4g}, and {end:.4g} at the end")
         if kept != last:
             return (f"the adapter is that of step {kept} of {last}, whose validation loss was lowest: {loss:.4g}, and "
                     f"{end:.4g} at the end; fewer --epochs, a lower --learning-rate or more rows may lower it further")
-        if self._lowest(list(self.losses)) == last:
+        if lowest == last:
             return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more --epochs may "
                     "lower it further")
         return None

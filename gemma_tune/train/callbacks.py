@@ -38,9 +38,7 @@ class MetricsLog(TrainerCallback):
         self.records = list(earlier)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
         self.seconds_before = max((r.get("training_seconds", 0.0) for r in self.records), default=0.0)
-        if processes.is_main():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        self._begun = False  # until there is something to write, the log is that of the training before
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._began is None:
@@ -84,8 +82,10 @@ class MetricsLog(TrainerCallback):
         record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
         self.records.append(record)
         if processes.is_main():
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a" if self._begun else "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(r) + "\n" for r in ([record] if self._begun else self.records))
+        self._begun = True
         self.listener.metrics(record)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.config.settings import as_flags, same_result
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.run.directory import command
+from gemma_tune.run.directory import RunDir, command
 
 MARKER = "complete.json"
 BEST = "best.safetensors"  # beside the checkpoints, see train/best.py
-KEEP = 2
+KEEP = TrainConfig.keep_checkpoints
 # Settings that change how a training is computed, not what is learned; dtype's is kept with the training.
 _WAYS = ("dtype", *same_result(TrainConfig))
 
@@ -31,12 +31,15 @@ class Training:
     """One training, however often it is interrupted.
 
     Args:
-        id: a random name; the manifest keeps that of the training that finished last.
+        id: a random name; the manifest keeps that of the training that finished last, and its ``earlier``.
         key: hex digest of what its result depends on, see :func:`training_key`.
         settings: of ``train``, for the command that finishes it.
         compute: device and type, such as ``cpu bf16``.
         micro_batch: conversations that go through the model at once; 0 where nobody has chosen yet. Sums in another
             order are rounded differently, so a resumed training keeps it.
+        earlier: ids of the finished trainings that it goes on from.
+        steps_before: steps of theirs that its own are counted after: none where it has their checkpoint, all where it
+            has only their adapter.
     """
 
     id: str
@@ -44,16 +47,31 @@ class Training:
     settings: Mapping[str, Any]
     compute: str
     micro_batch: int = 0
+    earlier: tuple[str, ...] = ()
+    steps_before: int = 0
+
+    @classmethod
+    def of(cls, marker: Mapping[str, Any], key: str, settings: Mapping[str, Any]) -> Training:
+        """The one whose checkpoint has this marker, as it goes on."""
+        return cls(marker["id"], key, settings, marker["compute"], marker.get("micro_batch", 0),
+                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0))
+
+    def went_on(self) -> dict[str, Any]:
+        """What the manifest keeps of a training that goes on from finished ones."""
+        return {"earlier_trainings": [*self.earlier], "steps_before": self.steps_before} if self.earlier else {}
 
 
-def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any]) -> str:
+def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any], start: str | None = None) -> str:
     """What a checkpoint depends on: base model, training rows, chat template and settings, as one hex digest.
+
+    And on the content of the adapter that it starts from, ``start``, if there is one.
 
     Not on ``dtype``: with ``auto`` a probe decides, and a resumed training stays with what was chosen first. Not on how
     a batch is worked on either, so that a training that ran out of memory can go on in smaller pieces.
     """
     kept = {name: value for name, value in settings.items() if name not in _WAYS}
-    content = json.dumps({"base": base, "rows": rows, "template": template, "settings": kept}, sort_keys=True)
+    parts = {"base": base, "rows": rows, "template": template, "settings": kept} | ({"start": start} if start else {})
+    content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -65,10 +83,21 @@ def seal(checkpoint: Path, training: Training) -> None:
     write_json(checkpoint / MARKER, {**asdict(training), "files": hashes})
 
 
-def rotate(folder: Path) -> None:
-    """Delete all but the newest whole checkpoints; called after a new one has been sealed."""
-    for old in whole(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+def rotate(folder: Path, keep: int = KEEP, best: int | None = None) -> None:
+    """Delete all but the newest whole checkpoints; called after a new one has been sealed.
+
+    Args:
+        keep: how many stay.
+        best: the step whose checkpoint, if there is one, stays in the place of the oldest of them; but the newest does
+            in any case.
+    """
+    found = whole(folder)
+    kept = found[-keep:]
+    if keep > 1 and (spared := [p for p in found if step_of(p) == best and p not in kept]):
+        kept = [*spared, *kept[1:]]
+    for old in found:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def whole(folder: Path) -> list[Path]:
@@ -86,15 +115,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
-def find_resumable(folder: Path, key: str, finished: str | None, settings: Mapping[str, Any],
-                   listener: Listener) -> Path | None:
+def find_resumable(folder: Path, key: str, finished: Collection[str], settings: Mapping[str, Any],
+                   listener: Listener, otherwise: str = "the training starts anew") -> Path | None:
     """The checkpoint that an interrupted training goes on from, or None to start anew.
 
     Damaged checkpoints are passed over in favour of an older whole one.
 
     Args:
-        finished: id of the training that the manifest records as done; its checkpoints are not resumed.
+        finished: ids of trainings that the manifest records as done; their checkpoints are not resumed.
         listener: is warned of damaged checkpoints, and of what follows from them.
+        otherwise: what follows where none is whole.
 
     Raises:
         UserError: an interrupted training with other settings or data is there.
@@ -102,7 +132,7 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
     others, damaged, found = [], [], None
     for checkpoint in reversed(_all(folder)):
         marker = read_marker(checkpoint)
-        if marker and marker["id"] == finished:
+        if marker and marker["id"] in finished:
             continue
         if marker and marker["key"] != key:
             others.append(marker["settings"])
@@ -113,14 +143,26 @@ def find_resumable(folder: Path, key: str, finished: str | None, settings: Mappi
             break
     if damaged and (found or not others):
         listener.warn(f"damaged checkpoints are passed over ({'; '.join(damaged)}): "
-                      + (f"the training goes on from {found.name}" if found else "the training starts anew"))
+                      + (f"the training goes on from {found.name}" if found else otherwise))
     if others and not found:
-        changed = _difference(others[0], settings)
+        changed = "; ".join(difference(others[0], settings))
         finish = (f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force" if changed else
                   "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
                         f"({changed or 'the data, the base model or gemma-tune changed'})", finish)
     return found
+
+
+def last_of(folder: Path, trainings: Collection[str], listener: Listener) -> Path | None:
+    """The newest whole checkpoint of these trainings; None where there is none any more. Damaged ones are told of."""
+    for checkpoint in reversed(whole(folder)):
+        marker = read_marker(checkpoint)
+        if marker is None or marker["id"] not in trainings:
+            continue
+        if not (damage := _damage(checkpoint, marker)):
+            return checkpoint
+        listener.warn(f"a damaged checkpoint is passed over ({checkpoint.name}: {damage})")
+    return None
 
 
 def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
@@ -135,10 +177,10 @@ def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def unfinished(folder: Path, finished: str | None) -> dict[str, Any] | None:
-    """Marker of the newest checkpoint that has one, if its training is not the one that finished last."""
+def unfinished(folder: Path, finished: Collection[str]) -> dict[str, Any] | None:
+    """Marker of the newest checkpoint that has one, if its training is none of those that finished."""
     marker = next(filter(None, map(read_marker, reversed(whole(folder)))), None)
-    return marker if marker and marker["id"] != finished else None
+    return marker if marker and marker["id"] not in finished else None
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:
@@ -146,20 +188,24 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     try:
         marker = object_in(checkpoint / MARKER)
         texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
-        return marker if texts and dict(marker["files"]) and dict(marker["settings"]) else None
+        counts = all(type(marker.get(name, 0)) is int for name in ("micro_batch", "steps_before"))
+        earlier = all(isinstance(name, str) for name in list(marker.get("earlier", ())))
+        return marker if (texts and counts and earlier and dict(marker["files"]) and dict(marker["settings"])) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
     """The command line of an interrupted training, whose checkpoints lie in ``folder``."""
+    if start := settings.get("from_adapter"):
+        settings = {**settings, "from_adapter": RunDir(folder.parent, "").found(start)}
     return command("train", folder.parent, *as_flags(TrainConfig, settings))
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    changed = [f"{name}: {old[name]} then, {new.get(name)} now" for name in old
-               if name not in _WAYS and old[name] != new.get(name)]
-    return "; ".join(changed)
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Settings of two trainings that make what they learn differ, without those named in ``but``."""
+    return [f"{name}: {old[name]} then, {new.get(name)} now" for name in old
+            if name not in _WAYS and name not in but and old[name] != new.get(name)]
 
 
 def clear(folder: Path, after: Path | None = None) -> None:

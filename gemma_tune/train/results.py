@@ -55,9 +55,12 @@ def _name_for_others(model: Any, session: Session) -> None:
     Only at the end: PEFT asks the hub about a base model with a hub id whenever it saves a checkpoint.
     """
     peft_config = model.peft_config["default"]
-    if not any(TOWERS.search(name) for name, _ in model.get_base_model().named_modules()):
-        # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
-        peft_config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in peft_config.target_modules})
+    names = [name for name, _ in model.get_base_model().named_modules()]
+    short = {name.rsplit(".", 1)[-1] for name in peft_config.target_modules}
+    same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(peft_config.target_modules)
+    # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
+    peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else
+                                        peft_config.target_modules)
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
 

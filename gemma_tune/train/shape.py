@@ -17,7 +17,9 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import lora_config, target_modules
+from gemma_tune.lora.start import names_in, patterns_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,33 +64,48 @@ class ModelShape:
     kept: Callable[[int, int], int]
 
 
-def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype) -> ModelShape:
+def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: Adapter | None = None) -> ModelShape:
     """Measure the model of ``checkpoint/config.json``; the weights need not be there.
 
     Args:
         config: for the adapter's rank and layers.
         dtype: the compute type.
+        start: the adapter that is trained further; its layers and ranks count.
 
     Raises:
-        UserError: a model type that transformers does not know, or ``--target-modules`` that the model does not have.
+        UserError: a model type that transformers does not know, ``--target-modules`` that the model does not have, or
+            an adapter that does not fit it.
     """
     import torch
 
     text_config, model = _without_weights(checkpoint, dtype)
     head = model.get_output_embeddings().weight
-    chosen = target_modules(model, config.target_modules)
+    names = names_in(model, start) if start else {}
+    chosen = list(names.values()) if start else target_modules(model, config.target_modules)
     adapted = [model.get_submodule(name) for name in chosen]
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()), linear=sum(linear.values()),
         active=_active(model, text_config),
-        adapter=config.rank * sum(m.in_features + m.out_features for m in adapted)
+        adapter=sum(lora.numbers for lora in start.layers.values()) if start else
+        config.rank * sum(m.in_features + m.out_features for m in adapted)
         + config.dora * sum(m.out_features for m in adapted),
         adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
-        item=dtype.itemsize, kept=_counter(model, config, chosen))
+        item=dtype.itemsize, kept=_counter(model, config, chosen, patterns_of(start, names) if start else {}))
+
+
+def adapted_layers(checkpoint: Path, adapter: Adapter) -> dict[str, str]:
+    """What the model of ``checkpoint/config.json`` calls the layers of an adapter.
+
+    Raises:
+        UserError: it does not have all of them in their shapes.
+    """
+    import torch
+
+    return names_in(_without_weights(checkpoint, torch.float32)[1], adapter)
 
 
 def _attention_width(config: PretrainedConfig) -> int:
@@ -145,14 +162,15 @@ def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:
     return round(sum(p.numel() * (chosen / experts if p.ndim == 3 else 1) for p in matrices))
 
 
-def _counter(model: PreTrainedModel, config: TrainConfig, chosen: list[str]) -> Callable[[int, int], int]:
+def _counter(model: PreTrainedModel, config: TrainConfig, chosen: list[str],
+             patterns: dict[str, Any]) -> Callable[[int, int], int]:
     """``kept`` of :class:`ModelShape`; the adapter is put on the model."""
     from peft import get_peft_model
 
     from gemma_tune.lora.dora import start_from_base
 
     through = sum(module.in_features + module.out_features for module in map(model.get_submodule, chosen))
-    adapted = get_peft_model(model, lora_config(config, chosen), low_cpu_mem_usage=True).train()
+    adapted = get_peft_model(model, lora_config(config, chosen, **patterns), low_cpu_mem_usage=True).train()
     if config.dora:
         start_from_base(adapted)
 

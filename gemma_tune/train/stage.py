@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,27 @@ from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
+from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
 from gemma_tune.lora.load import import_peft
+from gemma_tune.lora.start import load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, available, best_device, choose_placement
 from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
+from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
 from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
-from gemma_tune.train.checkpoints import (
-    Training,
-    clear,
-    find_resumable,
-    read_marker,
-    step_of,
-    training_key,
-    unfinished,
-    whole,
-)
+from gemma_tune.train.checkpoints import Training, clear, step_of, unfinished
+from gemma_tune.train.going_on import as_finished, begin, continuation, keep_what_is_best, nothing_new, offer
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.results import plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
+from gemma_tune.train.start import start_folder, with_start
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
 from gemma_tune.train.verdict import advice, is_harm, rose
@@ -51,18 +47,43 @@ from gemma_tune.train.verdict import advice, is_harm, rose
 LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
 
 
-def train(session: Session) -> StageReport:
+def train(session: Session, go_on: bool = False) -> StageReport:
     """Train, or go on where an interrupted training stopped.
 
+    Args:
+        go_on: a finished training goes on from its end, with more epochs or steps, instead of starting anew.
+
     Raises:
-        UserError: no data, unknown target modules, out of memory.
+        UserError: no data, unknown target modules, an adapter to start from that does not fit, out of memory.
         WorkFailed: loss or gradient not finite.
         Interrupted: stopped by the user; the next call resumes.
     """
+    if go_on and session.force:
+        raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",
+                        "leave one of them out")
     checkpoints = session.run.checkpoints
-    waiting = unfinished(checkpoints, session.manifest.finished_training)
-    return run_stage(_as_interrupted(session, waiting), "train", _train, long_work=_took_long,
-                     unfinished=lambda manifest: unfinished(checkpoints, manifest.finished_training) is not None)
+    session, waiting, start = _as_before(session)
+    instead = None if go_on or session.force or waiting else offer(session)
+    if instead:
+        session.listener.note(f"this starts anew; to go on from the end of the finished training instead: {instead}")
+
+    def has_more(manifest: Manifest) -> bool:
+        return (unfinished(checkpoints, manifest.finished_trainings) is not None
+                or go_on and not nothing_new(session, manifest))
+
+    report = run_stage(session, "train", partial(_train, go_on=go_on), elsewhere=start, unfinished=has_more,
+                       long_work=_took_long, instead=instead)
+    if go_on and report.status == "up-to-date":
+        session.listener.note("--continue goes on where more --epochs or --max-steps are asked for than there were")
+    return report
+
+
+def _as_before(session: Session) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
+    """The session with the settings of an interrupted training and those of the adapter that it starts from; that
+    training's marker; and the adapter's files."""
+    waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
+    session, start = with_start(_as_interrupted(session, waiting), waiting and waiting["settings"])
+    return session, waiting, start
 
 
 def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session:
@@ -93,23 +114,25 @@ def _took_long(summary: Mapping[str, Any]) -> str | None:
     return span(seconds) if seconds > LONG else None
 
 
-def plan_training(session: Session) -> TrainingPlan:
+def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     """What :func:`train` would do with these settings; nothing is written, and no weights are needed.
 
     Raises:
         UserError: no data, or settings that this model cannot be trained with.
     """
     quiet_libraries()
-    waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
-    session = _as_interrupted(session, waiting)
-    session = replace(session, inputs=require_inputs(session.run, session.manifest, "train"))
+    session, waiting, start = _as_before(session)
+    session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
     placement = choose_placement(session.config.dtype)
-    session = _with_batch_size(session, len(train_rows.lengths))
-    shape, choice = _fit(session, int(train_rows.lengths.max()), placement)
+    session = _with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
+    shape, choice = _fit(session, int(train_rows.lengths.max()), placement, start=start_folder(session))
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
     if waiting:
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
+    elif go_on:
+        found = continuation(session, len(train_rows.lengths))
+        notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})
     same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
         "dtype")) == (placement.device, placement.short)
@@ -123,6 +146,7 @@ class _Job:
 
     Args:
         checkpoint: what training goes on from, or None.
+        start: directory of the adapter that it started from, or None.
         earlier: records of the log up to there.
         startup: what the time went to so far.
     """
@@ -130,6 +154,7 @@ class _Job:
     session: Session
     training: Training
     checkpoint: Path | None
+    start: Path | None
     placement: Placement
     choice: BatchChoice
     earlier: list[dict[str, Any]]
@@ -154,12 +179,12 @@ def _load_libraries() -> None:
         import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
 
 
-def _train(session: Session) -> Finished:
+def _train(session: Session, go_on: bool) -> Finished:
     startup = Startup()
     processes.begin()
     _load_libraries()
     startup.done("libraries")
-    job = _decide(session, startup)
+    job = _decide(session, startup, go_on)
     # Their hashes take as long as loading them does, and go on beside it.
     hashing = ThreadPoolExecutor(1)
     sound = hashing.submit(refuse_rotten, job.session.model.path, job.session.model.files)
@@ -169,26 +194,25 @@ def _train(session: Session) -> Finished:
     return Finished({"adapter": adapter}, _work(job, sound.result), {adapter: fresh_path(adapter)})
 
 
-def _decide(session: Session, startup: Startup) -> _Job:
+def _decide(session: Session, startup: Startup, go_on: bool) -> _Job:
     from gemma_tune.train.callbacks import earlier_records
 
     _refuse_processes(session.config)
     train_rows, _ = _prepared_sequences(session)
-    session = _with_batch_size(session, len(train_rows))
+    session = _with_batch_size(as_finished(session) if go_on else session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
-    key = training_key(session.model.fingerprint, tokens, _format(session).template, config.as_dict())
-    checkpoint = _checkpoint_to_resume(session, key)
-    placement, training = _placement_and_training(config, key, checkpoint)
+    begun = begin(session, (session.model.fingerprint, tokens, _format(session).template), len(train_rows), go_on)
+    placement, checkpoint = begun.placement, begun.checkpoint
     listener.note(f"computing in {placement.reason}")
     longest = int(lengths_of(train_rows).max())
-    _, choice = _fit(session, longest, placement, training.micro_batch)
+    _, choice = _fit(session, longest, placement, begun.training.micro_batch, begun.start)
     listener.note(described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
-    return _Job(session, training, checkpoint, placement, choice, earlier, startup)
+    return _Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup)
 
 
 def _refuse_processes(config: Any) -> None:
@@ -223,15 +247,15 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     finally:  # weights that are not what they were explain whatever else is wrong
         refuse_bad_weights()
     job.startup.done("weights")
-    steps = total_steps(len(train_rows), config)
+    steps = total_steps(len(train_rows), config) - job.training.steps_before
     listener.note(described_steps(len(train_rows), config))
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
     stop = StopRequest(listener)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
-                earlier=job.earlier)
-    trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice,
-                       (log, best, stop), job.training)
+                earlier=job.earlier, checkpoints=config.keep_checkpoints, keeps_start=job.training.steps_before > 0)
+    trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, stop))
     log.trainer = best.trainer = trainer
+    keep_what_is_best(session, job.training, best)
     job.startup.done("adapter")
     with stop:
         summary = run_steps(trainer, log, stop, best, session, job.checkpoint, job.startup)
@@ -240,7 +264,7 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
         _refuse_harm(session, trainer.model, chat, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
-    return summary | {
+    return summary | job.training.went_on() | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
         "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
@@ -280,43 +304,16 @@ def _prepared_sequences(session: Session) -> tuple[Any, Any]:
     return open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
 
 
-def _placement_and_training(config: Any, key: str, checkpoint: Path | None) -> tuple[Placement, Training]:
-    """Device and type, and the training's identity. A resumed one keeps those that it began with."""
-    marker = read_marker(checkpoint) if checkpoint else None
-    kept = marker["compute"].split() if marker else None
-    placement = choose_placement(kept[1] if kept and config.dtype == "auto" else config.dtype)
-    if kept and config.dtype == "auto":
-        placement = replace(placement, reason=f"{kept[1]} on {placement.device}, as the training began")
-    compute = f"{placement.device} {placement.short}"
-    if kept and kept[1] != placement.short:
-        raise UserError(f"the interrupted training computed in {kept[1]}, and --dtype asks for {placement.short}",
-                        "leave --dtype out to finish it, or start anew with --force")
-    if marker is None:
-        return placement, Training(uuid.uuid4().hex, key, config.as_dict(), compute)
-    return placement, Training(marker["id"], key, config.as_dict(), compute, marker.get("micro_batch", 0))
-
-
-def _checkpoint_to_resume(session: Session, key: str) -> Path | None:
-    finished = session.manifest.finished_training
-    checkpoints = session.run.checkpoints
-    if session.force and unfinished(checkpoints, finished):
-        session.listener.warn(f"--force starts anew: {whole(checkpoints)[-1].name} of an interrupted training is lost "
-                              "when the first step begins; without --force it goes on")
-    checkpoint = None if session.force else find_resumable(checkpoints, key, finished, session.config.as_dict(),
-                                                           session.listener)
-    if checkpoint:
-        session.listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
-    return checkpoint
-
-
-def _fit(session: Session, longest: int, placement: Placement, before: int = 0) -> tuple[ModelShape, BatchChoice]:
+def _fit(session: Session, longest: int, placement: Placement, before: int = 0,
+         start: Path | None = None) -> tuple[ModelShape, BatchChoice]:
     """How large the model is, and how a batch of its longest rows can go through it here.
 
     Args:
         before: the micro-batch that a resumed training had, which is kept if it fits.
+        start: directory of the adapter that is trained further.
     """
     refuse_four_bits(session.config, placement.device)
-    shape = shape_of(session.model.path, session.config, placement.dtype)
+    shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None)
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1
     room = available(placement.device) // share
@@ -327,25 +324,29 @@ def _fit(session: Session, longest: int, placement: Placement, before: int = 0) 
     return shape, choose(shape, session.config, longest, placement.device, room)
 
 
-def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, choice, callbacks, training):
+def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.lora.dora import start_from_base
     from gemma_tune.train.trainer import GemmaTrainer
 
-    config = session.config
-    chosen = target_modules(model, config.target_modules)
+    session, config = job.session, job.session.config
+    start = read_adapter(job.start) if job.start else None
+    names = names_in(model, start) if start else {}
+    chosen = sorted(names.values()) if start else target_modules(model, config.target_modules)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     session.listener.note(f"{described_adapter(config)}, on {len(chosen)} linear layers ({', '.join(leaves)})")
     try:
+        arguments = _arguments(session, steps, len(train_rows), job.placement, job.choice, bool(len(valid_rows)))
         trainer = GemmaTrainer(
-            model=model, args=_arguments(session, steps, len(train_rows), placement, choice, bool(len(valid_rows))),
+            model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
-            processing_class=chat.tokenizer, peft_config=lora_config(config, chosen),
-            callbacks=[*callbacks], training=training, listener=session.listener,
+            processing_class=chat.tokenizer,
+            peft_config=lora_config(config, chosen, **(patterns_of(start, names) if start else {})),
+            callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(lengths_of(train_rows), lengths_of(valid_rows)),
             trained=(trained_of(train_rows), trained_of(valid_rows)),
-            micro_batch=choice.micro_batch, rate=lambda step: rate_at(step, steps, config))
+            micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config))
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
@@ -354,6 +355,8 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
         trainer.remove_callback(callback)
     if config.dora:
         start_from_base(trainer.model)
+    if start and job.checkpoint is None:
+        load_start(trainer.model, weights_of(start, names))
     return trainer
 
 

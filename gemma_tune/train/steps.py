@@ -67,7 +67,7 @@ def _finish(session: Session, **other: Any) -> str:
 
 def _with_less(session: Session, problem: UserError) -> UserError:
     """The same problem, with the command that goes on from a checkpoint, where there is one."""
-    if not unfinished(session.run.checkpoints, session.manifest.finished_training):
+    if not unfinished(session.run.checkpoints, session.manifest.finished_trainings):
         return problem
     return UserError(problem.message, f"{problem.hint}; with the first two it goes on from "
                                       f"{whole(session.run.checkpoints)[-1].name}: "

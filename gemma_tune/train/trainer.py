@@ -36,7 +36,7 @@ from gemma_tune.train.batches import (
     trained_positions,
 )
 from gemma_tune.train.captured import CapturedSteps
-from gemma_tune.train.checkpoints import Training, rotate, seal
+from gemma_tune.train.checkpoints import Training, seal
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import not_compiled
@@ -298,6 +298,19 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The library's. Rates, and the steps that are evaluated and saved, stay those of this training, which may go
+        on otherwise than the checkpoint's did."""
+        rates = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.lr_scheduler.base_lrs = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * self.rate(self.lr_scheduler.last_epoch)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def _save(self, output_dir=None, state_dict=None):
         Trainer._save(self, output_dir, trained_weights(self.model))
 
@@ -314,8 +327,6 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             if processes.is_main():  # half of one would keep a full disk full
                 remove(checkpoint)
             raise
-        if processes.is_main():
-            rotate(checkpoint.parent)
 
 
 def _stay_in_shards(model: Any) -> bool:

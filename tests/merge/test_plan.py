@@ -182,7 +182,7 @@ TOWERS = {  # of pictures: the base's on the disk, the adapter's
 
 @pytest.mark.parametrize("case", TOWERS)
 def test_the_part_for_pictures(tmp_path, case):
-    from gemma_tune.merge.plan import running_name
+    from gemma_tune.lora.names import running_name
 
     stored, adapters = (f"{name}.encoder.layers.0.mlp.fc1.weight" for name in TOWERS[case])
     assert running_name(stored) == running_name(adapters)

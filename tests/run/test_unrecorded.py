@@ -71,13 +71,13 @@ def test_prepared_data_is_taken_up(cli, tiny, data, tmp_path, moment, first):
 @pytest.mark.parametrize("moment", ["before the record"], indirect=True)
 def test_a_finished_adapter_is_not_thrown_away(cli, trained, moment):
     """What reads does so at once, what writes records it; neither asks for another training."""
-    before = read_manifest(trained).finished_training
+    before = read_manifest(trained).finished_trainings
     moment(cli, "train", *QUICK, "--seed", 7, "--force", "--run", trained)
     assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"] == "done"
     require_output(RunDir(trained, "tiny-gemma"), current_manifest(trained), "chat", "train", "adapter")
     result = cli("merge", "--no-check", "--run", trained)
     assert result.code == 0 and "the result of `train`: it is whole, and recorded now" in result.err
-    assert read_manifest(trained).finished_training != before
+    assert read_manifest(trained).finished_trainings != before
     assert {cli("status", "--run", trained, "--json").json["stages"][name]["state"] for name in ("train", "merge")} == {
         "done"}
     assert not leftovers(trained)

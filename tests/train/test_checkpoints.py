@@ -45,21 +45,21 @@ def damage(path: Path, how: str) -> str:
 def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, how):
     said, (old, new) = Said(), checkpoints(tmp_path, 9, 10)
     words = damage(new, how)
-    assert unfinished(tmp_path, None)["id"] == "this"
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == old
+    assert unfinished(tmp_path, ())["id"] == "this"
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) == old
     assert said.warnings == [f"damaged checkpoints are passed over ({words}): the training goes on from checkpoint-9"]
     said, both = Said(), f"{words}; {damage(old, how)}"
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) is None
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) is None
     assert said.warnings == [f"damaged checkpoints are passed over ({both}): the training starts anew"]
 
 
 def test_nothing_is_said_of_whole_ones_and_of_those_of_a_finished_training(tmp_path):
     said, (_, new) = Said(), checkpoints(tmp_path, 9, 10)
-    assert find_resumable(tmp_path, "key", None, {"rank": 4}, said) == new
+    assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) == new
     damage(new, "card")
-    assert find_resumable(tmp_path, "key", "this", {"rank": 4}, said) is None
+    assert find_resumable(tmp_path, "key", ("this",), {"rank": 4}, said) is None
     with pytest.raises(UserError, match="other settings"):
-        find_resumable(tmp_path, "another", None, {"rank": 8}, said)
+        find_resumable(tmp_path, "another", (), {"rank": 8}, said)
     assert not said.warnings
 
 
@@ -72,6 +72,26 @@ def test_damaged_ones_are_not_kept_in_place_of_whole_ones(tmp_path):
     new, = checkpoints(tmp_path, 6)
     rotate(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, new.name, "checkpoint-mine"]
+
+
+@pytest.mark.parametrize(("keep", "best", "kept"), [
+    (2, None, [4, 5]), (1, None, [5]), (3, 4, [3, 4, 5]), (2, 1, [1, 5]), (3, 2, [2, 4, 5]), (1, 1, [5]), (2, 9, [4, 5]),
+    (9, 1, [1, 2, 3, 4, 5])])
+def test_so_many_checkpoints_stay_the_latest_and_the_best_among_them(tmp_path, keep, best, kept):
+    checkpoints(tmp_path, 1, 2, 3, 4, 5)
+    rotate(tmp_path, keep, best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_training_keeps_as_many_as_it_is_told(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    flags = (*QUICK, "--epochs", 2, "--save-steps", 1, "--json")
+    assert cli("train", *flags, "--keep-checkpoints", 4).code == 0
+    found = {p.name for p in Path("runs/tiny-gemma/training_checkpoints").glob("checkpoint-*")}
+    assert found == {f"checkpoint-{step}" for step in (3, 4, 5, 6)}
+    assert cli("train", *flags).json["status"] == "up-to-date", "it changes nothing of the result"
+    refused = cli("train", *flags, "--keep-checkpoints", 0)
+    assert refused.code == 2 and "keep_checkpoints: 0 is below the least possible 1" in refused.err
 
 
 def test_a_damaged_log_is_no_obstacle(tmp_path):

@@ -1,0 +1,41 @@
+"""What a layer of an adapter is called in the base model, where the two were loaded in different ways.
+
+Checkpoints name some tensors otherwise than the running model does, by which an adapter names its layers. The renames
+are those of transformers' ``conversion_mapping.py`` for multimodal models (``llava``, which Gemma 3 and PaliGemma use):
+``language_model.model.X`` on the disk is ``model.language_model.X`` in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
+            (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+            # Repositories, and versions of transformers before 5, put the tower's parts one level deeper.
+            (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."))
+
+
+def running_name(stored: str) -> str:
+    """What the running model calls a tensor or layer of a checkpoint."""
+    for pattern, new in _RENAMES:
+        name, count = re.subn(pattern, new, stored)
+        if count:
+            return name
+    return stored
+
+
+def candidates(name: str) -> Iterator[str]:
+    """Names that the base may have for an adapter's tensor or layer, the likeliest first.
+
+    Args:
+        name: as :func:`running_name` gives it.
+    """
+    yield name
+    # The text part of a multimodal model was adapted by itself, or the other way round.
+    if name.startswith("model.language_model."):
+        yield name.replace("model.language_model.", "model.", 1)
+    elif name.startswith("model."):
+        yield name.replace("model.", "model.language_model.", 1)
+    # Some repositories, as GPT-2's, leave out the name that all layers have in common.
+    yield re.sub(r"^(transformer|model)\.", "", name)

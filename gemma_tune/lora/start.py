@@ -1,0 +1,129 @@
+"""An adapter that a training starts from: which settings it brings, whether it can be trained on here, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import sha256_file
+from gemma_tune.base.tensors import StoredTensor
+from gemma_tune.lora.config import CONFIG, WEIGHTS
+from gemma_tune.lora.files import Adapter
+from gemma_tune.lora.layers import target_modules, trained_weights
+from gemma_tune.lora.names import candidates, running_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+FILES = (CONFIG, WEIGHTS)
+_MOST = 20  # problems that are listed
+
+
+def digest_of(folder: Path) -> str:
+    """What the start of a training depends on, as hex digests of both files; of one that is missing it is empty."""
+    return " ".join(sha256_file(folder / name) if (folder / name).is_file() else "" for name in FILES)
+
+
+def settings_of(adapter: Adapter) -> dict[str, Any]:
+    """Settings of ``train`` that say what an adapter computes, and its dropout, by the names of the options."""
+    # What is missing or null has PEFT's default.
+    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0} | {k: v for k, v in adapter.config.items() if v is not None}
+    return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
+            "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
+            "target_modules": tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
+            "dropout": float(config["lora_dropout"])}
+
+
+def untrainable(adapter: Adapter) -> Iterator[str]:
+    """What an adapter holds that is not trained here."""
+    yield from (f"{layer} is an embedding, whose LoRA is not trained here"
+                for layer, lora in adapter.layers.items() if lora.embedding)
+    yield from (f"{name} was trained as a whole (modules_to_save)" for name in adapter.copies)
+    yield from (f"{name} came with the adapter, as of a base whose vocabulary was changed"
+                for name in adapter.base_tensors if name not in adapter.copies)
+
+
+def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
+    """What the model calls each layer of an adapter.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        UserError: the model has no such layer, has it in another shape, or it is none that is trained here; all of
+            them are listed.
+    """
+    named = dict(model.named_modules())
+    trainable = set(target_modules(model, ()))
+    names, problems = {}, []
+    for layer, lora in adapter.layers.items():
+        found = next((name for name in candidates(running_name(layer)) if name in named), None)
+        there: Any = named.get(found or "")
+        if found is None:
+            problems.append(f"{layer} is not in the base model")
+        elif found not in trainable:
+            problems.append(f"{layer} is no linear layer of the text model's blocks, which alone are trained here")
+        elif (shape := (there.out_features, there.in_features)) != lora.shape:
+            problems.append(f"{layer} has the shape {shape} in the base, {lora.shape} in the adapter")
+        else:
+            names[layer] = found
+    if problems:
+        raise misfit(adapter, problems)
+    return names
+
+
+def misfit(adapter: Adapter, problems: list[str]) -> UserError:
+    """The error that lists why no training can start from an adapter here."""
+    more = [f"… and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+    return UserError(f"no training can start here from the adapter {adapter.folder}",
+                     "start from one that was trained on this model's linear layers, or leave --from-adapter out",
+                     problems[:_MOST] + more)
+
+
+def patterns_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's ``rank_pattern`` and ``alpha_pattern`` for layers whose rank or alpha is not what the others have.
+
+    The adapter's own patterns are for the names that its layers had where it was trained.
+    """
+    settings = settings_of(adapter)
+    ranks = {names[layer]: lora.a.shape[0] for layer, lora in adapter.layers.items()}
+    alphas = {names[layer]: lora.scale * (rank ** 0.5 if settings["rslora"] else rank)
+              for (layer, lora), rank in zip(adapter.layers.items(), ranks.values())}
+    return {"rank_pattern": {name: rank for name, rank in ranks.items() if rank != settings["rank"]},
+            "alpha_pattern": {name: _plain(alpha) for name, alpha in alphas.items()
+                              if abs(alpha - settings["alpha"]) > 1e-6 * abs(settings["alpha"])}}
+
+
+def _plain(alpha: float) -> float:
+    """Without what multiplying and dividing by a rank has added."""
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-6 else alpha
+
+
+def weights_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """An adapter's tensors, as stored, by the names that a PEFT model's parameters have."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+        def read(stored: StoredTensor) -> Tensor:
+            return file.get_tensor(stored.name)
+
+        found = {}
+        for layer, lora in adapter.layers.items():
+            start = f"base_model.model.{names[layer]}"
+            found[f"{start}.lora_A.default.weight"] = read(lora.a)
+            found[f"{start}.lora_B.default.weight"] = read(lora.b)
+            if lora.magnitude:
+                found[f"{start}.lora_magnitude_vector.default.weight"] = read(lora.magnitude)
+    return found
+
+
+def load_start(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
+    """Give the trained parameters of a PEFT model, which are exactly these, other values."""
+    own = trained_weights(model)
+    assert own.keys() == weights.keys(), sorted(own.keys() ^ weights.keys())[:4]
+    for name, value in own.items():
+        value.copy_(weights[name])

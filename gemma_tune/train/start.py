@@ -1,0 +1,135 @@
+"""``--from-adapter``: where the adapter lies that a training starts from, and the settings that it brings along."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.config.settings import in_words
+from gemma_tune.hub.access import MODEL_ID
+from gemma_tune.lora.files import Adapter, read_adapter
+from gemma_tune.lora.start import FILES, misfit, settings_of, untrainable
+from gemma_tune.models.source import split_revision
+from gemma_tune.run.session import Session
+
+NONE = "none"  # starts from zero again, where an adapter was named before
+_HUB = "hf:"
+_INPUT = "from_adapter"
+_ORIGIN = "adapter"  # of settings that it brings along
+_FOUR_BIT = re.compile(r"(-unsloth)?-bnb-4bit$")
+
+
+def with_start(session: Session, waiting: Mapping[str, Any] | None) -> tuple[Session, dict[str, Path]]:
+    """The session with what the adapter that it starts from brings along, and that adapter's files as inputs.
+
+    Without ``--from-adapter`` it is the one of the interrupted training, or of the run's last one.
+
+    Args:
+        waiting: settings of an interrupted training.
+
+    Raises:
+        UserError: it cannot be had, is no adapter that can be trained on, or settings that were given contradict it.
+    """
+    named = session.config.from_adapter
+    if named == NONE:
+        return _but(session, from_adapter=None), {}
+    before = (waiting or session.settings_of("train")).get("from_adapter")
+    if not (named or before):
+        return session, {}
+    folder, kept = _located(session, named or before)
+    adapter = read_adapter(folder)
+    brought = settings_of(adapter)
+    if "dropout" in session.given:  # which says nothing of what the adapter computes
+        brought["dropout"] = session.config.dropout
+    if problems := [*_contradictions(session, brought), *_other_base(session, adapter), *untrainable(adapter)]:
+        raise _with_shapes(session, adapter, problems)
+    session.listener.note(f"starting from the adapter {kept}{'' if named else ', as before'}: {in_words(brought)}")
+    return _but(session, from_adapter=kept, **brought), {f"{_INPUT}_{name.split('.')[0]}": folder / name
+                                                         for name in FILES}
+
+
+def start_folder(session: Session) -> Path | None:
+    """Where the adapter lies that the session's training starts from."""
+    files = [path for name, path in session.inputs.items() if name.startswith(_INPUT)]
+    return files[0].parent if files else None
+
+
+def _but(session: Session, from_adapter: str | None, **brought: Any) -> Session:
+    origins = {name: {"from": _ORIGIN} for name in brought if name not in session.given}
+    return replace(session, resolved=session.resolved.but({"from_adapter": from_adapter, **brought}, origins))
+
+
+def _located(session: Session, named: str) -> tuple[Path, str]:
+    """Its directory, and what the manifest calls it: a path relative to the run, or ``hf:ID@COMMIT``."""
+    # As a manifest, or a file of settings made from it, has it.
+    for path in (Path(os.path.expanduser(named)), session.run.root / named):
+        if path.is_dir():
+            _refuse_replaced(session, path)
+            return path, session.run.relative(path)
+    name, revision = split_revision(named.removeprefix(_HUB))
+    if not named.startswith(_HUB) and (name.count("/") != 1 or name.startswith((".", "~", "/"))
+                                       or not MODEL_ID.fullmatch(name)):
+        raise UserError(f"there is no directory {named}", "name a PEFT adapter's directory, or its id at the Hugging "
+                                                          "Face Hub, with --from-adapter; `none` starts from zero")
+    from gemma_tune.hub.download import fetch_adapter
+
+    found = fetch_adapter(name, revision, on_progress=session.listener.progress)
+    return Path(found.path), f"{_HUB}{found.id}@{found.revision}"
+
+
+def _refuse_replaced(session: Session, folder: Path) -> None:
+    """What this training itself will replace cannot be what it starts from, as an interrupted one needs it again."""
+    run, place = session.run, folder.resolve()
+    if place == run.adapter.resolve() or place.is_relative_to(run.checkpoints.resolve()):
+        raise UserError(f"{folder} is this run's own, and the training would replace it",
+                        "to train longer on the same data: --continue with more --epochs; else start from a copy: "
+                        f"cp -r {folder} ELSEWHERE, then --from-adapter ELSEWHERE")
+
+
+def _contradictions(session: Session, brought: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
+            f"{in_words({name: value})}" for name, value in brought.items()
+            if name in session.given and _asked(session.config, name) not in (None, _plain(value))]
+
+
+def _asked(config: Any, name: str) -> Any:
+    """A setting's value; None for layers that are all of them, which leaves the choice to the adapter."""
+    return _plain(getattr(config, name)) or (None if name == "target_modules" else getattr(config, name))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, tuple) else value
+
+
+def _other_base(session: Session, adapter: Adapter) -> list[str]:
+    """A base model with another name, as far as names tell; shapes are compared with the model.
+
+    Copies of one model have the same last name (``unsloth/gemma-3-270m-it``), also in 4 bits.
+    """
+    ours, theirs = session.model.id, adapter.base_id
+    if not isinstance(theirs, str) or theirs in ("", ours):
+        return []
+    if os.path.isdir(theirs) and os.path.samefile(theirs, session.model.path):
+        return []
+    if session.model.source == "hub" and theirs.count("/") == 1 and not theirs.startswith((".", "/", "~")):
+        last = [_FOUR_BIT.sub("", name.rsplit("/", 1)[-1].lower()) for name in (ours, theirs)]
+        if last[0] != last[1]:
+            return [f"it was trained on {theirs}, and this run's model is {ours}"]
+    session.listener.warn(f"the adapter was trained on {theirs}, and goes on with {ours}")
+    return []
+
+
+def _with_shapes(session: Session, adapter: Adapter, problems: list[str]) -> UserError:
+    """All that is wrong with an adapter: also what only the model tells, which is made for it without its weights."""
+    from gemma_tune.train.shape import adapted_layers
+
+    try:
+        adapted_layers(session.model.path, adapter)
+    except UserError as e:
+        problems += [problem for problem in e.problems if not any(problem.split()[0] == p.split()[0] for p in problems)]
+    return misfit(adapter, problems)

@@ -1,0 +1,225 @@
+"""``--continue``: a finished training goes on as if it had been longer from the beginning, or says what it does instead."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train.plan import rate_at
+from support.command import copied_run, rows, write_rows
+from support.training import adapter_bytes, stop_at
+
+RUN = Path("runs/tiny-gemma")
+RATE = ("--rank", 4, "--dtype", "fp32", "--learning-rate", 2e-3)
+STEADY = (*RATE, "--schedule", "constant", "--warmup", 0, "--dropout", 0.1)
+
+
+def metrics(run: Path = RUN) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(run: Path = RUN) -> dict:
+    return json.loads((run / "manifest.json").read_text())["stages"]["train"]["summary"]
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Of the losses: it takes a good part of so small a training."""
+    monkeypatch.setattr("gemma_tune.train.stage.plot", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def steady_once(tiny, tmp_path_factory) -> tuple[Path, bytes]:
+    """A run of one epoch, to be copied; and the adapter of two epochs from the beginning."""
+    from support.command import invoke
+
+    place = tmp_path_factory.mktemp("steady")
+    data = write_rows(place / "rows.jsonl", rows())
+    run, whole = (place / name / "tiny-gemma" for name in ("runs", "whole"))
+    assert invoke("prepare", data, "--model", tiny, "--run", run).code == 0
+    shutil.copytree(run, whole)
+    for folder, epochs in ((run, 1), (whole, 2)):
+        result = invoke("train", *STEADY, "--epochs", epochs, "--run", folder)
+        assert result.code == 0, result.err
+    return run, adapter_bytes(whole)
+
+
+@pytest.fixture
+def steady(steady_once, tmp_path, tiny) -> Path:
+    return copied_run(steady_once[0], tmp_path, tiny).relative_to(tmp_path)
+
+
+def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
+    result = cli("train", "--continue", "--epochs", 2, "--json")
+    assert result.code == 0, result.err
+    assert ("going on from checkpoint-3 of the finished training to step 6, on the constant schedule of all 6 steps; the "
+            "learning rate was 0.002 in its last step, and is 0.002 in the next one") in result.err
+    summary = result.json["summary"]
+    assert (summary["steps"], summary["resumed_from_step"], len(summary["earlier_trainings"])) == (6, 3, 1)
+    assert adapter_bytes(steady) == steady_once[1]
+    assert [r["step"] for r in metrics() if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    again = cli("train", "--continue", "--json")
+    assert again.json["status"] == "up-to-date" and "more --epochs or --max-steps" in again.err
+    assert cli("train", "--epochs", 2, "--json").json["status"] == "up-to-date"
+    third = cli("train", "--continue", "--epochs", 0, "--max-steps", 7, "--json")
+    assert third.code == 2
+    third = cli("train", "--continue", "--epochs", 3, "--max-steps", 7, "--json")
+    assert third.code == 0 and third.json["summary"]["steps"] == 7 and len(third.json["summary"]["earlier_trainings"]) == 2, third.err
+
+
+def test_a_continuation_that_is_stopped_again_and_again_ends_as_without(cli, steady, steady_once, monkeypatch):
+    """Killed before it saved anything; its checkpoint damaged; interrupted, after which `train` alone goes on."""
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "_save_checkpoint", killed)
+        assert cli("train", "--continue", "--epochs", 2).code == 130
+    checkpoints = steady / "training_checkpoints"
+    assert (checkpoints / "checkpoint-3").is_dir() and cli("status", "--json").json["stages"]["train"]["state"] == "done"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert cli("train", "--continue", "--epochs", 2).code == 130
+    (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        again = cli("train")
+    assert again.code == 130
+    assert "optimizer.pt was changed): the training goes on from the end of the finished one" in again.err
+    assert "going on from checkpoint-3 of the finished training" in again.err
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "interrupted: checkpoint-5 is saved"
+    result = cli("train", "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 5, result.err
+    assert len(result.json["summary"]["earlier_trainings"]) == 1 and adapter_bytes(steady) == steady_once[1]
+
+
+def test_a_rate_that_had_fallen_rises_and_both_are_said(cli, steady):
+    assert cli("train", *RATE, "--epochs", 2, "--schedule", "cosine", "--warmup", 0).code == 0
+    result = cli("train", "--continue", "--epochs", 3, "--learning-rate", 1e-3, "--schedule", "linear",
+                 "--eval-steps", 1, "--save-steps", 2, "--keep-checkpoints", 9)
+    assert result.code == 0, result.err
+    assert "do not match" not in result.err
+    assert [r["step"] for r in metrics() if "eval_loss" in r] == [0, 3, 6, 7, 8, 9]
+    assert {p.name for p in (steady / "training_checkpoints").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (3, 6, 8, 9)}
+    old, new = TrainConfig(schedule="cosine", warmup=0.0), TrainConfig(schedule="linear", warmup=0.0)
+    was, now, last = 2e-3 * rate_at(5, 6, old), 1e-3 * rate_at(6, 9, new), 1e-3 * rate_at(8, 9, new)
+    assert (f"the learning rate was {was:.3g} in its last step, and is {now:.3g} in the next one and {last:.3g} in the "
+            "last one") in result.err
+    rates = [r["learning_rate"] for r in metrics() if "loss" in r]
+    assert rates[5] == pytest.approx(was) and rates[6:] == pytest.approx(
+        [1e-3 * rate_at(step, 9, new) for step in (6, 7, 8)])
+
+
+def test_what_differs_is_told_together_and_nothing_is_lost(cli, steady):
+    before = adapter_bytes(steady)
+    refused = cli("train", "--continue", "--rank", 8, "--seed", 7, "--epochs", 1, "--json")
+    assert refused.code == 2
+    assert refused.json["error"]["problems"] == [
+        "rank: 4 then, 8 now", "seed: 42 then, 7 now", "epochs: 1 are 3 steps, and the finished training had 3"]
+    assert cli("train", "--continue", "--force").code == 2
+    assert adapter_bytes(steady) == before and (steady / "training_checkpoints" / "checkpoint-3").is_dir()
+    data = write_rows(Path("more.jsonl"), rows(13))
+    assert cli("prepare", data, "--run", steady).code == 0
+    stale = cli("train", "--continue", "--epochs", 2)
+    assert stale.code == 2 and "goes on with the same data and base model, but `prepare` has run again" in stale.err
+    assert "--from-adapter COPY" in stale.err and adapter_bytes(steady) == before
+
+
+def test_where_nothing_was_trained(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    result = cli("train", "--continue", "--epochs", 2)
+    assert result.code == 2 and "runs/tiny-gemma has no finished training that could go on" in result.err
+
+
+def test_without_it_the_message_says_that_it_exists(cli, steady):
+    """And the command that it shows is one that works."""
+    manifest = json.loads((steady / "manifest.json").read_text())
+    manifest["stages"]["train"]["summary"]["training_seconds"] = 3600
+    (steady / "manifest.json").write_text(json.dumps(manifest))
+    refused = cli("train", "--epochs", 2, "--json")
+    assert refused.code == 2
+    shown = re.search(r"go on from it: (gemma-tune train .*?); or add --force", refused.json["error"]["hint"])[1]
+    assert shown == "gemma-tune train --run runs/tiny-gemma --continue --epochs 2.0"
+    assert f"to go on from the end of the finished training instead: {shown}" in refused.err
+    assert "instead:" not in cli("train", "--rank", 8, "--epochs", 2).err
+    planned = cli(*shlex.split(shown)[1:], "--dry-run")
+    assert planned.code == 0 and "3 of these 6 steps are done: going on from checkpoint-3" in planned.err
+    assert cli(*shlex.split(shown)[1:]).code == 0 and summary_of()["steps"] == 6
+
+
+def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypatch):
+    """Said aloud, with a fresh optimiser; interrupted it goes on by itself, and again after that."""
+    before = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
+    shutil.rmtree(steady / "training_checkpoints")
+    loss = summary_of()["eval_loss_after"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        stopped = cli("train", "--continue", "--epochs", 2)
+    assert stopped.code == 130
+    assert ("no checkpoint of the finished training is left: going on from its adapter with a fresh optimiser, for the 3 "
+            "steps that are missing of 6") in stopped.err
+    assert metrics()[0]["step"] == 0 and metrics()[0]["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    result = cli("train", "--json")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert (summary["resumed_from_step"], summary["steps"], summary["steps_before"]) == (2, 3, 3)
+    after = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    more = cli("train", "--continue", "--epochs", 3, "--json")
+    assert more.code == 0, more.err
+    assert (more.json["summary"]["resumed_from_step"], more.json["summary"]["steps"]) == (3, 6)
+    assert "going on from checkpoint-3 of the finished training" in more.err
+
+
+@pytest.mark.parametrize("gone", ["nothing", "best.safetensors", "all"])
+def test_the_best_of_the_earlier_part_still_counts(cli, steady, monkeypatch, gone):
+    """Also where only the run's adapter is left of it."""
+    before, summary = adapter_bytes(steady), summary_of()
+    checkpoints = steady / "training_checkpoints"
+    if gone == "all":
+        shutil.rmtree(checkpoints)
+    elif gone != "nothing":
+        (checkpoints / gone).unlink()
+    monkeypatch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -0.3)  # steps that go the wrong way
+    result = cli("train", "--continue", "--epochs", 2, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_after"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)
+    assert result.json["summary"]["kept_step"] == (0 if gone == "all" else summary["kept_step"])
+    assert adapter_bytes(steady) == before
+
+
+def test_one_that_early_stopping_ended_needs_another_patience(cli, steady, monkeypatch):
+    flags = (*STEADY, "--epochs", 3, "--eval-steps", 1)
+    with monkeypatch.context() as patch:
+        from gemma_tune.train.best import Best
+
+        patch.setattr(Best, "exhausted", property(lambda self: len(self.losses) > 2))
+        assert cli("train", *flags, "--early-stopping", 2, "--force").code == 0
+        assert summary_of()["steps"] == 2
+        refused = cli("train", "--continue", "--epochs", 4)
+    assert refused.code == 2 and "would end it again at once" in refused.err and "--early-stopping 0" in refused.err
+    result = cli("train", "--continue", "--early-stopping", 0, "--json")
+    assert result.code == 0 and result.json["summary"]["steps"] == 9, result.err
+    assert result.json["summary"]["resumed_from_step"] == 2, "saved where it ended, though no save was due"
+
+
+def test_a_forced_training_that_fails_at_once_leaves_the_log_of_the_finished_one(cli, steady, monkeypatch):
+    """Which a continuation needs."""
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    before = metrics()
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "probe", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        assert cli("train", "--epochs", 1, "--seed", 5, "--force").code == 2
+    assert metrics() == before
