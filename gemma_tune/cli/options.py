@@ -154,6 +154,7 @@ EvalSteps = Annotated[Optional[int], _of(c.TrainConfig, "eval_steps")]
 SaveSteps = Annotated[Optional[int], _of(c.TrainConfig, "save_steps")]
 Keep = Annotated[Optional[str], _of(c.TrainConfig, "keep")]
 EarlyStopping = Annotated[Optional[int], _of(c.TrainConfig, "early_stopping")]
+Samples = Annotated[Optional[int], _of(c.TrainConfig, "samples")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]

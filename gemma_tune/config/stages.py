@@ -221,6 +221,9 @@ class TrainConfig(StageConfig):
     early_stopping: int = option(0, "End after so many evaluations in a row without a lower validation loss; 0 trains "
                                     "to the end.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
+    samples: int = option(2, "Prompts, held-out ones first, that the base model answers, and the trained one at each "
+                             "evaluation, into logs/samples.jsonl, as far as that takes a few percent of the time at "
+                             "the most; 0 asks nothing.", least=0, most=20, same_result=True)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
     @property
