@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.effect import LogitChange, Moved
 from gemma_tune.train.verdict import first_loss, likely_cause, without_effect
-from support.command import QUICK, rows, write_rows
+from support.command import QUICK
 from support.training import adapter_bytes
 
 FLAGS = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--json")
@@ -20,7 +19,7 @@ SAME, BARELY, OTHER = LogitChange(0.0, 0.0, 16), LogitChange(1e-12, 1e-7, 16), L
 
 @pytest.mark.parametrize(("flags", "what", "cause", "hint"), [
     (("--learning-rate", 0), "no adapted layer has other weights than before", "the learning rate is 0", "--learning-rate 0.0002"),
-    (("--learning-rate", 1e-12), "say the same (divergence", "a learning rate of 1e-12 is too small", "--learning-rate 0.0002")])
+    (("--learning-rate", 1e-8), "say the same (divergence", "a learning rate of 1e-08 is too small", "--learning-rate 0.0002")])
 def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adapter(cli, trained, flags, what, cause, hint):
     before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
     result = cli("train", *FLAGS, *flags, "--force")
@@ -34,36 +33,26 @@ def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adap
     assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
 
 
-def test_one_step_is_a_training(cli, tiny, tmp_path):
-    assert cli("prepare", write_rows(tmp_path / "one.jsonl", rows(1)), "--model", tiny, "--valid", 0).code == 0
-    result = cli("train", *FLAGS, "--learning-rate", 1e-4)
+def test_one_step_is_a_training_and_what_it_did_is_said(cli, trained):
+    result = cli("train", *FLAGS, "--learning-rate", 1e-4, "--max-steps", 1, "--force")
     assert result.code == 0, result.err
     summary = result.json["summary"]
     assert summary["steps"] == 1 and summary["adapter_norm"] > 0 and summary["divergence_from_base"] > 0
-    assert "learned: 14 of 14 adapted layers changed" in result.err
-
-
-def test_what_was_learned_is_said(cli, trained):
-    result = cli("train", *FLAGS, "--learning-rate", 1e-3, "--epochs", 2, "--force")
-    assert result.code == 0, result.err
     [said] = [line for line in result.err.splitlines() if "learned:" in line]
     log = [json.loads(line) for line in (trained / "logs" / "metrics.jsonl").read_text().splitlines()]
     evals = [r["eval_loss"] for r in log if "eval_loss" in r]
-    assert f"validation loss {evals[0]:.4g} before, {evals[-1]:.4g} after; training loss" in said
-    assert f"{result.json['summary']['divergence_from_base']:.3g} nats per token" in said
+    assert "14 of 14 adapted layers changed" in said
+    assert f"validation loss {evals[0]:.4g} before, {evals[-1]:.4g} after" in said
+    assert f"{summary['divergence_from_base']:.3g} nats per token" in said
 
 
-def test_what_the_base_model_knows_already_is_no_error_but_said(cli, fluent, tmp_path):
-    """A model that says its training rows by heart, trained on them once more."""
-    assert cli("merge", "--no-check").code == 0
-    known = [r for n, r in enumerate(rows()) if n != 10]
-    run = tmp_path / "runs" / "again"
-    assert cli("prepare", write_rows(tmp_path / "known.jsonl", known), "--model", fluent / "talkative_lora_merged",
-               "--valid", 0, "--run", run).code == 0
-    result = cli("train", *FLAGS, "--learning-rate", 0, "--run", run)
+def test_what_the_base_model_knows_already_is_no_error_but_said(cli, trained, monkeypatch):
+    """Here everything below 100 nats is taken for known, of which no rate can learn more."""
+    monkeypatch.setattr("gemma_tune.train.learned.KNOWN", 100.0)
+    result = cli("train", *FLAGS, "--learning-rate", 0, "--force")
     assert result.code == 0, result.err
-    assert "the base model knew the data before: its loss was" in result.err
-    assert Path(result.json["artifacts"]["adapter"]).is_dir()
+    assert "the base model knew the data before: its loss was 8.3 nats per token from the beginning" in result.err
+    assert result.json["summary"]["unchanged_layers"] == 14
 
 
 # --- the verdict
@@ -75,7 +64,8 @@ def losses(*values: float, grad_norm: float = 1.0) -> list[dict]:
 @pytest.mark.parametrize(("moved", "change", "records", "what"), [
     (ALL_STILL, OTHER, losses(2, 1), "no adapted layer has other weights"), (ALL_STILL, None, [], "no adapted layer"),
     (MOVED, SAME, losses(2, 1), "the same logits"), (MOVED, BARELY, losses(2, 2), "say the same"),
-    (MOVED, BARELY, losses(2, 1.9), None), (MOVED, OTHER, losses(2, 2), None), (MOVED, None, losses(2, 2), None),
+    (MOVED, BARELY, [{"step": 0, "eval_loss": 2}, *losses(2), {"step": 1, "eval_loss": 1.9}], None),
+    (MOVED, BARELY, losses(2, 1.9), "say the same"), (MOVED, OTHER, losses(2, 2), None), (MOVED, None, losses(2, 2), None),
     (Moved(2, ("q",), 0.1), OTHER, losses(2, 1), None), (MOVED, BARELY, losses(2), "say the same")])
 def test_only_what_did_nothing_is_refused(moved, change, records, what):
     found = without_effect(moved, change, records)
