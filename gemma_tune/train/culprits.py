@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from gemma_tune.encoding.origins import origins_of
 from gemma_tune.run.directory import RunDir
 from gemma_tune.train import processes
 from gemma_tune.train.batches import collate, trained_count
-
-if TYPE_CHECKING:
-    from gemma_tune.train.trainer import GemmaTrainer
 
 MOST_NAMED = 8
 RowNames = Callable[[Sequence[int]], list[str]]
@@ -70,10 +67,11 @@ def _beginnings(run: RunDir, lines: Sequence[int]) -> list[str]:
     return [found.get(line, "") for line in lines]
 
 
-def not_finite_step(trainer: GemmaTrainer, facts: dict[str, Any], loss: float, bad: Sequence[str]) -> WorkFailed:
+def not_finite_step(trainer: Any, facts: dict[str, Any], loss: float, bad: Sequence[str]) -> WorkFailed:
     """The error of a step that is not finite, which all processes make together.
 
     Args:
+        trainer: the :class:`gemma_tune.train.trainer.GemmaTrainer`.
         facts: ``step``, and ``rows``: the training sequences that it learned from.
         loss: in nats per trained token.
         bad: names of the weights whose gradient is not finite.
@@ -104,7 +102,7 @@ def _because(found: Sequence[int] | None, rows: Sequence[int]) -> str:
     return f"that is so with each of the {batch} of its batch" if len(rows) > 1 else "its batch has 1 row"
 
 
-def _hint(trainer: GemmaTrainer, found: Sequence[int] | None, rows: Sequence[int]) -> str:
+def _hint(trainer: Any, found: Sequence[int] | None, rows: Sequence[int]) -> str:
     wide = "" if trainer.causal_lm.dtype == torch.float32 else ", or with --dtype fp32"
     slower = (f"train again with --force and a lower --learning-rate than {trainer.args.learning_rate:g} or --clip 0.3"
               f"{wide}; checkpoints before it are kept")
@@ -114,7 +112,7 @@ def _hint(trainer: GemmaTrainer, found: Sequence[int] | None, rows: Sequence[int
     return slower
 
 
-def _rows_not_finite(trainer: GemmaTrainer, rows: Sequence[int]) -> list[int] | None:
+def _rows_not_finite(trainer: Any, rows: Sequence[int]) -> list[int] | None:
     """Those of some training sequences whose own loss or gradient is not finite; None where that cannot be found out.
 
     Each process tries its share. The weights are those that the step began with; on a GPU, which is not waited for,
@@ -136,7 +134,7 @@ def _rows_not_finite(trainer: GemmaTrainer, rows: Sequence[int]) -> list[int] | 
     return [row for row in rows if row in bad]
 
 
-def _is_finite(trainer: GemmaTrainer, batch: dict[str, Any]) -> bool:
+def _is_finite(trainer: Any, batch: dict[str, Any]) -> bool:
     trainer.gradients.clear()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=trained_count(batch["labels"]))
