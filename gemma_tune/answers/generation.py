@@ -95,9 +95,12 @@ def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], ma
     return greedy_continuations(model, chat, encoded, max_new_tokens)
 
 
-def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]],
-                         max_new_tokens: int) -> list[Answer]:
+def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
+                         seconds: float | None = None) -> list[Answer]:
     """What the model writes after token ids, greedily and in one batch, padded on the left.
+
+    Args:
+        seconds: after which an answer is cut off; then nothing is captured for it either, which would take memory.
 
     Raises:
         UserError: the longest fills the model's context, or the model's logits are not finite.
@@ -111,13 +114,14 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
     limit = room_for_answer(model, width, max_new_tokens)
     arguments = sampling_arguments(model, {"temperature": 0.0})
     with torch.inference_mode():
-        if decoding.pays(model):
+        if seconds is None and decoding.pays(model):
             with contextlib.suppress(decoding.GaveUp):
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
                                                arguments=arguments, every=READ_EVERY))
                 return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
-                             max_new_tokens=limit, logits_processor=_finite_logits(model), **arguments)
+                             max_new_tokens=limit, max_time=seconds, logits_processor=_finite_logits(model),
+                             **arguments)
     return [_cut(chat, row[width:].tolist()) for row in out]
 
 

@@ -26,16 +26,23 @@ def refuse_not_finite(logits: Any, model: Any) -> None:
 
 def not_finite(model: Any) -> UserError:
     """What to say of a model whose results are not finite."""
+    if found := weights_not_finite(model):
+        return found
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    return UserError(f"what the model computes in {dtype or 'this type'} is not finite, though its weights are: "
+                     "they do not fit together, or an adapter is scaled too high",
+                     "compute with --dtype fp32; if that does not help, train again with a lower --alpha and "
+                     "--learning-rate")
+
+
+def weights_not_finite(model: Any) -> UserError | None:
+    """What to say of a model with weights that are not finite, the adapter's first; None if all of them are."""
     import torch
 
     bad = [name for name, p in model.named_parameters()
            if p.dtype.is_floating_point and not bool(torch.isfinite(p.detach()).all())]
     if not bad:
-        dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
-        return UserError(f"what the model computes in {dtype or 'this type'} is not finite, though its weights are: "
-                         "they do not fit together, or an adapter is scaled too high",
-                         "compute with --dtype fp32; if that does not help, train again with a lower --alpha and "
-                         "--learning-rate")
+        return None
     adapter = [name for name in bad if _OF_ADAPTER in name]
     found = adapter or bad
     what = f"{'the adapter' if adapter else 'the base model'} holds infinities or no numbers (NaN)"

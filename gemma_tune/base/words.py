@@ -118,6 +118,15 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def opening(text: str, most: int = 80) -> str:
+    """The first characters of a text, on one line.
+
+    >>> opening("  What is\n\na bond?", 7)
+    'What is'
+    """
+    return " ".join(text[: 2 * most].split())[:most]
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its name where it says nothing."""
     said = str(error).strip().splitlines()

@@ -79,9 +79,9 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
           cuda_graphs: o.CudaGraphs = None, compile: o.Compile = None, eval_steps: o.EvalSteps = None,
           save_steps: o.SaveSteps = None, keep_checkpoints: o.KeepCheckpoints = None, keep: o.Keep = None,
-          early_stopping: o.EarlyStopping = None, from_adapter: o.FromAdapter = None, seed: o.TrainSeed = None,
-          go_on: o.Continue = False, dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False,
-          json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+          early_stopping: o.EarlyStopping = None, samples: o.Samples = None, from_adapter: o.FromAdapter = None,
+          seed: o.TrainSeed = None, go_on: o.Continue = False, dry_run: o.DryRun = False, force: o.Force = False,
+          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its

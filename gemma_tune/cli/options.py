@@ -158,6 +158,7 @@ EarlyStopping = Annotated[Optional[int], _of(c.TrainConfig, "early_stopping")]
 FromAdapter = Annotated[Optional[str], _of(c.TrainConfig, "from_adapter", metavar="ADAPTER")]
 Continue = Annotated[bool, typer.Option("--continue", help="Go on from the end of the finished training, with more "
                                                            "--epochs or --max-steps, instead of starting anew.")]
+Samples = Annotated[Optional[int], _of(c.TrainConfig, "samples")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]

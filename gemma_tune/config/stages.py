@@ -227,6 +227,9 @@ class TrainConfig(StageConfig):
     from_adapter: str | None = option(None, "Start from this PEFT adapter, a directory or an id at the Hub, with its "
                                             "rank, scale, kind and layers; `none` starts from zero again.",
                                       same_result=True, auto="start from zero")
+    samples: int = option(2, "Prompts, held-out ones first, that the base model answers, and the trained one at each "
+                             "evaluation, into logs/samples.jsonl, as far as that takes a few percent of the time at "
+                             "the most; 0 asks nothing.", least=0, most=20, same_result=True)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
     @property

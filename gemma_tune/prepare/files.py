@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.files import json_bytes, write_json
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, opening
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.encoding.origins import write_origins
 from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Rejected
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool
-from gemma_tune.prepare.statistics import Measured, Statistics, opening
+from gemma_tune.prepare.statistics import Measured, Statistics
 
 SIDES = ("train", "valid")
 _GROUPS = 5  # examples of prompts with several answers
@@ -106,6 +107,9 @@ class DataFiles:
                 lost += int(_lost(batch)[decided.selection.kept[batch.first:batch.first + batch.size]].sum())
                 statistics.add(_measured(batch, self._names[batch.source]), decided.counted(batch))
                 advance(batch.first + batch.size)
+        columns, selection = decided.columns, decided.selection
+        for_training = selection.kept & ~selection.valid
+        write_origins(self._folder, columns.source[for_training], columns.line[for_training])
         report = self._report(decided, statistics, outputs, config) | {"left_out_answers": lost}
         write_json(self._folder / "report.json", report)
         return report

@@ -17,7 +17,6 @@ from gemma_tune.prepare.scripts import NO_LETTERS, SCRIPTS
 
 FURTHEST = 1 << 20  # positions that are told apart; what lies further counts as this far (32 MB of counts at most)
 EXAMPLES = 3  # longest and shortest rows that are kept
-OPENING = 80  # characters of them that are shown
 BINS = 14
 KEPT = 99  # per cent of the trained tokens that a suggested limit keeps
 STEP = 64  # suggested limits are multiples of it
@@ -35,7 +34,7 @@ class Measured:
         turns, lines: int64, shape (rows,): messages of each row (a text counts as one), and where it begins.
         scripts: uint8, shape (rows,): indices of ``scripts.SCRIPTS``, see ``script_of``.
         files: name of each row's file.
-        openings: see :func:`opening`; only those of the longest and the shortest rows are looked at.
+        openings: see ``base.words.opening``; only those of the longest and the shortest rows are looked at.
     """
 
     lengths: np.ndarray
@@ -47,11 +46,6 @@ class Measured:
     scripts: np.ndarray
     files: Sequence[str]
     openings: Sequence[str]
-
-
-def opening(text: str) -> str:
-    """The first characters of a text, on one line."""
-    return " ".join(text[: 2 * OPENING].split())[:OPENING]
 
 
 class Cut(NamedTuple):

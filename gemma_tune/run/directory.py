@@ -104,6 +104,11 @@ class RunDir:
         return self.root / "logs" / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """Answers to a few prompts at each evaluation of the training."""
+        return self.root / "logs" / "samples.jsonl"
+
+    @property
     def plot(self) -> Path:
         return self.root / "logs" / "loss.png"
 

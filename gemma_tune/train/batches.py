@@ -54,11 +54,12 @@ class Batch(list[Any]):
     Attributes:
         tokens: of all rows of the step, without padding.
         trained: those of them that are learned.
+        step: the numbers of all rows of the step.
     """
 
-    def __init__(self, rows: Sequence[Any], tokens: int = 0, trained: int = 0):
+    def __init__(self, rows: Sequence[Any], tokens: int = 0, trained: int = 0, step: Sequence[int] = ()):
         super().__init__(rows)
-        self.tokens, self.trained = tokens, trained
+        self.tokens, self.trained, self.step = tokens, trained, step
 
 
 class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
@@ -94,9 +95,9 @@ class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.steps():
-            tokens, trained = int(self.lengths[rows].sum()), int(self.trained[rows].sum())
+            about = int(self.lengths[rows].sum()), int(self.trained[rows].sum()), rows.tolist()
             for batch in self.share.batches(rows):
-                yield Batch(batch, tokens, trained)
+                yield Batch(batch, *about)
 
     def steps(self) -> list[np.ndarray]:
         """The epoch's steps, each as its rows, longest first."""
@@ -146,7 +147,7 @@ class Rows(torch.utils.data.Dataset):
     def __getitems__(self, rows: list[int]) -> Batch:
         many = getattr(self.dataset, "__getitems__", None)
         found = many(list(rows)) if many and rows else [self.dataset[row] for row in rows]
-        return Batch(found, getattr(rows, "tokens", 0), getattr(rows, "trained", 0))
+        return Batch(found, rows.tokens, rows.trained, rows.step) if isinstance(rows, Batch) else Batch(found)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``input_ids`` and ``labels`` (rows, length) int64, ``lengths`` (rows,) int64. Padding is token 0, which no
         trained position sees: attention is causal, and labels are ``IGNORE_INDEX`` there. No rows give one token
         that is not trained, for a process that takes part in a step without a row of its own. Of rows that a loader
-        fetched also ``step_tokens`` and ``step_trained``, numbers of the whole step, see :class:`Batch`.
+        fetched also ``step_tokens``, ``step_trained`` and ``step_rows`` of the whole step, see :class:`Batch`.
     """
     sizes = [len(row["input_ids"]) for row in rows] or [0]
     ids = torch.zeros(len(sizes), max(1, *sizes), dtype=torch.long)
@@ -166,7 +167,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         labels[n, :sizes[n]] = torch.as_tensor(row["labels"])
     batch = {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)}
     if isinstance(rows, Batch):
-        batch |= {"step_tokens": rows.tokens, "step_trained": rows.trained}
+        batch |= {"step_tokens": rows.tokens, "step_trained": rows.trained, "step_rows": rows.step}
     return batch
 
 

@@ -31,7 +31,17 @@ def longest_compiling(training: float) -> float:
 
 
 class FirstBatch:
-    """The part of :class:`gemma_tune.train.trainer.GemmaTrainer` that is done when its first step begins."""
+    """The part of :class:`gemma_tune.train.trainer.GemmaTrainer` that is done when its first step begins.
+
+    Attributes:
+        longest_seconds: that the longest batch took.
+    """
+
+    longest_seconds = 0.0
+
+    def expected_seconds(self) -> float:
+        """Seconds that all steps will take, as the longest batch took them."""
+        return self.longest_seconds * self._longest_batches_worth()
 
     @contextlib.contextmanager
     def fast(self, compiled: bool = False, captured: bool | None = None) -> Iterator[None]:
@@ -51,8 +61,8 @@ class FirstBatch:
             self._compare(ids, theirs)
             if self.args.activation_checkpointing:  # train() would, but the probe comes before it
                 self.model.activation_checkpointing_enable()
-            seconds = self.probe()
-            self.listener.note(f"the longest batch takes {seconds:.1f} s")
+            self.longest_seconds = self.probe()
+            self.listener.note(f"the longest batch takes {self.longest_seconds:.1f} s")
             wanted, why_not = captured is not False, self._why_not_captured()
             if compiled and wanted and not why_not:
                 self.listener.note("--compile is left out: steps are captured here, which takes seconds instead of "
@@ -171,12 +181,12 @@ class FirstBatch:
         return torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=self.causal_lm.device)[None]
 
     def _loss_by_logits(self, ids: torch.Tensor) -> float:
-        with self._evaluating():
+        with self.evaluating():
             logits = self.causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
             return torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
 
     def _compare(self, ids: torch.Tensor, theirs: float, tolerance: float = 0.02) -> None:
-        with self._evaluating():
+        with self.evaluating():
             ours = self._summed_loss(self.model, {"input_ids": ids, "labels": ids}).item()
         count = max(1, ids.shape[1] - 1)
         if not (math.isfinite(ours) and math.isfinite(theirs)):

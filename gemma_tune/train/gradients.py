@@ -77,8 +77,13 @@ class Gradients:
         for weight, part in zip(self.weights, parts):
             weight.grad = part.view_as(weight)
 
+    @property
+    def computed(self) -> list[str]:
+        """Names of the weights that have a gradient: a layer that takes no part in the loss has none."""
+        return [name for name, weight in zip(self.names, self.weights) if weight.grad is not None]
+
     def norms(self) -> torch.Tensor:
-        """Euclidean norm of each weight's gradient (weights,), in fp32; not finite where one of its numbers is not."""
+        """Euclidean norm of each :attr:`computed` gradient (weights,), in fp32; not finite where a number is not."""
         return torch.stack(torch._foreach_norm([w.grad for w in self.weights if w.grad is not None]))
 
     def clip(self, norm: torch.Tensor, most: float) -> None:

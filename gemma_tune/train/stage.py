@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import fresh_path, put_in_place, sha256_file
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import fresh_path, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import importing
 from gemma_tune.base.words import span
@@ -33,7 +33,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
 from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
-from gemma_tune.train.checkpoints import Training, clear, step_of, unfinished
+from gemma_tune.train.checkpoints import Training, step_of, unfinished
 from gemma_tune.train.going_on import as_finished, begin, continuation, keep_what_is_best, nothing_new, offer
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
@@ -42,7 +42,6 @@ from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.start import start_folder, with_start
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
-from gemma_tune.train.verdict import advice, is_harm, rose
 
 LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
 
@@ -55,7 +54,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
 
     Raises:
         UserError: no data, unknown target modules, an adapter to start from that does not fit, out of memory.
-        WorkFailed: loss or gradient not finite.
+        WorkFailed: loss or gradient not finite, a model that got worse, or one that did not change.
         Interrupted: stopped by the user; the next call resumes.
     """
     if go_on and session.force:
@@ -237,7 +236,10 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
     from gemma_tune.train.best import Best
-    from gemma_tune.train.callbacks import MetricsLog, StopRequest
+    from gemma_tune.train.callbacks import MetricsLog, StopRequest, earlier_records
+    from gemma_tune.train.effect import AdapterStart
+    from gemma_tune.train.learned import require_learned
+    from gemma_tune.train.samples import Samples
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     chat = _format(session)
@@ -249,46 +251,30 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     job.startup.done("weights")
     steps = total_steps(len(train_rows), config) - job.training.steps_before
     listener.note(described_steps(len(train_rows), config))
-    log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
+    first = step_of(job.checkpoint) if job.checkpoint else 0
+    log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop = StopRequest(listener)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
                 earlier=job.earlier, checkpoints=config.keep_checkpoints, keeps_start=job.training.steps_before > 0)
-    trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, stop))
-    log.trainer = best.trainer = trainer
+    samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
+    trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop))
+    log.trainer = best.trainer = samples.trainer = trainer
     keep_what_is_best(session, job.training, best)
+    start = AdapterStart(trainer.model)
     job.startup.done("adapter")
     with stop:
-        summary = run_steps(trainer, log, stop, best, session, job.checkpoint, job.startup)
+        summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
     if processes.is_main():
         plot(log.records, run.plot)
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
-        _refuse_harm(session, trainer.model, chat, until, summary["steps"])
+        if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
+            summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
     return summary | job.training.went_on() | {
         "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
         "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
-
-
-def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: list[dict[str, Any]], steps: int) -> None:
-    """Keep the adapter of a training that made the model worse apart, and its checkpoints from being gone on from.
-
-    Raises:
-        WorkFailed: it did.
-    """
-    found = rose(records)
-    if found is None:
-        return
-    if not is_harm(found):
-        session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
-        return
-    run = session.run
-    put_in_place(save_adapter(session, model, chat, run.worse_adapter), run.worse_adapter)
-    clear(run.checkpoints)
-    kept = f"; the earlier adapter stays in {run.adapter}" if run.adapter.exists() else ""
-    raise WorkFailed(f"the training made the model worse: {found.figures}; its adapter is kept apart, in "
-                     f"{run.worse_adapter}{kept}", advice(found, session.config.learning_rate, steps))
 
 
 def _prepared_sequences(session: Session) -> tuple[Any, Any]:
@@ -328,6 +314,7 @@ def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.lora.dora import start_from_base
+    from gemma_tune.train.culprits import names_of
     from gemma_tune.train.trainer import GemmaTrainer
 
     session, config = job.session, job.session.config
@@ -346,7 +333,8 @@ def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
             callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(lengths_of(train_rows), lengths_of(valid_rows)),
             trained=(trained_of(train_rows), trained_of(valid_rows)),
-            micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config))
+            micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
+            row_names=names_of(session.run, train_rows))
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e

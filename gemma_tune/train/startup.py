@@ -20,7 +20,12 @@ class Startup:
         self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 2)
         self._last = now
 
+    @property
+    def total(self) -> float:
+        """Seconds of all parts so far."""
+        return sum(self.seconds.values())
+
     def described(self) -> str:
         """All parts in one line."""
         parts = ", ".join(f"{part} {span(seconds)}" for part, seconds in self.seconds.items())
-        return f"ready for the first step after {span(sum(self.seconds.values()))}: {parts}"
+        return f"ready for the first step after {span(self.total)}: {parts}"

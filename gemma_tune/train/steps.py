@@ -14,7 +14,7 @@ from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, w
 from gemma_tune.train.startup import Startup
 
 
-def run_steps(trainer, log, stop, best, session: Session, checkpoint: Path | None,
+def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: Path | None,
               startup: Startup) -> dict[str, Any]:
     """Evaluate, train, evaluate, and put the best adapter into the model; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
@@ -26,6 +26,8 @@ def run_steps(trainer, log, stop, best, session: Session, checkpoint: Path | Non
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
                 startup.done("first evaluation")
+            elif checkpoint is None:
+                samples.ask(0)
             session.listener.note(startup.described())
             if log.first_step < trainer.args.max_steps and not best.exhausted:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -46,6 +48,7 @@ def run_steps(trainer, log, stop, best, session: Session, checkpoint: Path | Non
     kept = best.restore(last)
     if sentence := best.described(kept, last):
         session.listener.note(sentence)
+    samples.compare(kept, last)
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
             "train_loss_last": losses[-1] if losses else None,
             "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(kept), "kept_step": kept,

@@ -19,7 +19,6 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
@@ -37,6 +36,7 @@ from gemma_tune.train.batches import (
 )
 from gemma_tune.train.captured import CapturedSteps
 from gemma_tune.train.checkpoints import Training, seal
+from gemma_tune.train.culprits import RowNames, by_number, not_finite_step
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import not_compiled
@@ -55,11 +55,12 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         trained: how many tokens of each of them are learned, or count in the validation loss.
         micro_batch: rows that go through the model at once; a batch is worked on in such pieces.
         rate: the learning rate of a step, from 0 on, as a share of the peak.
+        row_names: how an error names training sequences, by their numbers.
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
                  trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener,
-                 rate: Callable[[int], float], **kwargs: Any):
+                 rate: Callable[[int], float], row_names: RowNames = by_number, **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         # Gradients are summed over the processes once a step, see Gradients; DDP would do so while they are computed,
@@ -68,7 +69,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
-        self.rate, self.trained = rate, trained
+        self.rate, self.trained, self.row_names = rate, trained, row_names
         self.tokens_seen = 0  # of all processes, in the steps of this command
         self.in_step, self.compiled = self.sharded, False
         on_gpu = self.accelerator.device.type == "cuda"
@@ -81,7 +82,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.figures = LateFigures(self.accelerator.device)
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
-        self._facts: dict[str, Any] = {"tokens": 0, "trained": 1}
+        self._facts: dict[str, Any] = {"tokens": 0, "trained": 1, "rows": []}
         self.model.zero_grad = lambda set_to_none=True: self.gradients.clear()
         processes.same_everywhere([p.data for p in self._trainable()])
         install_summed_loss(self.causal_lm)
@@ -102,7 +103,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             return None
         self.refresh()
         first = batch_samples[0]
-        self._facts = {"tokens": first["step_tokens"], "trained": first["step_trained"]}
+        self._facts = {"tokens": first["step_tokens"], "trained": first["step_trained"], "rows": first["step_rows"]}
         return first["step_trained"]
 
     def floating_point_ops(self, inputs):
@@ -194,21 +195,19 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate()}
         self.figures.add(self._facts, self.gradients.loss, norm, norms)
         if self.waits:
-            self._refuse_not_finite(self._facts["step"], norms.tolist())
+            self._refuse_not_finite(self._facts, self.gradients.loss.item(), norms.tolist())
         else:
             self._bad.copy_(~(norm + self.gradients.loss).isfinite())
         if math.isfinite(most):
             self.gradients.clip(norm, most)
         return norm
 
-    def _refuse_not_finite(self, step: int, norms: list[float]) -> None:
-        bad = [name for name, norm in zip(self.gradients.names, norms) if not math.isfinite(norm)]
+    def _refuse_not_finite(self, facts: dict[str, Any], loss: float, norms: list[float]) -> None:
+        bad = [name for name, norm in zip(self.gradients.computed, norms) if not math.isfinite(norm)]
         # In fp16 the loss scaler finds its factor by skipping steps that overflow; only many in a row mean trouble.
         self.overflows = self.overflows + 1 if bad else 0
-        if bad and (not self.args.fp16 or self.overflows > MOST_OVERFLOWS):
-            raise WorkFailed(f"the gradient of {len(bad)} tensors is not finite at step {step} ({bad[0]}, …)",
-                             "train again with --force and a lower --learning-rate or --clip 0.3, or with --dtype "
-                             "fp32; checkpoints before it are kept")
+        if not math.isfinite(loss) or bad and (not self.args.fp16 or self.overflows > MOST_OVERFLOWS):
+            raise not_finite_step(self, facts, loss, bad)
 
     def create_optimizer(self, model=None):
         """The library's; on a GPU it leaves the weights alone where ``_bad`` says so, and nobody waits for it."""
@@ -234,12 +233,10 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         """
         for found in self.figures.read(everything):
             if not self.waits:
-                self._refuse_not_finite(found.facts["step"], found.norms)
-            if not math.isfinite(found.loss):
-                raise WorkFailed(f"the loss is {found.loss} at step {found.facts['step']}",
-                                 "train again with --force and a lower --learning-rate, or with --dtype fp32")
+                self._refuse_not_finite(found.facts, found.loss, found.norms)
             self.tokens_seen += found.facts["tokens"]
-            self.control = self.callback_handler.on_log(self.args, self.state, self.control, found.facts | {
+            logged = {name: fact for name, fact in found.facts.items() if name != "rows"}
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logged | {
                 "loss": found.loss, "grad_norm": found.norm})
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         losses, count = [], 0
         self.refresh()
         self.gradients.clear()
-        with self._evaluating():
+        with self.evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
                     if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0):
@@ -268,7 +265,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         return metrics
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Compute without dropout, gradients and compiled layers while the context lasts."""
         was_training = self.model.training
         self.model.eval()
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,3 +21,12 @@ def set_until(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
     own = vars(owner)
     undo.callback(partial(setattr, owner, name, own[name]) if name in own else partial(delattr, owner, name))
     setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def plain_forward(model: Any) -> Iterator[None]:
+    """The forward pass of the model's own class while the context lasts, in place of what training put there: it gives
+    logits, and its signature tells ``generate`` what it takes."""
+    with contextlib.ExitStack() as undo:
+        set_until(undo, model, "forward", MethodType(type(model).forward, model))
+        yield

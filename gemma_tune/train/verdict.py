@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.words import counted
+
+if TYPE_CHECKING:
+    from gemma_tune.config.stages import TrainConfig
+    from gemma_tune.train.effect import LogitChange, Moved
 
 # A validation loss is of the same rows before and after, but of few rows it says little about others: 5 % or 0.05 nats.
 VALIDATION_MARGIN = 0.05
 # Training losses are of other rows in each step.
 TRAINING_MARGIN = 0.5
 _MOST = 10  # steps whose training losses are averaged
+KNOWN = 0.01  # nats per token: what a model knows so well leaves nothing to learn
+# A divergence in nats per token, and a part of the loss, below which nobody will see a difference.
+NEGLIGIBLE, NEGLIGIBLE_LOSS = 1e-10, 1e-5
+SMALLEST_SCALE = 1e-4
+MOST_SKIPPED = 20  # steps after which the loss scaler of fp16 has found its factor
 
 
 @dataclass(frozen=True)
-class Worse:
-    """A loss that rose.
+class LossChange:
+    """A loss before and after a training.
 
     Attributes:
         what: which loss.
@@ -34,37 +46,94 @@ class Worse:
         return f"{self.what} loss {self.before:.4g} before, {self.after:.4g} after"
 
 
-def rose(records: Sequence[Mapping[str, Any]]) -> Worse | None:
-    """The loss that is higher at the end of a training than before it, also by what may be chance; else None.
+def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
+    """Validation loss and training loss before and after, that of them first that says most; those that are known.
 
     Args:
         records: of the log, those before an interruption included.
     """
+    found = []
     evals = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
-    if len(evals) > 1 and 0 in evals:
+    if len(evals) > 1 and 0 in evals:  # else there are no validation rows, or the first records are lost
         last = max(evals)
         step = min(evals, key=evals.__getitem__)
         best = (step, evals[step]) if step not in (0, last) else None
-        found = Worse("validation", evals[0], evals[last], best)
-    else:  # no validation rows, or the first records are lost
-        losses = [r["loss"] for r in records if "loss" in r]
-        some = max(1, min(_MOST, len(losses) // 4))
-        if len(losses) < 2:
-            return None
-        found = Worse("training", sum(losses[:some]) / some, sum(losses[-some:]) / some)
-    return None if found.after <= found.before else found  # also where it is no number
+        found.append(LossChange("validation", evals[0], evals[last], best))
+    losses = [r["loss"] for r in records if "loss" in r]
+    some = max(1, min(_MOST, len(losses) // 4))
+    if len(losses) > 1:
+        found.append(LossChange("training", sum(losses[:some]) / some, sum(losses[-some:]) / some))
+    return found
 
 
-def is_harm(found: Worse) -> bool:
+def rose(records: Sequence[Mapping[str, Any]]) -> LossChange | None:
+    """The loss that is higher at the end of a training than before it, also by what may be chance; else None."""
+    found = next(iter(changes(records)), None)
+    return None if found is None or found.after <= found.before else found  # also where it is no number
+
+
+def first_loss(records: Sequence[Mapping[str, Any]]) -> float:
+    """Of the training, before anything was learned; infinite where it is not known."""
+    return next((r["loss"] for r in records if "loss" in r), math.inf)
+
+
+def is_harm(found: LossChange) -> bool:
     """Whether a loss rose by more than chance explains."""
     margin = VALIDATION_MARGIN if found.what == "validation" else TRAINING_MARGIN
     return not found.after <= found.before + margin * max(1.0, found.before)
 
 
-def advice(found: Worse, learning_rate: float, steps: int) -> str:
+def advice(found: LossChange, learning_rate: float, steps: int) -> str:
     """What to change before training again."""
     if found.best:
         step, loss = found.best
         return (f"the loss was lowest after step {step} of {steps} ({loss:.4g}): train shorter with --max-steps "
                 f"{step}, or with a lower --learning-rate than {learning_rate:g}")
     return f"train again with a lower --learning-rate, such as {learning_rate / 10:.1g} instead of {learning_rate:g}"
+
+
+def without_effect(moved: Moved, change: LogitChange | None, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """What shows that a training did nothing at all; None if it did something.
+
+    Args:
+        change: None where it was not looked at.
+    """
+    if len(moved.still) == moved.layers:
+        return "no adapted layer has other weights than before"
+    if change is None:
+        return None
+    if change.largest == 0:
+        return "base and trained model give the same logits"
+    # A training loss falls a little by chance, being of other rows in the end.
+    fell = any(loss.after < loss.before * (1 - NEGLIGIBLE_LOSS) for loss in changes(records)
+               if loss.what == "validation")
+    if change.divergence < NEGLIGIBLE and not fell:
+        return f"base and trained model say the same (divergence {change.divergence:.1g} nats per token)"
+    return None
+
+
+def likely_cause(config: TrainConfig, records: Sequence[Mapping[str, Any]], steps: int, trained_tokens: int,
+                 usual_rate: float) -> tuple[str, str]:
+    """Why a training did nothing, and what to do about it.
+
+    Args:
+        trained_tokens: of the training rows.
+        usual_rate: the learning rate that the model's family has by default.
+    """
+    again = f"train again with --learning-rate {usual_rate:g}"
+    norms = [r["grad_norm"] for r in records if r.get("grad_norm") is not None]
+    if config.learning_rate == 0:
+        return "the learning rate is 0", again
+    if not trained_tokens:
+        return "no token of the data is learned", "see what is learned of it: gemma-tune prepare --preview 3"
+    if norms and not any(norms):
+        return ("the gradient was zero in every step, so the adapted layers take no part in the answers",
+                "train again with --target-modules all")
+    if config.scale < SMALLEST_SCALE:
+        return f"the adapter is scaled by {config.scale:.1g}, which takes away what it learns", "train with --alpha 32"
+    if config.learning_rate < usual_rate / 100:
+        return f"a learning rate of {config.learning_rate:g} is too small", again
+    if config.dtype == "fp16" and steps < MOST_SKIPPED:
+        return ("in fp16 the first steps are skipped until none overflows", "train with more steps, or --dtype bf16")
+    return (f"{counted(steps, 'step')} at a learning rate of {config.learning_rate:g} did not suffice",
+            "train again with more --epochs, or a higher --learning-rate")

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from gemma_tune.answers.generation import Stream, greedy_answers, room_for_answer, sampling_arguments
+from gemma_tune.answers.generation import (
+    Stream,
+    greedy_answers,
+    greedy_continuations,
+    room_for_answer,
+    sampling_arguments,
+)
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.tokenizer import load_format
@@ -91,6 +98,14 @@ def test_an_answer_may_be_empty(model, chat):
     script(model, [[chat.terminator_id]])
     [answer] = greedy_answers(model, chat, [question("a")], 5)
     assert (answer.text, answer.tokens, answer.ended) == ("", 0, True)
+
+
+def test_an_answer_is_cut_off_when_its_time_is_over(model, chat):
+    script(model, [ids_of(chat, "fox") * 100], at=lambda step: time.sleep(0.02))
+    [answer] = greedy_continuations(model, chat, [chat.prompt_ids(question("a"))], 100, seconds=0.1)
+    assert 0 < answer.tokens <= 5 and not answer.ended
+    [whole] = greedy_continuations(model, chat, [chat.prompt_ids(question("a"))], 9, seconds=100.0)
+    assert whole.tokens == 9
 
 
 def test_greedy_answers_ignore_that_the_model_samples_by_itself(model, chat):

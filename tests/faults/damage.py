@@ -12,8 +12,10 @@ from pathlib import Path
 from faults.lab import STAGES, Lab
 from support.damage import flip_bit
 
-# What the manifest has no digest of: what people work on, logs, and what is left of a training that has ended.
-_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "metrics.jsonl", "loss.png")
+# What the manifest has no digest of: what people work on, what only errors name, logs, and what is left of a training
+# that has ended.
+_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "metrics.jsonl", "loss.png",
+              "origins.npy")
 
 
 def _flip(path: Path, random_: random.Random) -> str:

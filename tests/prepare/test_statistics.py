@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_tune.base.words import opening
 from gemma_tune.prepare import statistics
 from gemma_tune.prepare.scripts import SCRIPTS, script_of
-from gemma_tune.prepare.statistics import Cut, Measured, Statistics, opening
+from gemma_tune.prepare.statistics import Cut, Measured, Statistics
 
 Row = list[tuple[int, list[tuple[int, int]]]]  # sequences: length and learned ranges
 

@@ -131,7 +131,7 @@ def prepared(model: Path, *args: object, code: int = 0, stdin: Any = None) -> di
 def check_files(summary: dict[str, Any], model: Path, folder: Path = DATA, cut: bool = False) -> None:
     """All that must hold of what ``prepare`` wrote, whatever it was given."""
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*")} == {
-        *(f"{side}.jsonl" for side in SIDES), "report.json", "tokens",
+        *(f"{side}.jsonl" for side in SIDES), "report.json", "origins.npy", "tokens",
         *(f"tokens/{side}.arrow" for side in SIDES[:2])}
     assert {p.name for p in folder.parent.iterdir()} <= {"data", "inputs", "manifest.json", ".lock"}
     records = {side: read(side, folder) for side in SIDES}

@@ -1,0 +1,175 @@
+"""What a training did to the model: how far its adapter moved, and how far the logits did."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.undoing import plain_forward
+
+if TYPE_CHECKING:
+    from gemma_tune.train.trainer import GemmaTrainer
+
+ROWS = 4  # that base and tuned logits are compared on
+_POSITIONS, _BEFORE = 16, 112  # learned tokens of each, and tokens that the model sees before them
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far an adapter is from where it began.
+
+    Attributes:
+        layers: that it adapts.
+        still: names of those whose weight is what it was.
+        norm: of the change of all adapted weights together (Frobenius).
+    """
+
+    layers: int
+    still: tuple[str, ...]
+    norm: float
+
+
+class AdapterStart:
+    """An adapter as it is before the first step. B is zero as a rule, and then nothing of it has to be kept.
+
+    Args:
+        model: a PEFT model.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any):
+        self._parts = {name: _copies(layer) if _factors(layer)[1].any() else None for name, layer in _layers(model)}
+        self._lengths = {name: length.detach().cpu().clone() for name, layer in _layers(model)
+                         if (length := _length(layer)) is not None}
+
+    @torch.no_grad()
+    def moved(self, model: Any) -> Moved:
+        """How far the adapter of the same model has moved since."""
+        still, square, layers = [], 0.0, dict(_layers(model))
+        for name, layer in layers.items():
+            change = _squared_change(layer, self._parts.get(name))
+            square += change
+            if not change and not self._longer(name, layer):
+                still.append(name)
+        return Moved(len(layers), tuple(still), math.sqrt(square))
+
+    def _longer(self, name: str, layer: Any) -> bool:
+        """Whether the lengths that DoRA learns of the rows of a weight are others now."""
+        before, now = self._lengths.get(name), _length(layer)
+        return before is not None and now is not None and not torch.equal(before, now.detach().cpu())
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name.removeprefix("base_model.model."), layer) for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer) and layer.active_adapters and layer.active_adapters[0] in layer.lora_A)
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+
+
+def _copies(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = _factors(layer)
+    return a.cpu().clone(), b.cpu().clone()
+
+
+def _length(layer: Any) -> torch.Tensor | None:
+    vectors = layer.lora_magnitude_vector
+    name = layer.active_adapters[0]
+    return vectors[name].weight if name in vectors else None
+
+
+def _squared_change(layer: Any, before: tuple[torch.Tensor, torch.Tensor] | None) -> float:
+    """Squared norm of ``s (B A - B0 A0)``, without a matrix as large as the weight: the trace of products of width r.
+
+    Args:
+        before: A0 (r, in) and B0 (out, r), or None where B0 is zero.
+    """
+    a, b = _factors(layer)
+    if before is not None:
+        a0, b0 = (part.to(a.device) for part in before)
+        if torch.equal(a, a0) and torch.equal(b, b0):
+            return 0.0  # and not what is left of the difference of two large sums
+        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+    # Wide: where B0 is not zero, large numbers go against each other here.
+    a, b = a.to(_wide(a)), b.to(_wide(b))
+    scale = layer.scaling[layer.active_adapters[0]]
+    return scale ** 2 * max(0.0, float(((b.t() @ b) * (a @ a.t())).sum()))
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+@dataclass(frozen=True)
+class LogitChange:
+    """How the logits of a tuned model differ from those of its base.
+
+    Attributes:
+        divergence: Kullback-Leibler divergence of the tuned from the base model, nats per token, on average.
+        largest: difference of any logit.
+        tokens: that were looked at.
+    """
+
+    divergence: float
+    largest: float
+    tokens: int
+
+
+def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
+    """Compare the logits with the adapter switched off and on, at the first learned tokens of a few rows.
+
+    Args:
+        dataset: sequences of ``input_ids`` and ``labels``.
+
+    Returns:
+        None where no token is learned.
+    """
+    total = largest = 0.0
+    count = 0
+    for row in range(min(ROWS, len(dataset))):
+        ids, predicted = _beginning(dataset[row])
+        if not predicted:
+            continue
+        base, tuned = _logits(trainer, ids, predicted)
+        largest = max(largest, float((tuned - base).abs().max()))
+        base, tuned = base.double().log_softmax(-1), tuned.double().log_softmax(-1)
+        total += float((tuned.exp() * (tuned - base)).sum())
+        count += predicted
+    return LogitChange(max(0.0, total) / count, largest, count) if count else None
+
+
+def _beginning(row: dict[str, Any]) -> tuple[list[int], int]:
+    """Ids up to the first learned tokens of a sequence, and how many of them, at the end, are predicted by others."""
+    learned = [n for n, label in enumerate(row["labels"]) if n and label != IGNORE_INDEX]
+    if not learned:
+        return [], 0
+    end = next((n for n in range(learned[0], min(learned[0] + _POSITIONS, len(row["labels"])))
+                if row["labels"][n] == IGNORE_INDEX), min(learned[0] + _POSITIONS, len(row["labels"])))
+    start = max(0, learned[0] - _BEFORE)
+    return [int(n) for n in row["input_ids"][start:end - 1]], end - learned[0]
+
+
+def _logits(trainer: GemmaTrainer, ids: Sequence[int], last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the base and of the tuned model, at the last positions (last, vocabulary), in fp32 on the CPU."""
+    model = trainer.causal_lm
+    given = torch.tensor([ids], device=model.device)
+    with trainer.evaluating(), plain_forward(model):
+        less = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+        def of_these() -> torch.Tensor:
+            out = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **less)
+            return out.logits[0, -last:].float().cpu()
+
+        with trainer.model.disable_adapter():
+            base = of_these()
+        return base, of_these()

@@ -1,0 +1,91 @@
+"""A training that did nothing is an error with its likely cause; a small one that did something is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train.effect import LogitChange, Moved
+from gemma_tune.train.verdict import first_loss, likely_cause, without_effect
+from support.command import QUICK
+from support.training import adapter_bytes
+
+FLAGS = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--json")
+ALL_STILL, MOVED = Moved(2, ("q", "v"), 0.0), Moved(2, (), 0.5)
+SAME, BARELY, OTHER = LogitChange(0.0, 0.0, 16), LogitChange(1e-12, 1e-7, 16), LogitChange(0.1, 2.0, 16)
+
+
+@pytest.mark.parametrize(("flags", "what", "cause", "hint"), [
+    (("--learning-rate", 0), "no adapted layer has other weights than before", "the learning rate is 0", "--learning-rate 0.0002"),
+    (("--learning-rate", 1e-8), "say the same (divergence", "a learning rate of 1e-08 is too small", "--learning-rate 0.0002")])
+def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adapter(cli, trained, flags, what, cause, hint):
+    before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
+    result = cli("train", *FLAGS, *flags, "--force")
+    assert result.code == 1, result.err
+    error = result.json["error"]
+    assert error["message"].startswith("the training changed nothing: ")
+    assert what in error["message"] and cause in error["message"] and hint in error["hint"]
+    assert error["message"].endswith("the earlier adapter stays in runs/tiny-gemma/tiny-gemma_lora_adapter")
+    assert adapter_bytes(trained) == before and (trained / "manifest.json").read_bytes() == manifest
+    assert not list((trained / "training_checkpoints").glob("*"))
+    assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
+
+
+def test_one_step_is_a_training_and_what_it_did_is_said(cli, trained):
+    result = cli("train", *FLAGS, "--learning-rate", 1e-4, "--max-steps", 1, "--force")
+    assert result.code == 0, result.err
+    summary = result.json["summary"]
+    assert summary["steps"] == 1 and summary["adapter_norm"] > 0 and summary["divergence_from_base"] > 0
+    [said] = [line for line in result.err.splitlines() if "learned:" in line]
+    log = [json.loads(line) for line in (trained / "logs" / "metrics.jsonl").read_text().splitlines()]
+    evals = [r["eval_loss"] for r in log if "eval_loss" in r]
+    assert "14 of 14 adapted layers changed" in said
+    assert f"validation loss {evals[0]:.4g} before, {evals[-1]:.4g} after" in said
+    assert f"{summary['divergence_from_base']:.3g} nats per token" in said
+
+
+def test_what_the_base_model_knows_already_is_no_error_but_said(cli, trained, monkeypatch):
+    """Here everything below 100 nats is taken for known, of which no rate can learn more."""
+    monkeypatch.setattr("gemma_tune.train.learned.KNOWN", 100.0)
+    result = cli("train", *FLAGS, "--learning-rate", 0, "--force")
+    assert result.code == 0, result.err
+    assert "the base model knew the data before: its loss was 8.3 nats per token from the beginning" in result.err
+    assert result.json["summary"]["unchanged_layers"] == 14
+
+
+# --- the verdict
+
+def losses(*values: float, grad_norm: float = 1.0) -> list[dict]:
+    return [{"step": n, "loss": loss, "grad_norm": grad_norm} for n, loss in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(("moved", "change", "records", "what"), [
+    (ALL_STILL, OTHER, losses(2, 1), "no adapted layer has other weights"), (ALL_STILL, None, [], "no adapted layer"),
+    (MOVED, SAME, losses(2, 1), "the same logits"), (MOVED, BARELY, losses(2, 2), "say the same"),
+    (MOVED, BARELY, [{"step": 0, "eval_loss": 2}, *losses(2), {"step": 1, "eval_loss": 1.9}], None),
+    (MOVED, BARELY, losses(2, 1.9), "say the same"), (MOVED, OTHER, losses(2, 2), None), (MOVED, None, losses(2, 2), None),
+    (Moved(2, ("q",), 0.1), OTHER, losses(2, 1), None), (MOVED, BARELY, losses(2), "say the same")])
+def test_only_what_did_nothing_is_refused(moved, change, records, what):
+    found = without_effect(moved, change, records)
+    assert (found is None) == (what is None) and (what or "") in (found or "")
+
+
+@pytest.mark.parametrize(("settings", "records", "tokens", "cause", "hint"), [
+    ({"learning_rate": 0.0}, losses(2), 9, "the learning rate is 0", "--learning-rate 0.0002"),
+    ({}, losses(0.0), 0, "no token of the data is learned", "--preview"),
+    ({}, losses(2, 2, grad_norm=0.0), 9, "the gradient was zero in every step", "--target-modules all"),
+    ({"alpha": 1e-5}, losses(2), 9, "the adapter is scaled by 6e-07", "--alpha"),
+    ({"learning_rate": 1e-9}, losses(2), 9, "a learning rate of 1e-09 is too small", "--learning-rate 0.0002"),
+    ({"dtype": "fp16"}, losses(2), 9, "the first steps are skipped", "--dtype bf16"),
+    ({}, losses(2), 9, "1 step at a learning rate of 0.0002 did not suffice", "--epochs")])
+def test_the_likely_cause(settings, records, tokens, cause, hint):
+    config = TrainConfig(**{"learning_rate": 2e-4} | settings)
+    found = likely_cause(config, records, len(records), tokens, 2e-4)
+    assert cause in found[0] and hint in found[1]
+
+
+def test_the_first_loss_is_the_training_s():
+    assert first_loss([{"step": 0, "eval_loss": 1.0}, *losses(3, 2)]) == 3
+    assert first_loss([]) == float("inf")
