@@ -156,6 +156,7 @@ Keep = Annotated[Optional[str], _of(c.TrainConfig, "keep")]
 EarlyStopping = Annotated[Optional[int], _of(c.TrainConfig, "early_stopping")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
+ReportTo = Annotated[Optional[list[str]], _of(c.TrainConfig, "report_to", metavar="NAMES", callback=_joined_lower)]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]
 
 Temperature = Annotated[Optional[float], _of(c.ChatConfig, "temperature", "--temperature", "-t")]

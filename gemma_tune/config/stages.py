@@ -221,6 +221,9 @@ class TrainConfig(StageConfig):
     early_stopping: int = option(0, "End after so many evaluations in a row without a lower validation loss; 0 trains "
                                     "to the end.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
+    report_to: tuple[str, ...] = option((), "Programs that show the training as it goes, separated by commas: "
+                                            "tensorboard, wandb, trackio, mlflow, and all others that transformers "
+                                            "reports to, each a package to install.", auto="none", same_result=True)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
     @property
@@ -241,11 +244,15 @@ class TrainConfig(StageConfig):
     def __post_init__(self) -> None:
         if self.target_modules == ("all",):
             object.__setattr__(self, "target_modules", ())
+        if self.report_to == ("none",):
+            object.__setattr__(self, "report_to", ())
         super().__post_init__()
 
     def more_problems(self) -> list[str]:
         if "all" in self.target_modules and len(self.target_modules) > 1:
             return ["target_modules: `all` stands alone, or names are given"]
+        if "none" in self.report_to:
+            return ["report_to: `none` stands alone, or programs are named"]
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             return [f"batch_size: expected a whole number or {AUTO}, found {shown(self.batch_size)}"]
         if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.batch_size:

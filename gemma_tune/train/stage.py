@@ -41,8 +41,10 @@ from gemma_tune.train.checkpoints import (
     whole,
 )
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_does_not_fit
+from gemma_tune.train.overview import overview
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
-from gemma_tune.train.results import plot, save_adapter
+from gemma_tune.train.report_to import require
+from gemma_tune.train.results import name_no_place, plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
@@ -59,6 +61,7 @@ def train(session: Session) -> StageReport:
         WorkFailed: loss or gradient not finite.
         Interrupted: stopped by the user; the next call resumes.
     """
+    require(session.config.report_to)
     checkpoints = session.run.checkpoints
     waiting = unfinished(checkpoints, session.manifest.finished_training)
     return run_stage(_as_interrupted(session, waiting), "train", _train, long_work=_took_long,
@@ -84,7 +87,7 @@ def _with_batch_size(session: Session, rows: int) -> Session:
     if session.config.batch_size != AUTO:
         return session
     size, reason = proposed(rows, session.config, best_device())
-    session.listener.note(reason)
+    session.listener.detail("batch", reason)
     return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
 
 
@@ -99,6 +102,7 @@ def plan_training(session: Session) -> TrainingPlan:
     Raises:
         UserError: no data, or settings that this model cannot be trained with.
     """
+    require(session.config.report_to)
     quiet_libraries()
     waiting = unfinished(session.run.checkpoints, session.manifest.finished_training)
     session = _as_interrupted(session, waiting)
@@ -172,35 +176,25 @@ def _train(session: Session) -> Finished:
 def _decide(session: Session, startup: Startup) -> _Job:
     from gemma_tune.train.callbacks import earlier_records
 
-    _refuse_processes(session.config)
-    train_rows, _ = _prepared_sequences(session)
+    processes.refuse_another_number(session.config)
+    train_rows, valid_rows = _prepared_sequences(session)
     session = _with_batch_size(session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
     key = training_key(session.model.fingerprint, tokens, _format(session).template, config.as_dict())
     checkpoint = _checkpoint_to_resume(session, key)
     placement, training = _placement_and_training(config, key, checkpoint)
-    listener.note(f"computing in {placement.reason}")
+    listener.detail("device", f"computing in {placement.reason}")
     longest = int(lengths_of(train_rows).max())
-    _, choice = _fit(session, longest, placement, training.micro_batch)
-    listener.note(described(choice, longest))
+    shape, choice = _fit(session, longest, placement, training.micro_batch)
+    listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
+    listener.overview(overview(session, shape, choice, (lengths_of(train_rows), trained_of(train_rows)), valid_rows,
+                               checkpoint))
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
     return _Job(session, training, checkpoint, placement, choice, earlier, startup)
-
-
-def _refuse_processes(config: Any) -> None:
-    here = processes.place().count
-    if config.num_processes != here:
-        raise UserError(f"{config.num_processes} processes were asked for, and this is one of {here}",
-                        "start them: gemma-tune train --num-processes N, or accelerate launch -m gemma_tune train")
-    if config.strategy != "fsdp":
-        return
-    if here == 1:
-        raise UserError("--strategy fsdp divides the model among several processes, and this is one",
-                        "add --num-processes N, or leave --strategy out")
 
 
 def _format(session: Session) -> ChatFormat:
@@ -214,6 +208,7 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     quiet_libraries()
     from gemma_tune.train.best import Best
     from gemma_tune.train.callbacks import MetricsLog, StopRequest
+    from gemma_tune.train.reports import Reports
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     chat = _format(session)
@@ -224,16 +219,16 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
         refuse_bad_weights()
     job.startup.done("weights")
     steps = total_steps(len(train_rows), config)
-    listener.note(described_steps(len(train_rows), config))
+    listener.detail("steps", described_steps(len(train_rows), config))
     log = MetricsLog(run.metrics, listener, step_of(job.checkpoint) if job.checkpoint else 0, job.earlier)
-    stop = StopRequest(listener)
+    stop, reports = StopRequest(listener), Reports(session, job.training, log)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
                 earlier=job.earlier)
     trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice,
-                       (log, best, stop), job.training)
-    log.trainer = best.trainer = trainer
+                       (log, best, stop, reports), job.training)
+    log.trainer = best.trainer = reports.trainer = trainer
     job.startup.done("adapter")
-    with stop:
+    with stop, reports:
         summary = run_steps(trainer, log, stop, best, session, job.checkpoint, job.startup)
     if processes.is_main():
         plot(log.records, run.plot)
@@ -335,7 +330,8 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
     config = session.config
     chosen = target_modules(model, config.target_modules)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    session.listener.note(f"{described_adapter(config)}, on {len(chosen)} linear layers ({', '.join(leaves)})")
+    session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
+                                       f"({', '.join(leaves)})")
     try:
         trainer = GemmaTrainer(
             model=model, args=_arguments(session, steps, len(train_rows), placement, choice, bool(len(valid_rows))),
@@ -348,19 +344,12 @@ def _trainer(session, model, chat, train_rows, valid_rows, steps, placement, cho
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
-    _name_no_place(trainer.model, session.model.id)
+    name_no_place(trainer.model, session.model.id)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.dora:
         start_from_base(trainer.model)
     return trainer
-
-
-def _name_no_place(model: Any, name: str) -> None:
-    """What PEFT writes into checkpoints of where the base model lies: its name in their card, else nothing."""
-    base = model.get_base_model()
-    base.config._name_or_path = base.name_or_path = name
-    model.peft_config["default"].base_model_name_or_path = ""
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,
