@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_tune.base.words import counted
+from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.run.session import Session
@@ -35,7 +36,7 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
                 f"{np.sum(sizes[1]):,} learned; {len(valid) or 'none'} to validate with",
         "adapter": f"{described_adapter(config)}, on {counted(shape.adapted, 'linear layer')}: "
                    f"{_rounded(shape.adapter)} parameters",
-        "batch": _batch(config, choice),
+        "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
         "steps": described_steps(rows, config),
         "learning rate": (f"it rises to {config.learning_rate:g} in {counted(warmup, 'step')}" if warmup else
                           f"{config.learning_rate:g} from the first step on")
@@ -44,13 +45,13 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
     return lines | ({"goes on from": checkpoint.name} if checkpoint else {})
 
 
-def _batch(config: TrainConfig, choice: BatchChoice) -> str:
+def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
     """What a step learns from, and how much of it is worked on at once and why."""
     factors = [f"{number} {what}" for number, what in ((config.accumulation, "batches"),
                                                        (config.num_processes, "processes")) if number > 1]
     product = f" ({' x '.join([str(config.batch_size), *factors])})" if factors else ""
-    return (f"{counted(config.effective_batch, 'conversation')} a step{product}, {choice.micro_batch} at once "
-            f"({choice.reason})")
+    return (f"{counted(config.effective_batch, 'conversation')} a step{product}{', the default' if by_default else ''}; "
+            f"{choice.micro_batch} at once ({choice.reason})")
 
 
 def _rounded(number: int) -> str:
