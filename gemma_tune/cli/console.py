@@ -54,7 +54,7 @@ class ConsoleListener(Listener):
         table.add_column(overflow="fold")
         for name, texts in rows.items():
             table.add_row(name, Text("; ".join(texts)))
-        screen.err.print(Panel(table, title="training", title_align="left", expand=False), soft_wrap=False)
+        screen.err.print(Panel(table, title="training", title_align="left", expand=False))
 
     def warn(self, text: str) -> None:
         screen.prose(Text(f"! {text}", style="yellow"))
