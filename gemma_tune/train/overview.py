@@ -50,8 +50,9 @@ def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
     factors = [f"{number} {what}" for number, what in ((config.accumulation, "batches"),
                                                        (config.num_processes, "processes")) if number > 1]
     product = f" ({' x '.join([str(config.batch_size), *factors])})" if factors else ""
-    return (f"{counted(config.effective_batch, 'conversation')} a step{product}{', the default' if by_default else ''}; "
-            f"{choice.micro_batch} at once ({choice.reason})")
+    default = ", the default" if by_default else ""
+    return (f"{counted(config.effective_batch, 'conversation')} a step{product}{default}; {choice.micro_batch} at once "
+            f"({choice.reason})")
 
 
 def _rounded(number: int) -> str:

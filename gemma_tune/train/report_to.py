@@ -20,12 +20,9 @@ def require(names: Sequence[str]) -> None:
     if not names:
         return
     quiet_libraries()  # before their import
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    known, there = list(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    known, there = list(INTEGRATION_TO_CALLBACK), _there()
     problems, packages = [], []
     for name in names:
         if name not in known:
@@ -34,9 +31,9 @@ def require(names: Sequence[str]) -> None:
             # The list of what is there lacks some; each says by itself what it lacks.
             try:
                 INTEGRATION_TO_CALLBACK[name]()
-            except (RuntimeError, ImportError) as e:
+            except Exception as e:  # noqa: BLE001 - half of a package can fail in any way
                 problems.append(f"--report-to {name}: {first_line(e)}")
-                packages += _packages(name, str(e))
+                packages += _packages(name, e)
     if problems:
         hint = (f"install what is missing: pip install {shlex.join(packages)}" if packages else
                 f"those that there are: none, {', '.join(sorted(known))}")
@@ -45,7 +42,20 @@ def require(names: Sequence[str]) -> None:
         raise UserError(f"{counted(len(problems), 'program')} cannot be reported to", hint, problems)
 
 
-def _packages(name: str, message: str) -> list[str]:
-    """What to install, as an integration says it; where it names no command, the package is called as it is."""
+def _there() -> list[str]:
+    """What transformers finds here; nothing where one of them is there by half, which it looks at as well."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    try:
+        return get_available_reporting_integrations()
+    except Exception:  # noqa: BLE001 - as above
+        return []
+
+
+def _packages(name: str, problem: Exception) -> list[str]:
+    """What to install, as an integration says it; where it names no command, the package is called as it is, and to
+    install it again brings what it needs."""
+    message = str(problem)
     named = re.findall(r"pip install ([\w.=<>~\[\]-]*[\w\]])", message)
-    return named or ([name.replace("_", "-")] if "installed" in message else [])
+    lacks = "installed" in message or isinstance(problem, ModuleNotFoundError)
+    return named or ([name.replace("_", "-")] if lacks else [])

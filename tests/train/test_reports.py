@@ -115,6 +115,19 @@ def test_the_command_that_installs_it(monkeypatch, message, command):
     assert raised.value.hint.endswith(command) if command else "pip" not in raised.value.hint
 
 
+def test_a_package_that_is_there_by_half_spoils_no_other(monkeypatch):
+    def half():
+        raise ModuleNotFoundError("No module named 'opentelemetry'")
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", half)
+    for name, made in (("wandb", half), ("mlflow", Recorder)):
+        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, made)
+    require(["mlflow"])
+    with pytest.raises(UserError, match="--report-to wandb: No module named 'opentelemetry'") as raised:
+        require(["mlflow", "wandb"])
+    assert raised.value.hint == "install what is missing: pip install wandb"
+
+
 # --- what they are told
 
 def test_they_are_told_what_the_log_has(cli, trained, recorder):
