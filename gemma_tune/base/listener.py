@@ -12,6 +12,13 @@ class Listener:
     def note(self, text: str) -> None:
         """A fact worth a line: a default and its reason, a path, a figure."""
 
+    def detail(self, about: str, text: str) -> None:
+        """A note on what :meth:`overview` tells in one place; ``about`` is how the line of it is called."""
+        self.note(text)
+
+    def overview(self, lines: Mapping[str, str]) -> None:
+        """What begins, as lines with their names; the details before it belong to it."""
+
     def warn(self, text: str) -> None:
         """Something that the user should look at; the work goes on."""
 
@@ -21,6 +28,9 @@ class Listener:
 
     def progress(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` units of ``task`` are finished; the task ends when they are equal."""
+
+    def training(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        """A training begins; ``earlier`` are records of its log from before an interruption."""
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """One record of the training log: step, total, loss, eval_loss, tokens_per_second, seconds_left, …"""

@@ -79,9 +79,10 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
           cuda_graphs: o.CudaGraphs = None, compile: o.Compile = None, eval_steps: o.EvalSteps = None,
           save_steps: o.SaveSteps = None, keep_checkpoints: o.KeepCheckpoints = None, keep: o.Keep = None,
-          early_stopping: o.EarlyStopping = None, samples: o.Samples = None, from_adapter: o.FromAdapter = None,
-          seed: o.TrainSeed = None, go_on: o.Continue = False, dry_run: o.DryRun = False, force: o.Force = False,
-          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+          early_stopping: o.EarlyStopping = None, samples: o.Samples = None, report_to: o.ReportTo = None,
+          from_adapter: o.FromAdapter = None, seed: o.TrainSeed = None, go_on: o.Continue = False,
+          dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+          config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Train a LoRA adapter on the prepared conversations.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
@@ -210,9 +211,9 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
             accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
             qlora: o.QLora = None, micro_batch: o.MicroBatch = None, activation_checkpointing: o.Checkpointing = None,
-            questions: o.Questions = None, quant: o.Quant = None, name: o.Name = None, create: o.Create = None,
-            host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
-            config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+            report_to: o.ReportTo = None, questions: o.Questions = None, quant: o.Quant = None, name: o.Name = None,
+            create: o.Create = None, host: o.Host = None, force: o.Force = False, quiet: o.Quiet = False,
+            json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """All stages in order: prepare, train, eval, merge, export-ollama.
 
     Reads your data; writes everything the single commands write, and ends with base and tuned answers side by side.

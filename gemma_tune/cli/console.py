@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gemma_tune.answers.prompts import headline
@@ -19,6 +18,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
+from gemma_tune.cli.live import Course, Display
 from gemma_tune.cli.screen import Text
 
 
@@ -27,14 +27,34 @@ class ConsoleListener(Listener):
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self._bar: Progress | None = None
-        self._tasks: dict[str, Any] = {}
+        self._display: Display | None = None
         self._shown: dict[str, float] = {}
-        self._eval_loss: float | None = None
+        self._course = Course()
+        self._details: list[tuple[str, str]] | None = []  # for the overview, until it was shown
 
     def note(self, text: str) -> None:
         if not self.quiet:
             screen.prose(Text(f"· {text}", style="dim"))
+
+    def detail(self, about: str, text: str) -> None:
+        if not screen.is_live():
+            self.note(text)
+        elif self._details is not None:
+            self._details.append((about, text))
+
+    def overview(self, lines: Mapping[str, str]) -> None:
+        details, self._details = self._details or [], None
+        if self.quiet or not screen.is_live():
+            return
+        rows: dict[str, list[str]] = {}
+        for name, text in [*lines.items(), *details]:
+            rows.setdefault(name, []).append(text.removeprefix(f"{name}: "))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        for name, texts in rows.items():
+            table.add_row(name, Text("; ".join(texts)))
+        screen.err.print(Panel(table, title="training", title_align="left", expand=False))
 
     def warn(self, text: str) -> None:
         screen.prose(Text(f"! {text}", style="yellow"))
@@ -71,8 +91,8 @@ class ConsoleListener(Listener):
     def progress(self, task: str, done: int, total: int) -> None:
         if self.quiet or total <= 0:
             return
-        if screen.err.is_terminal:
-            self._advance(task, done, total)
+        if screen.is_live():
+            self._on_display().advance(task, done, total)
             return
         share = min(1.0, done / total)
         shown = self._shown.get(task, -1.0)
@@ -82,55 +102,45 @@ class ConsoleListener(Listener):
             self._shown[task] = share
             screen.err.print(f"  {task}: {share:.0%}", markup=False)
 
+    def training(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        self._course = Course(earlier)
+
     def metrics(self, values: Mapping[str, Any]) -> None:
-        if "eval_loss" in values:
-            self._eval_loss = values["eval_loss"]
-            if not self.quiet:
-                screen.err.print(f"  step {values['step']}: validation loss {values['eval_loss']:.4f}", markup=False)
-        if self.quiet or "loss" not in values:
+        self._course.add(values)
+        if self.quiet:
             return
-        if screen.err.is_terminal:
-            self._advance("training", values["step"], values["steps"], _training_fields(values, self._eval_loss))
-        elif values["step"] in (1, values["steps"]) or values["step"] % max(1, values["steps"] // 40) == 0:
-            screen.err.print(f"  step {values['step']}/{values['steps']}  {_training_fields(values, None)}  "
-                      f"{_duration(values['seconds_left'])} left", markup=False)
+        if "eval_loss" in values:
+            screen.err.print(f"  step {values['step']}: validation loss {values['eval_loss']:.4f}", markup=False)
+        if screen.is_live():
+            if "loss" in values or not self._course.is_over:
+                self._on_display().show(self._course)
+        elif "loss" in values and (values["step"] in (1, values["steps"])
+                                   or values["step"] % max(1, values["steps"] // 40) == 0):
+            screen.err.print(f"  step {values['step']}/{values['steps']}  {_training_fields(values)}  "
+                             f"{screen.duration(values['seconds_left'])} left", markup=False)
+
+    def _on_display(self) -> Display:
+        if self._display is None:
+            self._display = Display()
+        return self._display
 
     def close(self) -> None:
-        """End the live display."""
-        if self._bar:
-            self._bar.stop()
-            self._bar, self._tasks = None, {}
-
-    def _advance(self, task: str, done: int, total: int, fields: str = "") -> None:
-        if self._bar is None:
-            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-                                 MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-                                 console=screen.err, transient=True)
-            self._bar.start()
-        if task not in self._tasks:
-            self._tasks[task] = self._bar.add_task(task, total=total, figures=fields)
-        self._bar.update(self._tasks[task], completed=done, total=total, figures=fields)
-        if done >= total:
-            self._bar.remove_task(self._tasks.pop(task))
-            if not self._tasks:
-                self.close()
+        """End the live display; what was to be shown in an overview that never came is shown as it is."""
+        if self._display:
+            self._display.close()
+        details, self._details = self._details or [], []
+        for _, text in details:
+            self.note(text)
 
 
-def _training_fields(values: Mapping[str, Any], eval_loss: float | None) -> str:
-    evaluated = f"  eval {eval_loss:.3f}" if eval_loss is not None else ""
-    return f"loss {values['loss']:.3f}{evaluated}  {values['tokens_per_second']:.0f} tok/s"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+def _training_fields(values: Mapping[str, Any]) -> str:
+    return f"loss {values['loss']:.3f}  {values['tokens_per_second']:.0f} tok/s"
 
 
 def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None,
                  elsewhere: Any = None) -> None:
     """What a stage made, and what to type next."""
-    state = "up to date" if report.status == "up-to-date" else f"done in {_duration(report.seconds)}"
+    state = "up to date" if report.status == "up-to-date" else f"done in {screen.duration(report.seconds)}"
     screen.err.print(Text.assemble((f"{report.stage}: {state}", "bold green")))
     if not quiet:
         if (report.stage, report.status) != ("prepare", "done"):  # the report on the data has just been shown

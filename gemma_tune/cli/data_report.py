@@ -63,7 +63,7 @@ def _lengths(figures: Mapping[str, Any]) -> None:
 def _histogram(bins: Sequence[Mapping[str, int]], max_length: int) -> Iterator[Text]:
     most = max(item["rows"] for item in bins)
     width = max(len(f"{item['to']:,}") for item in bins)
-    arrow = "←" if _has_blocks() else "<"
+    arrow = "←" if screen.has_blocks() else "<"
     for item in bins:
         inside = item["from"] <= max_length <= item["to"] and item is not bins[-1]
         yield Text.assemble(f"  {item['from']:>{width},} - {item['to']:>{width},}  ",
@@ -74,13 +74,9 @@ def _histogram(bins: Sequence[Mapping[str, int]], max_length: int) -> Iterator[T
 def _bar(value: int, most: int) -> str:
     """A bar as long as the value in comparison with the most; never empty where there is something."""
     eighths = max(round(8 * BAR * value / most), 1 if value else 0)
-    if not _has_blocks():
+    if not screen.has_blocks():
         return "#" * -(-eighths // 8)
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
-
-
-def _has_blocks() -> bool:
-    return screen.err.encoding.lower().startswith("utf")
 
 
 def _mixed(scripts: Mapping[str, float]) -> bool:

@@ -161,6 +161,7 @@ Continue = Annotated[bool, typer.Option("--continue", help="Go on from the end o
 Samples = Annotated[Optional[int], _of(c.TrainConfig, "samples")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do, need and take; train nothing, write "
                                                         "nothing, and download no weights.")]
+ReportTo = Annotated[Optional[list[str]], _of(c.TrainConfig, "report_to", metavar="NAMES", callback=_joined_lower)]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]
 
 Temperature = Annotated[Optional[float], _of(c.ChatConfig, "temperature", "--temperature", "-t")]

@@ -19,6 +19,7 @@ from gemma_tune.merge.base import require_base
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
 from gemma_tune.train.launch import launch
+from gemma_tune.train.report_to import require
 
 
 def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport]:
@@ -69,5 +70,6 @@ def _train_in_processes(request: Request, session: Session) -> None:
 def _check_all_settings(request: Request) -> None:
     """Refuse at once what a later stage would refuse after an hour of training."""
     settings = {name: request.settings(name) for name in IN_ORDER}
+    require(settings["train"].report_to)
     check_target(settings["export-ollama"], "any")
     require_file(settings["export-ollama"].calibration_file)

@@ -105,6 +105,24 @@ def prose(text: Text) -> None:
     err.print(text, soft_wrap=not err.is_terminal)
 
 
+def is_live() -> bool:
+    """Whether what is shown can be drawn again: not on a dumb terminal, nor in a log that is only to have colours."""
+    coloured_file = bool(os.environ.get("FORCE_COLOR")) and not err.file.isatty()
+    return err.is_terminal and not err.is_dumb_terminal and not coloured_file
+
+
+def has_blocks() -> bool:
+    """Whether bars and curves can be drawn with more than ASCII."""
+    return err.encoding.lower().startswith("utf")
+
+
+def duration(seconds: float) -> str:
+    """A time to the second: ``1m05s``, ``2h03m``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
 def stdin_is_terminal() -> bool:
     """Whether a person can be asked."""
     return sys.stdin is not None and sys.stdin.isatty()

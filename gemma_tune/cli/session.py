@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.machine import noting_ctrl_c, occupy_standard_streams
 from gemma_tune.base.words import as_text
-from gemma_tune.cli import console, screen
+from gemma_tune.cli import console, live, screen
 from gemma_tune.cli.options import with_refusals
 from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.stages import CONFIGS, load_yaml
@@ -192,6 +192,7 @@ class Command(TyperCommand):
 
 
 def _show(problem: UserError, params: Mapping[str, Any]) -> None:
+    live.close_all()  # its listener may be in the middle of something that never ends
     if params.get("json"):
         with contextlib.suppress(OSError, screen.OutputLost):  # people still learn of it
             screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
@@ -314,8 +315,11 @@ def in_processes(request: Request) -> Request:
         typer.Exit: the processes have ended; with their exit code.
     """
     from gemma_tune.train.launch import launch
+    from gemma_tune.train.report_to import require
 
-    wanted = request.settings("train").num_processes
+    settings = request.settings("train")
+    require(settings.report_to)  # before data is prepared, or processes are started
+    wanted = settings.num_processes
     if not processes.joined():
         if request.options["num_processes"] is None and "num_processes" not in (request.file.get("train") or {}):
             wanted = _processes_before(request)

@@ -230,6 +230,9 @@ class TrainConfig(StageConfig):
     samples: int = option(2, "Prompts, held-out ones first, that the base model answers, and the trained one at each "
                              "evaluation, into logs/samples.jsonl, as far as that takes a few percent of the time at "
                              "the most; 0 asks nothing.", least=0, most=20, same_result=True)
+    report_to: tuple[str, ...] = option((), "Programs that show the training as it goes, separated by commas: "
+                                            "tensorboard, wandb, trackio, mlflow, and all others that transformers "
+                                            "reports to, each a package to install.", auto="none", same_result=True)
     seed: int = option(42, "Seed of the adapter's start values and the data order.", least=0, most=LARGEST_SEED)
 
     @property
@@ -250,11 +253,15 @@ class TrainConfig(StageConfig):
     def __post_init__(self) -> None:
         if self.target_modules == ("all",):
             object.__setattr__(self, "target_modules", ())
+        if self.report_to == ("none",):
+            object.__setattr__(self, "report_to", ())
         super().__post_init__()
 
     def more_problems(self) -> list[str]:
         if "all" in self.target_modules and len(self.target_modules) > 1:
             return ["target_modules: `all` stands alone, or names are given"]
+        if "none" in self.report_to:
+            return ["report_to: `none` stands alone, or programs are named"]
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             return [f"batch_size: expected a whole number or {AUTO}, found {shown(self.batch_size)}"]
         if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.batch_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -15,9 +16,12 @@ from transformers import TrainerCallback
 
 from gemma_tune.base.listener import Listener
 from gemma_tune.train import processes
+from gemma_tune.train.memory import in_use
 
 if TYPE_CHECKING:
     from gemma_tune.train.trainer import GemmaTrainer
+
+_EACH = 1.0  # seconds between two looks at the memory
 
 
 class MetricsLog(TrainerCallback):
@@ -39,6 +43,9 @@ class MetricsLog(TrainerCallback):
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
         self.seconds_before = max((r.get("training_seconds", 0.0) for r in self.records), default=0.0)
         self._begun = False  # until there is something to write, the log is that of the training before
+        self._memory: dict[str, int] = {}
+        self._looked = -math.inf  # when, for it
+        listener.training(self.records)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._began is None:
@@ -62,7 +69,13 @@ class MetricsLog(TrainerCallback):
                    "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
                    "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
                    "tokens_per_second": round(self.tokens_per_second, 1),
-                   "seconds_left": round(self.busy / done * (state.max_steps - step), 1)})
+                   "seconds_left": round(self.busy / done * (state.max_steps - step), 1), **self._memory_in_use()})
+
+    def _memory_in_use(self) -> dict[str, int]:
+        now = time.monotonic()
+        if now - self._looked > _EACH and self.trainer:  # a captured step can be over before the answer is there
+            self._memory, self._looked = in_use(self.trainer.accelerator.device.type), now
+        return self._memory
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._began = None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import psutil
+
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import gigabytes
@@ -184,6 +186,18 @@ def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
         ways.append(f"prepare again with --max-length {shorter}")
     ways.append("a smaller model, or more memory, and other programs closed")
     return "; or ".join(ways) + "; --micro-batch 1 --activation-checkpointing tries it all the same"
+
+
+def in_use(device: str) -> dict[str, int]:
+    """Bytes that this process has, for the log: on a GPU those of tensors, now and at most; else its resident set.
+
+    A GPU is not waited for.
+    """
+    if device == "cuda":
+        import torch
+
+        return {"memory_bytes": torch.cuda.memory_allocated(), "peak_memory_bytes": torch.cuda.max_memory_allocated()}
+    return {"memory_bytes": psutil.Process().memory_info().rss}
 
 
 def described(choice: BatchChoice, longest: int) -> str:

@@ -22,9 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_tune.base.errors import UserError, WorkFailed
+
+if TYPE_CHECKING:
+    from gemma_tune.config.stages import TrainConfig
 
 # How long a process waits in a collective operation for one that is busy with something else, such as a checkpoint.
 PATIENCE = dt.timedelta(minutes=30)
@@ -112,6 +115,21 @@ def join(show: Callable[[UserError], None]) -> None:
     _store = distributed.PrefixStore("gemma-tune", store)
     if rank == 0:
         threading.Thread(target=_watch, args=(show,), daemon=True).start()
+
+
+def refuse_another_number(config: TrainConfig) -> None:
+    """Whether the training is one of as many processes as there are.
+
+    Raises:
+        UserError: it is not, or a model is to be divided among one.
+    """
+    here = place().count
+    if config.num_processes != here:
+        raise UserError(f"{config.num_processes} processes were asked for, and this is one of {here}",
+                        "start them: gemma-tune train --num-processes N, or accelerate launch -m gemma_tune train")
+    if config.strategy == "fsdp" and here == 1:
+        raise UserError("--strategy fsdp divides the model among several processes, and this is one",
+                        "add --num-processes N, or leave --strategy out")
 
 
 def joined() -> bool:

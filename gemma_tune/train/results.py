@@ -41,6 +41,13 @@ def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) ->
     return folder
 
 
+def name_no_place(model: Any, name: str) -> None:
+    """What PEFT writes into checkpoints of where the base model lies: its name in their card, else nothing."""
+    base = model.get_base_model()
+    base.config._name_or_path = base.name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = ""
+
+
 def _card(session: Session) -> str:
     base = session.model
     return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, sft, gemma-tune]\n---\n\n"

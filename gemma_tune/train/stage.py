@@ -36,8 +36,10 @@ from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training, step_of, unfinished
 from gemma_tune.train.going_on import as_finished, begin, continuation, keep_what_is_best, nothing_new, offer
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
+from gemma_tune.train.overview import overview
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
-from gemma_tune.train.results import plot, save_adapter
+from gemma_tune.train.report_to import require
+from gemma_tune.train.results import name_no_place, plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.start import start_folder, with_start
 from gemma_tune.train.startup import Startup
@@ -57,6 +59,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         WorkFailed: loss or gradient not finite, a model that got worse, or one that did not change.
         Interrupted: stopped by the user; the next call resumes.
     """
+    require(session.config.report_to)
     if go_on and session.force:
         raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",
                         "leave one of them out")
@@ -104,7 +107,7 @@ def _with_batch_size(session: Session, rows: int) -> Session:
     if session.config.batch_size != AUTO:
         return session
     size, reason = proposed(rows, session.config, best_device())
-    session.listener.note(reason)
+    session.listener.detail("batch", reason)
     return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
 
 
@@ -119,6 +122,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     Raises:
         UserError: no data, or settings that this model cannot be trained with.
     """
+    require(session.config.report_to)
     quiet_libraries()
     session, waiting, start = _as_before(session)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
@@ -196,34 +200,24 @@ def _train(session: Session, go_on: bool) -> Finished:
 def _decide(session: Session, startup: Startup, go_on: bool) -> _Job:
     from gemma_tune.train.callbacks import earlier_records
 
-    _refuse_processes(session.config)
-    train_rows, _ = _prepared_sequences(session)
+    processes.refuse_another_number(session.config)
+    train_rows, valid_rows = _prepared_sequences(session)
     session = _with_batch_size(as_finished(session) if go_on else session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
     begun = begin(session, (session.model.fingerprint, tokens, _format(session).template), len(train_rows), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
-    listener.note(f"computing in {placement.reason}")
+    listener.detail("device", f"computing in {placement.reason}")
     longest = int(lengths_of(train_rows).max())
-    _, choice = _fit(session, longest, placement, begun.training.micro_batch, begun.start)
-    listener.note(described(choice, longest))
+    shape, choice = _fit(session, longest, placement, begun.training.micro_batch, begun.start)
+    listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
+    listener.overview(overview(session, shape, choice, (lengths_of(train_rows), trained_of(train_rows)), valid_rows,
+                               checkpoint))
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
     return _Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup)
-
-
-def _refuse_processes(config: Any) -> None:
-    here = processes.place().count
-    if config.num_processes != here:
-        raise UserError(f"{config.num_processes} processes were asked for, and this is one of {here}",
-                        "start them: gemma-tune train --num-processes N, or accelerate launch -m gemma_tune train")
-    if config.strategy != "fsdp":
-        return
-    if here == 1:
-        raise UserError("--strategy fsdp divides the model among several processes, and this is one",
-                        "add --num-processes N, or leave --strategy out")
 
 
 def _format(session: Session) -> ChatFormat:
@@ -239,6 +233,7 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     from gemma_tune.train.callbacks import MetricsLog, StopRequest, earlier_records
     from gemma_tune.train.effect import AdapterStart
     from gemma_tune.train.learned import require_learned
+    from gemma_tune.train.reports import Reports
     from gemma_tune.train.samples import Samples
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
@@ -250,19 +245,19 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
         refuse_bad_weights()
     job.startup.done("weights")
     steps = total_steps(len(train_rows), config) - job.training.steps_before
-    listener.note(described_steps(len(train_rows), config))
+    listener.detail("steps", described_steps(len(train_rows), config))
     first = step_of(job.checkpoint) if job.checkpoint else 0
     log = MetricsLog(run.metrics, listener, first, job.earlier)
-    stop = StopRequest(listener)
+    stop, reports = StopRequest(listener), Reports(session, job.training, log)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
                 earlier=job.earlier, checkpoints=config.keep_checkpoints, keeps_start=job.training.steps_before > 0)
     samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
-    trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop))
-    log.trainer = best.trainer = samples.trainer = trainer
+    trainer = _trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop, reports))
+    log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model)
     job.startup.done("adapter")
-    with stop:
+    with stop, reports:
         summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
     if processes.is_main():
         plot(log.records, run.plot)
@@ -322,7 +317,8 @@ def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
     names = names_in(model, start) if start else {}
     chosen = sorted(names.values()) if start else target_modules(model, config.target_modules)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    session.listener.note(f"{described_adapter(config)}, on {len(chosen)} linear layers ({', '.join(leaves)})")
+    session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
+                                       f"({', '.join(leaves)})")
     try:
         arguments = _arguments(session, steps, len(train_rows), job.placement, job.choice, bool(len(valid_rows)))
         trainer = GemmaTrainer(
@@ -338,7 +334,7 @@ def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
-    _name_no_place(trainer.model, session.model.id)
+    name_no_place(trainer.model, session.model.id)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.dora:
@@ -346,13 +342,6 @@ def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
     if start and job.checkpoint is None:
         load_start(trainer.model, weights_of(start, names))
     return trainer
-
-
-def _name_no_place(model: Any, name: str) -> None:
-    """What PEFT writes into checkpoints of where the base model lies: its name in their card, else nothing."""
-    base = model.get_base_model()
-    base.config._name_or_path = base.name_or_path = name
-    model.peft_config["default"].base_model_name_or_path = ""
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,

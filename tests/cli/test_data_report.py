@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from rich.console import Console
 from rich.text import Text
 
 from gemma_tune.cli import console
 from gemma_tune.cli import data_report as console_data
-from gemma_tune.cli import screen as module
 from gemma_tune.prepare.statistics import Measured, Statistics
-
-
-class Screen:
-    """Replaces the console for people."""
-
-    def __init__(self, monkeypatch):
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, terminal: bool = False, width: int = 80, encoding: str = "utf-8", **more) -> io.TextIOWrapper:
-        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace", newline="\n")
-        environment = {"TERM": "xterm-256color", **more.pop("environment", {})}
-        self._monkeypatch.setattr(module, "err", Console(
-            file=file, force_terminal=terminal, width=width, highlight=False, soft_wrap=True, _environ=environment,
-            **more))
-        return file
-
-
-def written(file: io.TextIOWrapper) -> str:
-    file.flush()
-    return file.buffer.getvalue().decode(file.encoding)
+from support.screen import Screen, written
 
 
 @pytest.fixture

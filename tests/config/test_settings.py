@@ -19,7 +19,7 @@ from gemma_tune.base import files
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
-from gemma_tune.config.settings import StageConfig, resolve
+from gemma_tune.config.settings import StageConfig, as_flags, resolve
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig, load_yaml
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
@@ -549,6 +549,17 @@ def test_every_layer_can_be_asked_for_again():
     with pytest.raises(UserError) as raised:
         resolve(TrainConfig, {"target_modules": "all,q_proj"})
     assert raised.value.problems == ("target_modules: `all` stands alone, or names are given",)
+
+
+def test_programs_to_report_to():
+    def named(value):
+        return resolve(TrainConfig, {"report_to": value}).config.report_to
+
+    assert (named("tensorboard, wandb"), named("none"), named(None)) == (("tensorboard", "wandb"), (), ())
+    assert as_flags(TrainConfig, resolve(TrainConfig, {"report_to": "mlflow,wandb"}).config.as_dict()) == [
+        "--report-to", "mlflow,wandb"]
+    assert problems(TrainConfig, report_to=("none", "wandb")) == (
+        "report_to: `none` stands alone, or programs are named",)
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
 from gemma_tune.models import placement
@@ -20,7 +22,7 @@ from gemma_tune.models.placement import USABLE
 from gemma_tune.train import memory as memory_module
 from gemma_tune.train import shape as model_shape
 from gemma_tune.train.kernels import fast_layers
-from gemma_tune.train.memory import choose, estimate
+from gemma_tune.train.memory import choose, estimate, in_use
 from gemma_tune.train.shape import ModelShape, shape_of
 from support.command import QUICK
 from support.gemmas import make_family
@@ -266,3 +268,27 @@ def test_weights_are_downloaded_only_when_they_fit(cli, tiny, data, tmp_path, mo
         result = cli("train", *QUICK)
         assert result.code == 0, result.err
         assert hub.paths("GET", ".safetensors")
+
+
+# --- what there is in use, for the log
+
+def test_the_memory_in_use_is_that_of_this_process():
+    import psutil
+
+    found = in_use("cpu")
+    assert found.keys() == {"memory_bytes"} and abs(found["memory_bytes"] - psutil.Process().memory_info().rss) < 1e8
+
+
+def test_the_log_looks_at_the_memory_once_a_second(monkeypatch, tmp_path):
+    """Steps of a GPU can take less time than the answer."""
+    from gemma_tune.train import callbacks
+
+    now, looks = [0.0], []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(callbacks, "in_use", lambda device: looks.append(device) or {"memory_bytes": len(looks)})
+    log = callbacks.MetricsLog(tmp_path / "logs" / "metrics.jsonl", Listener(), 0, [])
+    log.trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")), tokens_seen=4)
+    for step in range(1, 11):
+        now[0] += 0.3
+        log.on_log(None, SimpleNamespace(max_steps=10), None, {"step": step, "epoch": 0.1, "loss": 1.0, "learning_rate": 1.0})
+    assert looks == ["cuda"] * 3 and [r["memory_bytes"] for r in log.records] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]

@@ -1,0 +1,62 @@
+"""What a training is going to do, for people who watch it begin: what was decided, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gemma_tune.base.words import counted
+from gemma_tune.config.settings import NOT_GIVEN
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.layers import described_adapter
+from gemma_tune.run.session import Session
+from gemma_tune.train.memory import BatchChoice
+from gemma_tune.train.plan import described_steps, total_steps, warmup_steps
+from gemma_tune.train.shape import ModelShape
+
+_FALLS = {"cosine": "falls along a cosine", "linear": "falls in a line", "constant": "stays"}
+
+
+def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tuple[np.ndarray, np.ndarray],
+             valid: Sequence[object], checkpoint: Path | None) -> dict[str, str]:
+    """Lines with their names; what was told as a detail before, such as the device, is not among them.
+
+    Args:
+        sizes: tokens of each training sequence, and how many of them are learned.
+        valid: the validation sequences.
+        checkpoint: what the training goes on from.
+    """
+    config, rows = session.config, len(sizes[0])
+    warmup = warmup_steps(total_steps(rows, config), config)
+    lines = {
+        "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
+        "data": f"{counted(rows, 'sequence')} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
+                f"{np.sum(sizes[1]):,} learned; {len(valid) or 'none'} to validate with",
+        "adapter": f"{described_adapter(config)}, on {counted(shape.adapted, 'linear layer')}: "
+                   f"{_rounded(shape.adapter)} parameters",
+        "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
+        "steps": described_steps(rows, config),
+        "learning rate": (f"it rises to {config.learning_rate:g} in {counted(warmup, 'step')}" if warmup else
+                          f"{config.learning_rate:g} from the first step on")
+                         + f", then {_FALLS.get(config.schedule, config.schedule)}",
+    }
+    return lines | ({"goes on from": checkpoint.name} if checkpoint else {})
+
+
+def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
+    """What a step learns from, and how much of it is worked on at once and why."""
+    factors = [f"{number} {what}" for number, what in ((config.accumulation, "batches"),
+                                                       (config.num_processes, "processes")) if number > 1]
+    product = f" ({' x '.join([str(config.batch_size), *factors])})" if factors else ""
+    default = ", the default" if by_default else ""
+    return (f"{counted(config.effective_batch, 'conversation')} a step{product}{default}; {choice.micro_batch} at once "
+            f"({choice.reason})")
+
+
+def _rounded(number: int) -> str:
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:,}"
