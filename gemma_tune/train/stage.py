@@ -42,6 +42,7 @@ from gemma_tune.train.checkpoints import (
 )
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_what_does_not_fit
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
+from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.results import plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
@@ -85,7 +86,7 @@ def _with_batch_size(session: Session, rows: int) -> Session:
         return session
     size, reason = proposed(rows, session.config, best_device())
     session.listener.note(reason)
-    return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
+    return replace(session, resolved=session.resolved.but({"batch_size": size}, {"batch_size": {"from": AUTO}}))
 
 
 def _took_long(summary: Mapping[str, Any]) -> str | None:
@@ -166,7 +167,8 @@ def _train(session: Session) -> Finished:
     hashing.shutdown(wait=False)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     adapter = session.run.adapter
-    return Finished({"adapter": adapter}, _work(job, sound.result), {adapter: fresh_path(adapter)})
+    outputs = {"adapter": adapter, "training_settings": session.run.train_settings}
+    return Finished(outputs, _work(job, sound.result), {adapter: fresh_path(adapter)})
 
 
 def _decide(session: Session, startup: Startup) -> _Job:
@@ -232,9 +234,12 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     trainer = _trainer(session, model, chat, train_rows, valid_rows, steps, job.placement, job.choice,
                        (log, best, stop), job.training)
     log.trainer = best.trainer = trainer
+    settings = SettingsRecord(session, job.placement, job.choice)
+    settings.begin()
     job.startup.done("adapter")
     with stop:
         summary = run_steps(trainer, log, stop, best, session, job.checkpoint, job.startup)
+    settings.end(trainer)
     if processes.is_main():
         plot(log.records, run.plot)
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]

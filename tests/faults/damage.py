@@ -13,7 +13,8 @@ from faults.lab import STAGES, Lab
 from support.damage import flip_bit
 
 # What the manifest has no digest of: what people work on, logs, and what is left of a training that has ended.
-_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "metrics.jsonl", "loss.png")
+_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "metrics.jsonl", "loss.png",
+              "train.yaml")
 
 
 def _flip(path: Path, random_: random.Random) -> str:
