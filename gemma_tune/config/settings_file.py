@@ -36,7 +36,11 @@ def settings_file(section: str, values: Mapping[str, Any], sources: Mapping[str,
 def _entry(name: str, value: Any) -> str:
     import yaml
 
-    text = yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True, width=float("inf")).rstrip("\n")
+    style = {"allow_unicode": True, "width": float("inf")}
+    if isinstance(value, list):
+        text = f"{name}: {yaml.safe_dump(value, default_flow_style=True, **style)}".rstrip("\n")
+    else:
+        text = yaml.safe_dump({name: value}, **style).rstrip("\n")
     return f"{name}: {json.dumps(value)}" if "\n" in text else text
 
 
