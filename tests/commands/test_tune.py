@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.config.stages import load_yaml
+from gemma_tune.train import results, tune_report
 from gemma_tune.train import trials as trials_module
 from gemma_tune.train import tune as tune_module
 from gemma_tune.train.halving import Costs, Rung
@@ -21,6 +23,13 @@ from support.command import rows, write_rows
 RUN = Path("runs/tiny-gemma")
 STATE, WINNER = RUN / "tune.json", RUN / "tune.yaml"
 RATES = ("--learning-rates", "1e-5,5e-3,1e-3")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without what takes most of the time here: pictures, and looking for garbage before each training."""
+    monkeypatch.setattr(tune_report, "draw", lambda path, *_, **__: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 @pytest.fixture
@@ -58,7 +67,8 @@ def by_candidate(result) -> dict[tuple[float, int], float]:
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
-def test_the_best_rate_is_written_for_train_and_the_run_stays_as_it_is(cli, trained):
+def test_the_best_rate_is_written_for_train_and_the_run_stays_as_it_is(cli, trained, monkeypatch):
+    monkeypatch.setattr(tune_report, "draw", results.draw)
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and not path.name.startswith(".")}
     done = cli("tune", *RATES, "--json")
     assert done.code == 0, done.err
@@ -83,22 +93,21 @@ def test_the_best_rate_is_written_for_train_and_the_run_stays_as_it_is(cli, trai
     assert "tune.yaml" in cli("status").err
 
 
-@pytest.mark.parametrize("more", ["dropout: 0.2", "dora: true, dropout: 0.1, epochs: 2, eval_steps: 2"])
-def test_each_trial_is_what_train_would_do(cli, trained, more):
-    """The second candidate, too, which begins where the first did, and one of another rank on the same weights."""
-    Path("s.yaml").write_text(f"train: {{{more}}}\n")
+def test_each_trial_is_what_train_would_do(cli, trained, ran):
+    """The second one, too, which begins where the first did, with the same random numbers."""
+    Path("s.yaml").write_text("train: {dora: true, dropout: 0.1, epochs: 2, eval_steps: 2}\n")
     found = by_candidate(cli("tune", "--learning-rates", "1e-3,4e-3", "--config", "s.yaml", "--json"))
-    for (rate, rank), loss in found.items():
-        assert loss == trained_loss(cli, "--config", "s.yaml", "--lr", rate, "--rank", rank)
+    assert ran == [(1e-3, 4, 6), (4e-3, 4, 6)]
+    assert found[4e-3, 4] == trained_loss(cli, "--config", "s.yaml", "--lr", 4e-3)
 
 
-def test_ranks_are_tried_on_the_same_weights(cli, trained):
+def test_ranks_are_tried_on_the_same_weights(cli, trained, ran):
     done = cli("tune", "--learning-rates", "1e-3,4e-3", "--ranks", "2,4", "--json")
     assert done.code == 0, done.err
     found = by_candidate(done)
+    assert [rank for _, rank, _ in ran] == [4, 4, 2, 2], "another adapter is made once"
     assert found.keys() == {(rate, rank) for rate in (1e-3, 4e-3) for rank in (2, 4)}
-    for rate, rank in ((4e-3, 2), (4e-3, 4)):
-        assert found[rate, rank] == trained_loss(cli, "--lr", rate, "--rank", rank)
+    assert found[4e-3, 2] == trained_loss(cli, "--lr", 4e-3, "--rank", 2)
 
 
 def test_several_processes_become_one_that_learns_from_as_many_rows(cli, trained):
@@ -140,7 +149,6 @@ def test_the_better_half_goes_on_for_longer(cli, trained, rungs, ran):
     assert len(ran) == 10
     again = cli("tune", "--json")
     assert again.json["status"] == "up-to-date" and again.json["summary"] == done.json["summary"] and len(ran) == 10
-    assert cli("tune", "--force").code == 0 and len(ran) == 20
 
 
 def stop_after(monkeypatch, trials: int) -> None:
@@ -155,21 +163,22 @@ def stop_after(monkeypatch, trials: int) -> None:
     monkeypatch.setattr(StopTrial, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("after", [1, 6])
-def test_interrupted_it_goes_on(cli, trained, rungs, ran, monkeypatch, after):
+def test_interrupted_it_goes_on(cli, trained, rungs, ran, monkeypatch):
+    """In the first rung, and in the second."""
     rungs(2, 3)
-    with monkeypatch.context() as patch:
-        stop_after(patch, after)
-        stopped = cli("tune")
+    for after, kept in ((1, 1), (5, 6)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, after)
+            stopped = cli("tune")
         assert stopped.code == 130, stopped.err
-        assert f"{after} candidate" in stopped.err and "repeat the same command to go on" in stopped.err
-    assert len(json.loads(STATE.read_text())["trials"]) == after and not WINNER.exists()
+        assert f"{kept} candidate" in stopped.err and "repeat the same command to go on" in stopped.err
+        assert len(json.loads(STATE.read_text())["trials"]) == kept and not WINNER.exists()
+    assert "going on with a search that was interrupted" in stopped.err
     ran.clear()
     done = cli("tune", "--json")
-    assert done.code == 0 and "going on with a search that was interrupted" in done.err
-    assert len(ran) == 8 - after
-    whole = cli("tune", "--force", "--json").json["summary"]
-    ours = done.json["summary"]
+    assert done.code == 0 and len(ran) == 2
+    ours, whole = done.json["summary"], cli("tune", "--force", "--json").json["summary"]
+    assert len(ran) == 2 + 8
     assert [t | {"seconds": 0} for t in ours["trials"]] == [t | {"seconds": 0} for t in whole["trials"]]
     assert ours["learning_rate"] == whole["learning_rate"]
 
@@ -191,19 +200,26 @@ def test_other_data_or_settings_start_anew_and_what_was_tried_of_the_same_is_kep
 
 # ---- candidates that fail --------------------------------------------------------------------------------------------
 
-def test_what_diverges_drops_out_and_leaves_no_trace(cli, trained, monkeypatch):
+@pytest.fixture
+def faulty(monkeypatch):
+    """Rates from 0.5 on climb up the loss, and at 0.001 the second step's gradient is not finite; how often it was."""
     finish, spoiled = GemmaTrainer._finish_gradients, []
 
-    def not_finite(self, most):
+    def spoil(self, most):
+        for weight in self.gradients.weights if self.args.learning_rate >= 0.5 else ():
+            weight.grad.neg_()
         if self.args.learning_rate == 1e-3 and self.state.global_step == 1:
+            self.gradients.weights[0].grad.fill_(math.inf)
             spoiled.append(self)
-            next(p for p in self.model.parameters() if p.requires_grad).grad.fill_(math.inf)
         return finish(self, most)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GemmaTrainer, "_finish_gradients", not_finite)
-        done = cli("tune", "--learning-rates", "1e-3,4e-3,0.9", "--json")
-    assert done.code == 0 and spoiled, done.err
+    monkeypatch.setattr(GemmaTrainer, "_finish_gradients", spoil)
+    return spoiled
+
+
+def test_what_diverges_drops_out_and_leaves_no_trace(cli, trained, faulty):
+    done = cli("tune", "--learning-rates", "1e-3,4e-3,0.9", "--json")
+    assert done.code == 0 and faulty, done.err
     found = {t["learning_rate"]: t for t in done.json["summary"]["trials"]}
     assert found[1e-3]["eval_loss"] is None and found[1e-3]["diverged"]
     assert found[0.9]["diverged"] and found[0.9]["eval_loss"] > done.json["summary"]["eval_loss_before"]
@@ -212,7 +228,7 @@ def test_what_diverges_drops_out_and_leaves_no_trace(cli, trained, monkeypatch):
     assert found[4e-3]["eval_loss"] == trained_loss(cli, "--lr", 4e-3)
 
 
-def test_where_nothing_helps_it_is_an_error_that_says_what_to_try(cli, trained):
+def test_where_nothing_helps_it_is_an_error_that_says_what_to_try(cli, trained, faulty):
     failed = cli("tune", "--learning-rates", "0.5,0.9")
     assert failed.code == 1 and "no candidate lowered the validation loss" in failed.err
     assert "--learning-rates 0.05,0.2" in failed.err and not WINNER.exists()
@@ -229,7 +245,7 @@ def test_too_little_time_is_an_error_with_how_much_is_needed(cli, trained, monke
     assert not WINNER.exists()
 
 
-@pytest.mark.parametrize(("whole", "within", "decides"), [(2, 1, 1), (5, 2, 1), (8, 3, 2)])
+@pytest.mark.parametrize(("whole", "within", "decides"), [(2, 1, 1), (8, 3, 2)])
 def test_when_time_is_up_the_last_whole_rung_decides(cli, trained, rungs, monkeypatch, whole, within, decides):
     """Of the first rung, two candidates do."""
     rungs(2, 4, 6)
