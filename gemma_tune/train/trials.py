@@ -167,8 +167,6 @@ class Trials:
         trainer.optimizer = None
         trainer.gradients.clear()
         trainer.figures, trainer.tokens_seen, trainer.overflows = LateFigures(trainer.accelerator.device), 0, 0
-        # An error in the middle of an epoch leaves its loader registered as the one that is being read.
-        trainer.accelerator.gradient_state.dataloader_references = [None]
 
     def _remember(self) -> None:
         self._start = [weight.detach().clone() for weight in self._trainer.gradients.weights]

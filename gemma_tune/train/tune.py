@@ -38,6 +38,8 @@ from gemma_tune.train.tuning import Begun, Tuning, read_tuning
 _FREE = ("learning_rate", "rank", "save_steps", "early_stopping", "num_processes", "strategy",
          *same_result(TrainConfig))
 
+_PLANNED = 0.85  # of the time left: a machine is slower at times, and what is left over goes into later rungs
+
 
 def tune(session: Session, settings: TuneConfig | None = None) -> StageReport:
     """Try candidates by successive halving, or go on with that, and write the best of them to ``tune.yaml``.
@@ -169,10 +171,10 @@ def _search(job: _Job, tuning: Tuning) -> None:
 
 def _climb(job: _Job, tuning: Tuning, trials: Any, progress: _Progress) -> None:
     """Rung by rung, as long as there is time and more than one candidate."""
-    left = 60 * job.settings.minutes - tuning.seconds  # of this command, from its beginning
-    deadline = job.started + left
     costs = trials.measure(job.candidates[0])
     tuning.base_loss = trials.base_loss
+    tuning.setup = tuning.setup or time.monotonic() - job.started
+    deadline = time.monotonic() + 60 * job.settings.minutes - tuning.setup - tuning.spent
     number = 0
     while True:
         if number == len(tuning.rungs):
@@ -207,7 +209,7 @@ def _next(job: _Job, tuning: Tuning, costs: Costs, most: int, deadline: float) -
             listener.note("there is no time for a longer rung: what was tried decides")
             return None
         return Begun(rungs[0].steps, alive)
-    count, rungs = plan(job.candidates, left, costs, most)
+    count, rungs = plan(job.candidates, _PLANNED * left, costs, most)
     if not rungs:
         raise _too_short(job, costs, most)
     total = costs.rungs(rungs, len({c.rank for c in job.candidates[:count]}))
@@ -231,11 +233,11 @@ def _try(job: _Job, tuning: Tuning, trials: Any, number: int, deadline: float, p
     for candidate in sorted(waiting, key=lambda c: c.rank != trials.rank):  # making another adapter takes time
         trial = trials.run(candidate, rung.steps, deadline)
         if trial is not None:
-            tuning.trials.append(trial)
+            tuning.add(trial)
             tuning.save(session.run.tuning)
             progress.align(sum(1 for c in waiting if tuning.find(c, rung.steps)) * rung.steps)
         if trials.stop.requested:
-            raise Interrupted(f"stopped; {counted(len(tuning.trials), 'candidate')} tried so far are kept",
+            raise Interrupted(f"stopped; what was tried so far is kept: {counted(len(tuning.trials), 'trial')}",
                               "repeat the same command to go on from there, without --force")
         if trial is None:
             return False
@@ -321,7 +323,7 @@ def _report(job: _Job, tuning: Tuning, status: str) -> StageReport:
     best = ranked[0]
     summary = {"learning_rate": best.learning_rate, "rank": best.rank, "tuned_steps": best.steps,
                "eval_loss_before": tuning.base_loss, "eval_loss_after": best.loss,
-               "candidates": len(tuning.rungs[0].candidates), "rungs": len(tuning.rungs),
+               "candidates": len(tuning.tried(tuning.rungs[0])), "rungs": len(tuning.rungs),
                "trials": [{"learning_rate": t.learning_rate, "rank": t.rank, "rung": number, "steps": t.steps,
                            "eval_loss": t.loss, "seconds": t.seconds, "diverged": tuning.diverged(t)}
                           for number, rung in enumerate(tuning.rungs, start=1) for t in tuning.tried(rung)]}

@@ -50,7 +50,7 @@ def _sentences(tuning: Tuning, ranked: list[Trial]) -> list[str]:
     if len(ranked) > 1:
         close = ranked[1].loss - best.loss < _CLOSE * best.loss
         said[0] += f"; next is {ranked[1].candidate} with {ranked[1].loss:.4f}" + (", hardly worse" if close else "")
-    rates = sorted({candidate.learning_rate for candidate in tuning.rungs[0].candidates})
+    rates = sorted({trial.learning_rate for trial in tuning.tried(tuning.rungs[0])})
     if len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]):
         highest = best.learning_rate == rates[-1]
         further = [best.learning_rate * (2.0 ** n if highest else 0.5 ** n) for n in range(3)]
@@ -72,11 +72,12 @@ def write_results(asked: Session, tuning: Tuning, run: RunDir) -> dict[str, str]
     won = {"learning_rate": best.learning_rate, "rank": best.rank}
     values = {name: plain(value) for name, value in asked.config.as_dict().items() if name in asked.resolved.given}
     sources = {name: ORIGINS.get(asked.resolved.origins[name], "given") for name in values}
-    reason = f"the best of {len(tuning.rungs[0].candidates)}: validation loss {best.loss:.4f}"
+    tried = len(tuning.tried(tuning.rungs[0]))
+    reason = f"the best of {tried}: validation loss {best.loss:.4f}"
     sources |= {"learning_rate": reason, "rank": reason if len({c.rank for c in tuning.candidates}) > 1 else
                 sources.get("rank", ORIGINS["default"])}
     about = ["What `gemma-tune tune` found best; to train with it: gemma-tune train --config PATH-OF-THIS-FILE",
-             f"{counted(len(tuning.rungs[0].candidates), 'candidate')} in {counted(len(tuning.rungs), 'rung')}; "
+             f"{counted(tried, 'candidate')} in {counted(len(tuning.rungs), 'rung')}; "
              f"validation loss {best.loss:.4f} after {counted(rung.steps, 'step')}, {tuning.base_loss:.4f} before"]
     write_atomic(run.tune_settings, settings_file("train", values | won, sources, about).encode())
     _plot(tuning, run)

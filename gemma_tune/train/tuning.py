@@ -52,6 +52,7 @@ class Tuning:
         key: of data, model and settings, without what is tried.
         minutes, candidates: what was asked for.
         base_loss: of the base model, which has to be undercut.
+        setup, spent: seconds before the first trial, and in trials; what goes on does not pay for its setup again.
         ended: whether there is nothing more to try.
     """
 
@@ -61,7 +62,14 @@ class Tuning:
     base_loss: float = math.inf
     rungs: list[Begun] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    setup: float = 0.0
+    spent: float = 0.0
     ended: bool = False
+
+    def add(self, trial: Trial) -> None:
+        """Another candidate was tried."""
+        self.trials.append(trial)
+        self.spent += trial.seconds
 
     def find(self, candidate: Candidate, steps: int) -> Trial | None:
         """What came of it, if it was tried."""
@@ -93,11 +101,6 @@ class Tuning:
                 return rung, found
         return None
 
-    @property
-    def seconds(self) -> float:
-        """In the trials of the rungs."""
-        return sum(trial.seconds for rung in self.rungs for trial in self.tried(rung))
-
     def save(self, path: Path) -> None:
         """Write it atomically."""
         with os_errors(path):
@@ -115,7 +118,8 @@ def read_tuning(path: Path) -> Tuning | None:
         return Tuning(str(content["key"]), float(content["minutes"]), _candidates(content["candidates"]),
                       math.inf if base is None else float(base),
                       [Begun(int(rung["steps"]), _candidates(rung["candidates"])) for rung in content["rungs"]],
-                      [_trial(trial) for trial in content["trials"]], content["ended"] is True)
+                      [_trial(trial) for trial in content["trials"]], float(content["setup"]),
+                      float(content["spent"]), content["ended"] is True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

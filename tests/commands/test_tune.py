@@ -101,11 +101,15 @@ def test_each_trial_is_what_train_would_do(cli, trained, ran):
     assert found[4e-3, 4] == trained_loss(cli, "--config", "s.yaml", "--lr", 4e-3)
 
 
-def test_ranks_are_tried_on_the_same_weights(cli, trained, ran):
+def test_ranks_are_tried_on_the_same_weights(cli, trained, ran, monkeypatch):
+    load, loaded = tune_module.load_model, []
+    monkeypatch.setattr(tune_module, "load_model", lambda *args, **how: loaded.append(load(*args, **how)) or loaded[0])
     done = cli("tune", "--learning-rates", "1e-3,4e-3", "--ranks", "2,4", "--json")
     assert done.code == 0, done.err
     found = by_candidate(done)
     assert [rank for _, rank, _ in ran] == [4, 4, 2, 2], "another adapter is made once"
+    [model] = loaded
+    assert "forward" not in vars(model) and not [name for name, _ in model.named_parameters() if "lora" in name]
     assert found.keys() == {(rate, rank) for rate in (1e-3, 4e-3) for rank in (2, 4)}
     assert found[4e-3, 2] == trained_loss(cli, "--lr", 4e-3, "--rank", 2)
 
@@ -171,7 +175,7 @@ def test_interrupted_it_goes_on(cli, trained, rungs, ran, monkeypatch):
             stop_after(patch, after)
             stopped = cli("tune")
         assert stopped.code == 130, stopped.err
-        assert f"{kept} candidate" in stopped.err and "repeat the same command to go on" in stopped.err
+        assert f"kept: {kept} trial" in stopped.err and "repeat the same command to go on" in stopped.err
         assert len(json.loads(STATE.read_text())["trials"]) == kept and not WINNER.exists()
     assert "going on with a search that was interrupted" in stopped.err
     ran.clear()
