@@ -17,8 +17,9 @@ from gemma_tune.merge.stage import merge
 from gemma_tune.prepare.stage import prepare
 from gemma_tune.run.session import Session, open_session
 from gemma_tune.train.stage import train
+from gemma_tune.train.tune import tune
 
-__all__ = ["IN_ORDER", "Session", "evaluate", "export", "merge", "open_session", "prepare", "train"]
+__all__ = ["IN_ORDER", "Session", "evaluate", "export", "merge", "open_session", "prepare", "train", "tune"]
 
 # The stages of `gemma-tune run`, by their names in the manifest.
 IN_ORDER: dict[str, Callable[[Session], Any]] = {

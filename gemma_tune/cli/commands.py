@@ -107,6 +107,28 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 
 
 @app.command(cls=Command)
+def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: o.Minutes = None,
+         learning_rates: o.LearningRates = None, ranks: o.Ranks = None, valid_sequences: o.ValidSequences = None,
+         batch_size: o.BatchSize = None, epochs: o.Epochs = None, dtype: o.Dtype = None, qlora: o.QLora = None,
+         seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+         config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Find the learning rate, and the rank, that suits the prepared conversations, before a long training.
+
+    Reads what `prepare` wrote. Trains several candidates for a few steps, the better half of them for longer, and so
+    on, within --minutes, and compares their validation losses. Writes tune.yaml, which `train --config` takes,
+    tune.json and logs/tune.png. Interrupted, the same command goes on. The run's adapter stays as it is.
+
+    Example: gemma-tune tune --minutes 20 --ranks 8,32
+    """
+    from gemma_tune.train.tune import tune as stage
+
+    request = Request.of(ctx)
+    settings = request.settings("tune")
+    report = request.run("train", lambda session: stage(session, settings))
+    finish(request, report, (command("train", report.run, "--config", report.artifacts["settings"]),))
+
+
+@app.command(cls=Command)
 def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
          system: o.System = None, base: o.Base = None, merged: o.Merged = None, temperature: o.Temperature = None,
          top_p: o.TopP = None, top_k: o.TopK = None, repetition_penalty: o.RepetitionPenalty = None,

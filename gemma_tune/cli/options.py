@@ -164,6 +164,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what this would do
 ReportTo = Annotated[Optional[list[str]], _of(c.TrainConfig, "report_to", metavar="NAMES", callback=_joined_lower)]
 TrainSeed = Annotated[Optional[int], _of(c.TrainConfig, "seed")]
 
+Minutes = Annotated[Optional[float], _of(c.TuneConfig, "minutes")]
+LearningRates = Annotated[Optional[list[str]], _of(c.TuneConfig, "learning_rates", callback=_joined, metavar="RATES")]
+Ranks = Annotated[Optional[list[str]], _of(c.TuneConfig, "ranks", callback=_joined, metavar="RANKS")]
+ValidSequences = Annotated[Optional[int], _of(c.TuneConfig, "valid_sequences")]
+
 Temperature = Annotated[Optional[float], _of(c.ChatConfig, "temperature", "--temperature", "-t")]
 TopP = Annotated[Optional[float], _of(c.ChatConfig, "top_p")]
 TopK = Annotated[Optional[int], _of(c.ChatConfig, "top_k")]

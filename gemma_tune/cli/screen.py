@@ -72,6 +72,8 @@ LABELS = {
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
     "kept_step": "the adapter is that of step", "adapter_norm": "change of the weights (norm)",
     "divergence_from_base": "divergence from the base model (nats per token)",
+    "learning_rate": "learning rate", "rank": "rank",
+    "tuned_steps": "found best after steps", "candidates": "candidates", "rungs": "rungs",
     "tokens_per_second": "tokens/s", "training_seconds": "seconds in training steps", "device": "device",
     "dtype": "compute type", "effective_batch": "effective batch", "trainable_parameters": "trained parameters",
     "questions": "held-out prompts", "base_ended": "base: answers that end by themselves",

@@ -72,6 +72,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         state = state or state_of(paths, manifest, stage, look)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
+        if stage == "train":
+            where += _settings_files(paths, record)
         if stage == "export-ollama" and record:
             earlier = earlier_formats(paths, manifest, record["summary"].get("quants", {}))
             where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if item['stale'] else ''}"
@@ -86,6 +88,14 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         next_step = f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None)
+
+
+def _settings_files(run: RunDir, record: Mapping[str, Any]) -> str:
+    """The files for ``--config`` that the record does not name: of a training that has not ended, and of `tune`."""
+    named = [item["path"] for item in record.get("outputs", {}).values()]
+    found = [path.name for path in (run.train_settings, run.tune_settings)
+             if run.relative(path) not in named and path.is_file()]
+    return ", ".join([*([""] if named and found else []), *found])
 
 
 def _damage_in_cache(model: Mapping[str, Any]) -> UserError | None:

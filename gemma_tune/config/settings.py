@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -211,21 +212,38 @@ def _kinds(kind: Any) -> tuple[set[type], bool]:
     return {p for p in plain if p is not type(None)}, type(None) in plain
 
 
+def _item(kind: Any) -> type:
+    """What a setting that is a list has in it: text or numbers."""
+    return typing.get_args(kind)[0]
+
+
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list"}
+_SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 
 
 def converted(kind: Any, value: Any) -> Any:
     """A value of the command line or of YAML as a setting of this type holds it, or as it is where that fails."""
     kinds, _ = _kinds(kind)
-    if tuple in kinds and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if tuple in kinds and isinstance(value, str) and value.strip(", "):  # else it is empty, which is refused
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if tuple in kinds:
+        return _listed(_item(kind), value)
     # YAML 1.1 reads 2e-4 (without a dot) as text.
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value
+
+
+def _listed(item: type, value: Any) -> Any:
+    """The same for a setting that is a list."""
+    if isinstance(value, str) and value.strip(", "):  # else it is empty, which is refused
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
+    elif item is not str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        return value
+    if item is int:  # as a command line has them, which are texts
+        return tuple(int(v) if isinstance(v, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", v) else v for v in value)
+    return tuple(converted(item, v) for v in value)
 
 
 def misfit(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
@@ -237,8 +255,10 @@ def misfit(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
         return f"{f.name}: is empty"
     if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
         return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
-    if isinstance(value, tuple) and (other := [v for v in value if not isinstance(v, str)]):
-        return f"{f.name}: expected a list of text, found {shown(other[0])} in it"
+    if isinstance(value, tuple):
+        item = _item(kind)
+        other = [v for v in value if not isinstance(v, item) or isinstance(v, bool)]
+        return f"{f.name}: expected a list of {_SEVERAL[item]}, found {shown(other[0])} in it" if other else None
     return None
 
 
@@ -246,20 +266,21 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
     """What is wrong with the value of a setting of this type; None if nothing is."""
     if (problem := misfit(f, kind, value)) or value is None:
         return problem
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{f.name}: {value} is not a finite number"
+    singles = value if isinstance(value, tuple) else (value,)
+    if other := [single for single in singles if isinstance(single, float) and not math.isfinite(single)]:
+        return f"{f.name}: {other[0]} is not a finite number"
     if not (f.metadata.get("prose") or f.metadata.get("files")) and (problem := no_name(value)):
         return f"{f.name}: {problem}"
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
-    for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
-        if single not in choices:
+    for single in singles:
+        if choices and single not in choices:
             return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{near(str(single), choices)}"
-    if isinstance(value, str):  # a setting that takes text as well as a number
-        return None
-    if least is not None and value < least:
-        return f"{f.name}: {shown(value)} is below the least possible {_limit(least)}"
-    if most is not None and value > most:
-        return f"{f.name}: {shown(value)} is above the largest possible {_limit(most)}"
+        if isinstance(single, str):  # a setting that takes text as well as a number
+            continue
+        if least is not None and single < least:
+            return f"{f.name}: {shown(single)} is below the least possible {_limit(least)}"
+        if most is not None and single > most:
+            return f"{f.name}: {shown(single)} is above the largest possible {_limit(most)}"
     return None
 
 

@@ -273,6 +273,20 @@ class TrainConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class TuneConfig(StageConfig):
+    """Settings of ``tune``; those of its trainings are :class:`TrainConfig`'s."""
+
+    section: ClassVar[str] = "tune"
+    minutes: float = option(10.0, "Time for everything; fewer minutes try less.", least=0.01, most=100_000.0)
+    learning_rates: tuple[float, ...] = option((), "Learning rates to try, separated by commas.", least=1e-9, most=1.0,
+                                               auto="a quarter of that of train, a half, once, twice, four times")
+    ranks: tuple[int, ...] = option((), "LoRA ranks to try, separated by commas, each with every learning rate.",
+                                    least=1, most=1024, auto="the rank of train")
+    valid_sequences: int = option(200, "Validation sequences that candidates are compared by, at most.", least=1,
+                                  most=1_000_000)
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How an answer is drawn; fields that are None follow the base model's own generation settings."""
 
@@ -391,7 +405,7 @@ class ExportConfig(StageConfig):
 
 
 CONFIGS: dict[str, type[StageConfig]] = {
-    c.section: c for c in (PrepareConfig, TrainConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
+    c.section: c for c in (PrepareConfig, TrainConfig, TuneConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes

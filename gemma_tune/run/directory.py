@@ -13,12 +13,13 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import PACKAGE, fingerprint
 from gemma_tune.base.words import model_name, nearest
+from gemma_tune.config.stages import load_yaml
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
-        "*_lora_merged", "adapter-*", "report.md", "answers.json")
+        "*_lora_merged", "adapter-*", "report.md", "answers.json", "train.yaml", "tune.yaml", "tune.json")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 
@@ -90,6 +91,25 @@ class RunDir:
     def worse_adapter(self) -> Path:
         """The adapter of a training that raised the loss; no stage reads it."""
         return self.root / f"{self.model_name}_lora_adapter_worse"
+
+    @property
+    def train_settings(self) -> Path:
+        """Every setting of the training that began last, as a file for ``--config``."""
+        return self.root / "train.yaml"
+
+    @property
+    def tune_settings(self) -> Path:
+        """The settings that won in ``tune``, as a file for ``--config``."""
+        return self.root / "tune.yaml"
+
+    @property
+    def tuning(self) -> Path:
+        """What ``tune`` has tried so far."""
+        return self.root / "tune.json"
+
+    @property
+    def tune_plot(self) -> Path:
+        return self.root / "logs" / "tune.png"
 
     @property
     def merged(self) -> Path:
@@ -167,6 +187,21 @@ def find_run(run: str | None, model_id: str | None) -> Path:
         raise UserError(f"there is no run under {RUNS}/ yet", "start one: gemma-tune prepare YOUR.jsonl "
                                                               "--model google/gemma-3-270m-it")
     return runs[-1].parent
+
+
+def read_settings(path: Path, run: Any, model: Any) -> dict[str, Any]:
+    """What a ``--config`` file holds. One that lies in a run directory, as ``train.yaml`` does, is about that run,
+    unless another one or a model is named, there or here.
+
+    Args:
+        run, model: as they were given to the command; None where they were not.
+
+    Raises:
+        UserError: see :func:`gemma_tune.config.stages.load_yaml`.
+    """
+    content = load_yaml(path)
+    named = run or model or content.get("run") or content.get("model")
+    return content if named or not (path.parent / "manifest.json").is_file() else content | {"run": str(path.parent)}
 
 
 def command(stage: str, root: Path, *flags: str) -> str:

@@ -37,8 +37,8 @@ NEEDS: dict[str, dict[str, tuple[str, str]]] = {
 
 OUTSIDE = "outside_"  # before the name of an input that comes from outside the run instead of from another stage
 
-# Outputs that no stage reads and people work on: rejected rows are there to be repaired.
-FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report")
+# Outputs that no stage reads and people work on: rejected rows are there to be repaired, settings to be changed.
+FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report", "training_settings")
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
 class StopRequest(TrainerCallback):
     """First Ctrl-C or SIGTERM: save at the step's end and leave, all processes together. A second one stops at once."""
 
+    said = "stopping after this step and saving it; press Ctrl-C again to stop at once"
+
     def __init__(self, listener: Listener):
         self.listener, self.requested = listener, False
         self._previous: dict[int, Any] = {}
@@ -139,7 +141,7 @@ class StopRequest(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.listener.warn("stopping after this step and saving it; press Ctrl-C again to stop at once")
+        self.listener.warn(self.said)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.requested = processes.any_of(self.requested)

@@ -74,16 +74,31 @@ def _name_for_others(model: Any, session: Session) -> None:
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Training and validation loss over the steps, as a PNG."""
+    draw(path, [(label, style, [(r["step"], r[name]) for r in records if name in r])
+                for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--"))],
+         "step", "loss (nats per trained token)")
+
+
+def draw(path: Path, lines: Sequence[tuple[str, str, Sequence[tuple[Any, Any]]]], along: str, up: str, *,
+         logarithmic: bool = False) -> None:
+    """Lines as a PNG.
+
+    Args:
+        lines: name, matplotlib's style, and points of each; without points it is left out.
+        along, up: what the axes are called.
+        logarithmic: the axis along.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4))  # without a layout that is found by drawing everything twice
     axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-        points = [(r["step"], r[name]) for r in records if name in r]
+    for label, style, points in lines:
         if points:
             axes.plot(*zip(*points), style, label=label, linewidth=1.5)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.set(xlabel=along, ylabel=up)
+    if logarithmic:
+        axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     FigureCanvasAgg(figure).print_png(path)

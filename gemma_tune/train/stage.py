@@ -38,6 +38,7 @@ from gemma_tune.train.going_on import as_finished, begin, continuation, keep_wha
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
+from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import name_no_place, plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
@@ -108,7 +109,7 @@ def _with_batch_size(session: Session, rows: int) -> Session:
         return session
     size, reason = proposed(rows, session.config, best_device())
     session.listener.detail("batch", reason)
-    return replace(session, resolved=session.resolved.but({"batch_size": size}, {}))
+    return replace(session, resolved=session.resolved.but({"batch_size": size}, {"batch_size": {"from": AUTO}}))
 
 
 def _took_long(summary: Mapping[str, Any]) -> str | None:
@@ -144,7 +145,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """All that the processes of one training have to agree on.
 
     Args:
@@ -194,10 +195,11 @@ def _train(session: Session, go_on: bool) -> Finished:
     hashing.shutdown(wait=False)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     adapter = session.run.adapter
-    return Finished({"adapter": adapter}, _work(job, sound.result), {adapter: fresh_path(adapter)})
+    outputs = {"adapter": adapter, "training_settings": session.run.train_settings}
+    return Finished(outputs, _work(job, sound.result), {adapter: fresh_path(adapter)})
 
 
-def _decide(session: Session, startup: Startup, go_on: bool) -> _Job:
+def _decide(session: Session, startup: Startup, go_on: bool) -> Job:
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
@@ -217,7 +219,7 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> _Job:
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
-    return _Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup)
+    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup)
 
 
 def _format(session: Session) -> ChatFormat:
@@ -226,7 +228,7 @@ def _format(session: Session) -> ChatFormat:
     return load_format(session.model.path, session.model.config["model_type"], thinking)
 
 
-def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
+def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
     from gemma_tune.train.best import Best
@@ -256,9 +258,12 @@ def _work(job: _Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model)
+    settings = SettingsRecord(session, job.placement, job.choice)
+    settings.begin()
     job.startup.done("adapter")
     with stop, reports:
         summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
+    settings.end(trainer)
     if processes.is_main():
         plot(log.records, run.plot)
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
@@ -305,7 +310,7 @@ def _fit(session: Session, longest: int, placement: Placement, before: int = 0,
     return shape, choose(shape, session.config, longest, placement.device, room)
 
 
-def _trainer(job: _Job, model, chat, train_rows, valid_rows, steps, callbacks):
+def _trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks):
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.lora.dora import start_from_base

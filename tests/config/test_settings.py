@@ -218,11 +218,13 @@ def test_numbers_are_finite_on_the_command_line(cli, value):
 def test_values_of_another_kind_are_refused(cls, f):
     wrong = {"tuple": [3, True, {"a": 1}, [1, 2], ["a", None]], "str": [3, 0.5, True, ["a"]], "bool": [1, 0, "yes", 0.5],
              "int": [True, False, 1.5, "7", [1]], "float": [True, False, "fast", [1.0]],
+             "int or tuple": [True, {"a": 1}, [1, 2.5], ["a"], [True], "1.5"],
+             "float or tuple": [True, {"a": 1}, ["a"], [1, None], [True], "fast"],
              "int or str": [True, False, 1.5, [1], ["auto"], {"a": 1}],
              "float or str": [True, False, [1.0], ["a"], {"a": 1}], "bool or str": [1, 0.5, ["a"], {"a": 1}]}
-    names = {"tuple": "a list", "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number",
+    names = {"tuple": "a list", "int or tuple": "a list", "float or tuple": "a list", "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number",
              "int or str": "a whole number or text", "float or str": "a number or text", "bool or str": "text or true or false"}
-    kind = "tuple" if "tuple" in kinds(f) else " or ".join(sorted(kinds(f) - {"None"}))
+    kind = "tuple" if kinds(f) == {"tuple", "str"} else " or ".join(sorted(kinds(f) - {"None"}))
     for value in wrong[kind]:
         [problem] = problems(cls, **{f.name: value})
         assert problem.startswith(f"{f.name}: expected {names[kind]}")

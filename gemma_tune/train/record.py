@@ -1,0 +1,91 @@
+"""``train.yaml``: what a training was told and what it chose itself, as a settings file that trains the same again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_tune import __version__
+from gemma_tune.base.files import os_errors, write_atomic
+from gemma_tune.base.versions import library_versions
+from gemma_tune.base.words import counted
+from gemma_tune.config.settings import in_words, same_result
+from gemma_tune.config.settings_file import ORIGINS, settings_file
+from gemma_tune.config.stages import AUTO, TrainConfig
+from gemma_tune.models.placement import Placement
+from gemma_tune.run.session import Session
+from gemma_tune.train import processes
+from gemma_tune.train.memory import BatchChoice
+
+_MADE_HERE = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class SettingsRecord:
+    """A training's settings, as far as they are known when its first step begins; of several processes the main one
+    writes them."""
+
+    session: Session
+    placement: Placement
+    choice: BatchChoice
+
+    def begin(self) -> None:
+        """Write them, and say those that are no defaults."""
+        if not processes.is_main():
+            return
+        values, sources = self._resolved(None, self.session.config.compile)
+        self._write(values, sources)
+        told = [f"{in_words({name: value})} ({sources[name].split(':')[0]})" for name, value in values.items()
+                if value is not None and name not in same_result(TrainConfig) and sources[name] != ORIGINS["default"]]
+        self.session.listener.note(f"settings: {', '.join(told) or 'all are defaults'}; every one of them is in "
+                                   f"{self.session.run.train_settings}")
+
+    def end(self, trainer: Any) -> None:
+        """Write them again where the training had to take others on its way: when memory ran out, or compiling did not
+        help."""
+        if processes.is_main() and (trainer.micro_batch, trainer.compiled) != (
+                self.choice.micro_batch, self.session.config.compile):
+            self._write(*self._resolved(trainer.micro_batch, trainer.compiled))
+
+    def _resolved(self, micro_batch: int | None, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
+        """Every setting's value, and what is said of it. What stays None follows the device and changes no result."""
+        config = self.session.config
+        values = config.as_dict()
+        chosen = {"dtype": (self.placement.short, self.placement.reason),
+                  "micro_batch": (micro_batch or self.choice.micro_batch, self.choice.reason),
+                  "activation_checkpointing": (self.choice.checkpointing, self.choice.reason),
+                  "compile": (compiled, "compiled layers did not serve here")}
+        sources = {name: ORIGINS.get(origin, origin) for name, origin in self.session.resolved.origins.items()}
+        for name, (value, reason) in chosen.items():
+            if values[name] != value:
+                given = values[name] not in (None, AUTO)
+                sources[name] = f"{ORIGINS[AUTO]}: {f'{values[name]} was asked for, ' if given else ''}{reason}"
+                values[name] = value
+        if not values["target_modules"]:
+            values["target_modules"] = "all"
+        return values, sources
+
+    def _write(self, values: dict[str, Any], sources: dict[str, str]) -> None:
+        path = self.session.run.train_settings
+        with os_errors(path):
+            write_atomic(path, settings_file("train", values, sources, self._about()).encode())
+
+    def _about(self) -> list[str]:
+        model = self.session.model
+        outputs = self.session.manifest.stages["prepare"]["outputs"]
+        installed = library_versions()
+        return [
+            "Every setting of this training, with where its value came from. The same adapter again, on a CPU bit for",
+            "bit, from the same data and base model, with these versions and as many threads:",
+            "  gemma-tune train --force --config PATH-OF-THIS-FILE",
+            f"base model: {model.id}{f' at {model.revision}' if model.revision else ''}",
+            f"tokens: sha256 {outputs['tokens']['sha256']}",
+            f"computed on {self.placement.device} with {_threads()}",
+            ", ".join([f"gemma-tune {__version__}",
+                       *(f"{name} {installed[name]}" for name in _MADE_HERE if name in installed)])]
+
+
+def _threads() -> str:
+    import torch
+
+    return counted(torch.get_num_threads(), "thread")

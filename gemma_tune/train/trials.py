@@ -1,0 +1,222 @@
+"""Short trainings one after the other on one loaded model: each begins with the adapter as a training would.
+
+What runs is ``train``'s own trainer, with its batches, labels, optimiser and schedule, so that a candidate is judged by
+what it would do there. What takes time only once, faster layers, the longest batch, captured steps, is kept for all
+candidates of one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DefaultFlowCallback, TrainerCallback
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.models.load import out_of_memory
+from gemma_tune.models.placement import Placement
+from gemma_tune.run.session import Session
+from gemma_tune.train.callbacks import StopRequest
+from gemma_tune.train.checkpoints import Training
+from gemma_tune.train.halving import Candidate, Costs
+from gemma_tune.train.late import LateFigures
+from gemma_tune.train.memory import BatchChoice
+from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
+from gemma_tune.train.stage import Job, _trainer
+from gemma_tune.train.startup import Startup
+from gemma_tune.train.tuning import Trial
+
+_TIMED = 3  # steps by which the time of all others is estimated
+
+
+class StopTrial(StopRequest):
+    """First Ctrl-C or SIGTERM: leave at the step's end; what was tried before is kept."""
+
+    said = "stopping after this step; what was tried so far is kept; press Ctrl-C again to stop at once"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or self.requested
+        return control
+
+
+class TrialLog(TrainerCallback):
+    """The validation losses of a trial by step, and its end where time is up.
+
+    Args:
+        told: is called after each step.
+    """
+
+    def __init__(self, told: Callable[[], None]):
+        self.told = told
+        self.begin(math.inf)
+
+    def begin(self, deadline: float) -> None:
+        """A trial begins, which ends when ``time.monotonic()`` has passed ``deadline``."""
+        self.losses: dict[int, float] = {}
+        self.deadline = deadline
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.told()
+        control.should_training_stop = control.should_training_stop or time.monotonic() > self.deadline
+        return control
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.losses[state.global_step] = metrics["eval_loss"]
+
+
+class Trials:
+    """A context manager; afterwards the model is without an adapter.
+
+    Args:
+        session: whose settings are those of a training by one process; checkpoints would lie in its run.
+        model: the base, loaded.
+        rows: training and validation sequences.
+        start: directory of the adapter that each candidate starts from; None where that is zero.
+        told: is called after each step.
+    """
+
+    def __init__(self, session: Session, model: Any, chat: ChatFormat, rows: tuple[Any, Any], placement: Placement,
+                 choice: BatchChoice, start: Path | None, stop: StopTrial, told: Callable[[], None]):
+        self.session, self.model, self.chat, self.rows = session, model, chat, rows
+        self.placement, self.choice, self.stop, self.log = placement, choice, stop, TrialLog(told)
+        self.start = start
+        self.steps = total_steps(len(rows[0]), session.config)
+        self.base_loss = math.nan
+        self._trainer: Any = None
+        self.rank = 0
+        self._layers = contextlib.ExitStack()
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def measure(self, candidate: Candidate) -> Costs:
+        """Take the time of an evaluation, which also gives ``base_loss``, and of a few steps."""
+        change = self._use(candidate.rank)
+        trainer, config = self._trainer, self.session.config
+        began = time.perf_counter()
+        with _memory_errors():
+            self.base_loss = trainer.evaluate()["eval_loss"]
+        evaluation = time.perf_counter() - began
+        self._remember()
+        began = time.perf_counter()
+        with contextlib.suppress(WorkFailed):  # a rate that diverges at once is found out when its turn comes
+            self._train(candidate, min(_TIMED, self.steps), math.inf)
+        took = time.perf_counter() - began - len(self.log.losses) * evaluation
+        lengths = trainer.lengths[0]
+        usual = min(len(lengths), config.effective_batch) * float(sum(lengths)) / len(lengths)
+        # The first step has the longest rows of all.
+        step = took * usual / trainer.tokens_seen if trainer.tokens_seen else took
+        return Costs(max(step, 1e-4), evaluation, config.eval_steps or steps_per_epoch(len(lengths), config), change)
+
+    def run(self, candidate: Candidate, steps: int, deadline: float = math.inf) -> Trial | None:
+        """Train a candidate for so many steps; None where it was ended before.
+
+        Args:
+            deadline: of ``time.monotonic()``.
+
+        Raises:
+            UserError: out of memory.
+        """
+        began, reason, loss = time.perf_counter(), "", None
+        self._use(candidate.rank)
+        try:
+            self._train(candidate, steps, deadline)
+            if self._trainer.state.global_step < steps:
+                return None
+            if steps not in self.log.losses:
+                self._trainer.evaluate()
+            loss = self._loss()
+        except WorkFailed as e:  # loss or gradient is not finite
+            reason = e.message
+        seconds = round(time.perf_counter() - began, 3)
+        if loss is not None and not math.isfinite(loss):
+            loss, reason = None, f"the validation loss is {loss}"
+        return Trial(candidate.learning_rate, candidate.rank, steps, loss, seconds, reason)
+
+    def _loss(self) -> float:
+        """That of the adapter which a training would keep."""
+        losses = [loss for step, loss in sorted(self.log.losses.items()) if step]
+        return min(losses) if self.session.config.keep == "best" else losses[-1]
+
+    def _train(self, candidate: Candidate, steps: int, deadline: float) -> None:
+        trainer, config = self._trainer, self.session.config
+        self._restart()
+        trainer.args.learning_rate, trainer.args.max_steps = candidate.learning_rate, steps
+        trainer.rate = lambda step: rate_at(step, steps, config)
+        self.log.begin(deadline)
+        with _memory_errors():
+            trainer.train()
+
+    def _restart(self) -> None:
+        """As it was before the first step, whatever came of the candidate before."""
+        trainer = self._trainer
+        with torch.no_grad():
+            for weight, start in zip(trainer.gradients.weights, self._start):
+                weight.copy_(start)
+        torch.random.set_rng_state(self._random)
+        if self.placement.device == "cuda":
+            torch.cuda.set_rng_state(self._random_of_gpu)
+        trainer.optimizer = None
+        trainer.gradients.clear()
+        trainer.figures, trainer.tokens_seen, trainer.overflows = LateFigures(trainer.accelerator.device), 0, 0
+
+    def _remember(self) -> None:
+        self._start = [weight.detach().clone() for weight in self._trainer.gradients.weights]
+        self._random = torch.random.get_rng_state()
+        if self.placement.device == "cuda":
+            self._random_of_gpu = torch.cuda.get_rng_state()
+
+    # ---- one trainer for all candidates of a rank --------------------------------------------------------------------
+
+    def _use(self, rank: int) -> float:
+        """Have an adapter of this rank; returns the seconds that it took to make it."""
+        if rank == self.rank:
+            return 0.0
+        began = time.perf_counter()
+        self._release()
+        session = replace(self.session, resolved=self.session.resolved.but({"rank": rank}, {}))
+        job = Job(session, Training("", "", {}, ""), None, self.start, self.placement, self.choice, [], Startup())
+        self._trainer = trainer = _trainer(job, self.model, self.chat, *self.rows, self.steps, (self.log, self.stop))
+        # Nothing is written of a trial, and nobody else is told of it.
+        ours = (DefaultFlowCallback, TrialLog, StopTrial)
+        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ours)]
+        trainer.args.save_strategy = "no"
+        with _memory_errors():
+            self._layers.enter_context(trainer.fast(captured=session.config.cuda_graphs))
+        self.rank = rank
+        self._remember()
+        return time.perf_counter() - began
+
+    def _release(self) -> None:
+        """Take the adapter off the model again."""
+        self._layers.close()
+        if self._trainer is None:
+            return
+        self.model = self._trainer.model.unload()
+        vars(self.model).pop("forward", None)  # which TRL and we have put there
+        self._trainer, self.rank = None, 0
+        gc.collect()
+        if self.placement.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _memory_errors():
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise out_of_memory(e) from e
+        raise

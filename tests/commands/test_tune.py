@@ -1,0 +1,297 @@
+"""``tune``: what it compares is what ``train`` would do, nothing tried is lost, and the run stays as it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.config.stages import load_yaml
+from gemma_tune.train import results, tune_report
+from gemma_tune.train import trials as trials_module
+from gemma_tune.train import tune as tune_module
+from gemma_tune.train.halving import Costs, Rung
+from gemma_tune.train.trainer import GemmaTrainer
+from gemma_tune.train.trials import StopTrial, TrialLog, Trials
+from support.command import rows, write_rows
+
+RUN = Path("runs/tiny-gemma")
+STATE, WINNER = RUN / "tune.json", RUN / "tune.yaml"
+RATES = ("--learning-rates", "1e-5,5e-3,1e-3")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without what takes most of the time here: pictures, and looking for garbage before each training."""
+    monkeypatch.setattr(tune_report, "draw", lambda path, *_, **__: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The trials that were run, as (learning rate, rank, steps)."""
+    found, run = [], Trials.run
+
+    def noted(self, candidate, steps, deadline=math.inf):
+        found.append((candidate.learning_rate, candidate.rank, steps))
+        return run(self, candidate, steps, deadline)
+
+    monkeypatch.setattr(Trials, "run", noted)
+    return found
+
+
+@pytest.fixture
+def rungs(monkeypatch):
+    """The plan: rungs of so many steps, whatever the time."""
+    def plan(*steps):
+        monkeypatch.setattr(tune_module, "plan", lambda candidates, *_: (len(candidates), [Rung(len(candidates), steps[0])]))
+        monkeypatch.setattr(tune_module, "plan_rungs", lambda count, *_, least, **__: [
+            Rung(count, s) for s in steps if s >= least][:1])
+    return plan
+
+
+def trained_loss(cli, *flags) -> float:
+    done = cli("train", *flags, "--force", "--json")
+    assert done.code == 0, done.err
+    return done.json["summary"]["eval_loss_after"]
+
+
+def by_candidate(result) -> dict[tuple[float, int], float]:
+    return {(t["learning_rate"], t["rank"]): t["eval_loss"] for t in result.json["summary"]["trials"]}
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+def test_the_best_rate_is_written_for_train_and_the_run_stays_as_it_is(cli, trained, monkeypatch):
+    monkeypatch.setattr(tune_report, "draw", results.draw)
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    done = cli("tune", *RATES, "--json")
+    assert done.code == 0, done.err
+    assert {path: path.read_bytes() for path in before} == before
+    losses = by_candidate(done)
+    best = min(losses, key=losses.__getitem__)
+    assert len(losses) == 3 and best == (5e-3, 4), "the case itself"
+    summary = done.json["summary"]
+    assert (summary["learning_rate"], summary["rank"]) == best and summary["eval_loss_after"] == losses[best]
+    settings = load_yaml(WINNER)["train"]
+    assert settings["learning_rate"] == 5e-3 and settings["rank"] == 4 and settings["epochs"] == 1, "what was given stays"
+    assert "seed" not in settings, "and what was not is left to the defaults"
+    assert (RUN / "logs" / "tune.png").read_bytes().startswith(b"\x89PNG")
+    assert "the best is learning rate 0.005, rank 4" in done.err and "it has the highest learning rate" in done.err
+    [step] = done.json["next"]
+    assert step == "gemma-tune train --run runs/tiny-gemma --config runs/tiny-gemma/tune.yaml" and step in done.err
+    # As long as the training itself, the trial was that training.
+    again = cli("train", "--config", WINNER, "--json")
+    assert again.code == 0, again.err
+    assert again.json["summary"]["eval_loss_after"] == losses[best]
+    assert again.json["summary"]["eval_loss_before"] == summary["eval_loss_before"]
+    assert "tune.yaml" in cli("status").err
+
+
+def test_each_trial_is_what_train_would_do(cli, trained, ran):
+    """The second one, too, which begins where the first did, with the same random numbers."""
+    Path("s.yaml").write_text("train: {dora: true, dropout: 0.1, epochs: 2, eval_steps: 2}\n")
+    found = by_candidate(cli("tune", "--learning-rates", "1e-3,4e-3", "--config", "s.yaml", "--json"))
+    assert ran == [(1e-3, 4, 6), (4e-3, 4, 6)]
+    assert found[4e-3, 4] == trained_loss(cli, "--config", "s.yaml", "--lr", 4e-3)
+
+
+def test_ranks_are_tried_on_the_same_weights(cli, trained, ran, monkeypatch):
+    load, loaded = tune_module.load_model, []
+    monkeypatch.setattr(tune_module, "load_model", lambda *args, **how: loaded.append(load(*args, **how)) or loaded[0])
+    done = cli("tune", "--learning-rates", "1e-3,4e-3", "--ranks", "2,4", "--json")
+    assert done.code == 0, done.err
+    found = by_candidate(done)
+    assert [rank for _, rank, _ in ran] == [4, 4, 2, 2], "another adapter is made once"
+    [model] = loaded
+    assert "forward" not in vars(model) and not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert found.keys() == {(rate, rank) for rate in (1e-3, 4e-3) for rank in (2, 4)}
+    assert found[4e-3, 2] == trained_loss(cli, "--lr", 4e-3, "--rank", 2)
+
+
+def test_several_processes_become_one_that_learns_from_as_many_rows(cli, trained):
+    Path("s.yaml").write_text("train: {num_processes: 2, batch_size: 2}\n")
+    found = by_candidate(cli("tune", "--learning-rates", "1e-3,4e-3", "--config", "s.yaml", "--json"))
+    assert found[4e-3, 4] == trained_loss(cli, "--lr", 4e-3, "--batch-size", 2, "--accumulation", 2)
+    assert load_yaml(WINNER)["train"]["num_processes"] == 2 and "accumulation" not in load_yaml(WINNER)["train"]
+
+
+def test_validation_is_of_so_many_sequences_spread_over_all(cli, tiny, tmp_path, monkeypatch):
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(24)), "--model", tiny, "--valid", 9).code == 0
+    seen = []
+    monkeypatch.setattr(GemmaTrainer, "evaluate", lambda self: seen.append(
+        (self.eval_dataset[:]["input_ids"], list(self.lengths[1]), list(self.trained[1]))) or (_ for _ in ()).throw(WorkFailed("x")))
+    assert cli("tune", "--valid-sequences", 3, "--dtype", "fp32").code == 1
+    [(ids, lengths, trained)] = seen
+    from gemma_tune.encoding.tokens import open_tokens
+
+    every = open_tokens(RUN / "data" / "tokens" / "valid.arrow")[:]["input_ids"]
+    assert len(every) == 9 and [list(row) for row in ids] == [list(every[n]) for n in (0, 4, 8)]
+    assert lengths == [len(row) for row in ids] and all(0 < count < n for count, n in zip(trained, lengths))
+
+
+# ---- rungs -----------------------------------------------------------------------------------------------------------
+
+def test_the_better_half_goes_on_for_longer(cli, trained, rungs, ran):
+    rungs(1, 2, 3)
+    done = cli("tune", "--json")
+    assert done.code == 0, done.err
+    trials = done.json["summary"]["trials"]
+    assert [(t["rung"], t["steps"]) for t in trials] == [(1, 1)] * 5 + [(2, 2)] * 3 + [(3, 3)] * 2
+    for rung in (1, 2):
+        here = sorted((t for t in trials if t["rung"] == rung), key=lambda t: t["eval_loss"])
+        on = {t["learning_rate"] for t in trials if t["rung"] == rung + 1}
+        assert on == {t["learning_rate"] for t in here[:-(-len(here) // 2)]}
+    last = [t for t in trials if t["rung"] == 3]
+    assert done.json["summary"]["learning_rate"] == min(last, key=lambda t: t["eval_loss"])["learning_rate"]
+    assert done.err.count("best") >= 2 and "rung" in done.err
+    assert len(ran) == 10
+    again = cli("tune", "--json")
+    assert again.json["status"] == "up-to-date" and again.json["summary"] == done.json["summary"] and len(ran) == 10
+
+
+def stop_after(monkeypatch, trials: int) -> None:
+    """As if Ctrl-C came in the trial after so many."""
+    plain, run, count = StopTrial.on_step_end, Trials.run, []
+    monkeypatch.setattr(Trials, "run", lambda self, *args: count.append(0) or run(self, *args))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.requested = self.requested or len(count) > trials
+        return plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopTrial, "on_step_end", on_step_end)
+
+
+def test_interrupted_it_goes_on(cli, trained, rungs, ran, monkeypatch):
+    """In the first rung, and in the second."""
+    rungs(2, 3)
+    for after, kept in ((1, 1), (5, 6)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, after)
+            stopped = cli("tune")
+        assert stopped.code == 130, stopped.err
+        assert f"kept: {kept} trial" in stopped.err and "repeat the same command to go on" in stopped.err
+        assert len(json.loads(STATE.read_text())["trials"]) == kept and not WINNER.exists()
+    assert "going on with a search that was interrupted" in stopped.err
+    ran.clear()
+    done = cli("tune", "--json")
+    assert done.code == 0 and len(ran) == 2
+    ours, whole = done.json["summary"], cli("tune", "--force", "--json").json["summary"]
+    assert len(ran) == 2 + 8
+    assert [t | {"seconds": 0} for t in ours["trials"]] == [t | {"seconds": 0} for t in whole["trials"]]
+    assert ours["learning_rate"] == whole["learning_rate"]
+
+
+def test_other_data_or_settings_start_anew_and_what_was_tried_of_the_same_is_kept(cli, trained, rungs, ran):
+    rungs(1)
+    tried = ("--learning-rates", "1e-3,2e-3")
+    assert cli("tune", *tried).code == 0
+    ran.clear()
+    more = cli("tune", "--learning-rates", "1e-3,2e-3,4e-3")
+    assert more.code == 0 and [rate for rate, *_ in ran] == [4e-3], "the same training for the same steps"
+    ran.clear()
+    other = cli("tune", *tried, "--batch-size", 2)
+    assert "this one starts anew" in other.err and len(ran) == 2
+    STATE.write_text(STATE.read_text()[:-40])
+    ran.clear()
+    assert cli("tune", *tried, "--batch-size", 2).code == 0 and len(ran) == 2, "what cannot be read is tried again"
+
+
+# ---- candidates that fail --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Rates from 0.5 on climb up the loss, and at 0.001 the second step's gradient is not finite; how often it was."""
+    finish, spoiled = GemmaTrainer._finish_gradients, []
+
+    def spoil(self, most):
+        for weight in self.gradients.weights if self.args.learning_rate >= 0.5 else ():
+            weight.grad.neg_()
+        if self.args.learning_rate == 1e-3 and self.state.global_step == 1:
+            self.gradients.weights[0].grad.fill_(math.inf)
+            spoiled.append(self)
+        return finish(self, most)
+
+    monkeypatch.setattr(GemmaTrainer, "_finish_gradients", spoil)
+    return spoiled
+
+
+def test_what_diverges_drops_out_and_leaves_no_trace(cli, trained, faulty):
+    done = cli("tune", "--learning-rates", "1e-3,4e-3,0.9", "--json")
+    assert done.code == 0 and faulty, done.err
+    found = {t["learning_rate"]: t for t in done.json["summary"]["trials"]}
+    assert found[1e-3]["eval_loss"] is None and found[1e-3]["diverged"]
+    assert found[0.9]["diverged"] and found[0.9]["eval_loss"] > done.json["summary"]["eval_loss_before"]
+    assert "diverged: the gradient of" in done.err and "diverged: above the loss before training" in done.err
+    assert done.json["summary"]["learning_rate"] == 4e-3
+    assert found[4e-3]["eval_loss"] == trained_loss(cli, "--lr", 4e-3)
+
+
+def test_where_nothing_helps_it_is_an_error_that_says_what_to_try(cli, trained, faulty):
+    failed = cli("tune", "--learning-rates", "0.5,0.9")
+    assert failed.code == 1 and "no candidate lowered the validation loss" in failed.err
+    assert "--learning-rates 0.05,0.2" in failed.err and not WINNER.exists()
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+def test_too_little_time_is_an_error_with_how_much_is_needed(cli, trained, monkeypatch):
+    monkeypatch.setattr(trials_module.Trials, "measure", lambda self, candidate: Costs(30.0, 0.0, 100))
+    failed = cli("tune", "--minutes", 2)
+    assert failed.code == 2 and "--minutes 2 is too short to try two candidates" in failed.err
+    minutes = float(re.search(r"tune --run runs/tiny-gemma --minutes ([0-9.]+)", failed.err)[1])
+    assert 3 <= minutes < 5, "two candidates of three steps of half a minute"
+    assert not WINNER.exists()
+
+
+@pytest.mark.parametrize(("whole", "within", "decides"), [(2, 1, 1), (8, 3, 2)])
+def test_when_time_is_up_the_last_whole_rung_decides(cli, trained, rungs, monkeypatch, whole, within, decides):
+    """Of the first rung, two candidates do."""
+    rungs(2, 4, 6)
+    begin, begun = TrialLog.begin, []
+
+    def late(self, deadline):
+        begun.append(deadline)
+        begin(self, -math.inf if len(begun) > whole + 2 else deadline)  # one is the log's own, one takes the time
+
+    monkeypatch.setattr(TrialLog, "begin", late)
+    done = cli("tune", "--batch-size", 2, "--json")
+    assert done.code == 0, done.err
+    assert f"time is up within rung {within}" in done.err
+    trials = done.json["summary"]["trials"]
+    assert len(trials) == whole
+    best = min((t for t in trials if t["rung"] == decides), key=lambda t: t["eval_loss"])
+    assert (done.json["summary"]["learning_rate"], done.json["summary"]["tuned_steps"]) == (best["learning_rate"], best["steps"])
+    assert cli("tune", "--batch-size", 2, "--json").json["status"] == "up-to-date"
+
+
+def test_a_first_rung_that_there_was_no_time_for_is_an_error(cli, trained, rungs, monkeypatch):
+    rungs(3)
+    monkeypatch.setattr(Trials, "run", lambda *_: None)
+    failed = cli("tune")
+    assert failed.code == 2 and "is too short to try two candidates" in failed.err
+
+
+# ---- what is needed --------------------------------------------------------------------------------------------------
+
+def test_what_is_missing_is_said_before_any_work(cli, tiny, data, monkeypatch):
+    monkeypatch.setattr(tune_module, "load_model", lambda *_, **__: pytest.fail("it began"))
+    nothing = cli("tune", "--model", tiny)
+    assert nothing.code == 2 and "is not a run yet" in nothing.err
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    failed = cli("tune")
+    assert failed.code == 2 and "has no validation rows" in failed.err
+    assert "gemma-tune prepare --run runs/tiny-gemma --valid 0.1" in failed.err
+
+
+def test_one_candidate_is_no_choice(cli, trained):
+    for flags in (("--learning-rates", "1e-4"), ("--learning-rates", "1e-4,1e-4", "--ranks", 8)):
+        failed = cli("tune", *flags)
+        assert failed.code == 2 and "nothing to choose from: learning rate 0.0001" in failed.err
+    bad = cli("tune", "--learning-rates", "fast,2", "--minutes", 0, "--json").json["error"]
+    assert [problem.split(":")[0] for problem in bad["problems"]] == ["minutes", "learning_rates"]
