@@ -65,12 +65,14 @@ EVERYTHING = {"use_dora": True, "use_rslora": True, "target_modules": r".*\.1\..
               "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"up_proj": 3}}
 
 
-def test_it_begins_where_the_adapter_is(cli, prepared, tiny, tmp_path):
-    """The first loss is PEFT's own; at a rate of zero nothing moves."""
+def test_it_begins_where_the_adapter_is(cli, prepared, tiny, tmp_path, monkeypatch):
+    """The first loss is PEFT's own; at a rate of zero nothing moves, which is refused."""
+    monkeypatch.setattr("gemma_tune.train.learned.clear", lambda checkpoints: None)
     given = made(tiny, tmp_path / "given", **EVERYTHING)
     expected, tensors = loss_of(tiny, given, prepared), load_file(given / "adapter_model.safetensors")
     result = cli("train", "--from-adapter", given, "--dtype", "fp32", "--learning-rate", 0, "--max-steps", 2)
     assert "starting from the adapter ../../given: rank 4, alpha 6.0, rslora True, dora True" in result.err
+    assert result.code == 1 and "changed nothing" in result.err and not (prepared / ADAPTER.name).exists()
     assert first_loss() == pytest.approx(expected, rel=2e-5)
     after = load_file(prepared / "training_checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
     assert after.keys() == tensors.keys()
