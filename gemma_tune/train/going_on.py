@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.config.settings import as_flags, plain
+from gemma_tune.config.settings import as_flags, in_words, plain, same_result
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.start import digest_of, weights_of
@@ -38,7 +38,7 @@ from gemma_tune.train.checkpoints import (
     whole,
 )
 from gemma_tune.train.plan import rate_at, total_steps
-from gemma_tune.train.start import start_folder
+from gemma_tune.train.start import start_folder, with_start
 
 if TYPE_CHECKING:
     from gemma_tune.train.best import Best
@@ -84,6 +84,28 @@ class Continuation:
     def steps_before(self) -> int:
         """See :class:`Training`."""
         return self.before.get("steps_before", 0) if self.checkpoint else self.done
+
+
+def as_before(session: Session) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
+    """The session with the settings of an interrupted training and those of the adapter that it starts from; that
+    training's marker; and the adapter's files."""
+    waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
+    session, start = with_start(_as_interrupted(session, waiting), waiting and waiting["settings"])
+    return session, waiting, start
+
+
+def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session:
+    """An interrupted training is newer than the run's last result: what is not said now is as it was there."""
+    if waiting is None:
+        return session
+    now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
+    before = {name: value for name, value in waiting["settings"].items()
+              if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
+    if before:
+        session.listener.note(f"settings of the interrupted training: {in_words(before)}")
+        before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
+        session = replace(session, resolved=session.resolved.but(before, {}))
+    return session
 
 
 def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> Beginning:

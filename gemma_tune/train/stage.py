@@ -14,8 +14,7 @@ from gemma_tune.base.files import fresh_path, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import importing
 from gemma_tune.base.words import span
-from gemma_tune.config.settings import in_words, same_result
-from gemma_tune.config.stages import AUTO, TrainConfig
+from gemma_tune.config.stages import AUTO
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
@@ -34,7 +33,15 @@ from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stag
 from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training, step_of, unfinished
-from gemma_tune.train.going_on import as_finished, begin, continuation, keep_what_is_best, nothing_new, offer
+from gemma_tune.train.going_on import (
+    as_before,
+    as_finished,
+    begin,
+    continuation,
+    keep_what_is_best,
+    nothing_new,
+    offer,
+)
 from gemma_tune.train.memory import BatchChoice, choose, described, refuse_four_bits, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
 from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, rate_at, steps_per_epoch, total_steps
@@ -42,7 +49,7 @@ from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import name_no_place, plot, save_adapter
 from gemma_tune.train.shape import ModelShape, shape_of
-from gemma_tune.train.start import start_folder, with_start
+from gemma_tune.train.start import start_folder
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
 
@@ -65,7 +72,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",
                         "leave one of them out")
     checkpoints = session.run.checkpoints
-    session, waiting, start = _as_before(session)
+    session, waiting, start = as_before(session)
     instead = None if go_on or session.force or waiting else offer(session)
     if instead:
         session.listener.note(f"this starts anew; to go on from the end of the finished training instead: {instead}")
@@ -79,28 +86,6 @@ def train(session: Session, go_on: bool = False) -> StageReport:
     if go_on and report.status == "up-to-date":
         session.listener.note("--continue goes on where more --epochs or --max-steps are asked for than there were")
     return report
-
-
-def _as_before(session: Session) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
-    """The session with the settings of an interrupted training and those of the adapter that it starts from; that
-    training's marker; and the adapter's files."""
-    waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
-    session, start = with_start(_as_interrupted(session, waiting), waiting and waiting["settings"])
-    return session, waiting, start
-
-
-def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session:
-    """An interrupted training is newer than the run's last result: what is not said now is as it was there."""
-    if waiting is None:
-        return session
-    now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
-    before = {name: value for name, value in waiting["settings"].items()
-              if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
-    if before:
-        session.listener.note(f"settings of the interrupted training: {in_words(before)}")
-        before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
-        session = replace(session, resolved=session.resolved.but(before, {}))
-    return session
 
 
 def _with_batch_size(session: Session, rows: int) -> Session:
@@ -125,7 +110,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     """
     require(session.config.report_to)
     quiet_libraries()
-    session, waiting, start = _as_before(session)
+    session, waiting, start = as_before(session)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     train_rows, valid_rows = map(Side.of, _prepared_sequences(session))
     placement = choose_placement(session.config.dtype)

@@ -215,3 +215,17 @@ def test_from_the_hub(cli, prepared, tiny, tmp_path, monkeypatch):
         assert cli("train", "--json").json["status"] == "up-to-date" and len(hub.requests) == count
         wrong = cli("train", "--from-adapter", "somebody/model")
         assert wrong.code == 2 and "is no PEFT adapter: it has no adapter_config.json" in wrong.err
+
+
+def test_one_that_is_damaged_is_named(cli, prepared, tiny, tmp_path):
+    """Cut short before any work; numbers that are none before the first step."""
+    given = made(tiny, tmp_path / "given")
+    weights = given / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-9])
+    cut = cli("train", "--from-adapter", given, *FLAGS)
+    assert cut.code == 2 and "given cannot be read" in cut.err and "adapter_model.safetensors" in cut.err
+    save_file({name: t.clone().fill_(float("nan")) for name, t in tensors.items()}, weights)
+    refused = cli("train", "--from-adapter", given, *FLAGS)
+    assert refused.code == 2 and "the adapter holds infinities or no numbers (NaN) in 8 tensors" in refused.err
+    assert not list(prepared.glob("training_checkpoints/*")) and not ADAPTER.exists()
