@@ -17,16 +17,14 @@ ALL_STILL, MOVED = Moved(2, ("q", "v"), 0.0), Moved(2, (), 0.5)
 SAME, BARELY, OTHER = LogitChange(0.0, 0.0, 16), LogitChange(1e-12, 1e-7, 16), LogitChange(0.1, 2.0, 16)
 
 
-@pytest.mark.parametrize(("flags", "what", "cause", "hint"), [
-    (("--learning-rate", 0), "no adapted layer has other weights than before", "the learning rate is 0", "--learning-rate 0.0002"),
-    (("--learning-rate", 1e-8), "say the same (divergence", "a learning rate of 1e-08 is too small", "--learning-rate 0.0002")])
-def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adapter(cli, trained, flags, what, cause, hint):
+def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adapter(cli, trained):
     before, manifest = adapter_bytes(trained), (trained / "manifest.json").read_bytes()
-    result = cli("train", *FLAGS, *flags, "--force")
+    result = cli("train", *FLAGS, "--learning-rate", 1e-8, "--force")
     assert result.code == 1, result.err
     error = result.json["error"]
     assert error["message"].startswith("the training changed nothing: ")
-    assert what in error["message"] and cause in error["message"] and hint in error["hint"]
+    assert "base and trained model say the same (divergence" in error["message"]
+    assert "a learning rate of 1e-08 is too small" in error["message"] and "--learning-rate 0.0002" in error["hint"]
     assert error["message"].endswith("the earlier adapter stays in runs/tiny-gemma/tiny-gemma_lora_adapter")
     assert adapter_bytes(trained) == before and (trained / "manifest.json").read_bytes() == manifest
     assert not list((trained / "training_checkpoints").glob("*"))
