@@ -22,8 +22,8 @@ from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, live, screen
 from gemma_tune.cli.options import with_refusals
 from gemma_tune.config.settings import refuse_no_names, resolve
-from gemma_tune.config.stages import CONFIGS
-from gemma_tune.run.directory import RunDir, find_run, read_settings
+from gemma_tune.config.stages import CONFIGS, load_yaml
+from gemma_tune.run.directory import RunDir, find_run, of_its_run
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import unfinished
@@ -264,7 +264,7 @@ class Request:
             UserError: a ``--config`` file that cannot be used.
         """
         config, run, model = (ctx.params.get(name) for name in ("config", "run", "model"))
-        file = read_settings(config, run, model) if config else {}
+        file = of_its_run(load_yaml(config), config, run, model) if config else {}
         return cls(with_refusals(ctx.params), file, tuple(ctx.meta["arguments"]))
 
     def but(self, **options: Any) -> Request:

@@ -13,7 +13,6 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import PACKAGE, fingerprint
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.config.stages import load_yaml
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
@@ -189,19 +188,16 @@ def find_run(run: str | None, model_id: str | None) -> Path:
     return runs[-1].parent
 
 
-def read_settings(path: Path, run: Any, model: Any) -> dict[str, Any]:
-    """What a ``--config`` file holds. One that lies in a run directory, as ``train.yaml`` does, is about that run,
-    unless another one or a model is named, there or here.
+def of_its_run(settings: Mapping[str, Any], path: Path, run: Any, model: Any) -> dict[str, Any]:
+    """What a ``--config`` file at ``path`` holds: one that lies in a run directory, as ``train.yaml`` does, is about
+    that run, unless another one or a model is named, there or here.
 
     Args:
         run, model: as they were given to the command; None where they were not.
-
-    Raises:
-        UserError: see :func:`gemma_tune.config.stages.load_yaml`.
     """
-    content = load_yaml(path)
-    named = run or model or content.get("run") or content.get("model")
-    return content if named or not (path.parent / "manifest.json").is_file() else content | {"run": str(path.parent)}
+    named = run or model or settings.get("run") or settings.get("model")
+    own = {} if named or not (path.parent / "manifest.json").is_file() else {"run": str(path.parent)}
+    return {**settings, **own}
 
 
 def command(stage: str, root: Path, *flags: str) -> str:

@@ -129,8 +129,8 @@ class Trials:
         Raises:
             UserError: out of memory.
         """
-        began, reason, loss = time.perf_counter(), "", None
         self._use(candidate.rank)
+        began, reason, loss = time.perf_counter(), "", None
         try:
             self._train(candidate, steps, deadline)
             if self._trainer.state.global_step < steps:

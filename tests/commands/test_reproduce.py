@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import shutil
@@ -28,6 +29,13 @@ def digest(run: Path = RUN) -> str:
     return hashlib.sha256(adapter_bytes(run)).hexdigest()
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without what takes most of the time here: pictures, and looking for garbage before each training."""
+    monkeypatch.setattr("gemma_tune.train.stage.plot", lambda *_: None)
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+
+
 @pytest.fixture
 def other_defaults(monkeypatch):
     """As if a later version had other defaults, of its own and of the family."""
@@ -41,7 +49,7 @@ def other_defaults(monkeypatch):
 
 def test_the_same_adapter_comes_again_also_from_other_defaults(cli, trained, request):
     fresh = shutil.copytree(trained, trained.with_name("fresh"))
-    assert cli("train", "--rank", 4, "--dtype", "auto", "--epochs", 2, "--batch-size", "auto", "--lr", 2e-3, "--force").code == 0
+    assert cli("train", "--rank", 4, "--dtype", "auto", "--max-steps", 4, "--batch-size", "auto", "--lr", 2e-3, "--force").code == 0
     first, text = digest(), FILE.read_text()
     request.getfixturevalue("other_defaults")
     again = cli("train", "--config", FILE, "--run", fresh, "--force", "--json")
@@ -92,7 +100,7 @@ def test_what_the_file_leaves_open_is_not_as_before(cli, trained):
 
 
 def test_a_stopped_training_has_its_file_and_goes_on_with_it(cli, trained, monkeypatch):
-    flags = ("--epochs", 3, "--rank", 4, "--dtype", "fp32", "--lr", 2e-3, "--force")
+    flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32", "--lr", 2e-3, "--force")
     assert cli("train", *flags).code == 0
     whole = digest()
     with monkeypatch.context() as patch:
