@@ -153,5 +153,5 @@ class Best(TrainerCallback):
                     f"{end:.4g} at the end; fewer --epochs, a lower --learning-rate or more rows may lower it further")
         if lowest == last:
             return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more --epochs may "
-                    "lower it further")
+                    "lower it further, and --continue goes on from here")
         return None

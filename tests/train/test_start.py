@@ -207,8 +207,7 @@ def test_from_the_hub(cli, prepared, tiny, tmp_path, monkeypatch):
         assert result.code == 0, result.err
         assert result.json["summary"]["eval_loss_before"] == pytest.approx(loss_of(tiny, given, prepared), rel=2e-5)
         config = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]["config"]
-        assert config["from_adapter"]["value"].startswith("hf:somebody/analyst@") and str(commit)[:7] in config[
-            "from_adapter"]["value"] or commit is None
+        assert config["from_adapter"]["value"] == f"hf:somebody/analyst@{commit}"
         fetched = [path.rsplit("/", 1)[-1] for path in hub.paths("GET") if "/resolve/" in path]
         assert set(fetched) <= {"adapter_config.json", "adapter_model.safetensors"}
         count = len(hub.requests)
