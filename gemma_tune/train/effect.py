@@ -115,8 +115,9 @@ class LogitChange:
     """How the logits of a tuned model differ from those of its base.
 
     Attributes:
-        divergence: Kullback-Leibler divergence of the tuned from the base model, nats per token, on average.
-        largest: difference of any logit.
+        divergence: Kullback-Leibler divergence of the tuned from the base model, nats per token, on average; no number
+            where what the tuned model computes is none.
+        largest: difference of any logit; likewise.
         tokens: that were looked at.
     """
 
@@ -134,18 +135,27 @@ def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
     Returns:
         None where no token is learned.
     """
-    total = largest = 0.0
-    count = 0
+    apart, largest = [], []
     for row in range(min(ROWS, len(dataset))):
         ids, predicted = _beginning(dataset[row])
         if not predicted:
             continue
         base, tuned = _logits(trainer, ids, predicted)
-        largest = max(largest, float((tuned - base).abs().max()))
-        base, tuned = base.double().log_softmax(-1), tuned.double().log_softmax(-1)
-        total += float((tuned.exp() * (tuned - base)).sum())
-        count += predicted
-    return LogitChange(max(0.0, total) / count, largest, count) if count else None
+        apart.append(divergence(base, tuned))
+        largest.append(torch.where(base.isfinite(), tuned - base, 0.0).abs().max())
+    if not apart:
+        return None
+    tokens = torch.cat(apart)
+    return LogitChange(float(tokens.mean()), float(torch.stack(largest).max()), len(tokens))
+
+
+def divergence(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence (positions,) of tuned from base logits (positions, vocabulary), in nats and fp64.
+
+    Tokens that the base model rules out, with a logit of minus infinity, take no part; what is no number stays so.
+    """
+    p, q = tuned.double().log_softmax(-1), base.double().log_softmax(-1)
+    return torch.where(base.isfinite(), p.exp() * (p - q), 0.0).sum(-1).clamp(min=0)
 
 
 def _beginning(row: dict[str, Any]) -> tuple[list[int], int]:

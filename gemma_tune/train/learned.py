@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import put_in_place
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.config.families import family_defaults
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.session import Session
@@ -44,7 +46,10 @@ def require_learned(session: Session, trainer: GemmaTrainer, chat: ChatFormat, s
     _refuse_harm(session, trainer.model, chat, records, steps)
     moved = start.moved(trainer.model)
     rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    change = None if trainer.sharded else logit_change(trainer, rows)  # else each process has a part of the base
+    change = _logit_change(trainer, rows)
+    if change and not math.isfinite(change.divergence):
+        raise _kept_apart(session, trainer.model, chat, "what it computes now is not finite",
+                          f"train again with a lower --learning-rate than {session.config.learning_rate:g}")
     what = without_effect(moved, change, records)
     if what and first_loss(records) >= KNOWN:
         clear(session.run.checkpoints)
@@ -68,11 +73,29 @@ def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: Sequen
     if not is_harm(found):
         session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
         return
+    raise _kept_apart(session, model, chat, found.figures, advice(found, session.config.learning_rate, steps))
+
+
+def _kept_apart(session: Session, model: Any, chat: ChatFormat, what: str, hint: str) -> WorkFailed:
+    """The error of a training whose adapter is not to be used, which lies in a place of its own then."""
     run = session.run
     put_in_place(save_adapter(session, model, chat, run.worse_adapter), run.worse_adapter)
     clear(run.checkpoints)
-    raise WorkFailed(f"the training made the model worse: {found.figures}; its adapter is kept apart, in "
-                     f"{run.worse_adapter}{_earlier(session)}", advice(found, session.config.learning_rate, steps))
+    return WorkFailed(f"the training made the model worse: {what}; its adapter is kept apart, in {run.worse_adapter}"
+                      + _earlier(session), hint)
+
+
+def _logit_change(trainer: GemmaTrainer, rows: Any) -> LogitChange | None:
+    """None where it cannot be found out: of a base in shards each process has a part."""
+    if trainer.sharded:
+        return None
+    try:
+        return logit_change(trainer, rows)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        trainer.listener.note("there is no memory to compare the logits of base and trained model")
+        return None
 
 
 def _earlier(session: Session) -> str:

@@ -59,6 +59,33 @@ def test_a_row_that_meets_a_bad_weight_is_named_with_its_file_and_line(cli, harm
     assert not Path("runs/talkative/talkative_lora_adapter").exists()
 
 
+def test_so_it_is_where_nobody_waits_for_a_step(cli, harmed, odd_rows, monkeypatch):
+    """As on a GPU: the figures are looked at a step later, and the optimiser leaves the weights as they are meanwhile."""
+    from gemma_tune.train import late, stage
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    arguments, begin = stage._arguments, GemmaTrainer.__init__
+
+    def fused(*args):
+        made = arguments(*args)
+        made.optim = "adamw_torch_fused"
+        return made
+
+    def not_waiting(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.waits = False
+
+    monkeypatch.setattr(stage, "_arguments", fused)
+    monkeypatch.setattr(GemmaTrainer, "__init__", not_waiting)
+    monkeypatch.setattr(late.LateFigures, "read", lambda self, everything=False, plain=late.LateFigures.read: (
+        plain(self, everything) if everything or len(self._waiting) > 1 else []))
+    assert cli("prepare", odd_rows, "--model", harmed, "--valid", 0).code == 0
+    error = error_of(cli("train", *FLAGS))
+    assert "the loss is not finite at step 1 (nan)" in error["message"]
+    assert "that comes from 1 of the 4 rows of its batch" in error["message"]
+    assert error["problems"] == [f"{odd_rows}:6 (runs/talkative/data/train.jsonl:6): {ODD!r}"]
+
+
 def test_steps_that_are_too_large_name_all_rows_of_the_batch(cli, trained):
     """Real steps: each multiplies the adapter by the rate times the decay, until numbers overflow."""
     before = adapter_bytes(trained)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_tune.train.effect import AdapterStart
+from gemma_tune.train.effect import AdapterStart, divergence
 from support.training import by_hand
 
 
@@ -58,6 +58,15 @@ def test_the_lengths_that_dora_learns_count_as_well():
     with torch.no_grad():
         dict(model.named_parameters())["base_model.model.second.lora_magnitude_vector.default.weight"][1] += 0.1
     assert start.moved(model).still == ("first",)
+
+
+def test_the_divergence_of_two_distributions():
+    base = torch.tensor([[0.0, 0.0, -torch.inf], [1.0, 2.0, 3.0]])
+    tuned = torch.tensor([[0.0, 1.0, -torch.inf], [1.0, 2.0, 3.0]])
+    p = torch.tensor([0.0, 1.0]).softmax(-1)
+    assert divergence(base, tuned).tolist() == pytest.approx([(p * (2 * p).log()).sum().item(), 0.0])
+    tuned[1, 1] = torch.nan
+    assert torch.isnan(divergence(base, tuned)).tolist() == [False, True]
 
 
 def test_the_divergence_is_that_of_plain_transformers_and_peft(trained, tiny):

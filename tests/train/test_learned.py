@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.effect import LogitChange, Moved
@@ -42,6 +43,25 @@ def test_one_step_is_a_training_and_what_it_did_is_said(cli, trained):
     assert "14 of 14 adapted layers changed" in said
     assert f"validation loss {evals[0]:.4g} before, {evals[-1]:.4g} after" in said
     assert f"{summary['divergence_from_base']:.3g} nats per token" in said
+
+
+def test_a_model_that_computes_no_numbers_any_more_is_worse(cli, trained, monkeypatch):
+    """After the last step nothing else would show it where there are no validation rows."""
+    before = adapter_bytes(trained)
+    monkeypatch.setattr("gemma_tune.train.learned.logit_change", lambda *_: LogitChange(float("nan"), float("nan"), 4))
+    result = cli("train", *FLAGS, "--learning-rate", 1e-3, "--force")
+    assert result.code == 1 and "what it computes now is not finite" in result.json["error"]["message"]
+    assert (trained / "tiny-gemma_lora_adapter_worse").is_dir() and adapter_bytes(trained) == before
+
+
+def test_memory_that_runs_out_at_the_end_loses_no_adapter(cli, trained, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("gemma_tune.train.learned.logit_change", full)
+    result = cli("train", *FLAGS, "--learning-rate", 1e-3, "--force")
+    assert result.code == 0 and "there is no memory to compare the logits" in result.err
+    assert result.json["summary"]["divergence_from_base"] is None
 
 
 def test_what_the_base_model_knows_already_is_no_error_but_said(cli, trained, monkeypatch):
