@@ -28,10 +28,10 @@ from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.halving import Candidate, Costs
+from gemma_tune.train.job import Job, make_trainer
 from gemma_tune.train.late import LateFigures
 from gemma_tune.train.memory import BatchChoice
 from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
-from gemma_tune.train.stage import Job, _trainer
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.tuning import Trial
 
@@ -188,7 +188,8 @@ class Trials:
         self._release()
         session = replace(self.session, resolved=self.session.resolved.but({"rank": rank}, {}))
         job = Job(session, Training("", "", {}, ""), None, self.start, self.placement, self.choice, [], Startup())
-        self._trainer = trainer = _trainer(job, self.model, self.chat, *self.rows, self.steps, (self.log, self.stop))
+        callbacks = self.log, self.stop
+        self._trainer = trainer = make_trainer(job, self.model, self.chat, *self.rows, self.steps, callbacks)
         # Nothing is written of a trial, and nobody else is told of it.
         ours = (DefaultFlowCallback, TrialLog, StopTrial)
         trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ours)]

@@ -28,9 +28,9 @@ from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport, locked, require_inputs, require_unharmed
-from gemma_tune.train import stage as training
 from gemma_tune.train.checkpoints import training_key
 from gemma_tune.train.halving import Candidate, Costs, candidates_for, least_seconds, plan, plan_rungs
+from gemma_tune.train.job import chat_format_of, fit, load_libraries, prepared_sequences, with_batch_size
 from gemma_tune.train.memory import BatchChoice, refuse_what_does_not_fit
 from gemma_tune.train.start import start_folder, with_start
 from gemma_tune.train.tune_report import show, write_results
@@ -84,12 +84,12 @@ class _Job:
 
 
 def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
-    train_rows, valid_rows = training._prepared_sequences(session)
+    train_rows, valid_rows = prepared_sequences(session)
     if not len(valid_rows):
         raise UserError(f"candidates are compared by their validation loss, and {session.run.root} has no validation "
                         "rows", f"keep some aside: {command('prepare', session.run.root, '--valid', '0.1')}")
     asked = session
-    session = _by_one_process(training._with_batch_size(session, len(train_rows)))
+    session = _by_one_process(with_batch_size(session, len(train_rows)))
     start = start_folder(session)
     if start and settings.ranks and set(settings.ranks) != {session.config.rank}:
         raise UserError(f"the adapter that this run starts from has the rank {session.config.rank}, so there are no "
@@ -101,7 +101,7 @@ def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
     placement = choose_placement(session.config.dtype)
     longest = int(lengths_of(train_rows).max())
     largest = session.resolved.but({"rank": max(c.rank for c in candidates)}, {})
-    _, choice = training._fit(replace(session, resolved=largest), longest, placement, start=start)
+    _, choice = fit(replace(session, resolved=largest), longest, placement, start=start)
     refuse_what_does_not_fit(choice, session.config, longest, session.listener)
     rows = train_rows, _some(valid_rows, settings.valid_sequences)
     return _Job(session, asked, settings, rows, placement, choice, candidates, started)
@@ -129,7 +129,7 @@ def _begun(job: _Job) -> Tuning:
     session, settings = job.session, job.settings
     tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
     others = {name: value for name, value in session.config.as_dict().items() if name not in _FREE}
-    key = training_key(session.model.fingerprint, tokens, training._format(session).template, others | {
+    key = training_key(session.model.fingerprint, tokens, chat_format_of(session).template, others | {
         "compute": f"{job.placement.device} {job.placement.short}", "valid_sequences": settings.valid_sequences},
         digest_of(start) if (start := start_folder(session)) else None)
     new = Tuning(key, settings.minutes, list(job.candidates))
@@ -156,7 +156,7 @@ def _search(job: _Job, tuning: Tuning) -> None:
 
     session = job.session
     session.listener.note(f"computing in {job.placement.reason}")
-    training._load_libraries()
+    load_libraries()
     session = replace(session, model=with_weights(session.model, session.listener))
     hashing = ThreadPoolExecutor(1)
     sound = hashing.submit(refuse_rotten, session.model.path, session.model.files)
@@ -169,7 +169,7 @@ def _search(job: _Job, tuning: Tuning) -> None:
     progress = _Progress(session.listener)
     with tempfile.TemporaryDirectory() as scratch:  # which the library makes a folder for checkpoints in
         apart = replace(session, run=RunDir(Path(scratch), session.run.model_name))
-        trials = Trials(apart, model, training._format(session), job.rows, job.placement, job.choice,
+        trials = Trials(apart, model, chat_format_of(session), job.rows, job.placement, job.choice,
                         start_folder(session), stop, progress.step)
         with trials, stop:
             _climb(job, tuning, trials, progress)

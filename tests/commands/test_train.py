@@ -628,7 +628,7 @@ HARM = ("--max-steps", 6, "--learning-rate", 0.1, "--rank", 4, "--dtype", "fp32"
 @pytest.fixture
 def climbing(monkeypatch):
     """Steps that go the wrong way: what too high a rate does to a real model, a random one can bear."""
-    monkeypatch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -1.0)
+    monkeypatch.setattr("gemma_tune.train.job.rate_at", lambda *_: -1.0)
 
 
 def test_a_training_that_made_the_model_worse_is_an_error(cli, trained, climbing):
@@ -651,7 +651,7 @@ def test_a_training_that_made_the_model_worse_is_an_error(cli, trained, climbing
 
 def test_a_first_training_that_made_the_model_worse_leaves_the_stage_open(cli, prepared, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -1.0)
+        patch.setattr("gemma_tune.train.job.rate_at", lambda *_: -1.0)
         result = cli("train", *HARM, "--json")
     assert result.code == 1 and "made the model worse" in result.json["error"]["message"]
     assert "the earlier adapter" not in result.err
@@ -843,10 +843,10 @@ def test_every_step_learns(cli, prepared, schedule):
 def test_four_bits_do_not_go_with_apples_gpu(cli, prepared, monkeypatch):
     """Before any work, in a plan and in a training; and nothing advises them there."""
     from gemma_tune.models import placement
-    from gemma_tune.train import memory, stage
+    from gemma_tune.train import job, memory, stage
 
     monkeypatch.setattr(stage, "choose_placement", lambda dtype: placement.Placement("mps", torch.bfloat16, ""))
-    monkeypatch.setattr(stage, "available", lambda device: 2**34)
+    monkeypatch.setattr(job, "available", lambda device: 2**34)
     monkeypatch.setattr(stage, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     for more in ((), ("--dry-run",)):
         result = cli("train", *QUICK, "--qlora", *more)

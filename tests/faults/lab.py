@@ -283,6 +283,7 @@ def load_libraries() -> None:
 
     import gemma_tune.api
     import gemma_tune.cli.commands
+    import gemma_tune.train.job
     import gemma_tune.train.stage
 
-    gemma_tune.train.stage._load_libraries()
+    gemma_tune.train.job.load_libraries()

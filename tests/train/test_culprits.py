@@ -61,10 +61,10 @@ def test_a_row_that_meets_a_bad_weight_is_named_with_its_file_and_line(cli, harm
 
 def test_so_it_is_where_nobody_waits_for_a_step(cli, harmed, odd_rows, monkeypatch):
     """As on a GPU: the figures are looked at a step later, and the optimiser leaves the weights as they are meanwhile."""
-    from gemma_tune.train import late, stage
+    from gemma_tune.train import job, late
     from gemma_tune.train.trainer import GemmaTrainer
 
-    arguments, begin = stage._arguments, GemmaTrainer.__init__
+    arguments, begin = job._arguments, GemmaTrainer.__init__
 
     def fused(*args):
         made = arguments(*args)
@@ -75,7 +75,7 @@ def test_so_it_is_where_nobody_waits_for_a_step(cli, harmed, odd_rows, monkeypat
         begin(self, *args, **kwargs)
         self.waits = False
 
-    monkeypatch.setattr(stage, "_arguments", fused)
+    monkeypatch.setattr(job, "_arguments", fused)
     monkeypatch.setattr(GemmaTrainer, "__init__", not_waiting)
     monkeypatch.setattr(late.LateFigures, "read", lambda self, everything=False, plain=late.LateFigures.read: (
         plain(self, everything) if everything or len(self._waiting) > 1 else []))

@@ -191,7 +191,7 @@ def test_the_best_of_the_earlier_part_still_counts(cli, steady, monkeypatch, gon
         shutil.rmtree(checkpoints)
     elif gone != "nothing":
         (checkpoints / gone).unlink()
-    monkeypatch.setattr("gemma_tune.train.stage.rate_at", lambda *_: -0.3)  # steps that go the wrong way
+    monkeypatch.setattr("gemma_tune.train.job.rate_at", lambda *_: -0.3)  # steps that go the wrong way
     result = cli("train", "--continue", "--epochs", 2, "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["eval_loss_after"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)

@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, tiny, data
     assert cli("prepare", data, "--model", tiny).code == 0
     checkpoint = Path("runs/tiny-gemma/training_checkpoints/checkpoint-1")
     checkpoint.mkdir(parents=True)
-    monkeypatch.setattr("gemma_tune.train.stage.available", lambda device: 500_000_000)
+    monkeypatch.setattr("gemma_tune.train.job.available", lambda device: 500_000_000)
     monkeypatch.setattr("gemma_tune.train.stage.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     result = cli("train", *QUICK, "--force")
     assert result.code == 2
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, tiny, data
 
 def test_whoever_set_the_least_there_is_is_only_warned(cli, tiny, data, monkeypatch):
     assert cli("prepare", data, "--model", tiny).code == 0
-    monkeypatch.setattr("gemma_tune.train.stage.available", lambda device: 500_000_000)
+    monkeypatch.setattr("gemma_tune.train.job.available", lambda device: 500_000_000)
     for flags in (["--micro-batch", 1], ["--activation-checkpointing"]):
         assert cli("train", *QUICK, *flags).code == 2
     result = cli("train", *QUICK, "--micro-batch", 1, "--activation-checkpointing", "--json")
@@ -261,7 +261,7 @@ def test_weights_are_downloaded_only_when_they_fit(cli, tiny, data, tmp_path, mo
         hub.isolate(monkeypatch, tmp_path / "home", token=hub.add_token("hf_" + "G" * 34, accepted=["google/tiny-gemma-it"]))
         assert cli("prepare", data, "--model", "google/tiny-gemma-it").code == 0
         with monkeypatch.context() as small:
-            small.setattr("gemma_tune.train.stage.available", lambda device: 500_000_000)
+            small.setattr("gemma_tune.train.job.available", lambda device: 500_000_000)
             assert cli("train", *QUICK).code == 2
             assert cli("train", "--dry-run").code == 0
         assert not hub.paths(containing=".safetensors")

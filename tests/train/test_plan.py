@@ -72,7 +72,7 @@ def test_quiet_with_json_is_json_alone(cli, prepared):
 
 
 def test_what_does_not_fit_is_said_and_is_no_error(cli, prepared, monkeypatch):
-    monkeypatch.setattr("gemma_tune.train.stage.available", lambda device: 500_000_000)
+    monkeypatch.setattr("gemma_tune.train.job.available", lambda device: 500_000_000)
     result = cli("train", "--dry-run", "--json")
     assert result.code == 0 and result.json["fits"] is False and result.json["available"] == 500_000_000
     assert "does not fit: about " in result.err

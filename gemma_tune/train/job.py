@@ -1,0 +1,178 @@
+"""What one training works with: its rows, its trainer, and how it is placed; for ``train`` and for ``tune``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import importing
+from gemma_tune.config.stages import AUTO
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
+from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
+from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
+from gemma_tune.lora.load import import_peft
+from gemma_tune.lora.start import load_start, names_in, patterns_of, weights_of
+from gemma_tune.models.placement import Placement, available, best_device
+from gemma_tune.run.directory import command
+from gemma_tune.run.session import Session
+from gemma_tune.train import processes
+from gemma_tune.train.batch_size import proposed
+from gemma_tune.train.checkpoints import Training
+from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
+from gemma_tune.train.plan import rate_at, steps_per_epoch
+from gemma_tune.train.results import name_no_place
+from gemma_tune.train.shape import ModelShape, shape_of
+from gemma_tune.train.startup import Startup
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the processes of one training have to agree on.
+
+    Args:
+        checkpoint: what training goes on from, or None.
+        start: directory of the adapter that it started from, or None.
+        earlier: records of the log up to there.
+        startup: what the time went to so far.
+    """
+
+    session: Session
+    training: Training
+    checkpoint: Path | None
+    start: Path | None
+    placement: Placement
+    choice: BatchChoice
+    earlier: list[dict[str, Any]]
+    startup: Startup
+
+
+def load_libraries() -> None:
+    """Import what takes seconds to import."""
+    quiet_libraries()  # before their import, which has something to say already
+    import_peft()
+    with importing():
+        import gemma_tune.train.callbacks
+        import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
+
+
+def chat_format_of(session: Session) -> ChatFormat:
+    """The tokenizer and the chat template that the data was prepared with."""
+    thinking = session.settings_of("prepare").get("thinking", "auto")
+    return load_format(session.model.path, session.model.config["model_type"], thinking)
+
+
+def prepared_sequences(session: Session) -> tuple[Any, Any]:
+    """Training's and validation's sequences, as ``prepare`` wrote them.
+
+    Raises:
+        UserError: another version of the code or its libraries made them, which might do it differently today.
+    """
+    folder = session.inputs["tokens"]
+    if session.manifest.stages["prepare"]["summary"].get("encoding") != encoding_key(session.model.fingerprint):
+        raise UserError("the prepared tokens were made by another version of gemma-tune or its libraries, or with "
+                        "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
+    return open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
+
+
+def with_batch_size(session: Session, rows: int) -> Session:
+    """The same, with a number where the batch size is left to us."""
+    if session.config.batch_size != AUTO:
+        return session
+    size, reason = proposed(rows, session.config, best_device())
+    session.listener.detail("batch", reason)
+    return replace(session, resolved=session.resolved.but({"batch_size": size}, {"batch_size": {"from": AUTO}}))
+
+
+def fit(session: Session, longest: int, placement: Placement, before: int = 0,
+        start: Path | None = None) -> tuple[ModelShape, BatchChoice]:
+    """How large the model is, and how a batch of its longest rows can go through it here.
+
+    Args:
+        before: the micro-batch that a resumed training had, which is kept if it fits.
+        start: directory of the adapter that is trained further.
+    """
+    refuse_four_bits(session.config, placement.device)
+    shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None)
+    # Processes on a CPU share its memory; each has a GPU to itself.
+    share = processes.place().local_count if placement.device == "cpu" else 1
+    room = available(placement.device) // share
+    if before and session.config.micro_batch is None:
+        kept = choose(shape, replace(session.config, micro_batch=before), longest, placement.device, room)
+        if kept.fits:
+            return shape, kept
+    return shape, choose(shape, session.config, longest, placement.device, room)
+
+
+def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks):
+    """The trainer of a base model, with a new adapter on it, or the one that the job starts from.
+
+    Raises:
+        UserError: these settings do not go with this model.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    from gemma_tune.lora.dora import start_from_base
+    from gemma_tune.train.culprits import names_of
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    session, config = job.session, job.session.config
+    start = read_adapter(job.start) if job.start else None
+    names = names_in(model, start) if start else {}
+    chosen = sorted(names.values()) if start else target_modules(model, config.target_modules)
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
+                                       f"({', '.join(leaves)})")
+    try:
+        arguments = _arguments(session, steps, len(train_rows), job.placement, job.choice, bool(len(valid_rows)))
+        trainer = GemmaTrainer(
+            model=model, args=arguments,
+            train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
+            processing_class=chat.tokenizer,
+            peft_config=lora_config(config, chosen, **(patterns_of(start, names) if start else {})),
+            callbacks=[*callbacks], training=job.training, listener=session.listener,
+            lengths=(lengths_of(train_rows), lengths_of(valid_rows)),
+            trained=(trained_of(train_rows), trained_of(valid_rows)),
+            micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
+            row_names=names_of(session.run, train_rows))
+    except ValueError as e:
+        raise UserError(f"this model cannot be trained with these settings: {e}",
+                        "see `gemma-tune train --help`") from e
+    name_no_place(trainer.model, session.model.id)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if config.dora:
+        start_from_base(trainer.model)
+    if start and job.checkpoint is None:
+        load_start(trainer.model, weights_of(start, names))
+    return trainer
+
+
+def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,
+               evaluates: bool):
+    import torch
+    from trl import SFTConfig
+
+    config = session.config
+    per_epoch = steps_per_epoch(rows, config)
+    arguments = SFTConfig(
+        output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate, max_grad_norm=config.clip,
+        weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
+        optim="adamw_torch_fused" if placement.device == "cuda" else "adamw_torch",
+        use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
+        activation_checkpointing=choice.checkpointing,
+        logging_steps=1, logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no", eval_steps=config.eval_steps or per_epoch,
+        save_strategy="steps", save_steps=config.save_steps or per_epoch, save_total_limit=None,
+        report_to=[], disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        dataloader_pin_memory=False, remove_unused_columns=False)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would put the model on all of them with DataParallel
+        session.listener.note(f"training on one GPU of {torch.cuda.device_count()}; all train together with "
+                              f"--num-processes {torch.cuda.device_count()}")
+    return arguments
