@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.effect import LogitChange, Moved
@@ -43,6 +45,19 @@ def test_one_step_is_a_training_and_what_it_did_is_said(cli, trained):
     assert "14 of 14 adapted layers changed" in said
     assert f"validation loss {evals[0]:.4g} before, {evals[-1]:.4g} after" in said
     assert f"{summary['divergence_from_base']:.3g} nats per token" in said
+
+
+def test_layers_that_no_gradient_reaches_are_named(cli, tiny, data, tmp_path):
+    """What the first layer's MLP gives is so large here that the norm behind it makes nothing of it."""
+    base = shutil.copytree(tiny, tmp_path / "large")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.pre_feedforward_layernorm.weight"].fill_(1e16)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert cli("prepare", data, "--model", base).code == 0
+    result = cli("train", *FLAGS, "--learning-rate", 1e-3)
+    assert result.code == 0, result.err
+    assert result.json["summary"]["unchanged_layers"] == 3 and "learned: 11 of 14 adapted layers changed" in result.err
+    assert "no gradient reached them: model.layers.0.mlp." in result.err
 
 
 def test_a_model_that_computes_no_numbers_any_more_is_worse(cli, trained, monkeypatch):
