@@ -86,7 +86,7 @@ def draw(path: Path, lines: Sequence[tuple[str, str, Sequence[tuple[Any, Any]]]]
     Args:
         lines: name, matplotlib's style, and points of each; without points it is left out.
         along, up: what the axes are called.
-        logarithmic: the axis along.
+        logarithmic: the axis along, with a tick at each point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,6 +99,9 @@ def draw(path: Path, lines: Sequence[tuple[str, str, Sequence[tuple[Any, Any]]]]
     axes.set(xlabel=along, ylabel=up)
     if logarithmic:
         axes.set_xscale("log")
+        ticks = sorted({x for _, _, points in lines for x, _ in points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     FigureCanvasAgg(figure).print_png(path)

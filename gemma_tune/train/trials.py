@@ -35,7 +35,7 @@ from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.tuning import Trial
 
-_TIMED = 3  # steps by which the time of all others is estimated
+_TIMED = 4  # steps by which the time of all others is estimated; the first is not counted, as things are made in it
 
 
 class StopTrial(StopRequest):
@@ -49,7 +49,8 @@ class StopTrial(StopRequest):
 
 
 class TrialLog(TrainerCallback):
-    """The validation losses of a trial by step, and its end where time is up.
+    """The validation losses of a trial by step, when its steps ended and how many tokens they had, and its end where
+    time is up.
 
     Args:
         told: is called after each step.
@@ -62,9 +63,27 @@ class TrialLog(TrainerCallback):
     def begin(self, deadline: float) -> None:
         """A trial begins, which ends when ``time.monotonic()`` has passed ``deadline``."""
         self.losses: dict[int, float] = {}
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
         self.deadline = deadline
 
+    def seconds_per_token(self, evaluation: float) -> float | None:
+        """In all steps but the first; None where there was no other.
+
+        Args:
+            evaluation: seconds of one.
+        """
+        if len(self.tokens) < 2:
+            return None
+        between = self.ends[-1] - self.ends[0] - evaluation * sum(step < len(self.ends) for step in self.losses)
+        return between / sum(self.tokens[1:])
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "tokens" in (logs or {}):
+            self.tokens.append(logs["tokens"])
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
         self.told()
         control.should_training_stop = control.should_training_stop or time.monotonic() > self.deadline
         return control
@@ -113,11 +132,11 @@ class Trials:
         began = time.perf_counter()
         with contextlib.suppress(WorkFailed):  # a rate that diverges at once is found out when its turn comes
             self._train(candidate, min(_TIMED, self.steps), math.inf)
-        took = time.perf_counter() - began - len(self.log.losses) * evaluation
+        took = time.perf_counter() - began
         lengths = trainer.lengths[0]
         usual = min(len(lengths), config.effective_batch) * float(sum(lengths)) / len(lengths)
-        # The first step has the longest rows of all.
-        step = took * usual / trainer.tokens_seen if trainer.tokens_seen else took
+        per_token = self.log.seconds_per_token(evaluation)
+        step = took if per_token is None else usual * per_token
         return Costs(max(step, 1e-4), evaluation, config.eval_steps or steps_per_epoch(len(lengths), config), change)
 
     def run(self, candidate: Candidate, steps: int, deadline: float = math.inf) -> Trial | None:

@@ -180,7 +180,7 @@ def _search(job: _Job, tuning: Tuning) -> None:
 def _climb(job: _Job, tuning: Tuning, trials: Any, progress: _Progress) -> None:
     """Rung by rung, as long as there is time and more than one candidate."""
     costs = trials.measure(job.candidates[0])
-    tuning.base_loss = trials.base_loss
+    tuning.base_loss, tuning.whole = trials.base_loss, trials.steps
     tuning.setup = tuning.setup or time.monotonic() - job.started
     deadline = time.monotonic() + 60 * job.settings.minutes - tuning.setup - tuning.spent
     number = 0

@@ -50,6 +50,9 @@ def _sentences(tuning: Tuning, ranked: list[Trial]) -> list[str]:
     if len(ranked) > 1:
         close = ranked[1].loss - best.loss < _CLOSE * best.loss
         said[0] += f"; next is {ranked[1].candidate} with {ranked[1].loss:.4f}" + (", hardly worse" if close else "")
+    if 2 * best.steps < tuning.whole:
+        said.append(f"that is {best.steps:,} of the {tuning.whole:,} steps of the whole training: a short one likes a "
+                    f"higher rate than a long one, so more than --minutes {tuning.minutes:g} tell more")
     rates = sorted({trial.learning_rate for trial in tuning.tried(tuning.rungs[0])})
     if len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]):
         highest = best.learning_rate == rates[-1]

@@ -52,6 +52,7 @@ class Tuning:
         key: of data, model and settings, without what is tried.
         minutes, candidates: what was asked for.
         base_loss: of the base model, which has to be undercut.
+        whole: steps of the whole training.
         setup, spent: seconds before the first trial, and in trials; what goes on does not pay for its setup again.
         ended: whether there is nothing more to try.
     """
@@ -62,6 +63,7 @@ class Tuning:
     base_loss: float = math.inf
     rungs: list[Begun] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    whole: int = 0
     setup: float = 0.0
     spent: float = 0.0
     ended: bool = False
@@ -118,8 +120,8 @@ def read_tuning(path: Path) -> Tuning | None:
         return Tuning(str(content["key"]), float(content["minutes"]), _candidates(content["candidates"]),
                       math.inf if base is None else float(base),
                       [Begun(int(rung["steps"]), _candidates(rung["candidates"])) for rung in content["rungs"]],
-                      [_trial(trial) for trial in content["trials"]], float(content["setup"]),
-                      float(content["spent"]), content["ended"] is True)
+                      [_trial(trial) for trial in content["trials"]], int(content["whole"]),
+                      float(content["setup"]), float(content["spent"]), content["ended"] is True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
