@@ -22,7 +22,8 @@ from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, live, screen
 from gemma_tune.cli.options import with_refusals
 from gemma_tune.config.settings import refuse_no_names, resolve
-from gemma_tune.config.stages import CONFIGS, load_yaml
+from gemma_tune.config.settings_file import load_yaml
+from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.directory import RunDir, find_run, of_its_run
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train import processes

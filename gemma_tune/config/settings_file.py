@@ -1,17 +1,26 @@
-"""Settings written as a ``--config`` file, each with where its value came from. No heavy import."""
+"""``--config`` files: read with all that is wrong told together, and written, each value with where it came from. No
+heavy import."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.words import visible
-from gemma_tune.config.settings import plain
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import counted, near, shown, visible
+from gemma_tune.config.settings import converted, no_name, plain, problem_of, types_of
+from gemma_tune.config.stages import CONFIGS
+from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
 # What an origin is called in a file and in a note; see ``settings.Resolved``.
 ORIGINS = {"flag": "given", "file": "of a settings file", "family": "default of the model's family",
-           "default": "default", "auto": "chosen here"}
+           "default": "default", "auto": "chosen here", "adapter": "of the adapter that it starts from"}
+TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 
 
 def settings_file(section: str, values: Mapping[str, Any], sources: Mapping[str, str], about: Sequence[str]) -> str:
@@ -47,3 +56,54 @@ def _entry(name: str, value: Any) -> str:
 def _one_line(text: str) -> str:
     """What others wrote, such as a model's name, in a comment that does not end before its line does."""
     return visible(" ".join(text.splitlines()))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
+
+    Raises:
+        UserError: unreadable file, broken YAML or a key that is there twice (with its line), unknown keys or wrong
+            types, all together.
+    """
+    content = read_yaml(path)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
+                        "write `train:` and its settings indented below it")
+    problems = list(_yaml_problems(content))
+    if problems:
+        raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
+                        f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
+    return content
+
+
+def _yaml_problems(content: Mapping[str, Any]):
+    for key, section in content.items():
+        if key in TEXTS:
+            if not isinstance(section, str):
+                yield f"{key}: expected text, found {shown(section)}"
+            elif problem := no_name(section):
+                yield f"{key}: {problem}"
+            elif _CONTROL.search(section):
+                yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
+        elif key not in CONFIGS:
+            above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
+            yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
+                   f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
+        elif section is None:  # all its settings are commented out
+            continue
+        elif not isinstance(section, dict):
+            yield f"{key}: expected settings below it, found {shown(section)}"
+        else:
+            known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
+            for name, value in section.items():
+                if name not in known:
+                    yield f"{key}.{name}: unknown setting{near(str(name), known)}"
+                elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
+                    yield f"{key}.{problem}"
+                elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):
+                    yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

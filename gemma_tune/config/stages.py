@@ -8,18 +8,12 @@ No heavy import: ``gemma-tune --help`` loads this module.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import counted, near, shown, size_in_bytes
-from gemma_tune.config.settings import StageConfig, converted, no_name, option, problem_of, types_of
-from gemma_tune.config.yaml_file import ESCAPES, read_yaml
+from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.config.settings import StageConfig, option
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
 DTYPES = ("auto", "bf16", "fp32", "fp16")
@@ -407,54 +401,3 @@ class ExportConfig(StageConfig):
 CONFIGS: dict[str, type[StageConfig]] = {
     c.section: c for c in (PrepareConfig, TrainConfig, TuneConfig, ChatConfig, EvalConfig, MergeConfig, ExportConfig)
 }
-TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a ``--config`` file: ``model``, ``revision``, ``run`` and one mapping per stage.
-
-    Raises:
-        UserError: unreadable file, broken YAML or a key that is there twice (with its line), unknown keys or wrong
-            types, all together.
-    """
-    content = read_yaml(path)
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
-                        "write `train:` and its settings indented below it")
-    problems = list(_yaml_problems(content))
-    if problems:
-        raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
-                        f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
-    return content
-
-
-def _yaml_problems(content: Mapping[str, Any]):
-    for key, section in content.items():
-        if key in TEXTS:
-            if not isinstance(section, str):
-                yield f"{key}: expected text, found {shown(section)}"
-            elif problem := no_name(section):
-                yield f"{key}: {problem}"
-            elif _CONTROL.search(section):
-                yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
-        elif key not in CONFIGS:
-            above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
-            yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
-                   f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
-        elif section is None:  # all its settings are commented out
-            continue
-        elif not isinstance(section, dict):
-            yield f"{key}: expected settings below it, found {shown(section)}"
-        else:
-            known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
-            for name, value in section.items():
-                if name not in known:
-                    yield f"{key}.{name}: unknown setting{near(str(name), known)}"
-                elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
-                    yield f"{key}.{problem}"
-                elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):
-                    yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

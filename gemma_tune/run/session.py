@@ -18,7 +18,8 @@ from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, refuse_no_names, resolve
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, load_yaml
+from gemma_tune.config.settings_file import load_yaml
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
@@ -69,7 +70,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         stage: as in the manifest, such as ``export-ollama``; or ``chat``.
         run: its directory; by default the run of ``model``, else the newest one under ``runs/``.
         model: id, directory, ``.gguf`` file or ``demo``; by default the run's own.
-        config: a YAML file of settings, or what :func:`gemma_tune.config.stages.load_yaml` read from one.
+        config: a YAML file of settings, or what :func:`gemma_tune.config.settings_file.load_yaml` read from one.
         listener: hears what the stage has to say; by default nobody does.
         force: run even if the result is up to date.
         settings: of the stage, by the names of its command's options; None counts as not given.

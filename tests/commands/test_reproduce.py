@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from gemma_tune.config.stages import TrainConfig, load_yaml
+from gemma_tune.config.settings_file import load_yaml
+from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.session import open_session
 from gemma_tune.train import processes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.config.stages import load_yaml
+from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.train import results, tune_report
 from gemma_tune.train import trials as trials_module
 from gemma_tune.train import tune as tune_module

@@ -20,7 +20,8 @@ from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, as_flags, resolve
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig, load_yaml
+from gemma_tune.config.settings_file import load_yaml
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
           for f in dataclasses.fields(cls)]

@@ -9,8 +9,8 @@ import pytest
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.settings import resolve
-from gemma_tune.config.settings_file import settings_file
-from gemma_tune.config.stages import CONFIGS, TrainConfig, TuneConfig, load_yaml
+from gemma_tune.config.settings_file import load_yaml, settings_file
+from gemma_tune.config.stages import CONFIGS, TrainConfig, TuneConfig
 
 EXTREME = [
     {"rank": 1024, "alpha": 1e-6, "learning_rate": 1.2345678901234567e-05, "epochs": 100_000.0, "seed": 2**32 - 1},
