@@ -17,7 +17,7 @@ from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.session import open_session
-from gemma_tune.train import processes
+from gemma_tune.train import processes, shape
 from gemma_tune.train.memory import BatchChoice
 from gemma_tune.train.record import SettingsRecord
 from support.command import QUICK
@@ -32,7 +32,8 @@ def digest(run: Path = RUN) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without what takes most of the time here: pictures, and looking for garbage before each training."""
+    """Without what takes most of the time here: pictures, memory by shapes, and looking for garbage."""
+    monkeypatch.setattr(shape, "_kept", lambda *_: 1 << 20)
     monkeypatch.setattr("gemma_tune.train.stage.plot", lambda *_: None)
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
 

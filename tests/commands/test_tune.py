@@ -12,7 +12,7 @@ import pytest
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.config.settings_file import load_yaml
-from gemma_tune.train import results, tune_report
+from gemma_tune.train import results, shape, tune_report
 from gemma_tune.train import trials as trials_module
 from gemma_tune.train import tune as tune_module
 from gemma_tune.train.halving import Costs, Rung
@@ -27,8 +27,10 @@ RATES = ("--learning-rates", "1e-5,5e-3,1e-3")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without what takes most of the time here: pictures, and looking for garbage before each training."""
+    """Without what takes most of the time here: pictures, memory by shapes, and looking for garbage."""
     monkeypatch.setattr(tune_report, "draw", lambda path, *_, **__: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(shape, "_kept", lambda *_: 1 << 20)
+    monkeypatch.setattr(trials_module, "_TIMED", 2)
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
