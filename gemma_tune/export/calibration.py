@@ -54,6 +54,7 @@ class Gram:
         self._sums = [self._zeros(size, device) for size in parts(columns, device.type)]
         self._waiting: list[torch.Tensor] = []
         self._probes: list[np.ndarray] = []
+        self._narrow = False
 
     def _zeros(self, size: int, device: torch.device) -> torch.Tensor:
         for n, matrix in enumerate(self._free):
@@ -63,6 +64,8 @@ class Gram:
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add inputs (…, columns), each as often as its weight (some,) says."""
+        # A CPU is asked to compute in bf16 where it has instructions for it.
+        self._narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu"
         x = x.reshape(-1, x.shape[-1]).float()
         if len(self._probes) < _PROBES:
             self._probes.append(x[len(x) // 2].cpu().numpy())
@@ -84,7 +87,7 @@ class Gram:
         found = inputs_of(self._sums, count)
         self._free += self._sums
         self._sums = []
-        return found and replace(found, probes=np.stack(self._probes))
+        return found and replace(found, probes=np.stack(self._probes), narrow=self._narrow)
 
 
 def parts(columns: int, device: str) -> list[int]:

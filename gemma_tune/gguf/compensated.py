@@ -45,12 +45,15 @@ class Inputs:
             None where an error is not to be made up for.
         output: sum of squares of what came out; None where nobody noted it.
         probes: float32 (some, columns), some of the inputs: what is written is checked with them; None without any.
+        narrow: whether what earlier columns' errors make of later ones is computed in bf16, where that is fast. The
+            errors of 4 bits came out the same to a thousandth.
     """
 
     importance: np.ndarray
     factors: tuple[torch.Tensor, ...] | None
     output: float | None = None
     probes: np.ndarray | None = None
+    narrow: bool = False
 
 
 def inputs_of(grams: Sequence[torch.Tensor], count: int, damping: float = DAMPING) -> Inputs | None:
@@ -165,7 +168,7 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
     if inputs.factors is None:
         data = by_importance(rows, kind, inputs.importance)
         return data, _energy(dequantise(data, kind) - rows, inputs)
-    parts = [_compensated(rows[:, columns], kind, inputs.importance[columns], factor)
+    parts = [_compensated(rows[:, columns], kind, inputs.importance[columns], factor, inputs.narrow)
              for columns, factor in _ranges(inputs.factors)]
     better = np.concatenate([data for data, _ in parts], axis=1)
     some = slice(None, None, max(1, len(rows) // _COMPARED))
@@ -200,8 +203,8 @@ def _ranges(factors: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tens
         start += len(factor)
 
 
-def _compensated(rows: np.ndarray, kind: Type, importance: np.ndarray,
-                 factor: torch.Tensor) -> tuple[np.ndarray, float]:
+def _compensated(rows: np.ndarray, kind: Type, importance: np.ndarray, factor: torch.Tensor,
+                 narrow: bool) -> tuple[np.ndarray, float]:
     """Round rows (rows, columns): uint8 (rows, bytes of a row), and the sum of squares of what that changes in the
     output."""
     import torch
@@ -210,10 +213,11 @@ def _compensated(rows: np.ndarray, kind: Type, importance: np.ndarray,
     # Columns first: each step works on one column of all rows.
     weights = torch.from_numpy(np.ascontiguousarray(rows.T)).to(factor.device)
     changed, error = torch.empty_like(weights), torch.zeros((), dtype=torch.float64, device=factor.device)
+    far = changed.bfloat16() if narrow else changed  # the same for products with many columns
     data = []
     for start in range(0, len(weights), size):
         stop = start + size
-        off = factor[:start, start:stop].T @ changed[:start]  # d R of these columns, so far
+        off = (factor[:start, start:stop].T.to(far.dtype) @ far[:start]).float()  # d R of these columns, so far
         block = _Block(weights[start:stop], kind, importance[start:stop])
         block.choose_scales(_inverse(factor[start:stop, start:stop]).T @ off)
         for first in range(start, stop, _BLOCK):
@@ -222,6 +226,8 @@ def _compensated(rows: np.ndarray, kind: Type, importance: np.ndarray,
                 block.round(at - start, off[at - start], 1 / diagonal[at], out=changed[at])
                 off[at - start:last - start].addr_(factor[at, at:last], changed[at])
             off[last - start:].addmm_(factor[first:last, last:stop].T, changed[first:last])
+        if narrow:
+            far[start:stop] = changed[start:stop]
         error += off.square().sum(dtype=torch.float64)
         data.append(block.data())
     return np.concatenate(data, axis=1), float(error)

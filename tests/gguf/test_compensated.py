@@ -13,7 +13,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from gemma_tune.gguf.compensated import Inputs, Rounding, calibrated, inputs_of
+from gemma_tune.gguf.compensated import Inputs, Rounding, by_importance, calibrated, inputs_of
 from gemma_tune.gguf.grid import GRIDS, chosen, grid_of
 from gemma_tune.gguf.types import dequantise, quantise
 
@@ -132,3 +132,18 @@ def test_in_parts_each_part_makes_up_for_its_own_errors(x, weights):
     assert error == pytest.approx(sum(one for _, one in apart), rel=0.1)  # but for the damping
     ours = off(x, weights, data, Type.Q4_1)
     assert ours < 0.9 * off(x, weights, libgguf.quantize_rows(weights, Type.Q4_1, imatrix=halves.importance), Type.Q4_1)
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K], ids=lambda kind: kind.name)
+def test_products_in_bf16_round_as_well(kind):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(600, 512, generator=generator) * torch.rand(512, generator=generator)
+    rows = (torch.randn(64, 512, generator=generator) / 50).numpy()
+    wide = inputs_of([x.T @ x], len(x))
+    narrow = replace(wide, narrow=True)
+    (data, error), (other, near) = calibrated(rows, kind, wide), calibrated(rows, kind, narrow)
+    assert not np.array_equal(data, other), "it is not used"
+    real = [float(((x @ torch.from_numpy(dequantise(d, kind) - rows).T) ** 2).sum()) for d in (data, other)]
+    assert real[1] == pytest.approx(real[0], rel=0.02) and near == pytest.approx(error, rel=0.02)
+    plain = by_importance(rows, kind, wide.importance)
+    assert real[1] < 0.9 * float(((x @ torch.from_numpy(dequantise(plain, kind) - rows).T) ** 2).sum())
