@@ -35,8 +35,9 @@ class SettingsRecord:
             return
         values, sources = self._resolved(None, self.session.config.compile)
         self._write(values, sources)
+        usual = TrainConfig().as_dict() | {"target_modules": "all"}
         told = [f"{in_words({name: value})} ({sources[name].split(':')[0]})" for name, value in values.items()
-                if value is not None and name not in same_result(TrainConfig) and sources[name] != ORIGINS["default"]]
+                if value != usual[name] and name not in same_result(TrainConfig)]
         self.session.listener.note(f"settings: {', '.join(told) or 'all are defaults'}; every one of them is in "
                                    f"{self.session.run.train_settings}")
 

@@ -80,6 +80,9 @@ def test_every_setting_is_there_with_where_it_came_from(cli, trained):
     [told] = [line for line in done.err.splitlines() if "settings: " in line]
     assert "rank 4 (given)" in told and "alpha 16.0 (of a settings file)" in told and "runs/tiny-gemma/train.yaml" in told
     assert "warmup" not in told
+    again = cli("train", "--config", FILE, "--force").err
+    [told] = [line for line in again.splitlines() if "settings: " in line]
+    assert "rank 4 (of a settings file)" in told and "warmup" not in told, "what differs, wherever it came from"
 
 
 def test_a_file_in_a_run_is_about_that_run(cli, trained):
