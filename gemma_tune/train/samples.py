@@ -128,8 +128,10 @@ class Samples(TrainerCallback):
         record = {"step": step, "prompt": number, "begins": begins, "answer": answer.text, "tokens": answer.tokens,
                   "ended": answer.ended, "seconds": round(time.perf_counter() - began, 3)}
         self.records.append(record)
-        with os_errors(self.path), open(self.path, "ab") as f:
-            f.write(json_bytes(record))
+        with os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as f:
+                f.write(json_bytes(record))
         when = f"after step {step}" if step else "before the first step"
         self.session.listener.note(f"{when}, “{begins}”: {_shown(record)}")
 

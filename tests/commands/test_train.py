@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,7 @@ def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch)
     """Training takes the tokens as they are in the files: the same adapter, bit for bit."""
     from datasets import Dataset
 
+    from gemma_tune.train import job
     from gemma_tune.train import stage as train
 
     assert cli("train", *QUICK).code == 0
@@ -71,8 +73,10 @@ def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch)
              for side in ("train", "valid")]
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_prepared_sequences", lambda session: asked.append(session) or sides)
-        patch.setattr(train, "trained_of", lambda rows: [sum(n != -100 for n in labels[1:]) for labels in rows["labels"]])
+        patch.setattr(train, "prepared_sequences", lambda session: asked.append(session) or sides)
+        for module in (train, job):
+            patch.setattr(module, "trained_of",
+                          lambda rows: np.array([sum(n != -100 for n in labels[1:]) for labels in rows["labels"]]))
         assert cli("train", *QUICK, "--force").code == 0
     assert asked and adapter_bytes(prepared) == expected
 
@@ -105,7 +109,7 @@ def other_version(monkeypatch):
     """As if the code or a library had changed since: a call switches to it."""
     from gemma_tune.encoding.tokens import encoding_key
     from gemma_tune.prepare import stage as prepare
-    from gemma_tune.train import stage as train
+    from gemma_tune.train import job as train
 
     def switch(**changes: str) -> None:
         for module in (prepare, train):
@@ -405,7 +409,7 @@ def test_one_row_is_enough(cli, tiny, tmp_path):
 
 
 def test_towers_are_left_alone():
-    from gemma_tune.train.stage import target_modules
+    from gemma_tune.lora.layers import target_modules
 
     class Multimodal(torch.nn.Module):
         def __init__(self):
@@ -843,9 +847,10 @@ def test_every_step_learns(cli, prepared, schedule):
 def test_four_bits_do_not_go_with_apples_gpu(cli, prepared, monkeypatch):
     """Before any work, in a plan and in a training; and nothing advises them there."""
     from gemma_tune.models import placement
-    from gemma_tune.train import job, memory, stage
+    from gemma_tune.train import going_on, job, memory, stage
 
-    monkeypatch.setattr(stage, "choose_placement", lambda dtype: placement.Placement("mps", torch.bfloat16, ""))
+    for module in (stage, going_on):
+        monkeypatch.setattr(module, "choose_placement", lambda dtype: placement.Placement("mps", torch.bfloat16, ""))
     monkeypatch.setattr(job, "available", lambda device: 2**34)
     monkeypatch.setattr(stage, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     for more in ((), ("--dry-run",)):

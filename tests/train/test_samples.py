@@ -112,7 +112,8 @@ def test_so_it_is_with_dora_on_a_base_of_4_bits_and_recomputed_activations(cli, 
 
 def test_without_validation_rows_the_base_and_the_trained_model_answer(cli, talkative, tmp_path, affordable):
     assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(6)), "--model", talkative, "--valid", 0).code == 0
-    assert cli("train", *FLAGS, "--samples", 3).code == 0
+    done = cli("train", *FLAGS, "--samples", 3)
+    assert done.code == 0, done.err
     assert [(r["step"], r["prompt"], r["begins"]) for r in asked(Path("runs/talkative"))] == [
         (step, n, f"Say number {n}.") for step in (0, 2) for n in range(3)]
 
@@ -121,8 +122,8 @@ def test_the_kept_adapter_is_asked_and_compared(cli, answered, affordable, monke
     """Also if there was no time for it before."""
     from gemma_tune.train.best import Best
 
-    plain = Best._keep
-    monkeypatch.setattr(Best, "_keep", lambda self, step, loss: plain(self, step, loss) if step < 2 else None)
+    plain = Best.keep
+    monkeypatch.setattr(Best, "keep", lambda self, step, *more: plain(self, step, *more) if step < 2 else None)
     monkeypatch.setattr(samples.Samples, "_affordable", lambda self, step, parts: 1000.0 if parts else 0.0)
     result = cli("train", *FLAGS, "--keep", "best", "--samples", 1, "--force")
     assert result.code == 0, result.err

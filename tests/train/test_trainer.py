@@ -178,19 +178,20 @@ def test_the_longest_batch_is_tried_first_and_leaves_nothing_behind(cli, prepare
 
 def test_a_resumed_training_keeps_its_micro_batch_unless_told_otherwise(cli, prepared, monkeypatch):
     """Also where the memory would now allow another one: sums in another order are rounded differently."""
+    from gemma_tune.train import job
     from gemma_tune.train import stage as train
     from gemma_tune.train.callbacks import StopRequest
 
     flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32")
-    roomy = train.available
+    roomy = job.available
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "on_step_begin", lambda self, args, state, control, **_: (
             setattr(self, "requested", state.global_step + 1 == 2)))
-        patch.setattr(train, "_fit", _with_micro_batch(train._fit, 2))
+        patch.setattr(train, "fit", _with_micro_batch(train.fit, 2))
         assert cli("train", *flags).code == 130
     resumed = cli("train", *flags, "--json")
     assert resumed.code == 0, resumed.err
-    assert train.available is roomy
+    assert job.available is roomy
     summary = resumed.json["summary"]
     assert (summary["resumed_from_step"], summary["micro_batch"]) == (2, 2)
     with monkeypatch.context() as patch:
