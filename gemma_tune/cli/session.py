@@ -189,6 +189,7 @@ class Command(TyperCommand):
 
             follow()
             processes.leave()
+            processes.end()
         return here.rank == 0
 
 
