@@ -6,11 +6,12 @@ training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from gemma_tune.base.strict_json import object_in
 
 NAME = "origins.npy"
 
@@ -32,7 +33,7 @@ def origins_of(folder: Path, rows: Sequence[int]) -> list[str] | None:
         folder: the data directory.
     """
     try:
-        names = [item["file"] for item in json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]]
+        names = [item["file"] for item in object_in(folder / "report.json")["files"]]
         found = np.load(folder / NAME, mmap_mode="r", allow_pickle=False)[list(rows)]
         return [f"{names[source]}:{line}" for source, line in found.tolist()]
     except (OSError, ValueError, LookupError, TypeError, EOFError):

@@ -135,7 +135,7 @@ class Calibration:
         if self.model.stored(self.model.head or "") is None:
             return {}
         sensitivity = Sensitivity(self.model, self.sequences, types, tokens)
-        passing = BackwardPass(self.model, self.sequences, on_progress, sensitivity.some)
+        passing = BackwardPass(self.model, self.sequences, sensitivity.some, on_progress)
         weights = TokenWeights(passing, self.model.name, str(self.model.head))
         sensitivity.of_head(passing.head)
         states = passing.head.states

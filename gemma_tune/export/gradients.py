@@ -30,8 +30,8 @@ class BackwardPass:
     Args:
         model: the model.
         sequences: token ids, (length,) each.
+        energy_of: of each sequence, how many leading tokens count for the head's ``energy``.
         on_progress: called with how many layers are done, and how many there are; each counts twice.
-        energy_of: so many leading tokens of each sequence, for the head's ``energy``.
 
     Attributes:
         head: the output head; ``del`` it to free its weights.
@@ -43,12 +43,11 @@ class BackwardPass:
     """
 
     def __init__(self, model: LayerwiseModel, sequences: Sequence[np.ndarray],
-                 on_progress: Callable[[int, int], None] | None = None, energy_of: Sequence[int] = ()):
+                 energy_of: Sequence[int], on_progress: Callable[[int, int], None] | None = None):
         self._model, self._progress = model, on_progress or (lambda done, total: None)
         self.head = Head(model)
         self._before: list[list[torch.Tensor]] = []
         self._rows = self._forward(sequences)
-        energy_of = energy_of or [0] * len(sequences)
         self.gradients = [self.head.gradient(row, some) for row, some in zip(self._rows, energy_of, strict=True)]
 
     def _forward(self, sequences: Sequence[np.ndarray]) -> list[Row]:

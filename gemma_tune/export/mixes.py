@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -44,7 +44,7 @@ class Mixes:
     on_grid: bool = False
     _costs: Costs = field(default_factory=dict)
 
-    def measure(self, labels: Iterable[str]) -> None:
+    def measure(self, labels: Sequence[str]) -> None:
         """Measure how much depends on each token, and what rounding costs where a mix depends on that.
 
         Raises:

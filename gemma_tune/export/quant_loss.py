@@ -21,6 +21,7 @@ from gemma_tune.base.errors import WorkFailed
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.models.placement import wide
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor, complete: bool) -> flo
     """
     import torch
 
-    ours, theirs = _wide(ours), _wide(theirs)
+    ours, theirs = wide(ours), wide(theirs)
     found = (ours.exp() * (ours - theirs)).sum()
     if not complete:
         p, q = (1 - a.exp().sum(1) for a in (ours, theirs))
@@ -201,12 +202,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor, complete: bool) -> flo
 
 
 def _label_sum(log_probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(_wide(log_probabilities.gather(1, labels[:, None])).sum())
-
-
-def _wide(numbers: torch.Tensor) -> torch.Tensor:
-    """In fp64, which Apple's GPU does not have."""
-    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
+    return float(wide(log_probabilities.gather(1, labels[:, None])).sum())
 
 
 def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

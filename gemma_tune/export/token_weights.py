@@ -18,6 +18,7 @@ from gemma_tune.export.gradients import BackwardPass
 # SmolLM2's q4_0, on its own rows and on general text: unweighted 0.145, 0.269; 0.5: 0.068, 0.136; 1: 0.071, 0.132.
 POWER = 0.75
 
+
 class TokenWeights:
     """What the tokens of some sequences count for each matrix.
 

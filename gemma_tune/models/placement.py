@@ -35,6 +35,11 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def wide(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers in fp64: on the CPU instead of Apple's GPU, which does not have it."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
+
+
 def choose_placement(dtype: str, device: str | None = None) -> Placement:
     """Device and compute type for ``--dtype``: never fp16 by itself, as Gemma 2 and 3 overflow in it.
 

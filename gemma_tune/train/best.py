@@ -17,11 +17,13 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import BEST, KEEP, rotate
+from gemma_tune.train.verdict import validation_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gemma_tune.train.trainer import GemmaTrainer
+
 
 class Best(TrainerCallback):
     """Keeps the adapter of each evaluation that is lower than all before it, in a file beside the checkpoints.
@@ -43,7 +45,7 @@ class Best(TrainerCallback):
         self.path, self.training, self.listener = folder / BEST, training, listener
         self.keeps, self.patience, self.checkpoints, self.keeps_start = keeps, patience, checkpoints, keeps_start
         self.trainer: GemmaTrainer | None = None
-        self.losses = {r["step"]: r["eval_loss"] for r in earlier if "eval_loss" in r}
+        self.losses = validation_losses(earlier)
         self._kept = self._of_file()
         self._told = False
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_tune.models.placement import wide
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.undoing import plain_forward
 
@@ -101,13 +102,9 @@ def _squared_change(layer: Any, before: tuple[torch.Tensor, torch.Tensor] | None
             return 0.0  # and not what is left of the difference of two large sums
         a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
     # Wide: where B0 is not zero, large numbers go against each other here.
-    a, b = a.to(_wide(a)), b.to(_wide(b))
+    a, b = wide(a), wide(b)
     scale = layer.scaling[layer.active_adapters[0]]
     return scale ** 2 * max(0.0, float(((b.t() @ b) * (a @ a.t())).sum()))
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
 from gemma_tune.train.startup import Startup
+from gemma_tune.train.verdict import validation_losses
 
 
 def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: Path | None,
@@ -43,7 +44,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
             raise _with_less(session, out_of_memory(e)) from e
         raise
     losses = [r["loss"] for r in log.records if "loss" in r]
-    evals = {r["step"]: r["eval_loss"] for r in log.records if "eval_loss" in r}
+    evals = validation_losses(log.records)
     last = trainer.state.global_step
     kept = best.restore(last)
     if sentence := best.described(kept, last):

@@ -46,6 +46,11 @@ class LossChange:
         return f"{self.what} loss {self.before:.4g} before, {self.after:.4g} after"
 
 
+def validation_losses(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """By step, of the log's records; step 0 is before the first one."""
+    return {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
+
+
 def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
     """Validation loss and training loss before and after, that of them first that says most; those that are known.
 
@@ -53,7 +58,7 @@ def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
         records: of the log, those before an interruption included.
     """
     found = []
-    evals = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
+    evals = validation_losses(records)
     if len(evals) > 1 and 0 in evals:  # else there are no validation rows, or the first records are lost
         last = max(evals)
         step = min(evals, key=evals.__getitem__)
