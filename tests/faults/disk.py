@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from faults.lab import STAGES, Lab, contents
+from faults.lab import TRIED, Lab, contents
 
 ROOM = re.compile(r"disk is full|no room|room for|free|space|larger than its file system|too large", re.IGNORECASE)
 _PAGE = 4096
@@ -28,8 +28,8 @@ def can_mount(lab: Lab) -> bool:
 
 def full(lab: Lab, random_: random.Random, number: int, mounted: bool) -> tuple[str, str | None]:
     """One stage without the room that it needs; then with it."""
-    stage = STAGES[number % len(STAGES)]
-    state = f"{random_.choice(('before', 'other'))}-{stage}"
+    stage = TRIED[number % len(TRIED)]
+    state = lab.a_state(stage, random_)
     used, whole = _size(lab, state), _size(lab, "whole")
     limit = used + random_.randint(0, max(whole - used, 1 << 18)) if mounted else random_.randint(0, whole // 4)
     what = f"{stage} on {state} with {limit:,} bytes {'on the disk' if mounted else 'for a file (RLIMIT_FSIZE)'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,10 +24,13 @@ from gemma_tune.base.files import CHECKPOINT_FILES
 from support.command import rows, write_rows
 
 STAGES = ("prepare", "train", "merge", "export-ollama")
+# What is not a stage of the chain: `train --continue` on a training that has ended, and `tune`.
+SIDE = ("continue", "tune")
+TRIED = (*STAGES, *SIDE)
 PATIENCE = 120.0  # seconds after which a command hangs
 # The last resort of the command line, and Python's own.
 OURS = re.compile(r"Traceback \(most recent|\bunexpected [A-Z]\w*:")
-_ARTIFACTS = ("data", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama")
+_ARTIFACTS = ("data", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama", "tune.yaml")
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,21 @@ class Lab:
             "prepare": [str(self.data), "--model", str(self.model), "--valid", "0.2"],
             "train": ["--epochs", "2", "--rank", "4", "--dtype", "fp32", "--learning-rate", "1e-3", "--save-steps", "3"],
             "merge": ["--dtype", "bf16", "--no-check"],
-            "export-ollama": ["--quant", "q8_0", "--num-ctx", "512", "--no-verify", "--no-measure", "--no-create"]}
+            "export-ollama": ["--quant", "q8_0", "--num-ctx", "512", "--no-verify", "--no-measure", "--no-create"],
+            # So long that all candidates are tried, whatever the machine does meanwhile.
+            "tune": ["--epochs", "2", "--ranks", "4", "--dtype", "fp32", "--learning-rates", "1e-3,4e-3,1e-2", "--minutes",
+                     "30"]}
+        training = self._settings["train"]
+        self._settings["continue"] = ["--continue", "--epochs", "3", *training[2:]]
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def arguments(self, stage: str, other: bool = False) -> list[str]:
-        """A stage's command on the run of the tries; ``other`` with another value of one of its settings."""
-        changes = {"0.2": "0.3", "1e-3": "5e-4", "bf16": "fp32", "512": "256"} if other else {}
-        return [stage, *(changes.get(word, word) for word in self._settings[stage]), "--run", str(self.run)]
+        """The command of a stage, or of what is beside them, on the run of the tries; ``other`` with another value of
+        one of its settings."""
+        changes = {"0.2": "0.3", "1e-3": "5e-4", "bf16": "fp32", "512": "256", "1e-3,4e-3,1e-2": "1e-3,4e-3"} if other else {}
+        name = "train" if stage == "continue" else stage
+        return [name, *(changes.get(word, word) for word in self._settings[stage]), "--run", str(self.run)]
 
     def start(self, args: Sequence[str], first: Callable[[], None] = lambda: None, cwd: Path | None = None) -> Process:
         """Fork a child that is the command; ``first`` is called in it."""
@@ -170,6 +181,14 @@ class Lab:
             self.restore(f"before-{stage}")
             self._measure(stage)
         self._keep("whole")
+        for side, begun in zip(SIDE, ("merge", "train")):
+            self.restore(f"before-{begun}")
+            self._keep(f"before-{side}")
+            self._measure(side)
+            self._keep(f"whole-{side}")
+        self.restore("before-tune")  # other candidates were tried before
+        self._finish("tune", other=True)
+        self._keep("other-tune")
 
     def _keep(self, name: str) -> None:
         if self.run.exists():
@@ -199,19 +218,23 @@ class Lab:
         if (self.states / state).exists():
             shutil.copytree(self.states / state, self.run, dirs_exist_ok=True)
 
+    def a_state(self, stage: str, random_: random.Random) -> str:
+        """A state that a command can begin from; to continue, settings stay what they were."""
+        return f"{random_.choice(('before',) if stage == 'continue' else ('before', 'other'))}-{stage}"
+
     def go_on(self, stage: str) -> str | None:
         """The same command and those after it; what is wrong if they do not come to what an undisturbed run does."""
-        for name in STAGES[STAGES.index(stage):]:
+        for name in STAGES[STAGES.index(stage):] if stage in STAGES else (stage,):
             if fault := self.do(*self.arguments(name)).fault(0):
                 return f"afterwards {fault}"
-        if different := self.different():
+        if different := self.different(stage):
             return f"afterwards these differ from an undisturbed run's: {', '.join(different)}"
         left = [path.name for path in self.run.rglob(".*") if path.name.startswith((".new-", ".old-"))]
-        return f"left behind: {', '.join(left)}" if left else self.verified()
+        return f"left behind: {', '.join(left)}" if left else self.verified(stage)
 
-    def different(self) -> list[str]:
+    def different(self, stage: str = STAGES[0]) -> list[str]:
         """Artifacts that are not, byte for byte, those of the undisturbed run."""
-        one, two = contents(self.states / "whole"), contents(self.run)
+        one, two = contents(self.states / (f"whole-{stage}" if stage in SIDE else "whole")), contents(self.run)
         return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
     def states_now(self, *flags: str) -> Mapping[str, str] | None:
@@ -221,9 +244,10 @@ class Lab:
             return {stage: item["state"] for stage, item in json.loads(looked.out)["stages"].items()}
         return None
 
-    def verified(self) -> str | None:
+    def verified(self, stage: str = STAGES[0]) -> str | None:
+        expected = STAGES[:2] if stage in SIDE else STAGES
         states = self.states_now("--verify")
-        odd = {stage: state for stage, state in (states or {}).items() if stage in STAGES and state != "done"}
+        odd = {name: state for name, state in (states or {}).items() if name in expected and state != "done"}
         return f"`status --verify` says {odd or 'nothing'}" if odd or states is None else None
 
     def members(self) -> Iterator[Path]:
@@ -233,8 +257,8 @@ class Lab:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Artifacts of a run by their names in it."""
-    return {path.relative_to(run).as_posix(): path.read_bytes() for folder in _ARTIFACTS
-            for path in sorted((run / folder).rglob("*")) if path.is_file()}
+    return {path.relative_to(run).as_posix(): path.read_bytes() for name in _ARTIFACTS
+            for path in sorted((run / name, *(run / name).rglob("*"))) if path.is_file()}
 
 
 def on_rename(hook: Callable[[int, bool], object]) -> None:

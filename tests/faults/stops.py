@@ -7,15 +7,15 @@ import random
 import signal
 import time
 
-from faults.lab import STAGES, Lab, on_rename
+from faults.lab import TRIED, Lab, on_rename
 
 QUICKLY = 2.0  # seconds in which a command ends after Ctrl-C
 
 
 def kill(lab: Lab, random_: random.Random, number: int) -> tuple[str, str | None]:
     """One SIGKILL: at a random moment, or right before or after a rename, where an artifact takes another's place."""
-    stage = STAGES[number % len(STAGES)]
-    state = f"{random_.choice(('before', 'other'))}-{stage}"
+    stage = TRIED[number % len(TRIED)]
+    state = lab.a_state(stage, random_)
     lab.restore(state)
     args = lab.arguments(stage)
     if random_.random() < 0.5 and lab.renames[stage]:
@@ -47,11 +47,11 @@ def kill(lab: Lab, random_: random.Random, number: int) -> tuple[str, str | None
 
 def interrupt(lab: Lab, random_: random.Random, number: int) -> tuple[str, str | None]:
     """One Ctrl-C, which the whole process group of a terminal gets."""
-    stage = STAGES[number % len(STAGES)]
-    state = f"{random_.choice(('before', 'other'))}-{stage}"
+    stage = TRIED[number % len(TRIED)]
+    state = lab.a_state(stage, random_)
     lab.restore(state)
     # A program with its start, where imports take most of the time, and a forked one, for what comes after them.
-    begin, longest = ((lab.start_program, lab.seconds[f"{stage}, started"]) if number // len(STAGES) % 2 == 0 else
+    begin, longest = ((lab.start_program, lab.seconds[f"{stage}, started"]) if number // len(TRIED) % 2 == 0 else
                       (lab.start, lab.seconds[stage]))
     moment = random_.uniform(0.1, longest)
     what = f"{stage} on {state} stopped by Ctrl-C after {moment:.2f} s of {longest:.2f}"
@@ -72,7 +72,7 @@ def interrupt(lab: Lab, random_: random.Random, number: int) -> tuple[str, str |
 
 def measure_programs(lab: Lab) -> None:
     """How long each command takes with its start."""
-    for stage in STAGES:
+    for stage in TRIED:
         lab.restore(f"before-{stage}")
         lab.seconds[f"{stage}, started"] = lab.start_program(lab.arguments(stage)).wait().seconds
 
