@@ -106,7 +106,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     with _naming(outside if trained_on else None):
         base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
                                              weights=stage not in _WITHOUT_WEIGHTS)
-    family, reasons = family_defaults(base.config["model_type"], stage)
+    family, reasons = family_defaults(base.config, stage)
     resolved = resolve(cls, settings, content.get(stage), family)
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family":

@@ -104,7 +104,7 @@ def _earlier(session: Session) -> str:
 
 
 def _usual_rate(session: Session) -> float:
-    return float(family_defaults(session.model.config["model_type"], "train")[0]["learning_rate"])
+    return float(family_defaults(session.model.config, "train")[0]["learning_rate"])
 
 
 def _tell(session: Session, moved: Moved, change: LogitChange | None, records: Sequence[Mapping[str, Any]]) -> None:

@@ -28,8 +28,11 @@ from typing import Any
 
 from train_speed import read_rows
 
+from gemma_tune.base.words import model_name
+from gemma_tune.encoding.tokens import lengths_of, open_tokens
+
 HERE = Path(__file__).resolve().parent
-SEED, EVALUATIONS = 42, 2  # evaluations per epoch
+SEED = 42
 LLAMA_FACTORY = {"rank": 8, "alpha": 16, "learning_rate": 1e-4, "batch_size": 8, "epochs": 3, "warmup": 0.1}
 
 
@@ -61,6 +64,7 @@ def recipes(epochs: float) -> list[Recipe]:
              ours("reference-by-train", 1e-4, rank=8, alpha=16, batch_size=8, warmup=0.1, epochs=3)]
     for rate in (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3):
         found += [ours(f"rate-{rate:g}", rate),
+                  ours(f"three-epochs-{rate:g}", rate, epochs=3),  # the tokens of the reference
                   ours(f"rank-8-{rate:g}", rate, rank=8, alpha=16),
                   ours(f"rank-64-{rate:g}", rate, rank=64, alpha=128),
                   ours(f"rank-64-rslora-{rate:g}", rate, rank=64, alpha=32, rslora=True),
@@ -101,13 +105,15 @@ class Comparison:
         self._gemma_tune("prepare", files[0], "--valid", files[1], "--model", self.options.model, "--run", self.run)
         manifest = json.loads((self.run / "manifest.json").read_text(encoding="utf-8"))
         self.summary = manifest["stages"]["prepare"]["summary"]
+        self.tokens = int(lengths_of(open_tokens(self.run / "data/tokens/train.arrow")).sum())
 
     def train(self, recipe: Recipe) -> dict[str, Any]:
         """Train; the record of it, or of its failure."""
         job = {"changes": recipe.changes, "seed": SEED, "log": str(self.run / "logs/metrics.jsonl")}
         rows, plain = self.summary["train_rows"], LLAMA_FACTORY if recipe.plain else None
-        batch = (plain or recipe.settings).get("batch_size", 4)
-        every = max(1, -(-rows // batch) // EVALUATIONS)
+        said = plain or recipe.settings
+        steps = round(-(-rows // said.get("batch_size", 4)) * said["epochs"])
+        every = -(-steps // self.options.evaluations)
         if plain:
             job |= {"plain": plain, "eval_steps": every, "model": self.options.model,
                     "log": str(self.folder / "plain.jsonl"), "tokens": str(self.run / "data/tokens/train.arrow"),
@@ -118,8 +124,8 @@ class Comparison:
         command = [] if plain else ["train", "--run", self.run, "--force", *as_options(settings)]
         done = self._child([HERE / "recipe_child.py", path, *command], recipe.name)
         lines = Path(job["log"]).read_text(encoding="utf-8").splitlines() if Path(job["log"]).is_file() else []
-        record = {"model": self.options.model, **asdict(recipe), "settings": plain or recipe.settings,
-                  "date": date.today().isoformat(), "rows": rows, "tokens": self.summary["tokens"],
+        record = {"model": model_name(self.options.model), **asdict(recipe), "settings": plain or recipe.settings,
+                  "date": date.today().isoformat(), "rows": self.options.rows, "train_rows": rows, "tokens": self.tokens,
                   "losses": by_tokens(map(json.loads, lines)), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
         return record if done.returncode == 0 and record["losses"] else record | {"failed": done.stdout[-400:]}
 
@@ -154,10 +160,12 @@ def by_tokens(records: Any) -> list[tuple[int, float]]:
     return found
 
 
-def read_results(path: Path, model: str) -> dict[str, dict[str, Any]]:
-    """The records of a model, by recipe; the last one of each counts."""
+def read_results(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The records of a model on so many rows, by recipe; the last one of each counts."""
+    path, model = options.results, model_name(options.model)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {r["name"]: r for r in map(json.loads, lines) if r["model"] == model and not r.get("failed")}
+    return {r["name"]: r for r in map(json.loads, lines)
+            if (r["model"], r["rows"]) == (model, options.rows) and not r.get("failed")}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -179,8 +187,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=256, help="rows that are learned (default: %(default)s)")
     parser.add_argument("--valid-rows", type=int, default=96, help="rows that are held out (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1.5, help="of each recipe but the reference (default: %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=3, help="of each training, beside that of the base model "
+                                                                    "(default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of recipes, like 'rate-*'")
-    parser.add_argument("--results", type=Path, default=Path("recipes.jsonl"), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=HERE / "recipes.jsonl",
+                        help="default: that of the repository")
     parser.add_argument("--table", action="store_true", help="show the results, and train nothing")
     options = parser.parse_args()
     if not options.table and options.data is None:
@@ -193,7 +204,7 @@ def main() -> None:
     if not options.table:
         named = {r.name: r for r in recipes(options.epochs)}
         chosen = [named[name] for pattern in options.only for name in fnmatch.filter(named, pattern)]
-        missing = [r for r in dict.fromkeys(r.name for r in chosen) if r not in read_results(options.results, options.model)]
+        missing = [r for r in dict.fromkeys(r.name for r in chosen) if r not in read_results(options)]
         with tempfile.TemporaryDirectory(prefix="recipes-") as folder:
             comparison = Comparison(Path(folder), options)
             if missing:
@@ -205,7 +216,7 @@ def main() -> None:
                     f.write(json.dumps(record) + "\n")
                 said = record.get("failed") or " ".join(f"{loss:.4f}" for _, loss in record["losses"])
                 print(f"    {said}", file=sys.stderr, flush=True)
-    print(table(read_results(options.results, options.model)))
+    print(table(read_results(options)))
 
 
 if __name__ == "__main__":

@@ -428,12 +428,9 @@ def test_towers_are_left_alone():
 
 def test_the_family_sets_the_learning_rate_and_says_why(cli, prepared):
     result = cli("train", "--epochs", 1, "--rank", 4, "--dtype", "fp32")
-    assert "learning rate 0.0002: what Google" in result.err
+    assert "learning rate 0.0002: Google's own for Gemma with LoRA" in result.err
     manifest = json.loads((prepared / "manifest.json").read_text())
     assert manifest["stages"]["train"]["config"]["learning_rate"] == {"value": 0.0002, "from": "family"}
-    from gemma_tune.config.families import family_defaults
-
-    assert family_defaults("gemma4_text", "train")[0] == {"learning_rate": 5e-5}
 
 
 def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):

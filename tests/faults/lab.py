@@ -245,7 +245,7 @@ class Lab:
         return None
 
     def verified(self, stage: str = STAGES[0]) -> str | None:
-        expected = STAGES[:2] if stage in SIDE else STAGES
+        expected = {"tune": ("prepare",), "continue": ("prepare", "train")}.get(stage, STAGES)
         states = self.states_now("--verify")
         odd = {name: state for name, state in (states or {}).items() if name in expected and state != "done"}
         return f"`status --verify` says {odd or 'nothing'}" if odd or states is None else None
