@@ -174,7 +174,8 @@ class TrainConfig(StageConfig):
                                "merging.")
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every one.",
                                              auto="every linear layer of the text model")
-    learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0, auto="by model family")
+    learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
+                                         auto="by model family and size")
     batch_size: int | str = option(4, "Conversations of a batch on one device, or `auto` for a number that suits the "
                                       "data and the device; --micro-batch says how many go through the model at once.",
                                    least=1, most=MOST_ROWS)
