@@ -274,6 +274,22 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
 
 
 @app.command(cls=Command)
+def doctor(ctx: typer.Context, model: o.DoctorModel = None, revision: o.Revision = None, json: o.Json = False,
+           debug: o.Debug = False) -> None:
+    """Try what a training needs on this machine, and say what is broken and what mends it.
+
+    Reads a model's configuration and tokenizer, which are downloaded where it comes from the Hub; no weights. Computes
+    a matrix product and training steps on each device, and asks the Hub, an Ollama server and llama.cpp. Writes nothing
+    but to the caches. Exit code 1 if something that the model needs is broken.
+
+    Example: gemma-tune doctor --model google/gemma-3-270m-it
+    """
+    from gemma_tune.cli.examination import show
+
+    show(model, revision, json, debug)
+
+
+@app.command(cls=Command)
 def runs(ctx: typer.Context, folder: o.RunsFolder = None, json: o.Json = False, debug: o.Debug = False) -> None:
     """List the runs with their models, data, loss, size and age, the newest first.
 

@@ -92,6 +92,10 @@ Revision = Annotated[Optional[str], typer.Option(
 Run = Annotated[Optional[str], typer.Option(
     "--run", "-r", envvar="GEMMA_TUNE_RUN", metavar="DIR", show_default=False,
     help="Run directory. (default: runs/<model name>, else the newest run)")]
+DoctorModel = Annotated[Optional[str], typer.Option(
+    "--model", "-m", metavar="MODEL", show_default=False,
+    help="Base model to be trained: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: none; only the "
+         "machine is examined)")]
 RunsFolder = Annotated[Optional[str], typer.Argument(
     metavar="[DIR]", help="Directory that holds the runs. (default: runs)", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Run even if the result is up to date.")]
