@@ -25,12 +25,12 @@ def stage_lines(stage: str, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
-    if {"train_rows", "valid_rows"} <= s.keys():
+    if None not in (s.get("train_rows"), s.get("valid_rows")):
         yield f"{s['train_rows']:,} for training, {s['valid_rows']:,} for validation"
     left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
             if s.get(key)]
     yield ", ".join(left)
-    if "trained_tokens" in s:
+    if s.get("trained_tokens") is not None:
         yield f"{s['trained_tokens']:,} tokens that are learned"
 
 
@@ -50,7 +50,7 @@ def _evaluated(s: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _merged(s: Mapping[str, Any]) -> Iterator[str]:
-    if "merged_tensors" in s:
+    if s.get("merged_tensors") is not None:
         yield counted(s["merged_tensors"], "layer") + " merged"
     if s.get("check_same_tokens") is not None:
         yield f"same likeliest tokens: {figure('check_same_tokens', s['check_same_tokens'])}"
