@@ -333,12 +333,7 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Seque
     Raises:
         FileNotFoundError: if ``path`` does not exist.
     """
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    single = path.is_file()
-    members = [(name if single and name else own, p, p.stat()) for own, p in _members(path, patterns)]
-    stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
-    size = sum(s.st_size for _, _, s in members)
+    single, members, stamp, size = _looked_at(path, patterns, name)
     if known and known.get("stamp") == stamp:
         return {"sha256": known["sha256"], "bytes": size, "stamp": stamp}
     digest = hashlib.sha256()
@@ -346,6 +341,26 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Seque
         digest.update(b"" if single else f"{own}\0{sha256_file(member)}\n".encode())
     sha = sha256_file(path) if single else digest.hexdigest()
     return {"sha256": sha, "bytes": size, "stamp": stamp}
+
+
+def size_and_stamp(path: Path, patterns: Sequence[str] = (), name: str | None = None) -> tuple[int, str]:
+    """Size in bytes and stamp of a :func:`fingerprint`, for which nothing is read.
+
+    Raises:
+        FileNotFoundError: if ``path`` does not exist.
+    """
+    _, _, stamp, size = _looked_at(path, patterns, name)
+    return size, stamp
+
+
+def _looked_at(path: Path, patterns: Sequence[str], name: str | None) -> tuple[bool, list[Any], str, int]:
+    """Whether it is a file, its members with their names and what the system says of them, its stamp and its size."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    single = path.is_file()
+    members = [(name if single and name else own, p, p.stat()) for own, p in _members(path, patterns)]
+    stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
+    return single, members, stamp, sum(s.st_size for _, _, s in members)
 
 
 CACHE = "GEMMA_TUNE_CACHE"

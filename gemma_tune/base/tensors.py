@@ -10,13 +10,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.refusals import require_readable, unreadable
 from gemma_tune.base.strict_json import object_in, whole_object
+
+if TYPE_CHECKING:
+    import numpy as np
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Bytes of one number. Only the first four can be read as numbers, the others are sized for the check of headers.
@@ -97,6 +98,8 @@ def _read(file: Any, offset: int, length: int) -> bytearray:
 
 
 def _as_float32(data: bytearray, dtype: str) -> np.ndarray:
+    import numpy as np  # not at the top: every command knows what an adapter is, and few read one
+
     if dtype == "BF16":  # the upper half of a float32; numpy has no such type
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, _NUMPY[dtype]).astype(np.float32, copy=False)

@@ -27,8 +27,9 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode="rich",
     pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
     help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
-    epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it   ·   "
-           "Just to see it: gemma-tune run --model demo")
+    epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it\n\n"
+           "Just to see it: gemma-tune run --model demo\n\n"
+           "Does it work here: gemma-tune doctor --model google/gemma-3-270m-it")
 
 
 def _version(wanted: bool) -> None:
@@ -256,18 +257,58 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 @app.command(cls=Command)
 def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify: o.VerifyFiles = False,
            json: o.Json = False, debug: o.Debug = False) -> None:
-    """What a run has, what is stale, and what to type next.
+    """What a run has, with its figures and sizes, what is stale, and what to type next.
 
-    Reads the manifest and the files it names. Writes nothing, but for the new time stamps of a run that was copied.
+    Reads the manifest and the files it names; what is large is read with --verify alone. Writes nothing, but for the
+    new time stamps of a run that was copied.
 
     Example: gemma-tune status
     """
+    from gemma_tune.cli.run_tables import show_status
     from gemma_tune.cli.status import describe_run
 
     found = describe_run(run, model, verify)
-    console.status_table(f"{found.root} · {found.model}", found.rows)
-    if found.base_damage:
-        screen.error(found.base_damage)
-    screen.err.print(f"next: {found.next_step}", markup=False)
+    show_status(found)
     if json:
         screen.result_json(found.as_json())
+
+
+@app.command(cls=Command)
+def doctor(ctx: typer.Context, model: o.DoctorModel = None, revision: o.Revision = None, json: o.Json = False,
+           debug: o.Debug = False) -> None:
+    """Try what a training needs on this machine, and say what is broken and what mends it.
+
+    Reads a model's configuration and tokenizer, which are downloaded where it comes from the Hub; no weights. Computes
+    a matrix product and training steps on each device, and asks the Hub, an Ollama server and llama.cpp. Writes nothing
+    but to the caches. Exit code 1 if something that the model needs is broken.
+
+    Example: gemma-tune doctor --model google/gemma-3-270m-it
+    """
+    from gemma_tune.cli.examination import show
+
+    show(model, revision, json, debug)
+
+
+@app.command(cls=Command)
+def runs(ctx: typer.Context, folder: o.RunsFolder = None, json: o.Json = False, debug: o.Debug = False) -> None:
+    """List the runs with their models, data, loss, size and age, the newest first.
+
+    Reads the manifests of the runs. Writes nothing. A command that names neither --run nor --model works on the newest
+    one under runs/.
+
+    Example: gemma-tune runs
+    """
+    from pathlib import Path
+
+    from gemma_tune.cli.run_tables import show_runs
+    from gemma_tune.cli.runs import list_runs, to_start
+    from gemma_tune.run.directory import RUNS
+
+    place = Path(folder).expanduser() if folder else RUNS
+    found = list_runs(place)
+    if found:
+        show_runs(found)
+    else:
+        screen.err.print(f"there is no run under {place}/ yet; start one: {to_start(place)}", markup=False)
+    if json:
+        screen.result_json({"runs": [run.as_json() for run in found]})

@@ -63,6 +63,7 @@ class ConsoleListener(Listener):
         if not (screen.err.is_terminal and screen.stdin_is_terminal()):
             return False
         self.close()
+        screen.clear_the_way()
         screen.err.print(f"{question} [y/N] ", end="", markup=False)
         with contextlib.suppress(EOFError):
             return input().strip().lower() in ("y", "yes")
@@ -184,17 +185,6 @@ def plan(planned: Any) -> None:
     screen.err.print(table)
     for note in planned.notes:
         screen.prose(Text(f"! {note}", style="yellow"))
-
-
-def status_table(model: str, rows: Sequence[tuple[str, str, str, str]]) -> None:
-    """Stages of a run: name, state, when it ended, what lies where."""
-    table = Table(title=escape(model), title_justify="left")
-    for column in ("stage", "state", "ended (UTC)", "result"):
-        table.add_column(column, overflow="fold")
-    styles = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
-    for stage, state, ended, where in rows:
-        table.add_row(stage, Text(state, style=styles.get(state.split(":")[0], "")), Text(ended), Text(where))
-    screen.err.print(table)
 
 
 def comparison(answers: Sequence[Mapping[str, Any]], shown: int = 3) -> None:

@@ -187,8 +187,9 @@ class Display:
     def _begin(self) -> None:
         if self._live is None:
             self._live = Live(self, console=screen.err, refresh_per_second=PER_SECOND, transient=True)
-            self._live.start()
             _shown.add(self)
+            screen.clear_the_way()
+            self._live.start()
 
     def _end_if_idle(self, over: Course | None = None) -> None:
         if not self._tasks and self._course is over:
@@ -214,6 +215,11 @@ class Display:
 
 
 _shown: weakref.WeakSet[Display] = weakref.WeakSet()
+
+
+def is_shown() -> bool:
+    """Whether a display moves on the terminal now."""
+    return bool(_shown)
 
 
 def close_all() -> None:

@@ -18,12 +18,15 @@ from gemma_tune.config import stages as c
 def _of(cls: type, name: str, *flags: str, **extra: Any) -> Any:
     """The option of one configuration field."""
     field = _field(cls, name)
-    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False, **extra)
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=_help(field), show_default=False,
+                        rich_help_panel=field.metadata.get("group") or cls.group, **extra)
 
 
 def _off(cls: type, name: str) -> Any:
     """The flag that refuses what a field names, of a field that takes false as well: see :func:`with_refusals`."""
-    return typer.Option(f"--no-{name.replace('_', '-')}", help=escape(_field(cls, name).metadata["off"]))
+    field = _field(cls, name)
+    return typer.Option(f"--no-{name.replace('_', '-')}", help=escape(field.metadata["off"]),
+                        rich_help_panel=field.metadata.get("group") or cls.group)
 
 
 def with_refusals(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,14 +83,21 @@ def _help(field: dataclasses.Field) -> str:
 
 # Shared by the commands
 Model = Annotated[Optional[str], typer.Option(
-    "--model", "-m", help="Base model: a Hugging Face id, a directory, a GGUF file, or `demo` (needs no account). "
-                          f"(default: the run's own, else {c.DEFAULT_MODEL})", show_default=False)]
+    "--model", "-m", metavar="MODEL", show_default=False,
+    help="Base model: a Hugging Face id, a directory, a GGUF file, or `demo` (needs no account). "
+         f"(default: the run's own, else {c.DEFAULT_MODEL})")]
 Revision = Annotated[Optional[str], typer.Option(
-    "--revision", help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)",
-    show_default=False)]
+    "--revision", rich_help_panel="advanced", show_default=False,
+    help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)")]
 Run = Annotated[Optional[str], typer.Option(
-    "--run", "-r", envvar="GEMMA_TUNE_RUN", help="Run directory. (default: runs/<model name>, else the newest run)",
-    show_default=False)]
+    "--run", "-r", envvar="GEMMA_TUNE_RUN", metavar="DIR", show_default=False,
+    help="Run directory. (default: runs/<model name>, else the newest run)")]
+DoctorModel = Annotated[Optional[str], typer.Option(
+    "--model", "-m", metavar="MODEL", show_default=False,
+    help="Base model to be trained: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: none; only the "
+         "machine is examined)")]
+RunsFolder = Annotated[Optional[str], typer.Argument(
+    metavar="[DIR]", help="Directory that holds the runs. (default: runs)", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Run even if the result is up to date.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the result.")]
 VerifyFiles = Annotated[bool, typer.Option(
@@ -95,7 +105,7 @@ VerifyFiles = Annotated[bool, typer.Option(
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
 ConfigFile = Annotated[Optional[Path], typer.Option(
     "--config", help="YAML file with settings (sections: prepare, train, …); flags win over it.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="advanced")]
 
 Data = Annotated[Optional[list[str]], typer.Argument(
     metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
@@ -133,7 +143,8 @@ RsLora = Annotated[Optional[bool], _of(c.TrainConfig, "rslora", "--rslora/--no-r
 Dora = Annotated[Optional[bool], _of(c.TrainConfig, "dora", "--dora/--no-dora")]
 TargetModules = Annotated[Optional[list[str]], _of(c.TrainConfig, "target_modules", callback=_joined)]
 LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
-BatchSize = Annotated[Optional[str], _of(c.TrainConfig, "batch_size", "--batch-size", "-b", callback=_number_or_word)]
+BatchSize = Annotated[Optional[str], _of(c.TrainConfig, "batch_size", "--batch-size", "-b", metavar="N",
+                                              callback=_number_or_word)]
 Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]
 NumProcesses = Annotated[Optional[int], _of(c.TrainConfig, "num_processes")]
 Strategy = Annotated[Optional[str], _of(c.TrainConfig, "strategy")]
@@ -183,8 +194,9 @@ Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer th
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
 MergeModel = Annotated[Optional[str], typer.Option(
-    "--model", "-m", help="The run's model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: the "
-                          "run's own, or the one that --adapter names)", show_default=False)]
+    "--model", "-m", metavar="MODEL", show_default=False,
+    help="The run's model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: the run's own, or the one "
+         "that --adapter names)")]
 MergeBase = Annotated[Optional[str], _of(c.MergeConfig, "base", metavar="MODEL")]
 Adapter = Annotated[Optional[str], _of(c.MergeConfig, "adapter", metavar="DIR")]
 MergedDtype = Annotated[Optional[str], _of(c.MergeConfig, "dtype")]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import rich.text
@@ -102,6 +102,16 @@ def figure(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+hides: list[Callable[[], None]] = []  # what takes a line away that moves, see `spinner`
+
+
+def clear_the_way() -> None:
+    """Before something is written that the console does not know of, or moves by itself: a result, a bar, a question.
+    """
+    for hide in list(hides):
+        hide()
+
+
 def prose(text: Text) -> None:
     """Text for people: wrapped at words on a terminal, one line per message in a file."""
     err.print(text, soft_wrap=not err.is_terminal)
@@ -188,6 +198,7 @@ def piece(text: str) -> None:
         OutputLost: it cannot be written.
     """
     require_output()
+    clear_the_way()
     try:
         try:
             sys.stdout.write(text)

@@ -19,8 +19,9 @@ from typer.core import TyperCommand, TyperGroup
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.machine import noting_ctrl_c, occupy_standard_streams
 from gemma_tune.base.words import as_text
-from gemma_tune.cli import console, live, screen
+from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
+from gemma_tune.cli.spinner import saying_what_is_loaded
 from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS
@@ -44,6 +45,9 @@ _PLACES = ("model", "run", "config", "adapter", "from_adapter", "converter", "ca
 
 class Commands(TyperGroup):
     """The command line; where ``accelerate launch`` runs it several times, one process speaks for all."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help_page.page(self, ctx))
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
         occupy_standard_streams()
@@ -85,6 +89,9 @@ def _output_is_lost(e: Exception, params: Mapping[str, Any]) -> int:
 class Command(TyperCommand):
     """A command whose errors are a message, a hint and an exit code instead of a traceback."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help_page.page(self, ctx))
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["arguments"] = [self.name, *args]
         try:
@@ -117,7 +124,8 @@ class Command(TyperCommand):
             if ctx.params.get("json") or self.name == "chat":
                 screen.require_output()
             self._check_texts(ctx)
-            result = super().invoke(ctx)
+            with saying_what_is_loaded(quiet=bool(ctx.params.get("quiet"))):
+                result = super().invoke(ctx)
             processes.leave()
             return result
         except UserError as e:

@@ -1,4 +1,8 @@
-"""``status``: the manifest compared with what lies on the disk. Of a run that was copied it keeps the time stamps."""
+"""``status``: the manifest compared with what lies on the disk. Of a run that was copied it keeps the time stamps.
+
+It answers at once for any size of model: what is large is not read, and where its time stamp alone is another one than
+recorded, that is said instead.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,39 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint
+from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, size_and_stamp
 from gemma_tune.base.refusals import require_readable
+from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
 from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock
-from gemma_tune.run.manifest import STAGES
+from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
+
+_LARGE = 64_000_000  # bytes from which on a file is not read for its time stamp alone
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What the manifest has of a stage: ``lines`` for people, ``summary`` for programs, bytes of its artifacts by path.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
 
-    ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for.
+    ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for; ``figures`` are by
+    stage; ``best`` is step and value of the lowest validation loss in the training's log; ``size`` counts the bytes of
+    the run directory; ``unread`` names large artifacts whose time stamps are others than recorded.
     """
 
     root: Path
@@ -37,13 +56,21 @@ class RunStatus:
     in_use_by: str | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base_damage: UserError | None = None
+    figures: Mapping[str, StageFigures] = field(default_factory=dict)
+    best: tuple[int, float] | None = None
+    size: int = 0
+    unread: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier,
                 "base_damage": self.base_damage.message if self.base_damage else None,
-                "stages": {stage: {"state": state, "ended": ended} for stage, state, ended, _ in self.rows}}
+                "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
+                "bytes": self.size, "unread": list(self.unread),
+                "stages": {stage: {"state": state, "ended": ended, "summary": self.figures[stage].summary,
+                                   "bytes": sum(self.figures[stage].sizes.values()),
+                                   "outputs": self.figures[stage].sizes} for stage, state, ended, _ in self.rows}}
 
 
 def describe_run(run: str | None, model_id: str | None, verify: bool = False) -> RunStatus:
@@ -51,6 +78,9 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
 
     Args:
         verify: read every file instead of comparing sizes and time stamps.
+
+    What is large and has another time stamp, but the size that was recorded, as in a run that was copied, counts as the
+    same without ``verify``; a stage that takes it reads it.
 
     Raises:
         UserError: no run there, or a damaged manifest.
@@ -60,11 +90,13 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     if manifest is None:
         raise no_run(root)
     paths = RunDir(root, manifest.model_name)
-    _notice_changed_base(root, manifest.model, verify)
+    unread: dict[str, None] = {}
+    _notice_changed_base(root, manifest.model, verify, unread)
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
-    look = _read_once() if verify else describe
+    look = _read_once() if verify else _read_small(unread)
+    figures, best = {}, best_so_far(paths)
     earlier: dict[str, Any] = {}
     rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
@@ -72,6 +104,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         state = state or state_of(paths, manifest, stage, look)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
+        figures[stage] = _figures(stage, record, state, best)
         if stage == "train":
             where += _settings_files(paths, record)
         if stage == "export-ollama" and record:
@@ -87,7 +120,19 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
     if owner:
         next_step = f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
-                     _damage_in_cache(manifest.model) if verify else None)
+                     _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
+                     tuple(unread))
+
+
+def _figures(stage: str, record: Mapping[str, Any], state: State, best: tuple[int, float] | None) -> StageFigures:
+    summary = record.get("summary", {})
+    lines = stage_lines(stage, summary)
+    if stage == "train" and best and (state.status == "interrupted" or best[0] != summary.get("kept_step", best[0])):
+        lines.append(f"lowest validation loss so far: {best[1]:.3f} at step {best[0]:,}"
+                     if state.status == "interrupted" else f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
+    sizes = {item["path"]: item["bytes"] for item in record.get("outputs", {}).values()
+             if isinstance(item.get("bytes"), int)}
+    return StageFigures(lines, summary, sizes)
 
 
 def _settings_files(run: RunDir, record: Mapping[str, Any]) -> str:
@@ -117,13 +162,30 @@ def _right_to_read(root: Path, record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _read_small(unread: dict[str, None]) -> Look:
+    """As ``describe``, but what is large is not read where its size is as recorded; ``unread`` gets its name."""
+    def look(run: RunDir, path: Path, item: Mapping[str, Any]) -> dict[str, Any]:
+        if _is_unread(path, item, (), path.name):
+            unread[item["path"]] = None
+            return dict(item)
+        return describe(run, path, item)
+
+    return look
+
+
+def _is_unread(path: Path, item: Mapping[str, Any], patterns: tuple[str, ...] = (), name: str | None = None) -> bool:
+    """Whether only reading it would tell if something large is what ``item`` describes."""
+    size, stamp = size_and_stamp(path, patterns, name)
+    return stamp != item["stamp"] and size == item.get("bytes") and size > _LARGE
+
+
 def _read_once() -> Look:
     """As ``describe``, but every file is read, and once: a stage is also looked at for each of those after it."""
     read = functools.cache(describe)
     return lambda run, path, item: read(run, path)
 
 
-def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
+def _interrupted(run: RunDir, manifest: Manifest) -> tuple[State | None, str | None]:
     """A training that was stopped after the last one that is recorded, and the command that finishes it."""
     marker = unfinished(run.checkpoints, manifest.finished_trainings)
     if marker is None:
@@ -132,9 +194,12 @@ def _interrupted(run: RunDir, manifest: Any) -> tuple[State | None, str | None]:
             command_to_finish(run.checkpoints, marker["settings"]))
 
 
-def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool) -> None:
+def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool, unread: dict[str, None]) -> None:
     """Take the base model's fingerprint as it is on the disk now, so that what was made from another one is stale."""
     path = root / model["path"] if model.get("path") else None
     if path is not None and os.path.exists(path):
+        if not verify and model["files"] and _is_unread(path, model["files"], CHECKPOINT_FILES):
+            unread[model["id"]] = None
+            return
         model["files"] = fingerprint(path, None if verify else model["files"], CHECKPOINT_FILES)
         model["fingerprint"] = model["files"]["sha256"]

@@ -25,7 +25,8 @@ from gemma_tune.base.words import counted, near, shown
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
     """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
 
-    ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how.
+    ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``
+    is where ``--help`` has it: common, data, speed or advanced.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
 
@@ -34,6 +35,7 @@ class StageConfig:
     """Shared behaviour of the stage dataclasses: validation that reports every problem at once."""
 
     section: ClassVar[str]
+    group: ClassVar[str] = "common"  # of its options in --help, see cli.help, but for those that name another
 
     def __post_init__(self) -> None:
         kinds = types_of(type(self))

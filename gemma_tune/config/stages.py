@@ -34,7 +34,7 @@ QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_
 def dtype_option() -> Any:
     """The compute type, which every stage that runs a model takes."""
     return option("auto", "Compute type of the base model; `auto` takes bf16 where the device has instructions for it, "
-                          "else fp32, and never fp16.", choices=DTYPES)
+                          "else fp32, and never fp16.", choices=DTYPES, group="speed")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
 
     section: ClassVar[str] = "prepare"
+    group: ClassVar[str] = "data"
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst), directories, globs, `-` for standard input, or "
                                        "hf:org/name[/config][:split][@revision]. Without any, what the run was "
@@ -59,31 +60,33 @@ class PrepareConfig(StageConfig):
                                             "role=speaker,content=utterance.", auto="the usual names")
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
-                                   auto="found in each file", prose=True)
+                                   auto="found in each file", prose=True, group="advanced")
     take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
-                              choices=("chosen",), auto="refuse them")
+                              choices=("chosen",), auto="refuse them", group="advanced")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
                                    "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "
-                                   "keeps the choice.", choices=("auto", "on", "off"))
+                                   "keeps the choice.", choices=("auto", "on", "off"), group="advanced")
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
-                                least=0.0)
-    max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS)
+                                least=0.0, group="common")
+    max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS, group="common")
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
                                   "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
-    seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED)
+    seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED,
+                       group="advanced")
     duplicates: str = option("drop", "What happens to a conversation that was there before; what is dropped is listed "
                                      "in data/duplicates.jsonl.", choices=("drop", "keep"))
     near_duplicates: bool = option(False, "Also drop conversations that are nearly the same as an earlier one.")
     near_threshold: float = option(0.85, "From which similarity on (Jaccard, of word triples) conversations are "
-                                         "nearly the same.", least=0.5, most=1.0)
+                                         "nearly the same.", least=0.5, most=1.0, group="advanced")
     allow: tuple[str, ...] = option((), "Findings that do not reject a row: placeholder, control_character, "
-                                        "foreign_marker.", auto="none")
+                                        "foreign_marker.", auto="none", group="advanced")
     on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
-                             choices=("reject", "fail"))
-    max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0)
+                             choices=("reject", "fail"), group="advanced")
+    max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0,
+                                 group="advanced")
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -162,7 +165,8 @@ class TrainConfig(StageConfig):
     """Settings of ``train``."""
 
     section: ClassVar[str] = "train"
-    rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024)
+    group: ClassVar[str] = "advanced"
+    rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024, group="common")
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
                           least=1e-6, most=1e6)
     dropout: float = option(0.0, "Dropout on the adapter's input.", least=0.0, most=0.95)
@@ -175,18 +179,18 @@ class TrainConfig(StageConfig):
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every one.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
-                                         auto="by model family and size")
+                                         auto="by model family and size", group="common")
     batch_size: int | str = option(4, "Conversations of a batch on one device, or `auto` for a number that suits the "
                                       "data and the device; --micro-batch says how many go through the model at once.",
-                                   least=1, most=MOST_ROWS)
+                                   least=1, most=MOST_ROWS, group="common")
     accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
-                                  "processes.", least=1, most=MOST_ROWS)
+                                  "processes.", least=1, most=MOST_ROWS, group="speed")
     num_processes: int = option(1, "Processes that train together, each on a GPU of its own, or on a part of the CPU.",
-                                least=1, most=MOST_PROCESSES)
+                                least=1, most=MOST_PROCESSES, group="speed")
     strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
-                                  "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"))
-    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS)
-    max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0)
+                                  "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"), group="speed")
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS, group="common")
+    max_steps: int = option(0, "Stop after this many optimiser steps; 0 means by epochs.", least=0, group="common")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
                                  "learns already.", least=0.0, most=1.0)
     schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "
@@ -195,21 +199,21 @@ class TrainConfig(StageConfig):
     weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
     dtype: str = dtype_option()
-    qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.")
+    qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.", group="speed")
     micro_batch: int | None = option(None, "Conversations that go through the model at once; a batch is worked on in "
                                            "such pieces, and learns the same.", least=1, same_result=True,
-                                     auto="as many of the batch as fit the memory")
+                                     auto="as many of the batch as fit the memory", group="speed")
     activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
                                                          "slower.", same_result=True,
-                                                   auto="only if the memory asks for it")
+                                                   auto="only if the memory asks for it", group="speed")
     cuda_graphs: bool | None = option(None, "Capture steps once as CUDA graphs and replay them: many times as fast for "
                                             "small models. Where that fails, training goes on without by itself.",
-                                      same_result=True, auto="on a CUDA GPU, where it pays")
+                                      same_result=True, auto="on a CUDA GPU, where it pays", group="speed")
     compile: bool = option(False, "Compile the model's layers first (torch.compile), which takes minutes and a C++ "
                                   "compiler: for long trainings. It is given up after ten minutes, or a quarter of the "
                                   "training's time; the point where it breaks even is shown. On a CUDA "
                                   "GPU captured steps are faster, and take its place.",
-                           same_result=True)
+                           same_result=True, group="speed")
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
     keep: str = option("best", "Which adapter stays: the one whose validation loss was lowest, or that of the last "
                                "step; without validation rows it is the last.", choices=("best", "last"))
@@ -221,7 +225,7 @@ class TrainConfig(StageConfig):
                                    same_result=True)
     from_adapter: str | None = option(None, "Start from this PEFT adapter, a directory or an id at the Hub, with its "
                                             "rank, scale, kind and layers; `none` starts from zero again.",
-                                      same_result=True, auto="start from zero")
+                                      same_result=True, auto="start from zero", group="common")
     samples: int = option(2, "Prompts, held-out ones first, that the base model answers, and the trained one at each "
                              "evaluation, into logs/samples.jsonl, as far as that takes a few percent of the time at "
                              "the most; 0 asks nothing.", least=0, most=20, same_result=True)
@@ -278,7 +282,7 @@ class TuneConfig(StageConfig):
     ranks: tuple[int, ...] = option((), "LoRA ranks to try, separated by commas, each with every learning rate.",
                                     least=1, most=1024, auto="the rank of train")
     valid_sequences: int = option(200, "Validation sequences that candidates are compared by, at most.", least=1,
-                                  most=1_000_000)
+                                  most=1_000_000, group="advanced")
 
 
 @dataclass(frozen=True)
@@ -331,11 +335,12 @@ class MergeConfig(StageConfig):
                                     "--adapter names none that is here: as --model, or ID@REVISION.",
                               auto="the run's own model", kept_by_stage=True)
     dtype: str | None = option(None, "Number type of the merged weights.", choices=MERGED_DTYPES,
-                               auto="each tensor's own in the base")
-    max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files")
+                               auto="each tensor's own in the base", group="advanced")
+    max_shard_size: str | None = option(None, "Largest file of weights, such as 5GB or 500MB.", auto="the base's files",
+                                        group="advanced")
     check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.",
                          check=True)
-    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32, check=True)
+    check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32, check=True, group="advanced")
     push: str | None = option(None, "Push the merged model to the Hugging Face Hub, to this repository (account/name), "
                                     "with a model card.", same_result=True, auto="stay here")
     private: bool = option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
@@ -361,23 +366,24 @@ class ExportConfig(StageConfig):
     parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
                                             "repeated.", auto="the base model's own sampling settings", prose=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
-                                 auto="at least 4096 and the longest length in training")
+                                 auto="at least 4096 and the longest length in training", group="advanced")
     calibration: bool | str = option("rows", "Round to eight bits and fewer by what the matrices are multiplied with "
                                              "on the rows of this file, which is any that `prepare` reads or plain "
                                              "text (.txt), or with `rows` on those of the training.",
-                                     off="Round each weight by itself.")
-    measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True)
+                                     off="Round each weight by itself.", group="data")
+    measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True,
+                           group="speed")
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "
                                        "Ollama's template or server.", auto="with what is installed and answers",
-                                 check=True)
+                                 check=True, group="speed")
     converter: str | None = option(None, "A llama.cpp checkout, whose converter writes the GGUF of an architecture "
-                                         "that gemma-tune does not know.", auto="none")
+                                         "that gemma-tune does not know.", auto="none", group="advanced")
     create: bool | None = option(None, "Create the model in Ollama; by default this is done when a server answers, "
                                        "with --create its absence is an error.", same_result=True)
     host: str | None = option(None, "Address of the Ollama server.", auto="OLLAMA_HOST, else 127.0.0.1:11434",
                               same_result=True, address=True)
     allow_difference: bool = option(False, "Take an Ollama server that reads prompts otherwise than they were trained; "
-                                           "else that is an error.", same_result=True)
+                                           "else that is an error.", same_result=True, group="advanced")
 
     def more_problems(self) -> list[str]:
         if self.size is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.base.checkpoint import generation_settings
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.loading import loading
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.encoding.chat_format import ChatFormat
 
@@ -40,6 +41,7 @@ def load_format(checkpoint: Path, model_type: str, thinking: str = "auto") -> Ch
     return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking)
 
 
+@loading("the tokenizer")
 def load_tokenizer(checkpoint: Path) -> Any:
     """The tokenizer of a checkpoint or adapter directory.
 

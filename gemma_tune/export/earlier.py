@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.gguf.types import QUANTS
+from gemma_tune.config.stages import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
 

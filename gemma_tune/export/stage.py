@@ -9,20 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.secrets import place_of
 from gemma_tune.config.stages import ExportConfig
-from gemma_tune.export.calibration import calibration_of
 from gemma_tune.export.calibration_file import with_file
 from gemma_tune.export.calibration_rows import not_calibrated
 from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
-from gemma_tune.export.mixes import Mixes
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, gained, said_against, smallest_sound
 from gemma_tune.gguf.compensated import Rounding
@@ -33,6 +31,9 @@ from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
+
+if TYPE_CHECKING:
+    from gemma_tune.export.mixes import Mixes
 
 _REPORT = "report.md"
 
@@ -116,6 +117,10 @@ def _export(session: Session, source: ExportSource) -> Finished:
 
 def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Write the files; those of few bits rounded by what the matrices are multiplied with on rows."""
+    # They bring torch along, which an export that is up to date does without.
+    from gemma_tune.export.calibration import calibration_of
+    from gemma_tune.export.mixes import Mixes
+
     listener = session.listener
     calibration, said = calibration_of(session, source, tuple(files))
     on_grid = _on_grid(session)

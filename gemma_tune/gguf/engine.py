@@ -27,6 +27,7 @@ import httpx
 import psutil
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import cores
 
 ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
@@ -72,6 +73,7 @@ class Engine:
         WorkFailed: it cannot load the file, or ends while it is asked something; the message has its own words.
     """
 
+    @loading("the model into llama.cpp")
     def __init__(self, gguf: Path, context: int):
         engine = find_engine()
         if engine is None:

@@ -15,7 +15,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -317,6 +317,41 @@ def _is_valid(request: Request) -> bool:
     except errors.HTTPError:
         return False
     return True
+
+
+_NOT_A_MODEL = {  # the same failures where no model is asked for
+    "unreachable": ("offline", "{endpoint} cannot be reached ({why})",
+                    "check the connection; {mirror}; `--model demo` needs no network"),
+    "bad token": ("bad_token", "the Hugging Face token of {origin} is not valid: {why}",
+                  "{remedy}; tokens are made at {endpoint}/settings/tokens"),
+    "too many": ("server", "{endpoint} gets too many requests from here",
+                 "wait a few minutes; logging in with `hf auth login` raises the limit"),
+    "server": ("server", "{endpoint} answered {why}", "wait a little; see https://status.huggingface.co"),
+}
+
+
+def account() -> tuple[str, str | None]:
+    """The Hub's address, and the account that the token belongs to: None where there is no token, and the Hub answers.
+
+    Raises:
+        HubError: the Hub cannot be reached or answers otherwise, or the token is not valid.
+    """
+    from huggingface_hub import HfApi
+
+    request = to_hub("gemma-tune", failures=_NOT_A_MODEL)
+    token = token_for(request)
+    api = HfApi(endpoint=request.endpoint)
+    with quietly():
+        if token:
+            request = replace(request, token=token)
+            return request.endpoint, explained(request, lambda: api.whoami(token)).get("name")
+        # What anybody may see. That there is no such model is an answer of the Hub as well.
+        try:
+            explained(request, lambda: api.model_info(request.id, timeout=10))
+        except HubError as failure:
+            if failure.kind not in ("no_token", "not_found"):
+                raise
+    return request.endpoint, None
 
 
 def one_line(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import importing, is_out_of_memory
 from gemma_tune.base.words import first_line
 from gemma_tune.lora.config import for_peft
@@ -45,6 +46,7 @@ def _compiling_at_the_first_call() -> Iterator[None]:
         torch.compile = compiled
 
 
+@loading("the adapter")
 def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = None) -> Any:
     """Put a trained adapter on a loaded base model, ready to answer.
 

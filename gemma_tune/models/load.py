@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import importing, is_out_of_memory
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import first_line
@@ -25,6 +26,7 @@ def needs_eager_attention(model_type: str) -> bool:
     return model_type == "gemma2"
 
 
+@loading("the weights")
 def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1) -> PreTrainedModel:
     """Load a checkpoint for computing; every weight must be there and none may be left over.
 

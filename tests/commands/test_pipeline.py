@@ -225,11 +225,12 @@ def test_help_loads_nothing_heavy(command):
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "gguf", "httpx",
              "huggingface_hub", "matplotlib"}
     assert not heavy & loaded
-    for name in ("prepare", "train", "chat", "merge", "export-ollama", "run", "status"):
+    for name in ("prepare", "train", "chat", "merge", "export-ollama", "run", "status", "runs", "doctor"):
         assert name in trace.stdout
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status"])
+@pytest.mark.parametrize("name", ["prepare", "train", "chat", "eval", "merge", "export-ollama", "run", "status", "runs",
+                                  "doctor"])
 def test_every_help_says_what_is_read_and_written_and_shows_an_example(cli, name):
     result = cli(name, "--help")
     assert result.code == 0

@@ -501,8 +501,8 @@ def test_every_setting_is_explained_and_has_an_option(cls, f):
 
 def shown_defaults(cli, section: str) -> dict[str, str]:
     """Option → the default that ``--help`` shows, read from the rendered page."""
-    rows = re.split(r"(?m)^│ --", cli(section, "--help").out)[1:]
-    texts = {re.match(r"[\w-]+", row)[0].replace("-", "_"): " ".join(row.replace("│", " ").split()) for row in rows}
+    rows = re.split(r"(?m)^  (?:-\w, )?--", cli(section, "--help").out)[1:]
+    texts = {re.match(r"[\w-]+", row)[0].replace("-", "_"): " ".join(row.split()) for row in rows}
     return {name: match[1] for name, text in texts.items() if (match := re.search(r"\(default: (.*?)\)", text))}
 
 

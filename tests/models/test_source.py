@@ -126,7 +126,7 @@ def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tm
     from gemma_tune.models import source
 
     monkeypatch.setattr(source, "_from_gguf", lambda model_id, *rest: model_id)
-    monkeypatch.setattr(source, "_demo_gguf", lambda listener: None)
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener, known=None: None)
     monkeypatch.setattr(source, "_from_directory", lambda path, *rest: path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -138,15 +138,15 @@ def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tm
 def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
     """An adapter of an earlier version names it by its place in the cache."""
     from gemma_tune.base.listener import Listener
-    from gemma_tune.models import source
+    from gemma_tune.models import from_gguf, source
 
     cached = tmp_path / "gemma-3-270m-q4_k_m-0123456789abcdef-v2"
     cached.mkdir()
     (cached / "complete.json").write_text(json.dumps({"source": "gemma-3-270m-q4_k_m.gguf", "sha256": "abc"}))
     monkeypatch.setattr(source, "_demo_sha256", lambda: "abc")
-    monkeypatch.setattr(source, "_demo_gguf", lambda listener: tmp_path / "demo.gguf")
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener, known=None: tmp_path / "demo.gguf")
     (tmp_path / "demo.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(source, "dequantised", lambda *args: cached)
+    monkeypatch.setattr(from_gguf, "dequantised", lambda *args: cached)
     found = source.locate(str(cached), None, Listener())
     assert (found.id, found.name, found.source) == ("demo", "demo", "demo")
 

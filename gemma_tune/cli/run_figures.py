@@ -1,0 +1,112 @@
+"""A run in figures: what each stage came to, in words, and how much room it takes on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.words import counted, size_text, span
+from gemma_tune.cli.formats import format_lines
+from gemma_tune.cli.screen import figure
+from gemma_tune.run.directory import RunDir
+
+_LONGEST_LOG = 50_000_000  # bytes of logs/metrics.jsonl that are looked through for the best step
+EXAMPLE = "the built-in example"
+
+
+def stage_lines(stage: str, summary: Mapping[str, Any]) -> list[str]:
+    """What a stage's recorded figures say, a few words to a line; empty where an older version recorded none."""
+    return [line for line in _LINES[stage](summary) if line]
+
+
+def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
+    if None not in (s.get("train_rows"), s.get("valid_rows")):
+        yield f"{s['train_rows']:,} for training, {s['valid_rows']:,} for validation"
+    left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
+            if s.get(key)]
+    yield ", ".join(left)
+    if s.get("trained_tokens") is not None:
+        yield f"{s['trained_tokens']:,} tokens that are learned"
+
+
+def _trained(s: Mapping[str, Any]) -> Iterator[str]:
+    yield loss_of(s)
+    if None not in (s.get("kept_step"), s.get("steps")):
+        yield f"the adapter is that of step {s['kept_step']:,} of {s['steps']:,}"
+    speed = [f"{s['tokens_per_second']:,.0f} tokens/s"] if s.get("tokens_per_second") else []
+    took = [span(s["training_seconds"])] if s.get("training_seconds") else []
+    where = [f"{s['dtype']} on {s['device']}"] if s.get("dtype") and s.get("device") else []
+    yield ", ".join([*took, *speed, *where])
+
+
+def _evaluated(s: Mapping[str, Any]) -> Iterator[str]:
+    if {"questions", "base_ended", "tuned_ended"} <= s.keys():
+        yield f"answers that end: base {s['base_ended']}, tuned {s['tuned_ended']} of {s['questions']}"
+
+
+def _merged(s: Mapping[str, Any]) -> Iterator[str]:
+    if s.get("merged_tensors") is not None:
+        yield counted(s["merged_tensors"], "layer") + " merged"
+    if s.get("check_same_tokens") is not None:
+        yield f"same likeliest tokens: {figure('check_same_tokens', s['check_same_tokens'])}"
+    elif s.get("check_skipped"):
+        yield f"not checked: {s['check_skipped']}"
+
+
+def _exported(s: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{quant}: {text}" for quant, text in format_lines(s))
+
+
+_LINES = {"prepare": _prepared, "train": _trained, "eval": _evaluated, "merge": _merged, "export-ollama": _exported}
+
+
+def loss_of(summary: Mapping[str, Any]) -> str:
+    """Validation loss before and after a training, without validation rows the training loss; empty if unknown."""
+    for kind, first, last in (("validation", "eval_loss_before", "eval_loss_after"),
+                              ("training", "train_loss_first", "train_loss_last")):
+        if None not in (summary.get(first), summary.get(last)):
+            return f"{kind} loss {summary[first]:.3f} to {summary[last]:.3f}"
+    return ""
+
+
+def best_so_far(run: RunDir) -> tuple[int, float] | None:
+    """Step and value of the lowest validation loss in the log of a training; None where there is none."""
+    best: tuple[float, int] | None = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if run.metrics.stat().st_size > _LONGEST_LOG:
+            return None
+        with run.metrics.open(encoding="utf-8") as lines:
+            for record in (json.loads(line) for line in lines if '"eval_loss"' in line):
+                if math.isfinite(record["eval_loss"]):
+                    best = min(best or (math.inf, 0), (record["eval_loss"], record["step"]))
+    return (best[1], best[0]) if best else None
+
+
+def data_of(run: RunDir, record: Mapping[str, Any]) -> str:
+    """What a run was prepared from, by its names alone."""
+    names = record.get("config", {}).get("data", {}).get("value") or []
+    if not names:
+        return EXAMPLE
+    first = names[0] if names[0].startswith("hf:") else os.path.basename(os.path.normpath(names[0])) or names[0]
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes of the files below a directory; links are not followed, and what cannot be read is not counted."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += disk_usage(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else (
+                    entry.stat(follow_symlinks=False).st_size)
+    return total
+
+
+def small_size(size: int) -> str:
+    """As :func:`size_text`, with kB for what is less than a megabyte."""
+    return f"{max(1, round(size / 1000))} kB" if 0 < size < 1_000_000 else "0" if not size else size_text(size)

@@ -1,0 +1,74 @@
+"""``status`` and ``runs`` as people see them: within the width of the terminal, and no value cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from gemma_tune.cli import screen
+from gemma_tune.cli.run_figures import small_size
+from gemma_tune.cli.screen import Text
+
+_STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
+
+
+def show_status(found: Any) -> None:
+    """A run's stages with their figures, files and sizes, and what to type next.
+
+    Args:
+        found: a :class:`gemma_tune.cli.status.RunStatus`.
+    """
+    table = _table(f"{found.root} · {found.model} · {small_size(found.size)} on the disk")
+    for column in ("stage", "state", "ended (UTC)", "result"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "ended (UTC)"))
+    for stage, state, ended, where in found.rows:
+        figures = found.figures[stage]
+        result = Text("\n".join(figures.lines))
+        files = _with_sizes(where, figures.sizes)
+        if files:
+            result.append(("\n" if figures.lines else "") + files, "dim")
+        table.add_row(stage, Text(state, style=_STYLES.get(state.split(":")[0], "")), Text(ended), result)
+    screen.err.print(table)
+    if found.unread:
+        screen.prose(Text(f"not read, though time stamps changed, as in a copy: {', '.join(found.unread)}; "
+                          "`gemma-tune status --verify` compares their content", style="dim"))
+    if found.base_damage:
+        screen.error(found.base_damage)
+    screen.err.print(f"next: {found.next_step}", markup=False)
+
+
+def _with_sizes(where: str, sizes: Any) -> str:
+    """The artifacts of a stage, each with its size where that is known."""
+    names, separator, rest = where.partition(";")
+    shown = [f"{name} ({small_size(sizes[name])})" if name in sizes else name for name in names.split(", ") if name]
+    return ", ".join(shown) + separator + rest
+
+
+def show_runs(runs: Sequence[Any]) -> None:
+    """Runs, one to a row. The first is what commands work on that name none.
+
+    Args:
+        runs: each a :class:`gemma_tune.cli.runs.RunLine`.
+    """
+    table = _table("")
+    for column, end in (("run", "left"), ("model", "left"), ("data", "left"), ("loss", "left"), ("size", "right"),
+                        ("age", "right")):
+        table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"))
+    for run in runs:
+        data = run.data + (f" ({run.rows:,})" if run.rows is not None else "")
+        loss = run.problem or run.loss.replace(" loss ", " ") or (f"`{run.stage}` is done" if run.stage else "begun")
+        table.add_row(Text(run.run), Text(run.model or ""), Text(data),
+                      Text(loss + (f"; in use by {run.in_use_by}" if run.in_use_by else ""),
+                           style="red" if run.problem else ""),
+                      Text(small_size(run.bytes)), Text(run.age))
+    screen.err.print(table)
+
+
+def _table(title: str) -> Table:
+    simple = box.SIMPLE_HEAD if screen.has_blocks() else box.ASCII2
+    return Table(title=escape(title) or None, title_justify="left", title_style="bold", box=simple, pad_edge=False,
+                 collapse_padding=True)

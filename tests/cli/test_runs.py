@@ -1,0 +1,134 @@
+"""``status`` and ``runs``: figures and sizes, nothing large is read, nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.base import files
+from gemma_tune.cli import status
+from gemma_tune.cli.run_figures import best_so_far, disk_usage, small_size
+from gemma_tune.cli.runs import age
+from gemma_tune.run.directory import RunDir
+from support.command import ROOT
+
+ADAPTER = "tiny-gemma_lora_adapter"
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "numpy", "gguf", "httpx", "huggingface_hub", "pyarrow",
+         "matplotlib"}
+
+
+def imported(*arguments: str, cwd: Path) -> set[str]:
+    trace = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd,
+                           env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "PYTHONPATH": str(ROOT)}, check=True)
+    return {line.rsplit("|", 1)[-1].strip() for line in trace.stderr.splitlines() if line.startswith("import time:")}
+
+
+def test_status_has_figures_sizes_and_the_best_step(cli, trained):
+    result = cli("status", "--json")
+    train = result.json["stages"]["train"]
+    summary = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["summary"]
+    assert train["summary"] == summary
+    assert train["outputs"][ADAPTER] == disk_usage(trained / ADAPTER) == train["bytes"] - train["outputs"]["train.yaml"]
+    assert result.json["bytes"] == disk_usage(trained) > train["bytes"]
+    for said in ("11 for training, 1 for validation", f"{ADAPTER} ({small_size(train['outputs'][ADAPTER])})",
+                 f"the adapter is that of step {summary['kept_step']} of {summary['steps']}"):
+        assert said in " ".join(result.err.split()), result.err
+    first = summary["eval_loss_before"]
+    assert f"validation loss {first:.3f} to {summary['eval_loss_after']:.3f}" in " ".join(result.err.split())
+    log = [json.loads(line) for line in (trained / "logs/metrics.jsonl").read_text().splitlines()]
+    lowest = min((r["eval_loss"], r["step"]) for r in log if "eval_loss" in r)
+    assert result.json["best"] == {"step": lowest[1], "eval_loss": lowest[0]}
+
+
+def test_the_lowest_loss_is_found_among_others(tmp_path):
+    run = RunDir(tmp_path, "x")
+    assert best_so_far(run) is None
+    run.metrics.parent.mkdir()
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in (
+        {"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 0.1}, {"step": 4, "eval_loss": 1.5},
+        {"step": 8, "eval_loss": float("nan")}, {"step": 9, "eval_loss": 2.0})))
+    assert best_so_far(run) == (4, 1.5)
+    run.metrics.write_text('{"step": 1, "eval_loss": "x"}\n')
+    assert best_so_far(run) is None
+
+
+def test_what_is_large_is_not_read_for_its_time_stamp(cli, trained, monkeypatch):
+    weights = trained / ADAPTER / "adapter_model.safetensors"
+    os.utime(weights, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(status, "_LARGE", 10)
+        patch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} is read"))
+        looked = cli("status", "--json")
+    assert looked.code == 0, looked.err
+    assert looked.json["unread"] == [ADAPTER] and looked.json["stages"]["train"]["state"] == "done"
+    assert "gemma-tune status --verify" in looked.err
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    monkeypatch.setattr(status, "_LARGE", 10)
+    verified = cli("status", "--verify", "--json")
+    assert verified.json["unread"] == []
+    assert verified.json["stages"]["train"]["state"] == f"damaged: {ADAPTER} was changed"
+
+
+def test_what_has_another_size_is_damaged_however_large(cli, trained, monkeypatch):
+    monkeypatch.setattr(status, "_LARGE", 10)
+    with (trained / ADAPTER / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert cli("status", "--json").json["stages"]["train"]["state"].startswith("damaged")
+
+
+def test_status_and_runs_load_nothing_heavy(trained_once):
+    for command in (["status", "--run", str(trained_once)], ["runs", str(trained_once.parent)]):
+        loaded = imported("-m", "gemma_tune", *command, cwd=trained_once.parent)
+        assert "gemma_tune.run.manifest" in loaded and not HEAVY & loaded, (command, HEAVY & loaded)
+
+
+def test_a_run_that_is_up_to_date_loads_no_torch(trained_once):
+    loaded = imported("-c", "import gemma_tune.cli.pipeline", cwd=trained_once)
+    assert "gemma_tune.export.stage" in loaded
+    assert not {"torch", "transformers", "trl", "peft", "datasets", "matplotlib"} & loaded
+
+
+def test_runs_are_listed_the_newest_first(cli, trained):
+    other = Path(shutil.copytree(trained, "runs/other"))
+    os.utime(other / "manifest.json", (1_700_000_000, 1_700_000_000))
+    Path("runs/broken").mkdir()
+    Path("runs/broken/manifest.json").write_text("{")
+    os.utime("runs/broken/manifest.json", (1, 1))
+    Path("runs/not-a-run").mkdir()
+    result = cli("runs", "--json")
+    assert result.code == 0, result.err
+    newest, old, broken = result.json["runs"]
+    summary = json.loads((trained / "manifest.json").read_text())["stages"]["train"]["summary"]
+    assert [newest["run"], old["run"], broken["run"]] == ["runs/tiny-gemma", "runs/other", "runs/broken"]
+    assert (newest["model"], newest["data"], newest["rows"]) == ("tiny-gemma", "rows.jsonl", 11)
+    assert newest["loss_after"] == summary["eval_loss_after"] and newest["stage"] == "train"
+    assert newest["bytes"] == disk_usage(trained) and newest["problem"] is None
+    assert newest["seconds_ago"] < 3600 < old["seconds_ago"]
+    assert "is damaged" in broken["problem"] and broken["model"] is None
+    said = " ".join(result.err.split())
+    for text in ("runs/tiny-gemma", "rows.jsonl (11)", f"{summary['eval_loss_after']:.3f}", "2023-11-14", "is damaged"):
+        assert text in said
+
+
+def test_runs_where_there_are_none(cli):
+    empty = cli("runs", "--json")
+    assert (empty.code, empty.json) == (0, {"runs": []})
+    assert "start one: gemma-tune prepare" in empty.err
+    missing = cli("runs", "elsewhere")
+    assert missing.code == 2 and "there is no directory elsewhere" in missing.err
+
+
+def test_an_age_has_one_unit():
+    assert [age(s) for s in (5, 70, 600, 7200, 86_400, 9 * 86_400)] == ["now", "1 min", "10 min", "2 h", "1 day", "9 days"]
+
+
+def test_sizes_below_a_megabyte_are_told():
+    assert [small_size(n) for n in (0, 1, 1499, 12_345, 2_000_000)] == ["0", "1 kB", "1 kB", "12 kB", "2 MB"]
