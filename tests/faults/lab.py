@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.base.files import CHECKPOINT_FILES
+from gemma_tune.base.machine import settle_threads
 from support.command import rows, write_rows
 
 STAGES = ("prepare", "train", "merge", "export-ollama")
@@ -106,7 +107,7 @@ class Lab:
             folder.mkdir(parents=True)
         self.data = write_rows(work / "rows.jsonl", rows(40))
         os.environ |= {"GEMMA_TUNE_CACHE": str(self.cache), "OLLAMA_HOST": "127.0.0.1:9", "NO_COLOR": "1",
-                       "COLUMNS": "400", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+                       "COLUMNS": "400", "TOKENIZERS_PARALLELISM": "false"}
         for name in ("GEMMA_TUNE_RUN", "HF_TOKEN"):
             os.environ.pop(name, None)
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -302,6 +303,9 @@ def _run(args: Sequence[str]) -> int:
 
 def load_libraries() -> None:
     """All that commands import, once for all children."""
+    # Read when torch is loaded: two threads of a child would wait for each other, spinning, on a machine that is busy.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    settle_threads()
     import datasets  # noqa: F401
     import transformers.models.gemma3.modeling_gemma3  # noqa: F401
 
