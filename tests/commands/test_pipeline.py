@@ -51,7 +51,7 @@ def test_all_stages_in_order(cli, tiny, data):
     assert str(Path.cwd()) not in (run / "manifest.json").read_text(), "absolute path in the manifest"
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
         "manifest.json", "answers.json", "data", "training_checkpoints", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama",
-        "logs", "report.md", "train.yaml"}
+        "logs", "report.md", "report.html", "train.yaml"}
     assert manifest["stages"]["train"]["config"]["epochs"] == {"value": 1.0, "from": "flag"}
     assert manifest["stages"]["train"]["config"]["alpha"]["from"] == "default"
 
