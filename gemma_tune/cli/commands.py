@@ -196,9 +196,11 @@ def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision =
     Example: gemma-tune merge --push my-account/my-model
     """
     from gemma_tune.merge.stage import merge as stage
+    from gemma_tune.report.page import renew_report
 
     request = Request.of(ctx)
     report = request.run("merge", stage)
+    renew_report(report.run)
     pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
     finish(request, report, (command("export-ollama", report.run),), **pushed)
 
@@ -221,9 +223,11 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
     Example: gemma-tune export-ollama --quant q8_0,q4_k_m --name my-analyst
     """
     from gemma_tune.export.stage import export as stage
+    from gemma_tune.report.page import renew_report
 
     request = Request.of(ctx)
     done = request.run("export-ollama", stage)
+    renew_report(done.stage.run)
     finish(request, done.stage, done.next_steps, done.elsewhere, **done.as_json())
 
 

@@ -21,7 +21,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
-from gemma_tune.report.tables import measure_rows, task_rows
+from gemma_tune.report.tables import short_rows, task_rows
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
@@ -110,8 +110,8 @@ def _compared(questions: Sequence[Question], given: dict[str, list[Answer]]) -> 
 
 def _tell(session: Session, summary: dict[str, Any]) -> None:
     """The comparison as tables, also where it is up to date."""
-    if rows := measure_rows(summary):
-        session.listener.grid("base against tuned, with 95 % intervals",
-                              [("", "rows", "base", "tuned", "difference", ""), *rows])
+    if rows := short_rows(summary):
+        session.listener.grid("base against tuned",
+                              [("", "base", "tuned", "difference [95 % interval]", ""), *rows])
     if rows := task_rows(summary):
         session.listener.grid("lm-evaluation-harness", [("task", "metric", "base", "tuned", "difference"), *rows])

@@ -23,6 +23,7 @@ from gemma_tune.run.manifest import STAGES, Manifest
 
 _MOST_ANSWERS = 100  # that are shown; the others are in answers.json
 _LONGEST = 20_000  # characters of a text
+_OF_THE_PLACE = ("push", "private", "host")  # settings of a machine or an account, which make no other result
 
 
 def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
@@ -188,8 +189,9 @@ def _commands(manifest: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> 
             words += ["--model", model] if model != DEFAULT_MODEL else []
             revision = manifest.model.get("revision")
             words += ["--revision", revision] if revision else []
+        left_out = (*_OF_THE_PLACE, "parameter", *(["data"] if name == "prepare" else []))
         with _whatever_is_there():
-            chosen.pop("data", None) if name == "prepare" else None
-            words += as_flags(CONFIGS[name], chosen)
+            words += [word for one in chosen.get("parameter") or () for word in ("--parameter", f"{one}")]
+            words += as_flags(CONFIGS[name], {key: value for key, value in chosen.items() if key not in left_out})
         found.append(shlex.join([*words, "--run", "."]))
     return found

@@ -7,17 +7,19 @@ its own, whose hash it names, and nothing from elsewhere.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, write_atomic
 from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import size_text, span, without_commands
 from gemma_tune.report.contents import contents
-from gemma_tune.run.directory import RunDir, now
+from gemma_tune.run.directory import RunDir, no_run, now
 from gemma_tune.run.manifest import read_manifest
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -29,8 +31,6 @@ def write_report(run: RunDir) -> Path:
     Raises:
         UserError: there is no run, it is damaged, or it cannot be written.
     """
-    from gemma_tune.run.directory import no_run
-
     manifest = read_manifest(run.root)
     if manifest is None:
         raise no_run(run.root)
@@ -38,6 +38,17 @@ def write_report(run: RunDir) -> Path:
     with os_errors(run.root):
         write_atomic(run.html_report, page.encode("utf-8", "backslashreplace"))
     return run.html_report
+
+
+def renew_report(root: Path) -> None:
+    """Make the report.html that a run has anew, after a stage that it tells of; without one nothing happens.
+
+    Where it cannot be written the old one stays, which says when it was made: no reason to fail what was done.
+    """
+    with contextlib.suppress(UserError):
+        manifest = read_manifest(root)
+        if manifest and (run := RunDir(root, manifest.model_name)).html_report.exists():
+            write_report(run)
 
 
 def as_html(values: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "loss": Measure("loss, nats per learned token", "损失（每个学习的 token，nat）", "plain", -1),
-    "perplexity": Measure("perplexity of learned tokens", "学习的 token 的困惑度", "plain", -1),
+    "loss": Measure("loss per learned token, nats", "损失（每个学习的 token，nat）", "plain", -1),
+    "perplexity": Measure("perplexity, learned tokens", "学习的 token 的困惑度", "plain", -1),
     "exact_match": Measure("answers that are the row's own", "与数据中答案完全一致", "share", 1),
     "chrf": Measure("chrF against the row's own answer", "与数据中答案的 chrF", "score", 1),
     "in_form": Measure("answers in the example's form", "符合示例格式的回答", "share", 1),
@@ -107,6 +107,12 @@ def measure_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                      with_interval(found["tuned"], measure.kind),
                      with_interval(found["difference"], measure.kind, signed), verdict(name, found)))
     return rows
+
+
+def short_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The same for a terminal of 80 columns: the interval of the difference alone, and ``unclear``."""
+    return [(name, base.split(" [")[0], tuned.split(" [")[0], difference, "unclear" if said == UNCLEAR else said)
+            for name, _, base, tuned, difference, said in measure_rows(summary)]
 
 
 def task_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

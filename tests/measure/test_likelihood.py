@@ -50,7 +50,7 @@ def test_nothing_wanted_is_nothing(model):
 
 @pytest.mark.parametrize("family", ["gemma2"])
 def test_capped_logits_are_those_that_the_model_makes(tmp_path, family):
-    checkpoint = make_family(family, tmp_path / family)
+    make_family(family, checkpoint := tmp_path / family)
     model = load_model(checkpoint, Placement("cpu", torch.float32, "test")).eval()
     data = rows(model.config.get_text_config().vocab_size)
     assert negative_log_likelihoods(model, wanted_of(data)) == pytest.approx(expected(model, data), rel=1e-4)

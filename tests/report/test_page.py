@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.report.page import write_report
+from gemma_tune.report.page import renew_report, write_report
 from support.reported import finished_run
 
 HOSTILE = '</div></style></script><script>alert(1)</script><img src=x onerror="alert(2)">&amp; {{ 7 * 7 }} "\' \x1b[31m \x00 \ud800 \u202egnp'
@@ -115,6 +115,22 @@ def test_a_run_of_any_age_has_a_report(tmp_path, stages):
     manifest["stages"] = {name: manifest["stages"][name] | {"summary": {}} for name in stages}
     run.manifest.write_text(json.dumps(manifest))
     assert "tiny-gemma" in Page(write_report(run)).text
+
+
+def test_a_page_is_renewed_where_there_is_one_and_an_old_one_stays_where_it_cannot_be(tmp_path):
+    run = finished_run(tmp_path / "run")
+    renew_report(run.root)
+    assert not run.html_report.exists(), "nobody has asked for one yet"
+    write_report(run)
+    manifest = json.loads(run.manifest.read_text())
+    del manifest["stages"]["merge"]
+    run.manifest.write_text(json.dumps(manifest))
+    renew_report(run.root)
+    page = run.html_report.read_text(encoding="utf-8")
+    assert "Merged model against base" not in page and "Base against tuned" in page
+    run.manifest.write_text("{")
+    renew_report(run.root)
+    assert run.html_report.read_text(encoding="utf-8") == page
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma_tune.report.tables import known_measures, measure_rows, task_rows, verdict
+from gemma_tune.report.tables import known_measures, measure_rows, short_rows, task_rows, verdict
 
 
 def measure(difference, rows=5):
@@ -22,8 +22,11 @@ def test_a_verdict_needs_an_interval_without_zero(name, difference, said):
 
 def test_rows_are_texts_with_intervals():
     summary = {"measures": {"ended": measure([0.5, 0.25, 0.75]), "loss": measure([-1.0, -1.25, -0.75], 1234)}}
+    assert short_rows(summary) == [
+        ("loss per learned token, nats", "1.000", "2.000", "-1.000 [-1.250, -0.750]", "better"),
+        ("answers that end by themselves", "100 %", "200 %", "+50 % [+25 %, +75 %]", "better")]
     assert measure_rows(summary) == [
-        ("loss, nats per learned token", "1,234", "1.000 [0.500, 1.500]", "2.000 [1.500, 2.500]",
+        ("loss per learned token, nats", "1,234", "1.000 [0.500, 1.500]", "2.000 [1.500, 2.500]",
          "-1.000 [-1.250, -0.750]", "better"),
         ("answers that end by themselves", "5", "100 % [50 %, 150 %]", "200 % [150 %, 250 %]", "+50 % [+25 %, +75 %]",
          "better")]
