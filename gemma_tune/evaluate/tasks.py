@@ -1,7 +1,7 @@
 """``eval --tasks``: benchmarks of lm-evaluation-harness, run on the base and on the tuned model.
 
 The harness gets the loaded model, so both are what ``eval`` compares otherwise as well. It is not among what gemma-tune
-depends on: it brings some forty packages with it.
+depends on: it brings some thirty packages with it.
 """
 
 from __future__ import annotations
