@@ -161,14 +161,16 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
 
 @app.command("eval", cls=Command)
-def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, questions: o.Questions = None,
-             max_new_tokens: o.EvalTokens = None, dtype: o.Dtype = None, force: o.Force = False,
+def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, data: o.EvalData = None,
+             limit: o.Limit = None, questions: o.Questions = None, max_new_tokens: o.EvalTokens = None,
+             tasks: o.Tasks = None, seed: o.EvalSeed = None, dtype: o.Dtype = None, force: o.Force = False,
              quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Answer held-out prompts with the base and the tuned model, side by side.
+    """Compare the base and the tuned model on held-out rows: losses, and answers side by side.
 
-    Reads the adapter and data/valid.jsonl. Writes report.md.
+    Reads the adapter and data/valid.jsonl, or with --data other rows. Writes report.md, answers.json and report.html,
+    which shows the whole run. Each figure has a 95 % interval. General text tells what the model lost.
 
-    Example: gemma-tune eval --questions 5
+    Example: gemma-tune eval --data held-out.jsonl --questions 50
     """
     from gemma_tune.evaluate.stage import evaluate as stage
     from gemma_tune.merge.base import next_merge
@@ -195,9 +197,11 @@ def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision =
     Example: gemma-tune merge --push my-account/my-model
     """
     from gemma_tune.merge.stage import merge as stage
+    from gemma_tune.report.page import renew_report
 
     request = Request.of(ctx)
     report = request.run("merge", stage)
+    renew_report(report.run)
     pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
     finish(request, report, (command("export-ollama", report.run),), **pushed)
 
@@ -220,9 +224,11 @@ def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, 
     Example: gemma-tune export-ollama --quant q8_0,q4_k_m --name my-analyst
     """
     from gemma_tune.export.stage import export as stage
+    from gemma_tune.report.page import renew_report
 
     request = Request.of(ctx)
     done = request.run("export-ollama", stage)
+    renew_report(done.stage.run)
     finish(request, done.stage, done.next_steps, done.elsewhere, **done.as_json())
 
 

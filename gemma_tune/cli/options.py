@@ -192,6 +192,10 @@ SampleSeed = Annotated[Optional[int], _of(c.ChatConfig, "seed")]
 Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer this and leave.", show_default=False)]
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
+EvalData = Annotated[Optional[str], _of(c.EvalConfig, "data", metavar="FILE")]
+Limit = Annotated[Optional[int], _of(c.EvalConfig, "limit", metavar="N")]
+Tasks = Annotated[Optional[list[str]], _of(c.EvalConfig, "tasks", metavar="NAMES", callback=_joined)]
+EvalSeed = Annotated[Optional[int], _of(c.EvalConfig, "seed")]
 EvalTokens = Annotated[Optional[int], _of(c.EvalConfig, "max_new_tokens", "--max-new-tokens", "-n")]
 MergeModel = Annotated[Optional[str], typer.Option(
     "--model", "-m", metavar="MODEL", show_default=False,

@@ -12,12 +12,15 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.evaluate.stage import nothing_to_ask
+from gemma_tune.evaluate.stage import nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
+from gemma_tune.report.page import write_report
+from gemma_tune.run.directory import RunDir
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport
+from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.launch import launch
 from gemma_tune.train.report_to import require
 
@@ -30,7 +33,7 @@ def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport
     for number, (name, stage) in enumerate(IN_ORDER.items(), start=1):
         screen.err.rule(f"[bold]{number}/{len(IN_ORDER)} {name}", align="left")
         session = request.open(name)
-        if name == "eval" and (reason := nothing_to_ask(session)):
+        if name == "eval" and (reason := nothing_to_measure(session)):
             session.listener.note(f"skipped: {reason}")
             continue
         if name == "prepare":
@@ -46,7 +49,17 @@ def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport
         console.stage_result(reports[name], request.options["quiet"])
         # Later stages work on the run that the first one found, also when it was not named.
         request = request.but(run=str(reports[name].run))
-    return reports, done
+    reports[name] = with_page(reports[name])  # of everything, now that there is everything
+    return reports, replace(done, stage=reports[name])
+
+
+def with_page(report: StageReport) -> StageReport:
+    """The last stage's report with the run's report.html, made anew."""
+    manifest = current_manifest(report.run)
+    if manifest is None:  # removed meanwhile
+        return report
+    page = write_report(RunDir(report.run, manifest.model_name))
+    return replace(report, artifacts={**report.artifacts, "html_report": str(page)})
 
 
 def _train_in_processes(request: Request, session: Session) -> None:
@@ -73,3 +86,4 @@ def _check_all_settings(request: Request) -> None:
     require(settings["train"].report_to)
     check_target(settings["export-ollama"], "any")
     require_file(settings["export-ollama"].calibration_file)
+    require_settings(settings["eval"])

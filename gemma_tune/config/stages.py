@@ -318,9 +318,28 @@ class EvalConfig(StageConfig):
     """Settings of ``eval``."""
 
     section: ClassVar[str] = "eval"
-    questions: int = option(10, "Held-out prompts to answer with the base and the tuned model.", least=1, most=1000)
+    data: str = option("valid", "Rows to compare base and tuned model on: a file that `prepare` reads, or `valid` for "
+                                "the run's validation rows.")
+    limit: int = option(200, "Rows whose loss is measured, a sample by --seed where there are more, and examples of "
+                             "each of --tasks; 0 takes all.", least=0)
+    questions: int = option(10, "Of these rows, how many are answered by the base and the tuned model.", least=1,
+                            most=1000)
     max_new_tokens: int = option(128, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
+    tasks: tuple[str, ...] = option((), "Benchmarks of lm-evaluation-harness (pip install lm-eval) to run on both "
+                                        "models, separated by commas, such as arc_easy,hellaswag; or a task's own "
+                                        "YAML file.", auto="none")
+    seed: int = option(42, "Seed of the sample and of the intervals.", least=0, most=LARGEST_SEED)
     dtype: str = dtype_option()
+
+    def __post_init__(self) -> None:
+        if self.tasks == ("none",):
+            object.__setattr__(self, "tasks", ())
+        super().__post_init__()
+
+    @property
+    def data_file(self) -> str | None:
+        """The file that ``data`` names, if it names one."""
+        return None if self.data == "valid" else self.data
 
 
 @dataclass(frozen=True)

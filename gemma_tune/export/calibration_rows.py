@@ -10,9 +10,9 @@ import numpy as np
 from gemma_tune.base.words import counted
 from gemma_tune.export.calibration_file import file_rows, named_file
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.general import calibration_rows_of
 from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.gguf.types import libgguf
+from gemma_tune.measure.general import calibration_rows_of
 from gemma_tune.run.session import Session
 
 TOKENS = 16_384  # of rows, beside general text

@@ -13,7 +13,6 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import ExportSource, load_merged
-from gemma_tune.export.general import measuring_rows_of
 from gemma_tune.export.parity import ANSWER_TOKENS, HELD_OUT, LONGEST_PROMPT, verify
 from gemma_tune.export.parity_report import Parity, markdown_table
 from gemma_tune.export.quant_loss import (
@@ -22,13 +21,13 @@ from gemma_tune.export.quant_loss import (
     TOKENS,
     VALIDATION,
     Loss,
-    Wanted,
     measure,
     validation_rows,
-    wanted_of,
 )
 from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.measure.general import measuring_rows_of
+from gemma_tune.measure.likelihood import Wanted, wanted_of
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 

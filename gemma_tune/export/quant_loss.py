@@ -9,7 +9,6 @@ the divergence is KL(f16 || format) in nats per token.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time
 from gemma_tune.models.placement import wide
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ TOKENS = 1_000  # learned tokens of validation rows to measure on
 # Entries of f16's distribution that are kept for each token; the divergence counts all others as one. 8 kB instead of
 # 1 MB a token for Gemma's 262,144. Measured on Gemma 3 270M, the divergence comes out 2 % smaller for it.
 _KEPT = 1024
-_LOGITS = 1 << 25  # made at a time: 128 MB in fp32
 _ELEMENTS = 4 * 1024 * 1024  # of a weight that are put in at a time
 
 
@@ -53,15 +51,6 @@ class Loss:
     kl: float
     agreement: float
     tokens: int
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Tokens of one row to predict: its ids (1, length), the positions that predict them, and the tokens themselves."""
-
-    ids: np.ndarray
-    at: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -91,27 +80,6 @@ def validation_rows(session: Session) -> tuple[Any | None, str]:
     if rows is not None and not len(rows):
         return None, "the run has no validation rows; `prepare --valid 0.1` keeps some aside"
     return rows, reason
-
-
-def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> list[Wanted]:
-    """What is to be predicted of rows, taken in their order.
-
-    Each token is predicted where the one before it stands, a row's first nowhere.
-
-    Args:
-        rows: mappings with ``input_ids`` and ``labels`` (-100 where nothing is learned), such as validation rows.
-        limit: at most so many tokens.
-    """
-    found, left = [], sys.maxsize if limit is None else limit
-    for row in rows:
-        ids, labels = (np.asarray(row[key], np.int64) for key in ("input_ids", "labels"))
-        at = np.flatnonzero(labels[1:] != IGNORE_INDEX)[:left]
-        if len(at):
-            found.append(Wanted(ids[None, :at[-1] + 1], at, labels[at + 1]))
-            left -= len(at)
-        if not left:
-            break
-    return found
 
 
 def measure(model: Any, texts: Mapping[str, Sequence[Wanted]], files: Mapping[str, Path], architecture: Architecture,
@@ -209,23 +177,15 @@ def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Ten
     """Log-probabilities (n, vocabulary) in fp32, and the tokens (n) that came; some positions at a time."""
     import torch
 
-    from gemma_tune.models.load import after_product
-
-    head, after = model.get_output_embeddings(), after_product(model)
     found = []
     for row in rows:
         ids, at = (torch.from_numpy(a).to(model.device) for a in (row.ids, row.at))
         found.append(model.get_decoder()(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state[0, at])
     # Of all rows together: the fewer positions a product has, the longer each takes.
     hidden, labels = torch.cat(found), torch.from_numpy(np.concatenate([row.labels for row in rows])).to(model.device)
-    step = max(1, _LOGITS // head.weight.shape[0])
+    step = positions_at_a_time(model)
     for start in range(0, len(hidden), step):
-        logits = head(hidden[start:start + step]).float()
-        if after["scale"] != 1:
-            logits.mul_(after["scale"])
-        if after["softcap"]:
-            logits.div_(after["softcap"]).tanh_().mul_(after["softcap"])
-        yield torch.log_softmax(logits, 1), labels[start:start + step]
+        yield torch.log_softmax(logits_of(model, hidden[start:start + step]), 1), labels[start:start + step]
 
 
 def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
-        "*_lora_merged", "adapter-*", "report.md", "answers.json", "train.yaml", "tune.yaml", "tune.json")
+        "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml", "tune.yaml",
+        "tune.json")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 
@@ -134,6 +135,12 @@ class RunDir:
     @property
     def report(self) -> Path:
         return self.root / "report.md"
+
+    @property
+    def html_report(self) -> Path:
+        """Everything about the run, for people; made anew from the rest at any time, so the manifest does not name
+        it."""
+        return self.root / "report.html"
 
     @property
     def answers(self) -> Path:

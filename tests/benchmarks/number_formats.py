@@ -23,11 +23,12 @@ from typing import Any
 from gemma_tune.base.listener import Listener
 from gemma_tune.export.calibration import Calibration, calibration_of
 from gemma_tune.export.files import load_merged, source_of
-from gemma_tune.export.general import measuring_rows_of
 from gemma_tune.export.mixes import Mixes
-from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, measure, validation_rows, wanted_of
+from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, measure, validation_rows
 from gemma_tune.gguf.compensated import Inputs, Rounding
 from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.measure.general import measuring_rows_of
+from gemma_tune.measure.likelihood import wanted_of
 from gemma_tune.run.session import open_session
 
 

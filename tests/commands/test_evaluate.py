@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from gemma_tune import samples
-from gemma_tune.answers.generation import greedy_answers
+from gemma_tune.answers.generation import greedy_answers, greedy_continuations
 from gemma_tune.answers.prompts import Prompt
-from gemma_tune.base.errors import UserError
 from gemma_tune.cli import console
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.evaluate.stage import held_out_prompts, nothing_to_ask, report
+from gemma_tune.evaluate import rows as rows_module
+from gemma_tune.evaluate.markdown import report
+from gemma_tune.evaluate.rows import nothing_to_measure
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from support.command import QUICK, rows, write_rows
@@ -105,12 +106,100 @@ def test_questions_limits_how_many_are_asked_and_another_number_asks_again(cli, 
 
 
 def test_batches_give_what_single_prompts_give(cli, many, monkeypatch):
-    import gemma_tune.evaluate.stage as module
+    import gemma_tune.evaluate.compare as module
 
     together = cli("eval", "--max-new-tokens", 6, "--json", "--run", many, *FP32).json["summary"]
     monkeypatch.setattr(module, "BATCH", 4)
     apart = cli("eval", "--max-new-tokens", 6, "--json", "--run", many, "--force", *FP32).json["summary"]
     assert apart == together
+    assert [a["prompt"] for a in apart["answers"]] == [row["messages"][:-1] for row in held_out(many)], "in their order"
+
+
+def test_losses_are_those_that_the_training_measured_on_the_same_rows(cli, fluent):
+    """Another code, other batches; the training's first evaluation is of the base model, its best of the adapter."""
+    train = json.loads((fluent / "manifest.json").read_text())["stages"]["train"]["summary"]
+    result = cli("eval", "--max-new-tokens", 2, "--json", *FP32)
+    assert result.code == 0, result.err
+    measures = result.json["summary"]["measures"]
+    assert measures["loss"]["base"][0] == pytest.approx(train["eval_loss_before"], rel=1e-4)
+    assert measures["loss"]["tuned"][0] == pytest.approx(train["eval_loss_after"], rel=1e-4)
+    assert measures["perplexity"]["tuned"][0] == pytest.approx(np.exp(train["eval_loss_after"]), rel=1e-4)
+    assert measures["loss"]["base"][1:] == [None, None], "of one row there is no interval"
+    assert "the tuned model predicts general text worse than the base: perplexity" in result.err, "it learned by heart"
+
+
+def test_other_rows_are_read_checked_and_remembered(cli, fluent, tmp_path):
+    others = [{"question": f"Say number {n}.", "answer": f"The number is {n}, no more."} for n in range(5)]
+    write_rows(tmp_path / "others.jsonl", [{"messages": [{"role": role, "content": row[key]} for role, key in
+                                                         (("user", "question"), ("assistant", "answer"))]}
+                                           for row in others] + [{"messages": 3}])
+    args = ("eval", "--max-new-tokens", 30, "--json", *FP32)
+    result = cli(*args, "--data", "others.jsonl", "--questions", 3)
+    assert result.code == 0, result.err
+    assert "1 row of others.jsonl cannot be used to measure on; the first is others.jsonl:6: " in result.err
+    summary = result.json["summary"]
+    assert (summary["rows"], summary["rows_there"], summary["questions"]) == (5, 6, 3)
+    asked = [answer["prompt"][0]["content"] for answer in summary["answers"]]
+    assert asked == ["Say number 0.", "Say number 2.", "Say number 4."]
+    right = [a["tuned"].strip() == a["reference"] == f"The number is {n}, no more." and a["tuned_ended"]
+             for a, n in zip(summary["answers"], (0, 2, 4))]
+    assert summary["measures"]["exact_match"]["tuned"][0] == pytest.approx(sum(right) / 3) and any(right)
+    assert summary["measures"]["exact_match"]["base"][0] == 0
+    assert summary["measures"]["chrf"]["difference"][1] > 0
+    assert "(rows of a file)" in (fluent / "report.md").read_text() and "the row's own answer" in (fluent / "report.md").read_text()
+    assert str(tmp_path) not in (fluent / "manifest.json").read_text()
+    assert cli(*args).json["status"] == "up-to-date", "the file is remembered"
+    back = cli(*args, "--data", "valid")
+    assert (back.json["status"], back.json["summary"]["rows_there"]) == ("done", 1)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("gone.jsonl", None, "gone.jsonl"), ("-", None, "--data reads no standard input"),
+    ("bad.jsonl", '{"messages": 3}\n', "1 of 1 row of bad.jsonl cannot be used to measure on")])
+def test_rows_that_cannot_be_used_are_refused_and_the_last_report_stays(cli, fluent, tmp_path, name, content, message):
+    args = ("eval", "--max-new-tokens", 2, "--json", *FP32)
+    assert cli(*args).code == 0
+    before = (fluent / "report.md").read_bytes(), (fluent / "manifest.json").read_bytes()
+    if content:
+        (tmp_path / name).write_text(content)
+    result = cli(*args, "--data", name)
+    assert result.code == 2
+    assert message in result.json["error"]["message"]
+    assert ((fluent / "report.md").read_bytes(), (fluent / "manifest.json").read_bytes()) == before
+
+
+def test_of_many_rows_a_sample_is_measured_and_said(cli, many):
+    args = ("eval", "--max-new-tokens", 2, "--json", "--run", many, *FP32)
+    some = cli(*args, "--limit", 3)
+    assert some.code == 0, some.err
+    assert (some.json["summary"]["rows"], some.json["summary"]["rows_there"]) == (3, 6)
+    assert "3 of 6 rows are measured; --limit 0 takes all" in some.err
+    other = cli(*args, "--limit", 3, "--seed", 1)
+    assert other.json["summary"]["measures"]["loss"]["base"] != some.json["summary"]["measures"]["loss"]["base"]
+    everything = cli(*args, "--limit", 0)
+    assert everything.json["summary"]["rows"] == 6
+    low, high = everything.json["summary"]["measures"]["loss"]["base"][1:]
+    assert low < everything.json["summary"]["measures"]["loss"]["base"][0] < high
+
+
+def test_the_page_is_written_also_where_all_is_up_to_date(cli, fluent):
+    args = ("eval", "--max-new-tokens", 2, "--json", *FP32)
+    first = cli(*args)
+    page = Path(first.json["artifacts"]["html_report"])
+    assert "Base against tuned" in page.read_text(encoding="utf-8")
+    page.unlink()
+    again = cli(*args)
+    assert again.json["status"] == "up-to-date" and page.exists()
+    assert "base against tuned" in again.err
+
+
+def test_a_result_of_an_earlier_version_is_made_again(cli, fluent):
+    args = ("eval", "--max-new-tokens", 2, "--json", *FP32)
+    assert cli(*args).code == 0
+    manifest = json.loads((fluent / "manifest.json").read_text())
+    del manifest["stages"]["eval"]["summary"]["measures"]
+    (fluent / "manifest.json").write_text(json.dumps(manifest))
+    assert cli(*args).json["status"] == "done"
 
 
 def test_the_same_again_is_up_to_date(cli, fluent):
@@ -147,10 +236,14 @@ def test_the_built_in_example_is_asked_its_own_held_out_questions_and_judged(cli
     result = cli("eval", "--questions", 2, "--max-new-tokens", 2, "--json", *FP32)
     assert result.code == 0, result.err
     summary = result.json["summary"]
-    assert [a["prompt"] for a in summary["answers"]] == [q["messages"] for q in samples.heldout_questions()[:2]]
+    own, others = summary["answers"][:2], summary["answers"][2:]
+    assert [a["prompt"] for a in own] == [q["messages"] for q in samples.heldout_questions()[:2]]
+    assert [a["prompt"] for a in others] == [row["messages"][:-1] for row in held_out(trained)[:2]], "then its rows'"
     assert (summary["base_in_form"], summary["tuned_in_form"]) == (0, 0)
     text = (trained / "report.md").read_text(encoding="utf-8")
-    assert "| answers in the example's form | 0/2 | 0/2 |" in text
+    asked = len(summary["answers"])
+    assert f"| answers in the example's form | 0/{asked} | 0/{asked} |" in text
+    assert summary["measures"]["chrf"]["rows"] == len(others), "its own questions have no answer to compare with"
     assert samples.FORM_DESCRIPTION in text
 
 
@@ -165,17 +258,20 @@ TEXT_ROW = {"text": "The quick brown fox jumps over the lazy dog."}
 
 
 @pytest.fixture
-def asked_of(tmp_path):
-    """A function: held-out prompts of these validation rows and what was noted; ``.why`` says why there are none."""
+def asked_of(tmp_path, monkeypatch):
+    """A function: held-out prompts of these validation rows and what was noted; ``.why`` says why there is nothing."""
+    monkeypatch.setattr(rows_module, "reference_of", lambda chat, outcome: None)
+    monkeypatch.setattr(rows_module, "_short_enough", lambda session, chat, questions: questions)
 
     def found(*records, count=5):
         notes: list[str] = []
         path = write_rows(tmp_path / "v.jsonl", records)
-        session = SimpleNamespace(config=SimpleNamespace(questions=count), inputs={"valid_rows": path},
+        session = SimpleNamespace(config=SimpleNamespace(questions=count, data_file=None), inputs={"valid_rows": path},
                                   settings_of=lambda stage: {"data": ["x.jsonl"]}, run=SimpleNamespace(valid_rows=path),
                                   listener=SimpleNamespace(note=notes.append))
-        found.why = nothing_to_ask(session)
-        return *held_out_prompts(session), notes
+        found.why = nothing_to_measure(session)
+        asked = rows_module._questions(session, None, [(record, None) for record in records])
+        return [question.prompt for question in asked], notes
 
     return found
 
@@ -183,8 +279,8 @@ def asked_of(tmp_path):
 def test_a_prompt_is_everything_before_the_last_answer(asked_of):
     turns = [{"role": role, "content": f"{n}\u2028{role}"}
              for n, role in enumerate(("system", "user", "assistant", "user", "assistant"))]
-    prompts, judge, notes = asked_of({"messages": turns}, {"messages": turns})
-    assert (prompts, judge, asked_of.why) == ([Prompt(turns[:4])] * 2, None, None)
+    prompts, notes = asked_of({"messages": turns}, {"messages": turns})
+    assert (prompts, asked_of.why) == ([Prompt(turns[:4])] * 2, None)
     assert "2 held-out prompts" in notes[0]
 
 
@@ -201,22 +297,24 @@ def test_tools_and_their_results_belong_to_the_prompt(asked_of):
 
 
 def test_rows_of_plain_text_are_left_out_with_a_note(asked_of):
-    prompts, _, notes = asked_of(TEXT_ROW, TOOL_ROW, TEXT_ROW)
+    prompts, [note] = asked_of(TEXT_ROW, TOOL_ROW, TEXT_ROW)
     assert prompts == [Prompt(TOOL_ROW["messages"][:3], TOOLS)]
-    assert notes[0].startswith("2 held-out rows of plain text are left out")
+    assert note.startswith("2 rows of plain text have no question to ask")
     assert asked_of.why is None
-    _, _, notes = asked_of(TOOL_ROW, TOOL_ROW, TEXT_ROW, count=2)
-    assert len(notes) == 1 and "1 held-out row of plain text" in notes[0]
+    prompts, [note] = asked_of(TEXT_ROW)
+    assert prompts == [] and "1 row of plain text has no question to ask" in note
 
 
-@pytest.mark.parametrize(("records", "why", "hint"), [
-    ([TEXT_ROW] * 3, "the validation rows are plain text, with no question to ask", "validation loss"),
-    ([], "the run has no validation rows to ask about", "--valid 0.1")])
-def test_with_no_question_at_all_the_reason_is_said(asked_of, records, why, hint):
-    with pytest.raises(UserError, match=why) as e:
-        asked_of(*records)
-    assert hint in e.value.hint
-    assert asked_of.why == why
+def test_of_many_rows_those_that_are_asked_come_from_all_over(asked_of):
+    many = [{"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "a"}]} for n in range(101)]
+    prompts, notes = asked_of(*many, count=5)
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["0", "25", "50", "75", "100"]
+    assert notes == []
+
+
+def test_without_any_row_there_is_nothing_to_measure(asked_of):
+    asked_of()
+    assert asked_of.why == "the run has no validation rows to compare on"
 
 
 class Words:
@@ -305,15 +403,15 @@ TEMPLATE = (
 
 
 def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative, tmp_path, monkeypatch):
-    import gemma_tune.evaluate.stage as module
+    import gemma_tune.evaluate.compare as module
 
     asked = []
 
-    def answers(*args):
-        asked.append(args[2:])
-        return greedy_answers(*args)
+    def answers(model, chat, encoded, most):
+        asked.append(encoded)
+        return greedy_continuations(model, chat, encoded, most)
 
-    monkeypatch.setattr(module, "greedy_answers", answers)
+    monkeypatch.setattr(module, "greedy_continuations", answers)
     model = Path(shutil.copytree(talkative, tmp_path / "tools"))
     (model / "chat_template.jinja").write_text(TEMPLATE)
     train = write_rows(tmp_path / "rows.jsonl", [*rows(8), TOOL_ROW, TEXT_ROW])
@@ -327,13 +425,15 @@ def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative,
     [answer] = result.json["summary"]["answers"]
     assert answer["tools"] == ["weather"]
     assert [turn["role"] for turn in answer["prompt"]] == ["user", "assistant", "tool"]
-    assert "1 held-out row of plain text is left out" in result.err
+    assert "1 row of plain text has no question to ask" in result.err
+    assert result.json["summary"]["measures"]["loss"]["rows"] == 2, "its loss is measured all the same"
     assert "Weather in Zürich?" in result.err
     lines = (tmp_path / "runs/tools/report.md").read_text(encoding="utf-8").splitlines()
     for line in ("## 1. Weather in Zürich?", "*tools on offer*: `weather`", "*tool*", "> snow", "> 9 °C",
                  '> calls weather({"city": "Zürich"})'):
         assert line in lines
-    assert asked == [([answer["prompt"]], 6, [again["tools"]])] * 2, "the base model and the tuned one, both with the tools"
+    chat = load_format(model, "gemma3_text")
+    assert asked == [[chat.prompt_ids(answer["prompt"], again["tools"])]] * 2, "base and tuned model, both with the tools"
 
 
 def test_the_comparison_on_the_terminal_takes_turns_of_every_kind(capsys):
@@ -346,7 +446,7 @@ def test_the_comparison_on_the_terminal_takes_turns_of_every_kind(capsys):
 
 def test_text_in_the_report_cannot_break_it():
     """Answers and prompts may hold headings, open code fences, or nothing."""
-    session = SimpleNamespace(model=SimpleNamespace(name="m"), config=SimpleNamespace(max_new_tokens=9),
+    session = SimpleNamespace(model=SimpleNamespace(name="m"), config=SimpleNamespace(max_new_tokens=9, data_file=None),
                               manifest=SimpleNamespace(stages={"train": {"summary": {}}}))
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n# A\n```python\nx"}]
     prompt += [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "# rain"}]

@@ -51,7 +51,7 @@ def test_all_stages_in_order(cli, tiny, data):
     assert str(Path.cwd()) not in (run / "manifest.json").read_text(), "absolute path in the manifest"
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
         "manifest.json", "answers.json", "data", "training_checkpoints", "tiny-gemma_lora_adapter", "tiny-gemma_lora_merged", "ollama",
-        "logs", "report.md", "train.yaml"}
+        "logs", "report.md", "report.html", "train.yaml"}
     assert manifest["stages"]["train"]["config"]["epochs"] == {"value": 1.0, "from": "flag"}
     assert manifest["stages"]["train"]["config"]["alpha"]["from"] == "default"
 
@@ -250,19 +250,22 @@ def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
     result = cli("run", data, "--model", tiny, "--epochs", 1, "--valid", 0, "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
     assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
-    assert "skipped: the run has no validation rows to ask about" in result.err
+    assert "skipped: the run has no validation rows to compare on" in result.err
+    assert "Number formats" in Path("runs/tiny-gemma/report.html").read_text(), "a page there is all the same"
 
 
-def test_run_on_plain_text_leaves_the_comparison_out(cli, tiny, tmp_path):
+def test_run_on_plain_text_compares_losses_alone(cli, tiny, tmp_path):
     Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
     texts = [{"text": f"Box {n}: the quick brown fox jumps over the lazy dog."} for n in range(8)]
     result = cli("run", write_rows(tmp_path / "texts.jsonl", texts), "--model", tiny, "--epochs", 1, "--valid", 0.5,
                  "--config", "quick.yaml", "--json")
     assert result.code == 0, result.err
-    assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
-    assert "skipped: the validation rows are plain text" in result.err
-    assert result.json["stages"]["train"]["summary"]["eval_loss_before"] > 0
-    assert cli("eval").code == 2
+    assert "rows of plain text have no question to ask: their loss alone is measured" in result.err
+    compared, trained = (result.json["stages"][name]["summary"] for name in ("eval", "train"))
+    assert compared["questions"] == 0 and "ended" not in compared["measures"]
+    assert compared["measures"]["loss"]["base"][0] == pytest.approx(trained["eval_loss_before"], rel=0.02), "in bf16 or fp32"
+    report = Path("runs/tiny-gemma/report.md").read_text()
+    assert "| loss per learned token, nats |" in report and "answered greedily" not in report
 
 
 # --- train DATA ---------------------------------------------------------------------------------------------------

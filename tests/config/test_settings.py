@@ -567,7 +567,7 @@ def test_programs_to_report_to():
 
 @pytest.mark.parametrize("text, expected", [
     ("valid: 0.2", "valid: it belongs below `prepare:`, indented"),
-    ("seed: 1", "seed: it belongs below `prepare:` or `train:` or `chat:`, indented"),
+    ("seed: 1", "seed: it belongs below `prepare:` or `train:` or `chat:` or `eval:`, indented"),
     ("trian: {}", "trian: unknown section; did you mean `train`?")])
 def test_a_setting_outside_its_section(text, expected):
     assert yaml_problems(text) == (expected,)

@@ -15,11 +15,12 @@ import pytest
 
 from gemma_tune import samples
 from gemma_tune.base.errors import BAD_INPUT, UserError
+from gemma_tune.data import usable
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.export import calibration_file
 from gemma_tune.export.calibration_rows import LONGEST, calibration_rows, sample
-from gemma_tune.export.general import calibration_rows_of, measuring_rows_of
+from gemma_tune.measure.general import calibration_rows_of, measuring_rows_of
 from gemma_tune.run.session import open_session
 
 QUESTION, ANSWER = "Which way is north?", "Where the moss grows."
@@ -81,7 +82,7 @@ def test_a_file_is_read_as_prepare_reads_it_and_laid_out_by_the_runs_template(ro
 
 
 def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch):
-    monkeypatch.setattr(calibration_file, "_PASSAGE", 100)
+    monkeypatch.setattr(usable, "_PASSAGE", 100)
     text = "".join(f"Line {n} of a long text.\n" for n in range(12))
     with gzip.open("long.txt.gz", "wt", encoding="utf-8") as file:
         file.write(text)
@@ -97,7 +98,7 @@ def test_rows_come_from_all_over_a_long_file(rows_of, monkeypatch):
     Path("many.jsonl").write_text("".join(json.dumps({"text": f"number {n} " * 3}) + "\n" for n in range(200)))
     own, _, _ = rows_of("many.jsonl")
     assert len(own) == 8
-    rows = calibration_file._some(SimpleNamespace(line=n) for n in range(200))
+    rows = usable.sampled((SimpleNamespace(line=n) for n in range(200)), 64)
     assert min(row.line for row in rows) < 100 < max(row.line for row in rows)
 
 
@@ -126,7 +127,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_lines(rows_of, name, con
 
 
 def test_general_text_is_all_predicted_but_the_first_token(chat):
-    from gemma_tune.export.quant_loss import wanted_of
+    from gemma_tune.measure.likelihood import wanted_of
 
     rows = measuring_rows_of(chat)
     assert all(row["input_ids"][0] == chat.tokenizer.bos_token_id for row in rows)

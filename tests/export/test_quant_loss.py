@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import quant_loss
-from gemma_tune.export.quant_loss import validation_rows, wanted_of
+from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.types import QUANTS
 from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.measure import likelihood
+from gemma_tune.measure.likelihood import wanted_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.directory import RunDir
@@ -145,7 +147,7 @@ def test_several_texts_are_measured_while_a_files_weights_are_in(checkpoint, fil
 
 def test_entries_that_are_not_kept_count_as_one(checkpoint, files, monkeypatch):
     monkeypatch.setattr(quant_loss, "_KEPT", 100)
-    monkeypatch.setattr(quant_loss, "_LOGITS", 383 * 5)  # five positions at a time
+    monkeypatch.setattr(likelihood, "_LOGITS", 383 * 5)  # five positions at a time
     found = measure(loaded(checkpoint), rows(), {"q4_0": files["q4_0"]}, architecture(checkpoint))["q4_0"].kl
     reference, theirs = (log_probabilities(decoded_model(checkpoint, files[q]))[0].exp() for q in ("f16", "q4_0"))
     kept = reference.topk(100).indices

@@ -14,7 +14,7 @@ from support.damage import flip_bit
 
 # What the manifest has no digest of: what people work on, what only errors name, logs, and what is left of a training
 # that has ended.
-_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "metrics.jsonl", "loss.png",
+_UNCOUNTED = ("rejected.jsonl", "duplicates.jsonl", "report.json", "report.md", "report.html", "metrics.jsonl", "loss.png",
               "samples.jsonl", "origins.npy", "train.yaml")
 
 

@@ -16,7 +16,7 @@ def calibration_rows_of(chat: ChatFormat) -> list[dict[str, np.ndarray]]:
 
 
 def measuring_rows_of(chat: ChatFormat) -> list[dict[str, np.ndarray]]:
-    """The passages to measure on, as rows of ``quant_loss``: every token is predicted but the first of each."""
+    """The passages to measure on, as rows of ``likelihood``: every token is predicted but the first of each."""
     return [{"input_ids": ids, "labels": ids} for ids in _ids(chat, samples.general_measuring())]
 
 

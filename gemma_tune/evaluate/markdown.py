@@ -1,0 +1,73 @@
+"""report.md: the comparison of base and tuned model as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gemma_tune import samples
+from gemma_tune.answers.prompts import headline, shown
+from gemma_tune.base.words import counted
+from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, task_rows
+from gemma_tune.run.session import Session
+
+
+def report(session: Session, summary: dict[str, Any]) -> str:
+    """The comparison as Markdown.
+
+    Args:
+        summary: of the stage, with the ``answers`` as answers.json keeps them.
+    """
+    trained = session.manifest.stages["train"]["summary"]
+    total = summary["questions"]
+    lines = [f"# {session.model.name}: before and after", "", "| | base | tuned |", "|---|---|---|"]
+    if trained.get("eval_loss_before") is not None:
+        lines.append(f"| validation loss | {trained['eval_loss_before']:.4f} | {trained['eval_loss_after']:.4f} |")
+    if total:
+        lines.append(f"| answers that end by themselves | {summary['base_ended']}/{total} "
+                     f"| {summary['tuned_ended']}/{total} |")
+    if "base_in_form" in summary:
+        judged = summary["measures"]["in_form"]["rows"]
+        lines += [f"| answers in the example's form | {summary['base_in_form']}/{judged} "
+                  f"| {summary['tuned_in_form']}/{judged} |", "", samples.FORM_DESCRIPTION]
+    lines += [*_measures(session, summary), *_tasks(summary)]
+    if total:
+        lines += ["", f"Held-out prompts, answered greedily with at most {session.config.max_new_tokens} tokens."]
+    for n, item in enumerate(summary["answers"], start=1):
+        lines += ["", f"## {n}. {headline(item['prompt'])}"]
+        if item.get("tools"):
+            lines += ["", f"*tools on offer*: {', '.join(f'`{name}`' for name in item['tools'])}"]
+        for turn in item["prompt"]:
+            lines += ["", f"*{turn['role']}*", "", *_quoted(shown(turn))]
+        for which in ("base", "tuned"):
+            cut = "" if item[f"{which}_ended"] else " (cut off at the limit)"
+            lines += ["", f"**{which}**{cut}", "", *_quoted(item[which])]
+        if "reference" in item:
+            lines += ["", "**the row's own answer**", "", *_quoted(item["reference"])]
+    return "\n".join(lines) + "\n"
+
+
+def _measures(session: Session, summary: dict[str, Any]) -> list[str]:
+    rows = measure_rows(summary)
+    if not rows:
+        return []
+    lines = ["", "| | rows | base | tuned | difference | |", "|---|---|---|---|---|---|",
+             *(f"| {' | '.join(row)} |" for row in rows)]
+    where = "rows of a file" if session.config.data_file else "validation rows"
+    said = f"On {counted(summary['rows'], 'row')} of {summary['rows_there']:,} ({where}). {LEGEND}"
+    few = summary["rows"] < FEW_ROWS
+    return [*lines, "", said + (f" Fewer than {FEW_ROWS} rows give rough intervals." if few else "")]
+
+
+def _tasks(summary: dict[str, Any]) -> list[str]:
+    rows: Sequence[Sequence[str]] = task_rows(summary)
+    if not rows:
+        return []
+    return ["", "lm-evaluation-harness, each figure with its standard error:", "",
+            "| task | metric | base | tuned | difference |", "|---|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _quoted(text: str) -> list[str]:
+    """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it."""
+    return [f"> {line}" for line in (text.splitlines() if text.strip() else ["(nothing)"])]

@@ -1,0 +1,197 @@
+"""Which rows base and tuned model are compared on: validation rows, or a file's, laid out as in training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune import samples
+from gemma_tune.answers.prompts import Prompt, prompt_of
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import counted
+from gemma_tune.data.usable import sampled
+from gemma_tune.encoding.chat_format import ChatFormat, FormatError
+from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
+from gemma_tune.measure.likelihood import Wanted
+from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, prepared_as
+from gemma_tune.run.prompts import prompt_limit
+from gemma_tune.run.row_file import RowFile
+from gemma_tune.run.session import Session
+
+FILE = RowFile("data", use="measure on", used="measured on", own="take the validation rows: --data valid",
+               again="an evaluation")
+_ALL = 1 << 40
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both models answer.
+
+    Args:
+        prompt: everything before the answer.
+        reference: the answer that the row has, as the model would write it; None where none is known.
+        judged: whether its answer is to have the form that the built-in example teaches.
+    """
+
+    prompt: Prompt
+    reference: str | None = None
+    judged: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The rows to compare on.
+
+    Args:
+        sequences: what is predicted, and ``row_of`` (n,), the number of the row that each belongs to.
+        rows: how many rows are measured, and ``there``, how many there are.
+        questions: those that are answered.
+    """
+
+    sequences: list[Wanted]
+    row_of: np.ndarray
+    rows: int
+    there: int
+    questions: list[Question]
+
+
+def nothing_to_measure(session: Session) -> str | None:
+    """Why a prepared run has nothing to compare base and tuned model on; None if it has something."""
+    if session.config.data_file or is_example(session) or next(_lines(session.run.valid_rows), None) is not None:
+        return None
+    return "the run has no validation rows to compare on"
+
+
+def is_example(session: Session) -> bool:
+    """Whether the run learned the built-in example, whose held-out questions are asked as well."""
+    return not session.settings_of("prepare").get("data")
+
+
+def choose(session: Session, chat: ChatFormat) -> Chosen:
+    """Rows to measure on, and which of them are asked.
+
+    Raises:
+        UserError: there are none, or a file of them cannot be used.
+    """
+    config = session.config
+    if reason := nothing_to_measure(session):
+        raise UserError(reason, "prepare again with --valid 0.1, or name rows with --data FILE")
+    encoder = Encoder(chat, **{name: getattr(prepared_as(session, HOW_ROWS_ARE_LAID_OUT), name)
+                               for name in HOW_ROWS_ARE_LAID_OUT})
+    limit = config.limit or _ALL
+    rows, there = _of_file(session, encoder, limit) if config.data_file else _of_run(session, encoder, limit)
+    rows = _fitting(session, rows)
+    if there > limit:
+        session.listener.note(f"{len(rows):,} of {there:,} rows are measured; --limit 0 takes all")
+    sequences, row_of = [], []
+    for n, (_, outcome) in enumerate(rows):
+        for wanted in map(_wanted, outcome.kept):
+            if wanted is not None:
+                sequences.append(wanted)
+                row_of.append(n)
+    questions = _questions(session, chat, rows)
+    if not sequences and not questions:
+        raise UserError("nothing in the rows can be predicted or asked", "name others with --data FILE")
+    return Chosen(sequences, np.array(row_of, np.int64), len(set(row_of)), there, questions)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as lines:
+        yield from (line for line in lines if line.strip())
+
+
+def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[tuple[PreparedRow, Outcome]], int]:
+    """Validation rows: `prepare` has checked them."""
+    there = 0
+
+    def read() -> Iterator[tuple[int, str]]:
+        nonlocal there
+        for line in _lines(session.inputs["valid_rows"]):
+            there += 1
+            yield there, line
+
+    examples = [json.loads(line) for _, line in sorted(sampled(read(), limit, session.config.seed))]
+    found = []
+    for example, outcome in zip(examples, encoder.encode(examples), strict=True):
+        if isinstance(outcome, FormatError):
+            raise UserError(f"a validation row cannot be rendered: {outcome}", "prepare and train again") from outcome
+        found.append((example, outcome))
+    return found, there
+
+
+def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[tuple[PreparedRow, Outcome]], int]:
+    rows, there = FILE.rows(session, session.config.data_file, encoder, limit, session.config.seed)
+    rows.sort(key=lambda one: (one.row.file, one.row.line))
+    return [(one.example, one.outcome) for one in rows], there
+
+
+def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[tuple[PreparedRow, Outcome]]:
+    """Rows that are longer than those of the training count as such, and are told."""
+    if longer := sum(not outcome.kept for _, outcome in rows):
+        session.listener.warn(f"{counted(longer, 'row is', 'rows are')} longer than the training's limit of "
+                              f"{session.settings_of('prepare').get('max_length')} tokens; their loss is left out")
+    return rows
+
+
+def _wanted(sequence: Any) -> Wanted | None:
+    """What is learned of a sequence, as tokens to predict; nothing predicts the first."""
+    labels = np.zeros(len(sequence.ids), bool)
+    for start, end in sequence.spans:
+        labels[start:end] = True
+    at = np.flatnonzero(labels[1:])
+    ids = np.asarray(sequence.ids, np.int64)
+    return Wanted(ids[None, :at[-1] + 1], at, ids[at + 1]) if len(at) else None
+
+
+def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[PreparedRow, Outcome]]) -> list[Question]:
+    """Prompts of the rows, from all over them, as long as those in training; of the example its own before them."""
+    count = session.config.questions
+    chats = [(example, outcome) for example, outcome in rows if "messages" in example]
+    if texts := len(rows) - len(chats):
+        said = counted(texts, "row of plain text has", "rows of plain text have")
+        session.listener.note(f"{said} no question to ask: their loss alone is measured")
+    if len(chats) > count:
+        chats = [chats[n] for n in np.linspace(0, len(chats) - 1, count).round().astype(int)]
+    found = [Question(prompt_of(example), reference_of(chat, outcome)) for example, outcome in chats]
+    if is_example(session) and not session.config.data_file:
+        own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
+        found = [*own, *(replace(question, judged=True) for question in found)]
+    elif chats and len(chats) < count and not session.config.data_file and not texts:
+        session.listener.note(f"the run has {len(chats)} held-out prompts; `prepare --valid 0.2` keeps more aside")
+    return _short_enough(session, chat, found)
+
+
+def reference_of(chat: ChatFormat, outcome: Outcome) -> str | None:
+    """The last answer of a row, decoded as a model's answer is; None where a limit has cut it."""
+    sequence = outcome.full[-1]
+    start, end = sequence.spans[-1]
+    ids = [int(n) for n in sequence.ids[start:end]]
+    if not ids or ids[-1] not in chat.stop_ids:
+        return None
+    return chat.tokenizer.decode(ids[:-1], skip_special_tokens=True)
+
+
+def _short_enough(session: Session, chat: ChatFormat, questions: Sequence[Question]) -> list[Question]:
+    """Prompts as long as those in training, with room for an answer."""
+    limit = prompt_limit(session, session.config.max_new_tokens)
+    try:
+        fitted = [question.prompt.fitted(chat, limit) for question in questions]
+    except FormatError as e:
+        raise UserError(f"a held-out prompt cannot be rendered: {e}", "prepare and train again") from e
+    kept = [replace(question, prompt=prompt) for question, prompt in zip(questions, fitted) if prompt]
+    if questions and not kept:
+        raise UserError(f"the {len(questions)} held-out prompts are all longer than {limit} tokens",
+                        "ask about more of them with --questions")
+    if longer := len(fitted) - len(kept):
+        session.listener.note(f"{counted(longer, 'held-out prompt is', 'held-out prompts are')} left out: longer than "
+                              f"{limit} tokens")
+    if parts := sum(len(p.messages) < len(q.prompt.messages) for p, q in zip(fitted, questions) if p):
+        asked = counted(parts, "held-out prompt is asked without its first turns",
+                        "held-out prompts are asked without their first turns")
+        session.listener.note(f"{asked}: longer than {limit} tokens with them")
+    return kept

@@ -1,0 +1,197 @@
+"""What a report tells, read from a run directory: whatever is missing or damaged there is left out.
+
+Nothing of it is trusted: the manifest may be of an earlier version, and texts of anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.config.settings import as_flags
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
+from gemma_tune.report import charts, tables
+from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import STAGES, Manifest
+
+_MOST_ANSWERS = 100  # that are shown; the others are in answers.json
+_LONGEST = 20_000  # characters of a text
+_OF_THE_PLACE = ("push", "private", "host")  # settings of a machine or an account, which make no other result
+
+
+def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
+    """Everything that the page's template asks for, by name."""
+    summaries = {name: stage["summary"] for name, stage in manifest.stages.items()}
+    settings = {name: {key: entry.get("value") for key, entry in stage["config"].items()}
+                for name, stage in manifest.stages.items()}
+    answers = _answers(run, manifest)
+    return {
+        "model": manifest.model, "summary": {name: summaries.get(name, {}) for name in STAGES},
+        "settings": {name: settings.get(name, {}) for name in STAGES},
+        "data": _data(run), "curves": _curves(run, summaries.get("train", {})),
+        "measures": _measures(summaries.get("eval", {})), "task_rows": tables.task_rows(summaries.get("eval", {})),
+        "few_rows": tables.FEW_ROWS, "answers": answers[:_MOST_ANSWERS], "more_answers": answers[_MOST_ANSWERS:],
+        "formats": _formats(summaries.get("export-ollama", {})), "parity": _parity(summaries.get("export-ollama", {})),
+        "seconds": {name: _seconds(stage) for name, stage in manifest.stages.items()},
+        "commands": _commands(manifest, settings),
+    }
+
+
+# --- files of the run
+
+def _json(path: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _data(run: RunDir) -> dict[str, Any] | None:
+    """data/report.json with the names of files alone: where they lie is this machine's matter."""
+    found = _json(run.data_report)
+    if not isinstance(found, Mapping):
+        return None
+    with _whatever_is_there():
+        before = found["before_the_limit"]
+        return {
+            **{key: found[key] for key in ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows",
+                                           "tokens", "trained_tokens", "rejected_by_reason", "formats")},
+            "files": [{"name": _last(item["file"]), "rows": item["rows"]} for item in found["files"]],
+            "scripts": before["scripts"], "length": before["length"],
+            "chart": charts.lengths_chart(before["histogram"])}
+    return None
+
+
+def _last(name: str) -> str:
+    return name if name.startswith("hf:") else re.split(r"[/\\]", name)[-1]
+
+
+@contextlib.contextmanager
+def _whatever_is_there() -> Iterator[None]:
+    """A part of the report whose figures are not as this version writes them is left out."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError,
+                             OverflowError):
+        yield
+
+
+def _curves(run: RunDir, trained: Mapping[str, Any]) -> Any:
+    losses, evals = [], []
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(run.metrics, encoding="utf-8") as lines:
+        for line in lines:
+            with _whatever_is_there():
+                record = json.loads(line)
+                step = float(record["step"])
+                for points, key in ((losses, "loss"), (evals, "eval_loss")):
+                    if math.isfinite(record.get(key, math.nan)):
+                        points.append((step, float(record[key])))
+    with _whatever_is_there():
+        return charts.loss_chart(losses, evals, trained.get("kept_step"))
+    return None
+
+
+def _answers(run: RunDir, manifest: Manifest) -> list[dict[str, Any]]:
+    """Prompts with both answers, as answers.json has them."""
+    if "eval" not in manifest.stages:
+        return []
+    found, kept = _json(run.answers), []
+    for item in found if isinstance(found, list) else ():
+        with _whatever_is_there():
+            kept.append({
+                "prompt": [{"role": str(turn["role"]), "text": _turn(turn)} for turn in item["prompt"]],
+                "tools": [str(name) for name in item.get("tools") or ()],
+                "reference": _cut(item["reference"]) if isinstance(item.get("reference"), str) else None,
+                **{side: {"text": _cut(item[side]), "ended": bool(item[f"{side}_ended"])}
+                   for side in ("base", "tuned")}})
+    return kept
+
+
+def _turn(turn: Mapping[str, Any]) -> str:
+    from gemma_tune.answers.prompts import shown
+
+    return _cut(shown(turn))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST:,} characters more)"
+
+
+# --- figures of the manifest
+
+def _measures(evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for name, values in tables.known_measures(evaluated).items():
+        measure = tables.MEASURES[name]
+        found.append({
+            "key": name, "name": measure.name, "zh": measure.zh, "rows": values["rows"],
+            "verdict": tables.verdict(name, values), "plot": charts.interval_plot(values["base"], values["tuned"]),
+            "base": tables.with_interval(values["base"], measure.kind),
+            "tuned": tables.with_interval(values["tuned"], measure.kind),
+            "difference": tables.with_interval(values["difference"], measure.kind, tables.signed),
+            "short": {side: tables.number(values[side][0], measure.kind) for side in ("base", "tuned")}})
+    return found
+
+
+def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:
+    rows = []
+    for name, item in (exported.get("quants") or {}).items():
+        row = {"name": name, "bytes": item["bytes"], "file": item.get("file"), "loses": item.get("loses"),
+               "ollama_name": item["ollama_name"]}
+        for kind, prefix in (("own", ""), ("general", "general_")):
+            with _whatever_is_there():
+                row[kind] = item[f"{prefix}perplexity"] / exported[f"f16_{prefix}perplexity"] - 1
+                row[f"{kind}_kl"] = item.get(f"{prefix}kl")
+        rows.append(row)
+    if not rows:
+        return None
+    with _whatever_is_there():
+        return {"rows": rows, "recommended": exported.get("recommended"), "chart": charts.formats_chart(rows)}
+    return {"rows": rows, "recommended": None, "chart": None}
+
+
+def _parity(exported: Mapping[str, Any]) -> dict[str, Any] | None:
+    with _whatever_is_there():
+        found = exported["parity"]
+        names = ("equal", "template_only", "known_limit", "differs", "not_checked")
+        return {"ok": bool(found["ok"]), "engine": found.get("engine"),
+                "ids": {str(target): {**{name: int(counts.get(name, 0)) for name in names},
+                                      "remarks": [str(remark) for remark in counts.get("remarks", ())]}
+                        for target, counts in found["ids"].items()},
+                "greedy": {str(name): {key: int(value[key]) for key in ("answers", "whole", "tokens", "leading")}
+                           for name, value in found.get("greedy", {}).items()}}
+    return None
+
+
+def _seconds(stage: Mapping[str, Any]) -> float | None:
+    with _whatever_is_there():
+        begin, end = (dt.datetime.fromisoformat(stage[key]) for key in ("started", "ended"))
+        return max(0.0, (end - begin).total_seconds())
+    return None
+
+
+def _commands(manifest: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What to type, in the run's directory, to make everything again: settings that are not defaults."""
+    found = []
+    for name in STAGES:
+        if name not in manifest.stages:
+            continue
+        chosen = {key: value for key, value in settings[name].items()
+                  if manifest.stages[name]["config"][key].get("from") not in ("default", "family", "adapter")}
+        words = ["gemma-tune", name]
+        if name == "prepare":
+            words += [f"{one}" for one in settings[name].get("data") or ()]
+            model = manifest.model.get("path") or manifest.model["id"]
+            words += ["--model", model] if model != DEFAULT_MODEL else []
+            revision = manifest.model.get("revision")
+            words += ["--revision", revision] if revision else []
+        left_out = (*_OF_THE_PLACE, "parameter", *(["data"] if name == "prepare" else []))
+        with _whatever_is_there():
+            words += [word for one in chosen.get("parameter") or () for word in ("--parameter", f"{one}")]
+            words += as_flags(CONFIGS[name], {key: value for key, value in chosen.items() if key not in left_out})
+        found.append(shlex.join([*words, "--run", "."]))
+    return found

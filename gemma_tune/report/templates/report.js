@@ -1,0 +1,1 @@
+if (/^zh\b/i.test(navigator.language || "")) document.getElementById("zh").checked = true;
