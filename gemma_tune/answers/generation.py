@@ -37,19 +37,28 @@ def sampling_arguments(model: Any, chosen: Mapping[str, float | None]) -> dict[s
     Args:
         chosen: temperature, top_p, top_k, repetition_penalty; None or a missing name means the model's own.
     """
-    own = model.generation_config
-    values = {name: getattr(own, name, None) if chosen.get(name) is None else chosen[name]
+    return arguments_of(vars(model.generation_config), chosen)
+
+
+def arguments_of(own: Mapping[str, Any], chosen: Mapping[str, float | None]) -> dict[str, Any]:
+    """The same from what a generation_config.json says; what stands there for None is left to it."""
+    values = {name: own.get(name) if chosen.get(name) is None else chosen[name]
               for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     asked = any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k"))
     arguments: dict[str, Any] = {}
     if values["repetition_penalty"]:
         arguments["repetition_penalty"] = values["repetition_penalty"]
-    if values["temperature"] == 0 or not (own.do_sample or asked):
+    if values["temperature"] == 0 or not (own.get("do_sample") or asked):
         # Greedy ignores these; unset them so that transformers does not warn about the model's own.
         return arguments | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     return arguments | {"do_sample": True} | {name: value if values[name] is None else values[name]
                                               for name, value in neutral.items()}
+
+
+def context_of(model: Any) -> int:
+    """Tokens of the longest conversation that a model was made for."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -58,10 +67,14 @@ def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     Raises:
         UserError: the prompt alone fills it.
     """
-    context = model.config.get_text_config().max_position_embeddings
+    return room_in(context_of(model), prompt_tokens, max_new_tokens)
+
+
+def room_in(context: int, prompt_tokens: int, max_new_tokens: int) -> int:
+    """The same for a context of so many tokens."""
     if prompt_tokens >= context:
         raise UserError(f"the conversation has {prompt_tokens} tokens; the model's context ends at {context}",
-                        "shorten it; in a conversation, /reset starts a new one")
+                        "shorten it; in a conversation, /reset starts a new one, and /undo takes a turn back")
     return min(max_new_tokens, context - prompt_tokens)
 
 
@@ -95,9 +108,16 @@ def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], ma
 
 def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
                          seconds: float | None = None) -> list[Answer]:
-    """What the model writes after token ids, greedily and in one batch, padded on the left.
+    """As :func:`continuations`, with the likeliest token each time."""
+    return continuations(model, chat, encoded, max_new_tokens, sampling_arguments(model, {"temperature": 0.0}), seconds)
+
+
+def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
+                  arguments: Mapping[str, Any], seconds: float | None = None) -> list[Answer]:
+    """What the model writes after token ids, in one batch, padded on the left.
 
     Args:
+        arguments: of :func:`sampling_arguments`.
         seconds: after which an answer is cut off; then nothing is captured for it either, which would take memory.
 
     Raises:
@@ -110,7 +130,6 @@ def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[in
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
     limit = room_for_answer(model, width, max_new_tokens)
-    arguments = sampling_arguments(model, {"temperature": 0.0})
     with torch.inference_mode():
         if seconds is None and decoding.pays(model):
             with contextlib.suppress(decoding.GaveUp):

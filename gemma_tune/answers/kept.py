@@ -4,9 +4,9 @@ The next prompt begins as the last one and its answer did, up to where the conve
 ``/retry``, ``/fix``); there the cache is cut, and what stays is not computed again.
 
 A layer with a sliding window forgets what lies behind the window, so it could not be cut: the positions that would be
-in the window of an earlier place are gone. The layers here keep them as well, up to ``PAST`` of them, and show the model
-its window alone. A cut that reaches further back drops everything, and the prompt is read anew: the logits are those
-of a prompt that is read from its beginning, in either case.
+in the window of an earlier place are gone. The layers here keep them as well, up to ``PAST`` of them, and show the
+model its window alone. A cut that reaches further back drops everything, and the prompt is read anew: the logits are
+those of a prompt that is read from its beginning, in either case.
 """
 
 from __future__ import annotations
@@ -154,6 +154,8 @@ def _cut(layer: Any, length: int) -> bool:
 
 def _empty(model: Any) -> Cache | None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base.generation_config, "use_cache", True) is False or not base._supports_default_dynamic_cache():
+        return None
     try:
         kinds, settings = get_layer_types_and_kwargs(base.config.get_text_config(decoder=True))
     except Exception:  # noqa: BLE001 - a configuration of another shape: `generate` knows what to do

@@ -19,11 +19,14 @@ class Pieces:
 
     A character can be several tokens long, whose first ones decode to U+FFFD: it is given out when it is whole. Every
     piece is decoded together with the piece before it, as the text of a token depends on its neighbours (its space).
+
+    Args:
+        chat: None where text comes instead of ids.
     """
 
-    def __init__(self, chat: ChatFormat):
-        self._decode = chat.tokenizer.decode
-        self._stop_ids = set(chat.stop_ids)
+    def __init__(self, chat: ChatFormat | None):
+        self._decode = chat and chat.tokenizer.decode
+        self._stop_ids = set(chat.stop_ids if chat else ())
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._ids: list[int] = []
         self._before = self._given = 0  # where the last piece begins and ends in the ids
@@ -86,12 +89,10 @@ class Streaming:
 
     Args:
         prompt_tokens: length of the prompt; None where only its maker will know.
-        make: writes the answer into the pieces, and looks now and then whether it is to stop.
     """
 
-    def __init__(self, pieces: Pieces, prompt_tokens: int | None, make: Callable[[], None]):
-        self._pieces, self._make = pieces, make
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, pieces: Pieces, prompt_tokens: int | None):
+        self._pieces, self.prompt_tokens = pieces, prompt_tokens
         self.stopping = threading.Event()
         self.begun = time.perf_counter()
         self.first: float | None = None  # seconds to the first token
@@ -125,6 +126,10 @@ class Streaming:
         """What there is of the answer."""
         return Answer(self._pieces.text, self._pieces.tokens, self._pieces.ended)
 
+    def _make(self) -> None:
+        """Write the answer into the pieces, and look now and then whether to stop."""
+        raise NotImplementedError
+
     def _work(self) -> None:
         try:
             self._make()
@@ -140,23 +145,25 @@ class Stream(Streaming):
 
     Args:
         kept: what the model read before; it is kept up to date.
+        state: in which the model answers, such as without its adapter.
 
     Raises:
         UserError: a conversation that cannot be rendered, or fills the model's context.
     """
 
     def __init__(self, model: Any, chat: ChatFormat, messages: Messages, max_new_tokens: int,
-                 arguments: Mapping[str, Any], tools: Tools = None, kept: Any = None):
+                 arguments: Mapping[str, Any], tools: Tools = None, kept: Any = None,
+                 state: Callable[[], Any] = contextlib.nullcontext):
         self._model, self._chat, self._arguments = model, chat, dict(arguments)
         self._ids = prompt_ids(chat, messages, tools)
         self._limit = room_for_answer(model, len(self._ids), max_new_tokens)
-        self._kept = kept
-        super().__init__(Pieces(chat), len(self._ids), self._run_model)
+        self._kept, self._state = kept, state
+        super().__init__(Pieces(chat), len(self._ids))
 
-    def _run_model(self) -> None:
+    def _make(self) -> None:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self._state():
             if decoding.pays(self._model):
                 with contextlib.suppress(decoding.GaveUp):
                     self._decode()

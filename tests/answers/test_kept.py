@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,9 +154,10 @@ def test_layers_that_cannot_be_cut_are_left_to_generate(model, kinds):
     config = model.config.__class__(**{**model.config.to_dict(), "num_hidden_layers": 2, "layer_types": None})
     config.layer_types, config.attention_chunk_size = kinds, 8
 
-    class Other:
-        pass
-
-    other = Other()
-    other.config = config
+    other = SimpleNamespace(config=config, generation_config=model.generation_config,
+                            _supports_default_dynamic_cache=lambda: True)
+    assert KeptTurns().cache_for(other, [1, 2, 3]) is None
+    other.config = model.config
+    assert KeptTurns().cache_for(other, [1, 2, 3]) is not None
+    other._supports_default_dynamic_cache = lambda: False
     assert KeptTurns().cache_for(other, [1, 2, 3]) is None
