@@ -1,48 +1,87 @@
-"""``chat``: a conversation with the tuned model, its base model or the merged one. Nothing is printed here."""
+"""``chat``: a conversation with the tuned model, its base model or another of the run's. Nothing is printed here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.answers.generation import Answer, Stream, sampling_arguments
+from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import near
 from gemma_tune.chat.saves import Saves
-from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.lora.load import add_adapter
-from gemma_tune.models.load import load_model
-from gemma_tune.models.placement import choose_placement
-from gemma_tune.run.directory import command
+from gemma_tune.chat.voice import Voice
+from gemma_tune.chat.voices import Voices
+from gemma_tune.config.settings import converted, types_of
+from gemma_tune.config.stages import ChatConfig, SamplingConfig
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import keep_stamps, require_output, require_unharmed, state_of
+from gemma_tune.run.stage import keep_stamps
+
+__all__ = ["Conversation", "open_conversation"]
+# What /set changes; the seed is no part of how an answer is drawn, but of which one is.
+CHANGEABLE = (*(f.name for f in fields(SamplingConfig)), "seed")
+_ROOM_TO_WARN = 0.2  # of the context: from here on it is nearly full
 
 
 @dataclass
 class Conversation:
-    """A loaded model and the turns so far."""
+    """The turns so far, and who answers them.
 
-    model: Any
-    chat: ChatFormat
-    which: str
-    max_new_tokens: int
-    arguments: dict[str, Any]
-    system: str | None = None
+    Args:
+        voice: who answers now.
+        voices: opens others; None where there are none.
+    """
+
+    voice: Voice
+    config: ChatConfig
     saves: Saves | None = None
+    voices: Voices | None = None
+    system: str | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
+    comparing: bool = False
 
-    def ask(self, text: str) -> Stream:
-        """Start the answer to ``text``; call :meth:`keep` with the result to make both part of the conversation."""
-        return Stream(self.model, self.chat, [*self.messages, {"role": "user", "content": text}],
-                      self.max_new_tokens, self.arguments)
+    @property
+    def which(self) -> str:
+        """Who answers, in words."""
+        return self.voice.which
+
+    def ask(self, text: str, voice: Voice | None = None) -> Streaming:
+        """Start the answer to ``text``; call :meth:`keep` with the result to make both part of the conversation.
+
+        Raises:
+            UserError: a conversation that cannot be rendered, or fills the context.
+        """
+        return (voice or self.voice).ask([*self.messages, {"role": "user", "content": text}], self.config)
 
     def keep(self, text: str, answer: Answer) -> None:
         """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
         if answer.text.strip():
             self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}
                            | ({} if answer.ended else {"train": False})]
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.turns:
+            raise UserError("there is nothing to take back yet", "ask something first")
+        question, _ = self.turns[-2:]
+        del self.turns[-2:]
+        return question["content"]
+
+    def last_question(self) -> str:
+        """What was asked last.
+
+        Raises:
+            UserError: nothing yet.
+        """
+        if not self.turns:
+            raise UserError("nothing was asked yet", "ask something first")
+        return self.turns[-2]["content"]
 
     def correct(self, text: str) -> None:
         """Put ``text`` in the place of the last answer.
@@ -88,59 +127,84 @@ class Conversation:
         """System prompt and turns so far."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
+    # --- who answers, and how -------------------------------------------------------------------------------------
+
+    def let_answer(self, name: str) -> None:
+        """Have ``base`` or ``tuned`` answer from now on; the turns stay.
+
+        Raises:
+            UserError: it is not there, or cannot be loaded.
+        """
+        assert self.voices is not None
+        name = self.voices.tuned if name == "tuned" else name
+        if name != self.voice.name:
+            self._take(self.voices.open(name))
+
+    def pair(self) -> tuple[Voice, Voice]:
+        """Base and tuned model, out of one loaded model.
+
+        Raises:
+            UserError: there is no adapter, or they cannot be loaded.
+        """
+        assert self.voices is not None
+        tuned, base = (self.voices.open(name, pair=True) for name in ("adapter", "base"))
+        if self.voice.name in ("base", "adapter"):  # another model in memory than it was
+            self._take({"base": base, "adapter": tuned}[self.voice.name])
+        return base, tuned
+
+    def set(self, name: str, value: str) -> Any:
+        """Change a setting, as text; ``default`` sets it back. Returns the value.
+
+        Raises:
+            UserError: there is no such setting, or it does not take this.
+        """
+        if name not in CHANGEABLE:
+            raise UserError(f"there is no setting {name}{near(name, CHANGEABLE)}",
+                            f"/set knows {', '.join(CHANGEABLE)}")
+        self.config = replace(self.config, **{name: _value(name, value)})
+        if name == "seed" and self.config.seed is not None:
+            self.voice.seed(self.config.seed)
+        return getattr(self.config, name)
+
+    def room(self, used: int) -> int | None:
+        """Tokens that are left of the context after ``used``, where they are few; None where there is room."""
+        context = self.voice.context
+        if context is None or context - used > _ROOM_TO_WARN * context:
+            return None
+        return max(0, context - used)
+
+    def close(self) -> None:
+        """Free the models."""
+        if self.voices:
+            self.voices.close()
+
+    def _take(self, voice: Voice) -> None:
+        self.voice = voice
+        if self.config.seed is not None:
+            voice.seed(self.config.seed)
+
+
+def _value(name: str, text: str) -> Any:
+    """A setting's value from text, checked where the settings are."""
+    if text == "default":
+        return next(f.default for f in fields(ChatConfig) if f.name == name)
+    whole = re.fullmatch(r"[+-]?[0-9]{1,18}", text)
+    return converted(types_of(ChatConfig)[name], int(text) if whole else text)
+
 
 def open_conversation(session: Session) -> Conversation:
-    """Load the model that the settings name.
+    """Load the model that the settings name, or what is there.
 
     Raises:
-        UserError: no adapter or merged model yet, damaged or missing files.
+        UserError: nothing that can answer, damaged or missing files.
     """
     config = session.config
-    checkpoint, adapter, which = _choose(session)
+    voices = Voices.of(session)
     keep_stamps(session.run, session.manifest)
-    chat = load_format(adapter or checkpoint, session.model.config["model_type"])
-    placement = choose_placement(config.dtype)
-    session.listener.note(f"{which}, computing in {placement.reason}")
-    model = load_model(checkpoint, placement).eval()
-    if adapter:
-        model = add_adapter(model, adapter)
+    if voices.choice.reason:
+        session.listener.note(voices.choice.reason)
+    voice = voices.open(voices.choice.name, pair=config.compare)
     if config.seed is not None:
-        import torch
-
-        torch.manual_seed(config.seed)
-    chosen = {k: v for k, v in asdict(config).items() if k in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    return Conversation(model, chat, which, config.max_new_tokens, sampling_arguments(model, chosen), config.system,
-                        Saves(session.run, session.settings_of("prepare")))
-
-
-def _choose(session: Session) -> tuple[Path, Path | None, str]:
-    run, config = session.run, session.config
-    if config.base and config.merged:
-        raise UserError("--base and --merged exclude each other", "use one of them")
-    if config.base:
-        return session.model.path, None, f"{session.model.name}, the base model"
-    merged = config.merged
-    if not merged and "train" not in session.manifest.stages and "merge" in session.manifest.stages:
-        session.listener.note("this run has no training of its own, so the merged model answers")
-        merged = True
-    stage, output = ("merge", "merged") if merged else ("train", "adapter")
-    state = state_of(run, session.manifest, stage)
-    if state.status == "missing":
-        raise UserError(f"{run.root} has no {'merged model' if merged else 'trained adapter'} yet",
-                        f"{command(stage, run.root)}, or chat with the base model: --base")
-    require_output(run, session.manifest, "chat", stage, output)
-    if not merged:  # an adapter is small; gigabytes are not read twice for a question
-        require_unharmed(run, session.manifest, "chat", stage, output)
-    if state.status == "stale":
-        session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
-    if merged:
-        return run.merged, None, f"{session.model.name}, tuned and merged"
-    return session.model.path, run.adapter, f"{session.model.name}, tuned"
-
-
-def answers(conversation: Conversation, prompts: Iterator[str]) -> Iterator[tuple[str, Stream]]:
-    """One independent answer per prompt that is not blank: each starts from the system prompt alone."""
-    for prompt in (line.rstrip("\r\n") for line in prompts):
-        if prompt.strip():
-            conversation.reset()
-            yield prompt, conversation.ask(prompt)
+        voice.seed(config.seed)
+    return Conversation(voice, config, Saves(session.run, session.settings_of("prepare")), voices, config.system,
+                        comparing=config.compare)

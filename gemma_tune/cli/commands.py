@@ -24,7 +24,7 @@ from gemma_tune.run.directory import command
 
 app = typer.Typer(
     name="gemma-tune", cls=Commands, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False, rich_markup_mode="rich",
+    rich_markup_mode="rich",
     pretty_exceptions_show_locals=False, pretty_exceptions_short=True,
     help="From your own data to a fine-tuned Gemma (or another Hugging Face chat model) running in Ollama.",
     epilog="On your own data: gemma-tune run chats.jsonl --model google/gemma-3-270m-it\n\n"
@@ -131,33 +131,45 @@ def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: 
 
 @app.command(cls=Command)
 def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
-         system: o.System = None, base: o.Base = None, merged: o.Merged = None, temperature: o.Temperature = None,
+         input: o.Input = None, system: o.System = None, use: o.Use = None, base: o.Base = None,
+         merged: o.Merged = None, compare: o.Compare = None, temperature: o.Temperature = None,
          top_p: o.TopP = None, top_k: o.TopK = None, repetition_penalty: o.RepetitionPenalty = None,
          max_new_tokens: o.MaxNewTokens = None, seed: o.SampleSeed = None, dtype: o.Dtype = None,
          quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Talk to the tuned model, or with --base to the untuned one.
+    """Talk to the tuned model, or with --base to the untuned one, or with --compare to both.
 
-    Reads the base model and the adapter. On a terminal it is a conversation, in which /fix corrects an answer and /save
-    keeps the conversation as training data; with --prompt it answers once; otherwise every line of standard input gets
-    its own answer on standard output.
+    Reads the base model and the adapter, or what was made of them (--use). On a terminal it is a conversation, in which
+    /help lists the commands; with --prompt it answers once; otherwise every line of --input or of standard input, a
+    prompt or a JSON object with messages, gets its own answer on standard output.
 
     Example: gemma-tune chat --prompt "Revenue rose 20 %, cash flow fell. What might that mean?"
     """
     import sys
 
     from gemma_tune.chat.conversation import open_conversation
-    from gemma_tune.cli.chat import interactive, one_by_one
+    from gemma_tune.chat.scripts import open_input
+    from gemma_tune.cli.chat.loop import interactive
+    from gemma_tune.cli.chat.scripts import all_of, one_prompt
 
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
-    if prompt is None and sys.stdin is None:
+    if prompt is not None and input is not None:
+        raise UserError("--prompt and --input exclude each other", "use one of them")
+    if prompt is None and input in (None, "-") and sys.stdin is None:
         raise UserError("standard input is closed, so there are no prompts to read",
                         'name one: gemma-tune chat --prompt "…"')
+    if input not in (None, "-"):
+        open_input(input)[0].close()  # before a model is loaded
     conversation = open_conversation(Request.of(ctx).open("chat"))
-    if prompt is None and screen.stdin_is_terminal() and not json:
-        interactive(conversation)
-    else:
-        one_by_one(conversation, sys.stdin if prompt is None else [prompt], json)
+    if prompt is None and input is None and screen.stdin_is_terminal() and not json:
+        return interactive(conversation)
+    try:
+        if prompt is None:
+            all_of(conversation, input, json)
+        else:
+            one_prompt(conversation, prompt, json)
+    finally:
+        conversation.close()
 
 
 @app.command("eval", cls=Command)

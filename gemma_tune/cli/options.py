@@ -188,6 +188,12 @@ MaxNewTokens = Annotated[Optional[int], _of(c.ChatConfig, "max_new_tokens", "--m
 System = Annotated[Optional[str], _of(c.ChatConfig, "system", "--system", "-s")]
 Base = Annotated[Optional[bool], _of(c.ChatConfig, "base", "--base")]
 Merged = Annotated[Optional[bool], _of(c.ChatConfig, "merged", "--merged")]
+Use = Annotated[Optional[str], _of(c.ChatConfig, "use", "--use", "-u")]
+Compare = Annotated[Optional[bool], _of(c.ChatConfig, "compare", "--compare")]
+Input = Annotated[Optional[str], typer.Option(
+    "--input", "-i", metavar="FILE", show_default=False,
+    help="Answer what this file asks, in batches: a prompt on each line, or an object with messages or a prompt (in "
+         ".jsonl always); `-` is standard input.")]
 SampleSeed = Annotated[Optional[int], _of(c.ChatConfig, "seed")]
 Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer this and leave.", show_default=False)]
 

@@ -40,7 +40,7 @@ _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 # other files and directories
-_PLACES = ("model", "run", "config", "adapter", "from_adapter", "converter", "calibration")
+_PLACES = ("model", "run", "config", "input", "adapter", "from_adapter", "converter", "calibration")
 
 
 class Commands(TyperGroup):

@@ -21,6 +21,7 @@ MERGED_DTYPES = ("bf16", "fp16", "fp32")
 # Limits of what is worked through one by one, or given memory for: far beyond what anybody needs.
 MOST_ROWS, MOST_TOKENS, MOST_PROCESSES, MOST_EPOCHS = 1 << 16, 1 << 24, 4096, 100_000.0
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
+USES = ("adapter", "merged", "gguf", "base", "ollama")
 FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
 COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
 ROLES = ("system", "user", "assistant", "tool")
@@ -306,11 +307,31 @@ class ChatConfig(SamplingConfig, StageConfig):
 
     section: ClassVar[str] = "chat"
     system: str | None = option(None, "System prompt to start with.", auto="none", prose=True)
-    base: bool = option(False, "Answer with the untuned base model instead.")
-    merged: bool = option(False, "Answer with the merged model instead of base model plus adapter.")
+    use: str | None = option(None, "Who answers: base model plus `adapter`, the `merged` model, its `gguf` in "
+                                   "llama.cpp, the untuned `base` model, or the model in `ollama`.", choices=USES,
+                             auto="on a CPU the GGUF, where it is up to date and a llama.cpp engine is installed, else "
+                                  "the adapter, else the merged model")
+    base: bool = option(False, "The same as --use base.")
+    merged: bool = option(False, "The same as --use merged.")
+    compare: bool = option(False, "Answer with the base and the tuned model, side by side, from one loaded model.")
     seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
                               most=LARGEST_SEED, auto="random")
     dtype: str = dtype_option()
+
+    def more_problems(self) -> list[str]:
+        """More than one model that is to answer."""
+        named = [f"--use {self.use}"] if self.use else []
+        named += [f"--{name}" for name in ("base", "merged") if getattr(self, name) and self.use != name]
+        if len(named) > 1:
+            return [f"{' and '.join(named)} exclude each other; leave all but one out"]
+        if self.compare and named and self.use != "adapter":
+            return [f"--compare and {named[0]} exclude each other: both base and adapter answer"]
+        return []
+
+    @property
+    def wanted(self) -> str | None:
+        """Who is asked for by name; None leaves it to what is there."""
+        return self.use or ("base" if self.base else "merged" if self.merged else "adapter" if self.compare else None)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ llama.cpp aborts on some damaged files, and writes to the terminal from C++.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class Engine:
     Args:
         gguf: the file.
         context: tokens of the longest prompt with its answer.
+        talking: to be asked turn after turn by a person: what it read before is kept, also where a conversation is
+            taken back, and Ctrl-C on the terminal, which goes to every process there, does not end it.
 
     Raises:
         UserError: llama.cpp is not installed.
@@ -74,18 +77,19 @@ class Engine:
     """
 
     @loading("the model into llama.cpp")
-    def __init__(self, gguf: Path, context: int):
+    def __init__(self, gguf: Path, context: int, *, talking: bool = False):
         engine = find_engine()
         if engine is None:
             raise UserError("no llama.cpp engine is installed", INSTALL_HINT)
         kind, _, server = engine.partition(" ")
         binary = kind == "llama-server"
-        command = _server_command(server, gguf, context) if binary else _child_command(gguf, context)
+        make = functools.partial(_server_command, server) if binary else _child_command
+        command = make(gguf, context, talking)
         self.gguf, self._log = gguf, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # Backtraces start a debugger where there is one, which takes long and tells people nothing.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
                                          stdout=self._log if binary else subprocess.PIPE,
-                                         env=os.environ | {"GGML_NO_BACKTRACE": "1"})
+                                         env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=talking)
         try:
             address = self._answering(command[-1]) if binary else self._printed()
             # Without trust_env a proxy of the environment would be asked for this machine's own addresses.
@@ -126,6 +130,41 @@ class Engine:
         ended = reply["stop_type"] == "eos"
         return Completion(tuple(reply["tokens"][:-1] if ended else reply["tokens"]), ended)
 
+    def stream(self, ids: Sequence[int], count: int, **sampling: Any) -> Iterator[tuple[str, int, bool]]:
+        """An answer of up to ``count`` tokens to a prompt of token ids, as it is made; closing it ends the answer.
+
+        Args:
+            sampling: llama.cpp's own names and values.
+
+        Yields:
+            the next piece of text, the tokens of the answer so far, and whether the model has ended it. Text and not
+            ids: of a character of several tokens llama.cpp sends the last one's id alone.
+
+        Raises:
+            EngineRefused: llama.cpp refuses the request.
+            WorkFailed: it breaks down.
+        """
+        body = {"prompt": list(ids), "n_predict": count, "stream": True, "cache_prompt": True, **sampling}
+        made = 0
+        try:
+            with self._client.stream("POST", "/completion", json=body) as reply:
+                if reply.is_error:
+                    reply.read()
+                    raise _refused(reply.json(), reply.status_code)
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        part = json.loads(line.removeprefix("data: "))
+                        ended = bool(part.get("stop")) and part.get("stop_type") == "eos"
+                        made = part.get("tokens_predicted", made + 1) - ended
+                        yield part.get("content") or "", made, ended
+                        if part.get("stop"):
+                            return
+                    elif line.startswith("error: {"):
+                        raise _refused({"error": json.loads(line.removeprefix("error: "))}, 500)
+        except (httpx.HTTPError, ValueError) as e:
+            raise self._failed("llama.cpp broke down at /completion") from e
+        raise self._failed("llama.cpp ended its answer before it was whole")
+
     def _post(self, endpoint: str, **body: Any) -> dict[str, Any]:
         try:
             reply = self._client.post(endpoint, json=body)
@@ -133,8 +172,7 @@ class Engine:
         except (httpx.HTTPError, ValueError) as e:
             raise self._failed(f"llama.cpp broke down at {endpoint}") from e
         if reply.is_error:
-            message = content.get("error", {}).get("message", "") if isinstance(content, dict) else ""
-            raise EngineRefused(f"llama.cpp refuses it: {message or reply.status_code}")
+            raise _refused(content, reply.status_code)
         return content
 
     def _printed(self) -> str:
@@ -182,6 +220,11 @@ class Engine:
         self._log.close()
 
 
+def _refused(content: Any, status: int) -> EngineRefused:
+    message = content.get("error", {}).get("message", "") if isinstance(content, dict) else ""
+    return EngineRefused(f"llama.cpp refuses it: {message or status}")
+
+
 def engine_words(log: str) -> str:
     """The error lines of llama.cpp's output, at most three; without any, its last line."""
     lines = [next(filter(None, match.groups())).strip() for match in _ERROR_LINE.finditer(log)]
@@ -200,22 +243,24 @@ def threads() -> int:
     return min(psutil.cpu_count(logical=False) or allowed, allowed, most)
 
 
-def _server_command(server: str, gguf: Path, context: int) -> list[str]:
+def _server_command(server: str, gguf: Path, context: int, talking: bool) -> list[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return [server, "--model", str(gguf), "--ctx-size", str(context), "--parallel", "1", "--threads", str(threads()),
-            "--n-gpu-layers", "0", "--no-warmup", "--jinja", "--host", "127.0.0.1", "--port", str(port)]
+            # A check is to compute as this machine's CPU does; a person wants an answer from whatever is fastest.
+            *(["--swa-full"] if talking else ["--n-gpu-layers", "0"]),
+            "--no-warmup", "--jinja", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _same_file(props: Mapping[str, Any], gguf: Path) -> bool:
     return Path(props.get("model_path", "")).name == gguf.name
 
 
-def _child_command(gguf: Path, context: int) -> list[str]:
-    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context)]
+def _child_command(gguf: Path, context: int, talking: bool) -> list[str]:
+    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context), str(int(talking))]
 
 
-def serve(gguf: str, context: int) -> None:
+def serve(gguf: str, context: int, talking: bool) -> None:
     """Load a file with xllamacpp, print the address as JSON, and serve until standard input is closed."""
     import xllamacpp
 
@@ -223,6 +268,8 @@ def serve(gguf: str, context: int) -> None:
     params.model.path = gguf
     params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
     params.cpuparams.n_threads = threads()
+    # A sliding window that keeps what lies behind it can be cut back, as after /undo, without reading all anew.
+    params.swa_full = talking
     params.warmup, params.cache_ram_mib, params.verbosity = False, 0, ERRORS_ONLY
     server = xllamacpp.Server(params)
     print(json.dumps({"address": server.listening_address}), flush=True)
@@ -230,4 +277,4 @@ def serve(gguf: str, context: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gemma_tune.answers import decoding
-from gemma_tune.answers.generation import Stream, greedy_continuations, sampling_arguments
+from gemma_tune.answers.generation import greedy_continuations, sampling_arguments
+from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model

@@ -13,12 +13,12 @@ import torch
 from transformers import GenerationConfig
 
 from gemma_tune.answers.generation import (
-    Stream,
     greedy_answers,
     greedy_continuations,
     room_for_answer,
     sampling_arguments,
 )
+from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.tokenizer import load_format

@@ -17,13 +17,16 @@ from types import SimpleNamespace
 import pytest
 
 from gemma_tune import samples
-from gemma_tune.answers.generation import Answer, Stream, greedy_answers
+from gemma_tune.answers.generation import Answer, greedy_answers
+from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
-from gemma_tune.chat import conversation as chat_module
+from gemma_tune.chat import local
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
-from gemma_tune.cli import chat as chat_loop
+from gemma_tune.chat.scripts import read
 from gemma_tune.cli import screen
+from gemma_tune.cli.chat import loop, typing
+from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -91,13 +94,14 @@ def test_with_json_stdin_gives_one_object_per_prompt(cli, fluent):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_bytes_of_a_locale_without_them_are_read_as_utf8(encoding):
     lines = io.TextIOWrapper(io.BytesIO("café 今\r\nplain\n".encode()), encoding=encoding)
-    assert [line.strip() for line in chat_loop._text(lines)] == ["café 今", "plain"]
+    assert [asked.prompt for asked in read(lines, "standard input")] == ["café 今", "plain"]
 
 
-def test_a_line_that_is_no_text_is_named_and_those_before_it_are_answered(cli, fluent):
+def test_a_line_that_is_no_text_is_named_and_the_others_are_answered(cli, fluent):
     result = cli("chat", *FP32, stdin=f"{QUESTION}\n\ncaf\xe9\n{QUESTION}\n".encode("latin-1"))
-    assert (result.code, result.out) == (2, f"{ANSWER}\n")
-    assert "Error: standard input:3: not UTF-8 text (byte 0xe9) at offset 3" in result.err
+    assert (result.code, result.out) == (1, f"{ANSWER}\n{ANSWER}\n")
+    assert "Error: 1 of 3 prompts could not be answered; the others were" in result.err
+    assert "- standard input:3: not UTF-8 text (byte 0xe9) at offset 3" in result.err
     assert "iconv" in result.err and "unexpected" not in result.err
 
 
@@ -139,11 +143,19 @@ def test_nothing_on_stdin_gives_nothing(cli, fluent):
     assert (result.code, result.out) == (0, "")
 
 
-def test_a_prompt_beyond_the_context_is_an_error_and_earlier_answers_stand(cli, fluent):
-    result = cli("chat", *FP32, stdin=f"{QUESTION}\n{'fox ' * 2000}\n")
-    assert result.code == 2
-    assert result.out == f"{ANSWER}\n"
+def test_a_prompt_beyond_the_context_is_an_error_and_the_others_are_answered(cli, fluent):
+    stdin = f"{QUESTION}\n{'fox ' * 2000}\nSay number 7.\n"
+    result = cli("chat", *FP32, stdin=stdin)
+    assert result.code == 1
+    assert result.out == f"{ANSWER}\nThe number is 7, no more.\n"
     assert "the model's context ends at 1024" in result.err
+    result = cli("chat", "--json", *FP32, stdin=stdin)
+    found = [json.loads(line) for line in result.out.splitlines()]
+    assert (result.code, [f.get("answer") for f in found]) == (1, [ANSWER, None, "The number is 7, no more."])
+    assert found[1]["where"] == "standard input:2" and found[1]["prompt"].startswith("fox fox")
+    assert "the model's context ends at 1024" in found[1]["error"]["message"]
+    alone = cli("chat", "--prompt", "fox " * 2000, "--json", *FP32)
+    assert alone.code == 2 and "context ends at 1024" in alone.json["error"]["message"]
 
 
 # --- which model ----------------------------------------------------------------------------------------------------
@@ -192,7 +204,7 @@ def test_without_a_training_the_merged_model_answers(cli, fluent, talkative, tmp
 def test_base_and_merged_exclude_each_other(cli, fluent):
     result = cli("chat", "--base", "--merged", "--prompt", QUESTION, "--json")
     assert result.code == 2
-    assert "--base and --merged exclude each other" in result.json["error"]["message"]
+    assert "--base and --merged exclude each other" in result.json["error"]["problems"][0]
 
 
 @pytest.fixture
@@ -253,22 +265,23 @@ class Recorded(Stream):
 
     asked: list = []
 
-    def __init__(self, model, chat, messages, *rest):
+    def __init__(self, model, chat, messages, *rest, **more):
         self.asked.append(list(messages))
-        super().__init__(model, chat, messages, *rest)
+        super().__init__(model, chat, messages, *rest, **more)
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list:
     """Conversations that the model is asked to continue."""
     monkeypatch.setattr(Recorded, "asked", [])
-    monkeypatch.setattr(chat_module, "Stream", Recorded)
+    monkeypatch.setattr(local, "Stream", Recorded)
     return Recorded.asked
 
 
 def test_a_system_prompt_reaches_the_model(cli, fluent, asked):
     def answer(*extra) -> str:
-        result = cli("chat", "--base", "--max-new-tokens", 12, *extra, *FP32, stdin="a\nb\n")
+        # with a seed, lines of a pipe are answered one by one
+        result = cli("chat", "--base", "--max-new-tokens", 12, "--seed", 1, *extra, *FP32, stdin="a\nb\n")
         assert result.code == 0, result.err
         return result.out
 
@@ -301,9 +314,9 @@ def conversation(talkative, asked) -> Conversation:
 
     model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
     Path("runs/m").mkdir(parents=True)
-    return Conversation(model, load_format(talkative, "gemma3_text"), "test", 4,
-                        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
-                        saves=Saves(RunDir(Path("runs/m"), "m"), {"data": ["../../rows.jsonl"], "valid": 0.1}))
+    voice = local.LocalVoice("base", "test", model, load_format(talkative, "gemma3_text"))
+    return Conversation(voice, ChatConfig(max_new_tokens=4, temperature=0.0),
+                        Saves(RunDir(Path("runs/m"), "m"), {"data": ["../../rows.jsonl"], "valid": 0.1}))
 
 
 def test_the_second_prompt_contains_the_first_turn(conversation, asked):
@@ -338,6 +351,8 @@ def test_reset_forgets_the_turns_and_keeps_the_system_prompt(conversation):
 class Spoken:
     """A stream of given pieces; an exception among them is raised in its place, and ``late`` by ``finish``."""
 
+    first, seconds, prompt_tokens = 0.5, 2.5, 10
+
     def __init__(self, pieces, late=None):
         self.pieces, self.late, self.stopped = pieces, late, False
 
@@ -363,21 +378,22 @@ def talk(monkeypatch, capsys, conversation):
     def run(*lines, streams=()):
         typed, prepared = iter([*lines, EOFError()]), iter(streams)
 
-        def read():
+        def read(self):
             line = next(typed)
             if isinstance(line, BaseException):
                 raise line
             return line
 
-        def ask(self, text):
+        def ask(self, text, voice=None):
             stream = next(prepared)
             if isinstance(stream, BaseException):
                 raise stream
             return stream
 
-        monkeypatch.setattr(chat_loop, "_read_line", read)
+        monkeypatch.setattr(typing.Plain, "read", read)
+        monkeypatch.setattr(typing.Plain, "line", read)
         monkeypatch.setattr(Conversation, "ask", ask)
-        chat_loop.interactive(conversation)
+        loop.interactive(conversation)
         return capsys.readouterr()
 
     return run
@@ -411,8 +427,8 @@ def test_slash_commands(talk, conversation):
     assert conversation.messages == [{"role": "system", "content": "Be [bold] brief."}]
     assert "(the conversation starts anew)" in err
     assert "(system prompt: Be [bold] brief.)" in err
-    assert "(there is no /nope)" in err
-    assert err.count("/reset  forget the conversation") == 3, "at the start, for /nope and for /help"
+    assert "(there is no /nope" in err
+    assert err.count("forget the conversation") == 1, "for /help"
     assert "(Ctrl-D or /exit leaves)" in err
     talk("/system")
     assert conversation.messages == []
@@ -590,7 +606,7 @@ def test_leaving(talk, command):
 
 def test_the_prompt_sign_goes_to_stderr_when_stdout_is_a_file(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert chat_loop._read_line() == "hello"
+    assert typing.Plain().read() == "hello"
     out, err = capsys.readouterr()
     assert (out, err) == ("", "\n> ")
 
@@ -606,15 +622,15 @@ def test_what_stdout_cannot_write_becomes_a_question_mark(monkeypatch):
 
 def test_stdin_that_is_not_utf8_is_an_error_for_people():
     lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"^standard input:1: not UTF-8 text \(byte 0xe9\) at offset 3$"):
-        chat_loop.one_by_one(SimpleNamespace(), lines, False)
+    [asked] = read(lines, "standard input")
+    assert asked.problem.message == "standard input:1: not UTF-8 text (byte 0xe9) at offset 3"
 
 
 def test_a_typed_line_that_is_no_text_is_said_and_the_chat_goes_on(monkeypatch, capsys, conversation):
     lines = b"caf\xe9\none\n/fix\nfirst line\nsec\xf6nd\nsecond line\n.\n/save caf\xe9.jsonl\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    monkeypatch.setattr(Conversation, "ask", lambda self, text: Spoken(["answer"]))
-    chat_loop.interactive(conversation)
+    monkeypatch.setattr(Conversation, "ask", lambda self, text, voice=None: Spoken(["answer"]))
+    loop.interactive(conversation)
     out, err = capsys.readouterr()
     assert out == "answer\n"
     assert conversation.messages == turns("one", "first line\nsecond line"), "the other lines stay"
@@ -649,7 +665,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     seen = []
     child.logfile_read = SimpleNamespace(write=seen.append, flush=lambda: None)
     child.expect_exact("talkative, tuned\r\n")
-    child.expect_exact("/reset  forget the conversation")
+    child.expect_exact("/help lists commands")
     child.expect_exact("\n> ")
     for number in (3, 7):
         child.sendline(f"Say number {number}.")
@@ -669,7 +685,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     child.expect_exact("(system prompt: Be brief.)")
     child.expect_exact("\n> ")
     child.sendline("/nope")
-    child.expect_exact("(there is no /nope)")
+    child.expect_exact("(there is no /nope")
     child.expect_exact("\n> ")
     child.sendintr()
     child.expect_exact("(Ctrl-D or /exit leaves)")
@@ -685,7 +701,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_a_typed_byte_does_not_end_the_chat(terminal, fluent, locale):
     child = terminal("--run", fluent, TERM="dumb", **locale)
-    child.expect_exact("/reset  forget the conversation")
+    child.expect_exact("/help lists commands")
     child.expect_exact("\n> ")
     time.sleep(0.3)  # the line editor is at work now, which sees every key
     os.write(child.child_fd, b"caf\xe9\n")
@@ -720,7 +736,7 @@ def endless(cli, talkative, tmp_path) -> Path:
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(terminal, endless):
-    child = terminal("--run", endless, "--base", "--max-new-tokens", 90_000, NO_COLOR="", TERM="xterm")
+    child = terminal("--run", endless, "--base", "--max-new-tokens", 90_000, TERM="dumb")
     child.expect_exact("endless, the base model")
     child.expect("\n.*> ")
     for _ in range(2):
@@ -734,35 +750,28 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(terminal, endless):
     assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
-def test_ctrl_c_without_a_terminal_ends_all_answers(endless):
+@pytest.mark.parametrize("prompts", [b"fox\n", b"fox\nfox\n"], ids=["one that streams", "a batch"])
+def test_ctrl_c_without_a_terminal_ends_all_answers(endless, prompts):
     command = [sys.executable, "-m", "gemma_tune", "chat", "--run", str(endless), "--base", "-n", "90000", *FP32]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as program:
-        program.stdin.write(b"fox\nfox\n")
+        program.stdin.write(prompts)
         program.stdin.flush()
-        assert program.stdout.read(3)
+        if len(prompts) == 4:
+            assert program.stdout.read(3)
+        else:  # nothing is written before both are answered
+            while b"computing in" not in program.stderr.readline():
+                pass
+            time.sleep(5)
         program.send_signal(signal.SIGINT)
         _, err = program.communicate(timeout=30)
     assert program.returncode == 130
     assert b"stopped" in err and b"Traceback" not in err
 
 
-def test_an_answer_that_reaches_the_limit_is_said_on_a_terminal(monkeypatch, capsys):
-    from types import SimpleNamespace
-
-    from gemma_tune.answers.generation import Answer
-    from gemma_tune.cli import chat, screen
-
-    class Stream(list):
-        def finish(self):
-            return Answer("one two", 2, ended=False)
-
-    said = []
-    monkeypatch.setattr(chat, "answers", lambda conversation, prompts: [(p, Stream(["one two"])) for p in prompts])
-    monkeypatch.setattr(chat, "_say", said.append)
-    for terminal in (False, True):
-        monkeypatch.setattr(screen, "err", SimpleNamespace(is_terminal=terminal))
-        chat.one_by_one(SimpleNamespace(which="m"), ["count"], as_json=False)
-        assert bool(said) == terminal
-    assert "cut off after 2 tokens, the limit; --max-new-tokens N" in said[0]
-    assert capsys.readouterr().out == "one two\n" * 2
+def test_answers_that_reach_the_limit_are_said(cli, fluent):
+    result = cli("chat", "--prompt", QUESTION, "--quiet", "-n", 3, *FP32)
+    assert (result.code, result.out != "") == (0, True)
+    assert "cut off after 3 tokens, the limit; --max-new-tokens N" in result.err
+    result = cli("chat", "--json", "--quiet", "-n", 3, *FP32, stdin="Say number 3.\nSay number 7.\n")
+    assert "2 of 2 answers are cut off" in result.err and len(result.out.splitlines()) == 2

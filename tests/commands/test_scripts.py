@@ -206,23 +206,32 @@ def test_an_answer_cannot_command_the_terminal_and_is_left_alone_elsewhere(monke
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_an_answer_goes_through_there_and_stands_in_json_as_it_is(monkeypatch, as_json):
-    from gemma_tune.cli import chat
+    from gemma_tune.answers.generation import Answer
+    from gemma_tune.cli.chat import scripts
 
     secret = f"{ESCAPE} hf_{'a1' * 10}"
-
-    class Stream(list):
-        def finish(self):
-            return SimpleNamespace(text=secret, tokens=3, ended=True)
-
+    voice = SimpleNamespace(batch=lambda asked, config: [Answer(secret, 3, True) for _ in asked], which="m")
+    conversation = SimpleNamespace(voice=voice, which="m", config=SimpleNamespace(seed=None), system=None,
+                                   comparing=False)
     stdout = io.StringIO()
     monkeypatch.setattr(stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(chat, "answers", lambda conversation, prompts: [(p, Stream([secret])) for p in prompts])
-    chat.one_by_one(SimpleNamespace(which="m"), [secret], as_json)
+    Path("asked.jsonl").write_text(json.dumps({"prompt": secret}) + "\n" + json.dumps({"prompt": "b"}) + "\n")
+    scripts.all_of(conversation, "asked.jsonl", as_json)
     written = stdout.getvalue()
     if as_json:
-        assert json.loads(written) == {"tokens": 3, "ended": True, "model": "m", "prompt": secret, "answer": secret}
+        assert json.loads(written.splitlines()[0]) == {"tokens": 3, "ended": True, "model": "m", "prompt": secret,
+                                                       "answer": secret}
     assert "\x1b" not in written and "hf_a1" in written
+
+
+def test_the_shell_completes_commands_and_options(monkeypatch):
+    """`--install-completion` puts a call like this into the shell's settings."""
+    environment = {**os.environ, "_GEMMA_TUNE_COMPLETE": "complete_bash", "COMP_WORDS": "gemma-tune chat --comp",
+                   "COMP_CWORD": "2"}
+    start = "import sys; sys.argv = ['gemma-tune']; from gemma_tune.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["--compare"])
 
 
 def test_json_is_the_same_content_without_characters_that_act(capsys):

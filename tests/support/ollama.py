@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.ollama import go_template
 from support.gguf import LlamaCpp
@@ -248,6 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
         _check_request(request, self.ollama.strict)
         lines = self._make(request)
         first = next(lines)  # what goes wrong before the first status still has its own HTTP status
+        self._stream(first, lines)
+
+    def _stream(self, first: str, lines: Iterable[str]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Transfer-Encoding", "chunked")
@@ -354,8 +358,18 @@ class _Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": answer} | ({"thinking": thought} if thought else {})
         counts = {**self.ollama.counted(model, prompt), "eval_count": len(answer.split()),
                   "total_duration": 1_500_000_000, "load_duration": 250_000_000}
-        self._json({"model": asked["model"], "message": message, "done": True,
-                    "done_reason": "stop" if ended else "length"} | counts)
+        last = {"done": True, "done_reason": "stop" if ended else "length"} | counts
+        if asked.get("stream", True):
+            return self._in_words(asked["model"], answer, last)
+        self._json({"model": asked["model"], "message": message} | last)
+
+    def _in_words(self, model: str, answer: str, last: dict) -> None:
+        """The answer as a stream, word by word, and an empty message with the counts."""
+        def part(content: str, **more: Any) -> str:
+            return json.dumps({"model": model, "message": {"role": "assistant", "content": content}, "done": False} | more)
+
+        first, *rest = re.findall(r"\s*\S+|\s+$", answer)
+        self._stream(part(first), (*map(part, rest), part("", **last)))
 
     def _answer(self, model: dict, thought: str, num_predict: int) -> tuple[str, bool]:
         """What is left of the answer after so many words, thoughts included, and whether it is all."""

@@ -1,0 +1,43 @@
+"""Batches of prompts of about the same length: what fills up a row is computed as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MOST_ROWS = 32
+_SHARE = 0.25  # of the free memory that keys and values may take
+_SPREAD = 64  # tokens that the longest prompt of a batch has more than the shortest
+
+
+def by_length(lengths: Mapping[int, int], limit: int, context: int, most: Callable[[int], int]) -> list[list[int]]:
+    """Numbers of prompts in groups, the shortest prompts first.
+
+    A group's longest prompt leaves each of the others as much room for its answer as it would have alone.
+
+    Args:
+        lengths: tokens of each prompt by its number.
+        limit: most new tokens.
+        context: of the model, in tokens.
+        most: rows that fit at a width in tokens, prompt and answer together.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(lengths, key=lambda n: (lengths[n], n)):
+        length = lengths[number]
+        group = groups[-1] if groups else []
+        shortest = lengths[group[0]] if group else 0
+        together = group and (length == shortest or length + limit <= context) and length - shortest <= _SPREAD
+        if together and len(group) < most(length + limit):
+            group.append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
+    """How many rows of a width fit into a share of so many bytes, by the keys and values that they take."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    a_token = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
+    return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / (a_token * tokens))))

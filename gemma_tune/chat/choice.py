@@ -1,0 +1,97 @@
+"""Who answers in a chat: what was asked for, else what is there and fastest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
+from gemma_tune.run.directory import command
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import require_output, require_unharmed, state_of
+
+# Name -> stage that makes it, its output there, and what it is called.
+MADE_BY = {"adapter": ("train", "adapter", "trained adapter"), "merged": ("merge", "merged", "merged model"),
+           "gguf": ("export-ollama", "gguf", "GGUF file"), "ollama": ("export-ollama", "gguf", "model in Ollama")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name of ``--use``, and why it was taken where nobody asked for it."""
+
+    name: str
+    reason: str = ""
+
+
+def choose(session: Session, tuned: bool = False) -> Choice:
+    """Who answers.
+
+    Args:
+        tuned: somebody with what was learned, even if the base model was asked for.
+
+    Raises:
+        UserError: nothing of the run can answer; the hint is the command that makes something.
+    """
+    wanted = session.config.wanted
+    if wanted and not (tuned and wanted == "base"):
+        require(session, wanted)
+        return Choice(wanted)
+    stages = session.manifest.stages
+    if _fast_gguf(session):
+        return Choice("gguf", "the GGUF is up to date, and llama.cpp is the fastest on a CPU, so it answers; the "
+                              "adapter as it was trained: --use adapter")
+    if "train" not in stages and "merge" in stages:
+        return Choice("merged", "this run has no training of its own, so the merged model answers")
+    require(session, "adapter")
+    return Choice("adapter")
+
+
+def require(session: Session, name: str) -> None:
+    """Find out that what ``name`` needs is there and whole.
+
+    Raises:
+        UserError: it is not; the hint is the command that makes it.
+    """
+    if name == "base":
+        return
+    run, manifest = session.run, session.manifest
+    stage, output, called = MADE_BY[name]
+    state = state_of(run, manifest, stage)
+    if state.status == "missing":
+        raise UserError(f"{run.root} has no {called} yet",
+                        f"{command(stage, run.root)}, or chat with the base model: --base")
+    require_output(run, manifest, "chat", stage, output)
+    if name == "adapter":  # it is small; gigabytes are not read twice for a question
+        require_unharmed(run, manifest, "chat", stage, output)
+    if name == "gguf" and find_engine() is None:
+        raise UserError("a GGUF file needs a llama.cpp engine, and none is installed",
+                        f"{INSTALL_HINT}; or --use {'adapter' if 'train' in manifest.stages else 'merged'}")
+    if state.status == "stale":
+        session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
+
+
+def exported(session: Session) -> Path:
+    """The GGUF file that the export names first."""
+    run = session.run
+    return require_output(run, session.manifest, "chat", "export-ollama", "gguf")
+
+
+def _fast_gguf(session: Session) -> bool:
+    if session.config.dtype != "auto" or "export-ollama" not in session.manifest.stages or _may_have_gpu():
+        return False  # a type is one of transformers' settings
+    return find_engine() is not None and state_of(session.run, session.manifest, "export-ollama").status == "done"
+
+
+def _may_have_gpu() -> bool:
+    """Whether it is worth a second of importing PyTorch to hear of a GPU, and there is one."""
+    signs = (sys.platform == "darwin", os.path.exists("/proc/driver/nvidia"), os.path.exists("/dev/kfd"),
+             os.path.exists("/dev/dxg"), shutil.which("nvidia-smi") is not None)
+    if not any(signs):
+        return False
+    from gemma_tune.models.placement import best_device
+
+    return best_device() != "cpu"

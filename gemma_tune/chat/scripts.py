@@ -1,0 +1,236 @@
+"""Prompts and whole conversations from a file or a pipe, and their answers in batches, in the order of the input."""
+
+from __future__ import annotations
+
+import os
+import queue
+import stat
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.stream import Streaming
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.strict_json import loads
+from gemma_tune.base.words import as_text
+from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.voice import Voice
+
+WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
+_ROLES = ("system", "user", "assistant", "tool")
+_PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line of input.
+
+    Args:
+        where: file and line, for people.
+        prompt: what was asked; None for a whole conversation.
+        messages: the turns, without the chat's own system prompt.
+        named: ``id`` of the row, if it has one.
+        problem: why it cannot be asked.
+    """
+
+    where: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    named: dict[str, Any] = field(default_factory=dict)
+    problem: UserError | None = None
+
+    @property
+    def echo(self) -> dict[str, Any]:
+        """What a program finds its question by."""
+        return self.named | ({"messages": self.messages} if self.prompt is None and self.messages
+                             else {} if self.prompt is None else {"prompt": self.prompt})
+
+
+Result = Answer | UserError
+
+
+def read(lines: Iterable[str], called: str, rows_only: bool = False) -> Iterator[Asked]:
+    """Lines that are not blank: each a prompt, or a JSON object with ``messages`` or ``prompt``.
+
+    Args:
+        called: the file, as people are told.
+        rows_only: every line is such an object, as in a .jsonl file; elsewhere a line that is none is a prompt.
+
+    Raises:
+        UserError: the input cannot be read at all.
+    """
+    keep_bytes(lines)
+    encoding = getattr(lines, "encoding", None)
+    try:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{called}:{number}"
+            try:
+                yield _asked(as_text(line, where, encoding).rstrip("\r\n"), where, rows_only)
+            except UserError as e:
+                yield Asked(where, problem=e)
+    except OSError as e:  # it is a directory, or a terminal that has gone
+        raise UserError(f"{called} cannot be read: {e.strerror or e}", _PIPED) from e
+
+
+def keep_bytes(lines: Iterable[str]) -> None:
+    """Have what cannot be decoded kept in each line, to be told where it is: else it would take the others with it."""
+    if hasattr(lines, "reconfigure"):
+        lines.reconfigure(errors="surrogateescape")
+
+
+def _asked(line: str, where: str, rows_only: bool) -> Asked:
+    row: Any = None
+    try:
+        row = loads(line) if rows_only or line.lstrip().startswith("{") else None
+    except (ValueError, RecursionError) as e:
+        if rows_only:
+            raise UserError(f"{where}: not JSON: {e}", 'a line is {"messages": […]} or {"prompt": "…"}') from e
+    if isinstance(row, dict) and ("messages" in row or "prompt" in row):
+        named = {"id": row["id"]} if "id" in row else {}
+        if "messages" not in row:
+            if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+                raise UserError(f"{where}: the prompt is no text", 'a line is {"messages": […]} or {"prompt": "…"}')
+            return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named)
+        return Asked(where, messages=_turns(row["messages"], where), tools=row.get("tools"), named=named)
+    if rows_only:
+        raise UserError(f"{where}: no object with messages or a prompt",
+                        'a line is {"messages": […]} or {"prompt": "…"}; prompts as plain lines go into a .txt file')
+    return Asked(where, line, [{"role": "user", "content": line}])
+
+
+def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The turns of a row; one that ends with an answer is a row of training data, whose last answer is asked anew.
+
+    Raises:
+        UserError: they are no conversation.
+    """
+    shape = "messages are a list of objects with a role (" + ", ".join(_ROLES) + ") and a content"
+    if not isinstance(messages, list) or not messages or not all(
+            isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content") or "", str)
+            for turn in messages):
+        raise UserError(f"{where}: its messages are no conversation", shape)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: its messages end with an answer, so there is nothing to answer",
+                        "end them with the user's turn")
+    return [{key: value for key, value in turn.items() if key != "train"} for turn in messages]
+
+
+def open_input(name: str) -> tuple[TextIO, str, bool]:
+    """A file of prompts: the open file, its name, and whether each line is an object.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(os.path.expanduser(name))
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory", "name a file: --input prompts.txt, or rows.jsonl")
+        # newline=None would take a lone carriage return for an end of line; utf-8-sig drops Windows' mark
+        return open(path, encoding="utf-8-sig", errors="surrogateescape"), str(path), path.suffix.lower() == ".jsonl"
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}", "check the path: --input FILE") from e
+
+
+def windows(asked: Iterable[Asked], whole: bool) -> Iterator[list[Asked]]:
+    """Prompts in groups that are answered together.
+
+    Args:
+        whole: all of the input is there, so a group is as long as it may be; else it is what has arrived by now:
+            another program may wait for each answer before it asks the next question.
+    """
+    if whole:
+        group: list[Asked] = []
+        for one in asked:
+            group.append(one)
+            if len(group) == WINDOW:
+                yield group
+                group = []
+        if group:
+            yield group
+        return
+    arrived: queue.Queue[Asked | BaseException | None] = queue.Queue(maxsize=4 * WINDOW)
+    threading.Thread(target=_fill, args=(arrived, asked), daemon=True).start()
+    while True:
+        group, item = [], arrived.get()
+        while isinstance(item, Asked):
+            group.append(item)
+            if len(group) == WINDOW:
+                break
+            try:
+                item = arrived.get_nowait()
+            except queue.Empty:
+                break
+        if group:
+            yield group
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+
+
+def _fill(arrived: queue.Queue, asked: Iterable[Asked]) -> None:
+    try:
+        for one in asked:
+            arrived.put(one)
+        arrived.put(None)
+    except BaseException as e:  # noqa: BLE001 - raised where they are read
+        arrived.put(e)
+
+
+def standard_input() -> Any:
+    """Standard input to be read beside the work: Python cannot end while a thread waits in its own ``sys.stdin``."""
+    try:
+        number = os.dup(sys.stdin.fileno())
+    except (OSError, ValueError, AttributeError):  # not a file of the system's
+        return sys.stdin
+    return open(number, encoding=sys.stdin.encoding, errors="surrogateescape")  # noqa: SIM115 - until the end
+
+
+def is_file(stream: Any) -> bool:
+    """Whether a stream is a regular file, which is all there from the beginning."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def answered(conversation: Conversation, groups: Iterable[list[Asked]], one_by_one: bool
+             ) -> Iterator[tuple[Asked, Result | Streaming]]:
+    """Each question with its answer, its error, or the answer in the making, in the order of the questions.
+
+    Args:
+        one_by_one: no batches, so that the same seed gives the same answers however the questions arrive.
+    """
+    for group in groups:
+        if len(group) == 1 or one_by_one:
+            for one in group:
+                yield one, one.problem or started(conversation, one)
+            continue
+        good = [one for one in group if one.problem is None]
+        found = iter(conversation.voice.batch([(whole_of(conversation, one), one.tools) for one in good],
+                                              conversation.config))
+        for one in group:
+            yield one, one.problem or next(found)
+
+
+def started(conversation: Conversation, one: Asked, voice: Voice | None = None) -> Streaming | UserError:
+    """An answer in the making, of the conversation's voice or another; the error where it cannot begin."""
+    try:
+        return (voice or conversation.voice).ask(whole_of(conversation, one), conversation.config, one.tools)
+    except UserError as e:
+        return e
+
+
+def whole_of(conversation: Conversation, one: Asked) -> list[dict[str, Any]]:
+    """With the system prompt of the command, unless the conversation has one of its own."""
+    own = one.messages[0]["role"] == "system"
+    system = [] if own or not conversation.system else [{"role": "system", "content": conversation.system}]
+    return [*system, *one.messages]
+

@@ -1,0 +1,102 @@
+"""The model in Ollama, as whoever uses it there has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.stream import Pieces, Streaming
+from gemma_tune.base.errors import UserError
+from gemma_tune.chat.voice import one_after_another
+from gemma_tune.config.stages import ChatConfig
+from gemma_tune.ollama.client import install_hint
+from gemma_tune.ollama.names import default_model_name
+from gemma_tune.ollama.server import Refused, Server, find_server, ollama_host
+from gemma_tune.ollama.talk import show, talk
+from gemma_tune.run.directory import command
+from gemma_tune.run.session import Session
+
+# Ollama's names of the settings, for those that were chosen; the others are the Modelfile's.
+_OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+
+
+class OllamaStream(Streaming):
+    """An answer of Ollama, whose text comes in pieces and whose tokens are counted there."""
+
+    def __init__(self, server: Server, name: str, messages: Any, options: dict[str, Any], tools: Any):
+        self._asked = server, name, messages, options, tools
+        self._tokens = 0
+        super().__init__(Pieces(None), None)
+
+    def answer(self) -> Answer:
+        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
+
+    def _make(self) -> None:
+        for part in talk(*self._asked):
+            if text := part.get("message", {}).get("content"):
+                self._tokens += 1  # until the count comes
+                self._pieces.say(text)
+            if part.get("done"):
+                self._tokens = part.get("eval_count") or self._tokens
+                self.prompt_tokens = part.get("prompt_eval_count")
+                self._pieces.ended = part.get("done_reason") == "stop"
+            if self.stopping.is_set():
+                break
+
+
+@dataclass
+class OllamaVoice:
+    """See :class:`gemma_tune.chat.voices.Voice`."""
+
+    which: str
+    server: Server
+    model: str
+    context: int | None
+    name: str = "ollama"
+    _seed: int | None = None
+
+    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> OllamaStream:
+        settings = asdict(config)
+        options = {theirs: settings[ours] for ours, theirs in _OPTIONS.items() if settings[ours] is not None}
+        options["num_predict"] = config.max_new_tokens
+        if self._seed is not None:
+            options["seed"] = self._seed
+            self._seed += 1  # another for each answer
+        return OllamaStream(self.server, self.model, messages, options, tools)
+
+    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
+        return one_after_another(self, asked, config)
+
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+
+    def close(self) -> None:
+        """The model stays in Ollama, which unloads it by itself."""
+
+
+def open_ollama(session: Session) -> OllamaVoice:
+    """The model that the run's export made in Ollama.
+
+    Raises:
+        UserError: no server answers, or it does not have the model.
+        WorkFailed: the server fails.
+    """
+    summary = session.manifest.stages["export-ollama"]["summary"]
+    name = summary.get("ollama_name") or default_model_name(session.run.model_name)
+    server = find_server(ollama_host(os.environ))
+    if server is None:
+        raise UserError("no Ollama server answers", f"start it with `ollama serve`, or name it: OLLAMA_HOST. "
+                                                    f"{install_hint()}")
+    try:
+        shown = show(server, name)
+    except Refused as e:
+        if e.status != 404:
+            raise
+        raise UserError(f"Ollama at {server.place} has no model {name}",
+                        command("export-ollama", session.run.root, "--create")) from e
+    which = f"{name} in Ollama {server.version}"
+    session.listener.note(which)
+    return OllamaVoice(which, server, name, shown)

@@ -1,0 +1,85 @@
+"""Opening those who answer in a chat, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemma_tune.chat.choice import Choice, choose, require
+from gemma_tune.chat.voice import Voice
+from gemma_tune.run.session import Session
+
+
+@dataclass
+class Voices:
+    """Opens voices when they are first asked for, and keeps them."""
+
+    session: Session
+    choice: Choice
+    _open: dict[str, Voice] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, session: Session) -> Voices:
+        """With the choice that settings and run make; nothing is loaded yet.
+
+        Raises:
+            UserError: what was asked for is not there.
+        """
+        return cls(session, choose(session))
+
+    @property
+    def tuned(self) -> str:
+        """Name of the one with what was learned.
+
+        Raises:
+            UserError: there is none.
+        """
+        name = self.choice.name
+        return choose(self.session, tuned=True).name if name == "base" else name
+
+    def open(self, name: str, *, pair: bool = False) -> Voice:
+        """The voice of this name, loaded if it was not.
+
+        Args:
+            pair: base and adapter are to answer by turns, so both come out of one loaded model.
+
+        Raises:
+            UserError: it is not there, or cannot be loaded.
+        """
+        if name not in self._open or pair and not {"base", "adapter"} <= self._open.keys():
+            require(self.session, name)
+            self._load(name, pair)
+        return self._open[name]
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _load(self, name: str, pair: bool) -> None:
+        if name == "gguf":
+            from gemma_tune.chat.llama import open_gguf
+
+            self._open[name] = open_gguf(self.session)
+        elif name == "ollama":
+            from gemma_tune.chat.served import open_ollama
+
+            self._open[name] = open_ollama(self.session)
+        elif name == "merged":
+            from gemma_tune.chat.local import open_merged
+
+            self._open[name] = open_merged(self.session)
+        else:
+            self._load_base(name, pair)
+
+    def _load_base(self, name: str, pair: bool) -> None:
+        """Base, adapter, or both. Folded weights are no base any more, so that is loaded again beside them."""
+        from gemma_tune.chat.local import open_base, open_pair
+
+        other = self._open.pop("base" if name == "adapter" else "adapter", None)
+        self._open.pop(name, None)
+        if pair or other is not None:
+            if other is not None:
+                other.close()
+            self._open |= open_pair(self.session)
+        else:
+            self._open[name] = open_base(self.session, adapter=name == "adapter")

@@ -1,0 +1,208 @@
+"""The commands of a conversation, which begin with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import counted, near
+from gemma_tune.chat.conversation import CHANGEABLE, Conversation
+from gemma_tune.chat.transcript import export
+from gemma_tune.cli import console
+from gemma_tune.cli.chat.say import say, say_place
+
+ON_OFF = {"on": True, "off": False}
+
+
+class Talk(Protocol):
+    """What commands work on."""
+
+    conversation: Conversation
+    markdown: bool
+    left: bool
+
+    def exchange(self, question: str) -> bool:
+        """Ask and answer; whether there is an answer that became part of the conversation."""
+
+    def compare(self, question: str, *, keep: bool = True) -> bool:
+        """The same with base and tuned model."""
+
+    def several_lines(self) -> str:
+        """Lines up to one with a dot alone."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a name after the slash does, with its arguments and a line of help."""
+
+    run: Callable[[Talk, str], None]
+    takes: str
+    help: str
+
+
+def obey(talk: Talk, line: str) -> None:
+    """Do what a line that begins with a slash says.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    name, _, rest = line.partition("\n")[0].partition(" ")
+    name, rest = name.strip(), line[len(name):].strip()
+    if name in ALIASES:
+        name = ALIASES[name]
+    if name not in COMMANDS:
+        say(f"(there is no {name}{near(name, COMMANDS) or '; /help lists what there is'})")
+        return
+    COMMANDS[name].run(talk, rest)
+
+
+def help_text() -> str:
+    """What there is to type."""
+    width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
+    lines = [f"{f'{name} {command.takes}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, f"{'Enter':{width}}  send; Alt-Enter, or a \\ at the end of a line, begins a new line",
+                      f"{'Ctrl-C':{width}}  stop the answer; Ctrl-D leaves"])
+
+
+def _help(talk: Talk, rest: str) -> None:
+    say(help_text())
+
+
+def _system(talk: Talk, rest: str) -> None:
+    talk.conversation.reset(rest)
+    say(f"(system prompt: {talk.conversation.system or 'none'})")
+
+
+def _reset(talk: Talk, rest: str) -> None:
+    talk.conversation.reset()
+    say("(the conversation starts anew)")
+
+
+def _retry(talk: Talk, rest: str) -> None:
+    question = talk.conversation.last_question()
+    kept = talk.conversation.turns[-2:]
+    talk.conversation.undo()
+    say(f"(again: {_short(question)})")
+    if not talk.exchange(question):  # no new answer, so the old one stays
+        talk.conversation.turns += kept
+
+
+def _undo(talk: Talk, rest: str) -> None:
+    question = talk.conversation.undo()
+    left = counted(len(talk.conversation.turns) // 2, "exchange")
+    say(f"(taken back: {_short(question)}; {left} left)")
+
+
+def _set(talk: Talk, rest: str) -> None:
+    name, _, value = rest.partition(" ")
+    name, value = name.replace("-", "_"), value.strip()
+    if not name:
+        config = talk.conversation.config
+        values = {n: getattr(config, n) for n in CHANGEABLE} | {"markdown": "on" if talk.markdown else "off"}
+        unset = {name: "the model's own" for name in values} | {"seed": "random"}
+        say("\n".join(f"{n}  {unset[n] if v is None else v}" for n, v in values.items())
+            + "\n(/set NAME VALUE; the value `default` sets one back)")
+    elif not value:
+        raise UserError(f"/set {name} needs a value", f"/set {name} VALUE, or /set alone to see all")
+    elif name == "markdown":
+        if value not in ON_OFF:
+            raise UserError(f"markdown is on or off, not {value}", "/set markdown off shows answers as they are")
+        talk.markdown = ON_OFF[value]
+        say(f"(markdown: {value})")
+    else:
+        now = talk.conversation.set(name, value)
+        say(f"({name}: {'as it was at first' if now is None else now})")
+
+
+def _compare(talk: Talk, rest: str) -> None:
+    if rest in ON_OFF:
+        if ON_OFF[rest]:
+            talk.conversation.pair()
+        talk.conversation.comparing = ON_OFF[rest]
+        say("(every question is answered by base and tuned model; the tuned one's answer goes on)" if ON_OFF[rest]
+            else "(one answers again)")
+    elif rest:
+        talk.compare(rest)
+    else:
+        conversation = talk.conversation
+        question, kept = conversation.last_question(), conversation.turns[-2:]
+        conversation.undo()
+        try:
+            say(f"(again: {_short(question)})")
+            talk.compare(question, keep=False)
+        finally:
+            conversation.turns += kept
+
+
+def _who(name: str) -> Callable[[Talk, str], None]:
+    def change(talk: Talk, rest: str) -> None:
+        talk.conversation.let_answer(name)
+        say(f"({talk.conversation.which} answers)")
+    return change
+
+
+def _save(talk: Talk, name: str) -> None:
+    conversation = talk.conversation
+    path, changed = conversation.save(name)
+    say_place(f"({'saved in' if changed else 'already in'} {path})")
+    if conversation.cut:
+        cut = counted(conversation.cut, "answer was cut off and is", "answers were cut off and are")
+        say(f"({cut} not learned; /fix TEXT mends the last one)")
+    console.what_next([conversation.saves.command_to_prepare(path)])
+
+
+def _fix(talk: Talk, text: str) -> None:
+    if talk.conversation.turns and not text:
+        say("(the right answer; a line with a dot alone ends it, Ctrl-C leaves the answer as it is)")
+        try:
+            text = talk.several_lines()
+        except KeyboardInterrupt:
+            say("\n(the answer stays as it is)")
+            return
+    talk.conversation.correct(text)
+    say("(the answer is replaced)")
+
+
+def _history(talk: Talk, rest: str) -> None:
+    called = {"system": "system", "user": "you", "assistant": "model"}
+    for turn in talk.conversation.messages:
+        say(f"{called[turn['role']]}:")
+        say(turn["content"], style="")
+    if not talk.conversation.messages:
+        say("(nothing was said yet)")
+
+
+def _export(talk: Talk, name: str) -> None:
+    conversation = talk.conversation
+    path = export(conversation.messages, conversation.which, conversation.saves.run.root, name)
+    say_place(f"(written to {path})")
+
+
+def _exit(talk: Talk, rest: str) -> None:
+    talk.left = True
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+COMMANDS = {
+    "/help": Command(_help, "", "this help"),
+    "/system": Command(_system, "TEXT", "new system prompt, and a new conversation; no TEXT removes it"),
+    "/reset": Command(_reset, "", "forget the conversation"),
+    "/retry": Command(_retry, "", "answer the last question again"),
+    "/undo": Command(_undo, "", "take the last question and its answer back"),
+    "/set": Command(_set, "[NAME VALUE]", "temperature, max_new_tokens, seed and others; alone: show them"),
+    "/compare": Command(_compare, "[TEXT|on|off]", "base and tuned model side by side; alone: on the last question"),
+    "/base": Command(_who("base"), "", "the untuned model answers from now on"),
+    "/tuned": Command(_who("tuned"), "", "the tuned model answers from now on"),
+    "/save": Command(_save, "[FILE]", "keep the conversation as training data"),
+    "/fix": Command(_fix, "TEXT", "put TEXT in place of the last answer; no TEXT: lines up to one with a dot alone"),
+    "/history": Command(_history, "", "the conversation so far"),
+    "/export": Command(_export, "[FILE]", "write it to a file: Markdown, or JSON for .json and .jsonl"),
+    "/exit": Command(_exit, "", "leave"),
+}
+ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}

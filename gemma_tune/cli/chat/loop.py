@@ -1,0 +1,221 @@
+"""The conversation on a terminal: questions, answers as they come, and interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.stream import Streaming
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import counted
+from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.voice import Voice
+from gemma_tune.cli import screen
+from gemma_tune.cli.chat import markdown, typing
+from gemma_tune.cli.chat.commands import obey
+from gemma_tune.cli.chat.say import cut_off, figures, in_context, say
+
+_COLUMNS = 80  # cells of a terminal from which on two answers find room beside each other
+
+
+def interactive(conversation: Conversation) -> None:
+    """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
+    talk = Talk(conversation)
+    say(f"{conversation.which}\n/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    try:
+        talk.run()
+    finally:
+        conversation.close()
+
+
+class Talk:
+    """A conversation with somebody at the keyboard."""
+
+    def __init__(self, conversation: Conversation):
+        self.conversation = conversation
+        self.markdown = True
+        self.left = False
+        self._typist = typing.typist()
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        while not self.left:
+            try:
+                line = self._typist.read()
+                if line.lstrip().startswith("/"):
+                    obey(self, line.lstrip())
+                elif line.strip():
+                    self.answer(line)
+            except UserError as e:
+                screen.error(e)
+            except KeyboardInterrupt:
+                say("\n(Ctrl-D or /exit leaves)")
+            except EOFError:
+                screen.err.print()
+                return
+
+    def several_lines(self) -> str:
+        """Lines as they are, up to one with a dot alone."""
+        return typing.several_lines(self._typist)
+
+    def answer(self, question: str) -> bool:
+        """Answer a question, by both models where they are compared."""
+        return self.compare(question) if self.conversation.comparing else self.exchange(question)
+
+    def exchange(self, question: str) -> bool:
+        """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
+        conversation = self.conversation
+        with self._stopping():
+            stream = conversation.ask(question)
+            answer, stopped = _written(stream, markdown.writer(self.markdown))
+            before = len(conversation.turns)
+            conversation.keep(question, answer)
+            self._tell(stream, answer, conversation.voice, stopped)
+            return len(conversation.turns) > before
+        return False
+
+    def compare(self, question: str, *, keep: bool = True) -> bool:
+        """The answers of base and tuned model; the tuned one's becomes part of the conversation."""
+        conversation = self.conversation
+        voices = conversation.pair()
+        with self._stopping():
+            if sys.stdout.isatty() and screen.is_live() and markdown.out().width >= _COLUMNS:
+                found = self._side_by_side(question, voices)
+            else:
+                found = self._one_below_the_other(question, voices)
+            if len(found) < len(voices):
+                say("(stopped; nothing of it is kept)")
+                return False
+            for voice, (stream, answer, stopped) in zip(voices, found):
+                say(f"{voice.which}: ")
+                self._tell(stream, answer, voice, stopped)
+            before = len(conversation.turns)
+            if keep:
+                conversation.keep(question, found[-1][1])
+            return len(conversation.turns) > before
+        return False
+
+    def _one_below_the_other(self, question: str, voices: tuple[Voice, ...]) -> list[tuple[Streaming, Answer, bool]]:
+        found = []
+        for voice in voices:
+            say(f"{voice.which}:")
+            stream = self.conversation.ask(question, voice)
+            found.append((stream, *_written(stream, markdown.writer(self.markdown))))
+            if found[-1][2]:
+                break
+        return found
+
+    def _side_by_side(self, question: str, voices: tuple[Voice, ...]) -> list[tuple[Streaming, Answer, bool]]:
+        """In two columns; while they come, as much of them as the screen has room for."""
+        columns = _Columns([voice.which for voice in voices], self.markdown)
+        found = []
+        with columns:
+            for number, voice in enumerate(voices):
+                stream = self.conversation.ask(question, voice)
+                found.append((stream, *_written(stream, columns.column(number))))
+                if found[-1][2]:
+                    break
+        return found
+
+    def _tell(self, stream: Streaming, answer: Answer, voice: Voice, stopped: bool) -> None:
+        """What is to be known of an answer: why it ends, how fast it was, how full the context is."""
+        if not (answer.ended or stopped):
+            say(cut_off(answer.tokens))
+        if screen.err.is_terminal and (line := figures(stream, answer, voice.context)):
+            say(line)
+        used = in_context(stream, answer)
+        if used is not None and voice is not None and (left := self.conversation.room(used)) is not None:
+            say(f"! {counted(left, 'token')} of context left: /undo takes a turn back, /reset starts anew", "yellow")
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Any:
+        """Ctrl-C while a last token is still computed, and what is wrong with a question, end the exchange alone."""
+        try:
+            with typing.nothing_shown():
+                yield
+        except KeyboardInterrupt:
+            say("(stopped; this answer is not kept)")
+        except UserError as e:
+            screen.error(e)
+
+
+class _Columns:
+    """Answers in columns."""
+
+    def __init__(self, titles: list[str], rendered: bool):
+        self._titles, self._rendered = titles, rendered
+        self.texts = [""] * len(titles)
+        self._out = markdown.out()
+        self._live = Live(console=self._out, auto_refresh=False, transient=True, redirect_stdout=False,
+                          redirect_stderr=False, vertical_overflow="visible")
+        self._clock = markdown.Clock()
+
+    def __enter__(self) -> _Columns:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.update("", refresh=False)
+        self._live.stop()
+        self._out.print(self._table(None))
+
+    def column(self, number: int) -> _Column:
+        """What writes into one of them."""
+        return _Column(self, number)
+
+    def draw(self) -> None:
+        """Show how far they are."""
+        if self._clock.due():
+            self._live.update(self._table(max(1, self._out.height - 5)), refresh=True)
+
+    def _table(self, room: int | None) -> Table:
+        table = Table(expand=True, show_lines=False)
+        for title in self._titles:
+            table.add_column(screen.Text(title), ratio=1, overflow="fold")
+        shown = [markdown.Answer(text) if self._rendered else markdown.plain(text) for text in self.texts]
+        table.add_row(*(one if room is None else markdown.Tail(one, room) for one in shown))
+        return table
+
+
+class _Column:
+    def __init__(self, columns: _Columns, number: int):
+        self._columns, self._number = columns, number
+
+    def __enter__(self) -> _Column:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._columns.draw()
+
+    def piece(self, text: str) -> None:
+        self._columns.texts[self._number] += markdown.without_commands(text)
+        self._columns.draw()
+
+
+def _written(stream: Streaming, writer: Any) -> tuple[Answer, bool]:
+    """Write an answer as it comes; the whole of it, and whether Ctrl-C ended it."""
+    stopped = False
+    try:
+        with writer:
+            try:
+                for piece in stream:
+                    writer.piece(piece)
+            except KeyboardInterrupt:
+                stopped = True
+                stream.stop()
+    except BaseException:  # stdout takes no more
+        end(stream)
+        raise
+    return stream.finish(), stopped
+
+
+def end(stream: Any) -> None:
+    """End an answer that nobody reads; the interpreter must not end while a thread is inside torch."""
+    stream.stop()
+    with contextlib.suppress(Exception):
+        stream.finish()

@@ -1,0 +1,211 @@
+"""What is typed: a line editor on a terminal, and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import cache_dir
+from gemma_tune.base.secrets import redact
+from gemma_tune.base.words import as_text
+from gemma_tune.chat.conversation import CHANGEABLE
+from gemma_tune.chat.scripts import keep_bytes
+from gemma_tune.cli import screen
+from gemma_tune.cli.chat.commands import COMMANDS
+
+_AT_ONCE = 0.02  # seconds within which the lines of a paste follow each other
+
+
+class Plain:
+    """``input()``, where nothing can be drawn again: a dumb terminal, another program."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
+            import readline  # its import gives input() line editing and history
+
+            # Without these the C locale takes é for two keys.
+            for setting in ("input-meta on", "output-meta on", "convert-meta off"):
+                readline.parse_and_bind(f"set {setting}")
+        keep_bytes(sys.stdin)
+
+    def read(self) -> str:
+        """A question or command; lines that were pasted at once are one question.
+
+        Raises:
+            UserError: it is no text.
+            EOFError, KeyboardInterrupt: Ctrl-D, Ctrl-C.
+        """
+        lines = [self.line()]
+        while not lines[0].lstrip().startswith("/") and _more_is_there():
+            try:
+                lines.append(as_text(input(), "what was typed", sys.stdin.encoding))
+            except EOFError:
+                break
+        return "\n".join(lines)
+
+    def line(self) -> str:
+        """One line. input() writes its prompt to stdout, which holds answers alone when it is a file."""
+        if sys.stdout.isatty():
+            line = input("\n> ")
+        else:
+            screen.err.print("\n> ", end="", markup=False)
+            line = input()
+        return as_text(line, "what was typed", sys.stdin.encoding)
+
+
+def _more_is_there() -> bool:
+    """Whether a terminal has more lines already."""
+    if os.name != "posix" or not screen.stdin_is_terminal():
+        return False
+    import select
+
+    return bool(select.select([sys.stdin], [], [], _AT_ONCE)[0])
+
+
+class Editor:
+    """Several lines, history and completion, by prompt_toolkit."""
+
+    def __init__(self) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+
+        # The prompt goes where people read, and stdout holds answers alone where it is a file.
+        output = create_output(stdout=sys.stdout if sys.stdout.isatty() else sys.stderr)
+        self._session = PromptSession(
+            history=_history(), completer=_completer(), complete_while_typing=True, multiline=True,
+            key_bindings=_keys(), output=output, prompt_continuation="  ", enable_suspend=True,
+            reserve_space_for_menu=4)
+
+    def read(self) -> str:
+        """As :meth:`Plain.read`."""
+        screen.err.print()
+        return as_text(self._session.prompt("> "), "what was typed", "utf-8")
+
+    line = read
+
+
+def _history() -> Any:
+    """Questions of earlier chats, without access tokens; in memory alone where there is no place for a file."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class History(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                if redact(string) == string:
+                    super().store_string(string)
+
+    try:
+        path = cache_dir() / "chat_history"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner alone
+        return History(str(path))
+    except (OSError, UserError):
+        return InMemoryHistory()
+
+
+def _completer() -> Any:
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+    words = {"/set": (*CHANGEABLE, "markdown"), "/compare": ("on", "off")}
+
+    class Commands(Completer):
+        def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
+            text = document.text_before_cursor
+            name, space, rest = text.partition(" ")
+            if not text.startswith("/") or "\n" in text:
+                return
+            if not space:
+                for known, command in COMMANDS.items():
+                    if known.startswith(name):
+                        yield Completion(known, -len(name), display_meta=command.help)
+            elif name in ("/save", "/export"):
+                yield from paths.get_completions(Document(rest), event)
+            else:
+                yield from (Completion(word, -len(rest)) for word in words.get(name, ()) if word.startswith(rest))
+
+    return Commands()
+
+
+def _keys() -> Any:
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    def send(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line.endswith("\\") and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    def new_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    keys.add("enter")(send)
+    keys.add("c-j")(send)  # what Enter is after something else has read the terminal
+    keys.add("escape", "enter")(new_line)
+    keys.add("escape", "c-j")(new_line)
+    return keys
+
+
+def typist() -> Plain | Editor:
+    """What reads here."""
+    if not (screen.stdin_is_terminal() and screen.is_live()):
+        return Plain()
+    try:
+        return Editor()
+    except Exception:  # noqa: BLE001 - a terminal that prompt_toolkit cannot use, such as one without a window
+        return Plain()
+
+
+@contextlib.contextmanager
+def nothing_shown() -> Iterator[None]:
+    """Keep what is typed meanwhile out of the answer; it waits for the next question."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (termios.error, OSError, ValueError, AttributeError):
+        yield
+        return
+    quiet = [*before]
+    quiet[3] &= ~(termios.ECHO | termios.ECHONL)
+    termios.tcsetattr(number, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSANOW, before)
+
+
+def several_lines(reader: Plain | Editor) -> str:
+    """Lines as they are, up to one with a dot alone, or the end of the input.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    lines: list[str] = []
+    with contextlib.suppress(EOFError):
+        while True:
+            try:
+                text = reader.line()
+                if text == ".":
+                    break
+                lines.append(text)
+                if text.endswith("\n."):
+                    lines[-1] = text[:-2]
+                    break
+            except UserError as e:  # the other lines stay
+                screen.error(e)
+    return "\n".join(lines).strip("\n")
+

@@ -1,0 +1,73 @@
+"""An adapter folded into the weights of a model in memory, which then computes as fast as its base model.
+
+W' = W + s (B A), as :mod:`gemma_tune.merge.weights` writes it: in fp32, rounded once to the type of W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def fold(model: Any) -> Any | None:
+    """The base model with the adapter in its weights; None, and nothing has changed, where that cannot be exact.
+
+    That is where a layer is quantised, is shared with another (a head with the embedding), has something else than A
+    and B, or where these are not finite, of which the adapter's own errors tell.
+
+    Args:
+        model: a PEFT model with one adapter, which is not to be used any more.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):  # whole modules of its own
+        return None
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    shared = _shared(model)
+    if not layers or not all(_is_plain(layer, shared) for layer in layers):
+        return None
+    with torch.no_grad():
+        for layer in layers:
+            layer.get_base_layer().weight.data.copy_(_folded(layer))
+    return model.unload()
+
+
+def _is_plain(layer: Any, shared: set[int]) -> bool:
+    import torch
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or layer.merged or layer.disable_adapters:
+        return False
+    base, names = layer.get_base_layer(), layer.active_adapters
+    return (type(base) is torch.nn.Linear and len(names) == 1 and names[0] in layer.lora_A
+            and base.weight.dtype.is_floating_point and base.weight.data_ptr() not in shared
+            and not layer.lora_bias.get(names[0], False) and not getattr(layer, "fan_in_fan_out", False)
+            and names[0] not in layer.lora_variant and _stays_finite(layer, names[0]))
+
+
+def _stays_finite(layer: Any, name: str) -> bool:
+    """Whether no number of s B A can be too large for the type of W; not so where one of them is not finite."""
+    import torch
+
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    most = abs(layer.scaling[name]) * len(a) * a.abs().max().item() * b.abs().max().item()
+    return most < torch.finfo(layer.get_base_layer().weight.dtype).max / 2  # a NaN is not less than anything
+
+
+def _folded(layer: Any) -> Any:
+    """W' (out, in) in the type of W."""
+    name, weight = layer.active_adapters[0], layer.get_base_layer().weight
+    a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+    return weight.float().add_(b @ a, alpha=layer.scaling[name]).to(weight.dtype)
+
+
+def _shared(model: Any) -> set[int]:
+    """Where weights lie that several modules have."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (shared if parameter.data_ptr() in seen else seen).add(parameter.data_ptr())
+    return shared

@@ -1,0 +1,129 @@
+"""Prompts and conversations of scripts: how they are read, sorted into batches, and answered in order."""
+
+from __future__ import annotations
+
+import io
+import json
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.answers.lengths import by_length
+from gemma_tune.base.errors import UserError
+from gemma_tune.chat import scripts
+from gemma_tune.chat.scripts import Asked, open_input, read, windows
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_lines_are_prompts_or_objects():
+    lines = ["What is {x}?\n", '{"prompt": "one", "id": 7}\n', "\n", '{"messages": [{"role": "user", "content": "two"}]}\n',
+             '{"other": 1}\n', '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n']
+    found = list(read(lines, "in"))
+    assert [one.where for one in found] == ["in:1", "in:2", "in:4", "in:5", "in:6"]
+    assert [one.echo for one in found[:4]] == [{"prompt": "What is {x}?"}, {"id": 7, "prompt": "one"},
+                                               {"messages": [user("two")]}, {"prompt": '{"other": 1}'}]
+    assert "end with an answer" in found[4].problem.message
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "no object"), ('{"prompt": ""}', "no text"),
+    ('{"prompt": 3}', "no text"), ('{"messages": []}', "no conversation"), ('{"messages": [{"role": "x"}]}', "no conv"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "no conversation")])
+def test_a_row_that_cannot_be_asked_is_named_with_its_line(line, said):
+    good, bad = read(['{"prompt": "a"}', line], "rows.jsonl", rows_only=True)
+    assert good.problem is None
+    assert bad.problem.message.startswith("rows.jsonl:2: ") and said in bad.problem.message and bad.problem.hint
+
+
+def test_an_input_that_cannot_be_read(tmp_path):
+    for name in ("missing.txt", "."):
+        with pytest.raises(UserError, match="cannot be read|is a directory"):
+            open_input(name)
+    Path("rows.JSONL").write_bytes(b'\xef\xbb\xbf{"prompt": "\xe4\xbb\x8a"}\r\n')
+    file, called, rows_only = open_input("rows.JSONL")
+    with file:
+        [one] = read(file, called, rows_only)
+    assert (one.prompt, rows_only) == ("今", True)
+
+
+def test_a_whole_file_is_answered_in_full_windows(monkeypatch):
+    monkeypatch.setattr(scripts, "WINDOW", 4)
+    asked = [Asked(str(n)) for n in range(10)]
+    assert [len(group) for group in windows(asked, whole=True)] == [4, 4, 2]
+
+
+def test_a_pipe_is_answered_as_it_comes(monkeypatch):
+    """A program may wait for an answer before it asks the next question."""
+    monkeypatch.setattr(scripts, "WINDOW", 3)
+    pipe: queue.Queue = queue.Queue()
+    groups = windows(iter(pipe.get, None), whole=False)
+    for n in range(3):
+        pipe.put(Asked(str(n)))
+        assert [one.where for one in next(groups)] == [str(n)]
+    for n in range(7):
+        pipe.put(Asked(f"again {n}"))
+    pipe.put(None)
+    rest = list(groups)
+    assert [one.where for group in rest for one in group] == [f"again {n}" for n in range(7)]
+    assert max(map(len, rest)) <= 3
+
+
+def test_a_pipe_that_breaks_gives_what_came_before_it():
+    def broken():
+        yield Asked("1")
+        raise UserError("gone")
+
+    found = []
+    with pytest.raises(UserError, match="gone"):
+        for group in windows(broken(), whole=False):
+            found += group
+    assert [one.where for one in found] == ["1"]
+    assert threading.active_count() < 50
+
+
+def test_batches_are_of_like_lengths_and_leave_everyone_their_room():
+    lengths = {0: 500, 1: 10, 2: 12, 3: 480, 4: 11, 5: 900, 6: 950}
+    groups = by_length(lengths, limit=100, context=1000, most=lambda width: 2 if width < 200 else 8)
+    assert sorted(n for group in groups for n in group) == sorted(lengths)
+    assert groups == [[1, 4], [2], [3, 0], [5], [6]], "950 + 100 is more than the context, so 900 is not beside it"
+
+
+def test_a_directory_on_stdin_is_an_error():
+    class Broken(io.StringIO):
+        def __next__(self):
+            raise IsADirectoryError(21, "Is a directory")
+
+    with pytest.raises(UserError, match="standard input cannot be read"):
+        list(read(Broken(), "standard input"))
+
+
+def test_json_lines_on_standard_input_in_a_command(cli, fluent):
+    rows = [{"id": "b", "messages": [user("Say number 3.")]}, {"messages": [{"role": "user", "content": 3}]},
+            {"prompt": "Say number 7."}]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for args, stdin in ((("--input", "asked.jsonl"), None), ((), Path("asked.jsonl").read_text())):
+        result = cli("chat", "--json", "--dtype", "fp32", *args, stdin=stdin)
+        assert result.code == 1
+        found = [json.loads(line) for line in result.out.splitlines()]
+        assert [f.get("answer") for f in found] == ["The number is 3, no more.", None, "The number is 7, no more."]
+        assert (found[0]["id"], found[0]["messages"]) == ("b", rows[0]["messages"])
+        assert "no conversation" in found[1]["error"]["message"] and found[1]["where"].endswith(":2")
+        assert "1 of 3 prompts could not be answered; the others were" in result.err
+    assert cli("chat", "--input", "missing.txt").code == 2
+    assert "exclude each other" in cli("chat", "--input", "asked.jsonl", "-p", "a").err
+
+
+def test_compare_answers_with_both_in_one_object(cli, fluent):
+    result = cli("chat", "--compare", "--prompt", "Say number 3.", "--json", "--dtype", "fp32", "-n", 30)
+    assert result.code == 0, result.err
+    base = cli("chat", "--base", "--prompt", "Say number 3.", "--json", "--dtype", "fp32", "-n", 30).json
+    assert result.json["answer"] == "The number is 3, no more."
+    assert result.json["base"] == {key: base[key] for key in ("answer", "tokens", "ended", "model")}
+    both = cli("chat", "--compare", "--prompt", "Say number 3.", "--dtype", "fp32", "-n", 30)
+    assert both.out.startswith("[talkative, the base model]\n") and both.out.endswith("The number is 3, no more.\n")
+    assert "exclude each other" in cli("chat", "--compare", "--merged", "-p", "a", "--json").json["error"]["problems"][0]

@@ -1,0 +1,333 @@
+"""Who answers: adapter on and off, folded, in batches, in real llama.cpp, in an Ollama that streams."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gemma_tune.answers.generation import arguments_of
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.chat import choice, llama, transcript
+from gemma_tune.chat.conversation import Conversation, open_conversation
+from gemma_tune.chat.local import LocalVoice
+from gemma_tune.chat.served import OllamaVoice
+from gemma_tune.config.stages import ChatConfig
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.gguf.engine import Engine
+from gemma_tune.gguf.writer import write_gguf
+from gemma_tune.lora.fold import fold
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
+from gemma_tune.ollama.server import find_server
+from gemma_tune.run.session import open_session
+from support.ollama import LoopbackOllama
+
+GREEDY = ChatConfig(max_new_tokens=12, temperature=0.0)
+
+
+def question(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def base(talkative):
+    return load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+
+
+@pytest.fixture
+def chat(talkative):
+    return load_format(talkative, "gemma3_text")
+
+
+def adapted(model, **changes):
+    """With an adapter that changes every answer."""
+    torch.manual_seed(1)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    return tuned
+
+
+IDS = torch.tensor([[2, 30, 31, 32, 33]])
+
+
+@torch.inference_mode()
+def test_a_folded_adapter_computes_the_same(base):
+    tuned = adapted(base)
+    expected, plain = tuned(input_ids=IDS).logits, None
+    with tuned.disable_adapter():
+        plain = tuned(input_ids=IDS).logits
+    folded = fold(tuned)
+    assert not any("lora" in name for name, _ in folded.named_parameters())
+    assert torch.allclose(folded(input_ids=IDS).logits, expected, atol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-1), "the adapter must change something"
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"modules_to_save": ["lm_head"]},
+                                     {"target_modules": ["q_proj", "lm_head"]}, {"lora_alpha": 1e40}, "nan"])
+def test_what_cannot_be_folded_stays_as_it_is(base, changes):
+    if changes == "nan":
+        tuned = adapted(base)
+        next(p for name, p in tuned.named_parameters() if "lora_A" in name).data[0, 0] = float("nan")
+    elif "target_modules" in changes:
+        base.tie_weights()
+        base.lm_head.weight = base.model.embed_tokens.weight  # shared with the embedding
+        torch.manual_seed(1)
+        tuned = get_peft_model(base, LoraConfig(r=4, **changes)).eval()
+    else:
+        tuned = adapted(base, **changes)
+    before = {name: p.clone() for name, p in tuned.named_parameters()}
+    assert fold(tuned) is None
+    assert all(torch.equal(p, before[name]) or p.isnan().any() for name, p in tuned.named_parameters())
+
+
+def test_base_and_tuned_take_turns_in_one_model_and_keep_their_own_turns(base, chat, talkative):
+    tuned = adapted(base)
+    voices = {"tuned": LocalVoice("adapter", "tuned", tuned, chat),
+              "base": LocalVoice("base", "base", tuned, chat, tuned.disable_adapter)}
+    other = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    alone = LocalVoice("base", "base", other, chat)
+    turns = question("seven wizards box quietly")
+    for text in ("and foxes", "say more", "go on"):
+        found = {name: voice.ask(turns, GREEDY).finish() for name, voice in voices.items()}
+        assert found["base"] == alone.ask(turns, GREEDY).finish()
+        assert found["base"] != found["tuned"]
+        assert found["tuned"] == LocalVoice("adapter", "", tuned, chat).ask(turns, GREEDY).finish(), "as from scratch"
+        turns = [*turns, {"role": "assistant", "content": found["tuned"].text}, *question(text)]
+    assert voices["base"].kept.reused > 20 and voices["tuned"].kept.reused > 20
+
+
+def test_a_kind_of_cache_in_the_models_settings_is_no_obstacle(base, chat):
+    """As in Gemma 3's generation_config.json."""
+    expected = LocalVoice("base", "base", base, chat).ask(question("a"), GREEDY).finish()
+    base.generation_config.cache_implementation = "hybrid"
+    voice = LocalVoice("base", "base", base, chat)
+    assert [voice.ask(question("a"), GREEDY).finish() for _ in range(2)] == [expected] * 2
+    assert voice.kept.reused > 3
+
+
+def test_a_batch_keeps_the_order_and_answers_as_alone(base, chat):
+    voice = LocalVoice("base", "base", base, chat)
+    asked = [(question(text), None) for text in ("a", "seven wizards box quietly " * 4, "fox " * 2000, "Say fox.", "今天")]
+    found = voice.batch(asked, GREEDY)
+    assert isinstance(found[2], UserError) and "context ends at 1024" in found[2].message
+    for number in (0, 1, 3, 4):
+        assert found[number] == voice.batch([asked[number]], GREEDY)[0]
+
+
+def test_a_batch_that_memory_is_too_small_for_is_divided(base, chat, monkeypatch):
+    from gemma_tune.chat import local
+
+    real, sizes = local.continuations, []
+
+    def small(model, chat, encoded, *rest):
+        sizes.append(len(encoded))
+        if len(encoded) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(model, chat, encoded, *rest)
+
+    voice, asked = LocalVoice("base", "base", base, chat), [(question(text), None) for text in "abc"]
+    expected = [voice.batch([one], GREEDY)[0] for one in asked]
+    monkeypatch.setattr(local, "continuations", small)
+    assert voice.batch(asked, GREEDY) == expected
+    assert sizes == [3, 1, 2, 1, 1]
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_llama(talkative, chat, tmp_path):
+    pytest.importorskip("xllamacpp")
+    gguf = tmp_path / "m.gguf"
+    write_gguf(talkative, gguf, "f32", name="m", chat_template=chat.template, eot_token_id=chat.terminator_id)
+    with Engine(gguf, 512, talking=True) as engine:
+        yield llama.LlamaVoice("in llama.cpp", 512, engine, chat, {})
+
+
+def test_llama_streams_the_greedy_answer_also_after_turns_are_taken_back(in_llama):
+    voice, turns = in_llama, question("seven wizards box quietly " * 3)
+    first = voice.ask(turns, GREEDY)
+    assert "".join(first) == first.finish().text and first.finish().tokens == 12
+    longer = [*turns, {"role": "assistant", "content": first.finish().text}, *question("and foxes?")]
+    voice.ask(longer, GREEDY).finish()
+    again = voice.ask(turns, GREEDY).finish()  # cut back behind the window of the sliding layers
+    assert again == first.finish()
+    for asked, answer in ((turns, again), (longer, voice.ask(longer, GREEDY).finish())):
+        ids = voice.chat.prompt_ids(asked)
+        whole = voice.engine.complete(ids, 12)  # without any cache
+        assert answer.tokens == len(whole.ids)
+        anew = voice.engine.stream(ids, 12, temperature=0, top_k=1, cache_prompt=False)
+        assert answer.text == "".join(text for text, _, _ in anew)
+
+
+def test_llama_stops_and_ends_by_itself_and_repeats_with_a_seed(in_llama):
+    stream = in_llama.ask(question("a"), ChatConfig(max_new_tokens=400, temperature=0.0))
+    for _ in stream:
+        stream.stop()
+        break
+    assert stream.finish().tokens < 100 and not stream.finish().ended
+    sampled = ChatConfig(max_new_tokens=8, temperature=1.5, top_p=0.9, repetition_penalty=1.1)
+
+    def answers() -> list[str]:
+        in_llama.seed(5)
+        return [in_llama.ask(question("a"), sampled).finish().text for _ in range(3)]
+
+    first = answers()
+    assert answers() == first and len(set(first)) > 1
+    with pytest.raises(UserError, match="context ends at 512"):
+        in_llama.ask(question("fox " * 2000), GREEDY)
+    [error, answer] = in_llama.batch([(question("fox " * 2000), None), (question("a"), None)], GREEDY)
+    assert isinstance(error, UserError) and answer.tokens
+
+
+def test_samplings_are_told_in_the_order_of_generate():
+    assert llama.sampling(arguments_of({}, {}), None)["temperature"] == 0
+    own = {"do_sample": True, "top_k": 64, "top_p": 0.95}
+    told = llama.sampling(arguments_of(own, {"temperature": 0.5}), 3)
+    assert (told["temperature"], told["top_k"], told["top_p"], told["min_p"], told["seed"]) == (0.5, 64, 0.95, 0, 3)
+    assert told["samplers"] == ["penalties", "temperature", "top_k", "top_p"]
+
+
+# --- Ollama -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served():
+    with LoopbackOllama(faults={"no-count"}) as ollama:
+        ollama.models["m-tuned:latest"] = {"template": "{{ .Prompt }}", "parameters": {"stop": ["<end_of_turn>"]}}
+        yield ollama
+
+
+def test_ollama_streams_and_counts(served):
+    voice = OllamaVoice("m in Ollama", find_server(served.url), "m-tuned", None)
+    stream = voice.ask(question("What is EBITDA?"), ChatConfig(temperature=0.5, max_new_tokens=50))
+    pieces = list(stream)
+    answer = stream.finish()
+    assert len(pieces) > 2 and "".join(pieces) == answer.text and answer.ended
+    assert answer.tokens == len(answer.text.split())
+    options = served.requests[-1].body["options"]
+    assert options == {"temperature": 0.5, "num_predict": 50}, "what was not chosen is the Modelfile's"
+    cut = voice.ask(question("a"), ChatConfig(max_new_tokens=2)).finish()
+    assert (cut.tokens, cut.ended) == (2, False)
+
+
+@pytest.mark.parametrize("fault", ["chat-error", "chat-error-inside"])
+def test_an_error_of_ollamas_is_told(served, fault):
+    served.faults.add(fault)
+    voice = OllamaVoice("m in Ollama", find_server(served.url), "m-tuned", None)
+    with pytest.raises(WorkFailed, match="Ollama could not answer with m-tuned"):
+        voice.ask(question("a"), GREEDY).finish()
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chosen(trained, monkeypatch):
+    """A function: who answers in the run, with these settings."""
+    monkeypatch.setattr(choice, "find_engine", lambda: "xllamacpp 1")
+    monkeypatch.setattr(choice, "_may_have_gpu", lambda: False)
+    return lambda **settings: choice.choose(open_session("chat", trained, **settings))
+
+
+def test_what_is_there_is_chosen_and_what_is_not_is_named(cli, trained, chosen, monkeypatch):
+    assert chosen().name == "adapter" and chosen(base=True).name == "base" and chosen(compare=True).name == "adapter"
+    for use, said in (("merged", "no merged model yet"), ("gguf", "no GGUF file yet"), ("ollama", "no model in Ollama")):
+        with pytest.raises(UserError, match=said) as caught:
+            chosen(use=use)
+        assert "gemma-tune" in caught.value.hint
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    assert chosen().name == "adapter" and chosen(use="merged").name == chosen(merged=True).name == "merged"
+    assert cli("export-ollama", "--no-verify", "--no-measure", "--run", trained, "--quant", "f16").code == 0
+    assert chosen().name == "gguf" and "--use adapter" in chosen().reason
+    assert chosen(use="adapter").name == "adapter" and chosen(dtype="fp32").name == "adapter"
+    conversation = open_conversation(open_session("chat", trained, max_new_tokens=3))
+    try:
+        assert conversation.which == "tiny-gemma, tuned, tiny-gemma-f16.gguf in llama.cpp"
+        assert 0 < conversation.ask("a").finish().tokens <= 3
+        conversation.let_answer("base")
+        assert conversation.which == "tiny-gemma, the base model" and conversation.ask("a").finish().tokens
+        base, tuned = conversation.pair()
+        assert base.model is tuned.model and conversation.voice is base
+        conversation.let_answer("tuned")
+        assert conversation.voice.name == "gguf"
+    finally:
+        conversation.close()
+    with pytest.raises(UserError, match="no Ollama server answers"):
+        open_conversation(open_session("chat", trained, use="ollama"))
+    monkeypatch.setattr(choice, "_may_have_gpu", lambda: True)
+    assert chosen().name == "adapter"
+    monkeypatch.setattr(choice, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(choice, "find_engine", lambda: None)
+    assert chosen().name == "adapter"
+    with pytest.raises(UserError, match="needs a llama.cpp engine"):
+        chosen(use="gguf")
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"use": "gguf", "base": True}, "--use gguf and --base exclude"), ({"base": True, "merged": True}, "--base and --merged"),
+    ({"compare": True, "base": True}, "--compare and --base"), ({"compare": True, "use": "gguf"}, "--compare and --use")])
+def test_what_excludes_each_other(settings, said):
+    with pytest.raises(UserError) as caught:
+        ChatConfig(**settings)
+    assert said in caught.value.problems[0]
+    assert ChatConfig(use="base", base=True).wanted == "base" and ChatConfig(compare=True, use="adapter").compare
+
+
+# --- the conversation ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversation():
+    voice = SimpleNamespace(name="x", which="x", context=100, seeds=[])
+    voice.seed = voice.seeds.append
+    found = Conversation(voice, ChatConfig())
+    found.turns = question("one", "1", "two", "2")
+    return found
+
+
+def test_settings_change_and_go_back(conversation):
+    assert conversation.set("temperature", "0") == 0.0 and conversation.set("top_k", "5") == 5
+    assert conversation.set("max_new_tokens", "7") == 7 and conversation.set("seed", "3") == 3
+    assert conversation.voice.seeds == [3]
+    assert conversation.set("temperature", "default") is None and conversation.config.top_k == 5
+    for name, value in (("temperature", "-1"), ("top_p", "2"), ("top_k", "x"), ("max_new_tokens", "default7")):
+        with pytest.raises(UserError):
+            conversation.set(name, value)
+    with pytest.raises(UserError, match="did you mean `temperature`"):
+        conversation.set("temprature", "1")
+    assert (conversation.config.top_k, conversation.config.temperature) == (5, None)
+
+
+def test_turns_are_taken_back_one_by_one(conversation):
+    assert conversation.last_question() == "two"
+    assert (conversation.undo(), conversation.undo(), conversation.turns) == ("two", "one", [])
+    for what in (conversation.undo, conversation.last_question):
+        with pytest.raises(UserError, match="yet"):
+            what()
+
+
+def test_a_context_that_is_nearly_full_is_known(conversation):
+    assert conversation.room(79) is None and conversation.room(81) == 19 and conversation.room(200) == 0
+    conversation.voice.context = None
+    assert conversation.room(10**6) is None
+
+
+def test_a_conversation_is_exported_and_nothing_is_written_over(conversation, tmp_path):
+    path = transcript.export(conversation.messages, "m", tmp_path)
+    assert path.parent == tmp_path and path.read_text().startswith("# Conversation with m\n\n## You\n\none\n\n## Model\n\n1\n")
+    named = transcript.export(conversation.messages, "m", tmp_path, "talk.jsonl")
+    assert json.loads(Path("talk.jsonl").read_text()) == {"messages": conversation.messages} and named == Path("talk.jsonl")
+    for name, said in (("talk.jsonl", "is there already"), ("no/where.md", "cannot be written")):
+        with pytest.raises(UserError, match=said):
+            transcript.export(conversation.messages, "m", tmp_path, name)
+    with pytest.raises(UserError, match="no conversation to export"):
+        transcript.export([], "m", tmp_path)

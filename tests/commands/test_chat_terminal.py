@@ -1,0 +1,121 @@
+"""``chat`` in a real terminal, with the line editor and Markdown: pexpect types and reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."
+SEVEN = "The number is 7, no more."
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal with an editor."""
+    pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
+    started = []
+
+    def start(*options):
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment = {**inherited, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "GEMMA_TUNE_CACHE": str(tmp_path / "c"),
+                       "PROMPT_TOOLKIT_NO_CPR": "1"}
+        child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "chat", *map(str, options), "--dtype", "fp32"],
+                              env=environment, encoding="utf-8", timeout=290, dimensions=(40, 100))
+        child.delaybeforesend = 0.05
+        started.append(child)
+        child.expect_exact("/help")
+        child.expect_exact("\x1b[?2004h")  # the editor is ready
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def enter(child, text: str) -> None:
+    child.send(text)
+    child.send("\r")
+
+
+def left(child) -> None:
+    enter(child, "/exit")
+    child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
+@pytest.mark.timeout(900)
+def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
+    child = terminal("--run", fluent)
+    enter(child, QUESTION)
+    child.expect_exact(ANSWER)
+    child.expect(r"first token after [\d.]+ s · \d+ of 1,024 tokens in context\)")
+    enter(child, "/retry")
+    child.expect_exact(f"(again: {QUESTION})")
+    child.expect_exact(ANSWER)
+    child.expect_exact("in context)")
+    enter(child, "/undo")
+    child.expect_exact(f"(taken back: {QUESTION}; 0 exchanges left)")
+    # a paste of several lines is one question, and it is not sent before Enter
+    child.send("\x1b[200~What is\nit?\x1b[201~")
+    time.sleep(0.5)
+    enter(child, "")
+    child.expect_exact("in context)")
+    enter(child, "/history")
+    child.expect_exact("you:")
+    child.expect(r"What is\s+it\?")
+    child.expect_exact("model:")
+    enter(child, "/reset")
+    child.expect_exact("(the conversation starts anew)")
+    enter(child, "今天天气")
+    child.expect_exact("in context)")
+    enter(child, "/fix 很好。")
+    child.expect_exact("(the answer is replaced)")
+    enter(child, "/save")
+    child.expect_exact("saved.jsonl")
+    enter(child, "/export talk.md")
+    child.expect_exact("(written to talk.md)")
+    enter(child, "/set temperature 0")
+    child.expect_exact("(temperature: 0.0)")
+    enter(child, "/reset")
+    child.expect_exact("starts anew")
+    enter(child, f"/compare {QUESTION}")
+    child.expect_exact("talkative, the base model")
+    child.expect_exact("talkative, tuned: ")
+    child.expect_exact("in context)")
+    enter(child, "/base")
+    child.expect_exact("(talkative, the base model answers)")
+    enter(child, "/tuned")
+    child.expect_exact("(talkative, tuned answers)")
+    enter(child, "/nope")
+    child.expect_exact("(there is no /nope")
+    left(child)
+    [row] = [json.loads(line) for line in (fluent / "saved.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row == {"messages": [{"role": "user", "content": "今天天气"}, {"role": "assistant", "content": "很好。"}]}
+    assert "今天天气" in Path("talk.md").read_text(encoding="utf-8")
+    assert "What is" in (fluent.parent.parent / "c" / "chat_history").read_text()
+
+
+@pytest.mark.timeout(900)
+def test_what_is_typed_during_an_answer_waits_and_ctrl_c_stops_it(terminal, fluent):
+    child = terminal("--run", fluent, "--base", "-n", 900)
+    seen: list[str] = []
+    enter(child, "fox")
+    child.expect(r"\w{3}")  # it has begun
+    child.expect(r"\w{3}")
+    child.send("/history")  # without Enter
+    time.sleep(0.3)
+    child.sendintr()
+    child.expect_exact("\x1b[?2004h")
+    seen.append(child.before)
+    assert "/history" not in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen[0]), "typed text mixed into the answer"
+    child.send("\x15")  # whatever of it waits is dropped
+    enter(child, "/reset")
+    child.expect_exact("starts anew")
+    left(child)

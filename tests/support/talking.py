@@ -1,0 +1,77 @@
+"""``python -m support.talking``: a chat in a terminal whose model is a stand-in that repeats the question, word by word."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.answers.stream import Pieces, Streaming
+from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.saves import Saves
+from gemma_tune.cli.chat.loop import interactive
+from gemma_tune.config.stages import ChatConfig
+from gemma_tune.run.directory import RunDir
+
+PAUSE = float(os.environ.get("TALKING_PAUSE", "0.01"))  # seconds a word takes
+
+
+class Repeats(Streaming):
+    """Says what was asked, after its name."""
+
+    def __init__(self, name: str, text: str, count: int):
+        self._words = [f"{name} says", *(f" {word}" for word in text.split(" "))]
+        self._made, self._count = 0, count
+        super().__init__(Pieces(None), 10 * count)
+
+    def answer(self) -> Any:
+        from gemma_tune.answers.generation import Answer
+
+        return Answer(self._pieces.text, self._made, not self.stopping.is_set())
+
+    def _make(self) -> None:
+        for word in self._words:
+            if self.stopping.wait(PAUSE):
+                return
+            self._made += 1
+            self._pieces.say(word)
+
+
+class Voice:
+    """A stand-in."""
+
+    def __init__(self, name: str):
+        self.name, self.which, self.context = name, f"{name} model", 100
+
+    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
+        return Repeats(self.name, messages[-1]["content"], len(messages))
+
+    def seed(self, seed: int) -> None:
+        pass
+
+    def close(self) -> None:
+        print("closed", file=sys.stderr)
+
+
+class Voices:
+    """Both of them."""
+
+    tuned = "tuned"
+
+    def __init__(self) -> None:
+        self._voices = {"tuned": Voice("tuned"), "adapter": Voice("tuned"), "base": Voice("base")}
+
+    def open(self, name: str, *, pair: bool = False) -> Voice:
+        time.sleep(PAUSE)
+        return self._voices[name]
+
+    def close(self) -> None:
+        self._voices["base"].close()
+
+
+if __name__ == "__main__":
+    Path("run").mkdir(exist_ok=True)
+    voices = Voices()
+    interactive(Conversation(voices.open("tuned"), ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices))  # type: ignore[arg-type]
