@@ -13,6 +13,7 @@ from gemma_tune.cli import screen
 from gemma_tune.cli.run_figures import small_size
 from gemma_tune.cli.screen import Text
 
+_NAME = 30  # columns of a run's name that are not folded
 _STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
 
 
@@ -57,7 +58,9 @@ def show_runs(runs: Sequence[Any]) -> None:
     table = _table("")
     for column, end in (("run", "left"), ("model", "left"), ("data", "left"), ("loss", "left"), ("size", "right"),
                         ("age", "right")):
-        table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"))
+        # The name is what people type; the other columns give way to it.
+        least = min(_NAME, max(len(run.run) for run in runs)) if column == "run" else None
+        table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"), min_width=least)
     for run in runs:
         data = run.data + (f" ({run.rows:,})" if run.rows is not None else "")
         loss = run.problem or run.loss.replace(" loss ", " ") or (f"`{run.stage}` is done" if run.stage else "begun")

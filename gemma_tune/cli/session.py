@@ -70,7 +70,8 @@ class Commands(TyperGroup):
 
 def _wrong_usage(e: Any, command: str | None, params: Mapping[str, Any]) -> int:
     """Show what Typer refuses as every other error is shown."""
-    if "NoArgs" in type(e).__name__:  # the help has been shown
+    if "NoArgs" in type(e).__name__:
+        typer.echo(e.ctx.get_help(), err=True)
         return e.exit_code
     _show(UserError(e.format_message().rstrip("."), f"see `{' '.join(filter(None, ('gemma-tune', command)))} --help`"),
           params)
