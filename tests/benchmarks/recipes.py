@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -95,7 +96,7 @@ class Comparison:
     """A folder with a prepared run, and the trainings in it."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
-        self.folder, self.options, self.run = folder, options, folder / "run"
+        self.folder, self.options, self.run, self.data = folder, options, folder / "run", digest(options)
 
     def prepare(self) -> None:
         """Make the rows and a run of them."""
@@ -124,7 +125,7 @@ class Comparison:
         command = [] if plain else ["train", "--run", self.run, "--force", *as_options(settings)]
         done = self._child([HERE / "recipe_child.py", path, *command], recipe.name)
         lines = Path(job["log"]).read_text(encoding="utf-8").splitlines() if Path(job["log"]).is_file() else []
-        record = {"model": model_name(self.options.model), **asdict(recipe), "settings": plain or recipe.settings,
+        record = {"model": model_name(self.options.model), "data": self.data, **asdict(recipe), "settings": plain or recipe.settings,
                   "date": date.today().isoformat(), "rows": self.options.rows, "train_rows": rows, "tokens": self.tokens,
                   "losses": by_tokens(map(json.loads, lines)), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
         return record if done.returncode == 0 and record["losses"] else record | {"failed": done.stdout[-400:]}
@@ -160,12 +161,19 @@ def by_tokens(records: Any) -> list[tuple[int, float]]:
     return found
 
 
+def digest(options: argparse.Namespace) -> str:
+    """What tells the rows of a comparison from others."""
+    text = json.dumps(read_rows(options), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_results(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The records of a model on so many rows, by recipe; the last one of each counts."""
+    """The records of a model on these rows, by recipe; the last one of each counts. Without DATA those of any rows."""
     path, model = options.results, model_name(options.model)
+    data = digest(options) if options.data else None
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {r["name"]: r for r in map(json.loads, lines)
-            if (r["model"], r["rows"]) == (model, options.rows) and not r.get("failed")}
+            if r["model"] == model and data in (None, r["data"]) and not r.get("failed")}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -40,15 +40,16 @@ def test_recipes_are_compared_on_the_same_rows_and_not_twice(tmp_path, tiny, mon
 
 
 def test_the_table_has_the_lowest_loss_first_and_the_last_record_of_each(tmp_path):
-    path = tmp_path / "results.jsonl"
-    record = {"model": "m", "rows": 9, "settings": {"rank": 4}, "changes": {}, "tokens": 100}
+    path, data = tmp_path / "results.jsonl", write_rows(tmp_path / "rows.jsonl", rows(3))
+    options = Namespace(results=path, model="m", data=str(data), rows=2, valid_rows=1)
+    record = {"model": "m", "data": recipes.digest(options), "settings": {"rank": 4}, "changes": {}, "tokens": 100}
     write_rows(path, [record | {"name": "a", "losses": [[0, 3.0], [100, 2.0]]},
                       record | {"name": "b", "losses": [[0, 3.0], [100, 1.0], [200, 2.5]]},
                       record | {"name": "c", "losses": [[0, 3.0]], "failed": "no memory"},
                       record | {"name": "a", "model": "other", "losses": [[0, 1.0]]},
-                      record | {"name": "d", "rows": 8, "losses": [[0, 1.0]]},
+                      record | {"name": "d", "data": "others", "losses": [[0, 1.0]]},
                       record | {"name": "a", "losses": [[0, 3.0], [101, 1.5]]}])
-    lines = recipes.table(recipes.read_results(Namespace(results=path, model="m", rows=9))).splitlines()
+    lines = recipes.table(recipes.read_results(options)).splitlines()
     assert lines[0] == "| recipe | settings | 0 | 1 | 2 |"
     assert lines[2:] == ["| a | rank 4 | 3.0000 | 1.5000 |  |", "| b | rank 4 | 3.0000 | 1.0000 | 2.5000 |"]
 
