@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base import files
-from gemma_tune.cli import status
+from gemma_tune.cli import screen, status
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, small_size
 from gemma_tune.cli.runs import age
 from gemma_tune.run.directory import RunDir
@@ -96,7 +96,8 @@ def test_a_run_that_is_up_to_date_loads_no_torch(trained_once):
     assert not {"torch", "transformers", "trl", "peft", "datasets", "matplotlib"} & loaded
 
 
-def test_runs_are_listed_the_newest_first(cli, trained):
+def test_runs_are_listed_the_newest_first(cli, trained, monkeypatch):
+    monkeypatch.setattr(screen.err, "_width", 200)  # what was made first in this process may have been narrower
     other = Path(shutil.copytree(trained, "runs/other"))
     os.utime(other / "manifest.json", (1_700_000_000, 1_700_000_000))
     Path("runs/broken").mkdir()
