@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: help install demo test faults lint benchmark benchmark-train named-data clean
 
 help:
-	@echo "make demo       run the whole path on a real Gemma 3 270M (about six minutes on 2 idle cores)"
+	@echo "make demo       run the whole path on a real Gemma 3 270M (three and a half to six minutes on 2 idle cores)"
 	@echo "make test       run every test"
 	@echo "make faults     kill, interrupt, damage and starve real commands: a quarter of an hour; TIMES=n, SEED=n"
 	@echo "make benchmark  measure prepare beside datasets and a tokenizer map"
