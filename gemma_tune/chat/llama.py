@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.answers.generation import Answer, arguments_of, prompt_ids, room_in
@@ -13,7 +13,7 @@ from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat.choice import exported
-from gemma_tune.chat.voice import one_after_another
+from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
@@ -68,10 +68,8 @@ class LlamaVoice:
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> LlamaStream:
         ids = prompt_ids(self.chat, messages, tools)
         limit = room_in(self.context, len(ids), config.max_new_tokens)
-        chosen = {name: value for name, value in asdict(config).items()
-                  if name in ("temperature", "top_p", "top_k", "repetition_penalty")}
         seed, self._seed = self._seed, None if self._seed is None else self._seed + 1  # another for each answer
-        return LlamaStream(self.engine, ids, limit, sampling(arguments_of(self.own, chosen), seed))
+        return LlamaStream(self.engine, ids, limit, sampling(arguments_of(self.own, sampling_of(config)), seed))
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
         return one_after_another(self, asked, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gemma_tune.answers.lengths import by_length, rows_that_fit
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.chat.voice import sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
@@ -29,13 +30,6 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model, out_of_memory
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.run.session import Session
-
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
-
-
-def chosen(config: ChatConfig) -> dict[str, Any]:
-    """Sampling settings of a chat; None leaves one to the model."""
-    return {name: value for name, value in asdict(config).items() if name in SAMPLING}
 
 
 @dataclass
@@ -63,7 +57,7 @@ class LocalVoice:
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Stream:
         return Stream(self.model, self.chat, messages, config.max_new_tokens,
-                      sampling_arguments(self.model, chosen(config)), tools, self.kept, self.state)
+                      sampling_arguments(self.model, sampling_of(config)), tools, self.kept, self.state)
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
         found: list[Any] = [None] * len(asked)
@@ -85,7 +79,7 @@ class LocalVoice:
         try:
             with self.state():
                 return list(continuations(self.model, self.chat, encoded, config.max_new_tokens,
-                                          sampling_arguments(self.model, chosen(config))))
+                                          sampling_arguments(self.model, sampling_of(config))))
         except UserError as e:
             return [e] * len(encoded)
         except Exception as e:

@@ -10,6 +10,7 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import ChatConfig
 
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]] | None
 
@@ -43,6 +44,11 @@ class Voice(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+def sampling_of(config: ChatConfig) -> dict[str, Any]:
+    """Sampling settings of a chat; None leaves one to the model."""
+    return {name: getattr(config, name) for name in _SAMPLING}
 
 
 def one_after_another(voice: Voice, asked: Sequence[tuple[Messages, Tools]], config: ChatConfig

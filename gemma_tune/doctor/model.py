@@ -32,7 +32,7 @@ _CHECKPOINTS = 4  # copies of adapter and optimiser: two checkpoints, the best a
 
 @dataclass(frozen=True)
 class Needs:
-    """A model that was found, and its sizes; ``shape`` is None where its code cannot be made."""
+    """A model that was found, and its sizes."""
 
     model: BaseModel
     shape: ModelShape

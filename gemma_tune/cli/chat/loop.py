@@ -6,7 +6,6 @@ import contextlib
 import sys
 from typing import Any
 
-from rich.live import Live
 from rich.table import Table
 
 from gemma_tune.answers.generation import Answer
@@ -151,8 +150,7 @@ class _Columns:
         self._titles, self._rendered = titles, rendered
         self.texts = [""] * len(titles)
         self._out = markdown.out()
-        self._live = Live(console=self._out, auto_refresh=False, transient=True, redirect_stdout=False,
-                          redirect_stderr=False, vertical_overflow="visible")
+        self._live = markdown.drawn_by_hand(self._out)
         self._clock = markdown.Clock()
 
     def __enter__(self) -> _Columns:

@@ -98,14 +98,19 @@ def out() -> Console:
     return Console(file=sys.stdout, highlight=False, soft_wrap=False)
 
 
+def drawn_by_hand(console: Console) -> Live:
+    """A place on the terminal that is drawn when it is told to, and goes away at the end."""
+    return Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False,
+                vertical_overflow="visible")
+
+
 class Rendered:
     """Markdown as it comes: finished blocks are printed once, the one in the making is drawn again and again."""
 
     def __init__(self) -> None:
         self._out = out()
         self._pending = ""
-        self._live = Live(console=self._out, auto_refresh=False, transient=True, redirect_stdout=False,
-                          redirect_stderr=False, vertical_overflow="visible")
+        self._live = drawn_by_hand(self._out)
         self._clock = Clock()
         self._first = True
 
