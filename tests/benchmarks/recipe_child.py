@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train_contenders import IGNORE_INDEX, summed_loss
+
 from gemma_tune.base.machine import settle_threads
 
 EVA_ROWS = 48  # as many tell the directions of the small models' inputs well: their widths are below 2,100
-IGNORE_INDEX = -100
 
 
 def change(changes: dict[str, Any]) -> None:
@@ -156,15 +157,6 @@ def held_out_loss(model: Any, rows: Any) -> float:
         total = sum(summed_loss(model, row).item() for row in rows)
     model.train()
     return total / count
-
-
-def summed_loss(model: Any, row: dict[str, Any]) -> Any:
-    """Cross-entropy in nats, summed over the learned tokens of one sequence."""
-    import torch
-
-    ids, labels = (torch.as_tensor(row[name]) for name in ("input_ids", "labels"))
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def main() -> None:

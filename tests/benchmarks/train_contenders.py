@@ -180,7 +180,7 @@ def fp32(job: dict[str, Any]) -> dict[str, Any]:
             count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in batch)
             losses.append(0.0)
             for row in batch:  # one by one, so that their logits fit into memory
-                loss = _summed_loss(model, row) / count
+                loss = summed_loss(model, row) / count
                 loss.backward()
                 losses[-1] += loss.item()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -208,7 +208,7 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
             model = PeftModel.from_pretrained(model, adapter)
         model.eval()
         with torch.no_grad():
-            losses[name] = sum(_summed_loss(model, row).item() for row in rows) / count
+            losses[name] = sum(summed_loss(model, row).item() for row in rows) / count
         print(f"{name}: {losses[name]:.4f}", file=sys.stderr, flush=True)
     return {"losses": losses, "rows": len(rows), "trained_tokens": count}
 
@@ -222,12 +222,12 @@ def _base_in_fp32(job: dict[str, Any]) -> Any:
     return load_model(Path(job["checkpoint"]), Placement(job["device"], torch.float32, "the reference"))
 
 
-def _summed_loss(model: Any, row: dict[str, Any]) -> Any:
+def summed_loss(model: Any, row: dict[str, Any]) -> Any:
     """Cross-entropy in nats, summed over the trained tokens of one sequence."""
     import torch
 
     ids, labels = (torch.as_tensor(row[name], device=model.device) for name in ("input_ids", "labels"))
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
