@@ -277,15 +277,15 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
            json: o.Json = False, debug: o.Debug = False) -> None:
     """What a run has, with its figures and sizes, what is stale, and what to type next.
 
-    Reads the manifest and the files it names; what is large is read with --verify alone. Writes nothing, but for the
-    new time stamps of a run that was copied.
+    Reads the manifest and the files it names; what is large is read with --verify alone. Writes nothing but the new
+    time stamps of a run that was copied, and the record of what a killed command had finished.
 
     Example: gemma-tune status
     """
     from gemma_tune.cli.run_tables import show_status
     from gemma_tune.cli.status import describe_run
 
-    found = describe_run(run, model, verify)
+    found = describe_run(run, model, verify, console.ConsoleListener())
     show_status(found)
     if json:
         screen.result_json(found.as_json())

@@ -15,13 +15,14 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, size_and_stamp
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
 from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
-from gemma_tune.run.lock import Lock
+from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.unrecorded import current_manifest
@@ -73,11 +74,13 @@ class RunStatus:
                                    "outputs": self.figures[stage].sizes} for stage, state, ended, _ in self.rows}}
 
 
-def describe_run(run: str | None, model_id: str | None, verify: bool = False) -> RunStatus:
+def describe_run(run: str | None, model_id: str | None, verify: bool = False,
+                 listener: Listener | None = None) -> RunStatus:
     """State of every stage, and the next command.
 
     Args:
         verify: read every file instead of comparing sizes and time stamps.
+        listener: hears of a command that was killed, whose result is put in place and recorded now.
 
     What is large and has another time stamp, but the size that was recorded, as in a run that was copied, counts as the
     same without ``verify``; a stage that takes it reads it.
@@ -86,6 +89,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False) ->
         UserError: no run there, or a damaged manifest.
     """
     root = find_run(run, model_id)
+    finish_killed(root, listener or Listener())
     manifest = current_manifest(root)
     if manifest is None:
         raise no_run(root)

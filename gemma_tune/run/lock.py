@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import os_errors, recover, write_json
+from gemma_tune.base.files import OLD, os_errors, recover, write_json
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.run.directory import MADE, MADE_FOR_OLLAMA, PIPED, RunDir, now
 from gemma_tune.run.unrecorded import take_up
 
 _SAME = 5.0  # seconds by which one process's beginning can differ, when the clock was put right in between
+_PUTTING = 2.0  # seconds in which a living command puts its results in place, at most
 
 
 def _beginning(pid: int) -> float | None:
@@ -65,6 +69,14 @@ class Lock:
                 raise
         return self
 
+    def tell(self, listener: Listener) -> None:
+        """Say what an earlier owner was killed at, and what came of it."""
+        for name in self.restored:
+            listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
+        for name in self.taken_up:
+            listener.warn(f"an earlier command was killed before it could record the result of `{name}`: it is whole, "
+                          "and recorded now")
+
     @classmethod
     def owner_of(cls, root: Path) -> str | None:
         """Who works on the run at ``root`` now, or None."""
@@ -88,3 +100,26 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self.owner.unlink(missing_ok=True)
         self._lock.release()
+
+
+def finish_killed(root: Path, listener: Listener) -> None:
+    """Let what a command that was killed had made take its place, for commands that only read the run.
+
+    A command that lives is waited for while it puts its results in place. Where the run cannot be written, or
+    is in use, nothing happens.
+    """
+    until = time.monotonic() + _PUTTING
+    while _is_between(root) and os.access(root, os.W_OK):
+        with contextlib.suppress(UserError, OSError), Lock(root, "status") as lock:
+            lock.tell(listener)
+            return
+        if time.monotonic() > until:
+            return
+        time.sleep(0.05)
+
+
+def _is_between(root: Path) -> bool:
+    """Whether a result waits for its place or its record, or an old one was moved away for it."""
+    run = RunDir(root, "")
+    return run.next_manifest.exists() or any(next(folder.glob(f"{OLD}*"), None)
+                                             for folder in (run.root, run.ollama, run.inputs))

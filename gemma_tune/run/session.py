@@ -24,6 +24,7 @@ from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
+from gemma_tune.run.lock import finish_killed
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.unrecorded import current_manifest
 
@@ -97,6 +98,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     into = asked.base if stage == "merge" and not (model or content.get("model")) else None
     root = _run_directory(run or content.get("run"), _own_run(into, bool(outside)) or wanted, starts)
     listener.note(f"run: {root}")
+    finish_killed(root, listener)
     apart = into is not None and _is_quantised(root, listener)
     if into and not apart:  # it is the run's model, as --model would name it
         wanted, named = split_revision(into)

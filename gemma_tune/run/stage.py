@@ -253,11 +253,7 @@ def locked(session: Session, stage: str) -> Iterator[None]:
         UserError: the run is in use, or cannot be written.
     """
     with Lock(session.run.root, stage) as lock:
-        for name in lock.restored:
-            session.listener.warn(f"an earlier command was killed while replacing {name}: the old one is back")
-        for name in lock.taken_up:
-            session.listener.warn(f"an earlier command was killed before it could record the result of `{name}`: it is "
-                                  "whole, and recorded now")
+        lock.tell(session.listener)
         yield
 
 

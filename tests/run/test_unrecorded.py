@@ -13,12 +13,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from filelock import FileLock
 
 from gemma_tune.base import files
 from gemma_tune.base.files import new_directory, recover, replacing_directory
+from gemma_tune.base.listener import Listener
 from gemma_tune.run import stage
 from gemma_tune.run.directory import MADE, RunDir, describe
-from gemma_tune.run.lock import Lock
+from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.stage import require_output
 from gemma_tune.run.unrecorded import current_manifest
@@ -69,14 +71,19 @@ def test_prepared_data_is_taken_up(cli, tiny, data, tmp_path, moment, first):
 
 
 @pytest.mark.parametrize("moment", ["before the record"], indirect=True)
-def test_a_finished_adapter_is_not_thrown_away(cli, trained, moment):
-    """What reads does so at once, what writes records it; neither asks for another training."""
+def test_a_finished_adapter_is_not_thrown_away(cli, trained, moment, monkeypatch):
+    """What only reads records it too; nothing asks for another training."""
     before = read_manifest(trained).finished_trainings
     moment(cli, "train", *QUICK, "--seed", 7, "--force", "--run", trained)
-    assert cli("status", "--run", trained, "--json").json["stages"]["train"]["state"] == "done"
     require_output(RunDir(trained, "tiny-gemma"), current_manifest(trained), "chat", "train", "adapter")
-    result = cli("merge", "--no-check", "--run", trained)
-    assert result.code == 0 and "the result of `train`: it is whole, and recorded now" in result.err
+    monkeypatch.setattr("gemma_tune.run.lock._PUTTING", 0.1)
+    with FileLock(trained / ".lock"):  # as long as another command works there, it is left to that one
+        finish_killed(trained, Listener())
+        assert leftovers(trained)
+    result = cli("status", "--verify", "--run", trained, "--json")
+    assert "the result of `train`: it is whole, and recorded now" in result.err
+    assert result.json["stages"]["train"]["state"] == "done" and not leftovers(trained)
+    assert cli("merge", "--no-check", "--run", trained).code == 0
     assert read_manifest(trained).finished_trainings != before
     assert {cli("status", "--run", trained, "--json").json["stages"][name]["state"] for name in ("train", "merge")} == {
         "done"}
@@ -92,6 +99,22 @@ def test_merged_models_and_exports_are_taken_up(cli, merged, export, moment, com
     assert result.code == 0, result.err
     assert f"the result of `{command}`: it is whole" in result.err and result.json["status"] == "up-to-date"
     assert not leftovers(merged)
+
+
+class Heard(Listener):
+    """A listener that keeps the warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def state(root: Path) -> str:
+    """Of the stage that :func:`made` records, as `status --verify` finds it."""
+    return stage.state_of(RunDir(root, "tiny-gemma"), current_manifest(root), "train",
+                          lambda run, path, _: describe(run, path)).status
 
 
 def made(root: Path, generation: int) -> None:
@@ -114,7 +137,8 @@ def made(root: Path, generation: int) -> None:
         stage.put_results(run, manifest, fresh)
 
 
-def test_after_a_kill_at_any_step_the_record_is_that_of_what_is_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reads", [True, False])
+def test_after_a_kill_at_any_step_the_record_is_that_of_what_is_there(tmp_path, monkeypatch, reads):
     """From one call that changes the disk on, every further one fails as well: nothing tidies up after a kill."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr("gemma_tune.run.manifest.library_versions", dict)  # takes longer than all the rest
@@ -133,11 +157,15 @@ def test_after_a_kill_at_any_step_the_record_is_that_of_what_is_there(tmp_path, 
                 patch.setattr(os, name, counted(getattr(os, name)))
             made(root, 2)
         gc.collect(0)  # a lock that its owner could not give back
+        if reads:
+            finish_killed(root, heard := Heard())
+            assert state(root) == "done", step
         with Lock(root, "merge") as lock:
+            assert not (reads and lock.taken_up), step
             recorded = read_manifest(root).stages["train"]["summary"]["generation"]
             texts = {(root / name / "text").read_text() for name in ("data", "tiny-gemma_lora_adapter")}
         assert texts == {str(recorded)} and not leftovers(root), step
-        found.append((recorded, bool(lock.taken_up)))
+        found.append((recorded, bool(lock.taken_up or reads and heard.warnings)))
         if next(calls) <= step:  # it came to its end
             break
     assert [*dict.fromkeys(found)] == [(1, False), (2, True), (2, False)]
