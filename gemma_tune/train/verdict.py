@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 # A validation loss is of the same rows before and after, but of few rows it says little about others: 5 % or 0.05 nats.
 VALIDATION_MARGIN = 0.05
-# Training losses are of other rows in each step.
-TRAINING_MARGIN = 0.5
-_MOST = 10  # steps whose training losses are averaged
+# Training losses are of other rows in each step: they speak where each side averages over some steps, and differs by
+# more than they do among themselves. Of whole epochs they have the same rows, in other company.
+TRAINING_MARGIN, EPOCHS_MARGIN = 0.5, 0.2
+_FEWEST, _MOST = 4, 10  # steps whose training losses are averaged
+_ERRORS = 3.0  # standard errors that chance seldom makes
 KNOWN = 0.01  # nats per token: what a model knows so well leaves nothing to learn
 # A divergence in nats per token, and a part of the loss, below which nobody will see a difference.
 NEGLIGIBLE, NEGLIGIBLE_LOSS = 1e-10, 1e-5
@@ -33,12 +36,16 @@ class LossChange:
         what: which loss.
         before: in nats per trained token; ``after``, too.
         best: step and validation loss of the lowest one in between that is below ``before``; None if there is none.
+        same_rows: whether both are of the same rows.
+        error: standard error of the difference, where they are not.
     """
 
     what: str
     before: float
     after: float
     best: tuple[int, float] | None = None
+    same_rows: bool = True
+    error: float = 0.0
 
     @property
     def figures(self) -> str:
@@ -64,11 +71,43 @@ def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
         step = min(evals, key=evals.__getitem__)
         best = (step, evals[step]) if step not in (0, last) else None
         found.append(LossChange("validation", evals[0], evals[last], best))
-    losses = [r["loss"] for r in records if "loss" in r]
-    some = max(1, min(_MOST, len(losses) // 4))
-    if len(losses) > 1:
-        found.append(LossChange("training", sum(losses[:some]) / some, sum(losses[-some:]) / some))
+    steps = [r for r in records if "loss" in r]
+    if (some := _averaged(steps)) is not None:
+        losses, tokens = [r["loss"] for r in steps], _tokens_of(steps)
+        sides = [sum(loss * n for loss, n in zip(losses[part], tokens[part])) / sum(tokens[part])
+                 for part in (slice(some), slice(-some, None))]
+        found.append(LossChange("training", *sides, same_rows=some % _epoch_of(steps) == 0,
+                                error=_error_of(losses[:some], losses[-some:])))
     return found
+
+
+def _averaged(steps: Sequence[Mapping[str, Any]]) -> int | None:
+    """How many steps at the beginning, and at the end, say how a training went: whole epochs where those are short, as
+    they have the same rows; None where there are too few steps for either."""
+    some, epoch, most = max(_FEWEST, min(_MOST, len(steps) // 4)), _epoch_of(steps), len(steps) // 2
+    if epoch <= min(some, most):
+        return min(some, most) // epoch * epoch
+    return some if some <= most else None
+
+
+def _epoch_of(steps: Sequence[Mapping[str, Any]]) -> int:
+    """Steps of an epoch; more than there are where it is not known."""
+    last = steps[-1] if steps else {}
+    return max(1, round(last["step"] / last["epoch"])) if last.get("epoch") else len(steps) + 1
+
+
+def _tokens_of(steps: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Tokens of each step, of which the log has the sum; 1 for each where it does not begin with the first one."""
+    sums = [0, *(r.get("tokens", 0) for r in steps)]
+    counts = [after - before for before, after in zip(sums, sums[1:])]
+    return counts if min(counts) > 0 and steps[0]["step"] == 1 else [1] * len(steps)
+
+
+def _error_of(*sides: Sequence[float]) -> float:
+    """Standard error of the difference of two means (Welch); 0 where it cannot be told."""
+    if len(sides[0]) < 2 or not all(math.isfinite(loss) for side in sides for loss in side):
+        return 0.0
+    return math.sqrt(sum(statistics.variance(side) / len(side) for side in sides))
 
 
 def rose(records: Sequence[Mapping[str, Any]]) -> LossChange | None:
@@ -84,8 +123,11 @@ def first_loss(records: Sequence[Mapping[str, Any]]) -> float:
 
 def is_harm(found: LossChange) -> bool:
     """Whether a loss rose by more than chance explains."""
-    margin = VALIDATION_MARGIN if found.what == "validation" else TRAINING_MARGIN
-    return not found.after <= found.before + margin * max(1.0, found.before)
+    if found.what == "validation":
+        margin, by_chance = VALIDATION_MARGIN, 0.0
+    else:
+        margin, by_chance = (EPOCHS_MARGIN, 0.0) if found.same_rows else (TRAINING_MARGIN, _ERRORS * found.error)
+    return not found.after <= found.before + max(margin * max(1.0, found.before), by_chance)
 
 
 def advice(found: LossChange, learning_rate: float, steps: int) -> str:

@@ -663,7 +663,7 @@ def test_a_first_training_that_made_the_model_worse_leaves_the_stage_open(cli, p
 
 def test_without_validation_rows_the_training_loss_says_whether_it_got_worse(cli, tiny, data, climbing):
     assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
-    result = cli("train", *HARM)
+    result = cli("train", *HARM, "--max-steps", 12)
     assert result.code == 1 and "made the model worse: training loss" in result.err
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.effect import LogitChange, Moved
-from gemma_tune.train.verdict import first_loss, likely_cause, without_effect
+from gemma_tune.train.verdict import changes, first_loss, is_harm, likely_cause, rose, without_effect
 from support.command import QUICK
 from support.training import adapter_bytes
 
@@ -122,3 +122,34 @@ def test_the_likely_cause(settings, records, tokens, cause, hint):
 def test_the_first_loss_is_the_training_s():
     assert first_loss([{"step": 0, "eval_loss": 1.0}, *losses(3, 2)]) == 3
     assert first_loss([]) == float("inf")
+
+
+def steps_of(epoch: int, *values: float) -> list[dict]:
+    """Records of a training whose epochs have so many steps."""
+    return [{"step": n, "epoch": round(n / epoch, 4), "loss": loss} for n, loss in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(("records", "harm"), [
+    (steps_of(2, 1.6, 3.3), False),  # other rows, so they say nothing
+    (steps_of(8, *[2.0] * 3, *[6.0] * 4), False),  # too few steps for two averages, and no epoch is over
+    (steps_of(100, *[2.0] * 4, *[4.0] * 4), True),
+    (steps_of(100, 1.0, 4.0, 1.0, 2.0, 1.0, 6.0, 2.0, 5.0), False),  # no more than the steps differ among themselves
+    (steps_of(2, 1.6, 3.3, 1.5, 3.1), False), (steps_of(2, 1.6, 3.3, 4.6, 6.3), True),  # the same rows in each epoch
+    (steps_of(1, 2.0, 2.5), True), (steps_of(1, 2.0, 2.3), False),
+    (steps_of(100, *[2.0] * 50, *[4.0] * 50), True), (steps_of(100, *[2.0] * 7, float("nan")), True),
+    ([{"step": 0, "eval_loss": 2.0}, *steps_of(2, 3.3, 1.6), {"step": 2, "eval_loss": 2.2}], True)])
+def test_only_what_chance_does_not_explain_is_harm(records, harm):
+    found = rose(records)
+    assert (found is not None and is_harm(found)) == harm
+
+
+def test_a_training_loss_is_told_where_both_sides_have_the_same_rows_or_enough_steps():
+    assert changes(steps_of(2, 1.6, 3.3)) == [] and changes(losses(*[2.0] * 7)) == []
+    [found] = changes(steps_of(3, 3.0, 2.0, 1.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.0))
+    assert (found.before, found.after, found.same_rows) == (2.0, 0.5, True)
+    [found] = changes(losses(*[3.0] * 4, *[1.0] * 4))
+    assert (found.before, found.after, found.same_rows) == (3.0, 1.0, False)
+    # The long rows of 4 nats together in one step, or with a short one of 1 each: the same of 8 + 2 rows.
+    [found] = changes([{"step": n, "epoch": n / 2, "loss": loss, "tokens": tokens} for n, loss, tokens in (
+        (1, 4.0, 200), (2, 1.0, 220), (3, 3.7273, 330), (4, 3.7273, 440))])
+    assert found.before == pytest.approx(3.7273, abs=1e-4) == found.after
