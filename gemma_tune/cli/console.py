@@ -6,6 +6,7 @@ People read stderr; stdout carries results alone. Without a terminal there are p
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 from gemma_tune.cli.live import Course, Display
 from gemma_tune.cli.screen import Text
 
+_STEP, _SMALL_STEP = 0.25, 0.05  # of a task, after which a line tells how far it is: where it is quick, and slow
+_PATIENCE = 20.0  # seconds without such a line from which on it is slow
+
 
 class ConsoleListener(Listener):
     """Shows a stage's reports: live on a terminal, as plain lines elsewhere."""
@@ -28,7 +32,8 @@ class ConsoleListener(Listener):
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self._display: Display | None = None
-        self._shown: dict[str, float] = {}
+        self._shown: dict[str, tuple[float, float]] = {}  # share of a task, and when; the same where it began
+        self._begun: dict[str, tuple[float, float]] = {}
         self._course = Course()
         self._details: list[tuple[str, str]] | None = []  # for the overview, until it was shown
 
@@ -95,13 +100,22 @@ class ConsoleListener(Listener):
         if screen.is_live():
             self._on_display().advance(task, done, total)
             return
-        share = min(1.0, done / total)
-        shown = self._shown.get(task, -1.0)
+        share, now = min(1.0, done / total), time.monotonic()
+        shown, when = self._shown.get(task, (-1.0, now))
         if share < shown:  # the task begins anew
             shown = -1.0
-        if share >= shown + 0.25 or (share == 1.0 and shown < 1.0):
-            self._shown[task] = share
-            screen.err.print(f"  {task}: {share:.0%}", markup=False)
+        if shown < 0:
+            self._begun[task] = share, now
+        step = _STEP if now - when < _PATIENCE else _SMALL_STEP
+        if share >= shown + step or (share == 1.0 and shown < 1.0):
+            self._shown[task] = share, now
+            screen.err.print(f"  {task}: {share:.0%}{self._time_left(task, share, now)}", markup=False)
+
+    def _time_left(self, task: str, share: float, now: float) -> str:
+        """At the speed until now; nothing where that says nothing yet, or less than a second is left."""
+        first, began = self._begun[task]
+        left = (now - began) / (share - first) * (1 - share) if share > first else 0.0
+        return f"  {screen.duration(left)} left" if left >= 1 else ""
 
     def training(self, earlier: Sequence[Mapping[str, Any]]) -> None:
         self._course = Course(earlier)

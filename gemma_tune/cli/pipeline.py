@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.evaluate.stage import nothing_to_measure, require_settings
+from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
@@ -29,9 +30,24 @@ def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport
     """Run what is not up to date; the reports by stage, and what became of the model in Ollama."""
     _check_all_settings(request)
     reports: dict[str, StageReport] = {}
+    try:
+        done = _run_stages(request, reports)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong before matters more
+            if "eval" in reports:
+                write_page(reports["eval"])
+        raise
+    shown = "eval" if "eval" in reports else "export-ollama"
+    reports[shown] = write_page(reports[shown])  # of everything, now that there is everything
+    return reports, replace(done, stage=reports["export-ollama"])
+
+
+def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
+    """What the last stage gives; the reports of all are put into ``reports``."""
     done: Any = None
-    for number, (name, stage) in enumerate(IN_ORDER.items(), start=1):
-        screen.err.rule(f"[bold]{number}/{len(IN_ORDER)} {name}", align="left")
+    stages = IN_ORDER | {"eval": evaluate_alone}  # the page is written in the end
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        screen.err.rule(f"[bold]{number}/{len(stages)} {name}", align="left")
         session = request.open(name)
         if name == "eval" and (reason := nothing_to_measure(session)):
             session.listener.note(f"skipped: {reason}")
@@ -49,12 +65,11 @@ def run_pipeline(request: Request) -> tuple[dict[str, StageReport], ExportReport
         console.stage_result(reports[name], request.options["quiet"])
         # Later stages work on the run that the first one found, also when it was not named.
         request = request.but(run=str(reports[name].run))
-    reports[name] = with_page(reports[name])  # of everything, now that there is everything
-    return reports, replace(done, stage=reports[name])
+    return done
 
 
-def with_page(report: StageReport) -> StageReport:
-    """The last stage's report with the run's report.html, made anew."""
+def write_page(report: StageReport) -> StageReport:
+    """Write the run's report.html; a stage's report with it among what the stage made."""
     manifest = current_manifest(report.run)
     if manifest is None:  # removed meanwhile
         return report

@@ -26,10 +26,16 @@ from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
 
-__all__ = ["evaluate", "nothing_to_measure", "require_settings"]
+__all__ = ["evaluate", "evaluate_alone", "nothing_to_measure", "require_settings"]
 
 
 def evaluate(session: Session) -> StageReport:
+    """As :func:`evaluate_alone`, and the run's report.html with it."""
+    done = evaluate_alone(session)
+    return replace(done, artifacts={**done.artifacts, "html_report": str(write_report(session.run))})
+
+
+def evaluate_alone(session: Session) -> StageReport:
     """Compare base and tuned model on held-out rows, and answer prompts of theirs with both, greedily.
 
     Returns:
@@ -45,9 +51,7 @@ def evaluate(session: Session) -> StageReport:
     done = run_stage(session, "eval", _evaluate, files | task_files, unfinished=_of_earlier_version)
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
     _tell(session, done.summary)
-    page = write_report(session.run)
-    return replace(done, summary={**done.summary, "answers": given},
-                   artifacts={**done.artifacts, "html_report": str(page)})
+    return replace(done, summary={**done.summary, "answers": given})
 
 
 def require_settings(config: Any) -> None:

@@ -188,6 +188,20 @@ def test_elsewhere_there_are_lines(screen, terminal, environment, monkeypatch):
         "  step 2/2  loss 2.800  212 tok/s  0m00s left\n  loading: 100%\n")
 
 
+def test_lines_tell_how_far_a_task_is_and_what_is_left(screen, monkeypatch):
+    file = screen(terminal=False)
+    now = [100.0]
+    monkeypatch.setattr("gemma_tune.cli.console.time.monotonic", lambda: now[0])
+    listener = ConsoleListener()
+    for seconds, done in ((0, 0), (1, 10), (3, 30), (2, 35), (30, 40), (1, 41), (9, 60), (8, 100)):
+        now[0] += seconds
+        listener.progress("answering prompts", done, 100)
+    listener.progress("answering prompts", 0, 100)  # once more
+    assert written(file).splitlines() == [
+        "  answering prompts: 0%", "  answering prompts: 30%  0m09s left", "  answering prompts: 40%  0m54s left",
+        "  answering prompts: 100%", "  answering prompts: 0%"]
+
+
 def test_quiet_is_quiet(screen):
     file = screen(terminal=True)
     listener = ConsoleListener(quiet=True)

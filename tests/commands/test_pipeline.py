@@ -13,7 +13,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gemma_tune.base.errors import UserError
+from gemma_tune.api import IN_ORDER
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.run.session import open_session
 from support.command import MANIFEST_SCHEMA as SCHEMA
 from support.command import QUICK, ROOT, rows, write_rows
@@ -135,8 +136,24 @@ def test_run_does_everything_and_sums_up(cli, tiny, data):
     assert result.json["created"] is False
     for expected in ("validation loss", "base", "tuned", "GGUF", "next: gemma-tune chat", "ollama create tiny-gemma-tuned"):
         assert expected in result.err
+    assert result.err.count("report.html") == 1, "written and named once, at the end"
+    assert Path(result.json["stages"]["eval"]["artifacts"]["html_report"]).is_file()
     again = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
     assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"}
+
+
+def test_run_writes_the_page_also_where_a_stage_after_the_evaluation_fails(cli, trained, monkeypatch):
+    written = []
+    monkeypatch.setattr("gemma_tune.cli.pipeline.write_report", lambda run: written.append(run.html_report) or written[-1])
+
+    def fails(session):
+        raise WorkFailed("it failed")
+
+    monkeypatch.setitem(IN_ORDER, "merge", fails)
+    Path("quick.yaml").write_text("eval: {questions: 1, max_new_tokens: 4}\n")
+    result = cli("run", "--run", trained, "--config", "quick.yaml")
+    assert result.code == 1 and "Error: it failed" in result.err, result.err
+    assert [path.name for path in written] == ["report.html"]
 
 
 @pytest.mark.parametrize(("flags", "code", "text"), [
