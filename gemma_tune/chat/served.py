@@ -12,10 +12,12 @@ from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.encoding.thinking import choice_in
+from gemma_tune.ollama.ask import capabilities
 from gemma_tune.ollama.client import install_hint
 from gemma_tune.ollama.names import default_model_name
 from gemma_tune.ollama.server import Refused, Server, find_server, ollama_host
-from gemma_tune.ollama.talk import show, talk
+from gemma_tune.ollama.talk import show, talk, texts
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 
@@ -26,8 +28,9 @@ _OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "r
 class OllamaStream(Streaming):
     """An answer of Ollama, whose text comes in pieces and whose tokens are counted there."""
 
-    def __init__(self, server: Server, name: str, messages: Any, options: dict[str, Any], tools: Any):
-        self._asked = server, name, messages, options, tools
+    def __init__(self, server: Server, name: str, messages: Any, options: dict[str, Any], tools: Any,
+                 think: bool | None = None):
+        self._asked = server, name, messages, options, tools, think
         self._tokens = 0
         super().__init__(Pieces(None), None)
 
@@ -35,8 +38,8 @@ class OllamaStream(Streaming):
         return Answer(self._pieces.text, self._tokens, self._pieces.ended)
 
     def _make(self) -> None:
-        for part in talk(*self._asked):
-            if text := part.get("message", {}).get("content"):
+        for text, part in texts(talk(*self._asked)):
+            if text:
                 self._tokens += 1  # until the count comes
                 self._pieces.say(text)
             if part.get("done"):
@@ -49,12 +52,17 @@ class OllamaStream(Streaming):
 
 @dataclass
 class OllamaVoice:
-    """See :class:`gemma_tune.chat.voices.Voice`."""
+    """See :class:`gemma_tune.chat.voices.Voice`.
+
+    Args:
+        think: what requests say of thinking, so that the model is asked as in training; None for nothing.
+    """
 
     which: str
     server: Server
     model: str
     context: int | None
+    think: bool | None = None
     name: str = "ollama"
     _seed: int | None = None
 
@@ -65,7 +73,7 @@ class OllamaVoice:
         if self._seed is not None:
             options["seed"] = self._seed
             self._seed += 1  # another for each answer
-        return OllamaStream(self.server, self.model, messages, options, tools)
+        return OllamaStream(self.server, self.model, messages, options, tools, self.think)
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
         return one_after_another(self, asked, config)
@@ -99,4 +107,11 @@ def open_ollama(session: Session) -> OllamaVoice:
                         command("export-ollama", session.run.root, "--create")) from e
     which = f"{name} in Ollama {server.version}"
     session.listener.note(which)
-    return OllamaVoice(which, server, name, shown)
+    return OllamaVoice(which, server, name, shown, _thinking(session, server, name))
+
+
+def _thinking(session: Session, server: Server, name: str) -> bool | None:
+    """The choice that the run's chat template makes, where the server would make its own otherwise."""
+    template = session.run.merged / "chat_template.jinja"
+    choice = choice_in(template.read_text(encoding="utf-8")) if template.is_file() else None
+    return choice if choice is not None and "thinking" in capabilities(server, name) else None

@@ -111,7 +111,7 @@ def thinking_of(server: Server, name: str, chat: OllamaChat) -> bool | None:
 def _request(server: Server, name: str, messages: Sequence[Turn], chat: OllamaChat | None,
              num_predict: int, think: bool | None = None) -> dict[str, Any]:
     options = {"temperature": 0, "seed": 0, "num_predict": num_predict}
-    request = {"model": name, "messages": [_as_sent(turn) for turn in messages], "stream": False, "options": options}
+    request = {"model": name, "messages": [as_sent(turn) for turn in messages], "stream": False, "options": options}
     if think is None and chat is not None:
         think = thinking_of(server, name, chat)
     return request if think is None else request | {"think": think}
@@ -124,7 +124,7 @@ def _take_whole(request: dict[str, Any], tools: Sequence[Turn] | None, num_ctx: 
     request["options"] |= {"num_ctx": num_ctx} if num_ctx else {}
 
 
-def _as_sent(turn: Turn) -> dict[str, Any]:
+def as_sent(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A turn as Ollama takes it, which has names of its own for reasoning and for the tool that answers."""
     sent = {"role": turn["role"], "content": turn.get("content") or ""}
     if turn.get("reasoning_content"):

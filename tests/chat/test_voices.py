@@ -15,8 +15,9 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat import choice, llama, transcript
 from gemma_tune.chat.conversation import Conversation, open_conversation
 from gemma_tune.chat.local import LocalVoice
-from gemma_tune.chat.served import OllamaVoice
+from gemma_tune.chat.served import OllamaVoice, open_ollama
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.encoding.thinking import with_thinking
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine
 from gemma_tune.gguf.writer import write_gguf
@@ -24,8 +25,9 @@ from gemma_tune.lora.fold import fold
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.ollama.server import find_server
+from gemma_tune.ollama.talk import texts
 from gemma_tune.run.session import open_session
-from support.ollama import LoopbackOllama
+from support.ollama import ANSWER, THOUGHT, LoopbackOllama
 
 GREEDY = ChatConfig(max_new_tokens=12, temperature=0.0)
 
@@ -217,6 +219,55 @@ def test_ollama_streams_and_counts(served):
     assert options == {"temperature": 0.5, "num_predict": 50}, "what was not chosen is the Modelfile's"
     cut = voice.ask(question("a"), ChatConfig(max_new_tokens=2)).finish()
     assert (cut.tokens, cut.ended) == (2, False)
+
+
+def test_a_thought_of_ollamas_is_shown_as_the_model_writes_it_and_sent_back_as_one(served):
+    served.thinks = True
+    voice = OllamaVoice("m in Ollama", find_server(served.url), "m-tuned", None)
+    stream = voice.ask(question("Who are you?"), ChatConfig(max_new_tokens=50))
+    shown = "".join(stream)
+    assert shown == stream.finish().text == f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
+    voice.ask([*question("Who are you?"), {"role": "assistant", "content": shown}, *question("And I?")],
+              ChatConfig(max_new_tokens=50)).finish()
+    assert served.requests[-1].body["messages"][1] == {"role": "assistant", "content": ANSWER, "thinking": THOUGHT}
+    silent = OllamaVoice("m in Ollama", find_server(served.url), "m-tuned", None, think=False)
+    assert silent.ask(question("Who are you?"), ChatConfig(max_new_tokens=50)).finish().text == ANSWER
+
+
+def test_a_thought_that_is_cut_and_calls_of_tools_are_part_of_the_text():
+    def parts(*messages):
+        return [{"message": message} for message in messages]
+
+    cut = "".join(text for text, _ in texts(parts({"thinking": "So"}, {"thinking": " far", "content": ""})))
+    assert cut == "<think>\nSo far"
+    call = {"function": {"name": "look_up", "arguments": {"word": "税"}}}
+    called = "".join(text for text, _ in texts(parts({"thinking": "So"}, {"content": "", "tool_calls": [call]})))
+    assert called == ('<think>\nSo\n</think>\n\n<tool_call>\n{"name": "look_up", "arguments": {"word": "税"}}\n'
+                      '</tool_call>\n')
+
+
+def test_calls_and_results_of_tools_reach_ollama(served):
+    voice = OllamaVoice("m in Ollama", find_server(served.url), "m-tuned", None)
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "tax"}}}
+    voice.ask([*question("Tax?"), {"role": "assistant", "content": "", "tool_calls": [call]},
+               {"role": "tool", "name": "look_up", "content": "a levy"}], ChatConfig(max_new_tokens=9)).finish()
+    assert served.requests[-1].body["messages"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": call["function"]}]},
+        {"role": "tool", "content": "a levy", "tool_name": "look_up"}]
+
+
+@pytest.mark.parametrize("choice", ["on", "off", "auto"])
+def test_ollama_is_asked_to_think_as_in_training(trained, monkeypatch, choice):
+    """Left to itself the server asks every model to think that it takes to be able to."""
+    with LoopbackOllama(faults={"no-count"}, thinks=True) as ollama:
+        ollama.models["tiny-gemma-tuned:latest"] = {"template": "{{ .Prompt }}", "parameters": {}}
+        monkeypatch.setenv("OLLAMA_HOST", ollama.url)
+        session = open_session("chat", trained, use="ollama")
+        session.manifest.stages["export-ollama"] = {"summary": {"ollama_name": "tiny-gemma-tuned"}}
+        session.run.merged.mkdir(exist_ok=True)
+        (session.run.merged / "chat_template.jinja").write_text(with_thinking("{{ enable_thinking }}", choice))
+        open_ollama(session).ask(question("a"), ChatConfig(max_new_tokens=50)).finish()
+        assert ollama.requests[-1].body.get("think") == {"on": True, "off": False, "auto": None}[choice]
 
 
 @pytest.mark.parametrize("fault", ["chat-error", "chat-error-inside"])

@@ -360,16 +360,18 @@ class _Handler(BaseHTTPRequestHandler):
                   "total_duration": 1_500_000_000, "load_duration": 250_000_000}
         last = {"done": True, "done_reason": "stop" if ended else "length"} | counts
         if asked.get("stream", True):
-            return self._in_words(asked["model"], answer, last)
+            return self._in_words(asked["model"], thought, answer, last)
         self._json({"model": asked["model"], "message": message} | last)
 
-    def _in_words(self, model: str, answer: str, last: dict) -> None:
-        """The answer as a stream, word by word, and an empty message with the counts."""
-        def part(content: str, **more: Any) -> str:
-            return json.dumps({"model": model, "message": {"role": "assistant", "content": content}, "done": False} | more)
+    def _in_words(self, model: str, thought: str, answer: str, last: dict) -> None:
+        """Thought and answer as a stream, word by word, and an empty message with the counts."""
+        def part(content: str, thinking: str = "", **more: Any) -> str:
+            message = {"role": "assistant", "content": content} | ({"thinking": thinking} if thinking else {})
+            return json.dumps({"model": model, "message": message, "done": False} | more)
 
-        first, *rest = re.findall(r"\s*\S+|\s+$", answer)
-        self._stream(part(first), (*map(part, rest), part("", **last)))
+        thoughts, words = (re.findall(r"\s*\S+|\s+$", text) for text in (thought, answer))
+        first, *rest = [*(part("", word) for word in thoughts), *map(part, words)]
+        self._stream(first, (*rest, part("", **last)))
 
     def _answer(self, model: dict, thought: str, num_predict: int) -> tuple[str, bool]:
         """What is left of the answer after so many words, thoughts included, and whether it is all."""
