@@ -1,4 +1,5 @@
-"""What lies beside the weights of a Hugging Face checkpoint: config.json and the settings of generation."""
+"""What lies beside the weights of a Hugging Face checkpoint: config.json and the settings of generation; an adapter's
+files by their names."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from gemma_tune.base.refusals import unreadable
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
            "max_position_embeddings", "n_positions")
 _LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits

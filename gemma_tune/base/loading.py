@@ -31,7 +31,8 @@ def loading(what: str) -> Iterator[None]:
 
 def in_progress() -> str | None:
     """What is being loaded: a library that is being imported in any thread, else what :func:`loading` names last."""
-    being_imported = {name.partition(".")[0] for name, module in list(sys.modules.items())
+    # A copy is made in one go; a list of the items is not, and imports in other threads change them meanwhile.
+    being_imported = {name.partition(".")[0] for name, module in sys.modules.copy().items()
                       if name.partition(".")[0] in _LIBRARIES and _is_being_imported(module)}
     for library in _LIBRARIES:  # torch is imported by each of the others
         if library in being_imported:

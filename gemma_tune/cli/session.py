@@ -105,7 +105,8 @@ class Command(TyperCommand):
     def _meant(self, ctx: Any, problem: Any) -> str:
         """The end of a message about arguments that this command does not take."""
         option = getattr(problem, "option_name", None)
-        if option and ctx.parent is not None:
+        own = any(option in param.opts for param in self.params)  # its value is missing
+        if option and not own and ctx.parent is not None:
             others = [name for name, command in ctx.parent.command.commands.items()
                       if any(option in param.opts for param in command.params)]
             if others:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gemma_tune.base.files import put_in_place, unfinished
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import gigabytes
@@ -48,7 +49,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _NEVER = (*_PICKLED, "*.py", "*.onnx", "*.gguf", "consolidated*", "adapter_*")
 _TEMPLATES = "additional_chat_templates"
 _INDEX = "model.safetensors.index.json"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = True,
@@ -169,7 +170,7 @@ def _fault(names: list[str]) -> str | None:
     """Why a repository with these files cannot be trained, known before anything large is downloaded."""
     if any(_is_wanted(name) and name.endswith(".safetensors") for name in names):
         return None if "config.json" in names else "has no config.json, so it is not a Hugging Face model"
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return "is a LoRA adapter; `--model` takes the model that it was made for"
     if any(_matches(name, _PICKLED) for name in names):
         return "has its weights only as pickle files (.bin, .pt, …), which can run code when they are loaded; " \
@@ -242,13 +243,13 @@ def _missing(snapshot: Path, weights: bool = True) -> list[str]:
 
 
 def _adapter_fault(names: list[str]) -> str | None:
-    if _ADAPTER_FILES[0] not in names:
-        return f"is no PEFT adapter: it has no {_ADAPTER_FILES[0]}"
-    if _ADAPTER_FILES[1] in names:
+    if ADAPTER_CONFIG not in names:
+        return f"is no PEFT adapter: it has no {ADAPTER_CONFIG}"
+    if ADAPTER_WEIGHTS in names:
         return None
     pickled = any(_matches(name, _PICKLED) for name in names)
     return ("has its adapter only as a pickle file, which can run code when it is loaded; gemma-tune reads safetensors "
-            "only" if pickled else f"has no {_ADAPTER_FILES[1]}")
+            "only" if pickled else f"has no {ADAPTER_WEIGHTS}")
 
 
 def _shards(index: Path) -> set[str]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import ADAPTER_CONFIG as CONFIG
+from gemma_tune.base.checkpoint import ADAPTER_WEIGHTS as WEIGHTS  # noqa: F401 - of the same files, for who reads both
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import refuse_special
 from gemma_tune.base.refusals import unreadable
@@ -20,7 +22,6 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 from gemma_tune.lora.patterns import ending
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "train again: gemma-tune train --force; or copy the adapter here again"
 _MLX = "adapters.safetensors"  # what mlx-lm calls its adapters, beside an adapter_config.json of its own
 # Settings of PEFT's LoRA that change what an adapter computes in a way that is not merged here.

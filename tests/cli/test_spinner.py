@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,17 @@ def test_what_is_loaded_is_named_and_the_line_goes(console, capsys):
         screen.result("42")
     assert capsys.readouterr().out == "42\n"
     assert written(file) == shown and shown.endswith("\x1b[?25h") or "\x1b[?25h" in shown, "the cursor is back"
+
+
+def test_modules_that_other_threads_import_meanwhile_are_no_error(monkeypatch):
+    class Growing(dict):
+        def items(self):
+            for pair in super().items():
+                self[f"one of {len(self) + 1}"] = None
+                yield pair
+
+    monkeypatch.setattr("gemma_tune.base.loading.sys", SimpleNamespace(modules=Growing(a=None, b=None)))
+    assert in_progress() is None
 
 
 def test_a_result_takes_the_line_away_first(console):

@@ -421,6 +421,15 @@ def test_a_conversation_that_is_too_long_is_said_and_the_loop_goes_on(talk, conv
     assert "Error: too long" in err and "Hint: start with /reset" in err
 
 
+def test_the_help_keeps_its_columns_where_a_line_is_long(talk, monkeypatch):
+    monkeypatch.setattr(screen.err, "width", 60)
+    _, err = talk("/help")
+    lines = [line for line in err[err.index("/help  "):].splitlines() if line.strip()]
+    assert "/set [NAME VALUE]" in err and "/compare [TEXT|on|off]" in err
+    assert len(lines) > 18 and all(line.startswith(("/", "Enter", "Ctrl-C", " " * 22)) for line in lines), err
+    assert max(map(len, lines)) <= 60
+
+
 def test_slash_commands(talk, conversation):
     conversation.keep("one", Answer("1", 1, True))
     _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/help", "", "   ", KeyboardInterrupt())

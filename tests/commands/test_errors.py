@@ -93,6 +93,7 @@ def test_there_is_no_run(cli, args):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["prepare", "x.jsonl", "--epochs", 3], "No such option: --epochs; `train`, `tune`, `run` have it"),
+    (["doctor", "--model"], "Option '--model' requires an argument\n"),
     (["train", "--epoch", 3], "--epochs"), (["merge", "--nothing-like-it"], "No such option: --nothing-like-it"),
     (["train", "--max-shard-size", 3], "--max-shard-size; `merge` has it"),
     (["chat", "hello"], "extra argument(s) (hello); a question to answer goes behind --prompt, in quotes")])

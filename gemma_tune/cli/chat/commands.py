@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from rich.table import Table
+
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, near
 from gemma_tune.chat.conversation import CHANGEABLE, Conversation
 from gemma_tune.chat.transcript import export
-from gemma_tune.cli import console
+from gemma_tune.cli import console, screen
 from gemma_tune.cli.chat.say import say, say_place
 
 ON_OFF = {"on": True, "off": False}
@@ -58,16 +60,15 @@ def obey(talk: Talk, line: str) -> None:
     COMMANDS[name].run(talk, rest)
 
 
-def help_text() -> str:
-    """What there is to type."""
-    width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
-    lines = [f"{f'{name} {command.takes}':{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, f"{'Enter':{width}}  send; Alt-Enter, or a \\ at the end of a line, begins a new line",
-                      f"{'Ctrl-C':{width}}  stop the answer; Ctrl-D leaves"])
-
-
 def _help(talk: Talk, rest: str) -> None:
-    say(help_text())
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, command in COMMANDS.items():
+        table.add_row(screen.Text(f"{name} {command.takes}"), screen.Text(command.help))
+    table.add_row("Enter", "send; Alt-Enter, or a \\ at the end of a line, begins a new line")
+    table.add_row("Ctrl-C", "stop the answer; Ctrl-D leaves")
+    screen.err.print(table, style="dim")
 
 
 def _system(talk: Talk, rest: str) -> None:
