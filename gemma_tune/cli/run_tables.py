@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
@@ -58,9 +59,11 @@ def show_runs(runs: Sequence[Any]) -> None:
     table = _table("")
     for column, end in (("run", "left"), ("model", "left"), ("data", "left"), ("loss", "left"), ("size", "right"),
                         ("age", "right")):
-        # The name is what people type; the other columns give way to it.
-        least = min(_NAME, max(len(run.run) for run in runs)) if column == "run" else None
-        table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"), min_width=least)
+        # The name is what people type; the other columns give way to it. (With a least width Rich's table can be wider
+        # than the terminal by a column or two.)
+        room = max(_NAME, screen.err.width // 3)
+        width = min(room, max(cell_len(run.run) for run in runs)) if column == "run" else None
+        table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"), width=width)
     for run in runs:
         data = run.data + (f" ({run.rows:,})" if run.rows is not None else "")
         loss = run.problem or run.loss.replace(" loss ", " ") or (f"`{run.stage}` is done" if run.stage else "begun")

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.cells import cell_len
 
 from gemma_tune.base import files
 from gemma_tune.cli import screen, status
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, small_size
+from gemma_tune.cli.run_tables import show_runs
 from gemma_tune.cli.runs import age
 from gemma_tune.run.directory import RunDir
 from support.command import ROOT
@@ -117,6 +120,20 @@ def test_runs_are_listed_the_newest_first(cli, trained, monkeypatch):
     said = " ".join(result.err.split())
     for text in ("runs/tiny-gemma", "rows.jsonl (11)", f"{summary['eval_loss_after']:.3f}", "2023-11-14", "is damaged"):
         assert text in said
+
+
+@pytest.mark.parametrize("name", ["runs/a", "/work/of/mine/demo", "/data/of/all/demo-2", "/" + 39 * "n", "/中文" * 9])
+@pytest.mark.parametrize("width", [60, 79, 80, 81, 120])
+def test_the_table_of_runs_is_as_wide_as_the_terminal_at_most(monkeypatch, capsys, name, width):
+    monkeypatch.setattr(screen.err, "_width", width)
+    row = SimpleNamespace(run=name, model="demo", data="the built-in example", rows=67, stage="train", problem=None,
+                          loss="validation loss 4.225 to 2.940", in_use_by=None, bytes=2_130_000_000, age="9 min")
+    with screen.err.capture() as captured:
+        show_runs([row])
+    lines = captured.get().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert "2.13 GB" in captured.get() and ("9 min" in captured.get())
+    assert name[:30] in captured.get() or cell_len(name) > 30
 
 
 def test_runs_where_there_are_none(cli):

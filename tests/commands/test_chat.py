@@ -140,7 +140,7 @@ def test_arguments_typed_in_a_locale_without_their_characters_are_text(cli, flue
 
 def test_nothing_on_stdin_gives_nothing(cli, fluent):
     result = cli("chat", *FP32, stdin="")
-    assert (result.code, result.out) == (0, "")
+    assert (result.code, result.out) == (0, "") and "! standard input has no prompts" in result.err
 
 
 def test_a_prompt_beyond_the_context_is_an_error_and_the_others_are_answered(cli, fluent):

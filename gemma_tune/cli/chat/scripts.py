@@ -55,6 +55,8 @@ def all_of(conversation: Conversation, name: str | None, as_json: bool) -> None:
         groups = windows(read(lines, called, rows_only), whole)
         _answer(conversation, groups, as_json, problems, one_by_one=conversation.config.seed is not None and not whole)
     problems.tell_cut()
+    if not problems.asked:
+        say(f"! {called} has no prompts: there is nothing to answer", "yellow")
     if failed := problems.failure():
         if not as_json:
             raise failed
