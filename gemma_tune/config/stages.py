@@ -46,8 +46,9 @@ class PrepareConfig(StageConfig):
     group: ClassVar[str] = "data"
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst), directories, globs, `-` for standard input, or "
-                                       "hf:org/name[/config][:split][@revision]. Without any, what the run was "
-                                       "prepared from before, else the built-in financial analysis example.",
+                                       "hf:org/name[/config][:split][@revision], or example:finance and example:pairs, "
+                                       "which are built in. Without any, what the run was prepared from before, else "
+                                       "example:finance.",
                                    files=True)  # which are judged by what lies there
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "

@@ -20,7 +20,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.sources import STDIN, Source, find_sources
+from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import encoding_key, open_tokens
@@ -113,7 +113,7 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
     def kept(name: str) -> str:
         if name.startswith("hf:"):
             return name
-        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(name)))
+        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(built_in(name))))
 
     config = session.config
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid

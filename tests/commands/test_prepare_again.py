@@ -106,8 +106,9 @@ def test_rows_that_were_added_are_read_the_next_time(prepare):
     assert again()["status"] == "done" and questions()[-1] == "newer"
 
 
-def test_our_own_examples_are_found_again(prepare):
-    assert prepare(samples.training_path(), "--valid", 3)["summary"]["valid_rows"] == 3
+@pytest.mark.parametrize("named", [samples.training_path(), "example:finance"])
+def test_our_own_examples_are_found_again(prepare, named):
+    assert prepare(named, "--valid", 3)["summary"]["valid_rows"] == 3
     assert settings()["data"] == ["gemma_tune:samples/finance.jsonl"]
     assert again()["status"] == "up-to-date"
 
