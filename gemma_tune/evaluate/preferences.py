@@ -1,13 +1,14 @@
 """Whether the better answer is the likelier one: of pairs of answers, and of answers that are marked as good or bad.
 
 The difference between the models' margins, log p(chosen) - log p(rejected) of each, is the implicit reward's margin at
-beta 1 (Rafailov et al., Direct Preference Optimization, 2023, equation 5). Prepared rows: a pair is ``{"prompt",
-"chosen", "rejected"}``, a judged answer ``{"prompt", "completion", "label"}``, each with ``tools`` or without.
+beta 1 (Rafailov et al., Direct Preference Optimization, 2023, equation 5). A pair is ``{"messages", "rejected"}``, the
+latter in place of the turns that are learned, a judged answer ``{"messages", "kto_tag"}``; or ``{"prompt", "chosen",
+"rejected"}`` and ``{"prompt", "completion", "label"}``. Each may have ``tools``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,28 +63,32 @@ def _share(margins: np.ndarray) -> np.ndarray:
     return (np.sign(margins) + 1) / 2
 
 
-def is_preference(row: Mapping[str, Any]) -> bool:
-    """Whether a prepared row is a pair or a judged answer."""
-    return "prompt" in row and ("chosen" in row or "completion" in row)
-
-
-def as_conversation(row: PreparedRow, answer: str) -> PreparedRow:
-    """A preference row with one of its answers, as a conversation of which that answer alone is learned.
-
-    Args:
-        answer: its key: ``chosen``, ``rejected`` or ``completion``.
-    """
+def answers_in(row: PreparedRow) -> list[tuple[int, PreparedRow]]:
+    """The answers of a preference row, each as a conversation of which it alone is learned, with its mark: 1 of a
+    chosen or good one, -1 of a rejected or bad one. No other row has any."""
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    if "messages" in row:
+        conversation = {"messages": row["messages"], **tools}
+        if "rejected" in row:
+            return [(1, conversation), (-1, {"messages": [*_asked(row["messages"]), *row["rejected"]], **tools})]
+        return [(1 if row["kto_tag"] else -1, conversation)] if "kto_tag" in row else []
+    if "prompt" not in row:
+        return []
     asked = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in row["prompt"]]
-    return {"messages": [*asked, *row[answer]], **({"tools": row["tools"]} if row.get("tools") else {})}
+    marks = {"chosen": 1, "rejected": -1, "completion": 1 if row.get("label") else -1}
+    return [(mark, {"messages": [*asked, *row[key]], **tools}) for key, mark in marks.items() if key in row]
+
+
+def _asked(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """What stands before the first turn that is learned."""
+    learned = (n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False)
+    return messages[:next(learned)]
 
 
 def better_of(row: PreparedRow) -> PreparedRow | None:
     """The conversation with the answer that is worth learning; None of a bad one. Other rows are as they are."""
-    if not is_preference(row):
-        return row
-    if "chosen" in row:
-        return as_conversation(row, "chosen")
-    return as_conversation(row, "completion") if row["label"] else None
+    answers = answers_in(row)
+    return next((conversation for mark, conversation in answers if mark > 0), None) if answers else row
 
 
 def preferences_of(rows: Sequence[PreparedRow], encoder: Encoder) -> Preferences | None:
@@ -92,19 +97,16 @@ def preferences_of(rows: Sequence[PreparedRow], encoder: Encoder) -> Preferences
     Args:
         encoder: as the rows were laid out; an answer that is longer than its limit is not divided.
     """
-    pairs, judged = ([row for row in rows if is_preference(row) and key in row] for key in ("chosen", "completion"))
-    if not pairs and not judged:
+    answered = [answers for row in rows if (answers := answers_in(row))]
+    if not answered:
         return None
     whole = Encoder(encoder.chat, encoder.max_length, "drop" if encoder.on_long == "split" else encoder.on_long)
-    if pairs:
-        sides = [[_wanted(outcome) for outcome in whole.encode([as_conversation(row, side) for row in pairs])]
-                 for side in ("chosen", "rejected")]
-        both = [(better, worse) for better, worse in zip(*sides, strict=True) if better and worse]
-        return Preferences([better for better, _ in both], [worse for _, worse in both], True, len(pairs) - len(both))
-    answers = [_wanted(outcome) for outcome in whole.encode([as_conversation(row, "completion") for row in judged])]
-    good, bad = ([wanted for row, wanted in zip(judged, answers, strict=True) if wanted and row["label"] is label]
-                 for label in (True, False))
-    return Preferences(good, bad, False, len(judged) - len(good) - len(bad))
+    wanted = map(_wanted, whole.encode([conversation for answers in answered for _, conversation in answers]))
+    found = [[(mark, next(wanted)) for mark, _ in answers] for answers in answered]
+    complete = [answers for answers in found if all(one is not None for _, one in answers)]
+    better, worse = ([one for answers in complete for mark, one in answers if mark == which and one]
+                     for which in (1, -1))
+    return Preferences(better, worse, len(answered[0]) == 2, len(found) - len(complete))
 
 
 def _wanted(outcome: Any) -> Wanted | None:

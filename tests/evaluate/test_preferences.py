@@ -11,7 +11,7 @@ import torch
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate import rows as rows_module
-from gemma_tune.evaluate.preferences import Preferences, as_conversation, better_of, preferences_of
+from gemma_tune.evaluate.preferences import Preferences, answers_in, better_of, preferences_of
 from gemma_tune.measure.likelihood import Wanted, negative_log_likelihoods
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -67,8 +67,19 @@ def test_other_rows_are_none_of_this(chat):
     assert better_of(JUDGED[1]) is None
     assert better_of(JUDGED[0]) == better_of(PAIRS[0]) == {"messages": [*PAIRS[0]["prompt"], *PAIRS[0]["chosen"]]}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    made = as_conversation(LONGER | {"tools": tools}, "rejected")
-    assert made["tools"] == tools and [m.get("train") for m in made["messages"]] == [None, None, False, None, None]
+    (_, _), (mark, made) = answers_in(LONGER | {"tools": tools})
+    assert mark == -1 and made["tools"] == tools and [m.get("train") for m in made["messages"]] == [None, None, False, None, None]
+
+
+def test_both_layouts_of_a_row_say_the_same(chat):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for row in (*PAIRS, LONGER, LONGER | {"tools": tools}):
+        asked = [m | ({"train": False} if m["role"] == "assistant" else {}) for m in row["prompt"]]
+        other = {"messages": [*asked, *row["chosen"]], "rejected": row["rejected"],
+                 **({"tools": tools} if "tools" in row else {})}
+        assert answers_in(other) == answers_in(row)
+    for row in JUDGED:
+        assert answers_in({"messages": [*row["prompt"], *row["completion"]], "kto_tag": row["label"]}) == answers_in(row)
 
 
 def wanted(tokens: int) -> Wanted:
