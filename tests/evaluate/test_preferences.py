@@ -143,8 +143,8 @@ def test_eval_compares_base_and_tuned(cli, fluent, monkeypatch, examples, names)
     if examples is PAIRS:
         assert measures["preferred"]["tuned"] == [1, 1, 1]
         assert measures["margin"]["tuned"][0] == pytest.approx(better["tuned"][0] - worse["tuned"][0])
-        assert "better answer likelier" in result.err
+        assert "better answer is likelier" in result.err
         for page in ("report.md", "report.html"):
-            assert "better answer likelier than worse" in (fluent / page).read_text(encoding="utf-8")
+            assert "better answer is likelier" in (fluent / page).read_text(encoding="utf-8")
     kept = json.loads((fluent / "manifest.json").read_text())["stages"]["eval"]["summary"]["measures"]
     assert kept == measures
