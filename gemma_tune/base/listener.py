@@ -38,8 +38,8 @@ class Listener:
     def data_report(self, report: Mapping[str, Any]) -> None:
         """What ``prepare`` found out about the data, as in data/report.json."""
 
-    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
-        """Sequences as pieces of text, each with whether it is learned."""
+    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = ()) -> None:
+        """Sequences as pieces of text, each with whether it is learned; ``names`` say whose answer each one has."""
 
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """A table of several columns, the first row being its heading."""

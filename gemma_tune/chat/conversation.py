@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
+from gemma_tune.chat.preferences import Opinion, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
 from gemma_tune.chat.voices import Voices
@@ -41,6 +44,7 @@ class Conversation:
     system: str | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
     comparing: bool = False
+    _opinions: dict[int, Opinion] = field(default_factory=dict, init=False)  # by number of the exchange
 
     @property
     def which(self) -> str:
@@ -58,19 +62,20 @@ class Conversation:
     def keep(self, text: str, answer: Answer) -> None:
         """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
         if answer.text.strip():
-            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}
-                           | ({} if answer.ended else {"train": False})]
+            self.turns += [{"role": "user", "content": text}, _turn(answer)]
 
     def undo(self) -> str:
-        """Take the last question and its answer back; returns the question.
+        """Take the last question and its answer back, with the pairs that were kept of it; returns the question.
 
         Raises:
             UserError: there is none.
         """
         if not self.turns:
             raise UserError("there is nothing to take back yet", "ask something first")
-        question, _ = self.turns[-2:]
+        question, opinion = self.turns[-2], self._opinions.pop(self._number, None)
         del self.turns[-2:]
+        if self.saves and opinion and opinion.rows:
+            self.saves.pairs.put(opinion.rows, [])
         return question["content"]
 
     def last_question(self) -> str:
@@ -83,17 +88,93 @@ class Conversation:
             raise UserError("nothing was asked yet", "ask something first")
         return self.turns[-2]["content"]
 
-    def correct(self, text: str) -> None:
-        """Put ``text`` in the place of the last answer.
+    # --- which answer is better -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[str]:
+        """The last question, to be asked again: its answer is away meanwhile, and comes back unless another is kept.
 
         Raises:
-            UserError: there is no answer yet, or no text.
+            UserError: nothing was asked yet.
+        """
+        question, before = self.last_question(), self.turns[-2:]
+        del self.turns[-2:]
+        left = len(self.turns)
+        try:
+            yield question
+        finally:
+            if len(self.turns) == left:
+                self.turns += before
+
+    def offer(self, answers: Mapping[str, Answer], number: int) -> bool:
+        """Answers of several models to one question, for :meth:`better` to choose from.
+
+        Args:
+            number: of the exchange, from 0.
+
+        Returns:
+            Whether there is a choice: each has text, and they differ.
+        """
+        texts = [answer.text.split() for answer in answers.values()]
+        if not all(texts) or texts[1:] == texts[:-1]:
+            return False
+        self._opinion(number).offer({name: _turn(answer) for name, answer in answers.items()})
+        return True
+
+    def answered_again(self, before: dict[str, Any]) -> str | None:
+        """What :meth:`better` calls the last answer, ``before`` having been the one to the same question; None if it
+        is one that is known already."""
+        return self._opinion(self._number).again(before, self.turns[-1])
+
+    def better(self, name: str) -> int:
+        """Let the answer of this name be the last one, and keep that it is better than the others.
+
+        Returns:
+            How many pairs are kept of it; none of an answer that was cut off.
+
+        Raises:
+            UserError: there is no such answer, or the file of pairs cannot be written.
+        """
+        self.last_question()
+        opinion = self._opinion(self._number)
+        self.turns[-1] = opinion.choose(name)
+        pairs = self._keep_pairs(opinion)
+        return 0 if is_cut(self.turns[-1]) else pairs
+
+    def correct(self, text: str) -> int:
+        """Put ``text`` in the place of the last answer, and keep that it is better.
+
+        Returns:
+            How many pairs are kept; none where the answer was the same but for white space.
+
+        Raises:
+            UserError: there is no answer yet, or no text, or the file of pairs cannot be written.
         """
         if not self.turns:
             raise UserError("there is no answer to correct yet", "ask something first")
         if not text.strip():
             raise UserError("the right answer has no text", "/fix TEXT, or /fix alone for several lines")
+        opinion, wrong = self._opinion(self._number), self.turns[-1]
         self.turns[-1] = {"role": "assistant", "content": text}
+        differs = opinion.correct(wrong, self.turns[-1])
+        pairs = self._keep_pairs(opinion)
+        return pairs if differs else 0
+
+    def _keep_pairs(self, opinion: Opinion) -> int:
+        pairs = opinion.pairs(self.messages[:-1])
+        assert self.saves is not None
+        opinion.rows = self.saves.pairs.put(opinion.rows, pairs)
+        return len(pairs)
+
+    @property
+    def _number(self) -> int:
+        """Of the last exchange, from 0."""
+        return len(self.turns) // 2 - 1
+
+    def _opinion(self, number: int) -> Opinion:
+        return self._opinions.setdefault(number, Opinion())
+
+    # --- what becomes of it -----------------------------------------------------------------------------------------
 
     def save(self, name: str = "") -> tuple[Path, bool]:
         """Save the conversation so far, see :meth:`gemma_tune.chat.saves.Saves.save`.
@@ -112,11 +193,12 @@ class Conversation:
     @property
     def cut(self) -> int:
         """Number of answers that did not end by themselves."""
-        return sum(turn.get("train") is False for turn in self.turns)
+        return sum(map(is_cut, self.turns))
 
     def reset(self, system: str | None = None) -> None:
         """Forget the turns; ``system`` replaces the system prompt when it is given (empty text removes it)."""
         self.turns.clear()
+        self._opinions.clear()
         if self.saves:
             self.saves.forget()
         if system is not None:
@@ -184,6 +266,11 @@ class Conversation:
             voice.seed(self.config.seed)
 
 
+def _turn(answer: Answer) -> dict[str, Any]:
+    """An answer as a turn; one that was cut off is nothing to learn from."""
+    return {"role": "assistant", "content": answer.text} | ({} if answer.ended else {"train": False})
+
+
 def _value(name: str, text: str) -> Any:
     """A setting's value from text, checked where the settings are."""
     if text == "default":
@@ -206,5 +293,6 @@ def open_conversation(session: Session) -> Conversation:
     voice = voices.open(voices.choice.name, pair=config.compare)
     if config.seed is not None:
         voice.seed(config.seed)
-    return Conversation(voice, config, Saves(session.run, session.settings_of("prepare")), voices, config.system,
-                        comparing=config.compare)
+    prepared = session.manifest.stages.get("prepare", {}).get("summary", {})
+    saves = Saves(session.run, session.settings_of("prepare"), prepared.get("kind", "conversations"))
+    return Conversation(voice, config, saves, voices, config.system, comparing=config.compare)

@@ -71,7 +71,9 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
 @app.command(cls=Command)
 def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
-          run: o.Run = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
+          run: o.Run = None, method: o.Method = None, beta: o.Beta = None, dpo_loss: o.DpoLoss = None,
+          label_smoothing: o.LabelSmoothing = None, sft_weight: o.SftWeight = None, good_weight: o.GoodWeight = None,
+          bad_weight: o.BadWeight = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
           rslora: o.RsLora = None, dora: o.Dora = None, target_modules: o.TargetModules = None,
           learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None, accumulation: o.Accumulation = None,
           num_processes: o.NumProcesses = None, strategy: o.Strategy = None, epochs: o.Epochs = None,
@@ -84,12 +86,12 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           from_adapter: o.FromAdapter = None, seed: o.TrainSeed = None, go_on: o.Continue = False,
           dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
           config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Train a LoRA adapter on the prepared conversations.
+    """Train a LoRA adapter on the prepared conversations, or on pairs of answers.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
-    end. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and logs/. Interrupted, the
-    same command goes on; a finished one does with --continue and more --epochs. With --dry-run it only shows steps,
-    memory and time.
+    end; from pairs, to prefer the chosen answers to the rejected ones (--method). Writes the adapter in standard PEFT
+    form, checkpoints in training_checkpoints/, and logs/. Interrupted, the same command goes on; a finished one does
+    with --continue and more --epochs. With --dry-run it only shows steps, memory and time.
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """

@@ -19,7 +19,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
-from gemma_tune.cli.live import Course, Display
+from gemma_tune.cli.live import Course, Display, preferences
 from gemma_tune.cli.screen import Text
 
 _STEP, _SMALL_STEP = 0.25, 0.05  # of a task, after which a line tells how far it is: where it is quick, and slow
@@ -89,10 +89,10 @@ class ConsoleListener(Listener):
 
             data_report(report)
 
-    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
+    def preview(self, rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = ()) -> None:
         from gemma_tune.cli.data_report import preview
 
-        preview(rows)
+        preview(rows, names)
 
     def progress(self, task: str, done: int, total: int) -> None:
         if self.quiet or total <= 0:
@@ -125,7 +125,8 @@ class ConsoleListener(Listener):
         if self.quiet:
             return
         if "eval_loss" in values:
-            screen.err.print(f"  step {values['step']}: validation loss {values['eval_loss']:.4f}", markup=False)
+            screen.err.print(f"  step {values['step']}: validation loss {values['eval_loss']:.4f}"
+                             + "".join(f", {text}" for text in preferences(values, "eval_")), markup=False)
         if screen.is_live():
             if "loss" in values or not self._course.is_over:
                 self._on_display().show(self._course)
@@ -149,7 +150,7 @@ class ConsoleListener(Listener):
 
 
 def _training_fields(values: Mapping[str, Any]) -> str:
-    return f"loss {values['loss']:.3f}  {values['tokens_per_second']:.0f} tok/s"
+    return "  ".join([f"loss {values['loss']:.3f}", *preferences(values), f"{values['tokens_per_second']:.0f} tok/s"])
 
 
 def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None,

@@ -143,17 +143,18 @@ def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:
         screen.err.print(grid)
 
 
-def preview(rows: Sequence[Sequence[tuple[str, bool]]]) -> None:
+def preview(rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = ()) -> None:
     """Rows as the model gets them, with what is learned in green, or in ⟦brackets⟧ where there is no colour.
 
     Args:
         rows: sequences in pieces of their decoded text, each with whether it is learned.
+        names: what the answer of each sequence is, where it is compared.
     """
     coloured = screen.err.is_terminal and screen.err.color_system is not None and not screen.err.no_color
     screen.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
                   else Text("⟦learned⟧, everything else is only read"))
     for n, pieces in enumerate(rows):
-        screen.err.print(Text(f"── sequence {n + 1}", style="bold"))
+        screen.err.print(Text(f"── sequence {n + 1}{f', {names[n]}' if names else ''}", style="bold"))
         screen.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
 
 

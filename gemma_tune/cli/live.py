@@ -107,8 +107,8 @@ class Course:
         last = self.last
         peak = f", {size_text(last['peak_memory_bytes'])} at most" if "peak_memory_bytes" in last else ""
         memory = [f"{size_text(last['memory_bytes'])} memory{peak}"] if "memory_bytes" in last else []
-        return [f"{last['tokens_per_second']:,.0f} tok/s", *memory, f"learning rate {last['learning_rate']:.2e}",
-                f"epoch {last['epoch']:.2f}"]
+        return [*preferences(last), f"{last['tokens_per_second']:,.0f} tok/s", *memory,
+                f"learning rate {last['learning_rate']:.2e}", f"epoch {last['epoch']:.2f}"]
 
 
 def _figure(label: str, values: Sequence[float], width: int, blocks: bool) -> Text:
@@ -155,6 +155,20 @@ def _fitted(line: Text, width: int, blocks: bool) -> Text:
         line.append(ellipsis[:width])
     line.no_wrap = True
     return line
+
+
+def preferences(values: Mapping[str, Any], before: str = "") -> list[str]:
+    """What a record of a training of preferences says of answers; nothing of another training.
+
+    Args:
+        before: what the names begin with, ``eval_`` for the validation.
+    """
+    found = []
+    if f"{before}rewards/accuracies" in values:
+        found.append(f"{values[f'{before}rewards/accuracies']:.0%} prefer the chosen answer")
+    if f"{before}rewards/margins" in values:
+        found.append(f"margin {values[f'{before}rewards/margins']:+.3f}")
+    return found
 
 
 class Display:

@@ -136,6 +136,13 @@ Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_defa
                                       help="Show N prepared rows with what is learned and what is not.")]
 SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
 
+Method = Annotated[Optional[str], _of(c.TrainConfig, "method")]
+Beta = Annotated[Optional[float], _of(c.TrainConfig, "beta")]
+DpoLoss = Annotated[Optional[str], _of(c.TrainConfig, "dpo_loss")]
+LabelSmoothing = Annotated[Optional[float], _of(c.TrainConfig, "label_smoothing")]
+SftWeight = Annotated[Optional[float], _of(c.TrainConfig, "sft_weight")]
+GoodWeight = Annotated[Optional[float], _of(c.TrainConfig, "good_weight")]
+BadWeight = Annotated[Optional[float], _of(c.TrainConfig, "bad_weight")]
 Rank = Annotated[Optional[int], _of(c.TrainConfig, "rank")]
 Alpha = Annotated[Optional[float], _of(c.TrainConfig, "alpha")]
 Dropout = Annotated[Optional[float], _of(c.TrainConfig, "dropout")]

@@ -70,6 +70,8 @@ LABELS = {
     "p99": "99 % are at most (tokens)", "max_length": "limit (tokens)", "steps": "steps",
     "train_loss_first": "training loss, first step", "train_loss_last": "training loss, last step",
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
+    "eval_accuracy_after": "validation pairs whose chosen answer gained more",
+    "eval_margin_after": "margin between chosen and rejected (reward)",
     "kept_step": "the adapter is that of step", "adapter_norm": "change of the weights (norm)",
     "divergence_from_base": "divergence from the base model (nats per token)",
     "learning_rate": "learning rate", "rank": "rank",
@@ -96,6 +98,8 @@ def figure(name: str, value: Any) -> str:
         return size_text(value)
     if name == "check_same_tokens":
         return f"{100 * value:.4g} %"
+    if name.startswith("eval_accuracy"):
+        return f"{value:.0%}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

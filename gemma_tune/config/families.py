@@ -30,6 +30,12 @@ def family_defaults(config: Mapping[str, Any], section: str) -> tuple[dict[str, 
                                      "linear layer of a chat model"]
 
 
+def preference_defaults(method: str) -> tuple[dict[str, Any], str]:
+    """Settings of a training that learns preferences, and why: for a model of any size."""
+    return ({"learning_rate": 5e-5},
+            f"{method} moves a model away from what it knows, which takes less than teaching it answers")
+
+
 def parameters(config: Mapping[str, Any]) -> float:
     """About how many weights the text model of a config.json has, its embedding counted once.
 

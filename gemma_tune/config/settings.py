@@ -56,13 +56,13 @@ class StageConfig:
 
 C = TypeVar("C", bound=StageConfig)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN; replace a token that others may have seen"
-NOT_GIVEN = ("default", "family", "adapter")  # origins of settings that nobody gave
+NOT_GIVEN = ("default", "family", "adapter", "method")  # origins of settings that nobody gave
 
 
 @dataclass(frozen=True)
 class Resolved(typing.Generic[C]):
     """A stage's settings together with the origin of each: ``flag``, ``file``, ``family`` or ``default``;
-    ``adapter`` where a training starts from one, which brings it along."""
+    ``adapter`` where a training starts from one, which brings it along, ``method`` where that decides."""
 
     config: C
     origins: Mapping[str, str]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
@@ -46,8 +47,9 @@ class PrepareConfig(StageConfig):
     group: ClassVar[str] = "data"
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst), directories, globs, `-` for standard input, or "
-                                       "hf:org/name[/config][:split][@revision]. Without any, what the run was "
-                                       "prepared from before, else the built-in financial analysis example.",
+                                       "hf:org/name[/config][:split][@revision], or example:finance and example:pairs, "
+                                       "which are built in. Without any, what the run was prepared from before, else "
+                                       "example:finance.",
                                    files=True)  # which are judged by what lies there
     format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
@@ -62,8 +64,11 @@ class PrepareConfig(StageConfig):
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
                                    auto="found in each file", prose=True, group="advanced")
-    take: str | None = option(None, "What to learn from preference rows; without it they are refused.",
-                              choices=("chosen",), auto="refuse them", group="advanced")
+    take: str | None = option(None, "What to take of rows with a better and a worse answer: `chosen` makes "
+                                    "plain conversations of the better ones, `pairs` takes them alone and refuses "
+                                    "other rows.",
+                              choices=("chosen", "pairs"), auto="both answers of each, where all rows have them",
+                              group="advanced")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
@@ -162,7 +167,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class TrainConfig(StageConfig):
+class TrainConfig(MethodConfig, StageConfig):
     """Settings of ``train``."""
 
     section: ClassVar[str] = "train"
@@ -181,8 +186,9 @@ class TrainConfig(StageConfig):
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
                                          auto="by model family and size", group="common")
-    batch_size: int | str = option(4, "Conversations of a batch on one device, or `auto` for a number that suits the "
-                                      "data and the device; --micro-batch says how many go through the model at once.",
+    batch_size: int | str = option(4, "Conversations, or pairs, of a batch on one device, or `auto` for a number that "
+                                      "suits the data and the device; --micro-batch says how many go through the model "
+                                      "at once.",
                                    least=1, most=MOST_ROWS, group="common")
     accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
                                   "processes.", least=1, most=MOST_ROWS, group="speed")
@@ -258,6 +264,8 @@ class TrainConfig(StageConfig):
         super().__post_init__()
 
     def more_problems(self) -> list[str]:
+        if problems := self.method_problems():
+            return problems
         if "all" in self.target_modules and len(self.target_modules) > 1:
             return ["target_modules: `all` stands alone, or names are given"]
         if "none" in self.report_to:

@@ -14,7 +14,10 @@ import numpy as np
 
 from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 
-PreparedRow = dict[str, Any]  # a line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}
+# A line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}; a pair of answers also has "rejected", the
+# turns in place of those that are learned in its messages, and a judged answer "kto_tag".
+PreparedRow = dict[str, Any]
+JUDGED = "kto_tag"
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,55 @@ class Encoder:
         """One result for each row; a :class:`FormatError` where the template cannot render or label it."""
         results: list[Any] = [None] * len(examples)
         chats = [n for n, example in enumerate(examples) if "messages" in example]
-        encoded = self.chat.encode_many([(examples[n]["messages"], examples[n].get("tools")) for n in chats],
-                                        train_on=self.train_on)
+        encoded = self._encoded_chats([examples[n] for n in chats])
         for n, result in zip(chats, encoded):
             try:
                 results[n] = result if isinstance(result, FormatError) else self._limited_chat(examples[n], result)
             except FormatError as e:  # a part of a conversation may be refused where the whole is not
                 results[n] = e
+        self._add_rejected(examples, results)
         texts = [n for n, example in enumerate(examples) if "text" in example]
         for n, result in zip(texts, self.chat.encode_texts([examples[n]["text"] for n in texts])):
             results[n] = self._limited_text(result)
         return results
+
+    def _encoded_chats(self, examples: Sequence[PreparedRow]) -> list[Any]:
+        """Which turns of a pair are learned is marked in it; of other conversations --train-on says so."""
+        found: list[Any] = [None] * len(examples)
+        for compared in (False, True):
+            those = [n for n, example in enumerate(examples) if (marks_of(example) != [0]) == compared]
+            encoded = self.chat.encode_many([(examples[n]["messages"], examples[n].get("tools")) for n in those],
+                                            train_on="all" if compared else self.train_on)
+            for n, result in zip(those, encoded):
+                found[n] = result
+        return found
+
+    def _add_rejected(self, examples: Sequence[PreparedRow], results: list[Any]) -> None:
+        """Let the outcome of each pair have both its answers, the chosen one first, or neither."""
+        pairs = [n for n, example in enumerate(examples) if "rejected" in example]
+        others = self.chat.encode_many([(with_rejected(examples[n]), examples[n].get("tools")) for n in pairs])
+        for n, other in zip(pairs, others):
+            if isinstance(results[n], FormatError):
+                continue
+            try:
+                results[n] = other if isinstance(other, FormatError) else self._pair(results[n], other)
+            except FormatError as e:
+                results[n] = e
+
+    def _pair(self, chosen: Outcome, rejected: Sequence[Encoded]) -> Outcome:
+        full = [*chosen.full, *rejected]
+        if len(full) != 2:
+            raise FormatError("the chat template writes an answer of this pair in several sequences, so that they "
+                              "cannot be compared")
+        (one, other), starts = full, [int(s.spans[0, 0]) for s in full]
+        if starts[0] != starts[1] or not np.array_equal(one.ids[:starts[0]], other.ids[:starts[0]]):
+            raise FormatError("the chat template writes the prompt differently before each of both answers")
+        if self._fits(full):
+            return Outcome(full, full)
+        kept = self._cut(full)
+        # What was cut off may be all that differs.
+        whole = len(kept) == 2 and not np.array_equal(kept[0].ids, kept[1].ids)
+        return Outcome(full, kept if whole else [])
 
     def _fits(self, sequences: Sequence[Encoded]) -> bool:
         return all(len(s.ids) <= self.max_length for s in sequences)
@@ -71,7 +112,7 @@ class Encoder:
     def _limited_chat(self, example: PreparedRow, full: Sequence[Encoded]) -> Outcome:
         if self._fits(full):
             return Outcome(full, full)
-        if self.on_long == "split":
+        if self.on_long == "split" and "rejected" not in example:
             messages = _only_last(example["messages"]) if self.train_on == "last" else example["messages"]
             return Outcome(full, self._pieces(messages, example.get("tools")))
         return Outcome(full, self._cut(full))
@@ -118,6 +159,31 @@ class Encoder:
                 done = max(m for m in learned if m < end) + 1
                 kept += encoded(first, done) or []
         return kept
+
+
+def with_rejected(example: PreparedRow) -> list[dict[str, Any]]:
+    """The conversation of a pair with the rejected answer in place of the chosen one."""
+    return [*asked_in(example), *example["rejected"]]
+
+
+def asked_in(example: PreparedRow) -> list[dict[str, Any]]:
+    """The prompt of a pair or of a judged answer: what stands before the first turn that is learned."""
+    messages = example["messages"]
+    first = next(n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False)
+    return messages[:first]
+
+
+def marks_of(example: PreparedRow) -> list[int]:
+    """The marks of a row's sequences, see ``encoding.tokens``: of a pair two, else one for all of them."""
+    if "rejected" in example:
+        return [1, -1]
+    return [0] if JUDGED not in example else [1 if example[JUDGED] else -1]
+
+
+def liked_of(example: PreparedRow, sequences: Sequence[Encoded]) -> list[Encoded]:
+    """Those of a row's sequences that a model is to answer like: not that of a rejected answer, none of a bad one."""
+    marks = marks_of(example)
+    return [sequence for n, sequence in enumerate(sequences) if marks[min(n, len(marks) - 1)] >= 0]
 
 
 def part(sequence: Encoded, start: int, end: int) -> Encoded | None:

@@ -1,8 +1,9 @@
 """Token sequences in Arrow files: written as a stream, read memory-mapped, so that their number does not matter.
 
 ``train.arrow`` and ``valid.arrow`` in ``data/tokens/`` have the columns ``input_ids`` (list of int32), ``spans``
-(list of int32: start and end of each learned range, one after the other) and ``row`` (int32: the line of the JSONL
-file, from 0). The manifest says what they depend on beside the data, see :func:`encoding_key`.
+(list of int32: start and end of each learned range, one after the other), ``row`` (int32: the line of the JSONL
+file, from 0) and ``answer`` (int8: 1 of a chosen or good answer, -1 of a rejected or bad one, else 0; a pair is two
+sequences, the chosen answer first). The manifest says what they depend on beside the data, see :func:`encoding_key`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gemma_tune.base.files import PACKAGE
 from gemma_tune.base.versions import library_versions
 from gemma_tune.encoding.labels import labels_of
 
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32())])
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32()),
+                    ("answer", pa.int8())])
 # What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("encoding/*.py", "encoding/templates/*.jinja", "data/reading/*.py", "data/conversations/*.py",
             "base/strict_json.py", "prepare/*.py")
@@ -54,6 +56,7 @@ class TokenWriter:
         self._ids: list[np.ndarray] = []
         self._spans: list[np.ndarray] = []
         self._row: list[int] = []
+        self._answer: list[int] = []
         self._waiting = 0
 
     def __enter__(self) -> TokenWriter:
@@ -64,9 +67,14 @@ class TokenWriter:
         self._writer.close()
         self._sink.close()
 
-    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """The next row's sequences: ids (int32), and spans (int32: start, end, start, …)."""
-        for ids, spans in sequences:
+    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]], answers: Sequence[int] = (0,)) -> None:
+        """The next row's sequences: ids (int32), and spans (int32: start, end, start, …).
+
+        Args:
+            answers: their marks, or one mark for all of them.
+        """
+        for n, (ids, spans) in enumerate(sequences):
+            self._answer.append(answers[n] if len(answers) > 1 else answers[0])
             # Copies: the arrays are views of a whole block of rows with their texts.
             self._ids.append(ids.copy())
             self._spans.append(spans.copy())
@@ -81,9 +89,10 @@ class TokenWriter:
 
     def _flush(self) -> None:
         if self._ids:
-            columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32))]
+            columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32)),
+                       pa.array(np.array(self._answer, np.int8))]
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            self._ids, self._spans, self._row, self._waiting = [], [], [], 0
+            self._ids, self._spans, self._row, self._answer, self._waiting = [], [], [], [], 0
 
 
 def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -124,3 +133,24 @@ def trained_of(dataset: Any) -> np.ndarray:
         offsets = np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy())]) // 2
         chunks.append(sums[offsets[1:]] - sums[offsets[:-1]])
     return np.concatenate(chunks)
+
+
+def answers_of(dataset: Any) -> np.ndarray:
+    """The mark of each sequence (int8), without reading them: 1 of a chosen or good answer, -1 of a rejected or bad
+    one, 0 of what is no answer to be compared, as in tokens of older versions."""
+    if "answer" not in dataset.data.column_names:
+        return np.zeros(len(dataset.data), np.int8)
+    chunks = [np.zeros(0, np.int8), *(chunk.to_numpy() for chunk in dataset.data.column("answer").chunks)]
+    return np.concatenate(chunks)
+
+
+def liked(dataset: Any) -> Any:
+    """The sequences that a model is to answer like, as another dataset of the same kind: not rejected and bad ones."""
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    marks = answers_of(dataset)
+    if not (marks < 0).any():
+        return dataset
+    table = dataset.data.table.filter(pa.array(marks >= 0))
+    return Dataset(MemoryMappedTable(table, "")).with_transform(_with_labels)

@@ -32,9 +32,11 @@ def on_both(model: Any, work: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Listener) -> dict[str, Any]:
-    """Loss and perplexity on the rows' learned tokens, and on general text: measures by name, see :func:`measure`."""
+    """Loss and perplexity on the rows' learned tokens and on general text, and of better and worse answers which are
+    likelier: measures by name."""
     general = wanted_of(measuring_rows_of(chat))
-    together = [*chosen.sequences, *general]
+    preferences = chosen.preferences
+    together = [*chosen.sequences, *general, *(preferences.sequences if preferences else [])]
     total = 2 * sum(wanted.ids.shape[1] for wanted in together)
 
     def one(side: str) -> np.ndarray:
@@ -45,12 +47,14 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
     listener.progress(MEASURING, 0, total)
     nats = on_both(model, one)
     listener.progress(MEASURING, total, total)
-    split = len(chosen.sequences)
+    split, end = len(chosen.sequences), len(chosen.sequences) + len(general)
     found = {}
     if split:
         found = _loss_pair("", *(nats[side][:split] for side in SIDES), chosen.sequences, chosen.row_of, seed)
+    if preferences:
+        found |= preferences.measures(*(nats[side][end:] for side in SIDES), seed)
     passages = np.arange(len(general))
-    return found | _loss_pair("general_", *(nats[side][split:] for side in SIDES), general, passages, seed)
+    return found | _loss_pair("general_", *(nats[side][split:end] for side in SIDES), general, passages, seed)
 
 
 def _loss_pair(prefix: str, base: np.ndarray, tuned: np.ndarray, sequences: Sequence[Wanted], row_of: np.ndarray,

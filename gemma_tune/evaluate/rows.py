@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.data.usable import sampled
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
+from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, prepared_as
 from gemma_tune.run.prompts import prompt_limit
@@ -26,6 +26,7 @@ from gemma_tune.run.session import Session
 FILE = RowFile("data", use="measure on", used="measured on", own="take the validation rows: --data valid",
                again="an evaluation")
 _ALL = 1 << 40
+_EXAMPLE = f"gemma_tune:samples/{samples.SAMPLE}.jsonl"  # as the manifest has it where it was named
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Chosen:
         sequences: what is predicted, and ``row_of`` (n,), the number of the row that each belongs to.
         rows: how many rows are measured, and ``there``, how many there are.
         questions: those that are answered.
+        preferences: better and worse answers, of rows that hold such; of these ``sequences`` are the better ones.
     """
 
     sequences: list[Wanted]
@@ -58,6 +60,7 @@ class Chosen:
     rows: int
     there: int
     questions: list[Question]
+    preferences: Preferences | None = None
 
 
 def nothing_to_measure(session: Session) -> str | None:
@@ -69,7 +72,7 @@ def nothing_to_measure(session: Session) -> str | None:
 
 def is_example(session: Session) -> bool:
     """Whether the run learned the built-in example, whose held-out questions are asked as well."""
-    return not session.settings_of("prepare").get("data")
+    return (session.settings_of("prepare").get("data") or [_EXAMPLE]) == [_EXAMPLE]
 
 
 def choose(session: Session, chat: ChatFormat) -> Chosen:
@@ -84,20 +87,22 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
     encoder = Encoder(chat, **{name: getattr(prepared_as(session, HOW_ROWS_ARE_LAID_OUT), name)
                                for name in HOW_ROWS_ARE_LAID_OUT})
     limit = config.limit or _ALL
-    rows, there = _of_file(session, encoder, limit) if config.data_file else _of_run(session, encoder, limit)
-    rows = _fitting(session, rows)
+    examples, there = (_of_file if config.data_file else _of_run)(session, encoder, limit)
+    preferences = _preferences(session, encoder, examples)
+    rows = _fitting(session, _laid_out(examples, encoder))
     if there > limit:
         session.listener.note(f"{len(rows):,} of {there:,} rows are measured; --limit 0 takes all")
     sequences, row_of = [], []
     for n, (_, outcome) in enumerate(rows):
-        for wanted in map(_wanted, outcome.kept):
+        for wanted in map(wanted_of_sequence, outcome.kept):
             if wanted is not None:
                 sequences.append(wanted)
                 row_of.append(n)
     questions = _questions(session, chat, rows)
-    if not sequences and not questions:
+    if not (sequences or questions or preferences and preferences.sequences):
         raise UserError("nothing in the rows can be predicted or asked", "name others with --data FILE")
-    return Chosen(sequences, np.array(row_of, np.int64), len(set(row_of)), there, questions)
+    measured = len(examples) if preferences else len(set(row_of))
+    return Chosen(sequences, np.array(row_of, np.int64), measured, there, questions, preferences)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -105,7 +110,7 @@ def _lines(path: Path) -> Iterator[str]:
         yield from (line for line in lines if line.strip())
 
 
-def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[tuple[PreparedRow, Outcome]], int]:
+def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[PreparedRow], int]:
     """Validation rows: `prepare` has checked them."""
     there = 0
 
@@ -115,19 +120,31 @@ def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[tuple[
             there += 1
             yield there, line
 
-    examples = [json.loads(line) for _, line in sorted(sampled(read(), limit, session.config.seed))]
-    found = []
-    for example, outcome in zip(examples, encoder.encode(examples), strict=True):
-        if isinstance(outcome, FormatError):
-            raise UserError(f"a validation row cannot be rendered: {outcome}", "prepare and train again") from outcome
-        found.append((example, outcome))
-    return found, there
+    return [json.loads(line) for _, line in sorted(sampled(read(), limit, session.config.seed))], there
 
 
-def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[tuple[PreparedRow, Outcome]], int]:
+def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[PreparedRow], int]:
     rows, there = FILE.rows(session, session.config.data_file, encoder, limit, session.config.seed)
     rows.sort(key=lambda one: (one.row.file, one.row.line))
-    return [(one.example, one.outcome) for one in rows], there
+    return [one.example for one in rows], there
+
+
+def _laid_out(examples: Sequence[PreparedRow], encoder: Encoder) -> list[tuple[PreparedRow, Outcome]]:
+    """Conversations with their sequences; of pairs with the better answer, of judged answers the good ones."""
+    found = [row for row in map(better_of, examples) if row is not None]
+    outcomes = encoder.encode(found)
+    if failed := next((outcome for outcome in outcomes if isinstance(outcome, FormatError)), None):
+        raise UserError(f"a validation row cannot be rendered: {failed}", "prepare and train again") from failed
+    return list(zip(found, outcomes, strict=True))
+
+
+def _preferences(session: Session, encoder: Encoder, examples: Sequence[PreparedRow]) -> Preferences | None:
+    found = preferences_of(examples, encoder)
+    if found and found.left_out:
+        said = counted(found.left_out, "row of preferences is", "rows of preferences are")
+        session.listener.warn(f"{said} left out where answers are compared: an answer is longer than the training's "
+                              f"limit of {encoder.max_length:,} tokens")
+    return found
 
 
 def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[tuple[PreparedRow, Outcome]]:
@@ -136,16 +153,6 @@ def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[
         session.listener.warn(f"{counted(longer, 'row is', 'rows are')} longer than the training's limit of "
                               f"{session.settings_of('prepare').get('max_length')} tokens; their loss is left out")
     return rows
-
-
-def _wanted(sequence: Any) -> Wanted | None:
-    """What is learned of a sequence, as tokens to predict; nothing predicts the first."""
-    labels = np.zeros(len(sequence.ids), bool)
-    for start, end in sequence.spans:
-        labels[start:end] = True
-    at = np.flatnonzero(labels[1:])
-    ids = np.asarray(sequence.ids, np.int64)
-    return Wanted(ids[None, :at[-1] + 1], at, ids[at + 1]) if len(at) else None
 
 
 def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[PreparedRow, Outcome]]) -> list[Question]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_tune.config.stages import MOST_TOKENS
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.sequences import Encoder
+from gemma_tune.encoding.sequences import Encoder, liked_of
 from gemma_tune.run.row_file import RowFile
 from gemma_tune.run.session import Session
 
@@ -44,10 +44,10 @@ def require_file(name: str | None) -> None:
 def file_rows(session: Session, chat: ChatFormat) -> list[Mapping[str, np.ndarray]]:
     """Rows of the session's calibration file as ``input_ids``, laid out by the run's chat template.
 
-    Of a long file some are looked at, from all over it.
+    Of a long file some are looked at, from all over it. Rejected and bad answers are left out.
 
     Raises:
         UserError: it cannot be read, or more of its rows cannot be used than ``prepare`` allowed.
     """
     rows, _ = _FILE.rows(session, session.config.calibration_file, Encoder(chat, MOST_TOKENS), _MOST_ROWS)
-    return [{"input_ids": sequence.ids} for row in rows for sequence in row.outcome.full]
+    return [{"input_ids": sequence.ids} for row in rows for sequence in liked_of(row.example, row.outcome.full)]

@@ -62,8 +62,11 @@ class _Kept:
 
 
 def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
-    """The run's encoded rows, ``train`` or ``valid``: mappings with ``input_ids`` and ``labels``; or None, and why."""
-    from gemma_tune.encoding.tokens import open_tokens
+    """The run's encoded rows, ``train`` or ``valid``: mappings with ``input_ids`` and ``labels``; or None, and why.
+
+    Rejected and bad answers are left out: they are what the model is not to say.
+    """
+    from gemma_tune.encoding.tokens import liked, open_tokens
 
     path = session.run.tokens / f"{side}.arrow"
     prepared = session.manifest.stages.get("prepare")
@@ -71,7 +74,7 @@ def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
         return None, "the run has no prepared data"
     if prepared["base"] != session.model.fingerprint:
         return None, "the run's data was prepared for another base model"
-    return open_tokens(path), ""
+    return liked(open_tokens(path)), ""
 
 
 def validation_rows(session: Session) -> tuple[Any | None, str]:

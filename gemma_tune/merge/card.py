@@ -17,10 +17,16 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted
 from gemma_tune.models.licence import base_licence, licence_note
+from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
 _WHERE = "  # the repository, or the folder with these files"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+# How a method that is not supervised is told, and what its batches are of.
+_PREFERENCES = {"dpo": ("DPO, on pairs of a chosen and a rejected answer", "pair"),
+                "orpo": ("ORPO, on pairs of a chosen and a rejected answer", "pair"),
+                "kto": ("KTO, on answers that are good or bad", "answer")}
+_ROWS = {PAIRS: ("pair of answers", "pairs of answers"), JUDGED: ("judged answer",)}
 
 
 def model_card(session: Session, summary: Mapping[str, Any]) -> str:
@@ -37,7 +43,8 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if model.source == "hub":
         header |= {"base_model": model.id, "base_model_relation": "finetune"}
-    header |= licence | {"tags": ["gemma-tune", "sft", "lora", *(["dora"] if adapter.get("use_dora") else [])]}
+    kinds = ["lora", "dora"] if adapter.get("use_dora") else ["lora"]
+    header |= licence | {"tags": ["gemma-tune", _method(session), *kinds]}
     rows = [("Base model", _base(session)), *_training(session, adapter), ("Merge", _merge(summary)),
             ("Versions", _versions())]
     return "\n".join([
@@ -84,8 +91,17 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     figures = record["summary"]
     yield "Training", _schedule(settings, figures)
     if figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
-        yield ("Loss on held-out conversations", f"{figures['eval_loss_before']:.3f} before training, "
-               f"{figures['eval_loss_after']:.3f} after (nats per token that is learned)")
+        method = figures.get("method")
+        what, unit = (("preferences", f"the loss of {method.upper()}") if method in _PREFERENCES else
+                      ("conversations", "nats per token that is learned"))
+        yield (f"Loss on held-out {what}", f"{figures['eval_loss_before']:.3f} before training, "
+               f"{figures['eval_loss_after']:.3f} after ({unit})")
+
+
+def _method(session: Session) -> str:
+    """What the Hub's tag says of the training; an adapter from elsewhere was supervised as far as anybody knows."""
+    record = _record_of_training(session)
+    return (record["summary"].get("method") if record else None) or "sft"
 
 
 def _record_of_training(session: Session) -> Mapping[str, Any] | None:
@@ -123,16 +139,17 @@ def _rows(session: Session, record: Mapping[str, Any]) -> str | None:
                                for name in ("train_rows", "valid_rows")):
         return None
     figures = prepared["summary"]
-    counts = f"{counted(figures['train_rows'], 'conversation')}, {figures['valid_rows']:,} more held out"
+    rows = counted(figures["train_rows"], *_ROWS.get(figures.get("kind"), ("conversation",)))
+    counts = f"{rows}, {figures['valid_rows']:,} more held out"
     return f"{counts}; {figures['trained_tokens']:,} tokens learned" if "trained_tokens" in figures else counts
 
 
 def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    words = []
+    words, method = [], figures.get("method")
     if figures.get("steps") is not None:
         words.append(counted(figures['steps'], 'step'))
     if figures.get("effective_batch"):
-        words.append(f"{counted(figures['effective_batch'], 'conversation')} each")
+        words.append(f"{counted(figures['effective_batch'], _PREFERENCES.get(method, ('', 'conversation'))[1])} each")
     if settings.get("epochs") and not settings.get("max_steps"):
         words.append(f"{settings['epochs']:g} epoch{'s' if settings['epochs'] != 1 else ''}")
     if settings.get("learning_rate"):
@@ -143,7 +160,8 @@ def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         words.append(f"in {figures['dtype']}")
     if settings.get("seed") is not None:
         words.append(f"seed {settings['seed']}")
-    return "supervised, on the assistant's turns: " + ", ".join(words)
+    how = _PREFERENCES[method][0] if method in _PREFERENCES else "supervised, on the assistant's turns"
+    return f"{how}: " + ", ".join(words)
 
 
 def _merge(summary: Mapping[str, Any]) -> str:

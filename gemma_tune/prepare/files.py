@@ -115,14 +115,14 @@ class DataFiles:
         return report
 
     def _write_batch(self, batch: Batch, decided: Decided, outputs: _Outputs) -> None:
-        texts, sequences = batch.bytes_of("text"), batch.sequences()
+        texts, sequences, answers = batch.bytes_of("text"), batch.sequences(), batch.bytes_of("answers")
         columns, selection = decided.columns, decided.selection
         for n in range(batch.size):
             at = batch.first + n
             if selection.kept[at]:
                 side = SIDES[int(selection.valid[at])]
                 outputs.lines[side].write(texts[n])
-                outputs.tokens[side].add(sequences[n])
+                outputs.tokens[side].add(sequences[n], answers[n])
             elif columns.usable[at]:
                 outputs.duplicates.write(json_bytes({
                     **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),
@@ -146,7 +146,7 @@ class DataFiles:
             "rejected_rows": findings.rejected, "duplicate_rows": int(dropped.sum()),
             "near_duplicate_rows": int(selection.near.sum()),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
-            "formats": dict(findings.noticed.formats),
+            "formats": dict(findings.noticed.formats), "kind": findings.kind,
             "unread": findings.noticed.unread.as_list(),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
             "prompts_with_several_answers": {

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from gemma_tune.prepare.judge import Judged, Noticed, Rejected
+from gemma_tune.run.manifest import CONVERSATIONS
 
 _EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
 _LONG_EXAMPLES = 20  # the same of those that are too long
@@ -32,6 +33,11 @@ class Findings:
     long_examples: list[Rejected] = field(default_factory=list)
     by_source: Counter[int] = field(default_factory=Counter)
     noticed: Noticed = field(default_factory=Noticed)
+
+    @property
+    def kind(self) -> str:
+        """What the rows are; there is one kind, see ``verdict.refuse``."""
+        return next(iter(self.noticed.kinds), CONVERSATIONS)
 
     def add(self, judged: Judged, source: int, usable: int) -> None:
         """Count a block of which so many rows are usable."""

@@ -29,11 +29,13 @@ from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
-from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
+from gemma_tune.encoding.sequences import JUDGED as MARK
+from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow, asked_in, marks_of
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
 from gemma_tune.prepare.unread import UnreadCounts
+from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 
 _TOO_LONG = "too_long"
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Noticed:
         named: rows that have the column which ``--columns`` names for a role that a row may lack, by role.
         columns: what the first row of that format has.
         unread: columns and keys of the rows that nobody reads.
+        kinds: rows by what is learned from them, see :func:`kind_of`, and where the first of each stands.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
@@ -103,6 +106,8 @@ class Noticed:
     named: Counter[str] = field(default_factory=Counter)
     columns: list[str] = field(default_factory=list)
     unread: UnreadCounts = field(default_factory=UnreadCounts)
+    kinds: Counter[str] = field(default_factory=Counter)
+    first_of_kind: dict[str, str] = field(default_factory=dict)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
@@ -118,6 +123,8 @@ class Noticed:
         self.named.update(later.named)
         self.columns = self.columns or later.columns
         self.unread.add(later.unread)
+        self.kinds.update(later.kinds)
+        self.first_of_kind = later.first_of_kind | self.first_of_kind
 
 
 @dataclass
@@ -194,37 +201,49 @@ class Judge:
                 "nothing_to_learn", "the last assistant turn, which alone is to be learned, says that it is not",
                 "use --train-on all, or leave the row out"),)))
             return None
+        kind = kind_of(example)
+        judged.noticed.kinds[kind] += 1
+        judged.noticed.first_of_kind.setdefault(kind, f"{row.file}:{row.line}")
         judged.noticed.tools += bool(kinds_in(example.get("messages", ()), example.get("tools")))
-        if len(outcome.full) > 1:
+        if len(outcome.full) > 1 and kind != PAIRS:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
         if not outcome.kept:
-            judged.rejected.append(Rejected(row, (self._too_long(outcome),)))
+            judged.rejected.append(Rejected(row, (self._too_long(outcome, kind == PAIRS),)))
         text = json_bytes(example)
         written = self._written(row, example, judged)
-        texts = [example["text"]] if "text" in example else [m["content"] for m in example["messages"]]
+        texts = [example["text"]] if "text" in example else [
+            m["content"] for m in (*example["messages"], *example.get("rejected", ()))]
         same = text if written is example else json_bytes(written)
-        return Kept(line=row.line, text=text, conversation=hashlib.blake2b(same, digest_size=16).digest(),
+        return Kept(line=row.line, text=text, answers=tuple(marks_of(example)),
+                    conversation=hashlib.blake2b(same, digest_size=16).digest(),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
                     signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
 
     def _written(self, row: Row, example: PreparedRow, judged: Judged) -> PreparedRow:
         """The row with the white space around its texts that the template writes, which rows are compared with."""
-        if "text" in example or not any(_is_padded(turn) for turn in example["messages"]):
+        sides = [name for name in ("messages", "rejected") if name in example]
+        if not any(_is_padded(turn) for name in sides for turn in example[name]):
             return example
-        written = [self.chat.written(turn) for turn in example["messages"]]
-        judged.noticed.padded += any(_is_padded(turn) for turn in written)
-        if written != example["messages"]:
+        written = {name: [self.chat.written(turn) for turn in example[name]] for name in sides}
+        judged.noticed.padded += any(_is_padded(turn) for turns in written.values() for turn in turns)
+        if any(written[name] != example[name] for name in sides):
             judged.noticed.trimmed += 1
             judged.noticed.first_trimmed = judged.noticed.first_trimmed or f"{row.file}:{row.line}"
-        return {**example, "messages": written}
+        return {**example, **written}
 
     def _difference(self, row: Row, example: PreparedRow) -> str:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
         return f"{row.file}:{row.line}: {found}"
 
-    def _too_long(self, outcome: Outcome) -> Problem:
+    def _too_long(self, outcome: Outcome, is_pair: bool) -> Problem:
+        if is_pair:
+            why = {"split": ", and a pair of answers is not divided",
+                   "truncate": ", and of what is before it too little is left to compare"}.get(self.config.on_long, "")
+            return Problem(_TOO_LONG, f"the longer answer of the pair ends after {outcome.longest} tokens, more than "
+                                      f"--max-length {self.config.max_length}{why}",
+                           f"use --max-length {outcome.longest}, or shorten the prompt or the answer")
         if self.config.on_long in ("split", "truncate"):
             what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
             return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
@@ -235,14 +254,22 @@ class Judge:
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.
 
-        White space around texts does not count: questions that differ in nothing else are the same one.
+        White space around texts does not count: questions that differ in nothing else are the same one. Nor do results
+        of tools count that belong to an answer which is compared.
         """
+        compared = kind_of(example) != CONVERSATIONS
+        turns = asked_in(example) if compared else example.get("messages", ())
         prompt = example.get("text") or [
             {key: value.strip() if key == "content" else value for key, value in m.items() if key != "tool_call_id"}
-            for m in example["messages"] if m["role"] != "assistant"]
+            for m in turns if m["role"] != "assistant"]
         tools = [example["tools"]] if "tools" in example else []
         content = _as_key([self.config.seed, prompt, *tools]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def kind_of(example: PreparedRow) -> str:
+    """What is learned from a row: an answer, which of two is better, or whether one is good."""
+    return PAIRS if "rejected" in example else JUDGED if MARK in example else CONVERSATIONS
 
 
 def _is_padded(turn: dict[str, Any]) -> bool:

@@ -19,13 +19,14 @@ _LISTS = ("ids", "lengths", "counts", "spans", "full_lengths", "full_counts", "f
 SCHEMA = pa.schema([
     ("line", pa.int64()), ("text", pa.large_binary()), ("conversation", pa.binary(16)), ("prompt", pa.uint64()),
     ("turns", pa.int32()), ("script", pa.int8()), ("signature", pa.binary()),
+    ("answers", pa.list_(pa.int8())),
     *((name, pa.list_(pa.int32())) for name in _LISTS)])
 
 
 @dataclass(frozen=True)
 class Kept:
     """One row on its way: ``outcome`` (of ``encoding.sequences``) has the sequences; ``conversation`` (16 bytes) and
-    ``prompt`` (64 bits) are hashes."""
+    ``prompt`` (64 bits) are hashes; ``answers`` are the marks of its sequences."""
 
     line: int
     text: bytes
@@ -35,6 +36,7 @@ class Kept:
     script: int
     signature: bytes
     outcome: Any
+    answers: tuple[int, ...] = (0,)
 
 
 def batch_of(rows: Sequence[Kept]) -> bytes:
@@ -47,7 +49,7 @@ def batch_of(rows: Sequence[Kept]) -> bytes:
         pa.array([r.line for r in rows], pa.int64()), pa.array([r.text for r in rows], pa.large_binary()),
         pa.array([r.conversation for r in rows], pa.binary(16)), pa.array([r.prompt for r in rows], pa.uint64()),
         pa.array([r.turns for r in rows], pa.int32()), pa.array([r.script for r in rows], pa.int8()),
-        pa.array([r.signature for r in rows], pa.binary()),
+        pa.array([r.signature for r in rows], pa.binary()), pa.array([r.answers for r in rows], pa.list_(pa.int8())),
         lists([_joined([s.ids for s in r.outcome.kept]) for r in rows]),
         *_shape([r.outcome.kept for r in rows]), *_shape([r.outcome.full for r in rows])]
     sink = pa.BufferOutputStream()

@@ -20,14 +20,15 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.sources import STDIN, Source, find_sources
+from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.encoding.tokens import encoding_key, open_tokens
+from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
+from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
 
@@ -113,7 +114,7 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
     def kept(name: str) -> str:
         if name.startswith("hf:"):
             return name
-        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(name)))
+        return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(built_in(name))))
 
     config = session.config
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
@@ -148,23 +149,27 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
 
 # --- what is shown
 
+_ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}
+
 def _preview(session: Session, count: int) -> None:
-    """The first training sequences as training sees them: text in pieces, each learned or not."""
+    """The first training sequences as training sees them: text in pieces, each learned or not. Pairs are whole."""
     chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking)
     sequences = open_tokens(session.run.tokens / "train.arrow")
-    rows = []
-    for sequence in sequences.select(range(min(count, len(sequences)))):
+    kind, marks, rows = read_manifest(session.run.root).kind, answers_of(sequences), []
+    shown = min(count * (2 if kind == PAIRS else 1), len(sequences))
+    for sequence in sequences.select(range(shown)):
         learned = sequence["labels"] != IGNORE_INDEX
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
         rows.append([(chat.tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
                      for a, b in zip(edges, edges[1:])])
-    session.listener.preview(rows)
+    names = _ANSWERS.get(kind, {})
+    session.listener.preview(rows, [names[mark] for mark in marks[:shown].tolist() if mark in names])
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of the report that the manifest keeps."""
     names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
-             "tokens", "trained_tokens")
+             "kind", "tokens", "trained_tokens")
     before = report["before_the_limit"]
     length = before["length"]
     return {**{name: report[name] for name in names}, "turns": before["turns"], "shortest": length["shortest"],

@@ -19,6 +19,7 @@ from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
+from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
@@ -30,6 +31,12 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
+    if rows := noticed.kinds[PAIRS]:
+        listener.note(f"{counted(rows, *_KINDS[PAIRS])}: `train` learns which is better; --take chosen makes plain "
+                      "conversations of the better ones")
+    if rows := noticed.kinds[JUDGED]:
+        listener.note(f"{counted(rows, *_KINDS[JUDGED])}: `train` learns to give the ones and not the others; --take "
+                      "chosen makes plain conversations of the good ones")
     if config.column_names and noticed.formats and not noticed.formats["columns"]:
         named = ", ".join(f"`{name}`" for name in config.column_names.values())
         listener.warn(f"--columns names {named}, and no row is read by that: a row that has none of the columns of "
@@ -87,7 +94,8 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     bad, total, long = findings.rejected, findings.rows, findings.long
     if long and config.on_long == "fail":
         raise UserError(f"{long:,} of {counted(total, 'row')} are longer than --max-length {config.max_length}",
-                        "use --on-long split or drop, or a larger --max-length",
+                        f"use --on-long {'drop' if findings.kind == PAIRS else 'split or drop'}, or a larger "
+                        "--max-length",
                         [str(item) for item in findings.long_examples])
     if bad and config.on_bad_row == "fail":
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used",
@@ -100,11 +108,13 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
         allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
-        other = "use a larger --max-length or --on-long split" if 2 * long > bad else "correct them"
+        divided = "" if findings.kind == PAIRS else " or --on-long split"
+        other = f"use a larger --max-length{divided}" if 2 * long > bad else "correct them"
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed",
                         f"{other}, or go on without them: --max-rejected {needed:g}",
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
+    _refuse_a_mixture(findings)
 
 
 def _listed(findings: Findings, refused: Path) -> list[str]:
@@ -123,6 +133,25 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
 
 def _and_more(places: list[str]) -> str:
     return f" and {counted(len(places) - 1, 'more row')}" if places[1:] else ""
+
+
+_KINDS = {CONVERSATIONS: ("row to answer like", "rows to answer like"), PAIRS: ("pair of answers", "pairs of answers"),
+          JUDGED: ("answer that is good or bad", "answers that are good or bad")}
+
+
+def _refuse_a_mixture(findings: Findings) -> None:
+    """A training learns either to answer, or which of two answers is better."""
+    kinds, first = findings.noticed.kinds, findings.noticed.first_of_kind
+    if len(kinds) < 2:
+        return
+    said = [f"{counted(kinds[kind], *names)}, the first at {first[kind]}" for kind, names in _KINDS.items()
+            if kinds[kind]]
+    share = math.ceil(100 * (1 - kinds[PAIRS] / findings.rows)) / 100
+    ways = ["--take chosen learns the better answers together with the other rows"]
+    if kinds[PAIRS]:
+        ways.append(f"--take pairs --max-rejected {share:g} takes the pairs alone and lists the others in "
+                    "rejected.jsonl")
+    raise UserError("the rows are of several kinds, which are not learned in one training", "; ".join(ways), said)
 
 
 _OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}

@@ -30,6 +30,11 @@ class Measure:
 MEASURES: dict[str, Measure] = {
     "loss": Measure("loss per learned token, nats", "损失（每个学习的 token，nat）", "plain", -1),
     "perplexity": Measure("perplexity, learned tokens", "学习的 token 的困惑度", "plain", -1),
+    "preferred": Measure("better answer is likelier", "较好回答概率更高的比例", "share", 1),
+    "preferred_per_token": Measure("the same per token", "同上（按每个 token 平均）", "share", 1),
+    "margin": Measure("margin of log p, nats", "较好与较差回答的对数概率之差（nat）", "plain", 1),
+    "better_log_probability": Measure("log p of better, nats", "较好回答的对数概率（nat）", "plain", 1),
+    "worse_log_probability": Measure("log p of worse, nats", "较差回答的对数概率（nat）", "plain", -1),
     "exact_match": Measure("answers that are the row's own", "与数据中答案完全一致", "share", 1),
     "chrf": Measure("chrF against the row's own answer", "与数据中答案的 chrF", "score", 1),
     "in_form": Measure("answers in the example's form", "符合示例格式的回答", "share", 1),

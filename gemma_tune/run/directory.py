@@ -18,8 +18,8 @@ RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
-        "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml", "tune.yaml",
-        "tune.json")
+        "*_sft_adapter", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml",
+        "tune.yaml", "tune.json")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 
@@ -91,6 +91,16 @@ class RunDir:
     def worse_adapter(self) -> Path:
         """The adapter of a training that raised the loss; no stage reads it."""
         return self.root / f"{self.model_name}_lora_adapter_worse"
+
+    @property
+    def sft_adapter(self) -> Path:
+        """The adapter that a preference training went on from, which was the run's before."""
+        return self.root / f"{self.model_name}_sft_adapter"
+
+    @property
+    def reference(self) -> Path:
+        """Log-probabilities that preference trainings compare with."""
+        return self.root / "logs" / "reference.safetensors"
 
     @property
     def train_settings(self) -> Path:

@@ -28,6 +28,7 @@ from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.directory import RunDir
 
 SCHEMA = 1
+CONVERSATIONS, PAIRS, JUDGED = "conversations", "pairs", "judged"  # kinds of prepared rows
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 _DIGESTS = ("sha256", "stamp")
 # What stages, `status` and the summary at the end read of figures that were recorded before.
@@ -37,8 +38,10 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss
             "divergence", "same_token", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "steps",
             "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
-            "steps_before", "merged_tensors", "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
-_TEXTS = ("training_id", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses", "recommended")
+            "steps_before", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
+            "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
+_TEXTS = ("training_id", "method", "kind", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
+          "recommended")
 _LISTS = ("earlier_trainings",)
 _LARGEST = 1e300
 
@@ -53,6 +56,11 @@ class Manifest:
     @property
     def model_name(self) -> str:
         return self.model["name"]
+
+    @property
+    def kind(self) -> str:
+        """What the prepared rows are."""
+        return self.stages.get("prepare", {"summary": {}})["summary"].get("kind", CONVERSATIONS)
 
     @property
     def finished_trainings(self) -> tuple[str, ...]:

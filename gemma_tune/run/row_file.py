@@ -11,7 +11,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading.hub_rows import PREFIX
-from gemma_tune.data.reading.sources import STDIN, Row, Source, find_sources
+from gemma_tune.data.reading.sources import STDIN, Row, Source, built_in, find_sources
 from gemma_tune.data.usable import Usable, rows_of, sampled, usable
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.run.prepared import prepared_as
@@ -57,7 +57,7 @@ class RowFile:
 
     def found(self, session: Session, named: str) -> str:
         """The file's name from here: what was given is one, what the manifest has is relative to the run."""
-        return named if self.setting in session.given else session.run.found(named)
+        return built_in(named) if self.setting in session.given else session.run.found(named)
 
     def sources(self, session: Session, named: str, listener: Listener) -> list[Source]:
         """The files behind a name.

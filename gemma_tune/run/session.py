@@ -25,7 +25,7 @@ from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
 from gemma_tune.run.lock import finish_killed
-from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.manifest import CONVERSATIONS, Manifest
 from gemma_tune.run.unrecorded import current_manifest
 
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
@@ -110,8 +110,9 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
                                              weights=stage not in _WITHOUT_WEIGHTS)
     family, reasons = family_defaults(base.config, stage)
     resolved = resolve(cls, settings, content.get(stage), family)
+    preferences = stage == "train" and asked.method != "sft" and manifest.kind != CONVERSATIONS
     for name, reason in zip(family, reasons):
-        if resolved.origins[name] == "family":
+        if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
             listener.note(reason)
     if into and not apart:
         resolved = replace(resolved, config=replace(resolved.config, base=None))

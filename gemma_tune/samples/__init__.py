@@ -10,7 +10,11 @@ or a person as the judge.
 The conversations were written for this project.  They show a form and are not
 investment advice.
 
-Beside it lies general text: short passages of many kinds in several languages,
+Pairs of answers lie beside it, for learning from preferences: to a plain
+question the better answer explains in a sentence and ends with the fact, the
+worse one apologises, asks back or talks about the question.
+
+Beside them lies general text: short passages of many kinds in several languages,
 written for this project as well, in two halves of the same make-up about other
 things.  By one an export rounds, so that a model does not lose what it knew
 beside what it learned; on the other it measures.
@@ -27,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "EXAMPLES",
     "FORM_DESCRIPTION",
     "SAMPLE",
+    "example_path",
     "general_calibration",
     "general_measuring",
     "heldout_path",
@@ -39,6 +45,10 @@ __all__ = [
 
 SAMPLE = "finance"
 """The name people type to pick the example instead of a file of their own."""
+
+EXAMPLES = (SAMPLE, "pairs")
+"""The built-in examples to prepare by name: conversations, and pairs of a
+better and a worse answer."""
 
 FORM_DESCRIPTION = (
     "Every answer is exactly four lines, labelled Conclusion, Basis, Risk and "
@@ -67,6 +77,13 @@ def _real_path(name: str) -> Path:
 def training_path() -> Path:
     """Return the path of the training conversations, one JSON object a line."""
     return _real_path(f"{SAMPLE}.jsonl")
+
+
+def example_path(name: str) -> Path:
+    """Return the path of one of the ``EXAMPLES``, one JSON object a line."""
+    if name not in EXAMPLES:
+        raise ValueError(f"no example {name!r}")
+    return _real_path(f"{name}.jsonl")
 
 
 def heldout_path() -> Path:

@@ -7,7 +7,7 @@ padded, as attention computes blocks that the mask throws away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,7 +199,8 @@ def trained_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return rows * labels.shape[1] + before, labels[rows, before + 1]
 
 
-def loader(dataset: Any, batches: torch.utils.data.Sampler, accelerator: Any) -> Any:
+def loader(dataset: Any, batches: torch.utils.data.Sampler, accelerator: Any,
+           collate: Callable[[Any], dict[str, Any]] = collate) -> Any:
     """A data loader that leaves batches on the CPU, where their sizes can be read without waiting for a GPU.
 
     accelerate must not shard it: the sampler knows the processes.

@@ -69,7 +69,8 @@ class MetricsLog(TrainerCallback):
                    "loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"],
                    "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
                    "tokens_per_second": round(self.tokens_per_second, 1),
-                   "seconds_left": round(self.busy / done * (state.max_steps - step), 1), **self._memory_in_use()})
+                   "seconds_left": round(self.busy / done * (state.max_steps - step), 1),
+                   **{name: value for name, value in logs.items() if "/" in name}, **self._memory_in_use()})
 
     def _memory_in_use(self) -> dict[str, int]:
         now = time.monotonic()
@@ -79,7 +80,8 @@ class MetricsLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._began = None
-        self._add({"step": state.global_step, "steps": state.max_steps, "eval_loss": metrics["eval_loss"]})
+        self._add({"step": state.global_step, "steps": state.max_steps,
+                   **{name: value for name, value in metrics.items() if name.startswith("eval_")}})
 
     @property
     def tokens(self) -> int:

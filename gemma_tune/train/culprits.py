@@ -17,7 +17,6 @@ from gemma_tune.base.words import counted, opening
 from gemma_tune.encoding.origins import origins_of
 from gemma_tune.run.directory import RunDir
 from gemma_tune.train import processes
-from gemma_tune.train.batches import collate, trained_count
 
 MOST_NAMED = 8
 RowNames = Callable[[Sequence[int]], list[str]]
@@ -28,16 +27,17 @@ def by_number(rows: Sequence[int]) -> list[str]:
     return [f"sequence {row} of the training tokens, counted from 0" for row in rows]
 
 
-def names_of(run: RunDir, sequences: Any) -> RowNames:
+def names_of(run: RunDir, sequences: Any, of_each: int = 1) -> RowNames:
     """How training sequences are named for the people whose data they are: file and line, and how the row begins.
 
     Args:
         sequences: the training's, of :func:`gemma_tune.encoding.tokens.open_tokens`.
+        of_each: sequences that make one row of the training; a pair has two.
     """
     def named(rows: Sequence[int]) -> list[str]:
         if "row" not in sequences.data.column_names:
             return by_number(rows)
-        lines = [sequences.data.column("row")[row].as_py() for row in rows]
+        lines = [sequences.data.column("row")[of_each * row].as_py() for row in rows]
         lines = list(dict.fromkeys(lines))  # a long conversation can be several sequences
         texts = _beginnings(run, lines)
         here = [f"{run.train_rows}:{line + 1}" for line in lines]
@@ -120,9 +120,9 @@ def _rows_not_finite(trainer: Any, rows: Sequence[int]) -> list[int] | None:
     """
     here = processes.place()
     mine = list(rows[here.rank::here.count])
-    batches = [collate([trainer.train_dataset[row]]) for row in mine]
+    batches = [trainer.collate([trainer.train_dataset[row]]) for row in mine]
     if trainer.sharded:  # in each pass the processes gather every layer from each other, so all make as many
-        batches += [collate([])] * (processes.most(len(batches)) - len(batches))
+        batches += [trainer.collate([])] * (processes.most(len(batches)) - len(batches))
     try:
         finite: list[bool] | None = [_is_finite(trainer, batch) for batch in batches]
     except (RuntimeError, MemoryError):  # memory, or whatever else a step can fail with: the step's error is the news
@@ -137,6 +137,6 @@ def _rows_not_finite(trainer: Any, rows: Sequence[int]) -> list[int] | None:
 def _is_finite(trainer: Any, batch: dict[str, Any]) -> bool:
     trainer.gradients.clear()
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=trained_count(batch["labels"]))
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer.learned_in(batch))
     trainer.accelerator.backward(loss)
     return bool(torch.isfinite(loss.detach() + torch.linalg.vector_norm(trainer.gradients.norms())))

@@ -16,7 +16,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 from gemma_tune.base.words import span
 from gemma_tune.train import processes
-from gemma_tune.train.batches import SortedBatches, collate, trained_count
+from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import CapturedSteps, Loss
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
@@ -201,12 +201,12 @@ class FirstBatch:
 
         Memory that does not suffice shows here, and the micro-batch becomes one that fits.
         """
-        batch = collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
+        batch = self.collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
         began = time.perf_counter()
         on_gpu = self.accelerator.device.type == "cuda"
         self.gradients.clear()
         with torch.random.fork_rng([self.accelerator.device] if on_gpu else []):
-            self.training_step(self.model, batch, trained_count(batch["labels"]))
+            self.training_step(self.model, batch, self.learned_in(batch))
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began

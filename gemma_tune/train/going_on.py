@@ -37,6 +37,7 @@ from gemma_tune.train.checkpoints import (
     unfinished,
     whole,
 )
+from gemma_tune.train.method import with_method
 from gemma_tune.train.plan import rate_at, total_steps
 from gemma_tune.train.start import start_folder, with_start
 
@@ -86,11 +87,16 @@ class Continuation:
         return self.before.get("steps_before", 0) if self.checkpoint else self.done
 
 
-def as_before(session: Session) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
-    """The session with the settings of an interrupted training and those of the adapter that it starts from; that
-    training's marker; and the adapter's files."""
+def as_before(session: Session, writes: bool = True) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
+    """The session with the settings of an interrupted training, of the method, and of the adapter that it starts from;
+    that training's marker; and the adapter's files.
+
+    Args:
+        writes: see ``with_start``.
+    """
     waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
-    session, start = with_start(_as_interrupted(session, waiting), waiting and waiting["settings"])
+    session = with_method(_as_interrupted(session, waiting))
+    session, start = with_start(session, waiting and waiting["settings"], writes)
     return session, waiting, start
 
 

@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import sha256_file
 from gemma_tune.base.machine import importing
-from gemma_tune.config.stages import AUTO
+from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
-from gemma_tune.encoding.tokens import encoding_key, lengths_of, open_tokens, trained_of
+from gemma_tune.encoding.tokens import encoding_key, lengths_of, liked, open_tokens, trained_of
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.layers import described_adapter, lora_config, target_modules
 from gemma_tune.lora.load import import_peft
-from gemma_tune.lora.start import load_start, names_in, patterns_of, weights_of
+from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
@@ -75,7 +78,36 @@ def prepared_sequences(session: Session) -> tuple[Any, Any]:
     if session.manifest.stages["prepare"]["summary"].get("encoding") != encoding_key(session.model.fingerprint):
         raise UserError("the prepared tokens were made by another version of gemma-tune or its libraries, or with "
                         "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
-    return open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
+    sides = open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
+    return sides if session.config.prefers else (liked(sides[0]), liked(sides[1]))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what a training counts as rows: sequences, or pairs of them.
+
+    Attributes:
+        lengths: tokens of each row (int64), ``trained`` the learned ones, ``longest`` those of the longest sequence.
+    """
+
+    lengths: np.ndarray
+    trained: np.ndarray
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def sizes_of(sequences: Any, config: TrainConfig) -> Sizes:
+    """Without reading tokens."""
+    lengths, trained = lengths_of(sequences), trained_of(sequences)
+    size = sequences_of_a_row(config)
+    return Sizes(lengths.reshape(-1, size).sum(1), trained.reshape(-1, size).sum(1), int(lengths.max(initial=0)))
+
+
+def sequences_of_a_row(config: TrainConfig) -> int:
+    """Two where a row is a pair of answers, else one."""
+    return 2 if config.method in ("dpo", "orpo") else 1
 
 
 def with_batch_size(session: Session, rows: int) -> Session:
@@ -99,12 +131,12 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None)
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1
-    room = available(placement.device) // share
+    room, sequences = available(placement.device) // share, sequences_of_a_row(session.config)
     if before and session.config.micro_batch is None:
-        kept = choose(shape, replace(session.config, micro_batch=before), longest, placement.device, room)
+        kept = choose(shape, replace(session.config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
             return shape, kept
-    return shape, choose(shape, session.config, longest, placement.device, room)
+    return shape, choose(shape, session.config, longest, placement.device, room, sequences)
 
 
 def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks):
@@ -117,7 +149,6 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
 
     from gemma_tune.lora.dora import start_from_base
     from gemma_tune.train.culprits import names_of
-    from gemma_tune.train.trainer import GemmaTrainer
 
     session, config = job.session, job.session.config
     start = read_adapter(job.start) if job.start else None
@@ -127,17 +158,18 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
                                        f"({', '.join(leaves)})")
     try:
-        arguments = _arguments(session, steps, len(train_rows), job.placement, job.choice, bool(len(valid_rows)))
-        trainer = GemmaTrainer(
+        sizes = sizes_of(train_rows, config), sizes_of(valid_rows, config)
+        arguments = _arguments(session, steps, len(sizes[0]), job.placement, job.choice, bool(len(valid_rows)))
+        kind, more = _kind_of_trainer(job, train_rows, valid_rows)
+        trainer = kind(
             model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer,
             peft_config=lora_config(config, chosen, **(patterns_of(start, names) if start else {})),
             callbacks=[*callbacks], training=job.training, listener=session.listener,
-            lengths=(lengths_of(train_rows), lengths_of(valid_rows)),
-            trained=(trained_of(train_rows), trained_of(valid_rows)),
+            lengths=(sizes[0].lengths, sizes[1].lengths), trained=(sizes[0].trained, sizes[1].trained),
             micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
-            row_names=names_of(session.run, train_rows))
+            row_names=names_of(session.run, train_rows, sequences_of_a_row(config)), **more)
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e
@@ -146,9 +178,28 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
         trainer.remove_callback(callback)
     if config.dora:
         start_from_base(trainer.model)
-    if start and job.checkpoint is None:
+    if start and (job.checkpoint is None or config.prefers):  # which compares with it
         load_start(trainer.model, weights_of(start, names))
     return trainer
+
+
+def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of the trainer, and what it takes beside what all do."""
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    session, config = job.session, job.session.config
+    if not config.prefers:
+        return GemmaTrainer, {}
+    from gemma_tune.train.preference import PreferenceTrainer
+    from gemma_tune.train.reference import key_of
+    from gemma_tune.train.units import Units
+
+    size, mismatched = sequences_of_a_row(config), config.method == "kto"
+    units = Units(train_rows, size, mismatched), Units(valid_rows, size, mismatched)
+    tokens = [sha256_file(session.inputs["tokens"] / f"{side}.arrow") for side in ("train", "valid")]
+    key = key_of(session, (session.model.fingerprint, *tokens), digest_of(job.start) if job.start else None,
+                 job.training.compute)
+    return PreferenceTrainer, {"units": units, "session": session, "reference_key": key}
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,

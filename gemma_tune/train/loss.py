@@ -45,10 +45,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             way = by_kernel(cross_entropy_)
         else:
             way = _by_chunks
-        total, grad = way(hidden, weight, targets, softcap, scale, ctx.needs_input_grad[0])
+        losses, grad = way(hidden, weight, targets, softcap, scale, ctx.needs_input_grad[0])
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.dtype = hidden.dtype
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
@@ -56,26 +56,26 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         wide = at_least_fp32(grad.dtype)
         # As bf16, a factor such as 1 / 37 would be off by up to 0.4 %, and the whole gradient with it.
-        return (grad.to(wide) * grad_output.to(wide)).to(ctx.dtype), None, None, None, None
+        return (grad.to(wide) * grad_output.to(wide).unsqueeze(1)).to(ctx.dtype), None, None, None, None
 
 
 def _by_chunks(hidden, weight, targets, softcap, scale, with_grad):
-    """Loss sum, and the gradient in the type of ``hidden`` or None."""
-    total = torch.zeros((), dtype=at_least_fp32(hidden.dtype), device=hidden.device)
+    """Losses (rows,), and the gradient of each in the type of ``hidden`` or None."""
+    losses = torch.empty(hidden.shape[0], dtype=at_least_fp32(hidden.dtype), device=hidden.device)
     grad = torch.empty_like(hidden) if with_grad else None
     for start in range(0, hidden.shape[0], ROW_BLOCK):
         rows = slice(start, start + ROW_BLOCK)
         block = _Block(hidden[rows], weight, targets[rows], softcap, scale)
-        total += block.loss(with_grad)
+        losses[rows] = block.losses(with_grad)
         if grad is not None:
             grad[rows] = block.gradient()
-    return total, grad
+    return losses, grad
 
 
 def by_kernel(cross_entropy_: Callable) -> Callable:
     """The loss by blocks of rows, with ``fused.cross_entropy_`` on the logits of each."""
     def way(hidden, weight, targets, softcap, scale, with_grad):
-        """Loss sum, and the gradient in fp32 or wider, or None."""
+        """Losses (rows,), and the gradient of each in fp32 or wider, or None."""
         blocks = torch.split(hidden, _rows_at_a_time(*hidden.shape[:1], *weight.shape[:1], hidden.element_size()))
         buffer = hidden.new_empty(len(blocks[0]), len(weight))
         losses, shares, grads = [], [], []
@@ -87,11 +87,10 @@ def by_kernel(cross_entropy_: Callable) -> Callable:
             if with_grad:
                 shares.append(own)
                 grads.append(wide_product(logits, weight))
-        total = torch.cat(losses).sum()
         if not with_grad:
-            return total, None
+            return torch.cat(losses), None
         weights = weight.index_select(0, targets.clamp(min=0))  # the share of a row without target is 0
-        return total, torch.cat(grads).addcmul_(weights, torch.cat(shares).unsqueeze(1))
+        return torch.cat(losses), torch.cat(grads).addcmul_(weights, torch.cat(shares).unsqueeze(1))
 
     return way
 
@@ -117,8 +116,8 @@ class _Block:
         self.label_logit = torch.zeros(column, dtype=wide, device=hidden.device)
         self.weighted = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)  # of exp(z - maximum) dz/du W
 
-    def loss(self, with_grad: bool) -> torch.Tensor:
-        """Loss sum of the rows (scalar); with ``with_grad``, what :meth:`gradient` needs is collected too."""
+    def losses(self, with_grad: bool) -> torch.Tensor:
+        """Loss of each row (n,); with ``with_grad``, what :meth:`gradient` needs is collected too."""
         rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         width = min(vocabulary, max(1, CHUNK // max(1, rows)))
         product = torch.empty(rows, width, dtype=self.hidden.dtype, device=self.hidden.device)
@@ -128,7 +127,7 @@ class _Block:
             if len(part) < width:
                 product, logits = product.new_empty(rows, len(part)), logits.new_empty(rows, len(part))
             self._add(part, start, product, logits, with_grad)
-        return (self.maximum + self.sum.log() - self.label_logit).masked_fill_(self.left_out, 0).sum()
+        return (self.maximum + self.sum.log() - self.label_logit).masked_fill_(self.left_out, 0).squeeze(1)
 
     def _add(self, part, start, product, logits, with_grad):
         torch.mm(self.hidden, part.t(), out=product)
@@ -178,7 +177,25 @@ def rows_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Summed cross-entropy of rows that predict one token each, with a head that gets no gradient.
+    """Summed cross-entropy of rows that predict one token each, see :func:`each_rows_cross_entropy`.
+
+    Returns:
+        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
+        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
+        when no row predicts anything.
+    """
+    return each_rows_cross_entropy(hidden, weight, targets, softcap=softcap, scale=scale).sum()
+
+
+def each_rows_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Cross-entropy of rows that predict one token each, with a head that gets no gradient.
 
     Which hidden states predict a trained token is the caller's to say, see ``batches.trained_positions``: no size here
     depends on the data.
@@ -192,9 +209,8 @@ def rows_cross_entropy(
         scale: factor on the raw logits before capping (1 for Gemma).
 
     Returns:
-        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
-        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
-        when no row predicts anything.
+        (rows,) in fp32 (float64 for float64 inputs), in nats: minus the log-probability of each row's token, 0 where it
+        predicts none.
 
     Raises:
         ValueError: if the head requires a gradient, which this function would silently drop.

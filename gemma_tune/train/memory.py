@@ -8,7 +8,7 @@ that: a batch is worked on in pieces, whose gradients are added.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import psutil
 
@@ -62,6 +62,7 @@ class BatchChoice:
         available: bytes that there are.
         fits: ``memory`` is within the share of ``available`` that may be used.
         reason: why so, in words.
+        per_row: sequences of each conversation; a pair has two.
     """
 
     micro_batch: int
@@ -70,6 +71,7 @@ class BatchChoice:
     available: int
     fits: bool
     reason: str
+    per_row: int = 1
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
@@ -112,26 +114,29 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
                   activations=round(FRAGMENTATION * kept), working=working, overhead=overhead)
 
 
-def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int) -> BatchChoice:
+def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int,
+           per_row: int = 1) -> BatchChoice:
     """The most conversations at once that fit; activations are recomputed only if not even one fits otherwise.
 
     Args:
         config: ``micro_batch`` and ``activation_checkpointing`` are kept where the user set them.
         longest: tokens of the longest row.
         room: bytes that there are.
+        per_row: sequences of each conversation; a pair has two.
     """
     asked = config.micro_batch is not None or config.activation_checkpointing is not None
     first = None
     for checkpointing, micro_batch in _candidates(config):
-        memory = estimate(shape, micro_batch, longest, checkpointing=checkpointing, four_bit=config.qlora,
+        memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards)
-        choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "")
+        choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
+                             per_row)
         first = first or choice
         if choice.fits:
             break
     reason = "as asked" if asked else "they fit" if choice is first else (
         f"{_counted(first.micro_batch)} would need {gigabytes(first.memory.total)}")
-    return BatchChoice(choice.micro_batch, choice.checkpointing, choice.memory, room, choice.fits, reason)
+    return replace(choice, reason=reason)
 
 
 def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:
@@ -204,10 +209,11 @@ def described(choice: BatchChoice, longest: int) -> str:
     """The choice in one line."""
     memory = choice.memory
     adapter = memory.adapter + memory.gradients + memory.optimizer
+    at_once = choice.micro_batch * choice.per_row
     recomputed = ", recomputed in the backward pass" if choice.checkpointing else ""
     return (f"memory: about {gigabytes(memory.total)} of {gigabytes(choice.available)} available (weights "
             f"{gigabytes(memory.weights)}, adapter and optimiser {gigabytes(adapter)}, activations "
-            f"{gigabytes(memory.activations + memory.working)} with {choice.micro_batch} x {longest:,} tokens at once"
+            f"{gigabytes(memory.activations + memory.working)} with {at_once} x {longest:,} tokens at once"
             f"{recomputed}, libraries {gigabytes(memory.overhead)})")
 
 

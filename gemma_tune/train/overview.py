@@ -13,7 +13,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.run.session import Session
 from gemma_tune.train.memory import BatchChoice
-from gemma_tune.train.plan import described_steps, total_steps, warmup_steps
+from gemma_tune.train.plan import ROWS, described_steps, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape
 
 _FALLS = {"cosine": "falls along a cosine", "linear": "falls in a line", "constant": "stays"}
@@ -30,19 +30,27 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
     """
     config, rows = session.config, len(sizes[0])
     warmup = warmup_steps(total_steps(rows, config), config)
+    data = counted(rows, ROWS.get(config.method, "sequence"))
     lines = {
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
-        "data": f"{counted(rows, 'sequence')} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
+        "data": f"{data} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
                 f"{np.sum(sizes[1]):,} learned; {len(valid) or 'none'} to validate with",
         "adapter": f"{described_adapter(config)}, on {counted(shape.adapted, 'linear layer')}: "
                    f"{_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
+        **({} if config.method == "sft" else {"method": _method(config)}),
         "steps": described_steps(rows, config),
         "learning rate": (f"it rises to {config.learning_rate:g} in {counted(warmup, 'step')}" if warmup else
                           f"{config.learning_rate:g} from the first step on")
                          + f", then {_FALLS.get(config.schedule, config.schedule)}",
     }
     return lines | ({"goes on from": checkpoint.name} if checkpoint else {})
+
+
+def _method(config: TrainConfig) -> str:
+    loss = f", loss {config.dpo_loss}" if config.dpo_loss != "sigmoid" else ""
+    weight = f", weight of the chosen answers' own loss {config.sft_weight:g}" if config.sft_weight else ""
+    return f"{config.method.upper()}{loss}, beta {config.strength:g}{weight}"
 
 
 def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:

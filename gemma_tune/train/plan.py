@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # batches of 4 x 130 tokens, on two cores (536 tokens/s where a product reached 0.82 TFLOP/s).
 EFFICIENCY = 0.55
 FEW_STEPS = 10
+ROWS = {"dpo": "pair", "orpo": "pair", "kto": "answer"}  # what a method's rows are called; else sequences
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrainingPlan:
         pieces: in how many pieces of ``choice.micro_batch`` a batch goes through the model.
         seconds: estimated time of all steps and evaluations; ``basis`` says from what.
         notes: what people should know about these figures.
+        row: what each of them is called.
     """
 
     sequences: int
@@ -73,10 +75,12 @@ class TrainingPlan:
     seconds: float
     basis: str
     notes: tuple[str, ...]
+    row: str = "sequence"
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
         values = asdict(self)
+        values.pop("row")
         choice = values.pop("choice")
         memory = choice.pop("memory")
         return {**values, **choice, "memory": {**memory, "total": self.choice.memory.total}}
@@ -85,10 +89,10 @@ class TrainingPlan:
         """Figures with their names, for people."""
         memory = described(self.choice, self.longest).removeprefix("memory: ")
         return {
-            "data": f"{counted(self.sequences, 'sequence')} of up to {self.longest:,} tokens; "
+            "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens; "
                     f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
                     f"padding adds {self.padding:.0%}",
-            "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each sequence is seen "
+            "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each {self.row} is seen "
                      f"{self.exposures:.3g} times",
             "warm-up": f"{counted(self.warmup_steps, 'step')} ({self.warmup_steps / self.steps:.0%})",
             "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
@@ -112,7 +116,7 @@ def described_steps(rows: int, config: TrainConfig) -> str:
     """How the number of steps comes about."""
     steps, all_steps = total_steps(rows, config), total_steps(rows, replace(config, max_steps=0))
     epochs = f"{config.epochs:g} {'epoch' if config.epochs == 1 else 'epochs'}"
-    text = (f"{counted(rows, 'sequence')} x {epochs} in batches of {config.effective_batch}: "
+    text = (f"{counted(rows, ROWS.get(config.method, 'sequence'))} x {epochs} in batches of {config.effective_batch}: "
             f"{counted(all_steps, 'step')}")
     return text if steps == all_steps else f"{text}, of which --max-steps does {steps:,}"
 
@@ -166,7 +170,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         padding=sum(n * longest for n, longest in batches) / tokens - 1,
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
-        notes=(*_notes(rows, steps, config), *notes))
+        notes=(*_notes(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"))
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:

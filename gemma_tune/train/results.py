@@ -50,7 +50,8 @@ def name_no_place(model: Any, name: str) -> None:
 
 def _card(session: Session) -> str:
     base = session.model
-    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, sft, gemma-tune]\n---\n\n"
+    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, {session.config.method}, gemma-tune]\n"
+            "---\n\n"
             f"# {base.name}: LoRA adapter\n\nTrained with gemma-tune on {base.id}"
             f"{f' at {base.revision}' if base.revision else ''}; the settings are in the run's manifest.json. "
             "The chat template in this directory is the one used in training.\n")

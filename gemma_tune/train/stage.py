@@ -13,7 +13,6 @@ from gemma_tune.base.files import fresh_path, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
 from gemma_tune.encoding.tokenizer import quiet_libraries
-from gemma_tune.encoding.tokens import lengths_of, trained_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
@@ -39,6 +38,7 @@ from gemma_tune.train.job import (
     load_libraries,
     make_trainer,
     prepared_sequences,
+    sizes_of,
     with_batch_size,
 )
 from gemma_tune.train.memory import described, refuse_what_does_not_fit
@@ -99,12 +99,13 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     """
     require(session.config.report_to)
     quiet_libraries()
-    session, waiting, start = as_before(session)
+    session, waiting, start = as_before(session, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
-    train_rows, valid_rows = map(Side.of, prepared_sequences(session))
+    sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
+    train_rows, valid_rows = (Side(rows.lengths, int(rows.trained.sum())) for rows in sizes)
     placement = choose_placement(session.config.dtype)
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
-    shape, choice = fit(session, int(train_rows.lengths.max()), placement, start=start_folder(session))
+    shape, choice = fit(session, sizes[0].longest, placement, start=start_folder(session))
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
     if waiting:
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
@@ -148,7 +149,7 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> Job:
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
-    train_rows, valid_rows = prepared_sequences(session)
+    train_rows, valid_rows = (sizes_of(rows, session.config) for rows in prepared_sequences(session))
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
     tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
@@ -156,11 +157,11 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> Job:
     begun = begin(session, content, len(train_rows), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")
-    longest = int(lengths_of(train_rows).max())
+    longest = train_rows.longest
     shape, choice = fit(session, longest, placement, begun.training.micro_batch, begun.start)
     listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
-    listener.overview(overview(session, shape, choice, (lengths_of(train_rows), trained_of(train_rows)), valid_rows,
+    listener.overview(overview(session, shape, choice, (train_rows.lengths, train_rows.trained), valid_rows,
                                checkpoint))
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
@@ -186,8 +187,9 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     finally:  # weights that are not what they were explain whatever else is wrong
         refuse_bad_weights()
     job.startup.done("weights")
-    steps = total_steps(len(train_rows), config) - job.training.steps_before
-    listener.detail("steps", described_steps(len(train_rows), config))
+    rows = len(sizes_of(train_rows, config))
+    steps = total_steps(rows, config) - job.training.steps_before
+    listener.detail("steps", described_steps(rows, config))
     first = step_of(job.checkpoint) if job.checkpoint else 0
     log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop, reports = StopRequest(listener), Reports(session, job.training, log)
@@ -211,7 +213,8 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
     return summary | job.training.went_on() | {
-        "training_id": job.training.id, "device": job.placement.device, "dtype": job.placement.short,
+        "training_id": job.training.id, "method": config.method, "device": job.placement.device,
+        "dtype": job.placement.short,
         "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
         "activation_checkpointing": job.choice.checkpointing,
         "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import fingerprint, os_errors, replacing_directory
 from gemma_tune.config.settings import in_words
+from gemma_tune.config.stages import AUTO
 from gemma_tune.hub.access import MODEL_ID
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.lora.start import FILES, misfit, settings_of, untrainable
 from gemma_tune.models.source import split_revision
 from gemma_tune.run.session import Session
+from gemma_tune.run.stage import locked
 
 NONE = "none"  # starts from zero again, where an adapter was named before
 _HUB = "hf:"
@@ -24,13 +28,16 @@ _ORIGIN = "adapter"  # of settings that it brings along
 _FOUR_BIT = re.compile(r"(-unsloth)?-bnb-4bit$")
 
 
-def with_start(session: Session, waiting: Mapping[str, Any] | None) -> tuple[Session, dict[str, Path]]:
+def with_start(session: Session, waiting: Mapping[str, Any] | None,
+               writes: bool = True) -> tuple[Session, dict[str, Path]]:
     """The session with what the adapter that it starts from brings along, and that adapter's files as inputs.
 
-    Without ``--from-adapter`` it is the one of the interrupted training, or of the run's last one.
+    Without ``--from-adapter`` it is the one of the interrupted training, or of the run's last one. A training that
+    learns preferences goes on from the adapter that has learned answers, of which it keeps a copy.
 
     Args:
         waiting: settings of an interrupted training.
+        writes: whether the copy may be made; else the adapter itself is looked at.
 
     Raises:
         UserError: it cannot be had, is no adapter that can be trained on, or settings that were given contradict it.
@@ -39,18 +46,51 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None) -> tuple[Ses
     if named == NONE:
         return _but(session, from_adapter=None), {}
     before = (waiting or session.settings_of("train")).get("from_adapter")
-    if not (named or before):
+    own = not (named or waiting) and _learned_answers(session)
+    if own:
+        folder, kept = _own(session, writes)
+    elif not (named or before) or not (named or waiting) and _is_own(session, before):
         return session, {}
-    folder, kept = _located(session, named or before)
+    else:
+        folder, kept = _located(session, named or before)
     adapter = read_adapter(folder)
     brought = settings_of(adapter)
     if "dropout" in session.given:  # which says nothing of what the adapter computes
         brought["dropout"] = session.config.dropout
     if problems := [*_contradictions(session, brought), *_other_base(session, adapter), *untrainable(adapter)]:
         raise _with_shapes(session, adapter, problems)
-    session.listener.note(f"starting from the adapter {kept}{'' if named else ', as before'}: {in_words(brought)}")
+    as_before = "" if named or own else ", as before"
+    session.listener.note(f"starting from the adapter {kept}{as_before}: {in_words(brought)}")
     return _but(session, from_adapter=kept, **brought), {f"{_INPUT}_{name.split('.')[0]}": folder / name
                                                          for name in FILES}
+
+
+def _learned_answers(session: Session) -> bool:
+    """Whether the run has an adapter that learned answers, which a training of preferences goes on from."""
+    record = session.manifest.stages.get("train")
+    return (session.config.method in ("dpo", "kto") and record is not None and session.run.adapter.is_dir()
+            and record["base"] == session.model.fingerprint
+            and session.settings_of("train").get("method", "sft") in ("sft", AUTO))
+
+
+def _own(session: Session, writes: bool) -> tuple[Path, str]:
+    """A copy of the run's adapter, which the training will replace."""
+    run = session.run
+    kept = run.relative(run.sft_adapter)
+    if not writes:
+        return run.adapter, kept
+    with locked(session, "train"), os_errors(run.root):
+        if not run.sft_adapter.is_dir() or (
+                fingerprint(run.sft_adapter)["sha256"] != fingerprint(run.adapter)["sha256"]):
+            with replacing_directory(run.sft_adapter) as folder:
+                shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
+    session.listener.note(f"the run's adapter has learned answers, and is what is trained on; a copy stays in {kept}")
+    return run.sft_adapter, kept
+
+
+def _is_own(session: Session, before: str) -> bool:
+    """Whether the last training started from such a copy, and this one begins with the base again."""
+    return session.config.method in ("sft", "orpo") and before == session.run.relative(session.run.sft_adapter)
 
 
 def start_folder(session: Session) -> Path | None:

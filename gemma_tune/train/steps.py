@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
             startup.done("longest batch")
             if processes.is_main():  # only now: what can fail at once has not
                 clear(session.run.checkpoints, after=checkpoint)
+            trainer.begin_steps()
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
                 startup.done("first evaluation")
@@ -53,9 +55,17 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
             "train_loss_last": losses[-1] if losses else None,
             "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(kept), "kept_step": kept,
+            **_preferences(log.records, kept),
             "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
             "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
             "startup_seconds": startup.seconds}
+
+
+def _preferences(records: Sequence[Mapping[str, Any]], kept: int) -> dict[str, float]:
+    """What the validation says of a training of preferences; nothing of another one."""
+    last = next((record for record in records if record["step"] == kept and "eval_loss" in record), {})
+    names = {"eval_accuracy_after": "eval_rewards/accuracies", "eval_margin_after": "eval_rewards/margins"}
+    return {name: last[key] for name, key in names.items() if key in last}
 
 
 def _stopped(session: Session, state: Any) -> Interrupted:

@@ -10,12 +10,14 @@ import torch
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
 from gemma_tune.train.batches import trained_positions
-from gemma_tune.train.loss import rows_cross_entropy
+from gemma_tune.train.loss import each_rows_cross_entropy
 from gemma_tune.train.undoing import unsharded
 
 
 def install_summed_loss(causal_lm: Any) -> None:
     """Make ``model(input_ids=…, positions=…, targets=…)`` return ``{"loss": sum in nats}``; else nothing changes.
+
+    With ``each`` it is ``{"losses": (n,) in nats}``, of each position.
 
     ``positions`` (n,) are those of the flattened ``input_ids`` (rows, length) whose hidden state predicts a trained
     token, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled up: so nothing has a size that
@@ -33,21 +35,22 @@ def install_summed_loss(causal_lm: Any) -> None:
     theirs = causal_lm.forward
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-                targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+                targets: torch.Tensor | None = None, each: bool = False, **kwargs: Any) -> Any:
         if positions is None and (labels is None or kwargs.get("fused_lm_head")):
             return theirs(*args, labels=labels, **kwargs)
         if positions is None:
             positions, targets = trained_positions(labels)
-        return {"loss": _summed(self, kwargs["input_ids"], positions, targets)}
+        losses = _losses(self, kwargs["input_ids"], positions, targets)
+        return {"losses": losses} if each else {"loss": losses.sum()}
 
     causal_lm.forward = MethodType(forward, causal_lm)
 
 
-def _summed(causal_lm: Any, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _losses(causal_lm: Any, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = _hidden(causal_lm, input_ids).flatten(0, 1).index_select(0, positions)
     weight = _weight(causal_lm)
     # Under autocast the last norm may hand on fp32.
-    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
+    return each_rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         processes.same_everywhere([p.data for p in self._trainable()])
         install_summed_loss(self.causal_lm)
 
+    collate = staticmethod(collate)  # rows of the training as a batch
+    split = staticmethod(pieces)  # which goes through the model in pieces
+
+    @staticmethod
+    def learned_in(batch: dict[str, Any]) -> int:
+        """What the loss of a step with this batch alone is a mean over: its trained tokens."""
+        return trained_count(batch["labels"])
+
     @property
     def causal_lm(self) -> Any:
         """The base model, without PEFT and wrappers."""
@@ -161,9 +169,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                 self.gradients.loss += loss.detach()
 
     def _pieces(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        parts = list(pieces(batch, self.micro_batch))
+        parts = list(self.split(batch, self.micro_batch))
         if self.sharded:  # in each pass the processes gather every layer from each other, so all make as many
-            parts += [collate([])] * (processes.most(len(parts)) - len(parts))
+            parts += [self.collate([])] * (processes.most(len(parts)) - len(parts))
         return parts
 
     def _halve_micro_batch(self, rows: int) -> None:
@@ -192,7 +200,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.gradients.sum_over_processes()
         norms = self.gradients.norms()
         norm = torch.linalg.vector_norm(norms)
-        self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate()}
+        self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate(),
+                        **self.measures()}
         self.figures.add(self._facts, self.gradients.loss, norm, norms)
         if self.waits:
             self._refuse_not_finite(self._facts, self.gradients.loss.item(), norms.tolist())
@@ -201,6 +210,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if math.isfinite(most):
             self.gradients.clip(norm, most)
         return norm
+
+    def measures(self) -> dict[str, Any]:
+        """What the log has of a step beside its loss: numbers, or tensors (scalars) that are read with it."""
+        return {}
+
+    def begin_steps(self) -> None:
+        """Called once, before the first evaluation: find out what is needed of the model as it is before its steps."""
 
     def _refuse_not_finite(self, facts: dict[str, Any], loss: float, norms: list[float]) -> None:
         bad = [name for name, norm in zip(self.gradients.computed, norms) if not math.isfinite(norm)]
@@ -287,7 +303,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def get_train_dataloader(self):
         """Batches of rows of similar length, each row once per epoch."""
-        return loader(self.train_dataset, self._sampler(), self.accelerator)
+        return loader(self.train_dataset, self._sampler(), self.accelerator, self.collate)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The rate of each step as planned; the library's own schedules begin with a step that learns nothing."""

@@ -25,7 +25,7 @@ from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import RunDir, command
-from gemma_tune.run.manifest import read_manifest
+from gemma_tune.run.manifest import CONVERSATIONS, read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport, locked, require_inputs, require_unharmed
 from gemma_tune.train.checkpoints import training_key
@@ -84,6 +84,10 @@ class _Job:
 
 
 def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
+    if session.manifest.kind != CONVERSATIONS:
+        raise UserError("tune compares trainings on conversations, and the prepared rows are preferences",
+                        "try learning rates one after the other: gemma-tune train --learning-rate 2e-5 --force; its "
+                        "last lines compare the validation")
     train_rows, valid_rows = prepared_sequences(session)
     if not len(valid_rows):
         raise UserError(f"candidates are compared by their validation loss, and {session.run.root} has no validation "

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -96,20 +97,23 @@ class Comparison:
     """A folder with a prepared run, and the trainings in it."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
-        self.folder, self.options, self.run, self.data = folder, options, folder / "run", digest(options)
+        self.folder, self.options, self.data = folder, options, digest(options)
+        self.prepared, self.run = folder / "prepared", folder / "run"
 
     def prepare(self) -> None:
         """Make the rows and a run of them."""
         files = [self.folder / f"{name}.jsonl" for name in ("train", "held-out")]
         for path, rows in zip(files, read_rows(self.options)):
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        self._gemma_tune("prepare", files[0], "--valid", files[1], "--model", self.options.model, "--run", self.run)
-        manifest = json.loads((self.run / "manifest.json").read_text(encoding="utf-8"))
+        self._gemma_tune("prepare", files[0], "--valid", files[1], "--model", self.options.model, "--run", self.prepared)
+        manifest = json.loads((self.prepared / "manifest.json").read_text(encoding="utf-8"))
         self.summary = manifest["stages"]["prepare"]["summary"]
-        self.tokens = int(lengths_of(open_tokens(self.run / "data/tokens/train.arrow")).sum())
+        self.tokens = int(lengths_of(open_tokens(self.prepared / "data/tokens/train.arrow")).sum())
 
     def train(self, recipe: Recipe) -> dict[str, Any]:
-        """Train; the record of it, or of its failure."""
+        """Train, in a run of its own: the next training of a run keeps what is said of one. The record, or the failure."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(self.prepared, self.run)
         job = {"changes": recipe.changes, "seed": SEED, "log": str(self.run / "logs/metrics.jsonl")}
         rows, plain = self.summary["train_rows"], LLAMA_FACTORY if recipe.plain else None
         said = plain or recipe.settings

@@ -141,6 +141,28 @@ def test_base_and_tuned_side_by_side(terminal):
     assert any("base says what now" in line and "tuned says what now" in line for line in shown.splitlines())
 
 
+def test_the_better_one_of_two_is_chosen(terminal):
+    chat = terminal()
+    chat.type("/better 1", "nothing was asked yet")
+    chat.type("/compare which", "tuned says which", "(/better base or /better tuned keeps which one is better)")
+    chat.prompted()
+    chat.child.send("/bett")
+    chat.expect("after /retry, which answer is better")  # the menu
+    chat.child.send("\t")
+    time.sleep(0.5)
+    chat.type(" base", "(the base model's answer stays in the conversation)",
+              "(1 pair of this question in run/saved-pairs.jsonl)")
+    chat.type("/retry", "tuned says which", "(that was answer 2; /better 1")
+    chat.type("/better 3", "which answer is better: 1 or 2?")
+    chat.type("/fix It is this.", "(the answer is replaced)", "(2 pairs of this question in")
+    chat.type("/save", "(saved in run/saved.jsonl)", "(2 pairs of a better and a worse answer in",
+              "next: ", "gemma-tune prepare --run run run/saved-pairs.jsonl")
+    chat.leave()
+    pairs = [json.loads(line) for line in Path("run/saved-pairs.jsonl").read_text().splitlines()]
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
+        ("base says which", "tuned says which"), ("It is this.", "tuned says which")]
+
+
 def test_one_below_the_other_where_there_is_no_room(terminal):
     chat = terminal(width=60)
     chat.type("/compare what now", "base model:", "base says what now", "tuned model:", "tuned says what now", "in context)")

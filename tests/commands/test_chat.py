@@ -600,12 +600,136 @@ def test_what_is_saved_is_prepared_with_the_runs_own_data(cli, fluent, talk, con
     conversation.saves = Saves(RunDir(fluent, "talkative"), {"data": ["../../rows.jsonl"], "valid": 0.1})
     _, err = talk("one", "/fix The right answer.", "/save", streams=[Spoken(["wrong"])])
     [command] = [line.partition("next: ")[2] for line in err.splitlines() if "next: " in line]
+    assert saved(fluent / "saved-pairs.jsonl") == [pair(turns("one"), "The right answer.", "wrong")]
     result = cli(*shlex.split(command)[1:], "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["rows"] == len(rows()) + 1
     kept = (fluent / "data/train.jsonl").read_text() + (fluent / "data/valid.jsonl").read_text()
     assert json.dumps({"messages": turns("one", "The right answer.")}) in kept
     assert saved(fluent / "saved.jsonl") == [{"messages": turns("one", "The right answer.")}]
+
+
+# --- pairs of answers: /fix, /retry and /better -----------------------------------------------------------------------
+
+PAIRS = Path("runs/m/saved-pairs.jsonl")
+
+
+def pair(prompt: list, chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, **{name: [{"role": "assistant", "content": text}]
+                                 for name, text in (("chosen", chosen), ("rejected", rejected))}}
+
+
+def test_fix_keeps_what_the_model_had_said_beside_the_correction(talk):
+    _, err = talk("/system Be brief.", "one", "two", "/fix Right.", "/save",
+                  streams=[Spoken(["half", KeyboardInterrupt()]), Spoken(["wrong 今"])])
+    prompt = [{"role": "system", "content": "Be brief."}, *turns("one", "half", "two")]
+    assert saved(PAIRS) == [pair(prompt, "Right.", "wrong 今")], "what is not learned needs no mark in a prompt"
+    assert "(1 pair of this question in runs/m/saved-pairs.jsonl)" in err
+    assert [turn["content"] for turn in saved()[0]["messages"]] == ["Be brief.", "one", "half", "two", "Right."]
+    assert "(1 pair of a better and a worse answer in runs/m/saved-pairs.jsonl)" in err
+    assert ("next: gemma-tune prepare --run runs/m rows.jsonl runs/m/saved.jsonl\n"
+            "      gemma-tune prepare --run runs/m runs/m/saved-pairs.jsonl\n") in err
+
+
+def test_a_second_correction_takes_the_place_of_the_first(talk):
+    _, err = talk("one", "/fix Rihgt.", "/fix Right.", "/fix  wrong", "/fix Right.", streams=[Spoken(["wrong"])])
+    assert saved(PAIRS) == [pair(turns("one"), "Right.", "wrong")]
+    assert err.count("so there is no pair to learn from") == 1
+
+
+def test_a_pair_is_there_once_and_what_others_wrote_stays(talk):
+    talk("one", "/fix Right.", streams=[Spoken(["wrong"])])
+    with open(PAIRS, "a") as f:
+        f.write(json.dumps(pair(turns("by"), "hand", "foot")))  # an editor may leave out the last line feed
+    talk("/fix Still right.", "/reset", "one", "/fix Right.", "/undo", streams=[Spoken(["wrong"])])
+    assert saved(PAIRS) == [pair(turns("one"), "Right.", "wrong"), pair(turns("by"), "hand", "foot"),
+                            pair(turns("one"), "Still right.", "wrong")]
+
+
+def test_better_keeps_the_choice_and_the_better_answer_goes_on(talk, conversation):
+    _, err = talk("one", "/retry", "/better 1", streams=[Spoken(["first"]), Spoken(["second"])])
+    assert conversation.messages == turns("one", "first")
+    assert saved(PAIRS) == [pair(turns("one"), "first", "second")]
+    assert "(that was answer 2; /better 1" in err and "(answer 1 stays in the conversation)" in err
+    talk("/better 2")
+    assert conversation.messages == turns("one", "second")
+    assert saved(PAIRS) == [pair(turns("one"), "second", "first")], "another choice takes the place of the first"
+    talk("/retry", "/better 3", "two", "/undo", "/fix best", streams=[Spoken(["third"]), Spoken(["more"])])
+    assert saved(PAIRS) == [pair(turns("one"), "third", "first"), pair(turns("one"), "third", "second"),
+                            pair(turns("one"), "best", "third")]
+    talk("/retry", "/better 2", streams=[Spoken(["fourth"])])
+    found = saved(PAIRS)
+    assert found[2] == pair(turns("one"), "fourth", "best") and len(found) == 4, "what was said before it stays"
+    assert conversation.messages == turns("one", "fourth")
+
+
+def test_undo_takes_the_pairs_of_the_exchange_with_it(talk):
+    talk("one", "/fix Right.", "two", "/fix Right, too.", "/undo", streams=[Spoken(["wrong"]), Spoken(["wrong"])])
+    assert saved(PAIRS) == [pair(turns("one"), "Right.", "wrong")]
+    talk("/undo")
+    assert PAIRS.read_bytes() == b""
+    _, err = talk("three", "/save", streams=[Spoken(["answer"])])
+    assert "pair" not in err.replace("saved.jsonl", "")
+
+
+def test_better_needs_a_choice(talk, conversation):
+    _, err = talk("/better 1", "one", "/better 1", "/retry", "/better 1", "/retry", "/better x", "/better",
+                  streams=[Spoken(["first"]), Spoken(["first "]), Spoken(["second"])])
+    assert "nothing was asked yet" in err
+    assert err.count("there is one answer to the last question") == 2
+    assert "(the same answer again; a higher /set temperature" in err
+    assert err.count("which answer is better: 1 or 2?") == 2
+    assert not PAIRS.exists() and conversation.messages == turns("one", "second")
+    _, err = talk("/retry", "/better 2", streams=[Spoken([KeyboardInterrupt()])])
+    assert saved(PAIRS) == [pair(turns("one"), "second", "first ")], "without a new answer the choice is as it was"
+
+
+def test_an_answer_that_was_cut_off_is_never_the_chosen_one(talk, conversation):
+    _, err = talk("one", "/retry", "/better 2", streams=[Spoken(["first"]), Spoken(["half", KeyboardInterrupt()])])
+    assert "it was cut off, so no pair is kept" in err and not PAIRS.exists()
+    talk("/better 1")
+    assert saved(PAIRS) == [pair(turns("one"), "first", "half")]
+
+
+def test_base_and_tuned_are_chosen_from_after_a_comparison(talk, conversation, monkeypatch):
+    monkeypatch.setattr(Conversation, "pair", lambda self: (self.voice, self.voice))
+    _, err = talk("/compare one", "/better base", streams=[Spoken(["of base"]), Spoken(["of tuned"])])
+    assert "(/better base or /better tuned keeps which one is better)" in err
+    assert conversation.messages == turns("one", "of base")
+    assert saved(PAIRS) == [pair(turns("one"), "of base", "of tuned")]
+    talk("/better 2")
+    assert saved(PAIRS) == [pair(turns("one"), "of tuned", "of base")]
+    talk("/reset", "two", "/compare", "/better tuned",
+         streams=[Spoken(["spoken"]), Spoken(["base"]), Spoken(["tuned"])])
+    assert conversation.messages == turns("two", "tuned")
+    assert saved(PAIRS)[1:] == [pair(turns("two"), "tuned", "base")]
+    _, err = talk("/compare three", "/better base", streams=[Spoken(["same"]), Spoken(["same"])])
+    assert "there is one answer" in err and len(saved(PAIRS)) == 2
+
+
+def test_a_file_of_pairs_that_cannot_be_written_is_said_and_the_correction_stays(talk, conversation):
+    PAIRS.write_text("[1,\n2]\n")
+    _, err = talk("one", "/fix Right.", streams=[Spoken(["wrong"])])
+    assert "saved-pairs.jsonl is not a JSON Lines file" in err and PAIRS.read_text() == "[1,\n2]\n"
+    assert conversation.messages == turns("one", "Right.")
+    PAIRS.unlink()
+    PAIRS.mkdir()
+    _, err = talk("/fix Right again.", "/save")
+    assert "saved-pairs.jsonl is not a file, so the pair is not kept" in err and saved()
+
+
+@pytest.mark.parametrize(("kind", "rows", "pairs"), [
+    ("conversations", ["c.csv", "x.jsonl", "--columns", "user=q,assistant=a", "--valid", "v.jsonl", "--seed", "7"],
+     ["runs/m/saved-pairs.jsonl", "--seed", "7"]),
+    ("pairs", ["c.csv", "x.jsonl", "--columns", "user=q,assistant=a", "--take", "chosen", "--valid", "v.jsonl",
+               "--seed", "7"],
+     ["c.csv", "runs/m/saved-pairs.jsonl", "--columns", "user=q,assistant=a", "--valid", "v.jsonl", "--seed", "7"])])
+def test_each_kind_is_prepared_with_its_own(kind, rows, pairs):
+    saves = Saves(RunDir(Path("runs/m"), "m"), {"data": ["../../c.csv"], "columns": ["user=q", "assistant=a"],
+                                                "valid": "../../v.jsonl", "seed": 7}, kind)
+    found = [shlex.split(line)[4:] for line in (saves.command_to_prepare(Path("x.jsonl")),
+                                                saves.command_to_prepare_pairs())]
+    assert found == [rows, pairs]
 
 
 @pytest.mark.parametrize("command", ["/exit", "/quit", "/bye", "/exit now"])

@@ -77,8 +77,16 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     child.expect_exact("in context)")
     enter(child, "/fix 很好。")
     child.expect_exact("(the answer is replaced)")
+    child.expect_exact("saved-pairs.jsonl)")
     enter(child, "/save")
     child.expect_exact("saved.jsonl")
+    child.expect(r"gemma-tune prepare .*saved-pairs\.jsonl\r")
+    enter(child, "/set temperature 1.5")
+    child.expect_exact("(temperature: 1.5)")
+    enter(child, "/retry")
+    child.expect_exact("(that was answer 2; /better 1")
+    enter(child, "/better 1")
+    child.expect_exact("(answer 1 stays in the conversation)")
     enter(child, "/export talk.md")
     child.expect_exact("(written to talk.md)")
     enter(child, "/set temperature 0")
@@ -98,6 +106,10 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     left(child)
     [row] = [json.loads(line) for line in (fluent / "saved.jsonl").read_text(encoding="utf-8").splitlines()]
     assert row == {"messages": [{"role": "user", "content": "今天天气"}, {"role": "assistant", "content": "很好。"}]}
+    pairs = [json.loads(line) for line in (fluent / "saved-pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [pair["prompt"] for pair in pairs] == [row["messages"][:1]] * 2
+    assert [pair["chosen"] for pair in pairs] == [row["messages"][1:]] * 2
+    assert pairs[0]["rejected"] != pairs[1]["rejected"]
     assert "今天天气" in Path("talk.md").read_text(encoding="utf-8")
     assert "What is" in (fluent.parent.parent / "c" / "chat_history").read_text()
 

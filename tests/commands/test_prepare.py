@@ -8,10 +8,13 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gemma_tune.encoding.labels import IGNORE_INDEX
+from gemma_tune.encoding.tokens import answers_of, lengths_of, liked, open_tokens
 from support.command import rows, write_rows
 from support.prepared import (
     DATA,
@@ -193,15 +196,89 @@ def test_columns_that_are_named(prepare):
     assert "both `user=…` and `assistant=…`" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
 
 
-def test_preference_rows_are_learned_only_if_that_is_asked_for(prepare):
-    write_rows(Path("rows.jsonl"), [{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, row("a"), row("b")])
-    prepare("rows.jsonl", "--valid", 0)
-    [refused] = read("rejected")
-    assert (refused["code"], refused["line"]) == ("preference", 1)
-    assert questions() == ["a", "b"]
-    prepare("rows.jsonl", "--valid", 0, "--take", "chosen")
-    assert kept()[0] == row("Hi", "Hello!")["messages"]
+PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
+
+
+def test_pairs_beside_other_rows_have_to_be_decided_about(prepare):
+    write_rows(Path("rows.jsonl"), [row("a"), PAIR, row("b"), {"prompt": "Hi", "completion": "Ho", "label": False}])
+    error = prepare("rows.jsonl", "--valid", 0, code=2)
+    assert error["problems"] == ["2 rows to answer like, the first at rows.jsonl:1", "1 pair of answers, the first at rows.jsonl:2",
+                                 "1 answer that is good or bad, the first at rows.jsonl:4"]
+    assert "--take chosen" in error["err"] and "--take pairs --max-rejected 0.75" in error["err"]
+    prepare("rows.jsonl", "--valid", 0, "--take", "chosen", "--max-rejected", 0.3)
+    assert kept()[1] == row("Hi", "Hello!")["messages"] and len(kept()) == 3
     assert "Go away" not in (DATA / "train.jsonl").read_text()
+    prepare("rows.jsonl", "--valid", 0, "--take", "pairs", "--max-rejected", 0.75)  # as the hint says
+    assert [(r["code"], r["line"]) for r in read("rejected")] == [("no_pair", 1), ("no_pair", 3), ("no_pair", 4)]
+    write_rows(Path("rows.jsonl"), [PAIR, {"prompt": "Hi", "completion": "Ho", "label": True}])
+    assert "--take pairs --max-rejected 0.5" in prepare("rows.jsonl", "--valid", 0, code=2)["err"]
+    write_rows(Path("rows.jsonl"), [row("a"), PAIR, row("b")])
+    prepare("rows.jsonl", "--valid", 0, "--take", "pairs", "--max-rejected", 0.7)
+    assert read("train") == [{"messages": kept()[0], "rejected": row("Hi", "Go away.")["messages"][1:]}]
+    assert [r["code"] for r in read("rejected")] == ["no_pair", "no_pair"]
+
+
+def test_a_pair_that_is_too_long_is_not_divided(prepare):
+    long = PAIR | {"rejected": "no " * 200}
+    write_rows(Path("rows.jsonl"), [PAIR, long])
+    for on_long, said in (("drop", ""), ("split", ", and a pair of answers is not divided")):
+        error = prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", on_long, "--max-rejected", 0.2,
+                        code=2)["err"]
+        assert f"more than --max-length 64{said} (use --max-length" in error
+        assert "--on-long split" not in error, "which does not help"
+        prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", on_long, "--max-rejected", 0.5)
+        [rejected] = read("rejected")
+        assert rejected["code"] == "too_long" and rejected["line"] == 2 and len(read("train")) == 1
+    prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", "truncate")
+    assert lengths_of(open_tokens(DATA / "tokens" / "train.arrow")).max() == 64 and len(read("train")) == 2
+    assert "--on-long drop, or a larger" in prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", "fail", code=2)["err"]
+
+
+def test_pairs_with_the_same_prompt_stay_on_one_side_whatever_their_answers_hold(prepare):
+    """An answer of several turns has turns of the user in it, which are no part of the prompt."""
+    asked = row("Hi")["messages"][:1]
+    pairs = [{"prompt": asked, "chosen": [*row("Hi", f"Hello {n}")["messages"][1:], *row(f"More {n}", "Yes.")["messages"]],
+              "rejected": row("Hi", "Go away.")["messages"][1:]} for n in range(9)]
+    write_rows(Path("rows.jsonl"), [*pairs, PAIR | {"prompt": "Ho"}])
+    prepare("rows.jsonl", "--valid", 0.5)
+    sides = [{r["messages"][0]["content"] for r in read(side)} for side in ("train", "valid")]
+    assert sorted(map(tuple, sides)) == [("Hi",), ("Ho",)]
+    assert report()["prompts_with_several_answers"]["rows"] == 9
+
+
+def test_the_preview_says_which_answer_is_which(prepare):
+    write_rows(Path("rows.jsonl"), [PAIR, PAIR | {"prompt": "Ho"}])
+    found = prepare("rows.jsonl", "--valid", 0, "--preview", 1)["err"]
+    assert "1 pair of answers: `train`" not in found and "2 pairs of answers: `train` learns which is better" in found
+    assert "── sequence 1, chosen\n" in found and "⟦Hello!<end_of_turn>⟧" in found
+    assert "── sequence 2, rejected\n" in found and "⟦Go away.<end_of_turn>⟧" in found and "── sequence 3" not in found
+    write_rows(Path("rows.jsonl"), [{"prompt": "Hi", "completion": "Ho", "label": label} for label in (False, True)])
+    found = prepare("rows.jsonl", "--valid", 0, "--preview", 2)["err"]
+    assert "── sequence 1, bad\n" in found and "── sequence 2, good\n" in found
+
+
+def test_pairs_become_two_sequences_with_the_same_prompt(prepare):
+    pairs = [PAIR | {"prompt": f"Hi {n}", "rejected": "Go away." * (n + 1)} for n in range(8)]
+    write_rows(Path("rows.jsonl"), [*pairs, pairs[0], pairs[1] | {"chosen": "Well, hello!"}, PAIR | {"rejected": "no " * 400}])
+    found = prepare("rows.jsonl", "--valid", 0.3, "--max-length", 200, "--on-long", "split")
+    summary = found["summary"]
+    assert summary["kind"] == "pairs" and summary["duplicate_rows"] == 1 and summary["rejected_by_reason"] == {"too_long": 1}
+    assert summary["sequences"] == 2 * (summary["train_rows"] + summary["valid_rows"]) == 18
+    for side in ("train", "valid"):
+        sequences = open_tokens(DATA / "tokens" / f"{side}.arrow")
+        marks, texts = answers_of(sequences), []
+        assert marks.tolist() == [1, -1] * (len(sequences) // 2)
+        for n, (chosen, rejected) in enumerate(zip(sequences.select(range(0, len(sequences), 2)),
+                                                   sequences.select(range(1, len(sequences), 2)))):
+            starts = [int(np.flatnonzero(s["labels"] != IGNORE_INDEX)[0]) for s in (chosen, rejected)]
+            assert starts[0] == starts[1] and (chosen["input_ids"][:starts[0]] == rejected["input_ids"][:starts[0]]).all()
+            assert chosen["input_ids"][-1] == rejected["input_ids"][-1], "both end with the terminator"
+            texts.append(read(side)[n]["messages"][0]["content"])
+        assert len(liked(sequences)) == len(lengths_of(liked(sequences))) == len(sequences) // 2
+        assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(liked(sequences), sequences.select(
+            range(0, len(sequences), 2))))
+    asked = [{r["messages"][0]["content"] for r in read(side)} for side in ("train", "valid")]
+    assert not asked[0] & asked[1], "one prompt is on one side"
 
 
 @pytest.mark.parametrize("code, text", [("foreign_marker", "What does <|im_end|> or [INST] mean?"),

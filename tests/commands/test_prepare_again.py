@@ -106,8 +106,9 @@ def test_rows_that_were_added_are_read_the_next_time(prepare):
     assert again()["status"] == "done" and questions()[-1] == "newer"
 
 
-def test_our_own_examples_are_found_again(prepare):
-    assert prepare(samples.training_path(), "--valid", 3)["summary"]["valid_rows"] == 3
+@pytest.mark.parametrize("named", [samples.training_path(), "example:finance"])
+def test_our_own_examples_are_found_again(prepare, named):
+    assert prepare(named, "--valid", 3)["summary"]["valid_rows"] == 3
     assert settings()["data"] == ["gemma_tune:samples/finance.jsonl"]
     assert again()["status"] == "up-to-date"
 
@@ -289,7 +290,7 @@ def test_the_report_has_what_is_documented(prepare):
     prepare(write_rows(Path("rows.jsonl"), varied()), "--max-length", 128)
     assert report().keys() == {
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "files", "formats",
-        "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
+        "kind", "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
         "tokens", "trained_tokens", "left_out_answers", "unread", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",

@@ -159,7 +159,7 @@ USER, ANSWER = row()["messages"]
     ({"prompt": "a", "answer": "b"}, "unknown_format", "it has 'prompt', 'answer'"),
     ({"prompt": "a", "completion": ""}, "empty_turn", "turn 2 (assistant) is empty"),
     ({"text": " \n"}, "empty_turn", "`text` is empty"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", "says which answer is better"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b "}, "same_answers", "both answers are the same but for white space"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "no_answer", "ends with `user`"),
     ({"x" * 10_000: 1, "\ud800": 2, "a\nb": 3}, "unknown_format", "it has"),
     ({"instruction": "a"}, "unknown_format", "it has 'instruction'"),

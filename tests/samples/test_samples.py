@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gemma_tune import samples
+from support import make_pairs
 
 Row = dict[str, Any]
 
@@ -153,6 +154,64 @@ def test_file_keeps_chinese_readable() -> None:
         assert b"\\u" not in data
         assert b"\r" not in data
         assert not data.startswith(b"\xef\xbb\xbf")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Row]:
+    text = samples.example_path("pairs").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text[:-1].split("\n")]
+
+
+def test_pairs_are_what_their_generator_writes(pairs: list[Row]) -> None:
+    assert pairs == make_pairs.pairs()
+    assert b"\\u" not in samples.example_path("pairs").read_bytes()
+
+
+def test_pairs_are_shaped_as_prepared_rows(pairs: list[Row]) -> None:
+    assert len(pairs) == 120
+    for row in pairs:
+        assert list(row) == ["prompt", "chosen", "rejected"]
+        assert [m["role"] for m in row["prompt"]] == ["user"]
+        for side in ("chosen", "rejected"):
+            [turn] = row[side]
+            assert turn["role"] == "assistant" and turn["content"] == turn["content"].strip() != ""
+            assert _has_chinese(turn["content"]) == _has_chinese(row["prompt"][0]["content"])
+    assert sum(_has_chinese(row["prompt"][0]["content"]) for row in pairs) == 60
+
+
+def test_no_prompt_and_no_answer_of_the_pairs_is_there_twice(pairs: list[Row]) -> None:
+    for key in ("prompt", "chosen", "rejected"):
+        assert len({_plain(row[key][0]["content"]) for row in pairs}) == len(pairs)
+
+
+def test_the_better_answer_alone_ends_with_the_asked_fact(pairs: list[Row]) -> None:
+    for row in pairs:
+        explained, fact = row["chosen"][0]["content"].split("\n")
+        assert re.fullmatch(r"Answer: [\w ]+|答案：\w+", fact), fact
+        assert explained.endswith((".", "。"))
+        assert not re.search(r"Answer|答案|\n", row["rejected"][0]["content"])
+
+
+def test_numbers_in_the_better_answers_are_right(pairs: list[Row]) -> None:
+    found = 0
+    for row in pairs:
+        text = row["chosen"][0]["content"]
+        if product := re.search(r"(\d+) ?× ?(\d+)", text):
+            fact = re.search(r"\d+", text.split("\n")[1])
+            assert fact and int(product[1]) * int(product[2]) == int(fact[0]), text
+            found += 1
+    assert found == 44
+
+
+def test_length_does_not_tell_the_better_answer(pairs: list[Row]) -> None:
+    longer = sum(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in pairs)
+    assert 0.3 < longer / len(pairs) < 0.7
+
+
+def test_an_example_that_is_not_there_has_no_path() -> None:
+    with pytest.raises(ValueError, match="no example"):
+        samples.example_path("../finance")
 
 
 def test_heldout_questions_are_shaped_for_an_answer(questions: list[Row]) -> None:

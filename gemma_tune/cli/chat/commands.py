@@ -82,12 +82,16 @@ def _reset(talk: Talk, rest: str) -> None:
 
 
 def _retry(talk: Talk, rest: str) -> None:
-    question = talk.conversation.last_question()
-    kept = talk.conversation.turns[-2:]
-    talk.conversation.undo()
-    say(f"(again: {_short(question)})")
-    if not talk.exchange(question):  # no new answer, so the old one stays
-        talk.conversation.turns += kept
+    conversation = talk.conversation
+    conversation.last_question()
+    before = conversation.turns[-1]
+    with conversation.again() as question:  # no new answer, and the old one stays
+        say(f"(again: {_short(question)})")
+        new = talk.exchange(question)
+    if new:
+        name = conversation.answered_again(before)
+        say(f"(that was answer {name}; /better 1, or another number, keeps which one is better)" if name
+            else "(the same answer again; a higher /set temperature draws others)")
 
 
 def _undo(talk: Talk, rest: str) -> None:
@@ -127,14 +131,9 @@ def _compare(talk: Talk, rest: str) -> None:
     elif rest:
         talk.compare(rest)
     else:
-        conversation = talk.conversation
-        question, kept = conversation.last_question(), conversation.turns[-2:]
-        conversation.undo()
-        try:
+        with talk.conversation.again() as question:
             say(f"(again: {_short(question)})")
             talk.compare(question, keep=False)
-        finally:
-            conversation.turns += kept
 
 
 def _who(name: str) -> Callable[[Talk, str], None]:
@@ -145,13 +144,23 @@ def _who(name: str) -> Callable[[Talk, str], None]:
 
 
 def _save(talk: Talk, name: str) -> None:
-    conversation = talk.conversation
-    path, changed = conversation.save(name)
-    say_place(f"({'saved in' if changed else 'already in'} {path})")
-    if conversation.cut:
-        cut = counted(conversation.cut, "answer was cut off and is", "answers were cut off and are")
-        say(f"({cut} not learned; /fix TEXT mends the last one)")
-    console.what_next([conversation.saves.command_to_prepare(path)])
+    conversation, commands = talk.conversation, []
+    saves = conversation.saves
+    try:
+        path, changed = conversation.save(name)
+        say_place(f"({'saved in' if changed else 'already in'} {path})")
+        if conversation.cut:
+            cut = counted(conversation.cut, "answer was cut off and is", "answers were cut off and are")
+            say(f"({cut} not learned; /fix TEXT mends the last one)")
+        commands.append(saves.command_to_prepare(path))
+    finally:
+        if pairs := saves.pairs.number():
+            say_place(f"({counted(pairs, 'pair')} of a better and a worse answer in {saves.pairs.path})")
+            commands.append(saves.command_to_prepare_pairs())
+        if len(commands) == 2:
+            say("(a run learns from one kind: the first command takes the conversations, the second the pairs)")
+        if commands:
+            console.what_next(commands)
 
 
 def _fix(talk: Talk, text: str) -> None:
@@ -162,8 +171,23 @@ def _fix(talk: Talk, text: str) -> None:
         except KeyboardInterrupt:
             say("\n(the answer stays as it is)")
             return
-    talk.conversation.correct(text)
+    pairs = talk.conversation.correct(text)
     say("(the answer is replaced)")
+    _tell_pairs(talk, pairs, "the same text as before but for white space, so there is no pair to learn from")
+
+
+def _better(talk: Talk, name: str) -> None:
+    pairs = talk.conversation.better(name)
+    say(f"(answer {name} stays in the conversation)" if name.isdigit() else f"(the {name} model's answer stays in the "
+        "conversation)")
+    _tell_pairs(talk, pairs, "it was cut off, so no pair is kept; /fix TEXT gives it its right text")
+
+
+def _tell_pairs(talk: Talk, pairs: int, otherwise: str) -> None:
+    if pairs:
+        say_place(f"({counted(pairs, 'pair')} of this question in {talk.conversation.saves.pairs.path})")
+    else:
+        say(f"({otherwise})")
 
 
 def _history(talk: Talk, rest: str) -> None:
@@ -195,13 +219,14 @@ COMMANDS = {
     "/system": Command(_system, "TEXT", "new system prompt, and a new conversation; no TEXT removes it"),
     "/reset": Command(_reset, "", "forget the conversation"),
     "/retry": Command(_retry, "", "answer the last question again"),
+    "/better": Command(_better, "1|2", "after /retry, which answer is better; after /compare: base|tuned"),
     "/undo": Command(_undo, "", "take the last question and its answer back"),
     "/set": Command(_set, "[NAME VALUE]", "temperature, max_new_tokens, seed and others; alone: show them"),
     "/compare": Command(_compare, "[TEXT|on|off]", "base and tuned model side by side; alone: on the last question"),
     "/base": Command(_who("base"), "", "the untuned model answers from now on"),
     "/tuned": Command(_who("tuned"), "", "the tuned model answers from now on"),
     "/save": Command(_save, "[FILE]", "keep the conversation as training data"),
-    "/fix": Command(_fix, "TEXT", "put TEXT in place of the last answer; no TEXT: lines up to one with a dot alone"),
+    "/fix": Command(_fix, "TEXT", "TEXT in place of the last answer, both kept as a pair; alone: lines up to a dot"),
     "/history": Command(_history, "", "the conversation so far"),
     "/export": Command(_export, "[FILE]", "write it to a file: Markdown, or JSON for .json and .jsonl"),
     "/exit": Command(_exit, "", "leave"),

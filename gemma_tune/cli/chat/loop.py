@@ -13,6 +13,7 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted
 from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.voice import Voice
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat import markdown, typing
@@ -81,7 +82,7 @@ class Talk:
     def compare(self, question: str, *, keep: bool = True) -> bool:
         """The answers of base and tuned model; the tuned one's becomes part of the conversation."""
         conversation = self.conversation
-        voices = conversation.pair()
+        voices, number = conversation.pair(), len(conversation.turns) // 2
         with self._stopping():
             if sys.stdout.isatty() and screen.is_live() and markdown.out().width >= _COLUMNS:
                 found = self._side_by_side(question, voices)
@@ -96,6 +97,8 @@ class Talk:
             before = len(conversation.turns)
             if keep:
                 conversation.keep(question, found[-1][1])
+            if conversation.offer(dict(zip(COMPARED, (answer for _, answer, _ in found))), number):
+                say("(/better base or /better tuned keeps which one is better)")
             return len(conversation.turns) > before
         return False
 

@@ -13,6 +13,7 @@ from gemma_tune.base.files import cache_dir
 from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import CHANGEABLE
+from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.scripts import keep_bytes
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat.commands import COMMANDS
@@ -112,7 +113,7 @@ def _completer() -> Any:
     from prompt_toolkit.document import Document
 
     paths = PathCompleter(expanduser=True)
-    words = {"/set": (*CHANGEABLE, "markdown"), "/compare": ("on", "off")}
+    words = {"/set": (*CHANGEABLE, "markdown"), "/compare": ("on", "off"), "/better": ("1", "2", *COMPARED)}
 
     class Commands(Completer):
         def get_completions(self, document: Any, event: Any) -> Iterator[Any]:

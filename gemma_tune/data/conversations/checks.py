@@ -7,7 +7,7 @@ the declarations of tools.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -120,20 +120,25 @@ def _texts(example: Example) -> Iterator[tuple[str, str]]:
     """Every text of an example with the words for its place."""
     if example.text is not None:
         yield "`text`", example.text
-    for number, turn in enumerate(example.messages or (), start=1):
-        yield f"turn {number}", turn["content"]
-        if len(turn) == 2:
-            continue
-        if "reasoning_content" in turn:
-            yield f"the reasoning of turn {number}", turn["reasoning_content"]
-        if "name" in turn:
-            yield f"the tool name of turn {number}", turn["name"]
-        for call in turn.get("tool_calls", ()):
-            for text in _strings(call):
-                yield f"a tool call of turn {number}", text
+    yield from _of_turns(example.messages or (), "")
+    yield from _of_turns(example.rejected or (), " of the rejected answer")
     for number, tool in enumerate(example.tools or (), start=1):
         for text in _strings(tool["function"]):
             yield f"tool {number}", text
+
+
+def _of_turns(turns: Sequence[Any], of: str) -> Iterator[tuple[str, str]]:
+    for number, turn in enumerate(turns, start=1):
+        yield f"turn {number}{of}", turn["content"]
+        if len(turn) == 2:
+            continue
+        if "reasoning_content" in turn:
+            yield f"the reasoning of turn {number}{of}", turn["reasoning_content"]
+        if "name" in turn:
+            yield f"the tool name of turn {number}{of}", turn["name"]
+        for call in turn.get("tool_calls", ()):
+            for text in _strings(call):
+                yield f"a tool call of turn {number}{of}", text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -30,6 +30,8 @@ class Example:
         messages: turns as ``turns`` describes them.
         tools: OpenAI's schemas, None where the row has none.
         text: for continued training, as the row has it.
+        rejected: of a pair, the turns that ``messages`` would have in place of its answer.
+        good: of a judged answer, whether it is a good one.
         unread: what the row has beside that, and nobody reads.
     """
 
@@ -38,12 +40,22 @@ class Example:
     tools: list[dict[str, Any]] | None
     text: str | None
     unread: tuple[unread.Unread, ...] = field(default=(), compare=False)
+    rejected: list[Turn] | None = None
+    good: bool | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """What is encoded of it: ``{"messages": […], "tools": […]}`` or ``{"text": "…"}``, as in train.jsonl."""
+        """What is encoded of it: ``{"messages": […], "tools": […]}`` or ``{"text": "…"}``, as in train.jsonl.
+
+        A pair also has ``rejected``, a judged answer ``kto_tag``.
+        """
         if self.messages is None:
             return {"text": self.text}
-        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
+        row: dict[str, Any] = {"messages": self.messages}
+        if self.rejected is not None:
+            row["rejected"] = self.rejected
+        if self.good is not None:
+            row[preference.JUDGED] = self.good
+        return row | ({"tools": self.tools} if self.tools else {})
 
 
 # Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
@@ -102,7 +114,8 @@ class Formats:
             name: one of ``config.FORMATS``; None finds the format row by row.
             columns: names of the columns by role: ``{"user": "question", "assistant": "answer"}``. Rows that have
                 none of them may have another format, unless ``name`` says otherwise.
-            take: ``chosen`` learns the better answer of preference rows, which are refused otherwise.
+            take: ``chosen`` makes plain conversations of the better answers of preference rows, ``pairs`` refuses all
+                other rows.
             roles: role by the name that turns have for it: ``{"bot": "assistant"}``.
             turn_keys: the keys of turns: ``{"role": "speaker", "content": "utterance"}``.
         """
@@ -137,11 +150,14 @@ class Formats:
                                     'write {"messages": […]} on the line, or the list of turns alone')])
         value = self._names.applied(value)
         format = self._format(value)
-        if format == "text":
+        if format == "text" and self.take != "pairs":
             return _text(value)
-        if format == "preference" and self.take != "chosen":
-            raise RowError([preference.refusal(value)])
+        if self.take == "pairs" and (format != "preference" or preference.is_good(value) is not None):
+            raise RowError([Problem("no_pair", "it has no better and worse answer, and --take pairs takes nothing else",
+                                    "leave --take out to learn it, without the pairs")])
         problems: list[Problem] = []
+        if format == "preference" and self.take != "chosen":
+            return self._preference(value, problems)
         if format == "columns":
             draft = layouts.columns(value, self.columns, problems)
         else:
@@ -155,6 +171,23 @@ class Formats:
             raise RowError(problems)
         return Example(format, messages, declared or None, None,
                        unread.of_row(value, format, self.columns, draft.messages))
+
+    def _preference(self, value: Fields, problems: list[Problem]) -> Example:
+        """A pair, or a judged answer."""
+        draft = preference.better(value, problems)
+        messages = conversation(draft.messages, problems, draft.key)
+        rejected, good = None, preference.is_good(value)
+        if good is not None:
+            messages = preference.with_answer_alone(messages, preference.last_answer(messages))
+        elif (other := preference.worse(value, problems)) is not None:
+            worse = conversation(other.messages, problems, other.key)
+            if not problems and (pair := preference.pair_of(messages, worse, problems)):
+                messages, rejected = pair
+        declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
+        if problems:
+            raise RowError(list(dict.fromkeys(problems)))
+        return Example("preference", messages, declared or None, None,
+                       unread.of_row(value, "preference", self.columns, draft.messages), rejected, good)
 
     def _format(self, row: Fields) -> str:
         if self.name == "columns":

@@ -1,26 +1,39 @@
-"""Rows with a better and a worse answer: recognised, and on request the better one is learned."""
+"""Rows with a better and a worse answer to the same prompt, or with one answer that is marked as good or bad (KTO).
+
+They become pairs and judged answers: a conversation, in which nothing but the answer is learned, and beside it the
+turns of the worse answer, or the mark. Or plain conversations of the better answers, where that is asked for.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from gemma_tune.base.words import counted
 from gemma_tune.data.conversations.layouts import (
     Draft,
+    alpaca,
     assistant,
     declared,
     history,
+    messages,
     said,
+    sharegpt,
     text_of,
     turn_list,
     user,
     with_system,
 )
 from gemma_tune.data.conversations.problems import Problem, several
+from gemma_tune.data.conversations.turns import Turn
+from gemma_tune.encoding.sequences import JUDGED
 
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
-         ("preferred", "rejected"))
+         ("preferred", "rejected"), ("messages", "rejected"))
+# The mark of a judged answer is `kto_tag`. `label` is one beside `prompt` and `completion`, as TRL has them, and beside
+# turns, as LLaMA-Factory has them; never beside a text, where it is a class more often than not.
+_LABELLED = ("messages", "conversations")
 # Anthropic's HH-RLHF keeps a whole conversation in one text.
 _HH = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):")
 
@@ -40,28 +53,131 @@ def _filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _is_judged(row: Mapping[str, Any], keys: Collection[str]) -> bool:
-    return isinstance(row.get("label"), bool) and "prompt" in keys and "completion" in keys
+    answered = "prompt" in keys and "completion" in keys or any(key in keys for key in _LABELLED)
+    return isinstance(row.get("label"), bool) and answered or isinstance(row.get(JUDGED), bool)
 
 
-def refusal(row: Mapping[str, Any]) -> Problem:
-    """Why preference rows are not learned unless that is asked for."""
-    pair = _filled_pair(row)
-    what = f"`{pair[0]}` and `{pair[1]}`" if pair else "`completion` with a `label`"
-    return Problem("preference", f"this is a preference row ({what}): it says which answer is better, while training "
-                                 "learns every answer that it is given",
-                   "use --take chosen to learn the better answers")
+def is_good(row: Mapping[str, Any]) -> bool | None:
+    """The mark of a judged answer; None of a pair."""
+    if _filled_pair(row):
+        return None
+    return row[JUDGED] if isinstance(row.get(JUDGED), bool) else row["label"]
 
 
 def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """The conversation that ends with the better answer."""
+    if is_good(row) is False:
+        mark = JUDGED if isinstance(row.get(JUDGED), bool) else "label"
+        problems.append(Problem("preference", f"the answer is marked as a bad one (`{mark}` is false)",
+                                "leave the row out"))
+    return better(row, problems)
+
+
+def better(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
+    """The conversation that ends with the better answer, or with the only one, be it good or bad."""
+    if (pair := _filled_pair(row)) is not None:
+        return _answered(row, pair[0], problems)
+    if row.get("completion") is not None:
+        return _answered(row, "completion", problems)
+    if row.get("messages") is not None:
+        return messages(row, problems)
+    return sharegpt(row, problems) if row.get("conversations") is not None else alpaca(row, problems)
+
+
+def worse(row: Mapping[str, Any], problems: list[Problem]) -> Draft | None:
+    """The conversation that ends with the worse answer; None of a judged one.
+
+    Of rows as they are prepared, ``rejected`` stands in place of the turns of ``messages`` that are learned.
+    """
     pair = _filled_pair(row)
     if pair is None:
-        if row["label"] is not True:
-            problems.append(Problem("preference", "the answer is marked as a bad one (`label` is false)",
-                                    "leave the row out"))
-        key, answer = "completion", turn_list(row.get("completion"))
+        return None
+    if pair[0] != "messages":
+        return _answered(row, pair[1], problems)
+    turns, answer = turn_list(row.get("messages")), turn_list(row.get("rejected"))
+    if isinstance(answer, str):
+        answer = [assistant(answer)]
+    if not isinstance(turns, list) or not isinstance(answer, list):
+        return Draft(answer, "rejected", _tools(row))
+    return Draft(with_system([*turns[:_first_learned(turns)], *answer], row, problems), "rejected", _tools(row))
+
+
+def _first_learned(turns: Sequence[Any]) -> int:
+    """Where the answer begins: at the first of the assistant's turns that is to be learned, if any says so, else the
+    last."""
+    own = [n for n, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    if not any("train" in turns[n] for n in own):
+        own = own[-1:]
+    return next((n for n in own if turns[n].get("train") is not False), len(turns))
+
+
+class Pair(NamedTuple):
+    """A conversation with the better answer, of which nothing else is learned, and the turns of the worse one."""
+
+    messages: list[Turn]
+    rejected: list[Turn]
+
+
+def pair_of(better: list[Turn], worse: list[Turn], problems: list[Problem]) -> Pair | None:
+    """What two conversations share is the prompt; what follows in each is its answer.
+
+    Returns:
+        None where they are no pair, which ``problems`` says.
+    """
+    if len({turns[0]["role"] == "system" for turns in (better, worse)}) == 2:  # one of both leaves it out
+        system = better[:1] if better[0]["role"] == "system" else worse[:1]
+        better, worse = (turns if turns[0]["role"] == "system" else [*system, *turns] for turns in (better, worse))
+    shared = 0
+    for one, other in zip(better, worse):
+        if _unmarked(one) != _unmarked(other):
+            break
+        shared += 1
+    answers = better[shared:], worse[shared:]
+    if not any(answers) or _said(answers[0]) == _said(answers[1]):
+        problems.append(Problem("same_answers", "both answers are the same" if better == worse else
+                                "both answers are the same but for white space", "leave the pair out"))
+    elif not all(answers):
+        problems.append(Problem("preference", "one of the two conversations is the beginning of the other, so they are "
+                                              "no two answers to the same prompt",
+                                "give both an answer, or leave the pair out"))
+    elif answers[0][0]["role"] != "assistant" or answers[1][0]["role"] != "assistant":
+        problems.append(Problem("preference", "the two answers are to different prompts: after "
+                                              f"{counted(shared, 'turn')} that both have, the "
+                                              f"`{answers[0][0]['role']}` says something else",
+                                "give both the same prompt, or leave the pair out"))
     else:
-        key, answer = pair[0], turn_list(row.get(pair[0]))
+        return Pair(with_answer_alone(better, shared), answers[1])
+    return None
+
+
+def with_answer_alone(turns: list[Turn], first: int) -> list[Turn]:
+    """The conversation, in which the assistant's turns before the answer are not learned.
+
+    Args:
+        first: the turn that the answer begins with.
+    """
+    return [{**turn, "train": False} if turn["role"] == "assistant" and n < first else
+            {name: value for name, value in turn.items() if name != "train"} for n, turn in enumerate(turns)]
+
+
+def last_answer(turns: Sequence[Turn]) -> int:
+    """Where the last answer of a conversation begins: after the last turn that the user has."""
+    return max((n + 1 for n, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+
+
+def _unmarked(turn: Turn) -> Turn:
+    return {name: value for name, value in turn.items() if name != "train"}
+
+
+def _said(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without the white space around and between their words."""
+    return [{name: " ".join(value.split()) if isinstance(value, str) else value
+             for name, value in _unmarked(turn).items()} for turn in turns]
+
+
+def _answered(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draft:
+    """The conversation that ends with the answer in a column."""
+    answer = turn_list(row.get(key))
     if not isinstance(answer, (list, dict, type(None))) or several(key, answer):
         answer = said(f"`{key}`", answer, problems)
     if isinstance(answer, str):
@@ -73,8 +189,8 @@ def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     return Draft(with_system(turns, row, problems), key, _tools(row))
 
 
-def _role(messages: list[Any]) -> Any:
-    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+def _role(turns: list[Any]) -> Any:
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
     return first.get("role") or first.get("from")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
-from gemma_tune.data.conversations.preference import PAIRS
+from gemma_tune.data.conversations.preference import JUDGED, PAIRS
 from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
 
 
@@ -27,8 +27,8 @@ _READ: dict[str, frozenset[str]] = {
     "prompt-completion": frozenset(("prompt", "completion", *HISTORIES, *SYSTEMS, *_TOOLS)),
     "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS)),
     "text": frozenset(("text",)),
-    # The worse answer is left out by what was asked for.
-    "preference": frozenset((*(key for pair in PAIRS for key in pair), "prompt", "completion", "label", "messages",
+    "preference": frozenset((*(key for pair in PAIRS for key in pair), JUDGED, "prompt", "completion", "label",
+                             "messages",
                              "conversations", "input", "instruction", "question", "query", *HISTORIES, *SYSTEMS,
                              *_TOOLS)),
 }

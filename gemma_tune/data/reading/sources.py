@@ -14,19 +14,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from gemma_tune import samples
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import counted, nearest
+from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TSV, Block, Row, Source
 
-__all__ = ["BLOCK", "Block", "Row", "Source", "find_sources", "read_blocks", "source_of"]
+__all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
 
 STDIN = "-"
+EXAMPLE = "example:"
 _READERS = {JSON: json_rows.blocks, PARQUET: binary_rows.parquet_blocks, ARROW: binary_rows.ipc_blocks,
             HUB: hub_rows.blocks}
 
@@ -65,7 +67,8 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
-    glob (``**`` goes through directories); ``-`` for standard input; or ``hf:org/name[/config][:split][@revision]``.
+    glob (``**`` goes through directories); ``-`` for standard input; ``example:NAME`` for a built-in example; or
+    ``hf:org/name[/config][:split][@revision]``.
 
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
@@ -86,7 +89,7 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
             continue
         try:
             found += [source_of(path, delimiter=delimiter)
-                      for path in _files(name, keep, listener, held_out)]
+                      for path in _files(built_in(name), keep, listener, held_out)]
         except UserError as e:
             problems.append(e)
     if not problems:
@@ -97,6 +100,21 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     for source in found:
         once.setdefault(os.path.realpath(source.path), source)
     return list(once.values())
+
+
+def built_in(name: str) -> str:
+    """The file of a built-in example, of its name ``example:pairs``; another name as it is.
+
+    Raises:
+        UserError: there is no such example.
+    """
+    if not name.startswith(EXAMPLE):
+        return name
+    called = name.removeprefix(EXAMPLE)
+    if called not in samples.EXAMPLES:
+        raise UserError(f"there is no built-in example {called}{near(called, samples.EXAMPLES)}",
+                        f"there are {' and '.join(EXAMPLE + known for known in samples.EXAMPLES)}")
+    return str(samples.example_path(called))
 
 
 def _elsewhere(name: str, keep: Path, listener: Listener, delimiter: str | None,

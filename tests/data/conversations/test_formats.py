@@ -156,9 +156,6 @@ TWO_TEXTS = ["Good", "Bad"]
 @pytest.mark.parametrize("take", [None, "chosen"])
 def test_several_texts_in_the_place_of_one_are_refused(row, where, take):
     columns = {"user": "question", "assistant": "answer"}
-    if take is None and ("chosen" in row or "label" in row):
-        assert codes(row) == ["preference"]
-        return
     found = problems(row, columns=columns, take=take)
     assert found[0] == ("not_text", f"{where} is a list of 2 texts, and only one can be meant")
 
@@ -525,13 +522,70 @@ ULTRA = {"prompt": "Sky?", "chosen": [user("Sky?"), answer("Blue.")], "rejected"
     ({"question": "Sky?", "chosen": "Blue.", "rejected": "Green.", "system": ""}, [user("Sky?"), answer("Blue.")]),
     ({"prompt": "Sky?", "completion": "Blue.", "label": True}, [user("Sky?"), answer("Blue.")]),
 ], ids=["DPO", "system", "HH", "HH with a prompt", "OpenAI", "UltraFeedback", "whole", "lists", "ShareGPT", "Alpaca", "question", "KTO"])
-def test_preferences_are_refused_or_their_better_answer_is_taken(row, turns):
-    [(code, reason)] = problems(row)
-    assert code == "preference" and "which answer is better" in reason
-    assert codes(row, "preference") == ["preference"]
+def test_preferences_are_pairs_or_their_better_answer_is_taken(row, turns):
     example = read(row, take="chosen")
-    assert (example.format, example.messages) == ("preference", turns)
+    assert (example.format, example.messages, example.rejected, example.good) == ("preference", turns, None, None)
     assert example.tools == ([WEATHER] if row is OPENAI_DPO else None)
+    alone = [read(row, take="pairs")] if "label" not in row else []  # which leaves judged answers out
+    for example in (read(row), read(row, "preference"), *alone):
+        # Nothing but the answer is learned.
+        assert example.messages == [t | {"train": False} if t["role"] == "assistant" else t for t in turns[:-1]] + turns[-1:]
+        if "label" in row:
+            assert (example.rejected, example.good) == (None, True)
+        else:
+            worse = {"Blue.": "Green.", "Indeed.": "Go away.", "Hello!": "Bye!", "Three degrees.": "Cold."}
+            assert (example.rejected, example.good) == ([answer(worse[turns[-1]["content"]])], None)
+        assert example.tools == ([WEATHER] if row is OPENAI_DPO else None)
+        assert read(example.as_row()) == example, "as it is prepared, it can be prepared again"
+
+
+def test_a_bad_answer_is_kept_as_one():
+    for row in ({"prompt": "Sky?", "completion": "Green.", "label": False},
+                {"messages": [user("Sky?"), answer("Green.")], "kto_tag": False},
+                {"messages": [user("Sky?"), answer("Green.")], "label": False},
+                {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Green."}], "label": False},
+                {"instruction": "Sky?", "input": "", "output": "Green.", "kto_tag": False},
+                {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Green."}], "kto_tag": False}):
+        example = read(row)
+        assert (example.messages, example.good) == ([user("Sky?"), answer("Green.")], False)
+        assert example.as_row() == {"messages": example.messages, "kto_tag": False}
+
+
+def test_answers_of_several_turns():
+    prompt, calls = [user("a"), answer("b"), user("c")], [CALL, RESULT, answer("d")]
+    example = read({"chosen": [*prompt, *calls], "rejected": [*prompt, answer("e"), user("f"), answer("g")], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]})
+    assert [turn.get("train", True) for turn in example.messages if turn["role"] == "assistant"] == [False, True, True]
+    assert len(example.messages) == 6 and example.rejected == [answer("e"), user("f"), answer("g")]
+
+
+@pytest.mark.parametrize("row, code, reason", [
+    (DPO | {"rejected": "Blue."}, "same_answers", "both answers are the same"),
+    (DPO | {"rejected": " Blue.\n"}, "same_answers", "both answers are the same but for white space"),
+    (DPO | {"chosen": "Dark  blue.", "rejected": "Dark blue."}, "same_answers", "both answers are the same but for white space"),
+    ({"chosen": [user("a"), answer("b")], "rejected": [user("c"), answer("b")]}, "preference",
+     "the two answers are to different prompts: after 0 turns that both have, the `user` says something else"),
+    ({"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("b"), user("c"), answer("d")]}, "preference",
+     "one of the two conversations is the beginning of the other, so they are no two answers to the same prompt"),
+    (DPO | {"rejected": " "}, "empty_turn", None), (DPO | {"rejected": None}, "no_messages", None),
+    ({"chosen": "Blue.", "rejected": "Green."}, "no_messages", None)])
+def test_what_is_no_pair(row, code, reason):
+    [(found, said), *_] = problems(row)
+    assert found == code and reason in (None, said)
+
+
+def test_pairs_alone():
+    assert codes({"messages": [user("a"), answer("b")]}, take="pairs") == ["no_pair"]
+    assert codes({"text": "a"}, take="pairs") == ["no_pair"]
+    for label in (True, False):
+        assert codes({"prompt": "Sky?", "completion": "Blue.", "label": label}, take="pairs") == ["no_pair"]
+
+
+def test_a_label_that_is_a_class_marks_no_answer():
+    """As text or a number it is never whether an answer is good, nor beside a text."""
+    for label in ("good", 1, 0, None):
+        example = read({"messages": [user("Sky?"), answer("Blue.")], "label": label})
+        assert (example.format, example.good, example.rejected) == ("messages", None, None)
+    assert codes({"text": "Sky?", "label": True}) == ["unknown_format"]
 
 
 def test_preferences_that_cannot_be_taken():

@@ -736,3 +736,20 @@ def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path
     Path("py.jsonl").write_text("{'a': 1}\n")
     with pytest.raises(UserError, match="py.jsonl:1: .* not in single ones as Python shows it, at column 2"):
         list(read_blocks(source_of(Path("py.jsonl"))))
+
+
+# --- built-in examples ------------------------------------------------------------------------------------------------
+
+
+def test_a_built_in_example_is_named_and_stays_findable_from_anywhere():
+    from gemma_tune import samples
+
+    found = find_sources(["example:finance", "example:pairs"], Path("keep"))
+    assert [source.path for source in found] == [samples.training_path(), samples.example_path("pairs")]
+    assert [len([row for block in read_blocks(source) for row in block.rows()]) for source in found] == [72, 120]
+    with pytest.raises(UserError, match="no built-in example pears; did you mean `pairs`") as caught:
+        find_sources(["example:pears"], Path("keep"))
+    assert caught.value.hint == "there are example:finance and example:pairs"
+    with pytest.raises(UserError, match="2 data sources") as caught:
+        find_sources(["example:", "nowhere.jsonl"], Path("keep"))
+    assert "no built-in example" in caught.value.problems[0]

@@ -1,0 +1,52 @@
+"""Settings of ``train`` about what it learns: conversations, or which of two answers is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma_tune.config.settings import option
+
+METHODS = ("auto", "sft", "dpo", "orpo", "kto")
+BETA = 0.1  # what the papers of all three, and TRL, begin with
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How ``train`` learns. What stands here beside ``method`` is for preferences alone."""
+
+    method: str = option("auto", "What is learned: with `sft` to answer as the conversations do, with `dpo`, `orpo` or "
+                                 "`kto` to prefer some answers to others. `auto` goes by the data: conversations sft, "
+                                 "pairs dpo, answers that are good or bad kto.", choices=METHODS, group="common")
+    beta: float | None = option(None, "How close DPO and KTO stay to the model before (larger is closer); of ORPO the "
+                                      "weight of the comparison.", least=1e-4, most=100.0, auto=f"{BETA}")
+    dpo_loss: str = option("sigmoid", "DPO's loss: `sigmoid` is the usual one, `ipo` stops pushing where the answers "
+                                      "are far enough apart.", choices=("sigmoid", "ipo"))
+    label_smoothing: float = option(0.0, "Share of the pairs that may be the wrong way round, for DPO's sigmoid loss.",
+                                    least=0.0, most=0.49)
+    sft_weight: float = option(0.0, "Weight of the plain loss of the chosen answers beside DPO's (RPO), which keeps "
+                                    "them likely; ORPO has it anyway.", least=0.0, most=100.0)
+    good_weight: float = option(1.0, "Weight of good answers in KTO.", least=0.0, most=100.0)
+    bad_weight: float = option(1.0, "Weight of bad answers in KTO.", least=0.0, most=100.0)
+
+    @property
+    def strength(self) -> float:
+        """``beta``, or its default."""
+        return BETA if self.beta is None else self.beta
+
+    @property
+    def prefers(self) -> bool:
+        """Whether answers are compared, instead of learned."""
+        return self.method in ("dpo", "orpo", "kto")
+
+    def method_problems(self) -> list[str]:
+        """Settings that the method does not have."""
+        others = [("dpo_loss", self.dpo_loss != "sigmoid", ("dpo",)),
+                  ("label_smoothing", self.label_smoothing, ("dpo",)), ("sft_weight", self.sft_weight, ("dpo",)),
+                  ("good_weight", self.good_weight != 1.0, ("kto",)),
+                  ("bad_weight", self.bad_weight != 1.0, ("kto",)),
+                  ("beta", self.beta is not None, ("dpo", "orpo", "kto"))]
+        problems = [f"{name}: belongs to --method {' or '.join(methods)}, and not to {self.method}"
+                    for name, given, methods in others if given and self.method not in ("auto", *methods)]
+        if self.dpo_loss == "ipo" and self.label_smoothing:
+            problems.append("label_smoothing: the loss `ipo` has none")
+        return problems

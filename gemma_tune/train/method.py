@@ -1,0 +1,47 @@
+"""``--method``: what is learned from the prepared data, and the settings that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.config.families import preference_defaults
+from gemma_tune.config.settings import in_words
+from gemma_tune.config.stages import AUTO
+from gemma_tune.run.directory import command
+from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
+from gemma_tune.run.session import Session
+
+_BY_KIND = {CONVERSATIONS: "sft", PAIRS: "dpo", JUDGED: "kto"}
+_NEEDS = {"sft": (CONVERSATIONS, PAIRS, JUDGED), "dpo": (PAIRS,), "orpo": (PAIRS,), "kto": (PAIRS, JUDGED)}
+_ARE = {CONVERSATIONS: "conversations", PAIRS: "pairs of a better and a worse answer",
+        JUDGED: "answers that are good or bad"}
+_WANT = {"dpo": "two answers to each prompt, a better and a worse one", "orpo": "two answers to each prompt, a better "
+         "and a worse one", "kto": "answers that are good or bad, or pairs of both"}
+
+
+def with_method(session: Session) -> Session:
+    """The session with the method that the data calls for where none was named, and the method's own defaults.
+
+    Raises:
+        UserError: the method that was named learns from other data.
+    """
+    kind, asked = session.manifest.kind, session.config.method
+    method = _BY_KIND[kind] if asked == AUTO else asked
+    if kind not in _NEEDS[method]:
+        raise UserError(f"--method {method} learns from {_WANT[method]}, and the prepared rows are {_ARE[kind]}",
+                        f"prepare such data: {command('prepare', session.run.root, 'PAIRS.jsonl')}; or train with "
+                        "--method sft")
+    values = {} if asked != AUTO else {"method": method}
+    reasons = [f"method {method}: the data are {_ARE[kind]}"] if asked == AUTO and kind != CONVERSATIONS else []
+    if method != "sft":
+        usual, why = preference_defaults(method)
+        free = {name: value for name, value in usual.items() if name not in session.resolved.given}
+        values |= free
+        reasons += [f"{in_words(free)}: {why}"] if free else []
+    if not values:
+        return session
+    for reason in reasons:
+        session.listener.note(reason)
+    origins = {name: {"from": "method"} for name in values}
+    return replace(session, resolved=session.resolved.but(values, origins))

@@ -1,0 +1,161 @@
+"""Preference training: DPO, IPO, ORPO and KTO with the batches, kernels and checkpoints of any other training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gemma_tune.run.session import Session
+from gemma_tune.train import processes
+from gemma_tune.train.batches import SortedBatches, loader
+from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
+from gemma_tune.train.reference import look_up
+from gemma_tune.train.trainer import GemmaTrainer
+from gemma_tune.train.units import PAIR, Units, collate_units, pieces_of
+
+LESS_LIKELY = 0.1  # nats per token that chosen answers may lose before it is told
+
+
+class PreferenceTrainer(GemmaTrainer):
+    """:class:`GemmaTrainer` on pairs or judged answers, see :class:`gemma_tune.train.units.Units`.
+
+    Args:
+        units: of the training, and of the validation.
+        session: with the settings of ``train``: ``method`` and what belongs to it.
+        reference_key: what the reference's log-probabilities depend on.
+    """
+
+    collate = staticmethod(collate_units)
+    split = staticmethod(pieces_of)
+
+    def __init__(self, *args: Any, units: tuple[Units, Units], session: Session,
+                 reference_key: Mapping[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.session, self.settings, self.reference_key = session, session.config, reference_key
+        self.train_dataset = units[0]
+        self.eval_dataset = units[1] if len(units[1]) else None
+        self.liked = units[0].liked
+        # A GPU likes few launches, and processes with parts of the model make as many passes as each other.
+        self.preference = PreferenceLoss(session.config, self.accelerator.device,
+                                         at_once=self.sharded or self.accelerator.device.type != "cpu")
+        self._sums = torch.zeros(len(SUMS), device=self.accelerator.device)
+        self._mean = 1, 1  # units of the step, and tokens of good answers in it
+        self._first: float | None = None  # log-probability of a chosen answer's token before the first step
+        self._told = False
+
+    @staticmethod
+    def learned_in(batch: dict[str, Any]) -> int:
+        """The units of the batch."""
+        return len(batch["units"])
+
+    def begin_steps(self) -> None:
+        """Compute the reference's log-probabilities, or read those that an earlier training has kept."""
+        if self.settings.method != "orpo":
+            look_up(self, self.session, self.reference_key)
+
+    def _why_not_captured(self) -> str | None:
+        if self.accelerator.device.type == "cuda" and self.settings.cuda_graphs is not False:
+            return f"the loss of {self.settings.method} needs whole answers at once"
+        return super()._why_not_captured()
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The number of units that all processes learn from in the step."""
+        if super()._get_num_items_in_batch(batch_samples, device) is None:
+            return None
+        rows = self._facts["rows"]
+        self._mean = len(rows), max(1, int(self.liked[rows].sum()))
+        self._sums.zero_()
+        return len(rows)
+
+    def _piecewise_step(self, model, inputs, count: int) -> None:
+        if self.settings.method == "kto":
+            with self.evaluating():
+                self.preference.divergence = self._divergence([inputs])
+            self.model.train()
+        before = self._sums.clone()
+        try:
+            super()._piecewise_step(model, inputs, count)
+        except (RuntimeError, MemoryError):  # out of memory: it is tried again in smaller pieces
+            self._sums.copy_(before)
+            raise
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """What these units add to the loss of the step (fp32 scalar)."""
+        found = self.preference.of(model, inputs["units"])
+        self._sums += found.sums
+        loss = found.compared / max(1, num_items_in_batch)
+        weight = self.preference.imitation
+        return loss + weight * found.imitated / self._mean[1] if weight else loss
+
+    def _divergence(self, batches: Any) -> torch.Tensor:
+        """KTO's z of all units in these batches of all processes: the mean log-ratio of answers to other prompts, or 0
+        where that is below."""
+        total, count = 0.0, 0
+        for batch in batches:
+            for part in self._pieces(batch):
+                logps, _ = self.preference.log_probabilities(self.model, [unit["mismatch"] for unit in part["units"]])
+                total += float(logps.sum()) - sum(unit["mismatch_reference"] for unit in part["units"])
+                count += len(part["units"])
+        total, count = map(sum, zip(*processes.gathered((total, count))))
+        return torch.tensor(max(0.0, total / max(1, count)), device=self.accelerator.device)
+
+    # ---- figures -----------------------------------------------------------------------------------------------------
+
+    def measures(self) -> dict[str, Any]:
+        """Rewards and log-probabilities, means over the answers of the step, by the names that TRL has for them."""
+        sums = self._sums.clone()
+        if processes.joined():
+            torch.distributed.all_reduce(sums)
+        return self._named(sums)
+
+    def _named(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        of = dict(zip(SUMS, sums))
+        good, bad = of["good"].clamp(min=1), of["bad"].clamp(min=1)
+        named = {"rewards/chosen": of["good_reward"] / good, "rewards/rejected": of["bad_reward"] / bad,
+                 "logps/chosen": of["good_logp"] / good, "logps/rejected": of["bad_logp"] / bad}
+        named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
+        if self.train_dataset.size == PAIR:
+            named["rewards/accuracies"] = of["won"] / of["units"].clamp(min=1)
+        return named
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Mean loss, rewards and log-probabilities of the validation units."""
+        batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
+        self.refresh()
+        self.gradients.clear()
+        losses, sums = torch.zeros(2, dtype=torch.float64), torch.zeros_like(self._sums)
+        with self.evaluating():
+            batches = [*loader(self.eval_dataset, batches, self.accelerator, self.collate)]
+            if self.settings.method == "kto":
+                self.preference.divergence = self._divergence(batches)
+            for batch in batches:
+                for part in self._pieces(batch):
+                    found = self.preference.of(self.model, part["units"])
+                    losses += torch.stack([found.compared, found.imitated]).cpu()
+                    sums += found.sums
+        self.gradients.clear()
+        compared, imitated, *sums = map(sum, zip(*processes.gathered([*losses.tolist(), *sums.tolist()])))
+        named = {name: float(value) for name, value in self._named(torch.tensor(sums)).items()}
+        of = dict(zip(SUMS, sums))
+        metrics = {f"{metric_key_prefix}_loss": compared / max(1, of["units"])
+                   + self.preference.imitation * imitated / max(1, of["good_tokens"]),
+                   **{f"{metric_key_prefix}_{name}": value for name, value in named.items()}}
+        self._tell(of["good_logp"] / max(1, of["good_tokens"]))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _tell(self, chosen: float) -> None:
+        """Warn once where chosen answers become less likely: what replaces them may be neither of both."""
+        if self._first is None and self.state.global_step == 0:
+            self._first = chosen
+        if self._told or self._first is None or chosen > self._first - LESS_LIKELY:
+            return
+        self._told = True
+        less = "--sft-weight 1 holds them" if self.preference.imitation == 0 else "a larger --sft-weight holds them"
+        self.listener.warn(f"the chosen answers become less likely: {chosen:.2f} nats per token now, {self._first:.2f} "
+                           f"before the first step, as the rejected ones fall faster; {less}, and so does a lower "
+                           "--learning-rate, or a larger --beta")

@@ -1,0 +1,116 @@
+"""The loss of some pairs or judged answers, by the log-probabilities that a model gives whole answers.
+
+The head gives the loss of each learned token and its gradient in one pass; the chain rule scales that gradient by what
+the answer's loss asks for. So whole logits never exist, and a step costs what learning the same tokens costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train.batches import trained_positions
+from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
+from gemma_tune.train.units import PAIR, together
+
+# Sums over answers that the log's figures are made of.
+SUMS = ("units", "good", "bad", "good_reward", "bad_reward", "won", "good_logp", "bad_logp", "good_tokens")
+
+
+@dataclass
+class PieceLoss:
+    """Of some units.
+
+    Attributes:
+        compared: sum over units of what compares answers (scalar).
+        imitated: sum over the tokens of good answers of their loss, in nats (scalar).
+        sums: (len(SUMS),) fp32, without gradient.
+    """
+
+    compared: torch.Tensor
+    imitated: torch.Tensor
+    sums: torch.Tensor
+
+
+class PreferenceLoss:
+    """The losses of ``--method``.
+
+    Args:
+        settings: of ``train``: the method and what belongs to it.
+        device: where the model computes.
+        at_once: all sequences go through the model as one batch, whatever their lengths.
+
+    Attributes:
+        divergence: KTO's z for the units that are worked on (scalar).
+    """
+
+    def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool):
+        self.settings, self.device, self.at_once = settings, device, at_once
+        self.divergence = torch.zeros((), device=device)
+
+    @property
+    def imitation(self) -> float:
+        """The weight of the loss of good answers' tokens."""
+        return 1.0 if self.settings.method == "orpo" else self.settings.sft_weight
+
+    def of(self, model: Any, units: Sequence[dict[str, Any]]) -> PieceLoss:
+        """The loss of some units, which need no memory for logits but a chunk of them."""
+        rows = [row for unit in units for row in unit["sequences"]]
+        logps, tokens = self.log_probabilities(model, rows)
+        good = torch.tensor([mark for unit in units for mark in unit["good"]], dtype=torch.bool, device=logps.device)
+        reference = torch.tensor([r for unit in units for r in unit["reference"]], device=logps.device)
+        answers = Answers(logps, reference, tokens)
+        compared = self._compared(answers, good)
+        imitated = -logps[good].sum()
+        return PieceLoss(compared.sum(), imitated, self._sums_of(answers, good, len(units)))
+
+    def _compared(self, answers: Answers, good: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        if settings.method == "kto":
+            return kto_loss(answers, good, settings.strength, self.divergence,
+                            (settings.good_weight, settings.bad_weight))
+        chosen, rejected = answers[0::PAIR], answers[1::PAIR]
+        if settings.method == "orpo":
+            return orpo_loss(chosen, rejected, settings.strength)
+        if settings.dpo_loss == "ipo":
+            return ipo_loss(chosen, rejected, settings.strength)
+        return sigmoid_loss(chosen, rejected, settings.strength, settings.label_smoothing)
+
+    @torch.no_grad()
+    def _sums_of(self, answers: Answers, good: torch.Tensor, units: int) -> torch.Tensor:
+        logps, reward = answers.now, self.settings.strength * self._score(answers)
+        won = (reward[0::PAIR] > reward[1::PAIR]).sum() if units < len(good) else torch.zeros_like(reward).sum()
+        bad = ~good
+        return torch.stack([torch.tensor(float(units), device=logps.device), good.sum(), bad.sum(), reward[good].sum(),
+                            reward[bad].sum(), won, logps[good].sum(), logps[bad].sum(),
+                            answers.tokens[good].sum()]).float()
+
+    def _score(self, answers: Answers) -> torch.Tensor:
+        """What rewards are ``beta`` times: the log-ratio to the reference; ORPO has none, and means over tokens."""
+        return answers.mean if self.settings.method == "orpo" else answers.ratio
+
+    def log_probabilities(self, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the learned tokens of each sequence together: (rows,) fp32 in nats, and how many they are (rows,)."""
+        device = self.device
+        numbers, losses = [], []
+        for chosen, batch in together(rows, self.at_once):
+            positions, targets = trained_positions(batch["labels"])
+            row = positions // batch["labels"].shape[1]
+            ids, positions, targets = (t.to(device, non_blocking=True)
+                                       for t in (batch["input_ids"], positions, targets))
+            losses.append(model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"])
+            numbers.append(torch.tensor(chosen or [0])[row].to(device, non_blocking=True))
+        if not losses:
+            empty = torch.zeros(0, device=device)
+            return empty, empty
+        loss, number = torch.cat(losses), torch.cat(numbers)
+        total = torch.zeros(len(rows), dtype=loss.dtype, device=device).index_add(0, number, loss)
+        count = torch.tensor([int((torch.as_tensor(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in rows],
+                             device=device)
+        # Where a process has no unit in a pass that all of them make, its loss is the zero that has a gradient.
+        return (-total, count) if rows else (-loss, count)

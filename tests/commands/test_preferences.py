@@ -1,0 +1,220 @@
+"""``train`` on pairs and judged answers: what it reaches, that it goes on bit for bit, and what it starts from."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma_tune.train import reference
+from gemma_tune.train.trainer import GemmaTrainer
+from support.command import MANIFEST_SCHEMA, write_rows
+from support.training import adapter_bytes, stop_at
+
+FLAGS = ("--epochs", 4, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0)
+RUN = Path("runs/tiny-gemma")
+WORDS = ("market", "share", "profit", "price", "value", "rate", "loss", "bank", "fund", "risk", "tax", "cost", "gain", "debt")
+
+
+def pairs(count: int = 14) -> list[dict]:
+    """The chosen answer is short, the rejected one is not."""
+    return [{"prompt": f"What is a {word}?", "chosen": f"It is a {word}.",
+             "rejected": f"Well, about a {word} " + "one could say many things, " * (1 + n % 3)}
+            for n, word in enumerate(WORDS[:count])]
+
+
+def judged() -> list[dict]:
+    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in pairs() for side in ("chosen", "rejected")]
+
+
+@pytest.fixture
+def prepared(cli, tiny, tmp_path):
+    """A run of pairs."""
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
+    return RUN
+
+
+def log(run: Path = RUN) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(run: Path = RUN) -> torch.Tensor:
+    weights = load_file(run / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.mark.parametrize("flags", [(), ("--dpo-loss", "ipo"), ("--label-smoothing", 0.1), ("--sft-weight", 0.5), ("--method", "orpo"),
+                                   ("--method", "kto")], ids=["dpo", "ipo", "smoothed", "rpo", "orpo", "kto"])
+def test_held_out_pairs_come_into_order(cli, prepared, flags):
+    result = cli("train", *FLAGS, *flags, "--json")
+    assert result.code == 0, result.err
+    first, last = (record for record in (log()[0], log()[-1]))
+    assert first["step"] == 0 and last["eval_loss"] < first["eval_loss"]
+    if "kto" not in flags:
+        assert last["eval_rewards/accuracies"] == 1.0, "each held-out pair"
+        assert result.json["summary"]["eval_accuracy_after"] == 1.0
+        assert "100% prefer the chosen answer" in result.err
+    assert last["eval_rewards/margins"] > first["eval_rewards/margins"]
+    assert last["eval_rewards/margins"] == pytest.approx(last["eval_rewards/chosen"] - last["eval_rewards/rejected"], rel=1e-4)
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    jsonschema.validate(manifest, MANIFEST_SCHEMA)
+    method = flags[1] if "--method" in flags else "dpo"
+    assert manifest["stages"]["train"]["config"]["method"] == {"value": method, "from": "flag" if "--method" in flags else "method"}
+    assert manifest["stages"]["train"]["summary"]["method"] == method
+    if not flags:
+        assert first["eval_loss"] == pytest.approx(math.log(2), rel=1e-5), "at the start the model is its reference"
+        assert "method dpo: the data are pairs" in result.err
+        assert cli("train").err.count("is up to date")
+        assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+
+
+def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", judged()), "--model", tiny, "--valid", 6).code == 0
+    result = cli("train", *FLAGS, "--json")
+    assert result.code == 0 and "method kto: the data are answers that are good or bad" in result.err
+    assert log()[-1]["eval_rewards/margins"] > 0.1 and "eval_rewards/accuracies" not in log()[-1]
+    result = cli("train", "--method", "dpo")
+    assert result.code == 2 and "learns from two answers to each prompt" in result.err and "--method sft" in result.err
+
+
+def test_other_methods_on_other_data(cli, tiny, data, prepared, tmp_path):
+    result = cli("train", *FLAGS, "--method", "sft", "--json")  # of pairs the chosen answers alone
+    assert result.code == 0, result.err
+    assert "rewards/margins" not in log()[-1] and result.json["summary"]["method"] == "sft"
+    assert cli("prepare", data, "--model", tiny, "--run", "runs/chats").code == 0
+    for method in ("dpo", "orpo", "kto"):
+        result = cli("train", "--method", method, "--run", "runs/chats")
+        assert result.code == 2 and "the prepared rows are conversations" in result.err
+    for flags, said in ((("--beta", 0.2), "beta: belongs to --method dpo or orpo or kto"), (("--dpo-loss", "ipo"), "dpo_loss"),
+                        (("--good-weight", 2), "good_weight: belongs to --method kto")):
+        result = cli("train", "--method", "sft", *flags)
+        assert result.code == 2 and said in result.err
+    result = cli("tune", "--run", RUN)
+    assert result.code == 2 and "prepared rows are preferences" in result.err
+
+
+def test_how_it_is_worked_on_changes_nothing(cli, prepared):
+    """Pieces, accumulation, activations that are recomputed: the same losses, and nearly the same adapter."""
+    def trained(*flags) -> tuple[list[float], torch.Tensor]:
+        result = cli("train", *FLAGS, "--max-steps", 4, *flags, "--force")
+        assert result.code == 0, result.err
+        return [record["loss"] for record in log() if "loss" in record], adapter()
+
+    for method in ("dpo", "kto"):
+        losses, whole = trained("--method", method, "--batch-size", 4, "--micro-batch", 4)
+        for flags in (("--batch-size", 4, "--micro-batch", 1), ("--batch-size", 4, "--activation-checkpointing"),
+                      *([("--batch-size", 2, "--accumulation", 2)] if method == "dpo" else [])):  # KTO's z is of a batch
+            others, weights = trained("--method", method, *flags)
+            assert others == pytest.approx(losses, rel=1e-4), flags
+            assert (weights - whole).norm() < 1e-3 * whole.norm(), flags
+
+
+def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monkeypatch):
+    whole = shutil.copytree(prepared, prepared.with_name("whole"))
+    flags = (*FLAGS, "--save-steps", 2, "--sft-weight", 0.2)
+    assert cli("train", *flags, "--run", whole).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert cli("train", *flags, "--run", prepared).code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_computed", lambda *args: pytest.fail("it is known"))
+        result = cli("train", "--run", prepared, "--json")  # all as it was
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 5, result.err
+    assert "log-probabilities of the reference: as kept in logs/reference.safetensors" in result.err
+    assert adapter_bytes(prepared) == adapter_bytes(whole), "bit for bit"
+
+
+def test_a_reference_that_is_gone_or_of_something_else_is_computed_again(cli, prepared, monkeypatch):
+    flags = (*FLAGS, "--save-steps", 2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", *flags).code == 130
+    kept = (RUN / "logs/reference.safetensors").read_bytes()
+    for damage in (None, b"", kept[:-8], kept[:-40] + bytes(40)):
+        place = shutil.copytree(RUN, RUN.with_name("other"), dirs_exist_ok=True)
+        (place / "logs/reference.safetensors").unlink() if damage is None else (place / "logs/reference.safetensors").write_bytes(damage)
+        assert cli("train", "--run", place).code == 0
+        if damage is None or len(damage) < len(kept):
+            assert (place / "logs/reference.safetensors").read_bytes() == kept, "of the model before its first step"
+        shutil.rmtree(place)
+    assert cli("train").code == 0
+    result = cli("train", *flags, "--method", "kto", "--force")  # which also asks for answers to other prompts
+    assert "its log-probabilities are kept in" in result.err
+
+
+def test_it_goes_on_from_what_learned_answers(cli, prepared):
+    """In one run: answers first, then which are better. The adapter of the answers stays what DPO starts from."""
+    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    answers = adapter_bytes(prepared)
+    result = cli("train", *FLAGS, "--method", "dpo", "--learning-rate", 1e-3, "--json")
+    assert result.code == 0 and "the run's adapter has learned answers, and is what is trained on" in result.err
+    copy = prepared / "tiny-gemma_sft_adapter"
+    assert (copy / "adapter_model.safetensors").read_bytes() == answers != adapter_bytes(prepared)
+    assert log()[0]["eval_loss"] == pytest.approx(math.log(2), rel=1e-5), "the reference is that adapter"
+    record = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]
+    assert record["config"]["from_adapter"]["value"] == copy.name and any(name.endswith("from_adapter_adapter_model") for name in record["inputs"])
+    first = adapter_bytes(prepared)
+    # Again, it starts from the same one; and answers are learned from zero again.
+    assert cli("train", *FLAGS, "--learning-rate", 1e-3, "--force").code == 0
+    assert adapter_bytes(prepared) == first and (copy / "adapter_model.safetensors").read_bytes() == answers
+    assert cli("train", *FLAGS, "--method", "sft", "--force").code == 0
+    assert adapter_bytes(prepared) == answers
+    result = cli("train", *FLAGS, "--method", "dpo", "--from-adapter", "none", "--force")
+    assert result.code == 0 and "a copy stays" not in result.err
+    for stage in ("merge", "chat"):
+        flags = ("--no-check",) if stage == "merge" else ("--prompt", "What is a bank?", "--max-new-tokens", 4)
+        assert cli(stage, *flags).code == 0
+
+
+def test_chosen_answers_that_become_less_likely_are_told(cli, prepared):
+    result = cli("train", *FLAGS, "--learning-rate", 0.05, "--epochs", 6)
+    assert "the chosen answers become less likely" in result.err and "--sft-weight 1 holds them" in result.err
+
+
+def test_memory_that_runs_out_halves_the_piece(cli, prepared, monkeypatch):
+    expected = cli("train", *FLAGS, "--max-steps", 3, "--micro-batch", 2, "--json").json["summary"]
+    losses = [record["rewards/margins"] for record in log() if "loss" in record]
+    plain, left = GemmaTrainer._piecewise_step, [0, 1, 1]
+
+    def full(self, model, inputs, count):
+        plain(self, model, inputs, count)
+        if self.micro_batch > 2 and left.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(GemmaTrainer, "_piecewise_step", full)
+    result = cli("train", *FLAGS, "--max-steps", 3, "--force", "--json")
+    assert result.code == 0 and "going on with 2" in result.err, result.err
+    assert [record["rewards/margins"] for record in log() if "loss" in record] == pytest.approx(losses, rel=1e-3)
+    assert result.json["summary"]["train_loss_last"] == pytest.approx(expected["train_loss_last"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("dpo", "ddp"), ("kto", "ddp"), ("dpo", "fsdp")])
+def test_two_processes_learn_the_same(cli, prepared, method, strategy):
+    together = shutil.copytree(prepared, prepared.with_name("together"))
+    flags = [*map(str, (*FLAGS, "--method", method, "--max-steps", 4))]
+    accumulation = ("--batch-size", 2, "--accumulation", 2) if method == "dpo" else ("--batch-size", 4)
+    assert cli("train", *flags, *accumulation).code == 0
+    done = subprocess.run([sys.executable, "-m", "gemma_tune", "train", "--run", together, *flags, "--batch-size", "2",
+                           "--num-processes", "2", "--strategy", strategy], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    names = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_logps/chosen")
+    for one, other in zip(log(), log(together), strict=True):
+        assert {n: other[n] for n in names if n in other} == pytest.approx({n: one[n] for n in names if n in one}, rel=1e-3, abs=1e-4)
+    assert (adapter(together) - adapter()).norm() < 1e-2 * adapter().norm()
+
+
+def test_dry_run_shows_pairs_and_writes_nothing(cli, prepared):
+    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    before = sorted(path.as_posix() for path in RUN.rglob("*"))
+    result = cli("train", "--method", "dpo", "--dry-run", "--json")
+    assert result.code == 0 and result.json["sequences"] == 10 and result.json["steps"] == 12, result.err
+    assert sorted(path.as_posix() for path in RUN.rglob("*")) == before
