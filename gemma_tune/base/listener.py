@@ -39,7 +39,7 @@ class Listener:
         """What ``prepare`` found out about the data, as in data/report.json."""
 
     def preview(self, rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = ()) -> None:
-        """Sequences as pieces of text, each with whether it is learned; ``names`` say whose answer each one has."""
+        """Sequences as pieces of text, each with whether it is learned; ``names`` says what the answer of each is."""
 
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """A table of several columns, the first row being its heading."""

@@ -21,6 +21,9 @@ _BOOKKEEPING = frozenset(("id", "ids", "idx", "index", "uuid", "uid", "guid", "s
 _FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "sequences",
             "tokens", "trained_tokens")
 
+_KINDS = {"pairs": "each row is a pair: a chosen and a rejected answer to the same prompt, a sequence for each",
+          "judged": "each row is an answer that is marked as good or bad"}
+
 
 def data_report(report: Mapping[str, Any]) -> None:
     """The content of data/report.json for people; whatever is missing from it is not shown.
@@ -29,12 +32,16 @@ def data_report(report: Mapping[str, Any]) -> None:
         report: numbers by name (see ``_FIGURES``); ``before_the_limit``, the figures of ``Statistics.as_dict``;
             ``rejected_by_reason`` (number by code) and ``first_rejected`` ("file:line" by code);
             ``prompts_with_several_answers`` (``prompts``, ``rows``, ``examples``: lists of "file:line");
+            ``kind``, what the rows are: ``conversations``, ``pairs`` or ``judged``;
             ``unread``, columns of rows and keys of turns (``where``, ``name``, ``rows``, ``values``).
     """
     figures = {name: report[name] for name in _FIGURES if report.get(name) or name == "rows" and name in report}
-    if figures.get("sequences") == figures.get("train_rows", 0) + figures.get("valid_rows", 0):
+    of_each = 2 if report.get("kind") == "pairs" else 1
+    if figures.get("sequences") == of_each * (figures.get("train_rows", 0) + figures.get("valid_rows", 0)):
         figures.pop("sequences", None)  # one for each row, as usual
     screen.err.print(screen.figures_table("data", figures))
+    if said := _KINDS.get(report.get("kind", "")):
+        screen.prose(Text(said))
     lengths = report.get("before_the_limit")
     if lengths and lengths["rows"]:
         _lengths(lengths)
@@ -148,13 +155,14 @@ def preview(rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = (
 
     Args:
         rows: sequences in pieces of their decoded text, each with whether it is learned.
-        names: what the answer of each sequence is, where it is compared.
+        names: what the answer of each sequence is, such as ``chosen``; empty where there is nothing to say.
     """
     coloured = screen.err.is_terminal and screen.err.color_system is not None and not screen.err.no_color
     screen.prose(Text.assemble("learned: ", ("green", "green"), "; only read: ", ("dim", "dim")) if coloured
                   else Text("⟦learned⟧, everything else is only read"))
     for n, pieces in enumerate(rows):
-        screen.err.print(Text(f"── sequence {n + 1}{f', {names[n]}' if names else ''}", style="bold"))
+        name = f", {names[n]}" if n < len(names) and names[n] else ""
+        screen.err.print(Text(f"── sequence {n + 1}{name}", style="bold"))
         screen.err.print(Text.assemble(*(_piece(text, trained, coloured) for text, trained in pieces if text)))
 
 

@@ -26,7 +26,8 @@ def stage_lines(stage: str, summary: Mapping[str, Any]) -> list[str]:
 
 def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
     if None not in (s.get("train_rows"), s.get("valid_rows")):
-        yield f"{s['train_rows']:,} for training, {s['valid_rows']:,} for validation"
+        what = {"pairs": " pairs", "judged": " judged answers"}.get(s.get("kind", ""), "")
+        yield f"{s['train_rows']:,}{what} for training, {s['valid_rows']:,} for validation"
     left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
             if s.get(key)]
     yield ", ".join(left)

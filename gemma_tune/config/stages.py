@@ -65,10 +65,10 @@ class PrepareConfig(StageConfig):
                                          "whose names do not tell what they are (.txt) are then read as tables.",
                                    auto="found in each file", prose=True, group="advanced")
     take: str | None = option(None, "What to take of rows with a better and a worse answer: `chosen` makes "
-                                    "plain conversations of the better ones, `pairs` takes them alone and refuses "
-                                    "other rows.",
-                              choices=("chosen", "pairs"), auto="both answers of each, where all rows have them",
-                              group="advanced")
+                                    "plain conversations of the better ones, `pairs` takes the pairs alone and leaves "
+                                    "other rows out, `auto` learns from both answers.",
+                              choices=("auto", "chosen", "pairs"),
+                              auto="both answers of each, where all rows have them", group="advanced")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "

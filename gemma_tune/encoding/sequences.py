@@ -163,14 +163,13 @@ class Encoder:
 
 def with_rejected(example: PreparedRow) -> list[dict[str, Any]]:
     """The conversation of a pair with the rejected answer in place of the chosen one."""
-    return [*asked_in(example), *example["rejected"]]
-
-
-def asked_in(example: PreparedRow) -> list[dict[str, Any]]:
-    """The prompt of a pair or of a judged answer: what stands before the first turn that is learned."""
     messages = example["messages"]
-    first = next(n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False)
-    return messages[:first]
+    return [*messages[:first_learned(messages)], *example["rejected"]]
+
+
+def first_learned(messages: Sequence[dict[str, Any]]) -> int:
+    """Where the answer of a pair or a judged answer begins: at the first turn that is learned."""
+    return next(n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False)
 
 
 def marks_of(example: PreparedRow) -> list[int]:
@@ -181,9 +180,11 @@ def marks_of(example: PreparedRow) -> list[int]:
 
 
 def liked_of(example: PreparedRow, sequences: Sequence[Encoded]) -> list[Encoded]:
-    """Those of a row's sequences that a model is to answer like: not that of a rejected answer, none of a bad one."""
+    """Those of a row's sequences that a model is to answer like: not the rejected answer of a pair, nor a bad one."""
     marks = marks_of(example)
-    return [sequence for n, sequence in enumerate(sequences) if marks[min(n, len(marks) - 1)] >= 0]
+    if len(marks) == 1:
+        return list(sequences) if marks[0] >= 0 else []
+    return [sequence for sequence, mark in zip(sequences, marks) if mark >= 0]
 
 
 def part(sequence: Encoded, start: int, end: int) -> Encoded | None:

@@ -137,9 +137,7 @@ def trained_of(dataset: Any) -> np.ndarray:
 
 def answers_of(dataset: Any) -> np.ndarray:
     """The mark of each sequence (int8), without reading them: 1 of a chosen or good answer, -1 of a rejected or bad
-    one, 0 of what is no answer to be compared, as in tokens of older versions."""
-    if "answer" not in dataset.data.column_names:
-        return np.zeros(len(dataset.data), np.int8)
+    one, 0 of what is no answer to be compared."""
     chunks = [np.zeros(0, np.int8), *(chunk.to_numpy() for chunk in dataset.data.column("answer").chunks)]
     return np.concatenate(chunks)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import MOST_TOKENS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.sequences import Encoder, liked_of
@@ -44,10 +45,14 @@ def require_file(name: str | None) -> None:
 def file_rows(session: Session, chat: ChatFormat) -> list[Mapping[str, np.ndarray]]:
     """Rows of the session's calibration file as ``input_ids``, laid out by the run's chat template.
 
-    Of a long file some are looked at, from all over it. Rejected and bad answers are left out.
+    Of a long file some are looked at, from all over it; of pairs the chosen answers, of judged ones the good.
 
     Raises:
         UserError: it cannot be read, or more of its rows cannot be used than ``prepare`` allowed.
     """
     rows, _ = _FILE.rows(session, session.config.calibration_file, Encoder(chat, MOST_TOKENS), _MOST_ROWS)
-    return [{"input_ids": sequence.ids} for row in rows for sequence in liked_of(row.example, row.outcome.full)]
+    found = [{"input_ids": s.ids} for row in rows for s in liked_of(row.example, row.outcome.full)]
+    if not found:
+        raise UserError(f"all answers in {named_file(session)} are marked as bad ones, and nothing else is there to "
+                        "calibrate by", f"name a file that holds good ones, or {_FILE.own}")
+    return found

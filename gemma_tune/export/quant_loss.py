@@ -64,7 +64,7 @@ class _Kept:
 def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
     """The run's encoded rows, ``train`` or ``valid``: mappings with ``input_ids`` and ``labels``; or None, and why.
 
-    Rejected and bad answers are left out: they are what the model is not to say.
+    Of pairs they are the chosen answers, of judged ones the good: the others are what the model is not to say.
     """
     from gemma_tune.encoding.tokens import liked, open_tokens
 
@@ -74,7 +74,10 @@ def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
         return None, "the run has no prepared data"
     if prepared["base"] != session.model.fingerprint:
         return None, "the run's data was prepared for another base model"
-    return liked(open_tokens(path)), ""
+    rows = open_tokens(path)
+    if len(rows) and not len(good := liked(rows)):
+        return None, f"all {'validation' if side == 'valid' else 'training'} answers of the run are marked as bad ones"
+    return good if len(rows) else rows, ""
 
 
 def validation_rows(session: Session) -> tuple[Any | None, str]:

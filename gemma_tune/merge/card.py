@@ -22,11 +22,6 @@ from gemma_tune.run.session import Session
 
 _WHERE = "  # the repository, or the folder with these files"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-# How a method that is not supervised is told, and what its batches are of.
-_PREFERENCES = {"dpo": ("DPO, on pairs of a chosen and a rejected answer", "pair"),
-                "orpo": ("ORPO, on pairs of a chosen and a rejected answer", "pair"),
-                "kto": ("KTO, on answers that are good or bad", "answer")}
-_ROWS = {PAIRS: ("pair of answers", "pairs of answers"), JUDGED: ("judged answer",)}
 
 
 def model_card(session: Session, summary: Mapping[str, Any]) -> str:
@@ -43,8 +38,8 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if model.source == "hub":
         header |= {"base_model": model.id, "base_model_relation": "finetune"}
-    kinds = ["lora", "dora"] if adapter.get("use_dora") else ["lora"]
-    header |= licence | {"tags": ["gemma-tune", _method(session), *kinds]}
+    dora = ["dora"] if adapter.get("use_dora") else []
+    header |= licence | {"tags": ["gemma-tune", _method(session), "lora", *dora]}
     rows = [("Base model", _base(session)), *_training(session, adapter), ("Merge", _merge(summary)),
             ("Versions", _versions())]
     return "\n".join([
@@ -56,6 +51,13 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
         "## Use", "", _usage(session), "",
         "## Licence", "", licence_note(licence), "",
     ])
+
+
+# How each method learns, and what it learns from in a step.
+_METHODS = {"sft": ("supervised, on the assistant's turns", "conversation"),
+            "dpo": ("preferences, by pairs of a better and a worse answer (DPO)", "pair"),
+            "orpo": ("preferences, by pairs of a better and a worse answer (ORPO)", "pair"),
+            "kto": ("preferences, by answers that are good or bad (KTO)", "answer")}
 
 
 # ---- how it was made -------------------------------------------------------------------------------------------------
@@ -90,18 +92,17 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
         yield "Data", rows
     figures = record["summary"]
     yield "Training", _schedule(settings, figures)
-    if figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
-        method = figures.get("method")
-        what, unit = (("preferences", f"the loss of {method.upper()}") if method in _PREFERENCES else
-                      ("conversations", "nats per token that is learned"))
-        yield (f"Loss on held-out {what}", f"{figures['eval_loss_before']:.3f} before training, "
-               f"{figures['eval_loss_after']:.3f} after ({unit})")
+    if _method(session) != "sft":
+        if figures.get("eval_accuracy_after") is not None:
+            yield "Held-out pairs", f"{figures['eval_accuracy_after']:.0%} gained more for the chosen answer"
+    elif figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
+        yield ("Loss on held-out conversations", f"{figures['eval_loss_before']:.3f} before training, "
+               f"{figures['eval_loss_after']:.3f} after (nats per token that is learned)")
 
 
 def _method(session: Session) -> str:
-    """What the Hub's tag says of the training; an adapter from elsewhere was supervised as far as anybody knows."""
-    record = _record_of_training(session)
-    return (record["summary"].get("method") if record else None) or "sft"
+    """What the adapter was trained by; ``sft`` also of one from elsewhere."""
+    return session.settings_of("train").get("method", "sft") if _record_of_training(session) else "sft"
 
 
 def _record_of_training(session: Session) -> Mapping[str, Any] | None:
@@ -139,17 +140,19 @@ def _rows(session: Session, record: Mapping[str, Any]) -> str | None:
                                for name in ("train_rows", "valid_rows")):
         return None
     figures = prepared["summary"]
-    rows = counted(figures["train_rows"], *_ROWS.get(figures.get("kind"), ("conversation",)))
-    counts = f"{rows}, {figures['valid_rows']:,} more held out"
+    what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), "conversation")
+    several = "pairs of answers" if what.startswith("pair") else None
+    counts = f"{counted(figures['train_rows'], what, several)}, {figures['valid_rows']:,} more held out"
     return f"{counts}; {figures['trained_tokens']:,} tokens learned" if "trained_tokens" in figures else counts
 
 
 def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    words, method = [], figures.get("method")
+    how, unit = _METHODS.get(settings.get("method", "sft"), _METHODS["sft"])
+    words = []
     if figures.get("steps") is not None:
         words.append(counted(figures['steps'], 'step'))
     if figures.get("effective_batch"):
-        words.append(f"{counted(figures['effective_batch'], _PREFERENCES.get(method, ('', 'conversation'))[1])} each")
+        words.append(f"{counted(figures['effective_batch'], unit)} each")
     if settings.get("epochs") and not settings.get("max_steps"):
         words.append(f"{settings['epochs']:g} epoch{'s' if settings['epochs'] != 1 else ''}")
     if settings.get("learning_rate"):
@@ -160,8 +163,7 @@ def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         words.append(f"in {figures['dtype']}")
     if settings.get("seed") is not None:
         words.append(f"seed {settings['seed']}")
-    how = _PREFERENCES[method][0] if method in _PREFERENCES else "supervised, on the assistant's turns"
-    return f"{how}: " + ", ".join(words)
+    return f"{how}: {', '.join(words)}"
 
 
 def _merge(summary: Mapping[str, Any]) -> str:

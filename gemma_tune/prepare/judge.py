@@ -30,7 +30,7 @@ from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import JUDGED as MARK
-from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow, asked_in, marks_of
+from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow, first_learned, marks_of
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
@@ -209,7 +209,7 @@ class Judge:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
         if not outcome.kept:
-            judged.rejected.append(Rejected(row, (self._too_long(outcome, kind == PAIRS),)))
+            judged.rejected.append(Rejected(row, (self._too_long(outcome, kind),)))
         text = json_bytes(example)
         written = self._written(row, example, judged)
         texts = [example["text"]] if "text" in example else [
@@ -237,13 +237,13 @@ class Judge:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
         return f"{row.file}:{row.line}: {found}"
 
-    def _too_long(self, outcome: Outcome, is_pair: bool) -> Problem:
-        if is_pair:
-            why = {"split": ", and a pair of answers is not divided",
-                   "truncate": ", and of what is before it too little is left to compare"}.get(self.config.on_long, "")
-            return Problem(_TOO_LONG, f"the longer answer of the pair ends after {outcome.longest} tokens, more than "
-                                      f"--max-length {self.config.max_length}{why}",
-                           f"use --max-length {outcome.longest}, or shorten the prompt or the answer")
+    def _too_long(self, outcome: Outcome, kind: str) -> Problem:
+        if kind == PAIRS:
+            why = {"split": ", and a pair cannot be divided",
+                   "truncate": ", and up to there the answers are not two that differ"}.get(self.config.on_long, "")
+            return Problem(_TOO_LONG, f"the longer of both answers makes {outcome.longest} tokens with its prompt, "
+                                      f"more than --max-length {self.config.max_length}{why}",
+                           f"use --max-length {outcome.longest}, or shorten the pair")
         if self.config.on_long in ("split", "truncate"):
             what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
             return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
@@ -254,11 +254,12 @@ class Judge:
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.
 
-        White space around texts does not count: questions that differ in nothing else are the same one. Nor do results
-        of tools count that belong to an answer which is compared.
+        White space around texts does not count: questions that differ in nothing else are the same one. Of answers that
+        are compared or judged the answer begins at the first turn that is learned, and may hold results of tools.
         """
-        compared = kind_of(example) != CONVERSATIONS
-        turns = asked_in(example) if compared else example.get("messages", ())
+        turns = example.get("messages", [])
+        if marks_of(example) != [0]:
+            turns = turns[:first_learned(turns)]
         prompt = example.get("text") or [
             {key: value.strip() if key == "content" else value for key, value in m.items() if key != "tool_call_id"}
             for m in turns if m["role"] != "assistant"]

@@ -28,9 +28,11 @@ from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixtee
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
-from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
+from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
+
+_ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
 
 def prepare(session: Session, preview: int = 0) -> StageReport:
@@ -54,7 +56,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
         session = replace(session, force=True)
     report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
     if preview:
-        _preview(session, preview)
+        _preview(session, preview, report.summary.get("kind"))
     return report
 
 
@@ -149,21 +151,20 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
 
 # --- what is shown
 
-_ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}
-
-def _preview(session: Session, count: int) -> None:
-    """The first training sequences as training sees them: text in pieces, each learned or not. Pairs are whole."""
+def _preview(session: Session, count: int, kind: str | None) -> None:
+    """The first training sequences as training sees them, of pairs both: text in pieces, each learned or not."""
     chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking)
     sequences = open_tokens(session.run.tokens / "train.arrow")
-    kind, marks, rows = read_manifest(session.run.root).kind, answers_of(sequences), []
+    marks = answers_of(sequences)
+    names = _ANSWERS.get(kind, {})
     shown = min(count * (2 if kind == PAIRS else 1), len(sequences))
+    rows = []
     for sequence in sequences.select(range(shown)):
         learned = sequence["labels"] != IGNORE_INDEX
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
         rows.append([(chat.tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
                      for a, b in zip(edges, edges[1:])])
-    names = _ANSWERS.get(kind, {})
-    session.listener.preview(rows, [names[mark] for mark in marks[:shown].tolist() if mark in names])
+    session.listener.preview(rows, [names.get(int(mark), "") for mark in marks[:shown]])
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:

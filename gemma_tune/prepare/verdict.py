@@ -31,12 +31,6 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
-    if rows := noticed.kinds[PAIRS]:
-        listener.note(f"{counted(rows, *_KINDS[PAIRS])}: `train` learns which is better; --take chosen makes plain "
-                      "conversations of the better ones")
-    if rows := noticed.kinds[JUDGED]:
-        listener.note(f"{counted(rows, *_KINDS[JUDGED])}: `train` learns to give the ones and not the others; --take "
-                      "chosen makes plain conversations of the good ones")
     if config.column_names and noticed.formats and not noticed.formats["columns"]:
         named = ", ".join(f"`{name}`" for name in config.column_names.values())
         listener.warn(f"--columns names {named}, and no row is read by that: a row that has none of the columns of "
@@ -53,6 +47,8 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     if noticed.padded:
         listener.note(f"in {counted(noticed.padded, 'row')} a text begins or ends with white space, which the chat "
                       "template keeps and the model reads or learns")
+    if noticed.kinds[PAIRS] and config.on_long == "split":
+        listener.note("a pair cannot be divided: one that is too long is left out, as with --on-long drop")
     if "strftime_now" in template:
         listener.warn("the chat template writes today's date into every prompt; on another day prompts differ from "
                       "what is learned")
@@ -108,8 +104,9 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
         allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
-        divided = "" if findings.kind == PAIRS else " or --on-long split"
-        other = f"use a larger --max-length{divided}" if 2 * long > bad else "correct them"
+        other = "correct them"
+        if 2 * long > bad:
+            other = f"use a larger --max-length{'' if findings.kind == PAIRS else ' or --on-long split'}"
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed",
                         f"{other}, or go on without them: --max-rejected {needed:g}",
                         [*problems, *_listed(findings, refused)])
@@ -148,10 +145,12 @@ def _refuse_a_mixture(findings: Findings) -> None:
             if kinds[kind]]
     share = math.ceil(100 * (1 - kinds[PAIRS] / findings.rows)) / 100
     ways = ["--take chosen learns the better answers together with the other rows"]
+    if kinds[JUDGED]:
+        ways[0] += ", but for the bad ones (--max-rejected allows so many to be left out)"
     if kinds[PAIRS]:
-        ways.append(f"--take pairs --max-rejected {share:g} takes the pairs alone and lists the others in "
-                    "rejected.jsonl")
-    raise UserError("the rows are of several kinds, which are not learned in one training", "; ".join(ways), said)
+        ways.append(f"--take pairs --max-rejected {share:g} takes the pairs alone")
+    raise UserError("the rows are of several kinds, which are not learned in one training",
+                    f"{'; '.join(ways)}; or give each kind a file and a run of its own", said)
 
 
 _OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma_tune.encoding.tokens import lengths_of, liked, open_tokens, trained_of
 from gemma_tune.train import reference
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA, write_rows
@@ -218,3 +219,21 @@ def test_dry_run_shows_pairs_and_writes_nothing(cli, prepared):
     result = cli("train", "--method", "dpo", "--dry-run", "--json")
     assert result.code == 0 and result.json["sequences"] == 10 and result.json["steps"] == 12, result.err
     assert sorted(path.as_posix() for path in RUN.rglob("*")) == before
+
+
+def test_pairs_and_judged_answers_go_all_the_way(cli, tiny, tmp_path):
+    """What follows the training takes its prompts and its rows from runs of either kind."""
+    for name, rows in (("pairs", pairs()), ("judged", judged())):
+        run = Path("runs") / name
+        assert cli("prepare", write_rows(tmp_path / f"{name}.jsonl", rows), "--model", tiny, "--valid", 4, "--run", run).code == 0
+        assert cli("train", *FLAGS, "--max-steps", 2, "--samples", 1, "--run", run).code == 0
+        merged = cli("merge", "--run", run, "--json")
+        assert merged.code == 0 and merged.json["summary"]["check_prompts"] == 4, merged.err
+        found = cli("export-ollama", "--quant", "q8_0", "--run", run, "--json")
+        assert found.code == 0, found.err
+        train, valid = (liked(open_tokens(run / f"data/tokens/{side}.arrow")) for side in ("train", "valid"))
+        # Chosen and good answers alone.
+        assert f"calibrated on {sum(lengths_of(train))} tokens of the training rows" in found.err
+        assert f"On {sum(trained_of(valid))} learned tokens of the validation rows" in (run / "ollama/report.md").read_text()
+        assert cli("eval", "--run", run, "--questions", 1, "--max-new-tokens", 4).code == 0
+        assert cli("status", "--run", run, "--json").json["stages"]["prepare"]["state"] == "done"

@@ -209,52 +209,64 @@ def test_pairs_beside_other_rows_have_to_be_decided_about(prepare):
     assert kept()[1] == row("Hi", "Hello!")["messages"] and len(kept()) == 3
     assert "Go away" not in (DATA / "train.jsonl").read_text()
     prepare("rows.jsonl", "--valid", 0, "--take", "pairs", "--max-rejected", 0.75)  # as the hint says
-    assert [(r["code"], r["line"]) for r in read("rejected")] == [("no_pair", 1), ("no_pair", 3), ("no_pair", 4)]
-    write_rows(Path("rows.jsonl"), [PAIR, {"prompt": "Hi", "completion": "Ho", "label": True}])
-    assert "--take pairs --max-rejected 0.5" in prepare("rows.jsonl", "--valid", 0, code=2)["err"]
-    write_rows(Path("rows.jsonl"), [row("a"), PAIR, row("b")])
-    prepare("rows.jsonl", "--valid", 0, "--take", "pairs", "--max-rejected", 0.7)
     assert read("train") == [{"messages": kept()[0], "rejected": row("Hi", "Go away.")["messages"][1:]}]
-    assert [r["code"] for r in read("rejected")] == ["no_pair", "no_pair"]
+    assert [(r["code"], r["line"]) for r in read("rejected")] == [("no_pair", 1), ("no_pair", 3), ("no_pair", 4)]
+    error = prepare("rows.jsonl", "--valid", 0, "--take", "auto", code=2)
+    assert error["problems"][1] == "1 pair of answers, the first at rows.jsonl:2", "as without --take"
 
 
-def test_a_pair_that_is_too_long_is_not_divided(prepare):
-    long = PAIR | {"rejected": "no " * 200}
-    write_rows(Path("rows.jsonl"), [PAIR, long])
-    for on_long, said in (("drop", ""), ("split", ", and a pair of answers is not divided")):
-        error = prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", on_long, "--max-rejected", 0.2,
-                        code=2)["err"]
-        assert f"more than --max-length 64{said} (use --max-length" in error
-        assert "--on-long split" not in error, "which does not help"
-        prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", on_long, "--max-rejected", 0.5)
-        [rejected] = read("rejected")
-        assert rejected["code"] == "too_long" and rejected["line"] == 2 and len(read("train")) == 1
-    prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", "truncate")
-    assert lengths_of(open_tokens(DATA / "tokens" / "train.arrow")).max() == 64 and len(read("train")) == 2
-    assert "--on-long drop, or a larger" in prepare("rows.jsonl", "--valid", 0, "--max-length", 64, "--on-long", "fail", code=2)["err"]
+def test_a_pair_that_is_too_long(prepare):
+    """Either answer counts. No way leaves half of it, and what is said fits a pair."""
+    short, long = "no", "no " * 400
+    pairs = [PAIR | {"prompt": f"Hi {n}", "chosen": c, "rejected": r} for n, (c, r) in enumerate(
+        [("yes", short), ("yes", long), (long, "yes"), (long + "a", long + "b")])]
+    write_rows(Path("rows.jsonl"), pairs)
+    flags = ("--valid", 0, "--max-length", 128, "--max-rejected", 0.8)
+    for way in ("drop", "split"):
+        done = prepare("rows.jsonl", *flags, "--on-long", way)
+        assert done["summary"]["train_rows"] == 1 and [r["line"] for r in read("rejected")] == [2, 3, 4]
+        assert ("a pair cannot be divided" in done["err"]) == (way == "split")
+        assert all("--on-long" not in json.dumps(r) for r in read("rejected"))
+    done = prepare("rows.jsonl", *flags, "--on-long", "truncate")
+    assert done["summary"]["train_rows"] == 3 and max(lengths_of(found := open_tokens(DATA / "tokens" / "train.arrow"))) == 128
+    assert answers_of(found).tolist() == [1, -1] * 3
+    [refused] = read("rejected")
+    assert refused["line"] == 4 and "the answers are not two that differ" in json.dumps(refused)
+    error = prepare("rows.jsonl", *flags, "--on-long", "fail", code=2)
+    assert "3 of 4 rows are longer" in error["message"] and "split" not in error["hint"]
 
 
-def test_pairs_with_the_same_prompt_stay_on_one_side_whatever_their_answers_hold(prepare):
-    """An answer of several turns has turns of the user in it, which are no part of the prompt."""
-    asked = row("Hi")["messages"][:1]
-    pairs = [{"prompt": asked, "chosen": [*row("Hi", f"Hello {n}")["messages"][1:], *row(f"More {n}", "Yes.")["messages"]],
-              "rejected": row("Hi", "Go away.")["messages"][1:]} for n in range(9)]
-    write_rows(Path("rows.jsonl"), [*pairs, PAIR | {"prompt": "Ho"}])
-    prepare("rows.jsonl", "--valid", 0.5)
-    sides = [{r["messages"][0]["content"] for r in read(side)} for side in ("train", "valid")]
-    assert sorted(map(tuple, sides)) == [("Hi",), ("Ho",)]
-    assert report()["prompts_with_several_answers"]["rows"] == 9
+def test_the_preview_tells_which_answer_is_which(prepare):
+    write_rows(Path("rows.jsonl"), [PAIR | {"prompt": f"Hi {n}"} for n in range(3)])
+    shown = prepare("rows.jsonl", "--valid", 0, "--preview", 1)["err"]
+    one, other = shown.split("── sequence 1, chosen\n")[1].split("── sequence 2, rejected\n")
+    assert "⟦Hello!<end_of_turn>⟧" in one and "⟦Go away.<end_of_turn>⟧" in other and "sequence 3" not in shown
+    assert "each row is a pair" in shown
+    write_rows(Path("rows.jsonl"), [{"prompt": "Hi", "completion": c, "label": c == "Hello!"} for c in ("Hello!", "Ho")])
+    shown = prepare("rows.jsonl", "--valid", 0, "--preview", 2)["err"]
+    assert "── sequence 1, good\n" in shown and "── sequence 2, bad\n" in shown
 
 
-def test_the_preview_says_which_answer_is_which(prepare):
-    write_rows(Path("rows.jsonl"), [PAIR, PAIR | {"prompt": "Ho"}])
-    found = prepare("rows.jsonl", "--valid", 0, "--preview", 1)["err"]
-    assert "1 pair of answers: `train`" not in found and "2 pairs of answers: `train` learns which is better" in found
-    assert "── sequence 1, chosen\n" in found and "⟦Hello!<end_of_turn>⟧" in found
-    assert "── sequence 2, rejected\n" in found and "⟦Go away.<end_of_turn>⟧" in found and "── sequence 3" not in found
-    write_rows(Path("rows.jsonl"), [{"prompt": "Hi", "completion": "Ho", "label": label} for label in (False, True)])
-    found = prepare("rows.jsonl", "--valid", 0, "--preview", 2)["err"]
-    assert "── sequence 1, bad\n" in found and "── sequence 2, good\n" in found
+def test_pairs_are_prepared_from_a_table_and_again_from_what_was_prepared(prepare):
+    Path("rows.csv").write_text("prompt,completion,label\nHi,Hello!,True\nHi,Go away.,False\n")
+    assert prepare("rows.csv", "--valid", 0)["summary"]["kind"] == "judged"
+    before = read("train")
+    assert [r["kto_tag"] for r in before] == [True, False]
+    shutil.copy(DATA / "train.jsonl", "again.jsonl")
+    prepare("again.jsonl", "--valid", 0)
+    assert read("train") == before
+
+
+def test_what_follows_the_prompt_does_not_divide_pairs_with_the_same_one(prepare):
+    """Turns of the user in an answer are part of it, not of what is asked."""
+    rows_ = []
+    for n in range(40):
+        asked = [user(f"Question {n // 2}")]
+        rows_.append({"prompt": asked, "chosen": [assistant("Which?"), user(f"That {n}."), assistant("Here.")],
+                      "rejected": [assistant("No.")]})
+    prepare(write_rows(Path("rows.jsonl"), rows_), "--valid", 0.3)
+    train, valid = ({r["messages"][0]["content"] for r in read(side)} for side in ("train", "valid"))
+    assert train and valid and not train & valid
 
 
 def test_pairs_become_two_sequences_with_the_same_prompt(prepare):

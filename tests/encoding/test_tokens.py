@@ -54,6 +54,32 @@ def write(path: Path, rows: list[list[Encoded]]) -> TokenWriter:
 
 # --- tokens/*.arrow
 
+@pytest.mark.parametrize("batch", [1, 3, 1_000])
+def test_marks_of_answers(tmp_path, batch, monkeypatch):
+    """A pair is two sequences of one row, a mark alone goes for all sequences of its row; what is liked is in order."""
+    monkeypatch.setattr(tokens, "_BATCH", batch)
+    sequences = [Encoded(np.arange(n, n + 4, dtype=np.int32), np.array([[2, 4]], np.int32)) for n in range(7)]
+    with TokenWriter(tmp_path / "train.arrow") as writer:
+        for row, marks in (([0, 1], (1, -1)), ([2], (0,)), ([3, 4], (-1,)), ([], (1, -1)), ([5], (1,))):
+            writer.add(flat([sequences[n] for n in row]), marks)
+        writer.add(flat([sequences[6]]))
+    found = open_tokens(tmp_path / "train.arrow")
+    marks = answers_of(found)
+    assert marks.dtype == np.int8 and marks.tolist() == [1, -1, 0, -1, -1, 1, 0]
+    good = liked(found)
+    assert [int(s["input_ids"][0]) for s in good] == [0, 2, 5, 6]
+    assert answers_of(good).tolist() == [1, 0, 1, 0] and lengths_of(good).tolist() == [4] * 4
+    assert all((s["labels"] == labels_of(s["input_ids"], np.array([2, 4]))).all() for s in good)
+    assert found.data.column("row").to_pylist() == [0, 0, 1, 2, 2, 4, 5]
+
+
+def test_marks_of_nothing(tmp_path):
+    with TokenWriter(tmp_path / "valid.arrow"):
+        pass
+    found = open_tokens(tmp_path / "valid.arrow")
+    assert answers_of(found).tolist() == [] and len(liked(found)) == 0
+
+
 @pytest.mark.parametrize(("batch", "most"), [(1_000, 1_000_000), (3, 1_000_000), (1_000, 10)])
 def test_what_is_written_is_what_training_reads(batch, most, monkeypatch):
     """Whatever the batches are: ids, labels, lengths, figures and the line that each sequence comes from."""
@@ -83,39 +109,6 @@ def test_what_is_written_is_what_training_reads(batch, most, monkeypatch):
             assert places == [n for n, row in enumerate(rows) for _ in row]
 
     check()
-
-
-@pytest.mark.parametrize("batch", [1_000, 2])
-def test_answers_that_are_chosen_and_rejected(batch, tmp_path, monkeypatch):
-    """A pair is two sequences of one row, whatever the batches; what is liked has figures of its own."""
-    monkeypatch.setattr(tokens, "_BATCH", batch)
-
-    def sequence(*ids):
-        return np.array(ids, np.int32), np.array([1, len(ids)], np.int32)
-
-    path = tmp_path / "train.arrow"
-    with TokenWriter(path) as writer:
-        writer.add([sequence(1, 2, 3), sequence(1, 4)], [1, -1])
-        writer.add([sequence(5, 6, 7, 8)], [-1])
-        writer.add([sequence(9, 10)])
-        writer.add([sequence(1, 2, 3, 4, 5), sequence(1, 2, 6)], [1, -1])
-    dataset = open_tokens(path)
-    assert answers_of(dataset).tolist() == [1, -1, -1, 0, 1, -1] and answers_of(dataset).dtype == np.int8
-    assert dataset.data.column("row").to_pylist() == [0, 0, 1, 2, 3, 3]
-    good = liked(dataset)
-    assert [row["input_ids"].tolist() for row in good] == [[1, 2, 3], [9, 10], [1, 2, 3, 4, 5]]
-    assert lengths_of(good).tolist() == [3, 2, 5] and liked(good) is good
-
-
-def test_tokens_without_marks_are_of_conversations(tmp_path):
-    """As older versions wrote them: what was exported then can be exported again."""
-    path = tmp_path / "train.arrow"
-    table = pa.table({"input_ids": tokens.lists([np.array([1, 2], np.int32)]),
-                      "spans": tokens.lists([np.array([1, 2], np.int32)]), "row": pa.array([0], pa.int32())})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    dataset = open_tokens(path)
-    assert answers_of(dataset).tolist() == [0] and liked(dataset) is dataset
 
 
 def test_sequences_are_written_before_many_tokens_wait(tmp_path, monkeypatch):

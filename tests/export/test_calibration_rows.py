@@ -20,7 +20,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.export import calibration_file
 from gemma_tune.export.calibration_rows import LONGEST, calibration_rows, sample
-from gemma_tune.export.quant_loss import encoded_rows
+from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.measure.general import calibration_rows_of, measuring_rows_of
 from gemma_tune.run.session import open_session
 
@@ -80,26 +80,6 @@ def test_a_file_is_read_as_prepare_reads_it_and_laid_out_by_the_runs_template(ro
     [expected] = [encoded.ids.tolist() for encoded in chat.encode(CHAT["messages"])]
     assert own == [expected] and general
     assert said.startswith(f"{len(expected)} tokens of {name} and ")
-
-
-PAIRS = [{"prompt": f"{QUESTION} {n}", "chosen": ANSWER, "rejected": "Ask somebody else."} for n in range(8)]
-JUDGED = [{"prompt": f"{QUESTION} {n}", "completion": ANSWER if n % 2 else "Ask somebody else.", "label": bool(n % 2)}
-          for n in range(8)]
-
-
-@pytest.mark.parametrize("rows, count", [(PAIRS, 8), (JUDGED, 4)], ids=["pairs", "judged"])
-def test_no_rejected_or_bad_answer_is_calibrated_by_or_measured(cli, tiny, chat, rows_of, tmp_path, rows, count):
-    """Neither of a file of preferences nor of a run of them: the model is not to say such things."""
-    path = tmp_path / "preferences.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [chat.tokenizer.decode(ids).count("moss") for ids in rows_of(path)[0]] == [1] * count
-    assert cli("prepare", path, "--model", tiny, "--run", "preferences", "--valid", 4).code == 0
-    session = open_session("export-ollama", "preferences")
-    sides = {side: encoded_rows(session, side)[0] for side in ("train", "valid")}
-    texts = [chat.tokenizer.decode(row["input_ids"]) for found in sides.values() for row in found]
-    assert len(texts) == count and all("moss" in text and "somebody else" not in text for text in texts)
-    own = calibration_rows(session, SimpleNamespace(chat=chat))[0]
-    assert not any("somebody else" in chat.tokenizer.decode(ids) for ids in own)
 
 
 def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch):
@@ -218,3 +198,50 @@ def test_run_looks_for_the_file_before_any_training(cli, data, tiny):
     result = cli("run", data, "--model", tiny, "--config", "settings.yaml", "--json")
     assert result.code == BAD_INPUT and "there is no file nowhere.jsonl" in result.err
     assert not Path("runs").exists()
+
+
+# --- answers that are compared or judged
+
+ASKED = [{"role": "user", "content": QUESTION}]
+
+
+def test_rejected_and_bad_answers_are_neither_calibrated_by_nor_measured_on(cli, tiny, chat, tmp_path):
+    """Of a run of pairs, and of one of judged answers, and of files of them."""
+    def answered(text: str) -> list[int]:
+        return [int(n) for n in chat.encode([*ASKED, {"role": "assistant", "content": text}])[0].ids]
+
+    pairs = [{"prompt": QUESTION, "chosen": f"Up {n}.", "rejected": f"Down {n}."} for n in range(6)]
+    judged = [{"prompt": QUESTION, "completion": row[side], "label": side == "chosen"}
+              for row in pairs for side in ("chosen", "rejected")]
+    liked = {tuple(answered(row["chosen"])) for row in pairs}
+    for name, rows in (("pairs", pairs), ("judged", judged)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        held = tmp_path / f"{name}-held.jsonl"
+        held.write_text("\n".join(json.dumps(row | {"prompt": QUESTION + "?"}) for row in rows))
+        run = Path("runs") / name
+        assert cli("prepare", file, "--valid", held, "--model", tiny, "--run", run).code == 0
+        for source in ("rows", str(file)):
+            session = open_session("export-ollama", run, calibration=source)
+            found, said = calibration_rows(session, SimpleNamespace(chat=chat))
+            general = [tuple(row["input_ids"].tolist()) for row in calibration_rows_of(chat)]
+            assert {ids for row in found if (ids := tuple(row.tolist())) not in general} == liked, (name, source)
+        measured, reason = validation_rows(session)
+        assert reason == "" and len(measured) == 6, name
+        assert all("Up" in chat.tokenizer.decode(row["input_ids"]) for row in measured)
+
+
+def test_a_run_of_bad_answers_alone(cli, tiny, chat, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"{QUESTION} {n}", "completion": "Down.", "label": False})
+                              for n in range(6)))
+    run = Path("runs/bad")
+    assert cli("prepare", file, "--valid", 2, "--model", tiny, "--run", run).code == 0
+    session = open_session("export-ollama", run, calibration="rows")
+    found, said = calibration_rows(session, SimpleNamespace(chat=chat))
+    assert said.endswith("of general text alone: all training answers of the run are marked as bad ones")
+    assert validation_rows(session) == (None, "all validation answers of the run are marked as bad ones")
+    session = open_session("export-ollama", run, calibration=str(file))
+    with pytest.raises(UserError, match="marked as bad ones") as raised:
+        calibration_rows(session, SimpleNamespace(chat=chat))
+    assert "--calibration rows" in raised.value.hint

@@ -82,21 +82,23 @@ def test_all_that_a_run_knows(trained, tiny, tmp_path):
     assert 'name = "tiny-gemma_lora_merged"' in card and "gemma-tune export-ollama" in card
 
 
-@pytest.mark.parametrize("method, how", [("dpo", "DPO, on pairs of a chosen and a rejected answer"),
-                                         ("kto", "KTO, on answers that are good or bad")])
-def test_a_training_that_preferred_answers(trained, tiny, tmp_path, method, how):
-    """It was not supervised, and its loss is none per token."""
-    manifest = read_manifest(trained)
-    manifest.stages["train"]["summary"] |= {"method": method}
-    manifest.stages["prepare"]["summary"] |= {"kind": "pairs" if method == "dpo" else "judged"}
-    header, rows = parts(model_card(session_of(RunDir(trained, "tiny-gemma"), base(tmp_path / "base"), manifest,
-                                               RunDir(trained, "tiny-gemma").adapter), CHECKS))
+@pytest.mark.parametrize("method, kind, how, data", [
+    ("dpo", "pairs", "preferences, by pairs of a better and a worse answer (DPO): ", "11 pairs of answers, 1 more held out"),
+    ("kto", "judged", "preferences, by answers that are good or bad (KTO): ", "11 judged answers, 1 more held out"),
+    ("sft", "pairs", "supervised, on the assistant's turns: ", "11 pairs of answers, 1 more held out")])
+def test_what_was_learned_from_preferences(trained, tiny, tmp_path, method, kind, how, data):
+    manifest, run = read_manifest(trained), RunDir(trained, "tiny-gemma")
+    manifest.stages["prepare"]["summary"]["kind"] = kind
+    train = manifest.stages["train"]
+    train["config"]["method"] = {"value": method, "from": "method"}
+    if method == "dpo":
+        train["summary"]["eval_accuracy_after"] = 0.875
+    header, rows = parts(model_card(session_of(run, base(tmp_path / "base"), manifest, run.adapter), CHECKS))
     assert header["tags"] == ["gemma-tune", method, "lora"]
-    unit, data = ("pairs", "11 pairs of answers") if method == "dpo" else ("answers", "11 judged answers")
-    assert rows["Training"].startswith(f"{how}: ") and f", 4 {unit} each, " in rows["Training"]
-    assert rows["Data"].startswith(f"{data}, 1 more held out; ")
-    assert rows["Loss on held-out preferences"].endswith(f"after (the loss of {method.upper()})")
-    assert "Loss on held-out conversations" not in rows
+    assert rows["Training"].startswith(how) and rows["Data"].startswith(data)
+    assert ("4 pairs each" in rows["Training"]) == (method == "dpo") and ("4 answers each" in rows["Training"]) == (method == "kto")
+    assert rows.get("Held-out pairs") == ("88% gained more for the chosen answer" if method == "dpo" else None)
+    assert ("Loss on held-out conversations" in rows) == (method == "sft"), "another loss is not in nats per token"
 
 
 def test_nothing_of_this_machine_or_of_the_data(trained, tiny, tmp_path):

@@ -85,7 +85,7 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "text": lambda row, keys: "text" in keys,
 }
 _REASONS = {
-    "preference": "`chosen` and `rejected`, or another pair of a better and a worse answer",
+    "preference": "`chosen` and `rejected` or another pair of answers, or one answer with a mark of good or bad",
     "messages": "a list `messages`",
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
     "gemini": "a list `contents` with `parts`",
@@ -154,7 +154,7 @@ class Formats:
             return _text(value)
         if self.take == "pairs" and (format != "preference" or preference.is_good(value) is not None):
             raise RowError([Problem("no_pair", "it has no better and worse answer, and --take pairs takes nothing else",
-                                    "leave --take out to learn it, without the pairs")])
+                                    "give it a file and a run of its own, without --take pairs")])
         problems: list[Problem] = []
         if format == "preference" and self.take != "chosen":
             return self._preference(value, problems)
@@ -179,8 +179,11 @@ class Formats:
         rejected, good = None, preference.is_good(value)
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
-        elif (other := preference.worse(value, problems)) is not None:
-            worse = conversation(other.messages, problems, other.key)
+        else:
+            others: list[Problem] = []
+            other = preference.worse(value, others)
+            worse = conversation(other.messages, others, other.key)
+            problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)

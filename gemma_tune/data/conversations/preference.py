@@ -31,9 +31,9 @@ from gemma_tune.encoding.sequences import JUDGED
 
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
          ("preferred", "rejected"), ("messages", "rejected"))
-# The mark of a judged answer is `kto_tag`. `label` is one beside `prompt` and `completion`, as TRL has them, and beside
-# turns, as LLaMA-Factory has them; never beside a text, where it is a class more often than not.
-_LABELLED = ("messages", "conversations")
+# The marks of a judged answer: LLaMA-Factory's `kto_tag`; and TRL's, which is one only beside these columns.
+_LABEL = "label"
+_BESIDE_LABEL = (("prompt", "completion"), ("messages",), ("conversations",))
 # Anthropic's HH-RLHF keeps a whole conversation in one text.
 _HH = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):")
 
@@ -53,21 +53,34 @@ def _filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _is_judged(row: Mapping[str, Any], keys: Collection[str]) -> bool:
-    answered = "prompt" in keys and "completion" in keys or any(key in keys for key in _LABELLED)
-    return isinstance(row.get("label"), bool) and answered or isinstance(row.get(JUDGED), bool)
+    return _marked(row, keys) is not None
+
+
+def _marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
+    """The column that marks the row's one answer."""
+    if _truth(row.get(JUDGED)) is not None:
+        return JUDGED
+    beside = any(all(key in keys for key in names) for names in _BESIDE_LABEL)
+    return _LABEL if beside and _truth(row.get(_LABEL)) is not None else None
+
+
+def _truth(value: Any) -> bool | None:
+    """True or false, also as tables (CSV) have it; numbers may be classes of anything."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
 
 
 def is_good(row: Mapping[str, Any]) -> bool | None:
     """The mark of a judged answer; None of a pair."""
-    if _filled_pair(row):
-        return None
-    return row[JUDGED] if isinstance(row.get(JUDGED), bool) else row["label"]
+    mark = None if _filled_pair(row) else _marked(row, row.keys())
+    return None if mark is None else _truth(row[mark])
 
 
 def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """The conversation that ends with the better answer."""
     if is_good(row) is False:
-        mark = JUDGED if isinstance(row.get(JUDGED), bool) else "label"
+        mark = _marked(row, row.keys())
         problems.append(Problem("preference", f"the answer is marked as a bad one (`{mark}` is false)",
                                 "leave the row out"))
     return better(row, problems)
@@ -148,6 +161,18 @@ def pair_of(better: list[Turn], worse: list[Turn], problems: list[Problem]) -> P
     else:
         return Pair(with_answer_alone(better, shared), answers[1])
     return None
+
+
+def of_either(better: Sequence[Problem], key: str, worse: Sequence[Problem], other_key: str) -> list[Problem]:
+    """Problems of both conversations of a pair; what is wrong with one of them alone says with which."""
+    found = [_named(problem, key) if problem not in worse else problem for problem in better]
+    return found + [_named(problem, other_key) for problem in worse if problem not in better]
+
+
+def _named(problem: Problem, key: str) -> Problem:
+    if f"`{key}`" in problem.reason:
+        return problem
+    return Problem(problem.code, f"the conversation with `{key}`: {problem.reason}", problem.fix)
 
 
 def with_answer_alone(turns: list[Turn], first: int) -> list[Turn]:

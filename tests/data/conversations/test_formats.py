@@ -526,8 +526,9 @@ def test_preferences_are_pairs_or_their_better_answer_is_taken(row, turns):
     example = read(row, take="chosen")
     assert (example.format, example.messages, example.rejected, example.good) == ("preference", turns, None, None)
     assert example.tools == ([WEATHER] if row is OPENAI_DPO else None)
-    alone = [read(row, take="pairs")] if "label" not in row else []  # which leaves judged answers out
-    for example in (read(row), read(row, "preference"), *alone):
+    if "label" in row:
+        assert codes(row, take="pairs") == ["no_pair"]
+    for example in (read(row), read(row, "preference"), *([] if "label" in row else [read(row, take="pairs")])):
         # Nothing but the answer is learned.
         assert example.messages == [t | {"train": False} if t["role"] == "assistant" else t for t in turns[:-1]] + turns[-1:]
         if "label" in row:
@@ -541,14 +542,19 @@ def test_preferences_are_pairs_or_their_better_answer_is_taken(row, turns):
 
 def test_a_bad_answer_is_kept_as_one():
     for row in ({"prompt": "Sky?", "completion": "Green.", "label": False},
+                {"prompt": "Sky?", "completion": "Green.", "label": "False"},
                 {"messages": [user("Sky?"), answer("Green.")], "kto_tag": False},
                 {"messages": [user("Sky?"), answer("Green.")], "label": False},
-                {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Green."}], "label": False},
                 {"instruction": "Sky?", "input": "", "output": "Green.", "kto_tag": False},
                 {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Green."}], "kto_tag": False}):
         example = read(row)
         assert (example.messages, example.good) == ([user("Sky?"), answer("Green.")], False)
         assert example.as_row() == {"messages": example.messages, "kto_tag": False}
+        assert codes(row, take="chosen") == ["preference"], "never learned as an answer to give"
+    row = {"messages": [user("Sky?"), answer("Green.")], "label": False}
+    assert read(row, "messages").good is None, "where --format says what it is"
+    for label in (0, "negative", None):  # classes of anything
+        assert read(row | {"label": label}).format == "messages"
 
 
 def test_answers_of_several_turns():
@@ -573,19 +579,15 @@ def test_what_is_no_pair(row, code, reason):
     assert found == code and reason in (None, said)
 
 
+def test_what_is_wrong_with_one_answer_says_with_which():
+    assert problems(DPO | {"rejected": " "}) == [("empty_turn", "the conversation with `rejected`: turn 2 (assistant) is empty")]
+    assert problems(DPO | {"chosen": ""}) == [("empty_turn", "the conversation with `chosen`: turn 2 (assistant) is empty")]
+    assert problems(DPO | {"prompt": " "}) == [("empty_turn", "turn 1 (user) is empty")], "once, of what both share"
+
+
 def test_pairs_alone():
     assert codes({"messages": [user("a"), answer("b")]}, take="pairs") == ["no_pair"]
     assert codes({"text": "a"}, take="pairs") == ["no_pair"]
-    for label in (True, False):
-        assert codes({"prompt": "Sky?", "completion": "Blue.", "label": label}, take="pairs") == ["no_pair"]
-
-
-def test_a_label_that_is_a_class_marks_no_answer():
-    """As text or a number it is never whether an answer is good, nor beside a text."""
-    for label in ("good", 1, 0, None):
-        example = read({"messages": [user("Sky?"), answer("Blue.")], "label": label})
-        assert (example.format, example.good, example.rejected) == ("messages", None, None)
-    assert codes({"text": "Sky?", "label": True}) == ["unknown_format"]
 
 
 def test_preferences_that_cannot_be_taken():
