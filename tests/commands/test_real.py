@@ -183,7 +183,8 @@ def test_preferences_are_learned_from_the_built_in_pairs(demo):
     trained = command("train", "--max-steps", "16", "--samples", "0")
     assert trained["eval_accuracy_after"] > 0.8 and trained["eval_loss_after"] < 0.5 < trained["eval_loss_before"]
     measures = command("eval", "--questions", "1", "--max-new-tokens", "8")["measures"]
-    assert measures["preferred"]["tuned"][0] > 0.8 > measures["preferred"]["base"][0]
+    assert measures["preferred"]["tuned"][0] > measures["preferred"]["base"][0] + 0.2
+    assert measures["margin"]["difference"][1] > 0, "beyond chance"
 
 
 def test_smollm2_is_asked_as_hugging_face_asks_it(tmp_path, go_cache):
