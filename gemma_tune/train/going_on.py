@@ -107,8 +107,10 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
     now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
     before = {name: value for name, value in waiting["settings"].items()
               if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
+    said = {name: value for name, value in before.items() if name != "method" or now[name] != AUTO}
+    if said:
+        session.listener.note(f"settings of the interrupted training: {in_words(said)}")
     if before:
-        session.listener.note(f"settings of the interrupted training: {in_words(before)}")
         before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
         session = replace(session, resolved=session.resolved.but(before, {}))
     return session
