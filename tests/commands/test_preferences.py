@@ -103,6 +103,13 @@ def test_other_methods_on_other_data(cli, tiny, data, prepared, tmp_path):
     assert result.code == 2 and "prepared rows are preferences" in result.err
 
 
+def test_a_base_in_4_bits_is_its_own_reference(cli, prepared):
+    result = cli("train", *FLAGS, "--qlora", "--json")
+    assert result.code == 0, result.err
+    assert log()[0]["eval_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert result.json["summary"]["eval_accuracy_after"] == 1.0
+
+
 def test_how_it_is_worked_on_changes_nothing(cli, prepared):
     """Pieces, accumulation, activations that are recomputed: the same losses, and nearly the same adapter."""
     def trained(*flags) -> tuple[list[float], torch.Tensor]:
