@@ -62,6 +62,7 @@ def _data(run: RunDir) -> dict[str, Any] | None:
         return {
             **{key: found[key] for key in ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows",
                                            "tokens", "trained_tokens", "rejected_by_reason", "formats")},
+            "kind": found.get("kind"),
             "files": [{"name": _last(item["file"]), "rows": item["rows"]} for item in found["files"]],
             "scripts": before["scripts"], "length": before["length"],
             "chart": charts.lengths_chart(before["histogram"])}

@@ -73,11 +73,15 @@ def _name_for_others(model: Any, session: Session) -> None:
     peft_config.revision = session.model.revision
 
 
-def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over the steps, as a PNG."""
+def plot(records: Sequence[dict[str, Any]], path: Path, compares: bool = False) -> None:
+    """Training and validation loss over the steps, as a PNG.
+
+    Args:
+        compares: the loss is one of preferences, and has no unit.
+    """
     draw(path, [(label, style, [(r["step"], r[name]) for r in records if name in r])
                 for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--"))],
-         "step", "loss (nats per trained token)")
+         "step", "loss" if compares else "loss (nats per trained token)")
 
 
 def draw(path: Path, lines: Sequence[tuple[str, str, Sequence[tuple[Any, Any]]]], along: str, up: str, *,

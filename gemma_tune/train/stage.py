@@ -207,7 +207,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
         summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
     settings.end(trainer)
     if processes.is_main():
-        plot(log.records, run.plot)
+        plot(log.records, run.plot, config.prefers)
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
         if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
