@@ -293,6 +293,5 @@ def open_conversation(session: Session) -> Conversation:
     voice = voices.open(voices.choice.name, pair=config.compare)
     if config.seed is not None:
         voice.seed(config.seed)
-    prepared = session.manifest.stages.get("prepare", {}).get("summary", {})
-    saves = Saves(session.run, session.settings_of("prepare"), prepared.get("kind", "conversations"))
+    saves = Saves(session.run, session.settings_of("prepare"), session.manifest.kind)
     return Conversation(voice, config, saves, voices, config.system, comparing=config.compare)

@@ -18,6 +18,7 @@ from gemma_tune.base.files import json_bytes, write_atomic
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.manifest import CONVERSATIONS, PAIRS
 
 DEFAULT_NAME, PAIRS_NAME = "saved.jsonl", "saved-pairs.jsonl"
 # Settings of `prepare` that say how certain files are read; they mean nothing for rows of another kind.
@@ -85,7 +86,7 @@ class Saves:
 
     run: RunDir
     prepared: Mapping[str, Any]
-    kind: str = "conversations"
+    kind: str = CONVERSATIONS
     _last: tuple[Path, int, bytes] | None = field(default=None, init=False)  # file, offset and row of this conversation
 
     @property
@@ -143,13 +144,13 @@ class Saves:
         """The command that prepares the run's own data together with ``path``, with the settings as they were."""
         # Saved rows have a format of their own, so it is detected row by row again.
         settings = {k: v for k, v in self.prepared.items() if k not in ("data", "format")}
-        if self.kind != "conversations":  # of pairs the better answers, beside conversations
+        if self.kind != CONVERSATIONS:  # of pairs the better answers, beside conversations
             settings["take"] = "chosen"
         return self._prepare(self._own(), path, settings)
 
     def command_to_prepare_pairs(self) -> str:
         """The command that prepares the kept pairs: with the run's own data where that is pairs, else alone."""
-        if self.kind == "pairs":
+        if self.kind == PAIRS:
             return self._prepare(self._own(), self.pairs.path,
                                  {k: v for k, v in self.prepared.items() if k not in ("data", "format")})
         settings = {k: v for k, v in self.prepared.items() if k not in ("data", *_OF_FILES)}

@@ -10,6 +10,7 @@ from rich.table import Table
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.screen import Text
+from gemma_tune.run.manifest import JUDGED, PAIRS
 
 BAR = 32  # cells of the longest bar
 _EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -21,8 +22,8 @@ _BOOKKEEPING = frozenset(("id", "ids", "idx", "index", "uuid", "uid", "guid", "s
 _FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "sequences",
             "tokens", "trained_tokens")
 
-_KINDS = {"pairs": "each row is a pair: a chosen and a rejected answer to the same prompt, a sequence for each",
-          "judged": "each row is an answer that is marked as good or bad"}
+_KINDS = {PAIRS: "each row is a pair: a chosen and a rejected answer to the same prompt, a sequence for each",
+          JUDGED: "each row is an answer that is marked as good or bad"}
 
 
 def data_report(report: Mapping[str, Any]) -> None:
@@ -36,7 +37,7 @@ def data_report(report: Mapping[str, Any]) -> None:
             ``unread``, columns of rows and keys of turns (``where``, ``name``, ``rows``, ``values``).
     """
     figures = {name: report[name] for name in _FIGURES if report.get(name) or name == "rows" and name in report}
-    of_each = 2 if report.get("kind") == "pairs" else 1
+    of_each = 2 if report.get("kind") == PAIRS else 1
     if figures.get("sequences") == of_each * (figures.get("train_rows", 0) + figures.get("valid_rows", 0)):
         figures.pop("sequences", None)  # one for each row, as usual
     screen.err.print(screen.figures_table("data", figures))

@@ -14,6 +14,7 @@ from gemma_tune.base.words import counted, size_text, span
 from gemma_tune.cli.formats import format_lines
 from gemma_tune.cli.screen import figure
 from gemma_tune.run.directory import RunDir
+from gemma_tune.run.manifest import JUDGED, PAIRS
 
 _LONGEST_LOG = 50_000_000  # bytes of logs/metrics.jsonl that are looked through for the best step
 EXAMPLE = "the built-in example"
@@ -26,7 +27,7 @@ def stage_lines(stage: str, summary: Mapping[str, Any]) -> list[str]:
 
 def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
     if None not in (s.get("train_rows"), s.get("valid_rows")):
-        what = {"pairs": " pairs", "judged": " judged answers"}.get(s.get("kind", ""), "")
+        what = {PAIRS: " pairs", JUDGED: " judged answers"}.get(s.get("kind", ""), "")
         yield f"{s['train_rows']:,}{what} for training, {s['valid_rows']:,} for validation"
     left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
             if s.get(key)]

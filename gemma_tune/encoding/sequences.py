@@ -17,7 +17,7 @@ from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 # A line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}; a pair of answers also has "rejected", the
 # turns in place of those that are learned in its messages, and a judged answer "kto_tag".
 PreparedRow = dict[str, Any]
-JUDGED = "kto_tag"
+MARK = "kto_tag"
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def marks_of(example: PreparedRow) -> list[int]:
     """The marks of a row's sequences, see ``encoding.tokens``: of a pair two, else one for all of them."""
     if "rejected" in example:
         return [1, -1]
-    return [0] if JUDGED not in example else [1 if example[JUDGED] else -1]
+    return [0] if MARK not in example else [1 if example[MARK] else -1]
 
 
 def liked_of(example: PreparedRow, sequences: Sequence[Encoded]) -> list[Encoded]:

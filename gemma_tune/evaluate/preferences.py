@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.encoding.chat_format import FormatError
-from gemma_tune.encoding.sequences import JUDGED, Encoder, PreparedRow, marks_of
+from gemma_tune.encoding.sequences import MARK, Encoder, PreparedRow, marks_of
 from gemma_tune.measure.intervals import compare
-from gemma_tune.measure.likelihood import Wanted
+from gemma_tune.measure.likelihood import Wanted, wanted_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def better_of(row: PreparedRow) -> PreparedRow | None:
     """The conversation with the answer that is worth learning; None of a bad one. Other rows are as they are."""
     if marks_of(row) == [-1]:
         return None
-    return {name: value for name, value in row.items() if name not in ("rejected", JUDGED)}
+    return {name: value for name, value in row.items() if name not in ("rejected", MARK)}
 
 
 def preferences_of(rows: Sequence[PreparedRow], encoder: Encoder) -> Preferences | None:
@@ -91,10 +91,5 @@ def preferences_of(rows: Sequence[PreparedRow], encoder: Encoder) -> Preferences
 
 
 def wanted_of_sequence(sequence: Any) -> Wanted | None:
-    """What is learned of a sequence, as tokens to predict; nothing predicts the first."""
-    labels = np.zeros(len(sequence.ids), bool)
-    for start, end in sequence.spans:
-        labels[start:end] = True
-    at = np.flatnonzero(labels[1:])
-    ids = np.asarray(sequence.ids, np.int64)
-    return Wanted(ids[None, :at[-1] + 1], at, ids[at + 1]) if len(at) else None
+    """What is learned of a sequence, as tokens to predict."""
+    return next(iter(wanted_of([{"input_ids": sequence.ids, "labels": sequence.labels}])), None)

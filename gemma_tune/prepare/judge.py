@@ -29,8 +29,7 @@ from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
-from gemma_tune.encoding.sequences import JUDGED as MARK
-from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow, first_learned, marks_of
+from gemma_tune.encoding.sequences import MARK, Encoder, Outcome, PreparedRow, first_learned, marks_of
 from gemma_tune.prepare.near import signature
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of

@@ -26,7 +26,7 @@ from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
-from gemma_tune.train.plan import rate_at, steps_per_epoch
+from gemma_tune.train.plan import Side, rate_at, steps_per_epoch
 from gemma_tune.train.results import name_no_place
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
@@ -96,6 +96,11 @@ class Sizes:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def side(self) -> Side:
+        """The same for a plan."""
+        return Side(self.lengths, int(self.trained.sum()))
 
 
 def sizes_of(sequences: Any, config: TrainConfig) -> Sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ class Figures:
         loss: in nats per trained token.
         norm: of the whole gradient, before clipping.
         norms: of each weight's gradient.
+        more: what else was sent along.
     """
 
     facts: dict[str, Any]
     loss: float
     norm: float
     norms: list[float]
+    more: list[float] = field(default_factory=list)
 
 
 class LateFigures:
@@ -36,10 +38,14 @@ class LateFigures:
     def __init__(self, device: torch.device):
         self._wait_for = 1 if device.type == "cuda" else 0
         self._waiting: deque[tuple[dict[str, Any], torch.Tensor, Any]] = deque()
+        self._more = 0  # numbers that each step sends along
 
-    def add(self, facts: dict[str, Any], loss: torch.Tensor, norm: torch.Tensor, norms: torch.Tensor) -> None:
+    def add(self, facts: dict[str, Any], loss: torch.Tensor, norm: torch.Tensor, norms: torch.Tensor,
+            more: torch.Tensor | None = None) -> None:
         """Send a step's figures on their way; the tensors may be overwritten afterwards."""
-        together = torch.cat([loss[None].float(), norm[None].float(), norms.float()]).detach()
+        others = norms.new_zeros(0) if more is None else more
+        self._more = len(others)
+        together = torch.cat([loss[None].float(), norm[None].float(), norms.float(), others.float()]).detach()
         arrived = None
         if self._wait_for:
             here = torch.empty(together.shape, pin_memory=True)
@@ -56,6 +62,7 @@ class LateFigures:
             facts, together, arrived = self._waiting.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            loss, norm, *norms = together.tolist()
-            found.append(Figures(facts, loss, norm, norms))
+            loss, norm, *others = together.tolist()
+            norms = others[:len(others) - self._more]
+            found.append(Figures(facts, loss, norm, norms, others[len(norms):]))
         return found

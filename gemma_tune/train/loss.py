@@ -177,24 +177,6 @@ def rows_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Summed cross-entropy of rows that predict one token each, see :func:`each_rows_cross_entropy`.
-
-    Returns:
-        Scalar in fp32 (float64 for float64 inputs), the sum in nats: the caller divides by the number of trained
-        tokens, so that accumulation over micro-batches and processes has one normaliser. Zero, with a zero gradient,
-        when no row predicts anything.
-    """
-    return each_rows_cross_entropy(hidden, weight, targets, softcap=softcap, scale=scale).sum()
-
-
-def each_rows_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
     """Cross-entropy of rows that predict one token each, with a head that gets no gradient.
 
     Which hidden states predict a trained token is the caller's to say, see ``batches.trained_positions``: no size here
@@ -209,8 +191,9 @@ def each_rows_cross_entropy(
         scale: factor on the raw logits before capping (1 for Gemma).
 
     Returns:
-        (rows,) in fp32 (float64 for float64 inputs), in nats: minus the log-probability of each row's token, 0 where it
-        predicts none.
+        (rows,) in fp32 (float64 for float64 inputs), in nats: minus the log-probability of each row's token. 0, with a
+        zero gradient, where it predicts none. Who adds them up divides by the number of trained tokens of the whole
+        step, so that accumulation over micro-batches and processes has one normaliser.
 
     Raises:
         ValueError: if the head requires a gradient, which this function would silently drop.

@@ -12,7 +12,6 @@ import numpy as np
 
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.encoding.tokens import lengths_of
 from gemma_tune.train.memory import BatchChoice, described
 from gemma_tune.train.shape import ModelShape
 
@@ -37,12 +36,6 @@ class Side:
 
     lengths: np.ndarray
     trained: int
-
-    @classmethod
-    def of(cls, sequences: Any) -> Side:
-        """Measure what :func:`gemma_tune.encoding.tokens.open_tokens` opened, without reading the tokens."""
-        ends = [chunk.flatten().to_numpy() for chunk in sequences.data.column("spans").chunks]
-        return cls(lengths_of(sequences), int(sum(e[1::2].sum() - e[::2].sum() for e in ends)))
 
 
 @dataclass(frozen=True)

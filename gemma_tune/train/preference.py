@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,21 +105,22 @@ class PreferenceTrainer(GemmaTrainer):
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
-    def measures(self) -> dict[str, Any]:
-        """Rewards and log-probabilities, means over the answers of the step, by the names that TRL has for them."""
+    def measures(self) -> torch.Tensor:
+        """The sums of the step, of all processes."""
         sums = self._sums.clone()
         if processes.joined():
             torch.distributed.all_reduce(sums)
-        return self._named(sums)
+        return sums
 
-    def _named(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        of = dict(zip(SUMS, sums))
-        good, bad = of["good"].clamp(min=1), of["bad"].clamp(min=1)
+    def named(self, measures: Sequence[float]) -> dict[str, float]:
+        """Rewards and log-probabilities, means over answers, by the names that TRL has for them."""
+        of = dict(zip(SUMS, measures))
+        good, bad = max(1, of["good"]), max(1, of["bad"])
         named = {"rewards/chosen": of["good_reward"] / good, "rewards/rejected": of["bad_reward"] / bad,
                  "logps/chosen": of["good_logp"] / good, "logps/rejected": of["bad_logp"] / bad}
         named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
         if self.train_dataset.size == PAIR:
-            named["rewards/accuracies"] = of["won"] / of["units"].clamp(min=1)
+            named["rewards/accuracies"] = of["won"] / max(1, of["units"])
         return named
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -139,11 +140,10 @@ class PreferenceTrainer(GemmaTrainer):
                     sums += found.sums
         self.gradients.clear()
         compared, imitated, *sums = map(sum, zip(*processes.gathered([*losses.tolist(), *sums.tolist()])))
-        named = {name: float(value) for name, value in self._named(torch.tensor(sums)).items()}
         of = dict(zip(SUMS, sums))
         metrics = {f"{metric_key_prefix}_loss": compared / max(1, of["units"])
                    + self.preference.imitation * imitated / max(1, of["good_tokens"]),
-                   **{f"{metric_key_prefix}_{name}": value for name, value in named.items()}}
+                   **{f"{metric_key_prefix}_{name}": value for name, value in self.named(sums).items()}}
         self._tell(of["good_logp"] / max(1, of["good_tokens"]))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -155,7 +155,9 @@ class PreferenceTrainer(GemmaTrainer):
         if self._told or self._first is None or chosen > self._first - LESS_LIKELY:
             return
         self._told = True
-        less = "--sft-weight 1 holds them" if self.preference.imitation == 0 else "a larger --sft-weight holds them"
+        ways = ["a lower --learning-rate", "a larger --beta"]
+        if self.settings.method == "dpo":  # the only one that has such a weight
+            ways.insert(0, "a larger --sft-weight" if self.preference.imitation else "--sft-weight 1")
         self.listener.warn(f"the chosen answers become less likely: {chosen:.2f} nats per token now, {self._first:.2f} "
-                           f"before the first step, as the rejected ones fall faster; {less}, and so does a lower "
-                           "--learning-rate, or a larger --beta")
+                           f"before the first step, as the rejected ones fall faster; {ways[0]} holds them, and so "
+                           f"does {', or '.join(ways[1:])}")

@@ -14,7 +14,6 @@ import torch
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.batches import trained_positions
-from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
 from gemma_tune.train.units import PAIR, together
 
@@ -110,7 +109,6 @@ class PreferenceLoss:
             return empty, empty
         loss, number = torch.cat(losses), torch.cat(numbers)
         total = torch.zeros(len(rows), dtype=loss.dtype, device=device).index_add(0, number, loss)
-        count = torch.tensor([int((torch.as_tensor(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in rows],
-                             device=device)
+        count = torch.zeros(len(rows), dtype=torch.long, device=device).index_add(0, number, torch.ones_like(number))
         # Where a process has no unit in a pass that all of them make, its loss is the zero that has a gradient.
         return (-total, count) if rows else (-loss, count)

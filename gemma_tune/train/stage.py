@@ -38,12 +38,13 @@ from gemma_tune.train.job import (
     load_libraries,
     make_trainer,
     prepared_sequences,
+    sequences_of_a_row,
     sizes_of,
     with_batch_size,
 )
 from gemma_tune.train.memory import described, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
-from gemma_tune.train.plan import Side, TrainingPlan, described_steps, make_plan, total_steps
+from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, total_steps
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
@@ -102,7 +103,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     session, waiting, start = as_before(session, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
-    train_rows, valid_rows = (Side(rows.lengths, int(rows.trained.sum())) for rows in sizes)
+    train_rows, valid_rows = (rows.side for rows in sizes)
     placement = choose_placement(session.config.dtype)
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
     shape, choice = fit(session, sizes[0].longest, placement, start=start_folder(session))
@@ -187,7 +188,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     finally:  # weights that are not what they were explain whatever else is wrong
         refuse_bad_weights()
     job.startup.done("weights")
-    rows = len(sizes_of(train_rows, config))
+    rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
     listener.detail("steps", described_steps(rows, config))
     first = step_of(job.checkpoint) if job.checkpoint else 0

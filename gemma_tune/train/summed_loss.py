@@ -10,7 +10,7 @@ import torch
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
 from gemma_tune.train.batches import trained_positions
-from gemma_tune.train.loss import each_rows_cross_entropy
+from gemma_tune.train.loss import rows_cross_entropy
 from gemma_tune.train.undoing import unsharded
 
 
@@ -50,7 +50,7 @@ def _losses(causal_lm: Any, input_ids: torch.Tensor, positions: torch.Tensor, ta
     rows = _hidden(causal_lm, input_ids).flatten(0, 1).index_select(0, positions)
     weight = _weight(causal_lm)
     # Under autocast the last norm may hand on fp32.
-    return each_rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
+    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -200,9 +200,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.gradients.sum_over_processes()
         norms = self.gradients.norms()
         norm = torch.linalg.vector_norm(norms)
-        self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate(),
-                        **self.measures()}
-        self.figures.add(self._facts, self.gradients.loss, norm, norms)
+        self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate()}
+        self.figures.add(self._facts, self.gradients.loss, norm, norms, self.measures())
         if self.waits:
             self._refuse_not_finite(self._facts, self.gradients.loss.item(), norms.tolist())
         else:
@@ -211,8 +210,12 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             self.gradients.clip(norm, most)
         return norm
 
-    def measures(self) -> dict[str, Any]:
-        """What the log has of a step beside its loss: numbers, or tensors (scalars) that are read with it."""
+    def measures(self) -> torch.Tensor | None:
+        """What is to be known of a step beside its loss (k,); see :meth:`named`."""
+        return None
+
+    def named(self, measures: Sequence[float]) -> dict[str, float]:
+        """What the log has of :meth:`measures`, by name."""
         return {}
 
     def begin_steps(self) -> None:
@@ -253,7 +256,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             self.tokens_seen += found.facts["tokens"]
             logged = {name: fact for name, fact in found.facts.items() if name != "rows"}
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, logged | {
-                "loss": found.loss, "grad_norm": found.norm})
+                "loss": found.loss, "grad_norm": found.norm, **self.named(found.more)})
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 

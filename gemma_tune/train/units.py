@@ -55,11 +55,6 @@ class Units(torch.utils.data.Dataset):
         return len(self.sizes) // self.size
 
     @property
-    def trained(self) -> np.ndarray:
-        """Learned tokens of each unit (int64)."""
-        return trained_of(self.sequences).reshape(-1, self.size).sum(1)
-
-    @property
     def liked(self) -> np.ndarray:
         """Learned tokens of each unit's good answers (int64)."""
         return (trained_of(self.sequences) * self.good).reshape(-1, self.size).sum(1)

@@ -186,6 +186,8 @@ def test_it_goes_on_from_what_learned_answers(cli, prepared):
 def test_chosen_answers_that_become_less_likely_are_told(cli, prepared):
     result = cli("train", *FLAGS, "--learning-rate", 0.05, "--epochs", 6)
     assert "the chosen answers become less likely" in result.err and "--sft-weight 1 holds them" in result.err
+    result = cli("train", *FLAGS, "--method", "kto", "--learning-rate", 0.05, "--epochs", 6, "--force")
+    assert "--sft-weight" not in result.err, "which --method kto refuses"
 
 
 def test_memory_that_runs_out_halves_the_piece(cli, prepared, monkeypatch):

@@ -166,11 +166,12 @@ def test_exposures_are_rows_really_seen(sequences, batch, accumulation, epochs, 
 
 def test_learned_tokens_are_counted_without_reading_them(cli, tiny, tmp_path):
     from gemma_tune.encoding.tokens import open_tokens
+    from gemma_tune.train.job import sizes_of
 
     data = write_rows(tmp_path / "many.jsonl", rows(40))
     assert cli("prepare", data, "--model", tiny).code == 0
     sequences = open_tokens(Path("runs/tiny-gemma/data/tokens/train.arrow"))
-    side = Side.of(sequences)
+    side = sizes_of(sequences, TrainConfig()).side
     assert side.trained == sum(int((row["labels"] != -100).sum()) for row in sequences)
     assert side.lengths.tolist() == [len(row["input_ids"]) for row in sequences]
 

@@ -54,7 +54,7 @@ class Example:
         if self.rejected is not None:
             row["rejected"] = self.rejected
         if self.good is not None:
-            row[preference.JUDGED] = self.good
+            row[preference.MARK] = self.good
         return row | ({"tools": self.tools} if self.tools else {})
 
 

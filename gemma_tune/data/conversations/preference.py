@@ -27,7 +27,7 @@ from gemma_tune.data.conversations.layouts import (
 )
 from gemma_tune.data.conversations.problems import Problem, several
 from gemma_tune.data.conversations.turns import Turn
-from gemma_tune.encoding.sequences import JUDGED
+from gemma_tune.encoding.sequences import MARK
 
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
          ("preferred", "rejected"), ("messages", "rejected"))
@@ -58,8 +58,8 @@ def _is_judged(row: Mapping[str, Any], keys: Collection[str]) -> bool:
 
 def _marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
-    if _truth(row.get(JUDGED)) is not None:
-        return JUDGED
+    if _truth(row.get(MARK)) is not None:
+        return MARK
     beside = any(all(key in keys for key in names) for names in _BESIDE_LABEL)
     return _LABEL if beside and _truth(row.get(_LABEL)) is not None else None
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
-from gemma_tune.data.conversations.preference import JUDGED, PAIRS
+from gemma_tune.data.conversations.preference import MARK, PAIRS
 from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
 
 
@@ -27,7 +27,7 @@ _READ: dict[str, frozenset[str]] = {
     "prompt-completion": frozenset(("prompt", "completion", *HISTORIES, *SYSTEMS, *_TOOLS)),
     "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS)),
     "text": frozenset(("text",)),
-    "preference": frozenset((*(key for pair in PAIRS for key in pair), JUDGED, "prompt", "completion", "label",
+    "preference": frozenset((*(key for pair in PAIRS for key in pair), MARK, "prompt", "completion", "label",
                              "messages",
                              "conversations", "input", "instruction", "question", "query", *HISTORIES, *SYSTEMS,
                              *_TOOLS)),
