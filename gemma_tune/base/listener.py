@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,3 +44,49 @@ class Listener:
 
     def grid(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """A table of several columns, the first row being its heading."""
+
+
+class Held(Listener):
+    """Keeps notes and warnings of another thread until there is room for them on the screen.
+
+    Args:
+        listener: who is told in the end.
+    """
+
+    def __init__(self, listener: Listener):
+        self._listener = listener
+        self._lock = threading.RLock()
+        self._said: list[tuple[str, str]] | None = []
+
+    def note(self, text: str) -> None:
+        self._say("note", text)
+
+    def warn(self, text: str) -> None:
+        self._say("warn", text)
+
+    def _say(self, how: str, text: str) -> None:
+        with self._lock:
+            if self._said is None:
+                getattr(self._listener, how)(text)
+            else:
+                self._said.append((how, text))
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to tell."""
+        return bool(self._said)
+
+    def tell(self) -> None:
+        """Pass on what was kept."""
+        with self._lock:
+            said, let_go = self._said or [], self._said is None
+            self._said = None
+            for how, text in said:
+                self._say(how, text)
+            self._said = None if let_go else []
+
+    def let_go(self) -> None:
+        """Pass on what was kept, and from now on everything at once."""
+        with self._lock:
+            self.tell()
+            self._said = None

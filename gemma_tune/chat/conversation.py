@@ -13,6 +13,7 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
+from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.preferences import Opinion, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
@@ -33,11 +34,11 @@ class Conversation:
     """The turns so far, and who answers them.
 
     Args:
-        voice: who answers now.
+        answering: who answers now, or is being loaded to.
         voices: opens others; None where there are none.
     """
 
-    voice: Voice
+    answering: Voice | Ahead
     config: ChatConfig
     saves: Saves | None = None
     voices: Voices | None = None
@@ -45,6 +46,22 @@ class Conversation:
     turns: list[dict[str, Any]] = field(default_factory=list)
     comparing: bool = False
     _opinions: dict[int, Opinion] = field(default_factory=dict, init=False)  # by number of the exchange
+
+    @property
+    def voice(self) -> Voice:
+        """Who answers now; waits where that is still being loaded.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        if isinstance(self.answering, Ahead):
+            self.answering = self.answering.wait()
+        return self.answering
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """What is being loaded, or could not be; None since somebody answers."""
+        return self.answering if isinstance(self.answering, Ahead) else None
 
     @property
     def which(self) -> str:
@@ -217,9 +234,10 @@ class Conversation:
         Raises:
             UserError: it is not there, or cannot be loaded.
         """
+        now = self.voice.name
         assert self.voices is not None
         name = self.voices.tuned if name == "tuned" else name
-        if name != self.voice.name:
+        if name != now:
             self._take(self.voices.open(name))
 
     def pair(self) -> tuple[Voice, Voice]:
@@ -228,10 +246,11 @@ class Conversation:
         Raises:
             UserError: there is no adapter, or they cannot be loaded.
         """
+        now = self.voice.name
         assert self.voices is not None
         tuned, base = (self.voices.open(name, pair=True) for name in ("adapter", "base"))
-        if self.voice.name in ("base", "adapter"):  # another model in memory than it was
-            self._take({"base": base, "adapter": tuned}[self.voice.name])
+        if now in ("base", "adapter"):  # another model in memory than it was
+            self._take({"base": base, "adapter": tuned}[now])
         return base, tuned
 
     def set(self, name: str, value: str) -> Any:
@@ -256,12 +275,15 @@ class Conversation:
         return max(0, context - used)
 
     def close(self) -> None:
-        """Free the models."""
+        """Free the models, when one that is being loaded is there."""
+        if self.ahead is not None:
+            with contextlib.suppress(Exception):
+                self.ahead.wait()
         if self.voices:
             self.voices.close()
 
     def _take(self, voice: Voice) -> None:
-        self.voice = voice
+        self.answering = voice
         if self.config.seed is not None:
             voice.seed(self.config.seed)
 
@@ -279,19 +301,28 @@ def _value(name: str, text: str) -> Any:
     return converted(types_of(ChatConfig)[name], int(text) if whole else text)
 
 
-def open_conversation(session: Session) -> Conversation:
+def open_conversation(session: Session, *, ahead: bool = False) -> Conversation:
     """Load the model that the settings name, or what is there.
 
+    Args:
+        ahead: return at once, and load it in a thread.
+
     Raises:
-        UserError: nothing that can answer, damaged or missing files.
+        UserError: nothing that can answer, damaged or missing files; with ``ahead`` what is found while loading is
+            raised by what needs the model.
     """
     config = session.config
     voices = Voices.of(session)
     keep_stamps(session.run, session.manifest)
     if voices.choice.reason:
         session.listener.note(voices.choice.reason)
-    voice = voices.open(voices.choice.name, pair=config.compare)
-    if config.seed is not None:
-        voice.seed(config.seed)
     saves = Saves(session.run, session.settings_of("prepare"), session.manifest.kind)
-    return Conversation(voice, config, saves, voices, config.system, comparing=config.compare)
+
+    def load() -> Voice:
+        voice = voices.open(voices.choice.name, pair=config.compare)
+        if config.seed is not None:
+            voice.seed(config.seed)
+        return voice
+
+    return Conversation(Ahead(load) if ahead else load(), config, saves, voices, config.system,
+                        comparing=config.compare)

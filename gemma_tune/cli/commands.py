@@ -150,7 +150,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
     from gemma_tune.chat.conversation import open_conversation
     from gemma_tune.chat.scripts import open_input
-    from gemma_tune.cli.chat.loop import interactive
+    from gemma_tune.cli.chat.loop import converse
     from gemma_tune.cli.chat.scripts import all_of, one_prompt
 
     if prompt is not None and not prompt.strip():
@@ -162,9 +162,10 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
                         'name one: gemma-tune chat --prompt "…"')
     if input not in (None, "-"):
         open_input(input)[0].close()  # before a model is loaded
-    conversation = open_conversation(Request.of(ctx).open("chat"))
+    session = Request.of(ctx).open("chat")
     if prompt is None and input is None and screen.stdin_is_terminal() and not json:
-        return interactive(conversation)
+        return converse(session)
+    conversation = open_conversation(session)
     try:
         if prompt is None:
             all_of(conversation, input, json)

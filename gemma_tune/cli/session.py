@@ -17,7 +17,7 @@ import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.machine import noting_ctrl_c, occupy_standard_streams
+from gemma_tune.base.machine import end_at_once, noting_ctrl_c, occupy_standard_streams
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
@@ -199,7 +199,7 @@ class Command(TyperCommand):
 
             follow()
             processes.leave()
-            processes.end()
+            end_at_once()
         return here.rank == 0
 
 

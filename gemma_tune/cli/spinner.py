@@ -13,6 +13,23 @@ from gemma_tune.base.loading import in_progress, told_of_ends
 from gemma_tune.cli import live, screen
 
 LOOKS_EVERY = 0.1  # seconds
+_still: list[object] = []  # whose place the line's is
+
+
+def moving(what: str) -> Spinner:
+    """What says that ``what`` is being loaded."""
+    return Spinner("dots" if screen.has_blocks() else "line", text=f"loading {what}", style="cyan")
+
+
+@contextlib.contextmanager
+def keeping_still() -> Iterator[None]:
+    """No line while this lasts: something else has the terminal, and says it itself."""
+    _still.append(still := object())
+    screen.clear_the_way()
+    try:
+        yield
+    finally:
+        _still.remove(still)
 
 
 class _Line:
@@ -28,14 +45,14 @@ class _Line:
         """Show, change or hide the line."""
         what = in_progress()
         with self._lock:
-            if self._over.is_set() or what is None or live.is_shown():
+            if self._over.is_set() or what is None or _still or live.is_shown():
                 self.hide()
             elif what != self._said:
                 self._say(what)
 
     def _say(self, what: str) -> None:
         self._said = what
-        spinner = Spinner("dots" if screen.has_blocks() else "line", text=f"loading {what}", style="cyan")
+        spinner = moving(what)
         if self._live is None:
             # What goes to standard output is a result, and stays there.
             self._live = Live(spinner, console=screen.err, transient=True, refresh_per_second=8, redirect_stdout=False,

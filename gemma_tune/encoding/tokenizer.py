@@ -11,6 +11,7 @@ from typing import Any
 from gemma_tune.base.checkpoint import generation_settings
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
+from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.encoding.chat_format import ChatFormat
 
@@ -48,12 +49,14 @@ def load_tokenizer(checkpoint: Path) -> Any:
     Raises:
         UserError: there is none that can be loaded.
     """
-    from transformers import AutoTokenizer
-
     require_readable(checkpoint)
-    quiet_libraries()
+    with keeping_garbage():
+        from transformers import AutoTokenizer
+
+        quiet_libraries()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        with keeping_garbage():
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # noqa: BLE001 - the tokenizers library raises nothing more particular for a damaged file
         raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
                         "copy the tokenizer files of the base model into it") from e

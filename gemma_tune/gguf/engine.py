@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
 INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PATH"
 # What llama.cpp prints of an error: "0.00.038.483 E srv  load_model: failed to load model", or a failed assertion.
 _ERROR_LINE = re.compile(r"^(?:[\d.]+ E +(.*)|(.*GGML_ASSERT.*)|.*\b(error: .*))$", re.MULTILINE)
+
+_processes: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 
 
 class EngineRefused(WorkFailed):
@@ -90,6 +93,7 @@ class Engine:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
                                          stdout=self._log if binary else subprocess.PIPE,
                                          env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=talking)
+        _processes.add(self._process)
         try:
             address = self._answering(command[-1]) if binary else self._printed()
             # Without trust_env a proxy of the environment would be asked for this machine's own addresses.
@@ -218,6 +222,12 @@ class Engine:
         if self._process.stdout:
             self._process.stdout.close()
         self._log.close()
+
+
+def end_all() -> None:
+    """End the processes of all engines, those that load a file too, before this process ends without a word."""
+    for process in [*_processes]:
+        process.kill()
 
 
 def _refused(content: Any, status: int) -> EngineRefused:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
-from gemma_tune.base.machine import importing, is_out_of_memory
+from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
 from gemma_tune.base.words import first_line
 from gemma_tune.lora.config import for_peft
 from gemma_tune.lora.files import read_adapter
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def import_peft() -> None:
     """Import PEFT in three quarters of the time: without torch's compiler, until something is to be compiled."""
-    with importing(), _compiling_at_the_first_call():
+    with keeping_garbage(), _compiling_at_the_first_call():
         import peft  # noqa: F401
 
 

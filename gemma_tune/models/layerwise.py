@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_tune.base.machine import importing
+from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import StoredTensor, open_tensors
 from gemma_tune.models.load import needs_eager_attention
 from gemma_tune.models.placement import Placement
@@ -45,7 +45,7 @@ class LayerwiseModel:
     """
 
     def __init__(self, checkpoint: Path, placement: Placement, canonical: Callable[[str], str]):
-        with importing():
+        with keeping_garbage():
             from accelerate import init_empty_weights
             from transformers import AutoConfig, AutoModelForCausalLM
         self.device, self.dtype = torch.device(placement.device), placement.dtype

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
-from gemma_tune.base.machine import importing, is_out_of_memory
+from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -42,7 +42,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     refuse_untrainable(str(checkpoint), config)
     refuse_embedded_adapter(checkpoint)
     quiet_libraries()
-    with importing():
+    with keeping_garbage():
         from transformers import AutoModelForCausalLM
     extra: dict[str, Any] = {}
     if four_bit:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
-from gemma_tune.base.machine import importing
+from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
@@ -57,7 +57,7 @@ def load_libraries() -> None:
     """Import what takes seconds to import."""
     quiet_libraries()  # before their import, which has something to say already
     import_peft()
-    with importing():
+    with keeping_garbage():
         import gemma_tune.train.callbacks
         import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
 

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_tune.base.errors import UserError, WorkFailed
 
@@ -251,17 +251,6 @@ def leave() -> None:
         # Longer than a moment: where nothing is left to do, the others may still be importing.
         _until(lambda: _store.check([f"left {rank}" for rank in range(here.count)]), GRACE)
     _store = None
-
-
-def end() -> NoReturn:
-    """End a process that only took part, with its work done.
-
-    At once: at an interpreter's usual end a library's thread that is still in C++ can bring the process down with
-    SIGABRT, and then a training that went well would count as failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def settle(problem: UserError) -> UserError | None:

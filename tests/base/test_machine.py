@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base import machine
-from gemma_tune.base.machine import cores, importing, settle_threads
+from gemma_tune.base.machine import cores, keeping_garbage, settle_threads
 
 
 def imported(name: str, tmp_path, monkeypatch) -> None:
@@ -22,7 +22,7 @@ def imported(name: str, tmp_path, monkeypatch) -> None:
 
 def test_garbage_is_not_looked_for_during_an_import_and_not_among_it_afterwards(tmp_path, monkeypatch):
     before = gc.get_freeze_count()
-    with importing():
+    with keeping_garbage():
         imported("a_large_library", tmp_path, monkeypatch)
     assert sys.modules["a_large_library"].looked_for is False
     assert gc.isenabled()
@@ -33,13 +33,13 @@ def test_where_everything_is_imported_already_garbage_stays_garbage():
     import json  # noqa: F401
 
     before = gc.get_freeze_count()
-    with importing():
+    with keeping_garbage():
         import json  # noqa: F401, F811
     assert gc.get_freeze_count() == before
 
 
 def test_a_failed_import_leaves_garbage_collection_on():
-    with pytest.raises(ImportError), importing():
+    with pytest.raises(ImportError), keeping_garbage():
         import no_such_library  # noqa: F401
     assert gc.isenabled()
 
@@ -47,7 +47,7 @@ def test_a_failed_import_leaves_garbage_collection_on():
 def test_what_was_off_stays_off():
     gc.disable()
     try:
-        with importing():
+        with keeping_garbage():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:
@@ -111,3 +111,15 @@ def test_threads_are_settled_before_torch_is_there():
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("1000 False")
+
+
+def test_a_tokenizer_is_loaded_without_looking_for_garbage(talkative, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from gemma_tune.encoding.tokenizer import load_tokenizer
+
+    load, looked_for = AutoTokenizer.from_pretrained, []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained",
+                        lambda *args, **more: looked_for.append(gc.isenabled()) or load(*args, **more))
+    assert load_tokenizer(talkative).vocab_size
+    assert looked_for == [False] and gc.isenabled()

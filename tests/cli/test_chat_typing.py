@@ -189,6 +189,51 @@ def test_ctrl_c_stops_an_answer_and_what_is_typed_meanwhile_waits(terminal):
     assert "tuned says one two three four five\r\n" in shown
 
 
+def test_the_first_question_is_typed_while_the_model_is_loaded(terminal):
+    chat = terminal(TALKING_LOADS="2", PROMPT_TOOLKIT_NO_CPR="")
+    chat.child.expect_exact("\x1b[6n")  # where the cursor is, which a terminal answers
+    chat.child.send("\x1b[5;1R")
+    chat.expect("loading the weights")
+    chat.expect("· a model of words, which computes nothing")  # above the prompt
+    chat.child.send("/set top_k 5")
+    chat.type("", "(top_k: 5)")  # which needs no model
+    chat.prompted()
+    chat.type("early", "loading the weights", "tuned says early", "in context)")
+    chat.type("later", "tuned says later", "in context)")
+    shown = chat.leave()
+    assert shown.count("a model of words") == 1
+    assert "loading" not in shown[shown.index("tuned says early"):]
+
+
+def test_who_leaves_before_the_model_is_loaded_does_not_wait(terminal):
+    chat = terminal(TALKING_LOADS="200")
+    chat.type("early")
+    time.sleep(0.5)
+    chat.child.sendintr()  # the question, and not the loading
+    chat.expect("(stopped; this answer is not kept)")
+    chat.prompted()
+    began = time.monotonic()
+    chat.child.sendeof()
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (0, None)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_model_that_cannot_be_loaded_ends_the_chat(terminal, asked):
+    chat = terminal(TALKING_LOADS="1.5", TALKING_FAILS="the weights are damaged")
+    if asked:
+        chat.type("early")
+    chat.expect("Error: ")
+    chat.expect("the weights are damaged")
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (2, None)
+    shown = "".join(chat.seen)
+    assert shown.count("the weights are damaged") == 1 and "load another one" in shown and "Traceback" not in shown
+
+
 def test_ctrl_c_and_unknown_commands_do_not_leave(terminal):
     chat = terminal()
     chat.child.send("half a line\x03")

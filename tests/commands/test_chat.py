@@ -20,6 +20,7 @@ from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Held, Listener
 from gemma_tune.chat import local
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
@@ -393,7 +394,7 @@ def talk(monkeypatch, capsys, conversation):
         monkeypatch.setattr(typing.Plain, "read", read)
         monkeypatch.setattr(typing.Plain, "line", read)
         monkeypatch.setattr(Conversation, "ask", ask)
-        loop.interactive(conversation)
+        loop.interactive(conversation, typing.typist(), Held(Listener()))
         return capsys.readouterr()
 
     return run
@@ -763,7 +764,7 @@ def test_a_typed_line_that_is_no_text_is_said_and_the_chat_goes_on(monkeypatch, 
     lines = b"caf\xe9\none\n/fix\nfirst line\nsec\xf6nd\nsecond line\n.\n/save caf\xe9.jsonl\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     monkeypatch.setattr(Conversation, "ask", lambda self, text, voice=None: Spoken(["answer"]))
-    loop.interactive(conversation)
+    loop.interactive(conversation, typing.typist(), Held(Listener()))
     out, err = capsys.readouterr()
     assert out == "answer\n"
     assert conversation.messages == turns("one", "first line\nsecond line"), "the other lines stay"
@@ -797,7 +798,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
     child = terminal("--run", fluent, TERM="dumb")
     seen = []
     child.logfile_read = SimpleNamespace(write=seen.append, flush=lambda: None)
-    child.expect_exact("talkative, tuned\r\n")
+    child.expect_exact("talkative, tuned, computing in fp32")
     child.expect_exact("/help lists commands")
     child.expect_exact("\n> ")
     for number in (3, 7):

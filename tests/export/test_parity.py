@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,20 @@ def test_a_llama_server_on_the_path(exported, tmp_path, monkeypatch):
     broken.write_bytes(b"junk")
     with pytest.raises(WorkFailed, match="broken.gguf; .*invalid magic"):
         Engine(broken, 64)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_an_engine_that_still_loads_its_file_can_be_ended_from_elsewhere(tmp_path, monkeypatch):
+    """As when somebody leaves a chat before its model is loaded."""
+    monkeypatch.setattr(engine, "find_engine", lambda: "llama-server /bin/llama-server")
+    monkeypatch.setattr(engine, "_server_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)", "1"])
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(Engine, tmp_path / "large.gguf", 64)
+        while not loading.done():
+            engine.end_all()
+            time.sleep(0.05)
+        with pytest.raises(WorkFailed, match=f"cannot load .*large.gguf; it ended with code -{signal.SIGKILL.value}"):
+            loading.result()
 
 
 def test_another_program_on_the_port_is_not_taken_for_the_engine(loaded, tmp_path, monkeypatch):

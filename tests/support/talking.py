@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.answers.stream import Pieces, Streaming
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Held
+from gemma_tune.base.loading import loading
+from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
+from gemma_tune.cli import screen
 from gemma_tune.cli.chat.loop import interactive
+from gemma_tune.cli.chat.typing import typist
+from gemma_tune.cli.console import ConsoleListener
+from gemma_tune.cli.spinner import saying_what_is_loaded
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.run.directory import RunDir
 
 PAUSE = float(os.environ.get("TALKING_PAUSE", "0.01"))  # seconds a word takes
+LOADS = float(os.environ.get("TALKING_LOADS", "0"))  # seconds until somebody can answer, after the prompt is there
+FAILS = os.environ.get("TALKING_FAILS")  # what is wrong with the model then
 
 
 class Repeats(Streaming):
@@ -73,5 +83,21 @@ class Voices:
 
 if __name__ == "__main__":
     Path("run").mkdir(exist_ok=True)
-    voices = Voices()
-    interactive(Conversation(voices.open("tuned"), ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices))  # type: ignore[arg-type]
+    voices, said = Voices(), Held(ConsoleListener())
+
+    def load() -> Voice:
+        with loading("the weights"):
+            said.note("a model of words, which computes nothing")
+            time.sleep(LOADS)
+        if FAILS:
+            raise UserError(FAILS, "load another one")
+        return voices.open("tuned")
+
+    with saying_what_is_loaded():
+        answering = Ahead(load) if LOADS else load()
+        talk = Conversation(answering, ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices)  # type: ignore[arg-type]
+        try:
+            interactive(talk, typist(), said)
+        except UserError as e:
+            screen.error(e)
+            sys.exit(e.exit_code)

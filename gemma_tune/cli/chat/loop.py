@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from typing import Any
 
@@ -11,24 +12,54 @@ from rich.table import Table
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Held
+from gemma_tune.base.machine import end_at_once
 from gemma_tune.base.words import counted
-from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.conversation import Conversation, open_conversation
 from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.voice import Voice
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat import markdown, typing
 from gemma_tune.cli.chat.commands import obey
 from gemma_tune.cli.chat.say import cut_off, figures, in_context, say
+from gemma_tune.gguf.engine import end_all
+from gemma_tune.run.session import Session
 
 _COLUMNS = 80  # cells of a terminal from which on two answers find room beside each other
 
 
-def interactive(conversation: Conversation) -> None:
-    """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed."""
-    talk = Talk(conversation)
-    say(f"{conversation.which}\n/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
+def converse(session: Session) -> None:
+    """Ask and answer until the user leaves; where there is a line editor, the model is loaded while one types.
+
+    Raises:
+        UserError: nothing that can answer, damaged or missing files.
+    """
+    typist, said = typing.typist(), Held(session.listener)
+    if not (ahead := isinstance(typist, typing.Editor)):
+        said.let_go()
+    try:
+        conversation = open_conversation(dataclasses.replace(session, listener=said), ahead=ahead)
+    finally:
+        said.tell()
+    interactive(conversation, typist, said)
+
+
+def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor, said: Held) -> None:
+    """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed.
+
+    Args:
+        said: hears what is said of models that are loaded, in whatever thread.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    talk = Talk(conversation, typist, said)
+    say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
     try:
         talk.run()
+        if conversation.ahead is not None and conversation.ahead.going_on:  # nobody waits for it any more
+            end_all()
+            end_at_once()
     finally:
         conversation.close()
 
@@ -36,28 +67,42 @@ def interactive(conversation: Conversation) -> None:
 class Talk:
     """A conversation with somebody at the keyboard."""
 
-    def __init__(self, conversation: Conversation):
+    def __init__(self, conversation: Conversation, typist: typing.Plain | typing.Editor, said: Held):
         self.conversation = conversation
         self.markdown = True
         self.left = False
-        self._typist = typing.typist()
+        self._typist, self._said = typist, said
 
     def run(self) -> None:
         """Until the user leaves."""
         while not self.left:
             try:
-                line = self._typist.read()
+                line = self._read()
                 if line.lstrip().startswith("/"):
                     obey(self, line.lstrip())
                 elif line.strip():
                     self.answer(line)
             except UserError as e:
-                screen.error(e)
+                self._refuse(e)
             except KeyboardInterrupt:
                 say("\n(Ctrl-D or /exit leaves)")
             except EOFError:
                 screen.err.print()
                 return
+
+    def _read(self) -> str:
+        """What is typed next, which can be while the model is being loaded."""
+        ahead = self.conversation.ahead
+        if ahead is not None and isinstance(self._typist, typing.Editor):
+            return self._typist.read_meanwhile(ahead, self._said)
+        self._said.let_go()
+        return self._typist.read()
+
+    def _refuse(self, problem: UserError) -> None:
+        """Say why something cannot be done, and go on, unless there is nobody to answer."""
+        if self.conversation.ahead is not None and self.conversation.ahead.failure is not None:
+            raise problem
+        screen.error(problem)
 
     def several_lines(self) -> str:
         """Lines as they are, up to one with a dot alone."""
@@ -71,6 +116,7 @@ class Talk:
         """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
         conversation = self.conversation
         with self._stopping():
+            self._somebody_answers()
             stream = conversation.ask(question)
             answer, stopped = _written(stream, markdown.writer(self.markdown))
             before = len(conversation.turns)
@@ -82,6 +128,7 @@ class Talk:
     def compare(self, question: str, *, keep: bool = True) -> bool:
         """The answers of base and tuned model; the tuned one's becomes part of the conversation."""
         conversation = self.conversation
+        self._somebody_answers()
         voices, number = conversation.pair(), len(conversation.turns) // 2
         with self._stopping():
             if sys.stdout.isatty() and screen.is_live() and markdown.out().width >= _COLUMNS:
@@ -101,6 +148,11 @@ class Talk:
                 say("(/better base or /better tuned keeps which one is better)")
             return len(conversation.turns) > before
         return False
+
+    def _somebody_answers(self) -> None:
+        """Wait for the model, and show what was said of it."""
+        assert self.conversation.voice
+        self._said.let_go()
 
     def _one_below_the_other(self, question: str, voices: tuple[Voice, ...]) -> list[tuple[Streaming, Answer, bool]]:
         found = []
@@ -143,7 +195,7 @@ class Talk:
         except KeyboardInterrupt:
             say("(stopped; this answer is not kept)")
         except UserError as e:
-            screen.error(e)
+            self._refuse(e)
 
 
 class _Columns:

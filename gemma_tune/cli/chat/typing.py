@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir
+from gemma_tune.base.listener import Held
+from gemma_tune.base.loading import in_progress
 from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import as_text
+from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import CHANGEABLE
 from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.scripts import keep_bytes
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat.commands import COMMANDS
+from gemma_tune.cli.spinner import LOOKS_EVERY, keeping_still, moving
 
 _AT_ONCE = 0.02  # seconds within which the lines of a paste follow each other
 
@@ -73,13 +79,14 @@ class Editor:
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
+        from prompt_toolkit.styles import Style
 
         # The prompt goes where people read, and stdout holds answers alone where it is a file.
         output = create_output(stdout=sys.stdout if sys.stdout.isatty() else sys.stderr)
         self._session = PromptSession(
             history=_history(), completer=_completer(), complete_while_typing=True, multiline=True,
             key_bindings=_keys(), output=output, prompt_continuation="  ", enable_suspend=True,
-            reserve_space_for_menu=4)
+            reserve_space_for_menu=4, style=Style.from_dict({"bottom-toolbar": "noreverse"}))
 
     def read(self) -> str:
         """As :meth:`Plain.read`."""
@@ -87,6 +94,44 @@ class Editor:
         return as_text(self._session.prompt("> "), "what was typed", "utf-8")
 
     line = read
+
+    def read_meanwhile(self, ahead: Ahead, said: Held) -> str:
+        """The same while the model is being loaded: below the prompt stands what, and above it what is said.
+
+        Raises:
+            UserError, EOFError, KeyboardInterrupt: as :meth:`read`; UserError also when it cannot be loaded.
+        """
+        from prompt_toolkit.application import get_app
+
+        def watch() -> None:
+            get_app().create_background_task(self._watch(ahead, said))
+
+        screen.err.print()
+        self._session.bottom_toolbar = _what_is_loaded
+        try:
+            with keeping_still():
+                return as_text(self._session.prompt("> ", pre_run=watch), "what was typed", "utf-8")
+        finally:
+            self._session.bottom_toolbar = None
+
+    async def _watch(self, ahead: Ahead, said: Held) -> None:
+        from prompt_toolkit.application import get_app, run_in_terminal
+
+        app, going_on = get_app(), True
+        while going_on:
+            going_on = ahead.going_on
+            if said.waits:
+                await run_in_terminal(said.tell)
+            if not going_on:
+                self._session.bottom_toolbar = None
+            app.invalidate()
+            await asyncio.sleep(LOOKS_EVERY)
+        if ahead.failure is not None:
+            app.exit(exception=ahead.failure)
+
+
+def _what_is_loaded() -> str:
+    return str(moving(in_progress() or "the model").render(time.monotonic()))
 
 
 def _history() -> Any:
