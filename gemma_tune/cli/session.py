@@ -304,10 +304,13 @@ class Request:
         """
         from gemma_tune.run.session import open_session
 
+        asked = settings or self.given(stage)
+        if stage == "prepare":
+            _require_data(resolve(CONFIGS[stage], asked, self.file.get(stage)).config)
         options = self.options
         return open_session(stage, options.get("run"), model=options.get("model"), revision=options.get("revision"),
                             config=self.file, listener=console.ConsoleListener(options["quiet"]),
-                            force=bool(options.get("force")), **(settings or self.given(stage)))
+                            force=bool(options.get("force")), **asked)
 
     def run(self, stage: str, work: Callable[[Session], Any], **settings: Any) -> Any:
         """Open the session, run the stage, and end its live display whatever happens."""
@@ -316,6 +319,13 @@ class Request:
             return work(session)
         finally:
             session.listener.close()
+
+
+def _require_data(config: Any) -> None:
+    """See :func:`gemma_tune.data.reading.sources.require_files`."""
+    from gemma_tune.data.reading.sources import require_files
+
+    require_files(config.data, [config.valid] if isinstance(config.valid, str) else (), config.delimiter_sign)
 
 
 def in_processes(request: Request) -> Request:

@@ -18,7 +18,6 @@ import datetime as dt
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence

@@ -333,6 +333,17 @@ def test_missing_files_are_named_together(refused):
         "there is no file none/at/all.json", f"there is no file {'x' * 300}", "no file matches *.csv"]
 
 
+def test_files_are_looked_for_before_a_model_is(cli, monkeypatch):
+    monkeypatch.setattr("gemma_tune.run.session.locate", lambda *a, **more: pytest.fail("a model was looked for"))
+    result = cli("prepare", "none.jsonl", "--valid", "2.5x", "--model", "google/gemma-3-270m-it", "--json")
+    assert result.code == BAD_INPUT
+    assert result.json["error"]["problems"] == [
+        "there is no file none.jsonl",
+        "there is no file 2.5x (--valid takes a share such as 0.1, a number of rows such as 50, or a file)"]
+    result = cli("run", "none.jsonl", "--model", "google/gemma-3-270m-it")
+    assert result.code == BAD_INPUT and "there is no file none.jsonl" in result.err
+
+
 def test_names_are_judged_before_any_file_is_read(refused, monkeypatch):
     from gemma_tune.base import files
 

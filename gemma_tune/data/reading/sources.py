@@ -81,7 +81,39 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
             all files are there.
     """
     listener = listener or Listener()
-    found: list[Source | str] = []  # a text is a name to resolve when the files are known to be there
+    found, problems = _on_disk(names, keep, listener, delimiter, held_out)
+    if not problems:
+        found = [_elsewhere(f, keep, listener, delimiter, problems) if isinstance(f, str) else f for f in found]
+    if problems:
+        raise _together(problems)
+    once: dict[str, Source] = {}
+    for source in found:
+        once.setdefault(os.path.realpath(source.path), source)
+    return list(once.values())
+
+
+def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter: str | None = None) -> None:
+    """Find out what is wrong with files, before a model is looked for, which can mean a download.
+
+    Args:
+        names: as in :func:`find_sources`; standard input and the Hub are left for later.
+        held_out: those for validation.
+
+    Raises:
+        UserError: every name that leads to nothing, all together.
+    """
+    nowhere = Path(os.devnull)  # nothing is kept
+    problems = [problem for some in (names, held_out)
+                for problem in _on_disk(some, nowhere, Listener(), delimiter, some is held_out)[1]]
+    if problems:
+        raise _together(problems)
+
+
+def _on_disk(names: Sequence[str], keep: Path, listener: Listener, delimiter: str | None, held_out: bool,
+             ) -> tuple[list[Source | str], list[UserError]]:
+    """Sources of names, and what is wrong with them; a name stays where it is to be resolved when all files are there.
+    """
+    found: list[Source | str] = []
     problems: list[UserError] = []
     for name in dict.fromkeys(names):
         if name == STDIN or name.startswith(hub_rows.PREFIX):
@@ -92,14 +124,13 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
                       for path in _files(built_in(name), keep, listener, held_out)]
         except UserError as e:
             problems.append(e)
-    if not problems:
-        found = [_elsewhere(f, keep, listener, delimiter, problems) if isinstance(f, str) else f for f in found]
-    if problems:
-        raise _together(problems)
-    once: dict[str, Source] = {}
-    for source in found:
-        once.setdefault(os.path.realpath(source.path), source)
-    return list(once.values())
+    return found, problems
+
+
+def _missing(path: Path, held_out: bool = False) -> UserError:
+    number = held_out and path.name[:1].isdigit()
+    return UserError(f"there is no file {path}{_near(path)}",
+                     "--valid takes a share such as 0.1, a number of rows such as 50, or a file" if number else CHECK)
 
 
 def built_in(name: str) -> str:
@@ -156,7 +187,7 @@ def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Pa
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
         listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths)}")
     elif not os.path.lexists(path):
-        raise UserError(f"there is no file {path}{_near(path)}", CHECK)
+        raise _missing(path, held_out)
     else:
         paths = [path]
     if problems := [problem for path in paths if (problem := _problem(path))]:
