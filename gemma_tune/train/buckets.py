@@ -59,18 +59,19 @@ def costs_of(causal_lm: Any) -> Costs:
     return Costs(linear, text.vocab_size * text.hidden_size)
 
 
-def shapes_of_pieces(batches: Iterable[Sequence[int]], lengths: np.ndarray, trained: np.ndarray,
+def shapes_of_pieces(batches: Iterable[Sequence[int]], sequences: int, lengths: np.ndarray, trained: np.ndarray,
                      micro_batch: int) -> np.ndarray:
     """What goes through the model at once, piece by piece.
 
     Args:
         batches: rows of this process's forward passes, see ``Share.batches``; some may be empty.
-        lengths, trained: tokens of each row, and how many of them are trained.
+        sequences: of each row: two where it is a pair.
+        lengths, trained: tokens of each row's longest sequence, and how many of all are trained.
 
     Returns:
-        (pieces, 3) int64: rows, tokens of the longest, trained positions.
+        (pieces, 3) int64: sequences, tokens of the longest, trained positions.
     """
-    found = [(len(part), lengths[part].max(), trained[part].sum())
+    found = [(sequences * len(part), lengths[part].max(), trained[part].sum())
              for batch in batches for n in range(0, len(batch), micro_batch)
              for part in (batch[n:n + micro_batch],)]
     return np.array(found, np.int64).reshape(-1, 3)

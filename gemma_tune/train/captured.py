@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,7 +26,39 @@ from gemma_tune.train.cuda_attention import choose_for
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.loss import IGNORE_INDEX
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Body(Protocol):
+    """What a captured step computes, of numbers that are copied to the device in one go."""
+
+    def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Rows of a piece on the CPU, tokens of the longest, and trained positions."""
+
+    def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
+        """A piece padded to a bucket's shape (n,) int32, on the CPU; n depends on the bucket alone."""
+
+    def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
+        """What the piece adds to the loss of the step (fp32 scalar), of what :meth:`filled` made, on the device.
+
+        Args:
+            weights: (2,) factors, see :meth:`CapturedSteps.run`. All are read from where they stand then.
+        """
+
+
+@dataclass
+class LearnedTokens:
+    """The loss of tokens: sums in nats, times the first weight. A :class:`Body`."""
+
+    model: Any
+
+    def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
+        return (*part["input_ids"].shape, trained_count(part["labels"]))
+
+    def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
+        return filled(part, bucket)
+
+    def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
+        ids, positions, targets = inputs_of(flat, bucket)
+        return self.model(input_ids=ids, positions=positions, targets=targets)["loss"] * weights[0]
 
 
 def filled(part: Mapping[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
@@ -71,22 +103,24 @@ class CapturedSteps:
     """Forward and backward pass of pieces, replayed where that pays.
 
     Args:
-        loss: the summed loss in nats of ids (rows, length), positions and targets (n,), see ``install_summed_loss``.
+        body: what they compute.
         gradients: where it adds; also the loss.
         buckets: the training's shapes.
         pool: memory that is shared with other captured steps, none of which runs at the same time.
         backward: False for the loss alone, of an evaluation.
+        into: the scalar to which losses are added, if not ``gradients.loss``.
 
     Attributes:
         seconds: spent on capturing so far.
     """
 
-    def __init__(self, loss: Loss, gradients: Gradients, buckets: Buckets, listener: Listener,
-                 pool: Any = None, backward: bool = True):
-        self.loss, self.gradients, self.buckets, self.listener, self.backward = (
-            loss, gradients, buckets, listener, backward)
+    def __init__(self, body: Body, gradients: Gradients, buckets: Buckets, listener: Listener,
+                 pool: Any = None, backward: bool = True, into: torch.Tensor | None = None):
+        self.body, self.gradients, self.buckets, self.listener, self.backward = (
+            body, gradients, buckets, listener, backward)
+        self.into = gradients.loss if into is None else into
         self.seconds = 0.0
-        self._weight = torch.zeros((), device=gradients.device)  # what a trained token counts: 1 / those of the step
+        self._weights = torch.zeros(2, device=gradients.device)
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
         self._broken = False
@@ -94,23 +128,25 @@ class CapturedSteps:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, part: Mapping[str, torch.Tensor], weight: float) -> bool:
+    def run(self, part: Mapping[str, Any], *weights: float) -> bool:
         """Forward and backward pass of a piece; False, with nothing done, where it has to go its own way.
 
         Args:
-            part: on the CPU, see :func:`filled`.
-            weight: factor on its summed loss.
+            part: on the CPU, as the body takes it.
+            weights: factors on its sums: what a trained token counts, 1 / those of the step.
         """
         if self._broken:
             return False
-        bucket = self.buckets.find(*part["input_ids"].shape, trained_count(part["labels"]))
+        bucket = self.buckets.find(*self.body.shape(part))
         if bucket is None:
             return False
-        captured = self._graphs.get(bucket) or self._capture(bucket)
+        flat = self.body.filled(part, bucket)
+        captured = self._graphs.get(bucket) or self._capture(bucket, len(flat))
         if captured is None:
             return False
-        captured.inputs.copy_(filled(part, bucket).pin_memory(), non_blocking=True)
-        self._weight.fill_(weight)
+        captured.inputs.copy_(flat.pin_memory(), non_blocking=True)
+        for place, weight in zip(self._weights, weights):
+            place.fill_(weight)
         captured.graph.replay()
         return True
 
@@ -120,22 +156,21 @@ class CapturedSteps:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-    def _capture(self, bucket: Bucket) -> _Captured | None:
+    def _capture(self, bucket: Bucket, size: int) -> _Captured | None:
         began = time.perf_counter()
         if not self._graphs:  # each capture collects garbage, of which none is in what was there before
             gc.collect()
             gc.freeze()
-        inputs = torch.zeros(bucket.rows * bucket.length + 2 * bucket.positions, dtype=torch.int32,
-                             device=self.gradients.device)
+        inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
         graph = torch.cuda.CUDAGraph()
         try:
             choose_for(bucket.rows, bucket.length)
             # Other threads, such as one that reads data, may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                loss = self.loss(*inputs_of(inputs, bucket)) * self._weight
+                loss = self.body.loss(inputs, bucket, self._weights)
                 if self.backward:
                     loss.backward()
-                self.gradients.loss += loss.detach()
+                self.into += loss.detach()
         except RuntimeError as e:  # whatever cannot be captured
             self._broken = True
             self.listener.note(f"steps cannot be captured here and go one kernel at a time: {first_line(e)}")

@@ -18,7 +18,7 @@ from gemma_tune.base.words import span
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
-from gemma_tune.train.captured import CapturedSteps, Loss
+from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
@@ -93,32 +93,40 @@ class FirstBatch:
         buckets = Buckets(shapes, costs_of(self.causal_lm))
         if not buckets.counts:
             return
-
-        def loss(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=ids, positions=positions, targets=targets)["loss"]
-
-        self.captured = CapturedSteps(loss, self.gradients, buckets, self.listener)
-        self._capture_evaluations(loss)
+        self.captured = CapturedSteps(self.body(), self.gradients, buckets, self.listener)
+        self._capture_evaluations()
         self.listener.note(buckets.described(shapes, tokens))
 
-    def _capture_evaluations(self, loss: Loss) -> None:
+    def body(self, evaluating: bool = False) -> Body:
+        """What a captured step computes, or a captured pass of an evaluation."""
+        return LearnedTokens(self.model)
+
+    def sizes(self, side: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Sequences of each row of the training (0) or the validation (1); tokens of its longest, and trained ones."""
+        return 1, np.asarray(self.lengths[side]), np.asarray(self.trained[side])
+
+    def _capture_evaluations(self) -> None:
         """Capture the validation's forward passes as well, which come again in each evaluation."""
         if self.eval_dataset is None:
             return
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
-        shapes = shapes_of_pieces(batches, np.asarray(self.lengths[1]), np.asarray(self.trained[1]), self.micro_batch)
+        shapes = shapes_of_pieces(batches, *self.sizes(1), self.micro_batch)
         evaluations = 2 + self.args.max_steps // max(1, int(self.args.eval_steps or self.args.max_steps))
         buckets = Buckets(np.repeat(shapes, evaluations, axis=0), costs_of(self.causal_lm))
-        self.captured_evaluation = CapturedSteps(loss, self.gradients, buckets, self.listener, self.captured.pool,
-                                                 backward=False)
+        self.captured_evaluation = CapturedSteps(self.body(evaluating=True), self.gradients, buckets, self.listener,
+                                                 self.captured.pool, backward=False)
 
     def _shapes(self) -> tuple[np.ndarray, int]:
         """Of this process's pieces, see ``shapes_of_pieces``, and the tokens of all of them."""
-        steps = itertools.islice(self._steps(), min(self.args.max_steps, MOST_STEPS))
-        share, lengths = self._sampler().share, np.asarray(self.lengths[0])
-        batches = [batch for rows in steps for batch in share.batches(rows)]
+        batches, lengths = self.batches(), np.asarray(self.lengths[0])
         tokens = sum(int(lengths[batch].sum()) for batch in batches)
-        return shapes_of_pieces(batches, lengths, np.asarray(self.trained[0]), self.micro_batch), tokens
+        return shapes_of_pieces(batches, *self.sizes(0), self.micro_batch), tokens
+
+    def batches(self) -> list[np.ndarray]:
+        """The rows of this process's forward passes of the whole training, or of as many steps as are looked at."""
+        share = self._sampler().share
+        steps = itertools.islice(self._steps(), min(self.args.max_steps, MOST_STEPS))
+        return [batch for rows in steps for batch in share.batches(rows)]
 
     def _steps(self) -> Iterator[np.ndarray]:
         """The rows of each step of all processes together, epoch by epoch without end."""

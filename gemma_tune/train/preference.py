@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
-from gemma_tune.train.batches import SortedBatches, loader
+from gemma_tune.train.batches import SortedBatches, collate, loader
+from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
+from gemma_tune.train.captured import CapturedSteps, LearnedTokens
+from gemma_tune.train.captured_units import LearnedUnits
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.reference import look_up
 from gemma_tune.train.trainer import GemmaTrainer
@@ -40,7 +44,10 @@ class PreferenceTrainer(GemmaTrainer):
         # A GPU likes few launches, and processes with parts of the model make as many passes as each other.
         self.preference = PreferenceLoss(session.config, self.accelerator.device,
                                          at_once=self.sharded or self.accelerator.device.type != "cpu")
-        self._sums = torch.zeros(len(SUMS), device=self.accelerator.device)
+        # Captured steps add to them where they are.
+        self._sums, self._evaluated = (torch.zeros(len(SUMS), device=self.accelerator.device) for _ in range(2))
+        self.captured_divergence: CapturedSteps | None = None
+        self._ratios = torch.zeros((), device=self.accelerator.device)  # log-ratios of answers to other prompts
         self._mean = 1, 1  # units of the step, and tokens of good answers in it
         self._first: float | None = None  # log-probability of a chosen answer's token before the first step
         self._told = False
@@ -55,10 +62,15 @@ class PreferenceTrainer(GemmaTrainer):
         if self.settings.method != "orpo":
             look_up(self, self.session, self.reference_key)
 
-    def _why_not_captured(self) -> str | None:
-        if self.accelerator.device.type == "cuda" and self.settings.cuda_graphs is not False:
-            return f"the loss of {self.settings.method} needs whole answers at once"
-        return super()._why_not_captured()
+    def body(self, evaluating: bool = False) -> LearnedUnits:
+        """See :meth:`gemma_tune.train.first_batch.FirstBatch.body`."""
+        sums = self._evaluated if evaluating else self._sums
+        return LearnedUnits(self.model, self.preference, self.train_dataset.size, sums)
+
+    def sizes(self, side: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """See :meth:`gemma_tune.train.first_batch.FirstBatch.sizes`."""
+        units = self.eval_dataset if side else self.train_dataset
+        return (units.size, units.sizes.reshape(-1, units.size).max(1), units.trained.reshape(-1, units.size).sum(1))
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -71,10 +83,23 @@ class PreferenceTrainer(GemmaTrainer):
         self._sums.zero_()
         return len(rows)
 
+    def _capture(self) -> None:
+        """KTO's z as well, which each step measures anew."""
+        super()._capture()
+        if self.captured is not None and self.settings.method == "kto":
+            shapes = shapes_of_pieces(self.batches(), 1, *self.train_dataset.mismatch_sizes, self.micro_batch)
+            self.captured_divergence = CapturedSteps(
+                LearnedTokens(self.model), self.gradients, Buckets(shapes, costs_of(self.causal_lm)), self.listener,
+                self.captured.pool, backward=False, into=self._ratios)
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """Of what compares answers, and of the tokens of good ones."""
+        return 1 / max(1, count), self.preference.imitation / self._mean[1]
+
     def _piecewise_step(self, model, inputs, count: int) -> None:
         if self.settings.method == "kto":
             with self.evaluating():
-                self.preference.divergence = self._divergence([inputs])
+                self._measure_divergence([inputs])
             self.model.train()
         before = self._sums.clone()
         try:
@@ -91,17 +116,22 @@ class PreferenceTrainer(GemmaTrainer):
         weight = self.preference.imitation
         return loss + weight * found.imitated / self._mean[1] if weight else loss
 
-    def _divergence(self, batches: Any) -> torch.Tensor:
+    def _measure_divergence(self, batches: Any) -> None:
         """KTO's z of all units in these batches of all processes: the mean log-ratio of answers to other prompts, or 0
         where that is below."""
-        total, count = 0.0, 0
+        count = 0
+        self._ratios.zero_()
         for batch in batches:
             for part in self._pieces(batch):
-                logps, _ = self.preference.log_probabilities(self.model, [unit["mismatch"] for unit in part["units"]])
-                total += float(logps.sum()) - sum(unit["mismatch_reference"] for unit in part["units"])
-                count += len(part["units"])
-        total, count = map(sum, zip(*processes.gathered((total, count))))
-        return torch.tensor(max(0.0, total / max(1, count)), device=self.accelerator.device)
+                rows = [unit["mismatch"] for unit in part["units"]]
+                if self.captured_divergence is None or not self.captured_divergence.run(collate(rows), -1.0):
+                    self._ratios += self.preference.log_probabilities(self.model, rows)[0].sum()
+                self._ratios -= sum(unit["mismatch_reference"] for unit in part["units"])
+                count += len(rows)
+        total = torch.stack([self._ratios, torch.full_like(self._ratios, count)])
+        if processes.joined():
+            torch.distributed.all_reduce(total)
+        self.preference.divergence.copy_((total[0] / total[1].clamp(min=1)).clamp(min=0))  # where captured steps read
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
@@ -128,21 +158,20 @@ class PreferenceTrainer(GemmaTrainer):
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
         self.refresh()
         self.gradients.clear()
-        losses, sums = torch.zeros(2, dtype=torch.float64), torch.zeros_like(self._sums)
+        self._evaluated.zero_()
         with self.evaluating():
             batches = [*loader(self.eval_dataset, batches, self.accelerator, self.collate)]
             if self.settings.method == "kto":
-                self.preference.divergence = self._divergence(batches)
+                self._measure_divergence(batches)
             for batch in batches:
                 for part in self._pieces(batch):
-                    found = self.preference.of(self.model, part["units"])
-                    losses += torch.stack([found.compared, found.imitated]).cpu()
-                    sums += found.sums
+                    if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0, 1.0):
+                        self._evaluated += self.preference.of(self.model, part["units"]).sums
         self.gradients.clear()
-        compared, imitated, *sums = map(sum, zip(*processes.gathered([*losses.tolist(), *sums.tolist()])))
+        sums = [sum(shares) for shares in zip(*processes.gathered(self._evaluated.tolist()))]
         of = dict(zip(SUMS, sums))
-        metrics = {f"{metric_key_prefix}_loss": compared / max(1, of["units"])
-                   + self.preference.imitation * imitated / max(1, of["good_tokens"]),
+        metrics = {f"{metric_key_prefix}_loss": of["compared"] / max(1, of["units"])
+                   + self.preference.imitation * of["imitated"] / max(1, of["good_tokens"]),
                    **{f"{metric_key_prefix}_{name}": value for name, value in self.named(sums).items()}}
         self._tell(of["good_logp"] / max(1, of["good_tokens"]))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -17,8 +17,9 @@ from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
 from gemma_tune.train.units import PAIR, together
 
-# Sums over answers that the log's figures are made of.
-SUMS = ("units", "good", "bad", "good_reward", "bad_reward", "won", "good_logp", "bad_logp", "good_tokens")
+# Sums over units and answers that the log's figures are made of.
+SUMS = ("units", "good", "bad", "good_reward", "bad_reward", "won", "good_logp", "bad_logp", "good_tokens", "compared",
+        "imitated")
 
 
 @dataclass
@@ -63,10 +64,24 @@ class PreferenceLoss:
         logps, tokens = self.log_probabilities(model, rows)
         good = torch.tensor([mark for unit in units for mark in unit["good"]], dtype=torch.bool, device=logps.device)
         reference = torch.tensor([r for unit in units for r in unit["reference"]], device=logps.device)
-        answers = Answers(logps, reference, tokens)
-        compared = self._compared(answers, good)
-        imitated = -logps[good].sum()
-        return PieceLoss(compared.sum(), imitated, self._sums_of(answers, good, len(units)))
+        there = torch.ones(len(units), dtype=torch.bool, device=logps.device)
+        if not units:
+            return PieceLoss(logps.sum(), -logps.sum(), torch.zeros(len(SUMS), device=logps.device))
+        return self.of_answers(Answers(logps, reference, tokens), good, there)
+
+    def of_answers(self, answers: Answers, good: torch.Tensor, there: torch.Tensor) -> PieceLoss:
+        """The loss of units whose answers' log-probabilities are known. Nothing in it depends on the data but numbers.
+
+        Args:
+            good: (answers,) bool: the better one of a pair, or one that was judged good.
+            there: (units,) bool: false for those that only fill up.
+        """
+        compared = torch.where(there, self._compared(answers, good), 0.0).sum()
+        answered = there[:, None].expand(-1, len(good) // len(there)).flatten()
+        imitated = -torch.where(good & answered, answers.now, 0.0).sum()
+        with torch.no_grad():
+            of_answers = self._sums_of(answers, good & answered, ~good & answered, there)
+            return PieceLoss(compared, imitated, torch.stack([*of_answers, compared, imitated]).float())
 
     def _compared(self, answers: Answers, good: torch.Tensor) -> torch.Tensor:
         settings = self.settings
@@ -80,14 +95,16 @@ class PreferenceLoss:
             return ipo_loss(chosen, rejected, settings.strength)
         return sigmoid_loss(chosen, rejected, settings.strength, settings.label_smoothing)
 
-    @torch.no_grad()
-    def _sums_of(self, answers: Answers, good: torch.Tensor, units: int) -> torch.Tensor:
-        logps, reward = answers.now, self.settings.strength * self._score(answers)
-        won = (reward[0::PAIR] > reward[1::PAIR]).sum() if units < len(good) else torch.zeros_like(reward).sum()
-        bad = ~good
-        return torch.stack([torch.tensor(float(units), device=logps.device), good.sum(), bad.sum(), reward[good].sum(),
-                            reward[bad].sum(), won, logps[good].sum(), logps[bad].sum(),
-                            answers.tokens[good].sum()]).float()
+    def _sums_of(self, answers: Answers, good: torch.Tensor, bad: torch.Tensor, there: torch.Tensor,
+                 ) -> list[torch.Tensor]:
+        reward = self.settings.strength * self._score(answers)
+        won = (reward[0::PAIR] > reward[1::PAIR]) & there if len(there) < len(good) else torch.zeros_like(there)
+
+        def total(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+            return torch.where(which, values, 0).sum()
+
+        return [there.sum(), good.sum(), bad.sum(), total(reward, good), total(reward, bad), won.sum(),
+                total(answers.now, good), total(answers.now, bad), total(answers.tokens, good)]
 
     def _score(self, answers: Answers) -> torch.Tensor:
         """What rewards are ``beta`` times: the log-ratio to the reference; ORPO has none, and means over tokens."""

@@ -162,11 +162,15 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _piecewise_step(self, model, inputs, count: int) -> None:
         for part in self._pieces(inputs):
-            if self.captured is None or not self.captured.run(part, 1 / max(1, count)):
+            if self.captured is None or not self.captured.run(part, *self.weights(count)):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, part, num_items_in_batch=count)
                 self.accelerator.backward(loss)
                 self.gradients.loss += loss.detach()
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """Factors on the sums of a captured piece, see :class:`gemma_tune.train.captured.Body`."""
+        return (1 / max(1, count),)
 
     def _pieces(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         parts = list(self.split(batch, self.micro_batch))

@@ -35,7 +35,8 @@ class Units(torch.utils.data.Dataset):
     ``mismatch_reference``, and ``input_ids`` and ``labels`` of the first sequence.
 
     Attributes:
-        sizes: tokens of each sequence (int64); ``lengths`` of each unit, ``longest`` of the longest sequence.
+        sizes, trained: tokens of each sequence, and learned ones (int64).
+        lengths: tokens of each unit (int64); ``longest`` of the longest sequence.
         reference: of all sequences (float32), see :mod:`gemma_tune.train.reference`; ``mismatch_reference`` of all
             units.
     """
@@ -43,7 +44,7 @@ class Units(torch.utils.data.Dataset):
     def __init__(self, sequences: Any, size: int, mismatched: bool = False):
         self.sequences, self.size, self.mismatched = sequences, size, mismatched
         self.good = answers_of(sequences) > 0
-        self.sizes = lengths_of(sequences)
+        self.sizes, self.trained = lengths_of(sequences), trained_of(sequences)
         self.lengths = self.sizes.reshape(-1, size).sum(1)
         self.longest = int(self.sizes.max(initial=0))
         # Far from its own: answers to the same prompt stand beside each other.
@@ -57,7 +58,16 @@ class Units(torch.utils.data.Dataset):
     @property
     def liked(self) -> np.ndarray:
         """Learned tokens of each unit's good answers (int64)."""
-        return (trained_of(self.sequences) * self.good).reshape(-1, self.size).sum(1)
+        return (self.trained * self.good).reshape(-1, self.size).sum(1)
+
+    @property
+    def mismatch_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each unit's prompt with the answer to another one, and learned ones, where an answer ends its
+        sequence, as all but a few do (int64)."""
+        own = np.arange(len(self)) * self.size
+        prompts, answers = (self.sizes - self.trained)[own], self.trained[(own + self.shift) % len(self.sizes)]
+        sizes = np.minimum(prompts + answers, self.longest)
+        return sizes, sizes - prompts
 
     def __getitem__(self, unit: int) -> dict[str, Any]:
         return self.__getitems__([unit])[0]

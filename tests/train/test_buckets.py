@@ -45,7 +45,7 @@ def pieces(rows: int, batch: int, epochs: int, spread: float = 0.6):
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         batches += sampler
-    return shapes_of_pieces(batches, lengths, trained, batch), int(lengths.sum()) * epochs
+    return shapes_of_pieces(batches, 1, lengths, trained, batch), int(lengths.sum()) * epochs
 
 
 @pytest.mark.parametrize(("rows", "batch", "epochs"), [(1000, 8, 3), (1000, 4, 2), (5000, 8, 1), (3000, 16, 2)])

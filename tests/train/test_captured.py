@@ -15,7 +15,7 @@ from train.test_summed_loss import conversations, small
 from gemma_tune.base.listener import Listener
 from gemma_tune.train.batches import collate
 from gemma_tune.train.buckets import Bucket, Buckets, Costs
-from gemma_tune.train.captured import CapturedSteps, filled, inputs_of
+from gemma_tune.train.captured import CapturedSteps, LearnedTokens, filled, inputs_of
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -155,7 +155,7 @@ class Told(Listener):
 def captured(model, parts, told: Told) -> tuple[CapturedSteps, Gradients]:
     gradients = Gradients(weights(model), fixed=True)
     shapes = np.array([(len(p["lengths"]), p["input_ids"].shape[1], int((p["labels"][:, 1:] != IGNORE_INDEX).sum())) for p in parts])
-    steps = CapturedSteps(lambda *inputs: step(model, *inputs), gradients, Buckets(np.repeat(shapes, 4, 0), Costs(1, 1)), told)
+    steps = CapturedSteps(LearnedTokens(model), gradients, Buckets(np.repeat(shapes, 4, 0), Costs(1, 1)), told)
     return steps, gradients
 
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_captured_says_so_once_and_goes_on():
     model, told = adapted("llama", "cuda"), Told()
     part = collate(conversations())
     steps, gradients = captured(model, [part], told)
-    steps.loss = lambda ids, positions, targets: step(model, ids, positions, targets) * float(ids.sum().item() > 0)
+    steps.body.loss = lambda flat, bucket, weights: step(model, *inputs_of(flat, bucket)) * float(flat.sum().item() > 0)
     assert not steps.run(part, 1.0) and not steps.run(part, 1.0)
     assert len(told.notes) == 1 and "one kernel at a time" in told.notes[0]
     with contextlib.suppress(AttributeError):
