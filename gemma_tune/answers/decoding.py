@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_tune.answers.lengths import common
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 
@@ -104,8 +105,11 @@ def give_up(model: Any, reason: str) -> None:
 def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int, limit: int, choose: Chooser | None,
              every: int, capture: bool) -> Iterator[list[list[int]]]:
     rows, width = ids.shape
-    decoder = _take(model, rows, width + 1, width + min(limit, ROOM))
+    prompt = ids[0].tolist() if rows == 1 and bool(mask.all()) else []
+    state = _state(model)
+    decoder = _take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
     waiting: deque[tuple[Any, Any]] = deque()
+    given: list[int] = []  # of a single row
     ended = [False] * rows
     begun, last = width, width + limit
     try:
@@ -113,7 +117,7 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
             if end > decoder.size:
                 decoder = decoder.grown(model)
             if end == width + 1:
-                decoder.begin(model, ids, mask, stop_ids, pad, choose)
+                decoder.begin(model, ids, mask, stop_ids, pad, choose, state, decoder.same(prompt, state))
             else:
                 decoder.step(model, choose, capture)
             if (end - width) % every == 0 or end == last:
@@ -123,13 +127,16 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
             while len(waiting) > (1 if decoder.replays and end < last else 0):
                 group = _on_host(waiting.popleft(), model)
                 ended = [done or not stop_ids.isdisjoint(row) for done, row in zip(ended, group)]
+                given += group[0]
                 yield group
                 if all(ended):
-                    return _keep(model, decoder)
+                    break
+            if all(ended):
+                break
     except GeneratorExit:  # the reader has enough
-        _keep(model, decoder)
+        _keep(model, decoder, prompt and prompt + given)
         raise
-    _keep(model, decoder)
+    _keep(model, decoder, prompt and prompt + given)
 
 
 def _on_host(read: tuple[Any, Any], model: Any) -> list[list[int]]:
@@ -198,14 +205,30 @@ class Decoder:
         self._pool: Any = None
         self._key = (0, True)
         self._eager = self._made = 0
+        self.known: list[int] = []  # ids of a single row whose keys and values are in the cache
+
+    def same(self, prompt: Sequence[int], state: int) -> int:
+        """How many positions of a prompt need not be read again: those of its beginning that are in the cache, computed
+        by the model in this state, where they are most of it. What is read behind others takes slower kernels."""
+        if not prompt or not self.known or self._key[0] != state:
+            return 0
+        # The last token is always read: its logits are what the answer begins with.
+        same = min(common(self.known, prompt), len(prompt) - 1)
+        return same if 2 * same >= len(prompt) else 0
 
     def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
-              choose: Chooser | None) -> None:
-        """Read the prompts and choose the first token."""
+              choose: Chooser | None, state: int, same: int) -> None:
+        """Read the prompts, but for the first ``same`` positions, which are in the cache; choose the first token."""
         import torch
 
         width = ids.shape[1]
-        self.cache.reset()
+        self.known = []  # what fails leaves nothing half done
+        if same:
+            for layer in self.cache.layers:
+                if layer.keys is not None:
+                    layer.cumulative_length.fill_(same)  # what lies behind is hidden, and written over
+        else:
+            self.cache.reset()
         self.ids[:, :width], self.ids[:, width:] = ids, pad
         self.mask[:, :width], self.mask[:, width:] = mask, 1  # what lies ahead is hidden by its place in the cache
         self.position.copy_(mask.sum(1, keepdim=True) - 1)
@@ -213,11 +236,13 @@ class Decoder:
         self.pad.fill_(pad)
         self.ended.zero_()
         self.finite.fill_(True)
-        self._key = (_state(model), choose is None)
+        self._key = (state, choose is None)
         self._eager, self._made = 0, width
+        places = (mask.cumsum(1) - 1).clamp(min=0)
         with _no_planning():
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                           past_key_values=self.cache, use_cache=True, **self._last).logits[:, -1]
+            logits = model(input_ids=ids[:, same:], attention_mask=self.mask if same else mask,
+                           position_ids=places[:, same:], past_key_values=self.cache, use_cache=True,
+                           **self._last).logits[:, -1]
         if self.stops is None:
             self.stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=ids.device)
         self.stops.zero_()
@@ -269,6 +294,7 @@ class Decoder:
         for name in ("token", "position", "column", "pad", "ended", "finite"):
             getattr(larger, name).copy_(getattr(self, name))
         larger.stops, larger._key, larger._made = self.stops.clone(), self._key, self._made
+        larger.known = self.known
         return larger
 
     def _logits(self, model: Any) -> Any:
@@ -366,18 +392,29 @@ def _state(model: Any) -> int:
     return hash((model.training, *adapters, *weights))
 
 
-def _take(model: Any, rows: int, least: int, wanted: int) -> Decoder:
-    """A decoder for so many rows, out of those kept if one fits; nobody else has it while it is used."""
+def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int], state: int) -> Decoder:
+    """A decoder for so many rows, out of those kept if one fits, or has read most of the prompt; nobody else has it
+    while it is used."""
     kept = _kept.get(model, {})
+    if prompt and kept:
+        found = max(kept.values(), key=lambda decoder: decoder.same(prompt, state))
+        if found.same(prompt, state):
+            del kept[len(found.ids), found.size]
+            while found.size <= least:
+                found = found.grown(model)
+            return found
     fitting = sorted(size for number, size in kept if number == rows and least < size <= max(SMALLEST, 8 * wanted))
     if fitting:
         return kept.pop((rows, fitting[-1]))
     return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length()))
 
 
-def _keep(model: Any, decoder: Decoder) -> None:
+def _keep(model: Any, decoder: Decoder, known: Sequence[int] = ()) -> None:
+    """Keep a decoder for the next answer; ``known`` is what its single row has, the last of which may not have been
+    read yet."""
     if model in _given_up:
         return
+    decoder.known = list(known[:-1])
     kept = _kept.setdefault(model, {})
     kept[len(decoder.ids), decoder.size] = decoder
     while len(kept) > KEPT:

@@ -23,6 +23,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from gemma_tune.answers.lengths import common
+
 PAST = 4096  # positions that a sliding layer keeps behind its window: most conversations as a whole
 _GROWTH = 256  # positions that a buffer grows by at least
 
@@ -130,7 +132,7 @@ class KeptTurns:
         None for a model with layers that cannot be cut, such as those with a recurrent state.
         """
         # The last token is always read: its logits are what the answer begins with.
-        same = min(_common(self.ids, ids), len(ids) - 1)
+        same = min(common(self.ids, ids), len(ids) - 1)
         cache, self._cache, self.ids, self.reused = self._cache, None, [], 0  # what fails leaves nothing half done
         if cache is not None and same and all([_cut(layer, same) for layer in cache.layers]):
             self.reused = same
@@ -142,10 +144,6 @@ class KeptTurns:
         if cache is not None:
             read = cache.get_seq_length()
             self._cache, self.ids = cache, list(ids[:read])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((n for n, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))
 
 
 def _cut(layer: Any, length: int) -> bool:

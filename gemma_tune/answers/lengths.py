@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MOST_ROWS = 32
@@ -41,3 +41,8 @@ def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     a_token = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
     return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / (a_token * tokens))))
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two lists of token ids."""
+    return next((n for n, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))

@@ -132,6 +132,66 @@ def test_a_cache_is_used_again_and_goes_with_its_model(model):
     assert [rows for rows, _ in decoding._kept[model]] == [1, 2], "few are kept"
 
 
+def read_and_written(model, prompt, limit=6) -> list[int]:
+    return prompt + ours(model, [prompt], limit=limit, stops=())[0]
+
+
+def first_read(model, prompt) -> int:
+    """How many positions of a prompt are read before the first token, which is that of ``generate``, as all others."""
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, args, how: seen.append(how["input_ids"].shape[1]), with_kwargs=True)
+    made = ours(model, [prompt], stops=())
+    handle.remove()
+    assert made == theirs(model, [prompt], stops=())
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_reads_only_what_is_new(family, tmp_path):
+    model = make_family(family, tmp_path)
+    turn = list(range(40, 75))
+    assert first_read(model, turn) == 35
+    for new in ([50, 61, 72], [90] * 9, list(range(100, 112))):
+        turn = read_and_written(model, turn) + new
+        assert first_read(model, turn) == len(new) + 1, "the answer's last token had not been read"
+
+
+def test_a_conversation_that_is_taken_back_is_cut_there(model):
+    first = list(range(40, 75))
+    read_and_written(model, read_and_written(model, first) + [50, 61, 72])
+    assert first_read(model, first + [33, 34]) == 2
+    assert first_read(model, first + [33, 34]) == 1, "the same again: its last token, whose logits are wanted"
+    assert first_read(model, first) == 1
+
+
+def test_another_conversation_is_read_from_its_beginning(model):
+    first = list(range(40, 75))
+    read_and_written(model, first)
+    other = first[:10] + list(range(90, 130))
+    assert first_read(model, other) == len(other)
+    assert ours(model, [PROMPTS[0], other]) == theirs(model, [PROMPTS[0], other])
+    assert first_read(model, [*other, 41]) == 1, "what several rows have read is in another cache"
+
+
+def test_what_was_read_moves_to_a_larger_cache(model, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoding, "ROOM", 4)
+    turn = read_and_written(model, list(range(40, 52))) + list(range(90, 102))
+    assert first_read(model, turn) == 13
+    assert {size for _, size in decoding._kept[model]} == {64}
+
+
+def test_what_an_adapter_has_read_is_read_again_without_it(talkative):
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(talkative, FP32).eval(), LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    turn = read_and_written(model, list(range(40, 75))) + [50, 61]
+    with model.disable_adapter():
+        assert first_read(model, turn) == len(turn)
+        assert first_read(model, [*turn, 43]) == 1
+    assert first_read(model, turn) == len(turn)
+
+
 def test_a_cache_goes_with_its_model(talkative):
     model = load_model(talkative, FP32).eval()
     ours(model)
