@@ -82,9 +82,10 @@ def prompt_ids(chat: ChatFormat, messages: Messages, tools: Tools = None) -> lis
     """Ids of a conversation up to where the answer begins.
 
     Raises:
-        UserError: the chat template cannot render it.
+        UserError: the chat template cannot render it, or leaves something of it out.
     """
     try:
+        chat.refuse_left_out(messages, tools)
         return chat.prompt_ids(messages, tools=tools)
     except FormatError as e:
         raise UserError(f"the model cannot be asked this: {e}",

@@ -79,11 +79,9 @@ class Held(Listener):
     def tell(self) -> None:
         """Pass on what was kept."""
         with self._lock:
-            said, let_go = self._said or [], self._said is None
-            self._said = None
-            for how, text in said:
-                self._say(how, text)
-            self._said = None if let_go else []
+            while self._said:
+                how, text = self._said.pop(0)
+                getattr(self._listener, how)(text)
 
     def let_go(self) -> None:
         """Pass on what was kept, and from now on everything at once."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.voice import Voice
+
+_LOOKS_EVERY = 0.2  # seconds
 
 
 class Ahead:
@@ -24,8 +28,13 @@ class Ahead:
     def _run(self, load: Callable[[], Voice]) -> None:
         try:
             self._found.set_result(load())
-        except BaseException as e:  # noqa: BLE001 - for whoever waits
+        except UserError as e:
             self._found.set_exception(e)
+        except BaseException as e:  # noqa: BLE001 - for whoever waits, who takes EOFError and its kind for what is typed
+            problem = WorkFailed(f"the model cannot be loaded: unexpected {type(e).__name__}: {e}",
+                                 "repeat with --debug and report the traceback")
+            problem.__cause__ = e
+            self._found.set_exception(problem)
 
     @property
     def going_on(self) -> bool:
@@ -33,9 +42,11 @@ class Ahead:
         return not self._found.done()
 
     @property
-    def failure(self) -> BaseException | None:
+    def failure(self) -> UserError | None:
         """Why it could not be loaded; None also while it is not known."""
-        return None if self.going_on else self._found.exception()
+        problem = None if self.going_on else self._found.exception()
+        assert problem is None or isinstance(problem, UserError)
+        return problem
 
     def wait(self) -> Voice:
         """The voice, when it is loaded.
@@ -43,4 +54,6 @@ class Ahead:
         Raises:
             UserError: it cannot be loaded.
         """
-        return self._found.result()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return self._found.result(timeout=_LOOKS_EVERY)  # Windows hears of Ctrl-C between two waits

@@ -47,7 +47,7 @@ def choose(session: Session, tuned: bool = False) -> Choice:
     if "train" not in stages and "merge" in stages:
         return Choice("merged", "this run has no training of its own, so the merged model answers")
     require(session, "adapter")
-    return Choice("adapter")
+    return Choice("adapter", _why_no_gguf(session))
 
 
 def require(session: Session, name: str) -> None:
@@ -84,6 +84,18 @@ def _fast_gguf(session: Session) -> bool:
     if session.config.dtype != "auto" or "export-ollama" not in session.manifest.stages or _may_have_gpu():
         return False  # a type is one of transformers' settings
     return find_engine() is not None and state_of(session.run, session.manifest, "export-ollama").status == "done"
+
+
+
+def _why_no_gguf(session: Session) -> str:
+    """Why a GGUF that the run has does not answer, where it would if it were up to date."""
+    if session.config.dtype != "auto" or "export-ollama" not in session.manifest.stages or _may_have_gpu():
+        return ""
+    state = state_of(session.run, session.manifest, "export-ollama")
+    if state.status == "done" or find_engine() is None:
+        return ""
+    return (f"the GGUF is {state.status} ({state.reason}), so the adapter answers; "
+            f"{command('export-ollama', session.run.root)} makes it again")
 
 
 def _may_have_gpu() -> bool:

@@ -14,7 +14,7 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.chat.ahead import Ahead
-from gemma_tune.chat.preferences import Opinion, is_cut
+from gemma_tune.chat.preferences import Opinion, is_broken, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
 from gemma_tune.chat.voices import Voices
@@ -26,6 +26,7 @@ from gemma_tune.run.stage import keep_stamps
 __all__ = ["Conversation", "open_conversation"]
 # What /set changes; the seed is no part of how an answer is drawn, but of which one is.
 CHANGEABLE = (*(f.name for f in fields(SamplingConfig)), "seed")
+_NO_TEXT = "an answer has bytes that are no characters (U+FFFD), so there is no pair to learn from"
 _ROOM_TO_WARN = 0.2  # of the context: from here on it is nearly full
 
 
@@ -56,6 +57,9 @@ class Conversation:
         """
         if isinstance(self.answering, Ahead):
             self.answering = self.answering.wait()
+        if self.voices is not None and not self.voices.has(self.answering):  # another was to take its place
+            self._take(self.voices.open(self.answering.name))
+        assert not isinstance(self.answering, Ahead)
         return self.answering
 
     @property
@@ -76,10 +80,13 @@ class Conversation:
         """
         return (voice or self.voice).ask([*self.messages, {"role": "user", "content": text}], self.config)
 
-    def keep(self, text: str, answer: Answer) -> None:
-        """Remember a question and its answer. One that was cut off is nothing to learn from, should it be saved."""
-        if answer.text.strip():
-            self.turns += [{"role": "user", "content": text}, _turn(answer)]
+    def keep(self, text: str, answer: Answer) -> bool:
+        """Remember a question and its answer, if that has text. One that was cut off is nothing to learn from, should
+        it be saved."""
+        if not answer.text.strip():
+            return False
+        self.turns += [{"role": "user", "content": text}, _turn(answer)]
+        return True
 
     def undo(self) -> str:
         """Take the last question and its answer back, with the pairs that were kept of it; returns the question.
@@ -143,11 +150,11 @@ class Conversation:
         is one that is known already."""
         return self._opinion(self._number).again(before, self.turns[-1])
 
-    def better(self, name: str) -> int:
+    def better(self, name: str) -> tuple[int, str]:
         """Let the answer of this name be the last one, and keep that it is better than the others.
 
         Returns:
-            How many pairs are kept of it; none of an answer that was cut off.
+            How many pairs are kept of it, and why there is none.
 
         Raises:
             UserError: there is no such answer, or the file of pairs cannot be written.
@@ -156,13 +163,15 @@ class Conversation:
         opinion = self._opinion(self._number)
         self.turns[-1] = opinion.choose(name)
         pairs = self._keep_pairs(opinion)
-        return 0 if is_cut(self.turns[-1]) else pairs
+        if is_cut(self.turns[-1]):
+            return 0, "it was cut off, so no pair is kept; /fix TEXT gives it its right text"
+        return pairs, _NO_TEXT
 
-    def correct(self, text: str) -> int:
+    def correct(self, text: str) -> tuple[int, str]:
         """Put ``text`` in the place of the last answer, and keep that it is better.
 
         Returns:
-            How many pairs are kept; none where the answer was the same but for white space.
+            How many pairs are kept, and why there is none.
 
         Raises:
             UserError: there is no answer yet, or no text, or the file of pairs cannot be written.
@@ -175,7 +184,9 @@ class Conversation:
         self.turns[-1] = {"role": "assistant", "content": text}
         differs = opinion.correct(wrong, self.turns[-1])
         pairs = self._keep_pairs(opinion)
-        return pairs if differs else 0
+        if not differs:
+            return 0, "the same text as before but for white space, so there is no pair to learn from"
+        return pairs, _NO_TEXT
 
     def _keep_pairs(self, opinion: Opinion) -> int:
         pairs = opinion.pairs(self.messages[:-1])
@@ -202,6 +213,9 @@ class Conversation:
         assert self.saves is not None
         if not self.turns:
             raise UserError("there is no answer to save yet", "ask something first")
+        if broken := [number for number, turn in enumerate(self.turns[1::2], start=1) if is_broken(turn)]:
+            raise UserError(f"answer {broken[0]} has bytes that are no characters (U+FFFD), which `prepare` refuses",
+                            "/fix TEXT gives the last answer its right text, /undo takes it back")
         if self.cut == len(self.turns) // 2:
             raise UserError("every answer was cut off, so there is nothing to learn from",
                             "/fix TEXT gives the last one its right text")
@@ -262,9 +276,10 @@ class Conversation:
         if name not in CHANGEABLE:
             raise UserError(f"there is no setting {name}{near(name, CHANGEABLE)}",
                             f"/set knows {', '.join(CHANGEABLE)}")
-        self.config = replace(self.config, **{name: _value(name, value)})
-        if name == "seed" and self.config.seed is not None:
-            self.voice.seed(self.config.seed)
+        config = replace(self.config, **{name: _value(name, value)})
+        if name == "seed" and config.seed is not None:
+            self.voice.seed(config.seed)
+        self.config = config
         return getattr(self.config, name)
 
     def room(self, used: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 from gemma_tune.answers.generation import Answer, arguments_of, prompt_ids, room_in
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import generation_settings, read_config
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import exported
 from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine, engine_name
+from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 
 CONTEXT = 8192  # tokens that llama.cpp makes room for when it loads a file; more takes memory whether used or not
@@ -71,7 +72,7 @@ class LlamaVoice:
         seed, self._seed = self._seed, None if self._seed is None else self._seed + 1  # another for each answer
         return LlamaStream(self.engine, ids, limit, sampling(arguments_of(self.own, sampling_of(config)), seed))
 
-    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
+    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
 
     def seed(self, seed: int) -> None:
@@ -88,6 +89,7 @@ def open_gguf(session: Session) -> LlamaVoice:
         UserError, WorkFailed: there is no engine, or it cannot load the file.
     """
     gguf, run = exported(session), session.run
+    other = "adapter" if "train" in session.manifest.stages else "merged"
     with_format = run.merged if run.merged.is_dir() else run.adapter
     text = read_config(with_format).get("text_config") if run.merged.is_dir() else None
     longest = (text or session.model.config.get("text_config") or session.model.config).get("max_position_embeddings")
@@ -102,5 +104,9 @@ def open_gguf(session: Session) -> LlamaVoice:
             with contextlib.suppress(Exception):
                 loading.result().__exit__(None, None, None)
             raise
-        engine = loading.result()
+        try:
+            engine = loading.result()
+        except WorkFailed as e:
+            raise WorkFailed(e.message, f"{command('export-ollama', run.root, '--force')} writes the file anew; or "
+                             f"chat without it: --use {other}") from e
     return LlamaVoice(which, context, engine, chat, generation_settings(with_format))

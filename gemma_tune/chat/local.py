@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class LocalVoice:
         return Stream(self.model, self.chat, messages, config.max_new_tokens,
                       sampling_arguments(self.model, sampling_of(config)), tools, self.kept, self.state)
 
-    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
+    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         found: list[Any] = [None] * len(asked)
         encoded: dict[int, list[int]] = {}
         for number, (messages, tools) in enumerate(asked):
@@ -69,10 +69,14 @@ class LocalVoice:
             except UserError as e:
                 found[number] = e
         most = rows_that_fit(self.model, available(self.model.device.type))
+        given = 0
         for group in by_length({n: len(ids) for n, ids in encoded.items()}, config.max_new_tokens, self.context, most):
             for number, answer in zip(group, self._together([encoded[n] for n in group], config)):
                 found[number] = answer
-        return found
+            while given < len(found) and found[given] is not None:
+                yield found[given]
+                given += 1
+        yield from found[given:]
 
     def _together(self, encoded: list[list[int]], config: ChatConfig) -> list[Answer | UserError]:
         """One batch; in two halves where the memory is not enough for it."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_tune.answers.generation import BROKEN
 from gemma_tune.base.errors import UserError
 
 Turn = dict[str, Any]
@@ -76,13 +77,13 @@ class Opinion:
         """The rows that ``prepare`` reads, each once.
 
         An answer that was cut off is never the chosen one: it would be learned that it ends there. Answers that differ
-        in white space alone are no pair.
+        in white space alone are no pair, nor is one whose bytes are no characters, which ``prepare`` refuses.
         """
         asked = [_plain(turn) for turn in prompt]
         found: list[dict[str, Any]] = []
         for better, worse in [*self._before, *self._chosen(), *self._corrected]:
             row = {"prompt": asked, "chosen": [_plain(better)], "rejected": [_plain(worse)]}
-            if not (_same(better, worse) or is_cut(better) or row in found):
+            if not (_same(better, worse) or is_cut(better) or is_broken(better) or is_broken(worse) or row in found):
                 found.append(row)
         return found
 
@@ -95,6 +96,11 @@ class Opinion:
 def is_cut(turn: Turn) -> bool:
     """Whether an answer did not end by itself."""
     return turn.get("train") is False
+
+
+def is_broken(turn: Turn) -> bool:
+    """Whether bytes that an answer was made of are no characters."""
+    return BROKEN in turn["content"]
 
 
 def _same(one: Turn, other: Turn) -> bool:

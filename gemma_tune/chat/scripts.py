@@ -20,8 +20,10 @@ from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
 
+_HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
 _ROLES = ("system", "user", "assistant", "tool")
+_SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
 
 
@@ -86,23 +88,42 @@ def keep_bytes(lines: Iterable[str]) -> None:
 
 
 def _asked(line: str, where: str, rows_only: bool) -> Asked:
+    if "\0" in line:
+        raise UserError(f"{where}: it holds a NUL character, so it is no text", "name a file of text: --input FILE")
     row: Any = None
     try:
         row = loads(line) if rows_only or line.lstrip().startswith("{") else None
     except (ValueError, RecursionError) as e:
         if rows_only:
-            raise UserError(f"{where}: not JSON: {e}", 'a line is {"messages": […]} or {"prompt": "…"}') from e
-    if isinstance(row, dict) and ("messages" in row or "prompt" in row):
-        named = {"id": row["id"]} if "id" in row else {}
-        if "messages" not in row:
-            if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-                raise UserError(f"{where}: the prompt is no text", 'a line is {"messages": […]} or {"prompt": "…"}')
-            return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named)
-        return Asked(where, messages=_turns(row["messages"], where), tools=row.get("tools"), named=named)
+            raise UserError(f"{where}: not JSON: {e}", _SHAPE) from e
+    if isinstance(row, dict):
+        return _of_row(row, where)
     if rows_only:
         raise UserError(f"{where}: no object with messages or a prompt",
-                        'a line is {"messages": […]} or {"prompt": "…"}; prompts as plain lines go into a .txt file')
+                        f"{_SHAPE}; prompts as plain lines go into a .txt file")
     return Asked(where, line, [{"role": "user", "content": line}])
+
+
+def _of_row(row: dict[str, Any], where: str) -> Asked:
+    """A JSON object. What stands in it and would not be asked is no matter to pass over.
+
+    Raises:
+        UserError: it is no prompt and no conversation.
+    """
+    named = {"id": row["id"]} if "id" in row else {}
+    if ("messages" in row) == ("prompt" in row):
+        both = "both messages and a prompt" if "messages" in row else "neither messages nor a prompt"
+        raise UserError(f"{where}: the object has {both}", _SHAPE)
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise UserError(f"{where}: the prompt is no text", _SHAPE)
+        if unread := [name for name in ("system", "tools") if row.get(name)]:
+            raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
+                            'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
+        return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named)
+    if (tools := row.get("tools")) and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"{where}: its tools are no list of objects", "as in the data that was trained on")
+    return Asked(where, messages=_turns(row["messages"], where), tools=tools or None, named=named)
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -112,14 +133,23 @@ def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
         UserError: they are no conversation.
     """
     shape = "messages are a list of objects with a role (" + ", ".join(_ROLES) + ") and a content"
-    if not isinstance(messages, list) or not messages or not all(
-            isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content") or "", str)
-            for turn in messages):
+    if not isinstance(messages, list) or not messages or not all(map(_is_turn, messages)):
         raise UserError(f"{where}: its messages are no conversation", shape)
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f"{where}: its messages end with an answer, so there is nothing to answer",
+    if messages[-1]["role"] not in ("user", "tool"):
+        ends = "an answer" if messages[-1]["role"] == "assistant" else "the system's turn"
+        raise UserError(f"{where}: its messages end with {ends}, so there is nothing to answer",
                         "end them with the user's turn")
     return [{key: value for key, value in turn.items() if key != "train"} for turn in messages]
+
+
+def _is_turn(turn: Any) -> bool:
+    """A turn has text; one that calls functions needs none."""
+    if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
+        return False
+    calls = turn.get("tool_calls") or []
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return False
+    return isinstance(turn.get("content"), str) or bool(calls) and turn.get("content") is None
 
 
 def open_input(name: str) -> tuple[TextIO, str, bool]:
@@ -132,8 +162,14 @@ def open_input(name: str) -> tuple[TextIO, str, bool]:
     try:
         if path.is_dir():
             raise UserError(f"{path} is a directory", "name a file: --input prompts.txt, or rows.jsonl")
-        # newline=None would take a lone carriage return for an end of line; utf-8-sig drops Windows' mark
-        return open(path, encoding="utf-8-sig", errors="surrogateescape"), str(path), path.suffix.lower() == ".jsonl"
+        with open(path, "rb") as file:
+            if b"\0" in (head := file.read(_HEAD)):
+                raise UserError(f"{path} is no text file", "name a file of prompts: --input prompts.txt, or rows.jsonl")
+            if not head:
+                raise UserError(f"{path} is empty", "write a prompt on each line")
+        # Without newline a lone carriage return would be an end of line; utf-8-sig drops Windows' mark.
+        file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")  # noqa: SIM115 - for the caller
+        return file, str(path), path.suffix.lower() == ".jsonl"
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}", "check the path: --input FILE") from e
 
@@ -190,7 +226,8 @@ def standard_input() -> Any:
         number = os.dup(sys.stdin.fileno())
     except (OSError, ValueError, AttributeError):  # not a file of the system's
         return sys.stdin
-    return open(number, encoding=sys.stdin.encoding, errors="surrogateescape")  # noqa: SIM115 - until the end
+    return open(number, encoding=sys.stdin.encoding, errors="surrogateescape",
+                newline="\n")  # noqa: SIM115 - until the end
 
 
 def is_file(stream: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class OllamaVoice:
             self._seed += 1  # another for each answer
         return OllamaStream(self.server, self.model, messages, options, tools, self.think)
 
-    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> list[Answer | UserError]:
+    def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
 
     def seed(self, seed: int) -> None:

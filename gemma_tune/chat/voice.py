@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gemma_tune.answers.generation import Answer
@@ -35,9 +35,9 @@ class Voice(Protocol):
             UserError: a conversation that cannot be rendered, or fills the context.
         """
 
-    def batch(self, asked: Sequence[tuple[Messages, Tools]], config: ChatConfig) -> list[Answer | UserError]:
-        """Answers to conversations that have nothing to do with each other, in their order; an error for one that
-        cannot be answered, and the others all the same."""
+    def batch(self, asked: Sequence[tuple[Messages, Tools]], config: ChatConfig) -> Iterator[Answer | UserError]:
+        """Answers to conversations that have nothing to do with each other, in their order, each as soon as it and
+        those before it are there; an error for one that cannot be answered, and the others all the same."""
 
     def seed(self, seed: int) -> None:
         """Let the sampling begin anew from a seed."""
@@ -52,17 +52,17 @@ def sampling_of(config: ChatConfig) -> dict[str, Any]:
 
 
 def one_after_another(voice: Voice, asked: Sequence[tuple[Messages, Tools]], config: ChatConfig
-                      ) -> list[Answer | UserError]:
+                      ) -> Iterator[Answer | UserError]:
     """As :meth:`Voice.batch`, for those who answer one question at a time."""
-    found: list[Answer | UserError] = []
     for messages, tools in asked:
         try:
             stream = voice.ask(messages, config, tools)
             try:
-                found.append(stream.finish())
+                answer = stream.finish()
             except BaseException:
                 stream.stop()
                 raise
         except UserError as e:
-            found.append(e)
-    return found
+            yield e
+        else:
+            yield answer

@@ -16,6 +16,7 @@ class Voices:
     session: Session
     choice: Choice
     _open: dict[str, Voice] = field(default_factory=dict)
+    _looked_at: set[str] = field(default_factory=set)  # what it says is said once
 
     @classmethod
     def of(cls, session: Session) -> Voices:
@@ -24,7 +25,8 @@ class Voices:
         Raises:
             UserError: what was asked for is not there.
         """
-        return cls(session, choose(session))
+        choice = choose(session)
+        return cls(session, choice, _looked_at={choice.name})
 
     @property
     def tuned(self) -> str:
@@ -46,9 +48,15 @@ class Voices:
             UserError: it is not there, or cannot be loaded.
         """
         if name not in self._open or pair and not {"base", "adapter"} <= self._open.keys():
-            require(self.session, name)
+            if name not in self._looked_at:
+                require(self.session, name)
+                self._looked_at.add(name)
             self._load(name, pair)
         return self._open[name]
+
+    def has(self, voice: Voice) -> bool:
+        """Whether this one is still loaded: others can need its memory, and fail."""
+        return self._open.get(voice.name) is voice
 
     def close(self) -> None:
         """Close all of them."""
@@ -75,11 +83,10 @@ class Voices:
         """Base, adapter, or both. Folded weights are no base any more, so that is loaded again beside them."""
         from gemma_tune.chat.local import open_base, open_pair
 
-        other = self._open.pop("base" if name == "adapter" else "adapter", None)
-        self._open.pop(name, None)
-        if pair or other is not None:
-            if other is not None:
-                other.close()
+        before = [self._open.pop(one) for one in ("adapter", "base") if one in self._open]
+        if pair or before:
+            for voice in before:  # two models at once may be more than the memory has
+                voice.close()
             self._open |= open_pair(self.session)
         else:
             self._open[name] = open_base(self.session, adapter=name == "adapter")

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
 _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
+# What a command does whose results are no files of the run.
+_STOPPED_CHAT = ("stopped", "answers that were written stay; the same command begins anew")
 _LONGEST_NAME = 400  # that a message shows
 _FILES = ("data", "valid")  # options that name files of rows, and
 # other files and directories
@@ -133,7 +135,7 @@ class Command(TyperCommand):
         except UserError as e:
             problem = e
         except KeyboardInterrupt:
-            problem = Interrupted(*_STOPPED)
+            problem = Interrupted(*self._stopped)
         except (typer.Exit, typer.Abort):
             raise
         except (BrokenPipeError, screen.OutputLost) as e:
@@ -141,7 +143,7 @@ class Command(TyperCommand):
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
                 raise
-            problem = Interrupted(*_STOPPED) if stopped() else _refused_by_system(e) or WorkFailed(
+            problem = Interrupted(*self._stopped) if stopped() else _refused_by_system(e) or WorkFailed(
                 f"unexpected {type(e).__name__}: {e}",
                 "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e
@@ -154,6 +156,10 @@ class Command(TyperCommand):
                 screen.err.print("".join(traceback.format_exception(shown)), markup=False)
         _show(_without_force(shown, self.name, ctx.params), ctx.params)
         raise typer.Exit(shown.exit_code)
+
+    @property
+    def _stopped(self) -> tuple[str, str]:
+        return _STOPPED_CHAT if self.name == "chat" else _STOPPED
 
     def _check_texts(self, ctx: Any) -> None:
         """Make text of arguments that were typed in a locale without their characters, and look at those that name

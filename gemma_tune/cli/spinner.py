@@ -14,11 +14,22 @@ from gemma_tune.cli import live, screen
 
 LOOKS_EVERY = 0.1  # seconds
 _still: list[object] = []  # whose place the line's is
+_lines: list[_Line] = []
+
+
+def is_watched() -> bool:
+    """Whether people want to see what is being loaded."""
+    return bool(_lines)
+
+
+def loading_text(what: str) -> str:
+    """What is shown of it."""
+    return f"loading {what}"
 
 
 def moving(what: str) -> Spinner:
     """What says that ``what`` is being loaded."""
-    return Spinner("dots" if screen.has_blocks() else "line", text=f"loading {what}", style="cyan")
+    return Spinner("dots" if screen.has_blocks() else "line", text=loading_text(what), style="cyan")
 
 
 @contextlib.contextmanager
@@ -89,6 +100,7 @@ def saying_what_is_loaded(quiet: bool = False) -> Iterator[None]:
     line = _Line()
     thread = threading.Thread(target=line.watch, name="what is loaded", daemon=True)
     screen.hides.append(line.hide)
+    _lines.append(line)
     with told_of_ends(line.hide):
         thread.start()
         try:
@@ -96,4 +108,5 @@ def saying_what_is_loaded(quiet: bool = False) -> Iterator[None]:
         finally:
             line.end()
             screen.hides.remove(line.hide)
+            _lines.remove(line)
             thread.join(timeout=1)

@@ -127,6 +127,15 @@ class ChatFormat:
         """Ids of the prompt for the next answer, with exactly one BOS."""
         return self._labeller.ids(self.render(messages, prompt=True, tools=tools))
 
+    def refuse_left_out(self, messages: Messages, tools: Tools = None) -> None:
+        """Find out that the template has a place for all of a conversation.
+
+        Raises:
+            FormatError: it leaves tools, calls or results out.
+        """
+        if kinds := kinds_in(messages, tools):
+            refuse_ignored(kinds & self._ignored)
+
     def encode(self, messages: Messages, tools: Tools = None, *, train_on: str = "all") -> list[Encoded]:
         """Sequences for training: each learned assistant turn, with its terminator, is in exactly one of them.
 
@@ -181,8 +190,7 @@ class ChatFormat:
             FormatError: as there.
         """
         turns = self._for_template(messages)
-        if kinds := kinds_in(turns, tools):
-            refuse_ignored(kinds & self._ignored)
+        self.refuse_left_out(turns, tools)
         folded = len(messages) - len(turns)
         drafts: list[Draft] = []
         text, learned, seen = "", [], 0

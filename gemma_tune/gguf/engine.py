@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PA
 _ERROR_LINE = re.compile(r"^(?:[\d.]+ E +(.*)|(.*GGML_ASSERT.*)|.*\b(error: .*))$", re.MULTILINE)
 
 _processes: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+_starting = threading.Lock()
+_over = threading.Event()  # this process ends
 
 
 class EngineRefused(WorkFailed):
@@ -90,10 +93,13 @@ class Engine:
         command = make(gguf, context, talking)
         self.gguf, self._log = gguf, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # Backtraces start a debugger where there is one, which takes long and tells people nothing.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
-                                         stdout=self._log if binary else subprocess.PIPE,
-                                         env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=talking)
-        _processes.add(self._process)
+        with _starting:
+            if _over.is_set():
+                raise WorkFailed("this command ends, and no engine is started any more")
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
+                                             stdout=self._log if binary else subprocess.PIPE,
+                                             env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=talking)
+            _processes.add(self._process)
         try:
             address = self._answering(command[-1]) if binary else self._printed()
             # Without trust_env a proxy of the environment would be asked for this machine's own addresses.
@@ -226,8 +232,10 @@ class Engine:
 
 def end_all() -> None:
     """End the processes of all engines, those that load a file too, before this process ends without a word."""
-    for process in [*_processes]:
-        process.kill()
+    with _starting:
+        _over.set()
+        for process in _processes:
+            process.kill()
 
 
 def _refused(content: Any, status: int) -> EngineRefused:

@@ -122,6 +122,9 @@ class Asked:
     def __init__(self, chat):
         self.tokenizer, self.stop_ids, self.asked, self._chat = chat.tokenizer, chat.stop_ids, [], chat
 
+    def refuse_left_out(self, messages, tools=None):
+        pass
+
     def prompt_ids(self, messages, tools=None):
         self.asked.append((messages, tools))
         if messages == question("refused"):
@@ -301,7 +304,8 @@ def test_a_character_that_the_limit_cuts_is_left_out(model, chat, made):
 def test_what_ends_an_answer_is_never_shown_even_if_it_is_no_special_token(model, chat):
     [end] = ids_of(chat, "z")
     fox = ids_of(chat, "fox")
-    plain = SimpleNamespace(tokenizer=chat.tokenizer, prompt_ids=chat.prompt_ids, stop_ids=[1, end])
+    plain = SimpleNamespace(tokenizer=chat.tokenizer, prompt_ids=chat.prompt_ids, stop_ids=[1, end],
+                            refuse_left_out=chat.refuse_left_out)
     script(model, [[*fox, end]])
     stream = Stream(model, plain, question("a"), 100, GREEDY)
     assert "".join(stream) == "fox"

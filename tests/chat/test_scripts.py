@@ -23,15 +23,24 @@ def user(text: str) -> dict[str, str]:
 def test_lines_are_prompts_or_objects():
     lines = ["What is {x}?\n", '{"prompt": "one", "id": 7}\n', "\n", '{"messages": [{"role": "user", "content": "two"}]}\n',
              '{"other": 1}\n', '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n']
-    found = list(read(lines, "in"))
-    assert [one.where for one in found] == ["in:1", "in:2", "in:4", "in:5", "in:6"]
-    assert [one.echo for one in found[:4]] == [{"prompt": "What is {x}?"}, {"id": 7, "prompt": "one"},
-                                               {"messages": [user("two")]}, {"prompt": '{"other": 1}'}]
+    found = list(read([*lines, "{x} is no JSON\n"], "in"))
+    assert [one.where for one in found] == ["in:1", "in:2", "in:4", "in:5", "in:6", "in:7"]
+    assert [one.echo for one in found[:3]] == [{"prompt": "What is {x}?"}, {"id": 7, "prompt": "one"},
+                                               {"messages": [user("two")]}]
+    assert "neither messages nor a prompt" in found[3].problem.message, "a misspelt name is no prompt"
     assert "end with an answer" in found[4].problem.message
+    assert found[5].echo == {"prompt": "{x} is no JSON"}
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "no object"), ('{"prompt": ""}', "no text"),
+    ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "neither messages nor"), ('{"prompt": ""}', "no text"),
+    ('{"prompt": "a", "messages": []}', "both messages and a prompt"), ('{"prompt": "a", "tools": [{}], "system": "b"}',
+     "system and tools beside a prompt would not be asked"), ("a\0b", "NUL"),
+    ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "tools are no list"),
+    ('{"messages": [{"role": "user", "content": "a"}], "tools": ["a"]}', "tools are no list"),
+    ('{"messages": [{"role": "user", "content": 0}]}', "no conversation"), ('{"messages": [{"role": "user"}]}', "no conversation"),
+    ('{"messages": [{"role": "assistant", "tool_calls": 3}, {"role": "user", "content": "a"}]}', "no conversation"),
+    ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
     ('{"prompt": 3}', "no text"), ('{"messages": []}', "no conversation"), ('{"messages": [{"role": "x"}]}', "no conv"),
     ('{"messages": [{"role": "user", "content": 3}]}', "no conversation")])
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(line, said):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_tune.answers.generation import arguments_of
+from gemma_tune.answers.generation import Answer, arguments_of
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.chat import choice, llama, transcript
+from gemma_tune.chat import choice, llama, local, transcript
 from gemma_tune.chat.conversation import Conversation, open_conversation
 from gemma_tune.chat.local import LocalVoice
 from gemma_tune.chat.served import OllamaVoice, open_ollama
+from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.thinking import with_thinking
 from gemma_tune.encoding.tokenizer import load_format
@@ -118,15 +121,24 @@ def test_a_kind_of_cache_in_the_models_settings_is_no_obstacle(base, chat):
 def test_a_batch_keeps_the_order_and_answers_as_alone(base, chat):
     voice = LocalVoice("base", "base", base, chat)
     asked = [(question(text), None) for text in ("a", "seven wizards box quietly " * 4, "fox " * 2000, "Say fox.", "今天")]
-    found = voice.batch(asked, GREEDY)
+    found = [*voice.batch(asked, GREEDY)]
     assert isinstance(found[2], UserError) and "context ends at 1024" in found[2].message
     for number in (0, 1, 3, 4):
-        assert found[number] == voice.batch([asked[number]], GREEDY)[0]
+        assert found[number] == next(voice.batch([asked[number]], GREEDY))
+
+
+def test_answers_of_a_batch_are_given_out_as_they_are_made(base, chat, monkeypatch):
+    voice, real, made = LocalVoice("base", "base", base, chat), local.continuations, []
+    monkeypatch.setattr(local, "by_length", lambda lengths, *_: [[number] for number in lengths])
+    monkeypatch.setattr(local, "continuations", lambda *args: made.append(args) or real(*args))
+    for voice_of in (voice.batch, functools.partial(one_after_another, voice)):
+        made.clear()
+        answers = voice_of([(question("a"), None), (question("b"), None)], GREEDY)
+        assert isinstance(next(answers), Answer) and len(made) <= 1
+        assert len([*answers]) == 1
 
 
 def test_a_batch_that_memory_is_too_small_for_is_divided(base, chat, monkeypatch):
-    from gemma_tune.chat import local
-
     real, sizes = local.continuations, []
 
     def small(model, chat, encoded, *rest):
@@ -136,9 +148,9 @@ def test_a_batch_that_memory_is_too_small_for_is_divided(base, chat, monkeypatch
         return real(model, chat, encoded, *rest)
 
     voice, asked = LocalVoice("base", "base", base, chat), [(question(text), None) for text in "abc"]
-    expected = [voice.batch([one], GREEDY)[0] for one in asked]
+    expected = [next(voice.batch([one], GREEDY)) for one in asked]
     monkeypatch.setattr(local, "continuations", small)
-    assert voice.batch(asked, GREEDY) == expected
+    assert [*voice.batch(asked, GREEDY)] == expected
     assert sizes == [3, 1, 2, 1, 1]
 
 
@@ -321,6 +333,42 @@ def test_what_is_there_is_chosen_and_what_is_not_is_named(cli, trained, chosen, 
     assert chosen().name == "adapter"
     with pytest.raises(UserError, match="needs a llama.cpp engine"):
         chosen(use="gguf")
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), UserError("out of memory")], ids=["ctrl-c", "memory"])
+def test_a_model_that_cannot_take_the_others_place_leaves_it_there(trained, monkeypatch, problem):
+    conversation = open_conversation(open_session("chat", trained, max_new_tokens=3, temperature=0))
+    before = conversation.ask("a").finish()
+    opened = local.open_pair
+
+    def fails(session):
+        raise problem
+
+    for change in (conversation.pair, lambda: conversation.let_answer("base")):
+        monkeypatch.setattr(local, "open_pair", fails)
+        with pytest.raises(type(problem)):
+            change()
+        assert conversation.voice.name == "adapter" and conversation.ask("a").finish() == before, "it is loaded again"
+    monkeypatch.setattr(local, "open_pair", opened)
+    base, tuned = conversation.pair()
+    assert base.model is tuned.model and conversation.voice is tuned
+    conversation.close()
+
+
+def test_a_gguf_that_cannot_answer_is_told(cli, trained, chosen):
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    assert cli("export-ollama", "--no-verify", "--no-measure", "--run", trained, "--quant", "f16").code == 0
+    [gguf] = (trained / "ollama").glob("*.gguf")
+    content = bytearray(gguf.read_bytes())
+    stamp = gguf.stat()
+    content[100:3000] = b"\xff" * 2900  # of which nobody knows that does not read the file
+    gguf.write_bytes(content)
+    os.utime(gguf, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    result = cli("chat", "--run", trained, "--use", "gguf", "--prompt", "a")
+    assert result.code == 1 and f"gemma-tune export-ollama --run {trained} --force writes the file anew" in result.err
+    assert "--use adapter" in result.err and "--no-verify" not in result.err
+    gguf.write_bytes(content[:5000])
+    assert chosen().name == "adapter" and "the GGUF is damaged" in chosen().reason and "export-ollama" in chosen().reason
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -190,11 +190,13 @@ def test_ctrl_c_stops_an_answer_and_what_is_typed_meanwhile_waits(terminal):
 
 
 def test_the_first_question_is_typed_while_the_model_is_loaded(terminal):
-    chat = terminal(TALKING_LOADS="2", PROMPT_TOOLKIT_NO_CPR="")
-    chat.child.expect_exact("\x1b[6n")  # where the cursor is, which a terminal answers
-    chat.child.send("\x1b[5;1R")
-    chat.expect("loading the weights")
+    chat = terminal(TALKING_LOADS="2")
     chat.expect("· a model of words, which computes nothing")  # above the prompt
+    chat.expect("loading the weights")
+    moves = len(chat.seen)
+    time.sleep(0.5)
+    chat.child.expect(r"[\u2801-\u28ff]")
+    assert len(set(re.findall(r"[\u2801-\u28ff]", "".join(chat.seen[:moves + 9])))) > 1, "it moves"
     chat.child.send("/set top_k 5")
     chat.type("", "(top_k: 5)")  # which needs no model
     chat.prompted()
@@ -232,6 +234,45 @@ def test_a_model_that_cannot_be_loaded_ends_the_chat(terminal, asked):
     assert (chat.child.exitstatus, chat.child.signalstatus) == (2, None)
     shown = "".join(chat.seen)
     assert shown.count("the weights are damaged") == 1 and "load another one" in shown and "Traceback" not in shown
+
+
+def test_lines_that_are_pasted_during_an_answer_are_one_question(terminal):
+    chat = terminal(TALKING_PAUSE="0.2")
+    chat.type("one two three four", "tuned says")
+    chat.child.send("line one\rline two\rline three")
+    chat.expect("in context)")
+    chat.expect("line two")  # in the editor
+    time.sleep(0.5)
+    chat.type("", "tuned says line one", "in context)")
+    chat.type("five six seven", "tuned says")
+    chat.child.send("next\r")  # one line is sent, as it was meant
+    chat.expect("tuned says next")
+    chat.expect("in context)")
+    chat.type("/export talk.jsonl", "written")
+    chat.leave()
+    asked = [turn["content"] for turn in json.loads(Path("talk.jsonl").read_text())["messages"] if turn["role"] == "user"]
+    assert asked == ["one two three four", "line one\nline two\nline three", "five six seven", "next"]
+
+
+def test_ctrl_d_during_an_answer_leaves_after_it(terminal):
+    chat = terminal(TALKING_PAUSE="0.2")
+    chat.type("one two three four", "tuned says")
+    chat.child.sendeof()
+    chat.expect("in context)")
+    chat.expect("closed")
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (0, None)
+
+
+def test_a_wrong_command_does_not_hide_that_the_model_cannot_be_loaded(terminal):
+    chat = terminal(TALKING_LOADS="1", TALKING_FAILS="the weights are damaged")
+    chat.child.send("/set nonsense 3\r" * 40)
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    shown = "".join(chat.seen)
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (2, None)
+    assert shown.count("the weights are damaged") == 1
 
 
 def test_ctrl_c_and_unknown_commands_do_not_leave(terminal):

@@ -238,7 +238,7 @@ def test_a_stale_adapter_still_answers_with_a_warning(cli, fluent, tmp_path):
     assert cli("prepare", write_rows(tmp_path / "more.jsonl", rows(20)), "--run", fluent).code == 0
     result = cli("chat", "--run", fluent, "--prompt", QUESTION, *FP32)
     assert (result.code, result.out) == (0, f"{ANSWER}\n")
-    assert "the result of `train` is stale" in result.err
+    assert result.err.count("the result of `train` is stale") == 1
 
 
 # --- sampling and system prompt ---------------------------------------------------------------------------------------
@@ -406,6 +406,20 @@ def test_ctrl_c_keeps_the_answer_as_far_as_it_came(talk, conversation):
     assert out == "half\nwhole\n"
     assert stream.stopped
     assert [m["content"] for m in conversation.messages] == ["one", "half", "two", "whole"]
+
+
+@pytest.mark.parametrize("pieces, said", [([KeyboardInterrupt()], "stopped before its first word"), ([], "answered with nothing")])
+def test_a_question_without_an_answer_does_not_vanish_silently(talk, conversation, pieces, said):
+    _, err = talk("one", "/history", streams=[Spoken(pieces)])
+    assert f"({'the model ' if 'nothing' in said else ''}{said}; the question is not kept)" in err
+    assert conversation.messages == [] and "nothing was said yet" in err
+
+
+def test_an_answer_whose_bytes_are_no_text_is_no_pair_and_not_saved(talk, conversation):
+    _, err = talk("one", "/save", "/fix whole", "/save", streams=[Spoken(["half \ufffd"])])
+    assert "answer 1 has bytes that are no characters (U+FFFD)" in err
+    assert "(an answer has bytes that are no characters (U+FFFD), so there is no pair to learn from)" in err
+    assert Path("runs/m/saved.jsonl").is_file() and not Path("runs/m/saved-pairs.jsonl").exists()
 
 
 def test_a_second_ctrl_c_does_not_leave_either(talk, conversation):

@@ -73,7 +73,7 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     child.expect_exact("model:")
     enter(child, "/reset")
     child.expect_exact("(the conversation starts anew)")
-    enter(child, "今天天气")
+    enter(child, "Say 今天天气 5.")
     child.expect_exact("in context)")
     enter(child, "/fix 很好。")
     child.expect_exact("(the answer is replaced)")
@@ -81,8 +81,8 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     enter(child, "/save")
     child.expect_exact("saved.jsonl")
     child.expect(r"gemma-tune prepare .*saved-pairs\.jsonl\r")
-    enter(child, "/set temperature 1.5")
-    child.expect_exact("(temperature: 1.5)")
+    enter(child, "/set temperature 0.9")
+    child.expect_exact("(temperature: 0.9)")
     enter(child, "/retry")
     child.expect_exact("(that was answer 2; /better 1")
     enter(child, "/better 1")
@@ -105,12 +105,12 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     child.expect_exact("(there is no /nope")
     left(child)
     [row] = [json.loads(line) for line in (fluent / "saved.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert row == {"messages": [{"role": "user", "content": "今天天气"}, {"role": "assistant", "content": "很好。"}]}
+    assert row == {"messages": [{"role": "user", "content": "Say 今天天气 5."}, {"role": "assistant", "content": "很好。"}]}
     pairs = [json.loads(line) for line in (fluent / "saved-pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [pair["prompt"] for pair in pairs] == [row["messages"][:1]] * 2
     assert [pair["chosen"] for pair in pairs] == [row["messages"][1:]] * 2
     assert pairs[0]["rejected"] != pairs[1]["rejected"]
-    assert "今天天气" in Path("talk.md").read_text(encoding="utf-8")
+    assert "Say 今天天气 5." in Path("talk.md").read_text(encoding="utf-8")
     assert "What is" in (fluent.parent.parent / "c" / "chat_history").read_text()
 
 

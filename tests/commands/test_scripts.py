@@ -241,3 +241,26 @@ def test_json_is_the_same_content_without_characters_that_act(capsys):
     assert json.loads(out) == content and out.isascii() and visible(out) == out
     screen.result_json({"a": "é 分"})
     assert "é 分" in capsys.readouterr().out
+
+
+def test_tools_that_the_template_has_no_place_for_are_refused(cli, fluent):
+    rows = [{"messages": [{"role": "user", "content": "Say number 3."}], "tools": [{"type": "function", "function": {"name": "look"}}]},
+            {"messages": [{"role": "user", "content": "Say number 3."}]}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    result = cli("chat", "--run", fluent, "--input", "rows.jsonl", "--json", "--dtype", "fp32")
+    refused, answered = map(json.loads, result.out.splitlines())
+    assert result.code == 1 and "no place for tools and leaves them out" in refused["error"]["message"]
+    assert answered["answer"] == "The number is 3, no more."
+
+
+@pytest.mark.parametrize("content, said", [(b"ab\0cd\n", "is no text file"), (b"", "is empty")])
+def test_files_that_hold_no_prompts_are_refused_before_a_model_is_loaded(cli, fluent, content, said):
+    Path("prompts.txt").write_bytes(content)
+    result = cli("chat", "--run", fluent, "--input", "prompts.txt")
+    assert result.code == 2 and f"prompts.txt {said}" in result.err and "computing in" not in result.err
+
+
+def test_a_lone_carriage_return_is_no_end_of_line(cli, fluent):
+    Path("prompts.txt").write_bytes(b"Say number 3.\rSay number 4.\n")
+    result = cli("chat", "--run", fluent, "--input", "prompts.txt", "--json", "--dtype", "fp32")
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["Say number 3.\rSay number 4."]

@@ -8,7 +8,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -318,13 +320,17 @@ def test_an_engine_that_still_loads_its_file_can_be_ended_from_elsewhere(tmp_pat
     """As when somebody leaves a chat before its model is loaded."""
     monkeypatch.setattr(engine, "find_engine", lambda: "llama-server /bin/llama-server")
     monkeypatch.setattr(engine, "_server_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)", "1"])
+    monkeypatch.setattr(engine, "_over", threading.Event())
+    monkeypatch.setattr(engine, "_processes", weakref.WeakSet())
     with ThreadPoolExecutor(1) as beside:
         loading = beside.submit(Engine, tmp_path / "large.gguf", 64)
-        while not loading.done():
-            engine.end_all()
+        while not engine._processes:
             time.sleep(0.05)
+        engine.end_all()
         with pytest.raises(WorkFailed, match=f"cannot load .*large.gguf; it ended with code -{signal.SIGKILL.value}"):
             loading.result()
+    with pytest.raises(WorkFailed, match="no engine is started any more"):
+        Engine(tmp_path / "large.gguf", 64)
 
 
 def test_another_program_on_the_port_is_not_taken_for_the_engine(loaded, tmp_path, monkeypatch):

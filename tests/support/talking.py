@@ -77,6 +77,9 @@ class Voices:
         time.sleep(PAUSE)
         return self._voices[name]
 
+    def has(self, voice: Voice) -> bool:
+        return True
+
     def close(self) -> None:
         self._voices["base"].close()
 

@@ -31,6 +31,9 @@ class Talk(Protocol):
     def compare(self, question: str, *, keep: bool = True) -> bool:
         """The same with base and tuned model."""
 
+    def somebody_answers(self) -> None:
+        """Wait for the model."""
+
     def several_lines(self) -> str:
         """Lines up to one with a dot alone."""
 
@@ -84,6 +87,8 @@ def _reset(talk: Talk, rest: str) -> None:
 def _retry(talk: Talk, rest: str) -> None:
     conversation = talk.conversation
     conversation.last_question()
+    if conversation.comparing:
+        return _compare(talk, "")
     before = conversation.turns[-1]
     with conversation.again() as question:  # no new answer, and the old one stays
         say(f"(again: {_short(question)})")
@@ -117,6 +122,8 @@ def _set(talk: Talk, rest: str) -> None:
         talk.markdown = ON_OFF[value]
         say(f"(markdown: {value})")
     else:
+        if name == "seed":
+            talk.somebody_answers()
         now = talk.conversation.set(name, value)
         say(f"({name}: {'as it was at first' if now is None else now})")
 
@@ -124,6 +131,7 @@ def _set(talk: Talk, rest: str) -> None:
 def _compare(talk: Talk, rest: str) -> None:
     if rest in ON_OFF:
         if ON_OFF[rest]:
+            talk.somebody_answers()
             talk.conversation.pair()
         talk.conversation.comparing = ON_OFF[rest]
         say("(every question is answered by base and tuned model; the tuned one's answer goes on)" if ON_OFF[rest]
@@ -138,6 +146,7 @@ def _compare(talk: Talk, rest: str) -> None:
 
 def _who(name: str) -> Callable[[Talk, str], None]:
     def change(talk: Talk, rest: str) -> None:
+        talk.somebody_answers()
         talk.conversation.let_answer(name)
         say(f"({talk.conversation.which} answers)")
     return change
@@ -171,16 +180,16 @@ def _fix(talk: Talk, text: str) -> None:
         except KeyboardInterrupt:
             say("\n(the answer stays as it is)")
             return
-    pairs = talk.conversation.correct(text)
+    pairs, otherwise = talk.conversation.correct(text)
     say("(the answer is replaced)")
-    _tell_pairs(talk, pairs, "the same text as before but for white space, so there is no pair to learn from")
+    _tell_pairs(talk, pairs, otherwise)
 
 
 def _better(talk: Talk, name: str) -> None:
-    pairs = talk.conversation.better(name)
+    pairs, otherwise = talk.conversation.better(name)
     say(f"(answer {name} stays in the conversation)" if name.isdigit() else f"(the {name} model's answer stays in the "
         "conversation)")
-    _tell_pairs(talk, pairs, "it was cut off, so no pair is kept; /fix TEXT gives it its right text")
+    _tell_pairs(talk, pairs, otherwise)
 
 
 def _tell_pairs(talk: Talk, pairs: int, otherwise: str) -> None:
@@ -201,7 +210,10 @@ def _history(talk: Talk, rest: str) -> None:
 
 def _export(talk: Talk, name: str) -> None:
     conversation = talk.conversation
-    path = export(conversation.messages, conversation.which, conversation.saves.run.root, name)
+    if conversation.turns:
+        talk.somebody_answers()
+    which = conversation.which if conversation.turns else ""
+    path = export(conversation.messages, which, conversation.saves.run.root, name)
     say_place(f"(written to {path})")
 
 

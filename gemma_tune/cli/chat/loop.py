@@ -22,6 +22,7 @@ from gemma_tune.cli import screen
 from gemma_tune.cli.chat import markdown, typing
 from gemma_tune.cli.chat.commands import obey
 from gemma_tune.cli.chat.say import cut_off, figures, in_context, say
+from gemma_tune.cli.spinner import keeping_still
 from gemma_tune.gguf.engine import end_all
 from gemma_tune.run.session import Session
 
@@ -57,9 +58,14 @@ def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor
     say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
     try:
         talk.run()
-        if conversation.ahead is not None and conversation.ahead.going_on:  # nobody waits for it any more
-            end_all()
-            end_at_once()
+        if (ahead := conversation.ahead) is not None:
+            if ahead.going_on:  # nobody waits for it any more
+                end_all()
+                with keeping_still():  # the line of what is loaded hides the cursor
+                    end_at_once()
+            said.tell()
+            if ahead.failure is not None:
+                raise ahead.failure
     finally:
         conversation.close()
 
@@ -93,16 +99,20 @@ class Talk:
     def _read(self) -> str:
         """What is typed next, which can be while the model is being loaded."""
         ahead = self.conversation.ahead
-        if ahead is not None and isinstance(self._typist, typing.Editor):
+        if ahead is not None and ahead.going_on and isinstance(self._typist, typing.Editor):
             return self._typist.read_meanwhile(ahead, self._said)
         self._said.let_go()
+        if ahead is not None and ahead.failure is not None:
+            raise ahead.failure
         return self._typist.read()
 
     def _refuse(self, problem: UserError) -> None:
         """Say why something cannot be done, and go on, unless there is nobody to answer."""
-        if self.conversation.ahead is not None and self.conversation.ahead.failure is not None:
-            raise problem
-        screen.error(problem)
+        failure = self.conversation.ahead and self.conversation.ahead.failure
+        if problem is not failure:
+            screen.error(problem)
+        if failure:
+            raise failure
 
     def several_lines(self) -> str:
         """Lines as they are, up to one with a dot alone."""
@@ -116,21 +126,23 @@ class Talk:
         """One question and its answer. Ctrl-C ends the answer, which is kept as far as it came."""
         conversation = self.conversation
         with self._stopping():
-            self._somebody_answers()
+            self.somebody_answers()
             stream = conversation.ask(question)
             answer, stopped = _written(stream, markdown.writer(self.markdown))
-            before = len(conversation.turns)
-            conversation.keep(question, answer)
+            kept = conversation.keep(question, answer)
+            if not kept:
+                say("(stopped before its first word; the question is not kept)" if stopped else
+                    "(the model answered with nothing; the question is not kept)")
             self._tell(stream, answer, conversation.voice, stopped)
-            return len(conversation.turns) > before
+            return kept
         return False
 
     def compare(self, question: str, *, keep: bool = True) -> bool:
         """The answers of base and tuned model; the tuned one's becomes part of the conversation."""
-        conversation = self.conversation
-        self._somebody_answers()
-        voices, number = conversation.pair(), len(conversation.turns) // 2
+        conversation, number = self.conversation, len(self.conversation.turns) // 2
         with self._stopping():
+            self.somebody_answers()
+            voices = conversation.pair()
             if sys.stdout.isatty() and screen.is_live() and markdown.out().width >= _COLUMNS:
                 found = self._side_by_side(question, voices)
             else:
@@ -141,17 +153,23 @@ class Talk:
             for voice, (stream, answer, stopped) in zip(voices, found):
                 say(f"{voice.which}: ")
                 self._tell(stream, answer, voice, stopped)
-            before = len(conversation.turns)
-            if keep:
-                conversation.keep(question, found[-1][1])
+            kept = keep and conversation.keep(question, found[-1][1])
+            if keep and not kept:
+                say("(the tuned model answered with nothing; the question is not kept)")
             if conversation.offer(dict(zip(COMPARED, (answer for _, answer, _ in found))), number):
                 say("(/better base or /better tuned keeps which one is better)")
-            return len(conversation.turns) > before
+            return kept
         return False
 
-    def _somebody_answers(self) -> None:
-        """Wait for the model, and show what was said of it."""
-        assert self.conversation.voice
+    def somebody_answers(self) -> None:
+        """Wait for the model, and show what was said of it.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        if self.conversation.ahead is not None:
+            with typing.nothing_shown():
+                self.conversation.ahead.wait()
         self._said.let_go()
 
     def _one_below_the_other(self, question: str, voices: tuple[Voice, ...]) -> list[tuple[Streaming, Answer, bool]]:
@@ -179,7 +197,7 @@ class Talk:
     def _tell(self, stream: Streaming, answer: Answer, voice: Voice, stopped: bool) -> None:
         """What is to be known of an answer: why it ends, how fast it was, how full the context is."""
         if not (answer.ended or stopped):
-            say(cut_off(answer.tokens))
+            say(cut_off(answer.tokens, "/set max_new_tokens N"))
         if screen.err.is_terminal and (line := figures(stream, answer, voice.context)):
             say(line)
         used = in_context(stream, answer)

@@ -18,10 +18,10 @@ def say_place(text: str) -> None:
     screen.err.print(screen.Text(text, style="dim"), soft_wrap=True)
 
 
-def cut_off(tokens: int) -> str:
-    """What to say of an answer that reached its limit."""
-    return (f"(the answer is cut off after {counted(tokens, 'token')}, the limit; --max-new-tokens N sets another, as "
-            "far as the model's context goes)")
+def cut_off(tokens: int, way: str = "--max-new-tokens N") -> str:
+    """What to say of an answer that reached its limit; ``way`` sets another."""
+    return (f"(the answer is cut off after {counted(tokens, 'token')}, the limit; {way} sets another, as far as the "
+            "model's context goes)")
 
 
 def figures(stream: Streaming, answer: Answer, context: int | None) -> str:

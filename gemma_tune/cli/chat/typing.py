@@ -22,8 +22,9 @@ from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.scripts import keep_bytes
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat.commands import COMMANDS
-from gemma_tune.cli.spinner import LOOKS_EVERY, keeping_still, moving
+from gemma_tune.cli.spinner import LOOKS_EVERY, is_watched, keeping_still, loading_text, moving
 
+_PROMPT = "> "
 _AT_ONCE = 0.02  # seconds within which the lines of a paste follow each other
 
 
@@ -64,13 +65,13 @@ class Plain:
         return as_text(line, "what was typed", sys.stdin.encoding)
 
 
-def _more_is_there() -> bool:
-    """Whether a terminal has more lines already."""
+def _more_is_there(within: float = _AT_ONCE) -> bool:
+    """Whether a terminal has more lines already, or ``within`` seconds."""
     if os.name != "posix" or not screen.stdin_is_terminal():
         return False
     import select
 
-    return bool(select.select([sys.stdin], [], [], _AT_ONCE)[0])
+    return bool(select.select([sys.stdin], [], [], within)[0])
 
 
 class Editor:
@@ -79,24 +80,30 @@ class Editor:
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
-        from prompt_toolkit.styles import Style
 
         # The prompt goes where people read, and stdout holds answers alone where it is a file.
         output = create_output(stdout=sys.stdout if sys.stdout.isatty() else sys.stderr)
         self._session = PromptSession(
             history=_history(), completer=_completer(), complete_while_typing=True, multiline=True,
             key_bindings=_keys(), output=output, prompt_continuation="  ", enable_suspend=True,
-            reserve_space_for_menu=4, style=Style.from_dict({"bottom-toolbar": "noreverse"}))
+            reserve_space_for_menu=4)
 
     def read(self) -> str:
         """As :meth:`Plain.read`."""
-        screen.err.print()
-        return as_text(self._session.prompt("> "), "what was typed", "utf-8")
+        return self._read(_PROMPT)
 
     line = read
 
+    def _read(self, message: Any, **more: Any) -> str:
+        """What was typed while an answer came is there already: a line is sent, a paste of several waits for Enter."""
+        screen.err.print()
+        before, several = "".join(lines := _typed_before()), len(lines) > 1
+        text = self._session.prompt(message, default=before if several else before.rstrip("\n"),
+                                    accept_default=len(lines) == 1, **more)
+        return as_text(text.rstrip("\n") if several else text, "what was typed", "utf-8")
+
     def read_meanwhile(self, ahead: Ahead, said: Held) -> str:
-        """The same while the model is being loaded: below the prompt stands what, and above it what is said.
+        """The same while the model is being loaded: above the prompt stands what of it, and what is said.
 
         Raises:
             UserError, EOFError, KeyboardInterrupt: as :meth:`read`; UserError also when it cannot be loaded.
@@ -106,13 +113,16 @@ class Editor:
         def watch() -> None:
             get_app().create_background_task(self._watch(ahead, said))
 
-        screen.err.print()
-        self._session.bottom_toolbar = _what_is_loaded
-        try:
-            with keeping_still():
-                return as_text(self._session.prompt("> ", pre_run=watch), "what was typed", "utf-8")
-        finally:
-            self._session.bottom_toolbar = None
+        spinner = moving("the model")
+
+        def message() -> list[tuple[str, str]]:
+            if not ahead.going_on or get_app().is_done or not is_watched():
+                return [("", _PROMPT)]
+            spinner.update(text=loading_text(in_progress() or "the model"))
+            return [("ansicyan", f"{spinner.render(time.monotonic())}\n"), ("", _PROMPT)]
+
+        with keeping_still():
+            return self._read(message, pre_run=watch)
 
     async def _watch(self, ahead: Ahead, said: Held) -> None:
         from prompt_toolkit.application import get_app, run_in_terminal
@@ -122,16 +132,25 @@ class Editor:
             going_on = ahead.going_on
             if said.waits:
                 await run_in_terminal(said.tell)
-            if not going_on:
-                self._session.bottom_toolbar = None
             app.invalidate()
             await asyncio.sleep(LOOKS_EVERY)
         if ahead.failure is not None:
             app.exit(exception=ahead.failure)
 
 
-def _what_is_loaded() -> str:
-    return str(moving(in_progress() or "the model").render(time.monotonic()))
+def _typed_before() -> list[str]:
+    """The lines that a terminal has already.
+
+    Raises:
+        EOFError: Ctrl-D was typed.
+    """
+    lines = []
+    while _more_is_there(0):
+        line = os.read(sys.stdin.fileno(), 1 << 16)  # one at a time, as long as nobody edits it
+        if not line:
+            raise EOFError
+        lines.append(line.decode("utf-8", "surrogateescape"))
+    return lines
 
 
 def _history() -> Any:
