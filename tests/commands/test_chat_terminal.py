@@ -83,6 +83,9 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
     child.expect(r"gemma-tune prepare .*saved-pairs\.jsonl\r")
     enter(child, "/set temperature 0.9")
     child.expect_exact("(temperature: 0.9)")
+    for setting in ("max_new_tokens 6", "seed 3"):  # a tiny model's long answers at random hold bytes that are no text
+        enter(child, f"/set {setting}")
+        child.expect_exact(f"({setting.replace(' ', ': ')})")
     enter(child, "/retry")
     child.expect_exact("(that was answer 2; /better 1")
     enter(child, "/better 1")
