@@ -106,7 +106,7 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
         return show_plan(request, lambda session: plan_training(session, go_on))
     request, prepared = prepare_first(request) if data else (request, {})
     report, merging = request.run("train", lambda session: (stage(session, go_on), next_merge(session)))
-    finish(request, report, (command("chat", report.run), merging), **prepared)
+    finish(request, report, tuple(dict.fromkeys((command("chat", report.run), merging))), **prepared)
 
 
 @app.command(cls=Command)
@@ -144,7 +144,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
     /help lists the commands; with --prompt it answers once; otherwise every line of --input or of standard input, a
     prompt or a JSON object with messages, gets its own answer on standard output.
 
-    Example: gemma-tune chat --prompt "Revenue rose 20 %, cash flow fell. What might that mean?"
+    Example: gemma-tune chat --prompt "What is EBITDA?"
     """
     import sys
 

@@ -114,8 +114,11 @@ class Command(TyperCommand):
             if others:
                 problem.possibilities = []  # what is spelt alike is not what was meant
                 return f"; `{'`, `'.join(others)}` {'has' if len(others) == 1 else 'have'} it"
-        extra = "unexpected extra argument" in problem.message
-        return "; a question to answer goes behind --prompt, in quotes" if extra and self.name == "chat" else ""
+        if "unexpected extra argument" not in problem.message:
+            return ""
+        if self.name == "chat":
+            return "; a question to answer goes behind --prompt, in quotes"
+        return "; a run directory goes behind --run" if any("--run" in param.opts for param in self.params) else ""
 
     def invoke(self, ctx: Any) -> Any:
         with noting_ctrl_c() as stopped:

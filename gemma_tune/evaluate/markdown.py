@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gemma_tune import samples
@@ -34,7 +36,7 @@ def report(session: Session, summary: dict[str, Any]) -> str:
     if total:
         lines += ["", f"Held-out prompts, answered greedily with at most {session.config.max_new_tokens} tokens."]
     for n, item in enumerate(summary["answers"], start=1):
-        lines += ["", f"## {n}. {headline(item['prompt'])}"]
+        lines += ["", f"## {n}. {_without_tags(headline(item['prompt']))}"]
         if item.get("tools"):
             lines += ["", f"*tools on offer*: {', '.join(f'`{name}`' for name in item['tools'])}"]
         for turn in item["prompt"]:
@@ -53,7 +55,8 @@ def _measures(session: Session, summary: dict[str, Any]) -> list[str]:
         return []
     lines = ["", "| | rows | base | tuned | difference | |", "|---|---|---|---|---|---|",
              *(f"| {' | '.join(row)} |" for row in rows)]
-    where = "rows of a file" if session.config.data_file else "validation rows"
+    file = session.config.data_file
+    where = f"rows of `{Path(file).name}`" if file else "validation rows"
     said = f"On {counted(summary['rows'], 'row')} of {summary['rows_there']:,} ({where}). {LEGEND}"
     few = summary["rows"] < FEW_ROWS
     return [*lines, "", said + (f" Fewer than {FEW_ROWS} rows give rough intervals." if few else "")]
@@ -69,5 +72,13 @@ def _tasks(summary: dict[str, Any]) -> list[str]:
 
 
 def _quoted(text: str) -> list[str]:
-    """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it."""
-    return [f"> {line}" for line in (text.splitlines() if text.strip() else ["(nothing)"])]
+    """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it. HTML shows as it is."""
+    lines, fenced = [], False
+    for line in text.splitlines() if text.strip() else ["(nothing)"]:
+        fenced ^= line.lstrip().startswith(("```", "~~~"))
+        lines.append(f"> {line if fenced else _without_tags(line)}")
+    return lines
+
+
+def _without_tags(line: str) -> str:
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", line)

@@ -15,7 +15,7 @@ from gemma_tune.models.quantised import quantisation, sixteen_bit
 from gemma_tune.models.source import BaseModel, locate, split_revision
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE
+from gemma_tune.run.stage import OUTSIDE, state_of
 
 INPUT = f"{OUTSIDE}base"  # what the manifest calls such a base among the inputs, if it has files of its own
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -68,7 +68,10 @@ def require_base(session: Session, named: str | None) -> None:
 
 
 def next_merge(session: Session) -> str:
-    """The command that merges what a run has trained, with the base to name where the run's own model is none."""
+    """The command that merges what a run has trained, with the base to name where the run's own model is none; what
+    comes after it where that is done."""
+    if state_of(session.run, session.manifest, "merge").status == "done":
+        return command("export-ollama" if "export-ollama" not in session.manifest.stages else "chat", session.run.root)
     model, before = session.model, session.settings_of("merge").get("base")
     named = ("--base", sixteen_bit(model) or "ID") if quantisation(model.config) and not before else ()
     return command("merge", session.run.root, *named)

@@ -146,7 +146,7 @@ def test_other_rows_are_read_checked_and_remembered(cli, fluent, tmp_path):
     assert summary["measures"]["exact_match"]["tuned"][0] == pytest.approx(sum(right) / 3) and any(right)
     assert summary["measures"]["exact_match"]["base"][0] == 0
     assert summary["measures"]["chrf"]["difference"][1] > 0
-    assert "(rows of a file)" in (fluent / "report.md").read_text() and "the row's own answer" in (fluent / "report.md").read_text()
+    assert "(rows of `others.jsonl`)" in (fluent / "report.md").read_text() and "the row's own answer" in (fluent / "report.md").read_text()
     assert str(tmp_path) not in (fluent / "manifest.json").read_text()
     assert cli(*args).json["status"] == "up-to-date", "the file is remembered"
     back = cli(*args, "--data", "valid")

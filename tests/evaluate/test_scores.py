@@ -50,3 +50,10 @@ def test_only_questions_with_an_answer_of_their_own_are_compared_with_it():
     assert found["chrf"].tolist() == [100, 100]
     assert found["in_form"].tolist() == [0, 1]
     assert found["length"].tolist() == [3, 4, 5] and found["ended"].tolist() == [1, 0, 1]
+
+
+def test_texts_of_report_md_bring_no_html_along():
+    from gemma_tune.evaluate.markdown import _quoted, _without_tags
+
+    assert _without_tags("<script>alert(1)</script> a < b") == "&lt;script>alert(1)&lt;/script> a < b"
+    assert _quoted("<b>\n```\n<b>\n```\n</b>") == ["> &lt;b>", "> ```", "> <b>", "> ```", "> &lt;/b>"]

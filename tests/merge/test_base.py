@@ -109,7 +109,8 @@ def test_the_next_step_of_a_training_names_the_base(run, four_bit, cli):
 
     session = open_session("train", run)
     assert next_merge(session) == f"gemma-tune merge --run {run} --base tiny-gemma"
-    session.manifest.stages["merge"] = {"config": {"base": {"value": "somewhere", "from": "flag"}}}
+    session.manifest.stages["merge"] = {"config": {"base": {"value": "somewhere", "from": "flag"}}, "outputs": {}, "inputs": {},
+                                          "base": "another"}
     assert next_merge(session) == f"gemma-tune merge --run {run}"
 
 
