@@ -92,14 +92,15 @@ class Conversation:
         """Take the last question and its answer back, with the pairs that were kept of it; returns the question.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or its pairs cannot be taken out of their file; then all stays.
         """
         if not self.turns:
             raise UserError("there is nothing to take back yet", "ask something first")
-        question, opinion = self.turns[-2], self._opinions.pop(self._number, None)
-        del self.turns[-2:]
+        question, opinion = self.turns[-2], self._opinions.get(self._number)
         if self.saves and opinion and opinion.rows:
             self.saves.pairs.put(opinion.rows, [])
+        self._opinions.pop(self._number, None)
+        del self.turns[-2:]
         return question["content"]
 
     def last_question(self) -> str:

@@ -49,7 +49,7 @@ class Pairs:
         try:
             return self._put(b"".join(before), rows)
         except OSError as e:
-            raise UserError(f"{self.path} cannot be written, so the pair is not kept: {e.strerror}",
+            raise UserError(f"{self.path} cannot be written, so its pairs stay as they are: {e.strerror}",
                             "/save FILE keeps the conversation in a file of another place") from e
 
     def _put(self, before: bytes, rows: list[bytes]) -> list[bytes]:

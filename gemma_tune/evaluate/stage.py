@@ -11,6 +11,7 @@ from typing import Any
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.prompts import tool_names
 from gemma_tune.base.files import fresh_path, write_atomic, write_json
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.compare import SIDES, answers, losses, measured_answers, on_both, worse_at_general_text
 from gemma_tune.evaluate.markdown import report
@@ -21,7 +22,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
-from gemma_tune.report.tables import short_rows, task_rows
+from gemma_tune.report.tables import FEW_ROWS, short_rows, task_rows
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
@@ -117,5 +118,8 @@ def _tell(session: Session, summary: dict[str, Any]) -> None:
     if rows := short_rows(summary):
         session.listener.grid("base against tuned",
                               [("", "base", "tuned", "difference [95 % interval]", ""), *rows])
+        if summary["rows"] < FEW_ROWS:
+            session.listener.note(f"{counted(summary['rows'], 'row')}: with fewer than {FEW_ROWS} the intervals are "
+                                  "rough, and so is what is said of them")
     if rows := task_rows(summary):
         session.listener.grid("lm-evaluation-harness", [("task", "metric", "base", "tuned", "difference"), *rows])
