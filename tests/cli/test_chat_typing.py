@@ -244,6 +244,12 @@ def test_lines_that_are_pasted_during_an_answer_are_one_question(terminal):
     chat.expect("line two")  # in the editor
     time.sleep(0.5)
     chat.type("", "tuned says line one", "in context)")
+    chat.type("and so on for long", "tuned says")
+    chat.child.send("line four\rline five")
+    chat.expect("in context)")
+    chat.expect("line five")
+    time.sleep(0.5)
+    chat.type("", "tuned says line four", "in context)")
     chat.type("five six seven", "tuned says")
     chat.child.send("next\r")  # one line is sent, as it was meant
     chat.expect("tuned says next")
@@ -251,7 +257,8 @@ def test_lines_that_are_pasted_during_an_answer_are_one_question(terminal):
     chat.type("/export talk.jsonl", "written")
     chat.leave()
     asked = [turn["content"] for turn in json.loads(Path("talk.jsonl").read_text())["messages"] if turn["role"] == "user"]
-    assert asked == ["one two three four", "line one\nline two\nline three", "five six seven", "next"]
+    assert asked == ["one two three four", "line one\nline two\nline three", "and so on for long", "line four\nline five",
+                     "five six seven", "next"]
 
 
 def test_ctrl_d_during_an_answer_leaves_after_it(terminal):

@@ -97,9 +97,11 @@ class Editor:
     def _read(self, message: Any, **more: Any) -> str:
         """What was typed while an answer came is there already: a line is sent, a paste of several waits for Enter."""
         screen.err.print()
-        before, several = "".join(lines := _typed_before()), len(lines) > 1
+        lines = _typed_before()
+        several = len(lines) > 1 or bool(lines) and _half_a_line_is_there()
+        before = "".join(lines)
         text = self._session.prompt(message, default=before if several else before.rstrip("\n"),
-                                    accept_default=len(lines) == 1, **more)
+                                    accept_default=bool(lines) and not several, **more)
         return as_text(text.rstrip("\n") if several else text, "what was typed", "utf-8")
 
     def read_meanwhile(self, ahead: Ahead, said: Held) -> str:
@@ -151,6 +153,16 @@ def _typed_before() -> list[str]:
             raise EOFError
         lines.append(line.decode("utf-8", "surrogateescape"))
     return lines
+
+
+def _half_a_line_is_there() -> bool:
+    """Whether a terminal has the beginning of a line, which it keeps to itself until that ends."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return False
+    with _terminal_set(~(termios.ICANON | termios.ECHO | termios.ECHONL)):
+        return _more_is_there(0)
 
 
 def _history() -> Any:
@@ -238,15 +250,24 @@ def nothing_shown() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    with _terminal_set(~(termios.ECHO | termios.ECHONL)):
+        yield
+
+
+@contextlib.contextmanager
+def _terminal_set(local: int) -> Iterator[None]:
+    """Only these of the local modes of the terminal, where standard input is one."""
+    import termios
+
     try:
         number = sys.stdin.fileno()
         before = termios.tcgetattr(number)
     except (termios.error, OSError, ValueError, AttributeError):
         yield
         return
-    quiet = [*before]
-    quiet[3] &= ~(termios.ECHO | termios.ECHONL)
-    termios.tcsetattr(number, termios.TCSANOW, quiet)
+    changed = [*before]
+    changed[3] &= local
+    termios.tcsetattr(number, termios.TCSANOW, changed)
     try:
         yield
     finally:
