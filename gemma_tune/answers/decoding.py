@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gemma_tune.answers.lengths import common
+from gemma_tune.answers.lengths import read_before
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 
@@ -107,7 +107,7 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
     rows, width = ids.shape
     prompt = ids[0].tolist() if rows == 1 and bool(mask.all()) else []
     state = _state(model)
-    decoder = _take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
+    decoder, same = _take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
     waiting: deque[tuple[Any, Any]] = deque()
     given: list[int] = []  # of a single row
     ended = [False] * rows
@@ -117,7 +117,7 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
             if end > decoder.size:
                 decoder = decoder.grown(model)
             if end == width + 1:
-                decoder.begin(model, ids, mask, stop_ids, pad, choose, state, decoder.same(prompt, state))
+                decoder.begin(model, ids, mask, stop_ids, pad, choose, state, same)
             else:
                 decoder.step(model, choose, capture)
             if (end - width) % every == 0 or end == last:
@@ -130,9 +130,7 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
                 given += group[0]
                 yield group
                 if all(ended):
-                    break
-            if all(ended):
-                break
+                    return _keep(model, decoder, prompt and prompt + given)
     except GeneratorExit:  # the reader has enough
         _keep(model, decoder, prompt and prompt + given)
         raise
@@ -212,8 +210,7 @@ class Decoder:
         by the model in this state, where they are most of it. What is read behind others takes slower kernels."""
         if not prompt or not self.known or self._key[0] != state:
             return 0
-        # The last token is always read: its logits are what the answer begins with.
-        same = min(common(self.known, prompt), len(prompt) - 1)
+        same = read_before(self.known, prompt)
         return same if 2 * same >= len(prompt) else 0
 
     def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
@@ -392,21 +389,21 @@ def _state(model: Any) -> int:
     return hash((model.training, *adapters, *weights))
 
 
-def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int], state: int) -> Decoder:
-    """A decoder for so many rows, out of those kept if one fits, or has read most of the prompt; nobody else has it
-    while it is used."""
+def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int], state: int,
+          ) -> tuple[Decoder, int]:
+    """A decoder for so many rows, out of those kept if one fits, or has read most of the prompt, and how much of it;
+    nobody else has it while it is used."""
     kept = _kept.get(model, {})
-    if prompt and kept:
-        found = max(kept.values(), key=lambda decoder: decoder.same(prompt, state))
-        if found.same(prompt, state):
-            del kept[len(found.ids), found.size]
-            while found.size <= least:
-                found = found.grown(model)
-            return found
+    same, key = max(((decoder.same(prompt, state), key) for key, decoder in kept.items()), default=(0, None))
+    if same:
+        found = kept.pop(key)
+        while found.size <= least:
+            found = found.grown(model)
+        return found, same
     fitting = sorted(size for number, size in kept if number == rows and least < size <= max(SMALLEST, 8 * wanted))
     if fitting:
-        return kept.pop((rows, fitting[-1]))
-    return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length()))
+        return kept.pop((rows, fitting[-1])), 0
+    return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length())), 0
 
 
 def _keep(model: Any, decoder: Decoder, known: Sequence[int] = ()) -> None:

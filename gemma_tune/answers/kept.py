@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from gemma_tune.answers.lengths import common
+from gemma_tune.answers.lengths import read_before
 
 PAST = 4096  # positions that a sliding layer keeps behind its window: most conversations as a whole
 _GROWTH = 256  # positions that a buffer grows by at least
@@ -131,8 +131,7 @@ class KeptTurns:
 
         None for a model with layers that cannot be cut, such as those with a recurrent state.
         """
-        # The last token is always read: its logits are what the answer begins with.
-        same = min(common(self.ids, ids), len(ids) - 1)
+        same = read_before(self.ids, ids)
         cache, self._cache, self.ids, self.reused = self._cache, None, [], 0  # what fails leaves nothing half done
         if cache is not None and same and all([_cut(layer, same) for layer in cache.layers]):
             self.reused = same

@@ -43,6 +43,8 @@ def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
     return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / (a_token * tokens))))
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning of two lists of token ids."""
-    return next((n for n, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))
+def read_before(known: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens of a prompt need not be read again where ``known`` have been: those of its beginning that are the
+    same. The last is always read: its logits are what the answer begins with."""
+    most = min(len(known), len(prompt) - 1)
+    return next((n for n, (one, other) in enumerate(zip(known[:most], prompt)) if one != other), most)

@@ -12,7 +12,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import require_output, require_unharmed, state_of
+from gemma_tune.run.stage import State, require_output, require_unharmed, state_of
 
 # Name -> stage that makes it, its output there, and what it is called.
 MADE_BY = {"adapter": ("train", "adapter", "trained adapter"), "merged": ("merge", "merged", "merged model"),
@@ -40,14 +40,16 @@ def choose(session: Session, tuned: bool = False) -> Choice:
     if wanted and not (tuned and wanted == "base"):
         require(session, wanted)
         return Choice(wanted)
-    stages = session.manifest.stages
-    if _fast_gguf(session):
+    stages, export = session.manifest.stages, _fast_export(session)
+    if export is not None and export.status == "done":
         return Choice("gguf", "the GGUF is up to date, and llama.cpp is the fastest on a CPU, so it answers; the "
                               "adapter as it was trained: --use adapter")
     if "train" not in stages and "merge" in stages:
         return Choice("merged", "this run has no training of its own, so the merged model answers")
     require(session, "adapter")
-    return Choice("adapter", _why_no_gguf(session))
+    return Choice("adapter", "" if export is None else (
+        f"the GGUF is {export.status} ({export.reason}), so the adapter answers; "
+        f"{command('export-ollama', session.run.root)} makes it again"))
 
 
 def require(session: Session, name: str) -> None:
@@ -69,7 +71,7 @@ def require(session: Session, name: str) -> None:
         require_unharmed(run, manifest, "chat", stage, output)
     if name == "gguf" and find_engine() is None:
         raise UserError("a GGUF file needs a llama.cpp engine, and none is installed",
-                        f"{INSTALL_HINT}; or --use {'adapter' if 'train' in manifest.stages else 'merged'}")
+                        f"{INSTALL_HINT}; or --use {without_gguf(session)}")
     if state.status == "stale":
         session.listener.warn(f"the result of `{stage}` is stale: {state.reason}")
 
@@ -80,22 +82,17 @@ def exported(session: Session) -> Path:
     return require_output(run, session.manifest, "chat", "export-ollama", "gguf")
 
 
-def _fast_gguf(session: Session) -> bool:
+def without_gguf(session: Session) -> str:
+    """Who of the run's can answer in place of its GGUF."""
+    return "adapter" if "train" in session.manifest.stages else "merged"
+
+
+def _fast_export(session: Session) -> State | None:
+    """The export whose GGUF is the fastest to answer, if it is up to date; None where it would not be, or there is
+    none."""
     if session.config.dtype != "auto" or "export-ollama" not in session.manifest.stages or _may_have_gpu():
-        return False  # a type is one of transformers' settings
-    return find_engine() is not None and state_of(session.run, session.manifest, "export-ollama").status == "done"
-
-
-
-def _why_no_gguf(session: Session) -> str:
-    """Why a GGUF that the run has does not answer, where it would if it were up to date."""
-    if session.config.dtype != "auto" or "export-ollama" not in session.manifest.stages or _may_have_gpu():
-        return ""
-    state = state_of(session.run, session.manifest, "export-ollama")
-    if state.status == "done" or find_engine() is None:
-        return ""
-    return (f"the GGUF is {state.status} ({state.reason}), so the adapter answers; "
-            f"{command('export-ollama', session.run.root)} makes it again")
+        return None  # a type is one of transformers' settings
+    return state_of(session.run, session.manifest, "export-ollama") if find_engine() is not None else None
 
 
 def _may_have_gpu() -> bool:

@@ -12,7 +12,7 @@ from gemma_tune.answers.generation import Answer, arguments_of, prompt_ids, room
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.chat.choice import exported
+from gemma_tune.chat.choice import exported, without_gguf
 from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -89,7 +89,6 @@ def open_gguf(session: Session) -> LlamaVoice:
         UserError, WorkFailed: there is no engine, or it cannot load the file.
     """
     gguf, run = exported(session), session.run
-    other = "adapter" if "train" in session.manifest.stages else "merged"
     with_format = run.merged if run.merged.is_dir() else run.adapter
     text = read_config(with_format).get("text_config") if run.merged.is_dir() else None
     longest = (text or session.model.config.get("text_config") or session.model.config).get("max_position_embeddings")
@@ -108,5 +107,5 @@ def open_gguf(session: Session) -> LlamaVoice:
             engine = loading.result()
         except WorkFailed as e:
             raise WorkFailed(e.message, f"{command('export-ollama', run.root, '--force')} writes the file anew; or "
-                             f"chat without it: --use {other}") from e
+                             f"chat without it: --use {without_gguf(session)}") from e
     return LlamaVoice(which, context, engine, chat, generation_settings(with_format))

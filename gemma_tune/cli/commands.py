@@ -98,15 +98,15 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
     request = Request.of(ctx)
     if not dry_run:
         request = in_processes(request)
-    from gemma_tune.merge.base import next_merge
+    from gemma_tune.merge.base import next_step
     from gemma_tune.train.stage import plan_training
     from gemma_tune.train.stage import train as stage
 
     if dry_run:
         return show_plan(request, lambda session: plan_training(session, go_on))
     request, prepared = prepare_first(request) if data else (request, {})
-    report, merging = request.run("train", lambda session: (stage(session, go_on), next_merge(session)))
-    finish(request, report, tuple(dict.fromkeys((command("chat", report.run), merging))), **prepared)
+    report, following = request.run("train", lambda session: (stage(session, go_on), next_step(session)))
+    finish(request, report, tuple(dict.fromkeys((command("chat", report.run), following))), **prepared)
 
 
 @app.command(cls=Command)
@@ -188,13 +188,13 @@ def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, data:
     Example: gemma-tune eval --data held-out.jsonl --questions 50
     """
     from gemma_tune.evaluate.stage import evaluate as stage
-    from gemma_tune.merge.base import next_merge
+    from gemma_tune.merge.base import next_step
 
     request = Request.of(ctx)
-    report, merging = request.run("eval", lambda session: (stage(session), next_merge(session)))
+    report, following = request.run("eval", lambda session: (stage(session), next_step(session)))
     if not quiet:
         console.comparison(report.summary["answers"])
-    finish(request, report, (merging,))
+    finish(request, report, (following,))
 
 
 @app.command(cls=Command)

@@ -13,13 +13,12 @@ from gemma_tune.base.loading import in_progress, told_of_ends
 from gemma_tune.cli import live, screen
 
 LOOKS_EVERY = 0.1  # seconds
-_still: list[object] = []  # whose place the line's is
-_lines: list[_Line] = []
+_still = threading.Event()  # something else has the line's place
 
 
 def is_watched() -> bool:
     """Whether people want to see what is being loaded."""
-    return bool(_lines)
+    return bool(screen.hides)
 
 
 def loading_text(what: str) -> str:
@@ -35,12 +34,12 @@ def moving(what: str) -> Spinner:
 @contextlib.contextmanager
 def keeping_still() -> Iterator[None]:
     """No line while this lasts: something else has the terminal, and says it itself."""
-    _still.append(still := object())
+    _still.set()
     screen.clear_the_way()
     try:
         yield
     finally:
-        _still.remove(still)
+        _still.clear()
 
 
 class _Line:
@@ -56,7 +55,7 @@ class _Line:
         """Show, change or hide the line."""
         what = in_progress()
         with self._lock:
-            if self._over.is_set() or what is None or _still or live.is_shown():
+            if self._over.is_set() or what is None or _still.is_set() or live.is_shown():
                 self.hide()
             elif what != self._said:
                 self._say(what)
@@ -100,7 +99,6 @@ def saying_what_is_loaded(quiet: bool = False) -> Iterator[None]:
     line = _Line()
     thread = threading.Thread(target=line.watch, name="what is loaded", daemon=True)
     screen.hides.append(line.hide)
-    _lines.append(line)
     with told_of_ends(line.hide):
         thread.start()
         try:
@@ -108,5 +106,4 @@ def saying_what_is_loaded(quiet: bool = False) -> Iterator[None]:
         finally:
             line.end()
             screen.hides.remove(line.hide)
-            _lines.remove(line)
             thread.join(timeout=1)

@@ -67,7 +67,7 @@ def require_base(session: Session, named: str | None) -> None:
                         f"4 bits; or name it in a --config file, as `base: {original}` under `merge:`")
 
 
-def next_merge(session: Session) -> str:
+def next_step(session: Session) -> str:
     """The command that merges what a run has trained, with the base to name where the run's own model is none; what
     comes after it where that is done."""
     if state_of(session.run, session.manifest, "merge").status == "done":

@@ -14,7 +14,7 @@ from gemma_tune.train.buckets import Bucket
 from gemma_tune.train.captured import filled, inputs_of
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers
-from gemma_tune.train.preference_loss import PreferenceLoss
+from gemma_tune.train.preference_loss import PreferenceLoss, by_answer
 
 
 @dataclass
@@ -54,10 +54,7 @@ class LearnedUnits:
         ids, positions, targets = inputs_of(flat[:tokens], bucket)
         reference, good, there = self._numbers(flat[tokens:].view(torch.float32), bucket)
         losses = self.model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"]
-        row = positions // bucket.length
-        logps = -torch.zeros(bucket.rows, dtype=losses.dtype, device=losses.device).index_add(0, row, losses)
-        learned = torch.zeros(bucket.rows, dtype=torch.long, device=losses.device).index_add(
-            0, row, (targets != IGNORE_INDEX).long())
+        logps, learned = by_answer(losses, positions // bucket.length, (targets != IGNORE_INDEX).long(), bucket.rows)
         found = self.preference.of_answers(Answers(logps, reference, learned), good.bool(), there.bool())
         self.sums += found.sums
         return found.compared * weights[0] + found.imitated * weights[1]

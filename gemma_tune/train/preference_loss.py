@@ -60,13 +60,12 @@ class PreferenceLoss:
 
     def of(self, model: Any, units: Sequence[dict[str, Any]]) -> PieceLoss:
         """The loss of some units, which need no memory for logits but a chunk of them."""
-        rows = [row for unit in units for row in unit["sequences"]]
-        logps, tokens = self.log_probabilities(model, rows)
+        logps, tokens = self.log_probabilities(model, [row for unit in units for row in unit["sequences"]])
+        if not units:
+            return PieceLoss(logps.sum(), -logps.sum(), torch.zeros(len(SUMS), device=logps.device))
         good = torch.tensor([mark for unit in units for mark in unit["good"]], dtype=torch.bool, device=logps.device)
         reference = torch.tensor([r for unit in units for r in unit["reference"]], device=logps.device)
         there = torch.ones(len(units), dtype=torch.bool, device=logps.device)
-        if not units:
-            return PieceLoss(logps.sum(), -logps.sum(), torch.zeros(len(SUMS), device=logps.device))
         return self.of_answers(Answers(logps, reference, tokens), good, there)
 
     def of_answers(self, answers: Answers, good: torch.Tensor, there: torch.Tensor) -> PieceLoss:
@@ -125,7 +124,17 @@ class PreferenceLoss:
             empty = torch.zeros(0, device=device)
             return empty, empty
         loss, number = torch.cat(losses), torch.cat(numbers)
-        total = torch.zeros(len(rows), dtype=loss.dtype, device=device).index_add(0, number, loss)
-        count = torch.zeros(len(rows), dtype=torch.long, device=device).index_add(0, number, torch.ones_like(number))
+        logps, count = by_answer(loss, number, torch.ones_like(number), len(rows))
         # Where a process has no unit in a pass that all of them make, its loss is the zero that has a gradient.
-        return (-total, count) if rows else (-loss, count)
+        return (logps, count) if rows else (-loss, count)
+
+
+def by_answer(losses: torch.Tensor, answer: torch.Tensor, learned: torch.Tensor, count: int,
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of answers (count,) and their learned tokens (count,), of the losses (n,) of tokens in nats.
+
+    Args:
+        answer: (n,) int64, whose token it is; ``learned`` (n,) int64 is 0 for one that only fills up.
+    """
+    zeros = losses.new_zeros(count)
+    return -zeros.index_add(0, answer, losses), torch.zeros_like(zeros, dtype=torch.long).index_add(0, answer, learned)

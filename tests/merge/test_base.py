@@ -104,14 +104,14 @@ def test_prepare_says_what_merge_will_need(cli, four_bit, data):
 
 
 def test_the_next_step_of_a_training_names_the_base(run, four_bit, cli):
-    from gemma_tune.merge.base import next_merge
+    from gemma_tune.merge.base import next_step
     from gemma_tune.run.session import open_session
 
     session = open_session("train", run)
-    assert next_merge(session) == f"gemma-tune merge --run {run} --base tiny-gemma"
+    assert next_step(session) == f"gemma-tune merge --run {run} --base tiny-gemma"
     session.manifest.stages["merge"] = {"config": {"base": {"value": "somewhere", "from": "flag"}}, "outputs": {}, "inputs": {},
                                           "base": "another"}
-    assert next_merge(session) == f"gemma-tune merge --run {run}"
+    assert next_step(session) == f"gemma-tune merge --run {run}"
 
 
 def test_run_asks_for_the_base_before_it_trains(cli, four_bit, data):

@@ -157,11 +157,7 @@ def _typed_before() -> list[str]:
 
 def _half_a_line_is_there() -> bool:
     """Whether a terminal has the beginning of a line, which it keeps to itself until that ends."""
-    try:
-        import termios
-    except ImportError:  # Windows
-        return False
-    with _terminal_set(~(termios.ICANON | termios.ECHO | termios.ECHONL)):
+    with _terminal_without("ICANON", "ECHO", "ECHONL"):
         return _more_is_there(0)
 
 
@@ -245,20 +241,18 @@ def typist() -> Plain | Editor:
 @contextlib.contextmanager
 def nothing_shown() -> Iterator[None]:
     """Keep what is typed meanwhile out of the answer; it waits for the next question."""
+    with _terminal_without("ECHO", "ECHONL"):
+        yield
+
+
+@contextlib.contextmanager
+def _terminal_without(*modes: str) -> Iterator[None]:
+    """The terminal without these of its local modes, where standard input is one that has such."""
     try:
         import termios
     except ImportError:  # Windows
         yield
         return
-    with _terminal_set(~(termios.ECHO | termios.ECHONL)):
-        yield
-
-
-@contextlib.contextmanager
-def _terminal_set(local: int) -> Iterator[None]:
-    """Only these of the local modes of the terminal, where standard input is one."""
-    import termios
-
     try:
         number = sys.stdin.fileno()
         before = termios.tcgetattr(number)
@@ -266,7 +260,8 @@ def _terminal_set(local: int) -> Iterator[None]:
         yield
         return
     changed = [*before]
-    changed[3] &= local
+    for mode in modes:
+        changed[3] &= ~getattr(termios, mode)
     termios.tcsetattr(number, termios.TCSANOW, changed)
     try:
         yield
