@@ -2,8 +2,9 @@
 
 In eager PyTorch a norm, a rotation or a gated activation is a dozen kernels, each of which reads and writes the whole
 tensor; here each is one, computed in fp32 and rounded once. Nothing depends on the data: the kernels can be captured in
-a CUDA graph. Importing this module needs Triton, so it is imported only where a GPU is used; under Triton's interpreter
-it also runs on a CPU, which is how it is tested. For float64 all of it computes in float64.
+a CUDA graph, and are the same for all batches of a model (:mod:`gemma_tune.train.ahead`). Importing this module needs
+Triton, so it is imported only where a GPU is used; under Triton's interpreter it also runs on a CPU, which is how it is
+tested. For float64 all of it computes in float64.
 
 Tensors come as attention makes them, as transposed views, so rows are addressed by strides and results keep the layout
 of what came in.
@@ -11,6 +12,7 @@ of what came in.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,11 +37,24 @@ def _four(x: torch.Tensor) -> torch.Tensor:
 
 
 def _tile(rows: int, width: int) -> dict[str, Any]:
-    """Rows and columns per program and its warps, and under ``grid`` how many programs."""
+    """What :func:`_launch` takes: how many programs, rows and columns of each, and its warps."""
     columns = triton.next_power_of_2(width)
     per = max(1, 2048 // columns)
     warps = 4 if per * columns <= 4096 else 8 if columns <= 16_384 else 16
-    return {"grid": (triton.cdiv(rows, per),), "meta": {"ROWS": per, "COLUMNS": columns, "num_warps": warps}}
+    return {"programs": triton.cdiv(rows, per), "ROWS": per, "COLUMNS": columns, "num_warps": warps}
+
+
+def _launch(kernel: Any, first: torch.Tensor, *more: Any, programs: int, **constants: Any) -> None:
+    """Run so many programs of a kernel; on the meta device, which has no numbers, it is only compiled."""
+    if first.is_meta:
+        kernel.warmup(first, *more, grid=(programs,), **constants)
+    else:
+        kernel[(programs,)](first, *more, **constants)
+
+
+# One kernel for all numbers of rows: Triton would compile another one where such a number is divisible by 16, or is 1,
+# and each new shape of a batch would cost tenths of a second. What it knows of widths and strides makes reads wide.
+_rows_alike = functools.partial(triton.jit, do_not_specialize=["count", "n1", "n2"])
 
 
 @triton.jit
@@ -51,7 +66,7 @@ def _offsets(rows, n1, n2, s0, s1, s2):
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------------------------
 
-@triton.jit
+@_rows_alike
 def _norm_forward(x, weight, out, inverse, count, width, eps, n1, n2, x0, x1, x2, o0, o1, o2,
                   WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -64,7 +79,7 @@ def _norm_forward(x, weight, out, inverse, count, width, eps, n1, n2, x0, x1, x2
     tl.store(inverse + rows, factor, mask=rows < count)
 
 
-@triton.jit
+@_rows_alike
 def _norm_backward(x, weight, inverse, grad, out, count, width, n1, n2, x0, x1, x2, g0, g1, g2, o0, o1, o2,
                    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -89,9 +104,8 @@ class RMSNorm(torch.autograd.Function):
         _, n1, n2, width = rows.shape
         count, wide = rows.numel() // width, _wide(x)
         inverse = torch.empty(count, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        tile = _tile(count, width)
-        _norm_forward[tile["grid"]](rows, weight, out, inverse, count, width, eps, n1, n2, *rows.stride()[:3],
-                                    *out.stride()[:3], WIDE=wide, **tile["meta"])
+        _launch(_norm_forward, rows, weight, out, inverse, count, width, eps, n1, n2, *rows.stride()[:3],
+                *out.stride()[:3], WIDE=wide, **_tile(count, width))
         ctx.save_for_backward(x, weight, inverse)
         return out.view(x.shape)
 
@@ -102,16 +116,14 @@ class RMSNorm(torch.autograd.Function):
         rows, above = _four(x), _four(grad)
         out = torch.empty_like(rows)
         _, n1, n2, width = rows.shape
-        tile = _tile(len(inverse), width)
-        _norm_backward[tile["grid"]](rows, weight, inverse, above, out, len(inverse), width, n1, n2,
-                                     *rows.stride()[:3], *above.stride()[:3], *out.stride()[:3], WIDE=_wide(x),
-                                     **tile["meta"])
+        _launch(_norm_backward, rows, weight, inverse, above, out, len(inverse), width, n1, n2, *rows.stride()[:3],
+                *above.stride()[:3], *out.stride()[:3], WIDE=_wide(x), **_tile(len(inverse), width))
         return out.view(x.shape), None, None
 
 
 # ---- rotary embedding ------------------------------------------------------------------------------------------------
 
-@triton.jit
+@_rows_alike
 def _rotate(x, cos, sin, out, count, half, n1, n2, x0, x1, x2, c0, c1, c2, s0, s1, s2, o0, o1, o2,
             BACK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -143,9 +155,8 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dt
     out = torch.empty_like(rows, dtype=dtype)
     _, n1, n2, width = rows.shape
     count = rows.numel() // width
-    tile = _tile(count, width // 2)
-    _rotate[tile["grid"]](rows, cos, sin, out, count, width // 2, n1, n2, *rows.stride()[:3], *cos.stride()[:3],
-                          *sin.stride()[:3], *out.stride()[:3], BACK=back, WIDE=_wide(x, cos), **tile["meta"])
+    _launch(_rotate, rows, cos, sin, out, count, width // 2, n1, n2, *rows.stride()[:3], *cos.stride()[:3],
+            *sin.stride()[:3], *out.stride()[:3], BACK=back, WIDE=_wide(x, cos), **_tile(count, width // 2))
     return out.view(x.shape)
 
 
@@ -220,8 +231,8 @@ class GatedActivation(torch.autograd.Function):
         """Args: gate, up of one shape and type; kind: one of ``ACTIVATIONS``."""
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        grid = (triton.cdiv(gate.numel(), _FLAT_BLOCK),)
-        _gate_forward[grid](gate, up, out, gate.numel(), KIND=kind, WIDE=_wide(gate), BLOCK=_FLAT_BLOCK)
+        _launch(_gate_forward, gate, up, out, gate.numel(), KIND=kind, WIDE=_wide(gate), BLOCK=_FLAT_BLOCK,
+                programs=triton.cdiv(gate.numel(), _FLAT_BLOCK))
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
         return out
@@ -231,9 +242,8 @@ class GatedActivation(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        grid = (triton.cdiv(gate.numel(), _FLAT_BLOCK),)
-        _gate_backward[grid](gate, up, grad, grad_gate, grad_up, gate.numel(), KIND=ctx.kind, WIDE=_wide(gate),
-                             BLOCK=_FLAT_BLOCK)
+        _launch(_gate_backward, gate, up, grad, grad_gate, grad_up, gate.numel(), KIND=ctx.kind, WIDE=_wide(gate),
+                BLOCK=_FLAT_BLOCK, programs=triton.cdiv(gate.numel(), _FLAT_BLOCK))
         return grad_gate, grad_up, None
 
 
@@ -313,7 +323,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, softcap: float |
     loss = torch.empty(rows, dtype=wide, device=logits.device)
     own = torch.empty_like(loss) if with_grad else None
     block = min(_VOCABULARY_BLOCK, triton.next_power_of_2(vocabulary))
-    _cross_entropy[(rows,)](logits, targets, loss, loss if own is None else own, logits.stride(0), vocabulary,
-                            softcap or 1.0, scale, CAP=bool(softcap), GRAD=with_grad, IGNORED=ignored,
-                            WIDE=_wide(logits), BLOCK=block, num_warps=16)
+    _launch(_cross_entropy, logits, targets, loss, loss if own is None else own, logits.stride(0), vocabulary,
+            softcap or 1.0, scale, CAP=bool(softcap), GRAD=with_grad, IGNORED=ignored, WIDE=_wide(logits), BLOCK=block,
+            num_warps=16, programs=rows)
     return loss, own

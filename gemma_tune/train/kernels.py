@@ -40,16 +40,17 @@ class FastLayers(dict[str, int]):
 
 
 @contextlib.contextmanager
-def fast_layers(model: torch.nn.Module) -> Iterator[FastLayers]:
+def fast_layers(model: torch.nn.Module, of: torch.device | None = None) -> Iterator[FastLayers]:
     """Compute with the functions above while the context lasts; afterwards the model is as it was.
 
     Args:
         model: a PEFT model whose base is frozen.
+        of: the device whose functions are taken, if not the one that the model is on.
 
     Yields:
         How many layers of each kind were replaced, and how to refresh what is kept of the adapters.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = of or next((p.device for p in model.parameters()), torch.device("cpu"))
     operations = _operations(device)
     with contextlib.ExitStack() as undo:
         adapters, copies = replace_adapters(model, undo, narrow=operations is not elementwise)

@@ -8,7 +8,7 @@ backward pass. So the figures follow the model's own code, and ours, without a t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class ModelShape:
         attention: query heads x their width.
         item: bytes of a number in the compute type.
         kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
+        model: with its adapter, on the meta device.
     """
 
     parameters: int
@@ -62,6 +63,7 @@ class ModelShape:
     attention: int
     item: int
     kept: Callable[[int, int], int]
+    model: Any = field(default=None, compare=False, repr=False)
 
 
 def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: Adapter | None = None) -> ModelShape:
@@ -85,16 +87,19 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     adapted = [model.get_submodule(name) for name in chosen]
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
+    parameters, active = sum(p.numel() for p in model.parameters()), _active(model, text_config)
+    through = sum(module.in_features + module.out_features for module in adapted)
+    with_adapter = _adapted(model, config, chosen, patterns_of(start, names) if start else {})
     return ModelShape(
-        parameters=sum(p.numel() for p in model.parameters()), linear=sum(linear.values()),
-        active=_active(model, text_config),
+        parameters=parameters, linear=sum(linear.values()),
+        active=active,
         adapter=sum(lora.numbers for lora in start.layers.values()) if start else
-        config.rank * sum(m.in_features + m.out_features for m in adapted)
+        config.rank * through
         + config.dora * sum(m.out_features for m in adapted),
         adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
-        item=dtype.itemsize, kept=_counter(model, config, chosen, patterns_of(start, names) if start else {}))
+        item=dtype.itemsize, kept=_counter(with_adapter, through), model=with_adapter)
 
 
 def adapted_layers(checkpoint: Path, adapter: Adapter) -> dict[str, str]:
@@ -162,18 +167,20 @@ def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:
     return round(sum(p.numel() * (chosen / experts if p.ndim == 3 else 1) for p in matrices))
 
 
-def _counter(model: PreTrainedModel, config: TrainConfig, chosen: list[str],
-             patterns: dict[str, Any]) -> Callable[[int, int], int]:
-    """``kept`` of :class:`ModelShape`; the adapter is put on the model."""
+def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: list[str], patterns: dict[str, Any]) -> Any:
+    """The model with its adapter."""
     from peft import get_peft_model
 
     from gemma_tune.lora.dora import start_from_base
 
-    through = sum(module.in_features + module.out_features for module in map(model.get_submodule, chosen))
     adapted = get_peft_model(model, lora_config(config, chosen, **patterns), low_cpu_mem_usage=True).train()
     if config.dora:
         start_from_base(adapted)
+    return adapted
 
+
+def _counter(adapted: Any, through: int) -> Callable[[int, int], int]:
+    """``kept`` of :class:`ModelShape`, of a model whose adapted layers have so many inputs and outputs."""
     @cache
     def kept(rows: int, length: int) -> int:
         try:
@@ -201,12 +208,20 @@ def _kept(adapted: Any, rows: int, length: int) -> int:
             alive.append(storage)
         return tensor
 
+    with fast_layers(adapted), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        last_hidden(adapted, rows, length)
+    return sum(sizes.values())
+
+
+def last_hidden(adapted: Any, rows: int, length: int) -> torch.Tensor:
+    """Last hidden states (rows, length, d) of a :attr:`ModelShape.model`: the shape, and how it comes about."""
+    import torch
+
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     eager = adapted.config.get_text_config()._attn_implementation == "eager"
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta") if eager else None
-    with fast_layers(adapted), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        adapted.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-    return sum(sizes.values())
+    decoder = adapted.get_base_model().get_decoder()
+    return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def _counted_attention(module, query, key, value, attention_mask, sliding_window=None, **_: Any):
@@ -231,6 +246,11 @@ def _counted_attention(module, query, key, value, attention_mask, sliding_window
             sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
             mask = [query.new_empty(len(query), 1, length, length)] if masked else []
             ctx.save_for_backward(query, *repeated, out, sums, *mask)
+            ctx.like = [x.new_empty_strided(x.shape, x.stride()) for x in (query, key, value)]
             return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            return tuple(map(torch.empty_like, ctx.like))
 
     return Kept.apply(query, key, value).transpose(1, 2), None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, sha256_file
@@ -48,9 +49,13 @@ from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, tota
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
+from gemma_tune.train.shape import ModelShape
 from gemma_tune.train.start import start_folder
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
+
+if TYPE_CHECKING:
+    from gemma_tune.train.ahead import KernelsAhead
 
 LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
 
@@ -135,7 +140,7 @@ def _train(session: Session, go_on: bool) -> Finished:
     processes.begin()
     load_libraries()
     startup.done("libraries")
-    job = _decide(session, startup, go_on)
+    job, shape = _decide(session, startup, go_on)
     # Their hashes take as long as loading them does, and go on beside it.
     hashing = ThreadPoolExecutor(1)
     sound = hashing.submit(refuse_rotten, job.session.model.path, job.session.model.files)
@@ -143,10 +148,13 @@ def _train(session: Session, go_on: bool) -> Finished:
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     adapter = session.run.adapter
     outputs = {"adapter": adapter, "training_settings": session.run.train_settings}
-    return Finished(outputs, _work(job, sound.result), {adapter: fresh_path(adapter)})
+    from gemma_tune.train.ahead import KernelsAhead
+
+    with closing(KernelsAhead(shape.model, job.placement.device)) as kernels:
+        return Finished(outputs, _work(job, sound.result, kernels), {adapter: fresh_path(adapter)})
 
 
-def _decide(session: Session, startup: Startup, go_on: bool) -> Job:
+def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, ModelShape]:
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
@@ -167,10 +175,10 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> Job:
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
-    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup)
+    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup), shape
 
 
-def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
+def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead | None = None) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
     from gemma_tune.train.best import Best
@@ -204,6 +212,8 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any]) -> dict[str, Any]:
     settings = SettingsRecord(session, job.placement, job.choice)
     settings.begin()
     job.startup.done("adapter")
+    if kernels:
+        kernels.wait(job.startup)
     with stop, reports:
         summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
     settings.end(trainer)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from train.test_summed_loss import conversations, small
 
 from gemma_tune.base.listener import Listener
@@ -20,6 +19,7 @@ from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
+from support.another_device import THERE, Operations, computing_there, there
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # What makes the CPU wait for a device, or depends on what a tensor holds.
@@ -27,18 +27,6 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", 
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 KINDS = {"gemma3": ("Gemma3", WINDOW), "gemma2, capped": ("Gemma2", {
     "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "attn_implementation": "eager", **WINDOW}), "llama": ("Llama", {})}
-
-
-class Operations(TorchDispatchMode):
-    """The names of all operations, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def adapted(kind: str, device: str = "cpu", dropout: float = 0.0, dtype: torch.dtype = torch.float32):
@@ -84,17 +72,31 @@ def test_a_piece_padded_to_its_bucket_teaches_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_has_no_size_that_depends_on_the_data(kind):
-    """Under fake tensors, which hold nothing: whatever asked for a value would fail."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def test_a_step_needs_no_number_and_nothing_of_the_cpu(kind):
     model, part = adapted(kind), collate(conversations())
     bucket = bucket_of([part], room=3)
-    flat = filled(part, bucket)
-    with fast_layers(model), FakeTensorMode(allow_non_fake_inputs=True):
-        loss = step(model, *inputs_of(torch.empty_like(flat, device="cpu"), bucket))
+    size = filled(part, bucket).shape
+    model = model.to(THERE)
+    _ = Gradients(weights(model), fixed=True)
+    with fast_layers(model), computing_there() as operations:
+        loss = LearnedTokens(model).loss(there(size, torch.int32), bucket, there(2))
         loss.backward()
-    assert loss.shape == ()
+    assert loss.shape == () and len(operations.names) > 500
+    assert not operations.elsewhere
+
+
+def test_what_a_capture_could_not_hold_is_noticed():
+    """The proof of the proof: a table on the CPU, a copy from there, a number that is looked at."""
+    table = torch.arange(7.0)
+    with computing_there() as operations:
+        x = there((3, 7)).requires_grad_()
+        (x * 2.5 + torch.tensor(1.0)).sum().backward()
+        assert not operations.elsewhere
+        x + table.to(THERE)
+        assert operations.elsewhere
+        for wrong in (lambda: x + table, lambda: x.sum().item(), lambda: x[x > 0]):
+            with pytest.raises(RuntimeError):
+                wrong()
 
 
 def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():

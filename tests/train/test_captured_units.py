@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands.test_preferences import log, pairs
-from train.test_captured import WAITING, Operations, Told, adapted, on_gpu, weights
+from train.test_captured import WAITING, Told, adapted, on_gpu, weights
 from train.test_preference_loss import Sequences
 
 from gemma_tune.config.stages import TrainConfig
@@ -20,6 +20,7 @@ from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.units import PAIR, Units, collate_units
+from support.another_device import THERE, Operations, computing_there, there
 from support.command import write_rows
 
 METHODS = {"dpo": {"method": "dpo"}, "dpo with the answers' own loss": {"method": "dpo", "sft_weight": 0.3},
@@ -38,7 +39,7 @@ def units_of(size: int) -> Units:
     return units
 
 
-def learning(model, settings: dict, device: str = "cpu") -> tuple[LearnedUnits, Units]:
+def learning(model, settings: dict, device: torch.device | str = "cpu") -> tuple[LearnedUnits, Units]:
     config = TrainConfig(**settings)
     size = 1 if config.method == "kto" else PAIR
     loss = PreferenceLoss(config, torch.device(device), at_once=True)
@@ -79,19 +80,18 @@ def test_units_padded_to_their_bucket_teach_the_same(settings):
 
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
-def test_a_step_of_units_has_no_size_that_depends_on_the_data(settings):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = adapted("gemma3")
-    body, units = learning(model, settings)
+def test_a_step_of_units_needs_no_number_and_nothing_of_the_cpu(settings):
+    model = adapted("gemma3").to(THERE)
+    body, units = learning(model, settings, THERE)
     part = part_of(units, range(2))
     bucket = Bucket(*body.shape(part))
-    count = len(body.filled(part, bucket))
-    with fast_layers(model), FakeTensorMode(allow_non_fake_inputs=True):
-        body.sums = torch.zeros(len(SUMS))
-        loss = body.loss(torch.empty(count, dtype=torch.int32), bucket, torch.empty(2))
+    size = body.filled(part, bucket).shape
+    _ = Gradients(weights(model), fixed=True)
+    with fast_layers(model), computing_there() as operations:
+        loss = body.loss(there(size, torch.int32), bucket, there(2))
         loss.backward()
-    assert loss.shape == ()
+    assert loss.shape == () and len(operations.names) > 500
+    assert not operations.elsewhere
 
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)

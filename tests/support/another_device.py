@@ -1,0 +1,50 @@
+"""A device that is not the CPU and holds no numbers: what a GPU would be asked, where there is none.
+
+Tensors on PyTorch's meta device stand for those of a GPU, under fake tensors, which know their device. What looks at a
+number fails there, as does an operation on tensors of two devices. What would be copied from the CPU, or computed there
+on its way to the device, is noted: inside of a CUDA graph neither can be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+THERE = torch.device("meta")
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations, in order; under ``elsewhere`` those that have to do with another device's tensors.
+
+    A single number (0 dimensions) of the CPU is handed over with the call, and counts for nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.elsewhere: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if any(t.ndim and t.device.type != THERE.type for t in tensors):
+            self.elsewhere.append(str(func))
+        return out
+
+
+@contextlib.contextmanager
+def computing_there() -> Iterator[Operations]:
+    """Compute on :data:`THERE`, with models that are there already."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        yield operations
+
+
+def there(shape: torch.Size | int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor there, to be made within :func:`computing_there`."""
+    return torch.empty(shape, dtype=dtype, device=THERE)
