@@ -32,7 +32,7 @@ _KNOWN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", 
 _NEUTRAL = {"num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"}  # at 1
 _ATTENTION = {"full_attention", "sliding_attention"}
 
-_kept: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Decoder]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, list[Decoder]] = weakref.WeakKeyDictionary()  # the last used ones last
 _given_up: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -208,10 +208,14 @@ class Decoder:
     def same(self, prompt: Sequence[int], state: int) -> int:
         """How many positions of a prompt need not be read again: those of its beginning that are in the cache, computed
         by the model in this state, where they are most of it. What is read behind others takes slower kernels."""
-        if not prompt or not self.known or self._key[0] != state:
+        if not prompt or not self.known or not self.is_of(state):
             return 0
         same = read_before(self.known, prompt)
         return same if 2 * same >= len(prompt) else 0
+
+    def is_of(self, state: int) -> bool:
+        """Whether the model was in this state when it last computed here."""
+        return self._key[0] == state
 
     def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
               choose: Chooser | None, state: int, same: int) -> None:
@@ -393,16 +397,21 @@ def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int],
           ) -> tuple[Decoder, int]:
     """A decoder for so many rows, out of those kept if one fits, or has read most of the prompt, and how much of it;
     nobody else has it while it is used."""
-    kept = _kept.get(model, {})
-    same, key = max(((decoder.same(prompt, state), key) for key, decoder in kept.items()), default=(0, None))
-    if same:
-        found = kept.pop(key)
+    kept = _kept.get(model, [])
+    read = [decoder.same(prompt, state) for decoder in kept]
+    if any(read):
+        same = max(read)
+        found = kept.pop(read.index(same))
         while found.size <= least:
             found = found.grown(model)
         return found, same
-    fitting = sorted(size for number, size in kept if number == rows and least < size <= max(SMALLEST, 8 * wanted))
+    fitting = [d for d in kept if len(d.ids) == rows and least < d.size <= max(SMALLEST, 8 * wanted)]
+    if len(kept) < KEPT:  # while there is room, a conversation with another adapter, or none, keeps its own
+        fitting = [decoder for decoder in fitting if not decoder.known or decoder.is_of(state)]
     if fitting:
-        return kept.pop((rows, fitting[-1])), 0
+        found = max(fitting, key=lambda decoder: decoder.size)
+        kept.remove(found)
+        return found, 0
     return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length())), 0
 
 
@@ -412,7 +421,6 @@ def _keep(model: Any, decoder: Decoder, known: Sequence[int] = ()) -> None:
     if model in _given_up:
         return
     decoder.known = list(known[:-1])
-    kept = _kept.setdefault(model, {})
-    kept[len(decoder.ids), decoder.size] = decoder
-    while len(kept) > KEPT:
-        del kept[next(iter(kept))]
+    kept = _kept.setdefault(model, [])
+    kept.append(decoder)
+    del kept[:-KEPT]

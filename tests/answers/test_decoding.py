@@ -17,6 +17,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
+from support.another_device import THERE, computing_there, there
 from support.gemmas import FAMILIES, make_family
 from support.llamas import make_llama
 
@@ -118,18 +119,18 @@ def test_a_cache_grows_with_its_answer(model, monkeypatch):
     monkeypatch.setattr(decoding, "SMALLEST", 16)
     monkeypatch.setattr(decoding, "ROOM", 4)
     assert ours(model, limit=70) == theirs(model, limit=70)
-    assert [size for _, size in decoding._kept[model]] == [128]
+    assert [decoder.size for decoder in decoding._kept[model]] == [128]
 
 
 def test_a_cache_is_used_again_and_goes_with_its_model(model):
     first = ours(model)
-    [decoder] = decoding._kept[model].values()
+    [decoder] = decoding._kept[model]
     assert ours(model, [PROMPTS[1]] * 3) == theirs(model, [PROMPTS[1]] * 3)
     assert ours(model) == first, "nothing of the answer in between is left"
-    assert list(decoding._kept[model].values()) == [decoder]
+    assert decoding._kept[model] == [decoder]
     for rows in (1, 2):
         ours(model, PROMPTS[:rows])
-    assert [rows for rows, _ in decoding._kept[model]] == [1, 2], "few are kept"
+    assert [len(decoder.ids) for decoder in decoding._kept[model]] == [1, 2], "few are kept"
 
 
 def read_and_written(model, prompt, limit=6) -> list[int]:
@@ -178,24 +179,46 @@ def test_what_was_read_moves_to_a_larger_cache(model, monkeypatch):
     monkeypatch.setattr(decoding, "ROOM", 4)
     turn = read_and_written(model, list(range(40, 52))) + list(range(90, 102))
     assert first_read(model, turn) == 13
-    assert {size for _, size in decoding._kept[model]} == {64}
+    assert {decoder.size for decoder in decoding._kept[model]} == {64}
+
+
+def adapted(talkative):
+    torch.manual_seed(0)
+    return get_peft_model(load_model(talkative, FP32).eval(), LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)).eval()
 
 
 def test_what_an_adapter_has_read_is_read_again_without_it(talkative):
-    torch.manual_seed(0)
-    model = get_peft_model(load_model(talkative, FP32).eval(), LoraConfig(
-        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    model = adapted(talkative)
     turn = read_and_written(model, list(range(40, 75))) + [50, 61]
     with model.disable_adapter():
         assert first_read(model, turn) == len(turn)
         assert first_read(model, [*turn, 43]) == 1
-    assert first_read(model, turn) == len(turn)
+
+
+def test_base_and_adapter_keep_a_conversation_each(talkative):
+    """As two that are compared: every turn is answered by both, and each reads only what is new to it."""
+    model, turn = adapted(talkative), list(range(40, 75))
+    for _ in range(2):
+        tuned = read_and_written(model, turn)
+        with model.disable_adapter():
+            base = read_and_written(model, turn)
+        assert tuned != base
+        assert first_read(model, tuned) == 1
+        with model.disable_adapter():
+            assert first_read(model, base) == 1
+        turn = [*tuned, 50, 61]
+    assert len(decoding._kept[model]) == 2
+    assert first_read(model, turn) == 2, "and what is answered next goes on from its own"
+    # A batch in between takes the place of one of them, and not of the one that spoke last.
+    ours(model)
+    assert len(decoding._kept[model]) == 2 and first_read(model, turn) == 1
 
 
 def test_a_cache_goes_with_its_model(talkative):
     model = load_model(talkative, FP32).eval()
     ours(model)
-    keys = weakref.ref(next(iter(decoding._kept[model].values())).cache.layers[0].keys)
+    keys = weakref.ref(decoding._kept[model][0].cache.layers[0].keys)
     del model
     gc.collect()
     assert keys() is None
@@ -303,6 +326,19 @@ def test_what_cannot_be_captured_goes_on_uncaptured(model, on_cpu, monkeypatch):
     assert not decoding.pays(model)
 
 
+def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):
+    """What is captured on a GPU: the step that chooses the best token, and the one whose logits are drawn from."""
+    model.to(THERE)
+    with torch.inference_mode(False), torch.no_grad(), computing_there() as operations:
+        decoder = decoding.Decoder(model, 2, 64)
+        ids = there((2, 9), torch.long)
+        decoder.begin(model, ids, torch.ones_like(ids), frozenset((1,)), 0, None, 7, 0)
+        operations.elsewhere.clear()
+        for step in (decoder._greedy_step, decoder._logits):
+            assert step(model).shape[0] == 2
+    assert not operations.elsewhere and len(operations.names) > 200
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -325,7 +361,7 @@ def test_captured_ids_are_those_made_without(on_gpu, chosen):
         made.append(ours(on_gpu, limit=100, arguments=arguments, capture=capture))
     assert made[0] == made[1] == made[2]
     assert on_gpu not in decoding._given_up, decoding._given_up.get(on_gpu)
-    [decoder] = decoding._kept[on_gpu].values()
+    [decoder] = decoding._kept[on_gpu]
     assert decoder.replays
 
 
@@ -367,7 +403,7 @@ def test_an_adapter_that_is_switched_off_is_captured_apart(on_gpu):
     with model.disable_adapter():
         assert ours(model) == expected != tuned
     assert ours(model) == tuned
-    [decoder] = decoding._kept[model].values()
+    [decoder] = decoding._kept[model]
     assert len(decoder._captured) == 2
 
 
