@@ -278,7 +278,7 @@ class Conversation:
             raise UserError(f"there is no setting {name}{near(name, CHANGEABLE)}",
                             f"/set knows {', '.join(CHANGEABLE)}")
         config = replace(self.config, **{name: _value(name, value)})
-        if name == "seed" and config.seed is not None:
+        if name == "seed":
             self.voice.seed(config.seed)
         self.config = config
         return getattr(self.config, name)
@@ -299,9 +299,14 @@ class Conversation:
             self.voices.close()
 
     def _take(self, voice: Voice) -> None:
-        self.answering = voice
-        if self.config.seed is not None:
-            voice.seed(self.config.seed)
+        self.answering = seeded(voice, self.config)
+
+
+def seeded(voice: Voice, config: ChatConfig) -> Voice:
+    """A voice that begins to answer, from the seed if there is one."""
+    if config.seed is not None:
+        voice.seed(config.seed)
+    return voice
 
 
 def _turn(answer: Answer) -> dict[str, Any]:
@@ -335,10 +340,7 @@ def open_conversation(session: Session, *, ahead: bool = False) -> Conversation:
     saves = Saves(session.run, session.settings_of("prepare"), session.manifest.kind)
 
     def load() -> Voice:
-        voice = voices.open(voices.choice.name, pair=config.compare)
-        if config.seed is not None:
-            voice.seed(config.seed)
-        return voice
+        return seeded(voices.open(voices.choice.name, pair=config.compare), config)
 
     return Conversation(Ahead(load) if ahead else load(), config, saves, voices, config.system,
                         comparing=config.compare)

@@ -94,10 +94,10 @@ class LocalVoice:
         half = len(encoded) // 2
         return self._together(encoded[:half], config) + self._together(encoded[half:], config)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int | None) -> None:
         import torch
 
-        torch.manual_seed(seed)
+        torch.seed() if seed is None else torch.manual_seed(seed)
 
     def close(self) -> None:
         self.model = None

@@ -78,7 +78,7 @@ class OllamaVoice:
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int | None) -> None:
         self._seed = seed
 
     def close(self) -> None:

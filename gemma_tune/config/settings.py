@@ -150,8 +150,14 @@ def in_words(settings: Mapping[str, Any]) -> str:
     >>> in_words({"rank": 8, "quant": ("q8_0", "f16")})
     'rank 8, quant q8_0,f16'
     """
-    return ", ".join(f"{name} {','.join(value) if isinstance(value, (tuple, list)) else value}"
-                     for name, value in settings.items())
+    return ", ".join(f"{name} {value_in_words(value)}" for name, value in settings.items())
+
+
+def value_in_words(value: Any) -> str:
+    """A setting's value as an option takes it; ``not set`` where there is none."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return "not set" if value is None else str(value)
 
 
 def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any] | None = None,

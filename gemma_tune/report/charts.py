@@ -114,7 +114,8 @@ def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[floa
     heights = sorted(y for _, y in everything)
     high = min(heights[-1], 1.5 * heights[int(0.98 * (len(heights) - 1))])
     frame = Frame((0, max(x for x, _ in everything)), (min(heights[0], high) * 0.95, high * 1.03))
-    frame.axes("step")
+    above = "" if high == heights[-1] else f"; what lies above is drawn at the edge, up to {heights[-1]:.4g}"
+    frame.axes(f"step{above}")
     frame.line([(x, min(y, high)) for x, y in thinned(losses)], "train")
     frame.line([(x, min(y, high)) for x, y in evals], "valid")
     for x, y in evals:

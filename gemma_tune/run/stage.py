@@ -19,7 +19,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, put_in_place, remove
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.secrets import redacted
-from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result
+from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result, value_in_words
 from gemma_tune.run.directory import RunDir, command, describe, now
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, Manifest, read_manifest
@@ -368,7 +368,8 @@ def other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
     # A setting that an older version did not have was, in effect, at its default.
     old = {f.name: plain(f.default) for f in fields(config)}
     old |= {name: entry["value"] for name, entry in record["config"].items()}
-    return [f"{name}: {old[name]} -> {value}" for name, value in config.as_dict().items()
+    return [f"{name}: {value_in_words(old[name])} -> {value_in_words(value)}"
+            for name, value in config.as_dict().items()
             if name not in same_result(type(config)) and old[name] != value
             and asks_more(type(config), name, old[name], value)]
 

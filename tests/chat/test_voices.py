@@ -396,7 +396,8 @@ def conversation():
 def test_settings_change_and_go_back(conversation):
     assert conversation.set("temperature", "0") == 0.0 and conversation.set("top_k", "5") == 5
     assert conversation.set("max_new_tokens", "7") == 7 and conversation.set("seed", "3") == 3
-    assert conversation.voice.seeds == [3]
+    assert conversation.set("seed", "default") is None
+    assert conversation.voice.seeds == [3, None], "what comes next is drawn anew"
     assert conversation.set("temperature", "default") is None and conversation.config.top_k == 5
     for name, value in (("temperature", "-1"), ("top_p", "2"), ("top_k", "x"), ("max_new_tokens", "default7")):
         with pytest.raises(UserError):

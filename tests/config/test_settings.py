@@ -19,7 +19,7 @@ from gemma_tune.base import files
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
-from gemma_tune.config.settings import StageConfig, as_flags, resolve
+from gemma_tune.config.settings import StageConfig, as_flags, resolve, value_in_words
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig
 
@@ -582,3 +582,8 @@ def test_a_half_written_file(tmp_path, text, hint):
     with pytest.raises(UserError, match=r"half.yaml:\d: not valid YAML") as raised:
         load_yaml(tmp_path / "half.yaml")
     assert hint in raised.value.hint
+
+
+def test_values_are_told_as_options_take_them():
+    assert value_in_words(("a.csv", "b.csv")) == "a.csv,b.csv" and value_in_words([]) == "none"
+    assert value_in_words(None) == "not set" and value_in_words(0) == "0" and value_in_words("x") == "x"

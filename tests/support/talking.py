@@ -58,7 +58,7 @@ class Voice:
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
         return Repeats(self.name, messages[-1]["content"], len(messages))
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int | None) -> None:
         pass
 
     def close(self) -> None:

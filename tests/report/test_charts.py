@@ -1,0 +1,13 @@
+"""Charts say what they leave out."""
+
+from __future__ import annotations
+
+from gemma_tune.report.charts import loss_chart
+
+CURVE = [(step, 3.0 - step / 50) for step in range(100)]
+
+
+def test_a_loss_far_above_the_others_is_named():
+    drawn = str(loss_chart([(0, 51.25), *CURVE[1:]], [], None))
+    assert "drawn at the edge, up to 51.25" in drawn
+    assert "edge" not in str(loss_chart(CURVE, [(0, 3.1)], None))
