@@ -50,7 +50,8 @@ def measured(model: BaseModel) -> Needs:
         UserError: it cannot be trained.
     """
     refuse_untrainable(model.id, model.config)
-    return Needs(model, shape_of(model.path, TrainConfig(), choose_placement("auto").dtype))
+    placement = choose_placement("auto")
+    return Needs(model, shape_of(model.path, TrainConfig(), placement.dtype, device=placement.device))
 
 
 def had(model: BaseModel) -> Iterator[Finding]:

@@ -68,16 +68,16 @@ class KernelsAhead:
 
 def step(model: Any, device: torch.device) -> None:
     """What a step and an evaluation launch, on the meta device, with the layers of ``device``."""
-    from gemma_tune.train.fused import cross_entropy_
+    from gemma_tune.train.fused import compiling, cross_entropy_
 
     base = model.get_base_model()
     weight, way = base.get_output_embeddings().weight, by_kernel(cross_entropy_)
     after = after_product(base)
     targets = torch.zeros(_LENGTH, dtype=torch.long, device="meta")
-    with fast_layers(model, device):
+    with compiling(), fast_layers(model, device):
         hidden = last_hidden(model, _ROWS, _LENGTH)
         hidden.backward(torch.empty_like(hidden))
-    with torch.no_grad():
+    with compiling(), torch.no_grad():
         rows = hidden[0].to(weight.dtype)
         for with_grad in (True, False):
             way(rows, weight, targets, after["softcap"], after["scale"], with_grad)

@@ -12,7 +12,10 @@ of what came in.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -44,12 +47,25 @@ def _tile(rows: int, width: int) -> dict[str, Any]:
     return {"programs": triton.cdiv(rows, per), "ROWS": per, "COLUMNS": columns, "num_warps": warps}
 
 
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Compile what is launched on the meta device while the context lasts, in this thread."""
+    token = _compiling.set(True)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
 def _launch(kernel: Any, first: torch.Tensor, *more: Any, programs: int, **constants: Any) -> None:
-    """Run so many programs of a kernel; on the meta device, which has no numbers, it is only compiled."""
-    if first.is_meta:
-        kernel.warmup(first, *more, grid=(programs,), **constants)
-    else:
+    """Run so many programs of a kernel; on the meta device, which has no numbers, there is nothing to do."""
+    if not first.is_meta:
         kernel[(programs,)](first, *more, **constants)
+    elif _compiling.get():
+        kernel.warmup(first, *more, grid=(programs,), **constants)
 
 
 # One kernel for all numbers of rows: Triton would compile another one where such a number is divisible by 16, or is 1,

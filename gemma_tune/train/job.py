@@ -133,7 +133,8 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
         start: directory of the adapter that is trained further.
     """
     refuse_four_bits(session.config, placement.device)
-    shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None)
+    shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
+                     placement.device)
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1
     room, sequences = available(placement.device) // share, sequences_of_a_row(session.config)

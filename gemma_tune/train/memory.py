@@ -89,7 +89,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
 
     Captured steps need no more: their graphs share one pool, which holds what the largest shape does, and the step that
     is tried first has given its memory back by then. Measured on an H100 with 8 x 707 tokens, bf16 and rank 16: 5.0 GB
-    reserved for Gemma 3 270M where this says 5.2, 30.9 GB for a 4B where it says 40.5.
+    reserved for Gemma 3 270M where this says 5.0, 30.9 GB for a 4B where it says 35.7.
 
     Args:
         micro_batch: conversations at once.

@@ -66,13 +66,15 @@ class ModelShape:
     model: Any = field(default=None, compare=False, repr=False)
 
 
-def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: Adapter | None = None) -> ModelShape:
+def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: Adapter | None = None,
+             device: str = "cpu") -> ModelShape:
     """Measure the model of ``checkpoint/config.json``; the weights need not be there.
 
     Args:
         config: for the adapter's rank and layers.
         dtype: the compute type.
         start: the adapter that is trained further; its layers and ranks count.
+        device: where it will be trained, as the layers of a GPU keep less.
 
     Raises:
         UserError: a model type that transformers does not know, ``--target-modules`` that the model does not have, or
@@ -99,7 +101,8 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
-        item=dtype.itemsize, kept=_counter(with_adapter, through), model=with_adapter)
+        item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
+        model=with_adapter)
 
 
 def adapted_layers(checkpoint: Path, adapter: Adapter) -> dict[str, str]:
@@ -179,19 +182,19 @@ def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: list[str], pat
     return adapted
 
 
-def _counter(adapted: Any, through: int) -> Callable[[int, int], int]:
+def _counter(adapted: Any, through: int, device: torch.device) -> Callable[[int, int], int]:
     """``kept`` of :class:`ModelShape`, of a model whose adapted layers have so many inputs and outputs."""
     @cache
     def kept(rows: int, length: int) -> int:
         try:
-            return _kept(adapted, rows, length)
+            return _kept(adapted, rows, length, device)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return rows * length * through * KEPT_PER_NUMBER * adapted.dtype.itemsize
 
     return kept
 
 
-def _kept(adapted: Any, rows: int, length: int) -> int:
+def _kept(adapted: Any, rows: int, length: int, device: torch.device) -> int:
     """Bytes of the different tensors that autograd keeps of one forward pass up to the last hidden states."""
     import torch
 
@@ -208,7 +211,7 @@ def _kept(adapted: Any, rows: int, length: int) -> int:
             alive.append(storage)
         return tensor
 
-    with fast_layers(adapted), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with fast_layers(adapted, device), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         last_hidden(adapted, rows, length)
     return sum(sizes.values())
 

@@ -19,6 +19,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
 from gemma_tune.models import placement
 from gemma_tune.models.placement import USABLE
+from gemma_tune.train import kernels
 from gemma_tune.train import memory as memory_module
 from gemma_tune.train import shape as model_shape
 from gemma_tune.train.kernels import fast_layers
@@ -29,12 +30,13 @@ from support.gemmas import make_family
 from support.hub import LoopbackHub
 from support.models import make_model
 from support.prepared import same_examples
+from support.triton_cpu import interpreted
 
 SMALL = TrainConfig(rank=4)
 
 
 def real_kept(checkpoint: Path, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd really keeps of one forward pass."""
+    """Bytes that autograd really keeps of one forward pass, with the layers of a CPU unless others were put in."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -63,6 +65,17 @@ def test_what_autograd_keeps_is_counted_without_weights(tiny, tmp_path, dtype, r
     really = real_kept(tiny, rows, length, dtype)
     # Attention's kernels differ in what they keep for a few tokens, and of the mask beyond the window of 64.
     assert really <= counted <= (1.01 if length < 64 else 1.25) * really
+
+
+def test_what_the_layers_of_a_gpu_keep_is_counted(tiny, monkeypatch):
+    """Their kernels are interpreted here; for what is counted none runs."""
+    pytest.importorskip("triton")
+    plain = shape_of(tiny, SMALL, torch.bfloat16).kept(3, 40)
+    monkeypatch.setattr(kernels, "_operations", lambda device: interpreted("gemma_tune.train.fused"))
+    counted = shape_of(tiny, SMALL, torch.bfloat16, device="cuda").kept(3, 40)
+    really = real_kept(tiny, 3, 40, torch.bfloat16)
+    assert really <= counted <= 1.01 * really
+    assert counted < 0.95 * plain, "a gated activation keeps its two inputs and nothing else"
 
 
 def test_several_key_heads(tmp_path):
