@@ -36,6 +36,9 @@ class Body(Protocol):
     def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
         """A piece padded to a bucket's shape (n,) int32, on the CPU; n depends on the bucket alone."""
 
+    def prepare(self, bucket: Bucket) -> None:
+        """Decide what cannot be decided in a capture."""
+
     def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
         """What the piece adds to the loss of the step (fp32 scalar), of what :meth:`filled` made, on the device.
 
@@ -44,8 +47,15 @@ class Body(Protocol):
         """
 
 
+class RowsBeside:
+    """Of a :class:`Body` whose rows are padded to one length: which attention that takes."""
+
+    def prepare(self, bucket: Bucket) -> None:
+        choose_for(bucket.rows, bucket.length)
+
+
 @dataclass
-class LearnedTokens:
+class LearnedTokens(RowsBeside):
     """The loss of tokens: sums in nats, times the first weight. A :class:`Body`."""
 
     model: Any
@@ -150,6 +160,15 @@ class CapturedSteps:
         captured.graph.replay()
         return True
 
+    def seconds_of(self, part: Mapping[str, Any], *weights: float, times: int = 5) -> float:
+        """What running a piece takes that has run before."""
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(times):
+            self.run(part, *weights)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / times
+
     def forget(self) -> None:
         """Free all graphs and their memory; they are captured anew when they are needed."""
         self._graphs.clear()
@@ -164,7 +183,7 @@ class CapturedSteps:
         inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            choose_for(bucket.rows, bucket.length)
+            self.body.prepare(bucket)
             # Other threads, such as one that reads data, may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = self.body.loss(inputs, bucket, self._weights)

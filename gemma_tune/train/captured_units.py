@@ -11,14 +11,14 @@ import torch
 
 from gemma_tune.train.batches import collate
 from gemma_tune.train.buckets import Bucket
-from gemma_tune.train.captured import filled, inputs_of
+from gemma_tune.train.captured import RowsBeside, filled, inputs_of
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers
 from gemma_tune.train.preference_loss import PreferenceLoss, by_answer
 
 
 @dataclass
-class LearnedUnits:
+class LearnedUnits(RowsBeside):
     """The loss of units: the first weight for what compares answers, the second for the tokens of good ones. A
     :class:`gemma_tune.train.captured.Body`.
 

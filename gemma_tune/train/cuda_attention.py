@@ -8,11 +8,12 @@ transformers' way.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,18 @@ def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor
 
 
 def _varlen(q, k, v, scale, window):
+    batch, _, length, _ = q.shape
+    ends = torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
+    return _by_ends(q, k, v, scale, window, ends, length)
+
+
+def _by_ends(q, k, v, scale, window, ends, longest):
+    """Attention of rows that lie one after the other, whatever the batch says.
+
+    Args:
+        ends: (rows + 1,) int32: where each begins, and where the last ends.
+        longest: no row is longer.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, length, _ = q.shape
@@ -102,9 +115,8 @@ def _varlen(q, k, v, scale, window):
             given["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))
-    ends = torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
     packed = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    return varlen_attn(*packed, ends, ends, length, length, **given).view(batch, length, heads, v.shape[-1])
+    return varlen_attn(*packed, ends, ends, longest, longest, **given).view(batch, length, heads, v.shape[-1])
 
 
 CANDIDATES: dict[str, Attention] = {  # in the order in which they are tried
@@ -239,6 +251,26 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / REPEATS
 
 
+# ---- rows one after the other ----------------------------------------------------------------------------------------
+
+_ends: torch.Tensor | None = None
+
+
+@contextlib.contextmanager
+def packed_rows(ends: torch.Tensor) -> Iterator[None]:
+    """Let attention in a model keep rows apart that lie one after the other, while the context lasts.
+
+    Args:
+        ends: (rows + 1,) int32, see :func:`_by_ends`; it has to stay where it is as long as captured steps use it.
+    """
+    global _ends
+    _ends = ends
+    try:
+        yield
+    finally:
+        _ends = None
+
+
 # ---- in a model ------------------------------------------------------------------------------------------------------
 
 def fastest_attention_or(theirs: Any) -> Any:
@@ -250,13 +282,18 @@ def fastest_attention_or(theirs: Any) -> Any:
         theirs: transformers' function for SDPA.
     """
     def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-        if plain_causal(module, query, key, value, attention_mask, dropout, is_causal, kwargs):
+        plain = plain_causal(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        if _ends is not None and not plain:
+            raise RuntimeError("rows cannot be packed: a layer's attention is more than causal")
+        if plain:
             length, window = query.shape[2], kwargs.get("sliding_window")
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3], query.dtype
             _met[Kind(*sizes, window, query.device)] = scale
             # Without a mask there is no window, whatever the layer says; within it, it hides nothing.
             window = window if attention_mask is not None and window < length else None
+            if _ends is not None:
+                return _by_ends(query, key, value, scale, window, _ends, length), None
             shape = Shape(query.shape[0], *sizes[:2], length, *sizes[2:], window, query.device)
             choice = _chosen.get(shape)
             if choice and choice.name:

@@ -20,6 +20,7 @@ from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
+from gemma_tune.train.packed import packed_if_faster
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
 
@@ -94,8 +95,11 @@ class FirstBatch:
         if not buckets.counts:
             return
         self.captured = CapturedSteps(self.body(), self.gradients, buckets, self.listener)
+        packed = packed_if_faster(self, self.captured, tokens, buckets.fit(shapes, tokens)[0])
+        self.captured = packed or self.captured
         self._capture_evaluations()
-        self.listener.note(buckets.described(shapes, tokens))
+        if packed is None:
+            self.listener.note(buckets.described(shapes, tokens))
 
     def body(self, evaluating: bool = False) -> Body:
         """What a captured step computes, or a captured pass of an evaluation."""

@@ -21,7 +21,8 @@ def install_summed_loss(causal_lm: Any) -> None:
 
     ``positions`` (n,) are those of the flattened ``input_ids`` (rows, length) whose hidden state predicts a trained
     token, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled up: so nothing has a size that
-    depends on the data. ``labels`` (rows, length) in their place are taken apart here.
+    depends on the data. ``labels`` (rows, length) in their place are taken apart here. ``position_ids`` are those of
+    the model, where tokens are not counted from each row's beginning.
 
     Args:
         causal_lm: the base model, whose forward TRL has patched.
@@ -40,23 +41,25 @@ def install_summed_loss(causal_lm: Any) -> None:
             return theirs(*args, labels=labels, **kwargs)
         if positions is None:
             positions, targets = trained_positions(labels)
-        losses = _losses(self, kwargs["input_ids"], positions, targets)
+        losses = _losses(self, kwargs["input_ids"], kwargs.get("position_ids"), positions, targets)
         return {"losses": losses} if each else {"loss": losses.sum()}
 
     causal_lm.forward = MethodType(forward, causal_lm)
 
 
-def _losses(causal_lm: Any, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    rows = _hidden(causal_lm, input_ids).flatten(0, 1).index_select(0, positions)
+def _losses(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None, positions: torch.Tensor,
+            targets: torch.Tensor) -> torch.Tensor:
+    rows = _hidden(causal_lm, input_ids, places).flatten(0, 1).index_select(0, positions)
     weight = _weight(causal_lm)
     # Under autocast the last norm may hand on fp32.
     return rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
 
 
-def _hidden(causal_lm: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     # Rows are padded on the right, where a causal model never looks from a trained position. Without a mask attention
     # takes its fastest path.
-    return causal_lm.get_decoder()(input_ids=input_ids, attention_mask=None, use_cache=False).last_hidden_state
+    where = {} if places is None else {"position_ids": places}
+    return causal_lm.get_decoder()(input_ids=input_ids, attention_mask=None, use_cache=False, **where).last_hidden_state
 
 
 def _weight(causal_lm: Any) -> torch.Tensor:

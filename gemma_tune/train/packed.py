@@ -1,0 +1,174 @@
+"""Rows one after the other in a captured step, instead of beside each other and padded to the longest.
+
+Attention is told where rows end; nothing else of a decoder looks from one token to another. PyTorch's kernel for such
+rows is slower than its best one for rows of one length, so packing is tried only where padding costs much, and kept
+where it is faster on this GPU and gives the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma_tune.base.listener import Listener
+from gemma_tune.train.buckets import Bucket, Buckets, costs_of
+from gemma_tune.train.captured import CapturedSteps, LearnedTokens
+from gemma_tune.train.cuda_attention import TOLERANCE, packed_rows
+from gemma_tune.train.loss import IGNORE_INDEX
+
+PADDED_TOO_MUCH = 0.15  # what padding adds to the tokens of a training
+FASTER = 0.97  # of the time with padding that packing may take
+_LOOKED_AT = 50  # forward passes of which one is timed
+
+
+@dataclass
+class PackedTokens:
+    """As :class:`gemma_tune.train.captured.LearnedTokens`. Buckets have one row, of all tokens of a piece.
+
+    Args:
+        rows: the most of a piece. One with fewer is filled up with rows of padding, of one token at least, as kernels
+            need not know rows of none.
+    """
+
+    model: Any
+    rows: int
+
+    def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
+        lengths = part["lengths"]
+        return 1, int(lengths.sum()) + self.rows - len(lengths), int(_learned(part).sum())
+
+    def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
+        """(2 x length + 2 x positions + rows + 1,) int32: ids, their places in their rows, positions, targets, and
+        where rows begin and end."""
+        lengths, size = part["lengths"], bucket.length
+        there = torch.arange(part["input_ids"].shape[1]) < lengths[:, None]
+        ids, places, positions, targets, ends = self._split(
+            flat := torch.zeros(2 * size + 2 * bucket.positions + self.rows + 1, dtype=torch.int32), bucket)
+        used = int(lengths.sum())
+        ids[:used] = part["input_ids"][there]
+        places[:used] = torch.arange(there.shape[1]).expand(there.shape)[there]
+        [where] = torch.nonzero(_learned(part)[there], as_tuple=True)
+        count = len(where)
+        positions[:count], targets[:count] = where - 1, part["labels"][there][where]
+        # As in captured.filled: different places, to which nothing is added.
+        positions[count:], targets[count:] = torch.arange(bucket.positions - count) % size, IGNORE_INDEX
+        ends[1:len(lengths) + 1] = lengths.cumsum(0)
+        ends[len(lengths) + 1:] = used + torch.arange(1, self.rows - len(lengths) + 1)
+        ends[-1] = size
+        return flat
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Attention is done by the one kernel that can."""
+
+    def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
+        *inputs, ends = self._split(flat, bucket)
+        ids, places, positions, targets = (t.long() for t in inputs)
+        with packed_rows(ends):
+            return self.model(input_ids=ids[None], position_ids=places[None], positions=positions,
+                              targets=targets)["loss"] * weights[0]
+
+    def _split(self, flat: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, ...]:
+        return flat.split([bucket.length, bucket.length, bucket.positions, bucket.positions, self.rows + 1])
+
+
+def _learned(part: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens (rows, length) are learned; the first of a row is predicted by none."""
+    learned = part["labels"] != IGNORE_INDEX
+    learned[:, 0] = False
+    return learned
+
+
+def packed_shapes(batches: Sequence[Sequence[int]], lengths: np.ndarray, trained: np.ndarray,
+                  micro_batch: int) -> np.ndarray:
+    """What goes through the model at once, see :func:`gemma_tune.train.buckets.shapes_of_pieces`: (pieces, 3)."""
+    found = [(1, lengths[part].sum() + micro_batch - len(part), trained[part].sum())
+             for batch in batches for n in range(0, len(batch), micro_batch)
+             for part in (np.asarray(batch[n:n + micro_batch]),)]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def unpackable(causal_lm: Any) -> str:
+    """What stands against packing a model's rows; empty if nothing does."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    text = causal_lm.config.get_text_config()
+    if text._attn_implementation != "sdpa":
+        return f"{text._attn_implementation} attention"
+    try:
+        kinds = set(get_layer_types_and_kwargs(text)[0])
+    except Exception as e:  # noqa: BLE001 - a configuration of another shape
+        return f"a configuration without kinds of layers ({e})"
+    layers = getattr(causal_lm.get_decoder(), "layers", ())
+    if kinds - {"full_attention", "sliding_attention", "dummy"} or not layers or not all(
+            hasattr(layer, "self_attn") for layer in layers):
+        return "layers that are no attention"
+    # What has a convolution or a state beside its attention would look from one row into the next.
+    mixing = [m for m in causal_lm.get_decoder().modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
+    return "convolutions" if mixing else ""
+
+
+def packed_if_faster(trainer: Any, padded: CapturedSteps, tokens: int, padding: float) -> CapturedSteps | None:
+    """Steps of packed rows in place of the padded ones, where they are worth it and the same.
+
+    Args:
+        trainer: a :class:`gemma_tune.train.trainer.GemmaTrainer`.
+        padded: its captured steps.
+        tokens: real ones of the whole training; ``padding`` is what padding adds to them.
+    """
+    if (padding <= PADDED_TOO_MUCH or not isinstance(padded.body, LearnedTokens)
+            or trainer.args.activation_checkpointing or unpackable(trainer.causal_lm)):
+        return None
+    shapes = packed_shapes(trainer.batches(), *trainer.sizes(0)[1:], trainer.micro_batch)
+    steps = CapturedSteps(PackedTokens(trainer.model, trainer.micro_batch), trainer.gradients,
+                          Buckets(shapes, costs_of(trainer.causal_lm)), Listener(), padded.pool)
+    part = _typical(trainer, padded, steps)
+    if part is None:
+        return None
+    (before, seconds), (after, others) = _tried(trainer, padded, part), _tried(trainer, steps, part)
+    if before is None or after is None or (after - before).norm() > TOLERANCE * before.norm():
+        steps.forget()
+        return None
+    less = steps.buckets.fit(shapes, tokens)[0]
+    time_padded = seconds * (1 + padding) / _size(padded, part)
+    time_packed = others * (1 + less) / _size(steps, part)
+    faster = time_packed < FASTER * time_padded
+    trainer.listener.note(f"rows are {'packed' if faster else 'not packed'}: padding {less:.0%} instead of "
+                          f"{padding:.0%}, in {time_packed / time_padded:.0%} of the time")
+    (padded if faster else steps).forget()
+    steps.listener = trainer.listener
+    return steps if faster else None
+
+
+def _typical(trainer: Any, padded: CapturedSteps, packed: CapturedSteps) -> Mapping[str, Any] | None:
+    """A piece whose padded shape is met most often."""
+    found, most = None, 0
+    for rows in trainer.batches()[:_LOOKED_AT]:
+        part = trainer.collate([trainer.train_dataset[int(row)] for row in rows[:trainer.micro_batch]])
+        bucket = padded.buckets.find(*padded.body.shape(part))
+        if bucket and padded.buckets.counts[bucket] > most and packed.buckets.find(*packed.body.shape(part)):
+            found, most = part, padded.buckets.counts[bucket]
+    return found
+
+
+def _tried(trainer: Any, steps: CapturedSteps, part: Mapping[str, Any]) -> tuple[torch.Tensor | None, float]:
+    """Gradients of a piece, and the seconds of a step with it; no gradients where it cannot be captured."""
+    trainer.gradients.clear()
+    weights = trainer.weights(1)
+    try:
+        if not steps.run(part, *weights):
+            return None, 0.0
+    except (ImportError, TypeError, AttributeError):  # another version of PyTorch's kernel
+        return None, 0.0
+    gradients = torch.cat([grad.flatten() for grad in trainer.gradients.saved()[1:]])  # without the loss
+    seconds = steps.seconds_of(part, *weights)
+    trainer.gradients.clear()
+    return gradients, seconds
+
+
+def _size(steps: CapturedSteps, part: Mapping[str, Any]) -> int:
+    bucket = steps.buckets.find(*steps.body.shape(part))
+    return bucket.rows * bucket.length
