@@ -145,6 +145,20 @@ def training_steps(place: str, dtype: torch.dtype, layer: torch.nn.Module | None
     return losses[0], losses[-1]
 
 
+def kernels() -> Iterator[Finding]:
+    """On an NVIDIA GPU: one of the training's own kernels is compiled and run."""
+    import torch
+
+    from gemma_tune.train.products import MEND_TRITON, kernels_fault
+
+    if best_device() != "cuda":
+        return
+    if fault := kernels_fault(torch.device("cuda")):
+        yield Finding("kernels (Triton)", LOOK, f"do not run, so that training is slower: {fault}", MEND_TRITON)
+    else:
+        yield Finding("kernels (Triton)", OK, "compiled and run")
+
+
 def four_bit(needed: bool) -> Iterator[Finding]:
     """A layer is packed into 4 bits, multiplied with, and trained beside, as `--qlora` does it.
 

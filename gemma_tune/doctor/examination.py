@@ -31,6 +31,7 @@ def examine(model_id: str | None, revision: str | None, listener: Listener) -> I
     yield from tried("network settings", around.network)
     yield from tried("device", compute.devices)
     yield from tried("arithmetic", compute.arithmetic)
+    yield from tried("kernels (Triton)", compute.kernels, LOOK)
     yield from _of_model(model_id, revision, listener) if model_id else _of_machine()
     yield from tried("llama.cpp", around.engine, LOOK)
     yield from tried("go", around.go, LOOK)

@@ -21,6 +21,7 @@ from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.train.packed import packed_if_faster
+from gemma_tune.train.products import MEND_TRITON, kernels_fault
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
 
@@ -60,6 +61,7 @@ class FirstBatch:
         with contextlib.ExitStack() as layers:
             self.refresh = layers.enter_context(fast_layers(self.model)).refresh
             self._compare(ids, theirs)
+            self._tell_without_kernels()
             if self.args.activation_checkpointing:  # train() would, but the probe comes before it
                 self.model.activation_checkpointing_enable()
             self.longest_seconds = self.probe()
@@ -79,6 +81,12 @@ class FirstBatch:
             elif why_not and (captured or wanted and self.accelerator.device.type == "cuda"):
                 self.listener.note(f"steps are not captured: {why_not}")
             yield
+
+    def _tell_without_kernels(self) -> None:
+        device = self.accelerator.device
+        if device.type == "cuda" and (fault := kernels_fault(device)):
+            self.listener.note(f"layers go one operation at a time, as Triton's kernels do not run here: {fault} "
+                               f"({MEND_TRITON})")
 
     def _why_not_captured(self) -> str | None:
         """What stands against CUDA graphs here."""

@@ -1,4 +1,4 @@
-"""Matrix products whose result is wider than their factors."""
+"""Matrix products whose result is wider than their factors, and whether a device runs kernels of our own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import functools
 from importlib.util import find_spec
 
 import torch
+
+from gemma_tune.base.words import first_line
+
+MEND_TRITON = "it needs a C compiler and Python's headers: apt install gcc python3-dev, or the like"
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -19,11 +23,25 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).to(at_least_fp32(a.dtype))
 
 
-@functools.cache
-def _triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels of ``train.fused`` run on this device."""
-    return device.type == "cuda" and _triton()
+    return device.type == "cuda" and not kernels_fault(device)
+
+
+@functools.cache
+def kernels_fault(device: torch.device) -> str:
+    """Why the Triton kernels do not run on a CUDA device; empty where they do.
+
+    One is run to know: Triton needs a C compiler and Python's headers, which many machines do not have.
+    """
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from gemma_tune.train import fused
+
+        x = torch.arange(1.0, 65.0, device=device).view(2, 32)
+        found = fused.RMSNorm.apply(x, torch.ones(32, device=device), 0.0)
+        off = (found - x * x.square().mean(-1, keepdim=True).rsqrt()).abs().max().item()
+    except Exception as e:  # noqa: BLE001 - a compiler that is missing, a driver too old: each has its own way
+        return f"{type(e).__name__}: {first_line(e)}"
+    return "" if off < 1e-4 else f"a norm is off by {off:.1e}"

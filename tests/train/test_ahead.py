@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.train import ahead
+from gemma_tune.train import ahead, products
 from gemma_tune.train.ahead import KernelsAhead, step
 from gemma_tune.train.shape import shape_of
 from gemma_tune.train.startup import Startup
@@ -30,6 +30,12 @@ FAMILIES = {
     "llama": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
 }
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def as_if_there(monkeypatch):
+    """A GPU on which kernels run."""
+    monkeypatch.setattr(products, "kernels_fault", lambda device: "")
 
 
 def model_of(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16):
