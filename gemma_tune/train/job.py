@@ -220,7 +220,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.clip,
         weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
-        optim="adamw_torch" if placement.device == "mps" else "adamw_torch_fused",  # one kernel instead of hundreds
+        optim="adamw_torch_fused" if placement.device == "cuda" else "adamw_torch",
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=choice.checkpointing,
         logging_steps=1, logging_nan_inf_filter=False,
