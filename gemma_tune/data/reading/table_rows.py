@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted
 from gemma_tune.data.reading.dialects import dialect_of
 from gemma_tune.data.reading.records import Records, physical_lines, swallows_rows
 from gemma_tune.data.reading.rows import BLOCK, Block, Row, Source, repeated
@@ -58,7 +59,7 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
         if error is None and len(header) > 1 and not raw.strip(" \r\n"):
             continue
         if error is None and len(cells) != len(header):
-            error = (f"not a row of this table: {len(cells)} cells where the header has {len(header)}"
+            error = (f"not a row of this table: {counted(len(cells), 'cell')} where the header has {len(header)}"
                      f"{table.to_line(line)}")
         elif error is None and swallows_rows(raw, dialect.delimiter, len(header)):
             swallowed.append(table.to_line(line).strip(" ()"))

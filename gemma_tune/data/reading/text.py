@@ -24,6 +24,10 @@ _ZSTD_INPUT = 1 << 13  # what comes out of a step may be thirty thousand times l
 _ZSTD_LEAST, _ZSTD_OUTPUT = 1 << 7, 1 << 20
 _UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
 _CONVERT = "save it as UTF-8 (Excel calls that `CSV UTF-8`), or convert it: iconv -f {} -t utf-8 {} > {}"
+_SAMPLE = 4096  # bytes on both sides of the first one that is no UTF-8
+_BESIDE = 0.6  # of the bytes above 127 that have another one beside them
+# Python's names of encodings, and iconv's. Traditional characters before simplified ones, whose code has all of them.
+_EAST_ASIAN = {"big5": "BIG5", "gb18030": "GB18030", "cp932": "CP932", "cp949": "CP949", "euc_jp": "EUC-JP"}
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _MAGIC = {  # first bytes of what is often given by mistake, and what to do about it
@@ -92,6 +96,28 @@ class TextFile:
         except OSError as e:
             raise UserError(f"{self.name} cannot be read: {e.strerror or e}", "check the file and its permissions") \
                 from e
+
+
+def _around(e: UnicodeDecodeError) -> bytes:
+    """The lines about the first byte that is no UTF-8, as far as they are there."""
+    found = e.object[max(0, e.start - _SAMPLE):e.start + _SAMPLE]
+    begin, end = found.find(b"\n", 0, min(e.start, _SAMPLE)) + 1, found.rfind(b"\n", min(e.start, _SAMPLE)) + 1
+    return bytes(found[begin:end or None])
+
+
+def east_asian(sample: bytes) -> str | None:
+    """The encoding of Chinese, Japanese or Korean text, as iconv calls it; None for what is likely to be another's.
+
+    Two bytes above 127 stand together there, and hardly ever in the languages of Europe that use one for a letter.
+    """
+    high = [byte > 127 for byte in sample]
+    beside = sum(own and (before or after) for before, own, after in zip([False, *high], high, [*high[1:], False]))
+    if not any(high) or beside < _BESIDE * sum(high):
+        return None
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(sample, cp_isolation=[*_EAST_ASIAN]).best()
+    return _EAST_ASIAN.get(best.encoding) if best else None
 
 
 class _Damaged(Exception):
@@ -168,12 +194,13 @@ class _Decoder:
         label = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
         line = self.lines + good.count("\n") + 1
         return UserError(f"{self.name}:{line}: not {label} text (byte {e.object[e.start]:#04x}) at offset "
-                         f"{self._offset + e.start}", hint_by_content(self.head) or self._how_to_convert())
+                         f"{self._offset + e.start}", hint_by_content(self.head) or self._how_to_convert(_around(e)))
 
-    def _how_to_convert(self) -> str:
-        """The command for what Windows and Excel write in Western Europe and America, which most such files are."""
+    def _how_to_convert(self, sample: bytes) -> str:
+        """The command for what Windows and Excel write in East Asia, where that can be told by a sample, else for what
+        they write in Western Europe and America."""
         path = Path(self.name)
         if self.encoding != "utf-8" or path.suffix in (".gz", ".zst") or not path.suffix:
             return _UTF8_HINT
         new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-        return _CONVERT.format("windows-1252", shlex.quote(str(path)), shlex.quote(str(new)))
+        return _CONVERT.format(east_asian(sample) or "windows-1252", shlex.quote(str(path)), shlex.quote(str(new)))

@@ -48,7 +48,7 @@ def test_a_quote_in_a_table_without_quoting_is_text_and_swallows_nothing(sign, n
     assert said.notes[-1] == f"{name}: quotes are taken as text, first in line 4: '\"Hello'"
     # A broken row more does not change what the quotes are.
     broken = read(text + "just this\n", name)
-    assert (len(broken), broken[-1]) == (13, "not a row of this table: 1 cells where the header has 2")
+    assert (len(broken), broken[-1]) == (13, "not a row of this table: 1 cell where the header has 2")
 
 
 def test_a_word_in_quotes_is_text_where_no_program_would_have_quoted_it():

@@ -29,6 +29,7 @@ from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading import json_rows, json_window
 from gemma_tune.data.reading.sources import Row, Source, find_sources, read_blocks, source_of
+from gemma_tune.data.reading.text import east_asian
 from support.hub import LoopbackHub
 from support.listener import Said
 
@@ -345,7 +346,7 @@ def test_json_in_cells_is_left_to_the_format_which_reads_what_really_is_turns():
 def test_rows_that_do_not_fit_the_table():
     found = read('q,a\nx\n1,2\nx,y,z\n"a"b,c\n3,4\n', "rows.csv")
     assert [(row.line, row.value, row.error) for row in found] == [
-        (2, "x", "not a row of this table: 1 cells where the header has 2"), (3, {"q": "1", "a": "2"}, None),
+        (2, "x", "not a row of this table: 1 cell where the header has 2"), (3, {"q": "1", "a": "2"}, None),
         (4, "x,y,z", "not a row of this table: 3 cells where the header has 2"),
         (5, '"a"b,c', "not valid CSV: ',' expected after '\"'"), (6, {"q": "3", "a": "4"}, None)]
 
@@ -720,6 +721,19 @@ def test_names_of_datasets_have_a_form(name):
     assert "hf:org/name" in error.message + error.hint
 
 
+@pytest.mark.parametrize(("encoding", "expected", "text"), [
+    ("gbk", "GB18030", "问题,回答\n你好,您好！有什么可以帮您？\n"),
+    ("gb18030", "GB18030", "question,answer\n请问3乘以11等于多少？,3乘以11等于33。\n"),
+    ("big5", "BIG5", "問題,回答\n請問什麼是現金流量？,營業活動的現金減去資本支出。\n"),
+    ("cp932", "CP932", "質問,回答\nこれは何ですか。,それは本です。\n"),
+    ("cp949", "CP949", "질문,답변\n현금흐름이 무엇입니까?,회사의 돈입니다.\n"),
+    ("cp1252", None, "q,a\nWo?,Tür\n"), ("cp1252", None, "q,a\nOù est la réponse à côté?,Elle est là, déjà prête.\n"),
+    ("cp1250", None, "otázka,odpověď\nCo je to peněžní tok?,Jsou to peníze společnosti.\n"),
+    ("ascii", None, "q,a\nx,y\n")])
+def test_the_encoding_of_east_asian_text_is_told(encoding, expected, text):
+    assert east_asian(text.encode(encoding)) == east_asian(50 * text.encode(encoding)) == expected
+
+
 def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text('{"a": 1}\n')
@@ -729,6 +743,10 @@ def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path
     with pytest.raises(UserError, match=r"my chats.csv:2: not UTF-8 text") as raised:
         list(read_blocks(source_of(Path("my chats.csv"))))
     assert "iconv -f windows-1252 -t utf-8 'my chats.csv' > 'my chats-utf8.csv'" in raised.value.hint
+    Path("gb.csv").write_bytes("问题,回答\n什么是自由现金流？,经营现金流减去资本支出。\n".encode("gb18030"))
+    with pytest.raises(UserError, match=r"gb.csv:1: not UTF-8 text") as raised:
+        list(read_blocks(source_of(Path("gb.csv"))))
+    assert "iconv -f GB18030 -t utf-8 gb.csv > gb-utf8.csv" in raised.value.hint
     Path("py.jsonl").write_text("{'a': 1}\n{'a': 2}\n")
     [row, _] = [row for block in read_blocks(source_of(Path("py.jsonl"))) for row in block.rows()]
     assert row.error == ("not valid JSON: Expecting property name enclosed in double quotes, not in single ones as Python "
