@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.strict_json import loads
+from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
@@ -95,7 +95,8 @@ def _asked(line: str, where: str, rows_only: bool) -> Asked:
         row = loads(line) if rows_only or line.lstrip().startswith("{") else None
     except (ValueError, RecursionError) as e:
         if rows_only:
-            raise UserError(f"{where}: not JSON: {e}", _SHAPE) from e
+            why = reason(e) if isinstance(e, ValueError) else str(e)
+            raise UserError(f"{where}: not JSON: {why}", _SHAPE) from e
     if isinstance(row, dict):
         return _of_row(row, where)
     if rows_only:

@@ -50,8 +50,10 @@ class KernelsAhead:
         from triton import AsyncCompileMode
 
         threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+        mode = AsyncCompileMode(threads, ignore_errors=True)
         self._compiling.callback(threads.shutdown)
-        self._compiling.enter_context(AsyncCompileMode(threads, ignore_errors=True))
+        self._compiling.callback(_forget_failed, mode)
+        self._compiling.enter_context(mode)
         self._begun = True
         step(model, device)
 
@@ -64,6 +66,15 @@ class KernelsAhead:
         self.close()
         if self._begun:
             startup.done("kernels")
+
+
+def _forget_failed(mode: Any) -> None:
+    """Have kernels compiled again that could not be: what failed would be remembered, and fail again when launched."""
+    if any(future.exception() for future in mode.raw_futures):
+        from gemma_tune.train import fused
+
+        for kernel in vars(fused).values():
+            getattr(kernel, "device_caches", {}).clear()
 
 
 def step(model: Any, device: torch.device) -> None:

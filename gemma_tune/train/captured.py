@@ -122,6 +122,7 @@ class CapturedSteps:
 
     Attributes:
         seconds: spent on capturing so far.
+        instead: what runs pieces where these cannot be captured after all.
     """
 
     def __init__(self, body: Body, gradients: Gradients, buckets: Buckets, listener: Listener,
@@ -130,6 +131,7 @@ class CapturedSteps:
             body, gradients, buckets, listener, backward)
         self.into = gradients.loss if into is None else into
         self.seconds = 0.0
+        self.instead: CapturedSteps | None = None
         self._weights = torch.zeros(2, device=gradients.device)
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
@@ -146,14 +148,14 @@ class CapturedSteps:
             weights: factors on its sums: what a trained token counts, 1 / those of the step.
         """
         if self._broken:
-            return False
+            return self.instead is not None and self.instead.run(part, *weights)
         bucket = self.buckets.find(*self.body.shape(part))
         if bucket is None:
             return False
         flat = self.body.filled(part, bucket)
         captured = self._graphs.get(bucket) or self._capture(bucket, len(flat))
         if captured is None:
-            return False
+            return self.instead is not None and self.instead.run(part, *weights)
         captured.inputs.copy_(flat.pin_memory(), non_blocking=True)
         for place, weight in zip(self._weights, weights):
             place.fill_(weight)
@@ -192,7 +194,8 @@ class CapturedSteps:
                 self.into += loss.detach()
         except RuntimeError as e:  # whatever cannot be captured
             self._broken = True
-            self.listener.note(f"steps cannot be captured here and go one kernel at a time: {first_line(e)}")
+            how = "go one kernel at a time" if self.instead is None else "are padded again"
+            self.listener.note(f"steps cannot be captured here and {how}: {first_line(e)}")
             self.forget()
             return None
         finally:

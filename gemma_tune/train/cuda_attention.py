@@ -271,6 +271,21 @@ def packed_rows(ends: torch.Tensor) -> Iterator[None]:
         _ends = None
 
 
+def try_packed() -> None:
+    """Run the kernel for such rows, forward and backward, for all layers that were met so far; not inside a capture.
+
+    Raises:
+        RuntimeError: it cannot compute one of them.
+    """
+    for kind, scale in _met.items():
+        sizes = ((kind.heads, kind.width), (kind.key_heads, kind.width), (kind.key_heads, kind.value_width))
+        q, k, v = (torch.zeros(1, heads, _LEAST, width, dtype=kind.dtype, device=kind.device, requires_grad=True)
+                   for heads, width in sizes)
+        ends = torch.tensor([0, 1, _LEAST], dtype=torch.int32, device=kind.device)
+        with torch.enable_grad():
+            _by_ends(q, k, v, scale, kind.window, ends, _LEAST).sum().backward()
+
+
 # ---- in a model ------------------------------------------------------------------------------------------------------
 
 def fastest_attention_or(theirs: Any) -> Any:

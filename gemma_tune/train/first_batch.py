@@ -21,7 +21,7 @@ from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.train.packed import packed_if_faster
-from gemma_tune.train.products import MEND_TRITON, kernels_fault
+from gemma_tune.train.products import kernels_fault
 
 MOST_STEPS = 20_000  # of a training whose shapes are looked at; more of them say nothing new
 
@@ -85,8 +85,7 @@ class FirstBatch:
     def _tell_without_kernels(self) -> None:
         device = self.accelerator.device
         if device.type == "cuda" and (fault := kernels_fault(device)):
-            self.listener.note(f"layers go one operation at a time, as Triton's kernels do not run here: {fault} "
-                               f"({MEND_TRITON})")
+            self.listener.note(f"layers go one operation at a time, as Triton's kernels do not run here: {fault}")
 
     def _why_not_captured(self) -> str | None:
         """What stands against CUDA graphs here."""

@@ -17,11 +17,12 @@ import torch
 from gemma_tune.base.listener import Listener
 from gemma_tune.train.buckets import Bucket, Buckets, costs_of
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens
-from gemma_tune.train.cuda_attention import TOLERANCE, packed_rows
+from gemma_tune.train.cuda_attention import TOLERANCE, packed_rows, try_packed
 from gemma_tune.train.loss import IGNORE_INDEX
 
 PADDED_TOO_MUCH = 0.15  # what padding adds to the tokens of a training
 FASTER = 0.97  # of the time with padding that packing may take
+LONGEST_MASK = 16_384  # tokens of a packed piece: a mask of all their pairs has 256 MB
 _LOOKED_AT = 50  # forward passes of which one is timed
 
 
@@ -62,7 +63,8 @@ class PackedTokens:
         return flat
 
     def prepare(self, bucket: Bucket) -> None:
-        """Attention is done by the one kernel that can."""
+        """Have the one kernel run that attention is done by: what it loads and refuses is no matter of a capture."""
+        try_packed()
 
     def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
         *inputs, ends = self._split(flat, bucket)
@@ -120,18 +122,28 @@ def packed_if_faster(trainer: Any, padded: CapturedSteps, tokens: int, padding: 
         tokens: real ones of the whole training; ``padding`` is what padding adds to them.
     """
     if (padding <= PADDED_TOO_MUCH or not isinstance(padded.body, LearnedTokens)
-            or trainer.args.activation_checkpointing or unpackable(trainer.causal_lm)):
+            or trainer.args.activation_checkpointing or _draws(trainer.model) or unpackable(trainer.causal_lm)):
         return None
     shapes = packed_shapes(trainer.batches(), *trainer.sizes(0)[1:], trainer.micro_batch)
     steps = CapturedSteps(PackedTokens(trainer.model, trainer.micro_batch), trainer.gradients,
                           Buckets(shapes, costs_of(trainer.causal_lm)), Listener(), padded.pool)
+    # transformers makes a mask of all pairs of tokens where a layer has a window, of which its presence is all we need.
+    if int(shapes[:, 1].max(initial=0)) > LONGEST_MASK:
+        return None
     part = _typical(trainer, padded, steps)
-    if part is None:
+    before, seconds = (None, 0.0) if part is None else _tried(trainer, padded, part)
+    if part is None or before is None:
         return None
-    (before, seconds), (after, others) = _tried(trainer, padded, part), _tried(trainer, steps, part)
-    if before is None or after is None or (after - before).norm() > TOLERANCE * before.norm():
+    after, others = _tried(trainer, steps, part)
+    # A number that is not finite compares as false.
+    if after is None or not (after - before).norm() <= TOLERANCE * before.norm():
         steps.forget()
+        if after is not None:
+            trainer.listener.note("rows are not packed: their gradients would differ by "
+                                  f"{((after - before).norm() / before.norm()).item():.1%}")
         return None
+    seconds = min(seconds, padded.seconds_of(part, *trainer.weights(1)))  # the first time found everything cold
+    trainer.gradients.clear()
     less = steps.buckets.fit(shapes, tokens)[0]
     time_padded = seconds * (1 + padding) / _size(padded, part)
     time_packed = others * (1 + less) / _size(steps, part)
@@ -139,8 +151,13 @@ def packed_if_faster(trainer: Any, padded: CapturedSteps, tokens: int, padding: 
     trainer.listener.note(f"rows are {'packed' if faster else 'not packed'}: padding {less:.0%} instead of "
                           f"{padding:.0%}, in {time_packed / time_padded:.0%} of the time")
     (padded if faster else steps).forget()
-    steps.listener = trainer.listener
+    steps.listener, steps.instead = trainer.listener, padded
     return steps if faster else None
+
+
+def _draws(model: Any) -> bool:
+    """Whether dropout makes two passes differ."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def _typical(trainer: Any, padded: CapturedSteps, packed: CapturedSteps) -> Mapping[str, Any] | None:
@@ -161,7 +178,7 @@ def _tried(trainer: Any, steps: CapturedSteps, part: Mapping[str, Any]) -> tuple
     try:
         if not steps.run(part, *weights):
             return None, 0.0
-    except (ImportError, TypeError, AttributeError):  # another version of PyTorch's kernel
+    except (ImportError, TypeError, ValueError, AttributeError, AssertionError):  # another version of PyTorch's kernel
         return None, 0.0
     gradients = torch.cat([grad.flatten() for grad in trainer.gradients.saved()[1:]])  # without the loss
     seconds = steps.seconds_of(part, *weights)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from importlib.util import find_spec
 
 import torch
 
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line
 
 MEND_TRITON = "it needs a C compiler and Python's headers: apt install gcc python3-dev, or the like"
@@ -37,11 +39,18 @@ def kernels_fault(device: torch.device) -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        from gemma_tune.train import fused
-
-        x = torch.arange(1.0, 65.0, device=device).view(2, 32)
-        found = fused.RMSNorm.apply(x, torch.ones(32, device=device), 0.0)
-        off = (found - x * x.square().mean(-1, keepdim=True).rsqrt()).abs().max().item()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            off = max(_norm_off(device, torch.float32), _norm_off(device, torch.bfloat16) / 1000)  # bf16 has 8 bits
     except Exception as e:  # noqa: BLE001 - a compiler that is missing, a driver too old: each has its own way
-        return f"{type(e).__name__}: {first_line(e)}"
+        if is_out_of_memory(e):  # which says nothing of the next time
+            raise
+        return f"{type(e).__name__}: {first_line(e)} ({MEND_TRITON})"
     return "" if off < 1e-4 else f"a norm is off by {off:.1e}"
+
+
+def _norm_off(device: torch.device, dtype: torch.dtype) -> float:
+    from gemma_tune.train import fused
+
+    x = torch.arange(1.0, 65.0, device=device).view(2, 32)
+    found = fused.RMSNorm.apply(x.to(dtype), torch.ones(32, device=device), 1e-6)
+    return (found.float() - x * x.square().mean(-1, keepdim=True).rsqrt()).abs().max().item()

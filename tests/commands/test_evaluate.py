@@ -266,7 +266,7 @@ def asked_of(tmp_path, monkeypatch):
     def found(*records, count=5):
         notes: list[str] = []
         path = write_rows(tmp_path / "v.jsonl", records)
-        session = SimpleNamespace(config=SimpleNamespace(questions=count, data_file=None), inputs={"valid_rows": path},
+        session = SimpleNamespace(config=SimpleNamespace(questions=count, data_file=None, limit=0), inputs={"valid_rows": path},
                                   settings_of=lambda stage: {"data": ["x.jsonl"]}, run=SimpleNamespace(valid_rows=path),
                                   listener=SimpleNamespace(note=notes.append))
         found.why = nothing_to_measure(session)

@@ -110,3 +110,15 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_step(monkeypatch, tmp_path
         monkeypatch.setattr(fused._norm_forward, "_do_compile", broken)
         KernelsAhead(model, "cuda").wait(startup)
         KernelsAhead(None, "cuda").wait(startup)  # no model of which a step could be made
+
+
+def test_what_failed_in_a_thread_is_compiled_again_when_it_is_launched(monkeypatch, tmp_path):
+    from gemma_tune.train import fused
+
+    model = model_of("llama", tmp_path)
+    with compiling_for(90, tmp_path / "cache"):
+        with monkeypatch.context() as broken:
+            broken.setattr(fused._norm_forward, "compile", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+            KernelsAhead(model, "cuda").wait(Startup())
+        step(model, CUDA)
+        assert all(hasattr(kernel, "asm") for kernels in compiled(fused).values() for kernel in kernels)

@@ -224,7 +224,38 @@ def test_packing_that_teaches_something_else_is_not_taken(cli, tiny, uneven, cap
     assert cli("prepare", uneven, "--model", tiny, "--valid", 4).code == 0
     monkeypatch.setattr(Timed, "share", 0.1)
     result = cli(*TRAIN)
-    assert result.code == 0 and "packed" not in result.err and "steps are captured in" in result.err
+    assert result.code == 0 and "rows are not packed: their gradients would differ by" in result.err
+    assert "steps are captured in" in result.err
+
+
+def test_gradients_that_are_not_finite_are_not_the_same(cli, tiny, uneven, captured_here, monkeypatch):
+    def spoiled(*args, **how):
+        return plain_varlen(*args, **how) * float("nan")
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", spoiled)
+    assert cli("prepare", uneven, "--model", tiny, "--valid", 4).code == 0
+    monkeypatch.setattr(Timed, "share", 0.1)
+    result = cli(*TRAIN)
+    assert result.code == 0 and "rows are packed" not in result.err
+
+
+def test_with_dropout_or_a_mask_too_large_nothing_is_tried(cli, tiny, uneven, captured_here, monkeypatch):
+    assert cli("prepare", uneven, "--model", tiny, "--valid", 4).code == 0
+    assert "packed" not in cli(*TRAIN, "--dropout", 0.1).err
+    monkeypatch.setattr(packed, "LONGEST_MASK", 50)
+    assert "packed" not in cli(*TRAIN).err
+
+
+def test_what_cannot_be_captured_packed_is_padded_again():
+    class Runs:
+        def run(self, part, *weights):
+            return (part, weights)
+
+    steps = CapturedSteps.__new__(CapturedSteps)
+    steps._broken, steps.instead = True, None
+    assert steps.run("part", 1.0) is False
+    steps.instead = Runs()
+    assert steps.run("part", 1.0) == ("part", (1.0,))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

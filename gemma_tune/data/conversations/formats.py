@@ -146,7 +146,8 @@ class Formats:
         if layouts.is_conversation(value):
             value = {"messages": value}
         if not isinstance(value, dict):
-            raise RowError([Problem("not_an_object", f"a row is a JSON object, this one is {kind(value)}",
+            raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
+                                                     f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
         value = self._names.applied(value)
         format = self._format(value)
@@ -240,6 +241,9 @@ def _found(row: Fields) -> str:
     return f"it has {', '.join(quoted(key) for key in list(row)[:6]) or 'nothing'}"
 
 
+_WORDS_OF_A_NAME = 3  # more of them make a sentence
+
+
 def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     if (beside := _beside_text(row)) is not None:
@@ -252,6 +256,9 @@ def _unknown(row: Fields) -> Problem:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "")
         return Problem("unknown_format", reason, f"use --columns {named}")
+    if any(len(name.split()) > _WORDS_OF_A_NAME for name in row):
+        return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
+                                                 "above it, such as question,answer")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
                                              "`output`, or name them with --columns user=…,assistant=…")
 

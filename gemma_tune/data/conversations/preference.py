@@ -58,23 +58,28 @@ def _is_judged(row: Mapping[str, Any], keys: Collection[str]) -> bool:
 
 def _marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
-    if _truth(row.get(MARK)) is not None:
+    if _truth(row.get(MARK), numbers=True) is not None:
         return MARK
-    beside = any(all(key in keys for key in names) for names in _BESIDE_LABEL)
-    return _LABEL if beside and _truth(row.get(_LABEL)) is not None else None
+    beside = [names for names in _BESIDE_LABEL if all(key in keys for key in names)]
+    # Beside a whole conversation a number may be a class of anything; beside a completion it is TRL's mark.
+    numbers = _BESIDE_LABEL[0] in beside
+    return _LABEL if beside and _truth(row.get(_LABEL), numbers) is not None else None
 
 
-def _truth(value: Any) -> bool | None:
-    """True or false, also as tables (CSV) have it; numbers may be classes of anything."""
+def _truth(value: Any, numbers: bool) -> bool | None:
+    """True or false, also as tables (CSV) have it, and with ``numbers`` as 1 and 0."""
     if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
+        words = {"true": True, "false": False} | ({"1": True, "0": False} if numbers else {})
+        return words.get(value.strip().lower())
+    if isinstance(value, bool) or numbers and isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    return None
 
 
 def is_good(row: Mapping[str, Any]) -> bool | None:
     """The mark of a judged answer; None of a pair."""
     mark = None if _filled_pair(row) else _marked(row, row.keys())
-    return None if mark is None else _truth(row[mark])
+    return None if mark is None else _truth(row[mark], numbers=True)
 
 
 def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:

@@ -162,6 +162,8 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
                                 "export the text as UTF-8 again"))
 
 
+_NO_TEXT = {"image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
+            "input_file"}
 _REPORTED = object()  # in place of a content whose problem is already in the list
 
 
@@ -179,6 +181,7 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
             problems.append(Problem(
                 "not_text", f"the content of turn {number} is a list whose part {position} is "
                             f"{'a bare text' if isinstance(part, str) else f'{what}, not text'}",
+                "text alone is learned: leave the part out, or the row" if sort in _NO_TEXT else
                 'write each part as {"type": "text", "text": "…"}, or the content as one text'))
             return _REPORTED
         texts.append(text)

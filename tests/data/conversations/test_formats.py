@@ -543,6 +543,8 @@ def test_preferences_are_pairs_or_their_better_answer_is_taken(row, turns):
 def test_a_bad_answer_is_kept_as_one():
     for row in ({"prompt": "Sky?", "completion": "Green.", "label": False},
                 {"prompt": "Sky?", "completion": "Green.", "label": "False"},
+                {"prompt": "Sky?", "completion": "Green.", "label": 0}, {"prompt": "Sky?", "completion": "Green.", "label": "0"},
+                {"messages": [user("Sky?"), answer("Green.")], "kto_tag": 0},
                 {"messages": [user("Sky?"), answer("Green.")], "kto_tag": False},
                 {"messages": [user("Sky?"), answer("Green.")], "label": False},
                 {"instruction": "Sky?", "input": "", "output": "Green.", "kto_tag": False},
@@ -555,6 +557,25 @@ def test_a_bad_answer_is_kept_as_one():
     assert read(row, "messages").good is None, "where --format says what it is"
     for label in (0, "negative", None):  # classes of anything
         assert read(row | {"label": label}).format == "messages"
+    for label, good in ((1, True), ("1", True), (1.0, True), (2, None), ("3", None)):
+        assert read({"prompt": "Sky?", "completion": "Blue.", "label": label}).good is good
+
+
+def found(row: Any) -> tuple[Problem, ...]:
+    with pytest.raises(RowError) as raised:
+        read(row)
+    return raised.value.problems
+
+
+def test_names_that_are_the_first_row_of_the_data_are_told():
+    [problem] = found({"What is 3 plus 11?": "What is 3 plus 12?", "3 plus 11 is 14.": "3 plus 12 is 15."})
+    assert "put a line with names above it" in problem.fix
+
+
+def test_an_image_is_not_asked_to_become_a_text():
+    for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}):
+        [problem] = found({"messages": [{"role": "user", "content": [part]}, answer("b")]})
+        assert "text alone is learned" in problem.fix
 
 
 def test_answers_of_several_turns():
