@@ -331,12 +331,15 @@ class Decoder:
         """Record a step. Where that fails the answer goes on as before, and later ones are made by ``generate``."""
         import torch
 
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile: an answer is made in a thread of its own.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._greedy_step(model) if self._key[1] else self._logits(model)
         except Exception as e:  # noqa: BLE001 - whatever a model does that cannot be captured
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # a capture that was broken off leaves its own
             give_up(model, f"a step cannot be captured: {e}")
             return
         self._pool = graph.pool()

@@ -56,8 +56,9 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
 
         extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
     if placement.device == "cuda" and not four_bit and shards == 1:
-        # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model.
-        extra["device_map"] = {"": placement.device}
+        # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model. The name alone
+        # becomes the GPU of this process; in a mapping it would be the first one for the threads that load.
+        extra["device_map"] = placement.device
     attention = "eager" if needs_eager_attention(config.get("model_type", "")) else "sdpa"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,6 @@ All graphs share one pool of memory, as no two of them run at the same time.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,11 +178,8 @@ class CapturedSteps:
 
     def _capture(self, bucket: Bucket, size: int) -> _Captured | None:
         began = time.perf_counter()
-        if not self._graphs:  # each capture collects garbage, of which none is in what was there before
-            gc.collect()
-            gc.freeze()
         inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             self.body.prepare(bucket)
             # Other threads, such as one that reads data, may use the GPU meanwhile.
@@ -193,6 +189,8 @@ class CapturedSteps:
                     loss.backward()
                 self.into += loss.detach()
         except RuntimeError as e:  # whatever cannot be captured
+            torch.cuda.set_stream(stream)  # a capture that was broken off leaves its own
+            e = e.__context__ if isinstance(e.__context__, RuntimeError) else e  # what ending it says is no reason
             self._broken = True
             how = "go one kernel at a time" if self.instead is None else "are padded again"
             self.listener.note(f"steps cannot be captured here and {how}: {first_line(e)}")

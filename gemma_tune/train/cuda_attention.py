@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from gemma_tune.base.words import first_line
 from gemma_tune.train.attention import plain_causal
 
 REPEATS = 5
@@ -156,7 +157,10 @@ def choose(shape: Shape, scale: float) -> Choice:
         with (torch.random.fork_rng([shape.device] if shape.device.type == "cuda" else []), torch.enable_grad(),
               warnings.catch_warnings()):
             warnings.simplefilter("ignore")  # PyTorch says in several why a candidate cannot be taken
-            _chosen[shape] = _measured(shape, scale)
+            try:
+                _chosen[shape] = _measured(shape, scale)
+            except torch.OutOfMemoryError as e:  # of measuring alone: transformers' own is taken
+                _chosen[shape] = Choice(None, {"memory": first_line(e)})
     return _chosen[shape]
 
 

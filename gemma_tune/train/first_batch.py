@@ -80,7 +80,16 @@ class FirstBatch:
                 self._capture()
             elif why_not and (captured or wanted and self.accelerator.device.type == "cuda"):
                 self.listener.note(f"steps are not captured: {why_not}")
-            yield
+            try:
+                yield
+            finally:
+                self.forget_captured()
+
+    def forget_captured(self) -> None:
+        """Free the memory of captured steps, which what comes after the training can use."""
+        for steps in (self.captured, self.captured_evaluation):
+            if steps:  # it has captured some
+                steps.forget()
 
     def _tell_without_kernels(self) -> None:
         device = self.accelerator.device

@@ -92,6 +92,11 @@ class PreferenceTrainer(GemmaTrainer):
                 LearnedTokens(self.model), self.gradients, Buckets(shapes, costs_of(self.causal_lm)), self.listener,
                 self.captured.pool, backward=False, into=self._ratios)
 
+    def forget_captured(self) -> None:
+        super().forget_captured()
+        if self.captured_divergence:
+            self.captured_divergence.forget()
+
     def weights(self, count: int) -> tuple[float, ...]:
         """Of what compares answers, and of the tokens of good ones."""
         return 1 / max(1, count), self.preference.imitation / self._mean[1]

@@ -199,9 +199,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         Raises:
             WorkFailed: it is not, where the device is waited for anyway.
         """
-        if self.args.fp16:
-            self.accelerator.unscale_gradients()
         self.gradients.sum_over_processes()
+        if self.args.fp16:  # after it: a process whose own gradients are finite must skip the step as well
+            self.accelerator.unscale_gradients()
         norms = self.gradients.norms()
         norm = torch.linalg.vector_norm(norms)
         self._facts |= {"step": self.state.global_step + 1, "learning_rate": self._get_learning_rate()}
