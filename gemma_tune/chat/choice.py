@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
@@ -41,12 +42,15 @@ def choose(session: Session, tuned: bool = False) -> Choice:
         require(session, wanted)
         return Choice(wanted)
     stages, export = session.manifest.stages, _fast_export(session)
-    if export is not None and export.status == "done":
+    loses = _best_format(session).get("loses", "")
+    if export is not None and export.status == "done" and not loses:
         return Choice("gguf", "the GGUF is up to date, and llama.cpp is the fastest on a CPU, so it answers; the "
                               "adapter as it was trained: --use adapter")
     if "train" not in stages and "merge" in stages:
         return Choice("merged", "this run has no training of its own, so the merged model answers")
     require(session, "adapter")
+    if export is not None and export.status == "done":
+        return Choice("adapter", f"the GGUF {loses}, so the adapter answers; to ask it all the same: --use gguf")
     return Choice("adapter", "" if export is None else (
         f"the GGUF is {export.status} ({export.reason}), so the adapter answers; "
         f"{command('export-ollama', session.run.root)} makes it again"))
@@ -77,9 +81,17 @@ def require(session: Session, name: str) -> None:
 
 
 def exported(session: Session) -> Path:
-    """The GGUF file that the export names first."""
-    run = session.run
-    return require_output(run, session.manifest, "chat", "export-ollama", "gguf")
+    """The GGUF file that the export recommends; where it does not, the one that it names first."""
+    run, record = session.run, session.manifest.stages["export-ollama"]
+    own = f"gguf_{record['summary'].get('recommended')}"
+    return require_output(run, session.manifest, "chat", "export-ollama", own if own in record["outputs"] else "gguf")
+
+
+def _best_format(session: Session) -> dict[str, Any]:
+    """Figures of the format that :func:`exported` gives; of none, if there is no export."""
+    summary = session.manifest.stages.get("export-ollama", {}).get("summary", {})
+    found: dict[str, Any] = summary.get("quants", {}).get(summary.get("recommended") or summary.get("quant"), {})
+    return found
 
 
 def without_gguf(session: Session) -> str:

@@ -276,7 +276,7 @@ class Conversation:
         """
         if name not in CHANGEABLE:
             raise UserError(f"there is no setting {name}{near(name, CHANGEABLE)}",
-                            f"/set knows {', '.join(CHANGEABLE)}")
+                            f"/set knows {', '.join(CHANGEABLE)} and markdown")
         config = replace(self.config, **{name: _value(name, value)})
         if name == "seed":
             self.voice.seed(config.seed)

@@ -85,7 +85,8 @@ class Mixes:
         return best if best and _cost(matrices, best) <= _cost(matrices, chosen) else {}
 
     def _of_size(self, size: int) -> tuple[str, dict[str, Type]]:
-        """The best mix for a file of no more than ``size`` bytes: the format that is nearest to it, and its types.
+        """The best mix for a file of no more than ``size`` bytes: the format that is nearest to it, and its types. Of a
+        model that comes from a quantised one, the largest format that fits.
 
         Raises:
             UserError: even the smallest types take more.
@@ -95,6 +96,9 @@ class Mixes:
         taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
         sizes = {quant: sum(nbytes(kind, matrices[name].shape) for name, kind in self._llama_cpp(quant).items()
                             if name in matrices) for quant in COARSE}
+        besides = self._besides(matrices)
+        if self.on_grid and (fitting := [quant for quant in COARSE if besides + sizes[quant] <= size]):
+            return max(fitting, key=sizes.__getitem__), {}  # what was measured would choose far worse, see above
         return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
 
     def _fitting(self, size: int, matrices: Mapping[str, Matrix]) -> dict[str, Type]:

@@ -84,6 +84,21 @@ def test_named_formats_keep_llama_cpps_mixes_where_the_base_was_quantised():
     assert mixed.of("q4_k_m") == ("q4_k_m", {}) and mixed.of("q5_k_m") == ("q5_k_m", {})
 
 
+def test_of_a_quantised_base_a_size_takes_the_largest_format_that_fits(export, merged, monkeypatch):
+    from gemma_tune.export import stage
+
+    monkeypatch.setattr(stage, "_on_grid", lambda session: True)
+    sizes = {}
+    for quant in ("q8_0", "q6_k", "q4_0"):
+        assert export("--quant", quant, "--run", merged, "--no-measure").code == 0
+        sizes[quant] = size_of(merged / "ollama" / f"tiny-gemma-{quant}.gguf")
+    # Metadata are counted generously, which is much beside a tiny model.
+    result = export("--size", f"{1.4 * sizes['q8_0'] / 1000}KB", "--run", merged, "--no-measure", "--json")
+    assert result.code == 0, result.err
+    [quant] = result.json["summary"]["quants"]
+    assert size_of(merged / "ollama" / f"tiny-gemma-{quant}.gguf") == sizes["q8_0"]
+
+
 def test_the_file_says_the_format_that_is_nearest(export, merged):
     result = export("--size", "300KB", "--run", merged, "--json")
     label = next(iter(result.json["summary"]["quants"]))

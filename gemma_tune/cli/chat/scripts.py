@@ -64,21 +64,25 @@ def all_of(conversation: Conversation, name: str | None, as_json: bool) -> None:
         raise typer.Exit(failed.exit_code)
 
 
+_TOLD = 20  # questions without an answer
+
+
 class _Problems:
     """What became of the questions."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.cut: list[int] = []  # tokens of the answers that reached the limit
-        self.failed: list[UserError] = []
+        self.failed: list[tuple[str, UserError]] = []  # where each was asked
 
     def tell_cut(self) -> None:
         """Say that answers were cut off: nobody sees it in a file."""
         if self.asked == 1 and self.cut:
             say(cut_off(self.cut[0]))
         elif self.cut:
-            say(f"! {len(self.cut):,} of {counted(self.asked, 'answer')} {'is' if len(self.cut) == 1 else 'are'} cut "
-                "off at the limit; --max-new-tokens N sets another", "yellow")
+            answers = counted(self.asked - len(self.failed), "answer")
+            say(f"! {len(self.cut):,} of {answers} {'is' if len(self.cut) == 1 else 'are'} cut off at the limit; "
+                "--max-new-tokens N sets another", "yellow")
 
     def failure(self) -> WorkFailed | None:
         """What to say of the questions without an answer."""
@@ -86,7 +90,10 @@ class _Problems:
             return None
         of = f"{len(self.failed):,} of {counted(self.asked, 'prompt')} could not be answered"
         others = "" if len(self.failed) == self.asked else "; the others were"
-        return WorkFailed(of + others, self.failed[0].hint, [error.message for error in self.failed[:20]])
+        told = [error.message if error.message.startswith(where) else f"{where}: {error.message}"
+                for where, error in self.failed[:_TOLD]]
+        more = len(self.failed) - len(told)
+        return WorkFailed(of + others, self.failed[0][1].hint, [*told, *([f"and {more:,} more"] if more else [])])
 
 
 def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: bool, problems: _Problems, *,
@@ -100,7 +107,7 @@ def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: 
         except UserError as e:
             if alone:
                 raise
-            problems.failed.append(e)
+            problems.failed.append((asked.where, e))
             if as_json:
                 screen.result_json({"error": {"message": e.message, "hint": e.hint}, "where": asked.where},
                                    verbatim=asked.echo)
