@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import random
@@ -164,6 +165,9 @@ class LlamaCpp:
         params.model.path = str(path)
         params.n_ctx, params.cpuparams.n_threads, params.warmup, params.verbosity = 256, 1, False, -1
         self._server = xllamacpp.Server(params)
+        # Never taken apart: that waits for the server's threads while it holds Python's lock, and now and then one of
+        # them waits for the lock.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._server))
 
     def post(self, endpoint: str, **body: Any) -> dict[str, Any]:
         url, data = self._server.listening_address + endpoint, json.dumps(body).encode()
