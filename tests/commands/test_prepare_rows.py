@@ -151,7 +151,7 @@ USER, ANSWER = row()["messages"]
     ('{"a": ' + "[" * 90 + "9" * 4000 + "]" * 90 + "}", "unknown_format", "it has 'a'"),
     ("7", "not_an_object", "this one is a number"),
     ("NaN", "broken_json", "NaN is not JSON"),
-    ("null", "not_an_object", "this one is missing"),
+    ("null", "not_an_object", "this one is null"),
     ('"text"', "not_an_object", "this one is text"),
     ("[]", "not_an_object", "this one is a list"),
     ("true", "not_an_object", "this one is true or false"),
