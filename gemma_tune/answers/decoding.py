@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_tune.answers.lengths import read_before
+from gemma_tune.base.capturing import capturing
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 
@@ -52,16 +53,22 @@ def unknown(model: Any) -> str:
         return "a forward pass that cannot be captured"
     if base.config._attn_implementation not in ("sdpa", "eager"):
         return f"{base.config._attn_implementation} attention"
-    try:
-        kinds = set(_layer_types(base))
-    except Exception as e:  # noqa: BLE001 - a configuration of another shape
-        return f"a configuration without kinds of layers ({e})"
-    if other := kinds - _ATTENTION - {"dummy"}:
-        return f"layers of {', '.join(sorted(other))}"
+    if strange := beside_attention(base):
+        return strange
     settings = base.generation_config.to_diff_dict().items()
     if other := {name for name, value in settings if value and not (value == 1 and name in _NEUTRAL)} - _KNOWN:
         return f"generation settings: {', '.join(sorted(other))}"
     return ""
+
+
+def beside_attention(base: Any) -> str:
+    """What a model has beside layers of attention, or that its configuration does not tell; empty for nothing."""
+    try:
+        kinds = set(_layer_types(base))
+    except Exception as e:  # noqa: BLE001 - a configuration of another shape
+        return f"a configuration without kinds of layers ({e})"
+    other = kinds - _ATTENTION - {"dummy"}
+    return f"layers of {', '.join(sorted(other))}" if other else ""
 
 
 def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: int, limit: int,
@@ -329,17 +336,10 @@ class Decoder:
 
     def _capture(self, model: Any) -> None:
         """Record a step. Where that fails the answer goes on as before, and later ones are made by ``generate``."""
-        import torch
-
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile: an answer is made in a thread of its own.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with capturing(self._pool) as graph:
                 logits = self._greedy_step(model) if self._key[1] else self._logits(model)
         except Exception as e:  # noqa: BLE001 - whatever a model does that cannot be captured
-            if stream is not None:
-                torch.cuda.set_stream(stream)  # a capture that was broken off leaves its own
             give_up(model, f"a step cannot be captured: {e}")
             return
         self._pool = graph.pool()

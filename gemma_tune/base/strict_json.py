@@ -147,7 +147,7 @@ def skip_space(text: str, at: int) -> int:
     return _space.match(text, at).end()
 
 
-def reason(e: ValueError) -> str:
+def reason(e: ValueError | RecursionError) -> str:
     """What is wrong, with the column where it is known."""
     return f"{problem(e)} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
 

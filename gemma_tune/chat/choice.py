@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ def choose(session: Session, tuned: bool = False) -> Choice:
     if wanted and not (tuned and wanted == "base"):
         require(session, wanted)
         return Choice(wanted)
-    stages, export = session.manifest.stages, _fast_export(session)
-    loses = _best_format(session).get("loses", "")
+    stages, export, loses = session.manifest.stages, _fast_export(session), _loses(session)
     if export is not None and export.status == "done" and not loses:
         return Choice("gguf", "the GGUF is up to date, and llama.cpp is the fastest on a CPU, so it answers; the "
                               "adapter as it was trained: --use adapter")
@@ -82,15 +82,20 @@ def require(session: Session, name: str) -> None:
 
 def exported(session: Session) -> Path:
     """The GGUF file that the export recommends; where it does not, the one that it names first."""
-    run, record = session.run, session.manifest.stages["export-ollama"]
-    own = f"gguf_{record['summary'].get('recommended')}"
-    return require_output(run, session.manifest, "chat", "export-ollama", own if own in record["outputs"] else "gguf")
+    record = session.manifest.stages["export-ollama"]
+    own = f"gguf_{_best_format(record['summary'])}"  # of the first format it is `gguf` alone
+    return require_output(session.run, session.manifest, "chat", "export-ollama",
+                          own if own in record["outputs"] else "gguf")
 
 
-def _best_format(session: Session) -> dict[str, Any]:
-    """Figures of the format that :func:`exported` gives; of none, if there is no export."""
+def _best_format(summary: Mapping[str, Any]) -> str | None:
+    return summary.get("recommended") or summary.get("quant")
+
+
+def _loses(session: Session) -> str:
+    """What the file that :func:`exported` gives was measured to lose, in words; empty for nothing, or no export."""
     summary = session.manifest.stages.get("export-ollama", {}).get("summary", {})
-    found: dict[str, Any] = summary.get("quants", {}).get(summary.get("recommended") or summary.get("quant"), {})
+    found: str = summary.get("quants", {}).get(_best_format(summary), {}).get("loses", "")
     return found
 
 

@@ -95,8 +95,7 @@ def _asked(line: str, where: str, rows_only: bool) -> Asked:
         row = loads(line) if rows_only or line.lstrip().startswith("{") else None
     except (ValueError, RecursionError) as e:
         if rows_only:
-            why = reason(e) if isinstance(e, ValueError) else str(e)
-            raise UserError(f"{where}: not JSON: {why}", _SHAPE) from e
+            raise UserError(f"{where}: not JSON: {reason(e)}", _SHAPE) from e
     if isinstance(row, dict):
         return _of_row(row, where)
     if rows_only:

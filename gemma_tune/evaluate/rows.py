@@ -168,8 +168,8 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
     if is_example(session) and not session.config.data_file:
         own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
         found = [*own, *(replace(question, judged=True) for question in found)]
-    elif chats and len(chats) < count and not session.config.data_file and not texts and len(rows) != (
-            session.config.limit):  # else that is why there are so few
+    elif (chats and len(chats) < count and not session.config.data_file and not texts
+          and len(rows) != session.config.limit):  # else that is why there are so few
         session.listener.note(f"the run has {len(chats)} held-out prompts; `prepare --valid 0.2` keeps more aside")
     return _short_enough(session, chat, found)
 

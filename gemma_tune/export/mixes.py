@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -57,7 +57,8 @@ class Mixes:
         if not sizes and not any(label in COARSE[1:] for label in labels):  # q8_0 alone loses hardly anything
             return
         types, parameters = {}, sum(spec.shape[0] * spec.shape[1] for spec in self._to_choose)
-        if sizes or any(label in MIXED and not self.on_grid for label in labels):
+        mixed = [size for size in sizes if self._largest_format(size) is None]
+        if mixed or any(label in MIXED and not self.on_grid for label in labels):
             types = {spec.source: types_for(spec.shape[1]) for spec in self._to_choose}
         doing = "measuring how much depends on each token" + (", and what rounding each matrix costs" if types else "")
         self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // parameters)),
@@ -91,15 +92,27 @@ class Mixes:
         Raises:
             UserError: even the smallest types take more.
         """
+        if quant := self._largest_format(size):
+            return quant, {}
         matrices = self._matrices()
         best = self._fitting(size, matrices)
         taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
-        sizes = {quant: sum(nbytes(kind, matrices[name].shape) for name, kind in self._llama_cpp(quant).items()
-                            if name in matrices) for quant in COARSE}
-        besides = self._besides(matrices)
-        if self.on_grid and (fitting := [quant for quant in COARSE if besides + sizes[quant] <= size]):
-            return max(fitting, key=sizes.__getitem__), {}  # what was measured would choose far worse, see above
+        sizes = self._sizes({name: matrix.shape for name, matrix in matrices.items()})
         return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
+
+    def _largest_format(self, size: int) -> str | None:
+        """Where the base was quantised, what was measured would choose far worse than the largest format that fits,
+        if one does."""
+        if not self.on_grid:
+            return None
+        shapes = {spec.name: spec.shape for spec in self._to_choose}
+        room, sizes = size - self._besides(shapes), self._sizes(shapes)
+        return max((quant for quant in COARSE if sizes[quant] <= room), key=sizes.__getitem__, default=None)
+
+    def _sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Bytes of these matrices in each format."""
+        return {quant: sum(nbytes(kind, shapes[name]) for name, kind in self._llama_cpp(quant).items()
+                           if name in shapes) for quant in COARSE}
 
     def _fitting(self, size: int, matrices: Mapping[str, Matrix]) -> dict[str, Type]:
         """The best types of matrices for a file of no more than ``size`` bytes."""
@@ -140,7 +153,7 @@ class Mixes:
         choices = choose_types(quant, tensors, self.source.architecture)
         return {name: choice.type for (name, _), choice in zip(tensors, choices, strict=True)}
 
-    def _besides(self, matrices: Mapping[str, Matrix]) -> int:
+    def _besides(self, matrices: Collection[str]) -> int:
         """Bytes of a file that do not depend on the types of these matrices."""
         assert self.source.parts is not None
         kinds = self._llama_cpp("q8_0")

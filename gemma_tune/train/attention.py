@@ -98,7 +98,7 @@ def plain_causal(module: Any, query: torch.Tensor, key: torch.Tensor, value: tor
                  more: dict[str, Any]) -> bool:
     """Whether a call of transformers' attention means causal attention of rows with themselves and no more.
 
-    Rows are padded on the right and never packed, so a mask can only be there for the window.
+    Rows are padded on the right, or packed with their ends told otherwise, so a mask can only be there for the window.
 
     Args:
         more: what else the attention function was given by name.

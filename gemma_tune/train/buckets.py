@@ -7,7 +7,7 @@ which padding costs least, and for each length a few numbers of trained position
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ def costs_of(causal_lm: Any) -> Costs:
     return Costs(linear, text.vocab_size * text.hidden_size)
 
 
+def pieces_of(batches: Iterable[Sequence[int]], micro_batch: int) -> Iterator[Any]:
+    """The rows of each piece of these batches, in which they go through the model."""
+    return (batch[n:n + micro_batch] for batch in batches for n in range(0, len(batch), micro_batch))
+
+
 def shapes_of_pieces(batches: Iterable[Sequence[int]], sequences: int, lengths: np.ndarray, trained: np.ndarray,
                      micro_batch: int) -> np.ndarray:
     """What goes through the model at once, piece by piece.
@@ -72,8 +77,7 @@ def shapes_of_pieces(batches: Iterable[Sequence[int]], sequences: int, lengths: 
         (pieces, 3) int64: sequences, tokens of the longest, trained positions.
     """
     found = [(sequences * len(part), lengths[part].max(), trained[part].sum())
-             for batch in batches for n in range(0, len(batch), micro_batch)
-             for part in (batch[n:n + micro_batch],)]
+             for part in pieces_of(batches, micro_batch)]
     return np.array(found, np.int64).reshape(-1, 3)
 
 
@@ -116,10 +120,9 @@ class Buckets:
             return None
         return best
 
-    def described(self, shapes: np.ndarray, tokens: int) -> str:
-        """The choice in one line; arguments as for :meth:`fit`."""
-        padding, by_itself = self.fit(shapes, tokens)
-        rest = f"; {by_itself:,} of {len(shapes):,} pieces fit none" if by_itself else ""
+    def described(self, padding: float, by_itself: int, pieces: int) -> str:
+        """The choice in one line, with what :meth:`fit` found for so many pieces."""
+        rest = f"; {by_itself:,} of {pieces:,} pieces fit none" if by_itself else ""
         return (f"steps are captured in {counted(len(self.counts), 'shape')} of up to "
                 f"{max(b.length for b in self.counts):,} tokens; padding adds {padding:.0%}{rest}")
 

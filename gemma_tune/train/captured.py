@@ -11,12 +11,13 @@ All graphs share one pool of memory, as no two of them run at the same time.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from gemma_tune.base.capturing import capturing
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import first_line
 from gemma_tune.train.batches import trained_count, trained_positions
@@ -146,15 +147,18 @@ class CapturedSteps:
             part: on the CPU, as the body takes it.
             weights: factors on its sums: what a trained token counts, 1 / those of the step.
         """
-        if self._broken:
-            return self.instead is not None and self.instead.run(part, *weights)
+        if not self._broken and self._ran(part, weights):
+            return True
+        return self._broken and self.instead is not None and self.instead.run(part, *weights)
+
+    def _ran(self, part: Mapping[str, Any], weights: Sequence[float]) -> bool:
         bucket = self.buckets.find(*self.body.shape(part))
         if bucket is None:
             return False
         flat = self.body.filled(part, bucket)
         captured = self._graphs.get(bucket) or self._capture(bucket, len(flat))
         if captured is None:
-            return self.instead is not None and self.instead.run(part, *weights)
+            return False
         captured.inputs.copy_(flat.pin_memory(), non_blocking=True)
         for place, weight in zip(self._weights, weights):
             place.fill_(weight)
@@ -179,18 +183,14 @@ class CapturedSteps:
     def _capture(self, bucket: Bucket, size: int) -> _Captured | None:
         began = time.perf_counter()
         inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             self.body.prepare(bucket)
-            # Other threads, such as one that reads data, may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with capturing(self.pool) as graph:
                 loss = self.body.loss(inputs, bucket, self._weights)
                 if self.backward:
                     loss.backward()
                 self.into += loss.detach()
         except RuntimeError as e:  # whatever cannot be captured
-            torch.cuda.set_stream(stream)  # a capture that was broken off leaves its own
-            e = e.__context__ if isinstance(e.__context__, RuntimeError) else e  # what ending it says is no reason
             self._broken = True
             how = "go one kernel at a time" if self.instead is None else "are padded again"
             self.listener.note(f"steps cannot be captured here and {how}: {first_line(e)}")

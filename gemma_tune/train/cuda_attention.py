@@ -282,12 +282,17 @@ def try_packed() -> None:
         RuntimeError: it cannot compute one of them.
     """
     for kind, scale in _met.items():
-        sizes = ((kind.heads, kind.width), (kind.key_heads, kind.width), (kind.key_heads, kind.value_width))
-        q, k, v = (torch.zeros(1, heads, _LEAST, width, dtype=kind.dtype, device=kind.device, requires_grad=True)
-                   for heads, width in sizes)
-        ends = torch.tensor([0, 1, _LEAST], dtype=torch.int32, device=kind.device)
-        with torch.enable_grad():
-            _by_ends(q, k, v, scale, kind.window, ends, _LEAST).sum().backward()
+        _try_packed(kind, scale)
+
+
+@functools.cache
+def _try_packed(kind: Kind, scale: float) -> None:
+    sizes = ((kind.heads, kind.width), (kind.key_heads, kind.width), (kind.key_heads, kind.value_width))
+    q, k, v = (torch.zeros(1, heads, _LEAST, width, dtype=kind.dtype, device=kind.device, requires_grad=True)
+               for heads, width in sizes)
+    ends = torch.tensor([0, 1, _LEAST], dtype=torch.int32, device=kind.device)
+    with torch.enable_grad():
+        _by_ends(q, k, v, scale, kind.window, ends, _LEAST).sum().backward()
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------

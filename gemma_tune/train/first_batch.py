@@ -111,11 +111,13 @@ class FirstBatch:
         if not buckets.counts:
             return
         self.captured = CapturedSteps(self.body(), self.gradients, buckets, self.listener)
-        packed = packed_if_faster(self, self.captured, tokens, buckets.fit(shapes, tokens)[0])
-        self.captured = packed or self.captured
-        self._capture_evaluations()
+        padding, by_itself = buckets.fit(shapes, tokens)
+        packed = packed_if_faster(self, self.captured, tokens, padding)
         if packed is None:
-            self.listener.note(buckets.described(shapes, tokens))
+            self.listener.note(buckets.described(padding, by_itself, len(shapes)))
+        else:
+            self.captured = packed
+        self._capture_evaluations()
 
     def body(self, evaluating: bool = False) -> Body:
         """What a captured step computes, or a captured pass of an evaluation."""

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.answers.decoding import beside_attention
 from gemma_tune.base.listener import Listener
-from gemma_tune.train.buckets import Bucket, Buckets, costs_of
+from gemma_tune.train.buckets import Bucket, Buckets, costs_of, pieces_of
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens
 from gemma_tune.train.cuda_attention import TOLERANCE, packed_rows, try_packed
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -88,25 +89,19 @@ def packed_shapes(batches: Sequence[Sequence[int]], lengths: np.ndarray, trained
                   micro_batch: int) -> np.ndarray:
     """What goes through the model at once, see :func:`gemma_tune.train.buckets.shapes_of_pieces`: (pieces, 3)."""
     found = [(1, lengths[part].sum() + micro_batch - len(part), trained[part].sum())
-             for batch in batches for n in range(0, len(batch), micro_batch)
-             for part in (np.asarray(batch[n:n + micro_batch]),)]
+             for part in map(np.asarray, pieces_of(batches, micro_batch))]
     return np.array(found, np.int64).reshape(-1, 3)
 
 
 def unpackable(causal_lm: Any) -> str:
     """What stands against packing a model's rows; empty if nothing does."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    text = causal_lm.config.get_text_config()
-    if text._attn_implementation != "sdpa":
-        return f"{text._attn_implementation} attention"
-    try:
-        kinds = set(get_layer_types_and_kwargs(text)[0])
-    except Exception as e:  # noqa: BLE001 - a configuration of another shape
-        return f"a configuration without kinds of layers ({e})"
+    attention = causal_lm.config.get_text_config()._attn_implementation
+    if attention != "sdpa":
+        return f"{attention} attention"
+    if strange := beside_attention(causal_lm):
+        return strange
     layers = getattr(causal_lm.get_decoder(), "layers", ())
-    if kinds - {"full_attention", "sliding_attention", "dummy"} or not layers or not all(
-            hasattr(layer, "self_attn") for layer in layers):
+    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
         return "layers that are no attention"
     # What has a convolution or a state beside its attention would look from one row into the next.
     mixing = [m for m in causal_lm.get_decoder().modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
@@ -124,15 +119,18 @@ def packed_if_faster(trainer: Any, padded: CapturedSteps, tokens: int, padding: 
     if (padding <= PADDED_TOO_MUCH or not isinstance(padded.body, LearnedTokens)
             or trainer.args.activation_checkpointing or _draws(trainer.model) or unpackable(trainer.causal_lm)):
         return None
-    shapes = packed_shapes(trainer.batches(), *trainer.sizes(0)[1:], trainer.micro_batch)
-    steps = CapturedSteps(PackedTokens(trainer.model, trainer.micro_batch), trainer.gradients,
-                          Buckets(shapes, costs_of(trainer.causal_lm)), Listener(), padded.pool)
+    batches = trainer.batches()
+    shapes = packed_shapes(batches, *trainer.sizes(0)[1:], trainer.micro_batch)
     # transformers makes a mask of all pairs of tokens where a layer has a window, of which its presence is all we need.
     if int(shapes[:, 1].max(initial=0)) > LONGEST_MASK:
         return None
-    part = _typical(trainer, padded, steps)
-    before, seconds = (None, 0.0) if part is None else _tried(trainer, padded, part)
-    if part is None or before is None:
+    steps = CapturedSteps(PackedTokens(trainer.model, trainer.micro_batch), trainer.gradients,
+                          Buckets(shapes, costs_of(trainer.causal_lm)), Listener(), padded.pool)
+    part = _typical(trainer, batches[:_LOOKED_AT], padded, steps)
+    if part is None:
+        return None
+    before, seconds = _tried(trainer, padded, part)
+    if before is None:
         return None
     after, others = _tried(trainer, steps, part)
     # A number that is not finite compares as false.
@@ -160,10 +158,11 @@ def _draws(model: Any) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
 
 
-def _typical(trainer: Any, padded: CapturedSteps, packed: CapturedSteps) -> Mapping[str, Any] | None:
+def _typical(trainer: Any, batches: Sequence[Sequence[int]], padded: CapturedSteps,
+             packed: CapturedSteps) -> Mapping[str, Any] | None:
     """A piece whose padded shape is met most often."""
     found, most = None, 0
-    for rows in trainer.batches()[:_LOOKED_AT]:
+    for rows in batches:
         part = trainer.collate([trainer.train_dataset[int(row)] for row in rows[:trainer.micro_batch]])
         bucket = padded.buckets.find(*padded.body.shape(part))
         if bucket and padded.buckets.counts[bucket] > most and packed.buckets.find(*packed.body.shape(part)):

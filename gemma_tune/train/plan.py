@@ -169,11 +169,12 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:
     """Rows and longest row of everything that goes through the model in the first epoch."""
     from gemma_tune.train.batches import LengthGroupedBatches, Share
+    from gemma_tune.train.buckets import pieces_of
 
     # What several processes do at once, as if it were done one after the other.
     share = Share(config.batch_size, config.accumulation * config.num_processes)
     batches = LengthGroupedBatches(lengths, share, config.seed)
-    parts = [lengths[batch[n:n + micro_batch]] for batch in batches for n in range(0, len(batch), micro_batch)]
+    parts = [lengths[piece] for piece in pieces_of(batches, micro_batch)]
     return [(len(part), int(part.max())) for part in parts]
 
 

@@ -14,6 +14,9 @@ from gemma_tune.base.words import first_line
 MEND_TRITON = "it needs a C compiler and Python's headers: apt install gcc python3-dev, or the like"
 
 
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # to numbers around 1; bf16 keeps 8 bits
+
+
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -40,12 +43,13 @@ def kernels_fault(device: torch.device) -> str:
         return "Triton is not installed"
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            off = max(_norm_off(device, torch.float32), _norm_off(device, torch.bfloat16) / 1000)  # bf16 has 8 bits
+            off = {dtype: _norm_off(device, dtype) for dtype in _CLOSE}
     except Exception as e:  # noqa: BLE001 - a compiler that is missing, a driver too old: each has its own way
         if is_out_of_memory(e):  # which says nothing of the next time
             raise
         return f"{type(e).__name__}: {first_line(e)} ({MEND_TRITON})"
-    return "" if off < 1e-4 else f"a norm is off by {off:.1e}"
+    wrong = [value for dtype, value in off.items() if not value < _CLOSE[dtype]]
+    return f"a norm is off by {wrong[0]:.1e}" if wrong else ""
 
 
 def _norm_off(device: torch.device, dtype: torch.dtype) -> float:

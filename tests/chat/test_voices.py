@@ -301,6 +301,28 @@ def chosen(trained, monkeypatch):
     return lambda **settings: choice.choose(open_session("chat", trained, **settings))
 
 
+def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what_was_learned(cli, trained, chosen):
+    assert cli("merge", "--no-check", "--run", trained).code == 0
+    assert cli("export-ollama", "--no-verify", "--no-measure", "--run", trained, "--quant", "q4_0,q8_0").code == 0
+    manifest = trained / "manifest.json"
+
+    def with_summary(change):
+        content = json.loads(manifest.read_text())
+        change(content["stages"]["export-ollama"]["summary"])
+        manifest.write_text(json.dumps(content))
+
+    def answering() -> str:
+        return choice.exported(open_session("chat", trained)).name
+
+    with_summary(lambda summary: summary.pop("recommended", None))
+    assert answering() == "tiny-gemma-q4_0.gguf", "the one that was asked for first"
+    with_summary(lambda summary: summary["quants"]["q4_0"].update(loses="loses 35% of what was learned"))
+    assert chosen().name == "adapter" and "the GGUF loses 35% of what was learned" in chosen().reason
+    assert chosen(use="gguf").name == "gguf"
+    with_summary(lambda summary: summary.update(recommended="q8_0"))
+    assert chosen().name == "gguf" and answering() == "tiny-gemma-q8_0.gguf"
+
+
 def test_what_is_there_is_chosen_and_what_is_not_is_named(cli, trained, chosen, monkeypatch):
     assert chosen().name == "adapter" and chosen(base=True).name == "base" and chosen(compare=True).name == "adapter"
     for use, said in (("merged", "no merged model yet"), ("gguf", "no GGUF file yet"), ("ollama", "no model in Ollama")):

@@ -8,7 +8,8 @@ on its way to the device, is noted: inside of a CUDA graph neither can be.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,6 +37,17 @@ class Operations(TorchDispatchMode):
         if any(t.ndim and t.device.type != THERE.type for t in tensors):
             self.elsewhere.append(str(func))
         return out
+
+
+def operations_of(body: Any, parts: Sequence[Any], bucket: Any, weights: torch.Tensor) -> list[list[str]]:
+    """The operations of a captured step's forward and backward pass, of each of these pieces."""
+    found = []
+    for part in parts:
+        flat = body.filled(part, bucket)
+        with Operations() as operations:
+            body.loss(flat, bucket, weights).backward()
+        found.append(operations.names)
+    return found
 
 
 @contextlib.contextmanager

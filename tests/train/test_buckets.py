@@ -63,7 +63,7 @@ def test_what_is_met_too_rarely_goes_into_a_larger_one_or_by_itself():
     assert buckets.find(4, 80, 90) == buckets.find(3, 96, 5) == Bucket(4, 96, 104)
     assert buckets.find(4, 900, 400) is None, "nothing holds it"
     assert buckets.find(1, 9, 3) is None, "it would cause many times its own work"
-    assert "1 of 11 pieces fit none" in buckets.described(shapes, int((shapes[:, 0] * shapes[:, 1]).sum()))
+    assert "1 of 11 pieces fit none" in buckets.described(*buckets.fit(shapes, int((shapes[:, 0] * shapes[:, 1]).sum())), len(shapes))
 
 
 def test_too_short_a_training_captures_nothing():

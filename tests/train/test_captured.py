@@ -19,7 +19,7 @@ from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
-from support.another_device import THERE, Operations, computing_there, there
+from support.another_device import THERE, Operations, computing_there, operations_of, there
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # What makes the CPU wait for a device, or depends on what a tensor holds.
@@ -103,13 +103,9 @@ def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
     model = adapted("gemma3")
     parts = [collate(conversations()), collate(conversations()[1:])]
     bucket = bucket_of(parts, room=2)
-    found, _ = [], Gradients(weights(model), fixed=True)
+    _ = Gradients(weights(model), fixed=True)
     with fast_layers(model):
-        for part in parts:
-            flat = filled(part, bucket)
-            with Operations() as operations:
-                (step(model, *inputs_of(flat, bucket)) / 7).backward()
-            found.append(operations.names)
+        found = operations_of(LearnedTokens(model), parts, bucket, torch.tensor([1 / 7, 0]))
     assert found[0] == found[1] and len(found[0]) > 100
     assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
 

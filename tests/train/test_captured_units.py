@@ -21,7 +21,7 @@ from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.units import PAIR, Units, collate_units
-from support.another_device import THERE, Operations, computing_there, there
+from support.another_device import THERE, computing_there, operations_of, there
 from support.command import write_rows
 
 METHODS = {"dpo": {"method": "dpo"}, "dpo with the answers' own loss": {"method": "dpo", "sft_weight": 0.3},
@@ -97,17 +97,13 @@ def test_a_step_of_units_needs_no_number_and_nothing_of_the_cpu(settings):
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_two_batches_of_units_are_the_same_operations_and_none_waits(settings):
-    model, found = adapted("gemma3"), []
+    model = adapted("gemma3")
     body, units = learning(model, settings)
     parts = [part_of(units, (0, 2)), part_of(units, (3,))]
     bucket = Bucket(*np.max([body.shape(part) for part in parts], 0).tolist())
     _ = Gradients(weights(model), fixed=True)
     with fast_layers(model):
-        for part in parts:
-            flat = body.filled(part, bucket)
-            with Operations() as operations:
-                body.loss(flat, bucket, torch.tensor(FACTORS)).backward()
-            found.append(operations.names)
+        found = operations_of(body, parts, bucket, torch.tensor(FACTORS))
     assert found[0] == found[1] and len(found[0]) > 100
     assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
 

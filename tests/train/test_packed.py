@@ -21,7 +21,7 @@ from gemma_tune.train.cuda_attention import fastest_attention_or
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.packed import PackedTokens, packed_shapes, unpackable
-from support.another_device import THERE, Operations, computing_there, there
+from support.another_device import THERE, computing_there, operations_of, there
 from support.command import write_rows
 
 SDPA = [kind for kind in KINDS if "capped" not in kind]
@@ -115,17 +115,13 @@ def test_a_packed_step_needs_no_number_and_nothing_of_the_cpu(kind, monkeypatch)
 
 
 def test_two_packed_batches_are_the_same_operations_and_none_waits(as_on_a_gpu):
-    model, found = adapted("llama"), []
+    model = adapted("llama")
     body, rows = PackedTokens(model, rows=4), conversations()
     parts = [collate(rows[:4]), collate(rows[1:3])]
     bucket = Bucket(*np.max([body.shape(part) for part in parts], 0).tolist())
     _ = Gradients(weights(model), fixed=True)
     with fast_layers(model):
-        for part in parts:
-            flat = body.filled(part, bucket)
-            with Operations() as operations:
-                body.loss(flat, bucket, torch.ones(2)).backward()
-            found.append(operations.names)
+        found = operations_of(body, parts, bucket, torch.ones(2))
     assert found[0] == found[1]
     assert not [name for name in found[0] if any(word in name for word in WAITING)]
 
@@ -170,6 +166,11 @@ class Timed(Uncaptured):
     """Says that packed rows take some share of what padded ones do for each token."""
 
     share = 1.0
+    packed = 0  # pieces that ran packed
+
+    def run(self, part, *given):
+        Timed.packed += isinstance(self.body, PackedTokens)
+        return super().run(part, *given)
 
     def seconds_of(self, part, *given, times=5):
         bucket = self.buckets.find(*self.body.shape(part))
@@ -208,7 +209,9 @@ def test_rows_are_packed_where_that_is_faster(cli, tiny, uneven, captured_here, 
     expected = log()
     monkeypatch.setattr(packed, "PADDED_TOO_MUCH", 0.15)
     monkeypatch.setattr(Timed, "share", share)
+    monkeypatch.setattr(Timed, "packed", 0)
     result = cli(*TRAIN)
+    assert (Timed.packed > 1) == taken, "one piece is packed to try it"
     assert result.code == 0 and f"rows are {'packed' if taken else 'not packed'}: padding" in result.err, result.err
     for was, now in zip(expected, log(), strict=True):
         assert now["loss" if "loss" in now else "eval_loss"] == pytest.approx(was["loss" if "loss" in was else "eval_loss"], rel=1e-3)
