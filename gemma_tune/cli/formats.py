@@ -18,17 +18,21 @@ def format_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """
     several = len(summary.get("quants", {})) > 1
     for quant, figures in summary.get("quants", {}).items():
-        said = [size_text(figures["bytes"])]
-        worse = {prefix: figures[f"{prefix}perplexity"] / reference - 1 for prefix in ("", "general_")
-                 if (reference := summary.get(f"f16_{prefix}perplexity")) and f"{prefix}perplexity" in figures}
-        said += [f"perplexity {worse['']:+.1%} against f16"] if "" in worse else []
-        said += [f"{worse['general_']:+.1%} on general text"] if "general_" in worse else []
+        said = [size_text(figures["bytes"]), *_measured(figures, summary)]
         best = ["recommended"] if several and quant == summary.get("recommended") else []
         yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"], *best])
     for quant, figures in summary.get("earlier", {}).items():
         age = {None: "not recorded by any export", True: "from an earlier export, of an earlier merged model: stale",
                False: "from an earlier export"}[figures["stale"]]
-        yield quant, ", ".join([size_text(figures["bytes"]), *_marks(figures), age])
+        yield quant, ", ".join([size_text(figures["bytes"]), *_measured(figures, figures), *_marks(figures), age])
+
+
+def _measured(figures: Mapping[str, Any], of_f16: Mapping[str, Any]) -> list[str]:
+    """How much worse than f16 a format predicts, of what was measured."""
+    worse = {prefix: figures[f"{prefix}perplexity"] / reference - 1 for prefix in ("", "general_")
+             if (reference := of_f16.get(f"f16_{prefix}perplexity")) and f"{prefix}perplexity" in figures}
+    said = [f"perplexity {worse['']:+.1%} against f16"] if "" in worse else []
+    return [*said, *([f"{worse['general_']:+.1%} on general text"] if "general_" in worse else [])]
 
 
 def _marks(figures: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from gemma_tune.config.stages import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
 
-_KEPT = ("file", "bytes", "ollama_name", "loses")  # of a format's figures
+# Of a format's figures; those of f16 were measured on the same rows.
+_KEPT = ("file", "bytes", "ollama_name", "loses", "perplexity", "general_perplexity", "f16_perplexity",
+         "f16_general_perplexity")
 
 
 def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -27,9 +29,10 @@ def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> d
     record = manifest.stages.get("export-ollama")
     known: dict[str, Mapping[str, Any]] = {}
     if record:
-        source = record["inputs"].get("merged", {}).get("sha256")
+        common = {"merged": record["inputs"].get("merged", {}).get("sha256"),
+                  **{name: value for name, value in record["summary"].items() if name.startswith("f16_")}}
         known = {**record["summary"].get("earlier", {}), **{
-            quant: {**figures, "merged": source} for quant, figures in record["summary"].get("quants", {}).items()}}
+            quant: {**figures, **common} for quant, figures in record["summary"].get("quants", {}).items()}}
     current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")
     found, beginning = {}, f"{run.model_name}-"
     for path in sorted(run.ollama.glob("*.gguf")):

@@ -109,7 +109,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
     except BaseException:
-        beside = (run.ollama / _REPORT, *(path for _, path, _ in modelfiles.values()))
+        beside = (run.ollama / _REPORT, *(path for _, paths, _ in modelfiles.values() for path in paths.values()))
         for path in (*files.values(), *map(fresh_path, beside)):
             remove(path)
         raise
@@ -181,8 +181,12 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     return chosen
 
 
-def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, tuple[str, Path, bytes]]:
-    """By number format: the name in Ollama, and the Modelfile's path and content.
+def _modelfiles(session: Session, target: Target, quants: tuple[str, ...],
+                ) -> dict[str, tuple[str, dict[str, Path], bytes]]:
+    """By number format: the name in Ollama, the Modelfile's paths by their names in the manifest, and its content.
+
+    Each format has one of its own name, which a later export of other formats leaves in place; what is called just
+    Modelfile is that of the first.
 
     Raises:
         UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
@@ -190,27 +194,29 @@ def _modelfiles(session: Session, target: Target, quants: tuple[str, ...]) -> di
     names, folder = model_names(target.name, quants), session.run.ollama
     found = {}
     for quant, name in names.items():
-        path = folder / ("Modelfile" if quant == quants[0] else f"Modelfile-{quant}")
+        paths = {"modelfile": folder / "Modelfile"} if quant == quants[0] else {}
+        paths[f"modelfile_{quant}"] = folder / f"Modelfile-{quant}"
         text = render_modelfile(
             f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
             license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
-                                                        f"ollama create {name} -f {path.name}"])
-        found[quant] = (name, path, text.encode())
+                                                        f"ollama create {name} -f Modelfile-{quant}"])
+        found[quant] = (name, paths, text.encode())
     return found
 
 
-def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Path, bytes]],
+def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Mapping[str, Path], bytes]],
               files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Write what stands beside the files, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
     outputs, fresh = {}, {}
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
-        name, modelfile, content = modelfiles[quant]
-        fresh |= {gguf: path, modelfile: fresh_path(modelfile)}
-        fresh[modelfile].write_bytes(content)
-        suffix = "" if quant == first else f"_{quant}"
-        outputs |= {f"gguf{suffix}": gguf, f"modelfile{suffix}": modelfile}
+        name, paths, content = modelfiles[quant]
+        fresh[gguf] = path
+        outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
+        for key, modelfile in paths.items():
+            outputs[key], fresh[modelfile] = modelfile, fresh_path(modelfile)
+            fresh[modelfile].write_bytes(content)
         figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
     earlier = _earlier(session, files)

@@ -79,9 +79,10 @@ class DataFiles:
         self._rejected.writelines(json_bytes(item.record()) for item in rejected)
 
     def keep_rejected(self, path: Path) -> None:
-        """Copy rejected.jsonl to a place that outlives a failure, for the rows to be repaired."""
+        """Copy rejected.jsonl to a place that outlives a failure, for the rows to be repaired, if there are any."""
         self._rejected.flush()
-        shutil.copyfile(self._rejected.name, path)
+        if self._rejected.tell():
+            shutil.copyfile(self._rejected.name, path)
 
     def long_rows(self, spool: Spool, config: PrepareConfig) -> str | None:
         """What the limit of the length costs, before anything else is decided about the rows."""

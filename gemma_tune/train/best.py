@@ -138,8 +138,12 @@ class Best(TrainerCallback):
             return None
         return weights if hashlib.sha256(save(weights)).hexdigest() == wanted else None
 
-    def described(self, kept: int, last: int) -> str | None:
-        """Which adapter it is and what that says, in one sentence; None where nothing was evaluated."""
+    def described(self, kept: int, last: int, length: str) -> str | None:
+        """Which adapter it is and what that says, in one sentence; None where nothing was evaluated.
+
+        Args:
+            length: the option that says how long the training is.
+        """
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
         before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
@@ -152,8 +156,8 @@ class Best(TrainerCallback):
                     f"{loss:.4g}, and {end:.4g} at the end")
         if kept != last:
             return (f"the adapter is that of step {kept} of {last}, whose validation loss was lowest: {loss:.4g}, and "
-                    f"{end:.4g} at the end; fewer --epochs, a lower --learning-rate or more rows may lower it further")
+                    f"{end:.4g} at the end; fewer {length}, a lower --learning-rate or more rows may lower it further")
         if lowest == last:
-            return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more --epochs may "
+            return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more {length} may "
                     "lower it further, and --continue goes on from here")
         return None

@@ -88,8 +88,10 @@ class FirstBatch:
     def forget_captured(self) -> None:
         """Free the memory of captured steps, which what comes after the training can use."""
         for steps in (self.captured, self.captured_evaluation):
-            if steps:  # it has captured some
-                steps.forget()
+            while steps is not None:
+                if steps:  # it has captured some
+                    steps.forget()
+                steps = steps.instead
 
     def _tell_without_kernels(self) -> None:
         device = self.accelerator.device

@@ -215,11 +215,20 @@ def offer(session: Session) -> str | None:
     if "train" not in manifest.stages or state_of(session.run, manifest, "train").status != "done":
         return None
     before, now = _recorded(session), as_finished(session).config.as_dict()
-    more_steps = before["max_steps"] and (not now["max_steps"] or now["max_steps"] > before["max_steps"])
-    if difference(before, now, MAY_CHANGE) or not (more_steps or now["epochs"] > before["epochs"]):
+    if now["max_steps"]:
+        longer = now["max_steps"] > (before["max_steps"] or _done(session))
+    else:
+        longer = before["max_steps"] > 0 or now["epochs"] > before["epochs"]
+    if not longer or difference(before, now, MAY_CHANGE):
         return None
     return command("train", session.run.root, "--continue", *as_flags(
         TrainConfig, {name: now[name] for name in MAY_CHANGE if now[name] != before[name]}, defaults=True))
+
+
+def _done(session: Session) -> int:
+    """Steps of the finished training, and of those that it went on from."""
+    summary = session.manifest.stages["train"]["summary"]
+    return summary["steps"] + summary.get("steps_before", 0)
 
 
 def _recorded(session: Session) -> dict[str, Any]:
@@ -246,7 +255,7 @@ def continuation(session: Session, rows: int) -> Continuation:
                         "leave --continue out to start anew; or start from a copy of the adapter: "
                         f"cp -r {run.adapter} COPY, then gemma-tune train --from-adapter COPY")
     summary, before = manifest.stages["train"]["summary"], _recorded(session)
-    done, total = summary["steps"] + summary.get("steps_before", 0), total_steps(rows, config)
+    done, total = _done(session), total_steps(rows, config)
     problems = difference(before, config.as_dict(), MAY_CHANGE)
     problems += [_too_short(config, total, done)] if total <= done else []
     if problems:

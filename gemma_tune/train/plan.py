@@ -101,8 +101,7 @@ def steps_per_epoch(rows: int, config: TrainConfig) -> int:
 
 def total_steps(rows: int, config: TrainConfig) -> int:
     """Optimiser steps of the whole training."""
-    steps = max(1, round(steps_per_epoch(rows, config) * config.epochs))
-    return min(steps, config.max_steps) if config.max_steps else steps
+    return config.max_steps or max(1, round(steps_per_epoch(rows, config) * config.epochs))
 
 
 def described_steps(rows: int, config: TrainConfig) -> str:
@@ -111,6 +110,8 @@ def described_steps(rows: int, config: TrainConfig) -> str:
     epochs = f"{config.epochs:g} {'epoch' if config.epochs == 1 else 'epochs'}"
     text = (f"{counted(rows, ROWS.get(config.method, 'sequence'))} x {epochs} in batches of {config.effective_batch}: "
             f"{counted(all_steps, 'step')}")
+    if steps > all_steps:
+        return f"{text}; --max-steps makes them {steps:,}, {steps / steps_per_epoch(rows, config):.3g} epochs"
     return text if steps == all_steps else f"{text}, of which --max-steps does {steps:,}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,13 +131,20 @@ class PreferenceTrainer(GemmaTrainer):
             for part in self._pieces(batch):
                 rows = [unit["mismatch"] for unit in part["units"]]
                 if self.captured_divergence is None or not self.captured_divergence.run(collate(rows), -1.0):
-                    self._ratios += self.preference.log_probabilities(self.model, rows)[0].sum()
+                    self.with_room(functools.partial(self._measure_piece, rows))
                 self._ratios -= sum(unit["mismatch_reference"] for unit in part["units"])
                 count += len(rows)
         total = torch.stack([self._ratios, torch.full_like(self._ratios, count)])
         if processes.joined():
             torch.distributed.all_reduce(total)
         self.preference.divergence.copy_((total[0] / total[1].clamp(min=1)).clamp(min=0))  # where captured steps read
+
+    def _measure_piece(self, rows: Sequence[Any]) -> None:
+        self._ratios += self.preference.log_probabilities(self.model, rows)[0].sum()
+
+    def sums(self) -> Sequence[torch.Tensor]:
+        """See :meth:`GemmaTrainer.with_room`."""
+        return self._sums, self._evaluated, self._ratios
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +179,7 @@ class PreferenceTrainer(GemmaTrainer):
             for batch in batches:
                 for part in self._pieces(batch):
                     if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0, 1.0):
-                        self._evaluated += self.preference.of(self.model, part["units"]).sums
+                        self.with_room(functools.partial(self._evaluate_piece, part))
         self.gradients.clear()
         sums = [sum(shares) for shares in zip(*processes.gathered(self._evaluated.tolist()))]
         of = dict(zip(SUMS, sums))
@@ -181,6 +189,9 @@ class PreferenceTrainer(GemmaTrainer):
         self._tell(of["good_logp"] / max(1, of["good_tokens"]))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_piece(self, part: dict[str, Any]) -> None:
+        self._evaluated += self.preference.of(self.model, part["units"]).sums
 
     def _tell(self, chosen: float) -> None:
         """Warn once where chosen answers become less likely: what replaces them may be neither of both."""

@@ -49,7 +49,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
     evals = validation_losses(log.records)
     last = trainer.state.global_step
     kept = best.restore(last)
-    if sentence := best.described(kept, last):
+    if sentence := best.described(kept, last, "--max-steps" if session.config.max_steps else "--epochs"):
         session.listener.note(sentence)
     samples.compare(kept, last)
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer
@@ -43,6 +43,7 @@ from gemma_tune.train.kernels import not_compiled
 from gemma_tune.train.late import LateFigures
 from gemma_tune.train.summed_loss import install_summed_loss
 
+T = TypeVar("T")
 MOST_OVERFLOWS = 20  # steps in a row that the loss scaler of fp16 may skip
 
 
@@ -163,10 +164,37 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     def _piecewise_step(self, model, inputs, count: int) -> None:
         for part in self._pieces(inputs):
             if self.captured is None or not self.captured.run(part, *self.weights(count)):
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, part, num_items_in_batch=count)
-                self.accelerator.backward(loss)
-                self.gradients.loss += loss.detach()
+                self.with_room(functools.partial(self._eager_step, model, part, count))
+
+    def _eager_step(self, model, part, count: int) -> None:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, part, num_items_in_batch=count)
+        self.accelerator.backward(loss)
+        self.gradients.loss += loss.detach()
+
+    def with_room(self, work: Callable[[], T]) -> T:
+        """Work on a piece that is too rare to be captured, and add to gradients and sums. Where the memory that
+        captured steps hold is what it lacks, that is freed; they are captured anew when they come again."""
+        if not any((self.captured, self.captured_evaluation)):
+            return work()
+        earlier, sums = self.gradients.saved(), [place.clone() for place in self.sums()]
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+        # Outside the handler, whose traceback keeps the activations alive.
+        self.gradients.restore(earlier)
+        for place, value in zip(self.sums(), sums):
+            place.copy_(value)
+        gc.collect()
+        self.forget_captured()
+        self.listener.note("a rare batch needed the memory of captured steps; they are captured anew")
+        return work()
+
+    def sums(self) -> Sequence[torch.Tensor]:
+        """What pieces add to beside the gradients."""
+        return ()
 
     def weights(self, count: int) -> tuple[float, ...]:
         """Factors on the sums of a captured piece, see :class:`gemma_tune.train.captured.Body`."""
@@ -277,7 +305,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
                     if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0):
-                        losses.append(self._summed_loss(self.model, part))
+                        losses.append(self.with_room(functools.partial(self._summed_loss, self.model, part)))
                     count += trained_count(part["labels"])
         losses.append(self.gradients.loss)  # of what was captured
         total = sum(torch.stack(losses).tolist())  # read once: a GPU works on meanwhile

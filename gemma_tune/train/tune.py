@@ -86,8 +86,8 @@ class _Job:
 def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
     if session.manifest.kind != CONVERSATIONS:
         raise UserError("tune compares trainings on conversations, and the prepared rows are preferences",
-                        "try learning rates one after the other: gemma-tune train --learning-rate 2e-5 --force; its "
-                        "last lines compare the validation")
+                        "try learning rates one after the other; the last lines of each compare the validation: "
+                        + command("train", session.run.root, "--learning-rate", "2e-5", "--force"))
     train_rows, valid_rows = prepared_sequences(session)
     if not len(valid_rows):
         raise UserError(f"candidates are compared by their validation loss, and {session.run.root} has no validation "

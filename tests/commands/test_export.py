@@ -197,12 +197,13 @@ def test_several_formats_at_once(cli, merged):
     losses = {name: figures["kl"] for name, figures in summary["quants"].items()}
     assert losses["f32"] < losses["q8_0"] < losses["q4_0"], losses
     assert {p.name for p in folder.iterdir()} == {
-        "tiny-gemma-q8_0.gguf", "tiny-gemma-q4_0.gguf", "tiny-gemma-f32.gguf", "Modelfile", "Modelfile-q4_0",
+        "tiny-gemma-q8_0.gguf", "tiny-gemma-q4_0.gguf", "tiny-gemma-f32.gguf", "Modelfile", "Modelfile-q8_0", "Modelfile-q4_0",
         "Modelfile-f32", "report.md"}
     for quant, figures in summary["quants"].items():
         assert figures["bytes"] == (folder / figures["file"]).stat().st_size
         assert figures["ollama_name"] == f"tiny-gemma-tuned:{quant}"
     assert parse_modelfile((folder / "Modelfile-q4_0").read_text())["from"] == "./tiny-gemma-q4_0.gguf"
+    assert (folder / "Modelfile").read_text() == (folder / "Modelfile-q8_0").read_text()
     assert [line.split(" -f")[0] for line in result.json["next"]] == [
         "ollama create tiny-gemma-tuned:q8_0", "ollama create tiny-gemma-tuned:q4_0", "ollama create tiny-gemma-tuned:f32",
         "ollama run tiny-gemma-tuned:q8_0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import jsonschema
@@ -174,7 +175,7 @@ def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(c
     earlier = one.json["summary"]["earlier"]
     assert list(earlier) == ["q4_0"] and earlier["q4_0"]["file"] == "tiny-gemma-q4_0.gguf"
     assert earlier["q4_0"]["stale"] is False
-    assert "q4_0 0 MB, from an earlier export" in " ".join(one.err.split())
+    assert re.search(r"q4_0 0 MB, perplexity [+-]\d+\.\d% against f16, .*from an earlier export", " ".join(one.err.split()))
     status = cli("status", "--json")
     assert status.json["earlier_exports"]["q4_0"]["stale"] is False
     assert cli("merge", "--dtype", "fp32", "--no-check").code == 0
@@ -192,6 +193,14 @@ def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(c
     gone = export("--quant", "q8_0", "--json")
     assert gone.json["status"] == "up-to-date" and "earlier" not in gone.json["summary"]
     assert "earlier merged model" not in gone.err
+
+
+def test_the_first_format_of_an_earlier_export_keeps_its_modelfile(export, merged):
+    assert export("--quant", "q8_0", "--no-verify").code == 0
+    first = (OLLAMA / "Modelfile").read_text()
+    assert export("--quant", "f16", "--no-verify").code == 0
+    assert "tiny-gemma-f16.gguf" in (OLLAMA / "Modelfile").read_text()
+    assert (OLLAMA / "Modelfile-q8_0").read_text() == first and "tiny-gemma-q8_0.gguf" in first
 
 
 def test_a_file_that_no_export_recorded_is_called_so(cli, export, merged):

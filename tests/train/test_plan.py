@@ -178,7 +178,9 @@ def test_learned_tokens_are_counted_without_reading_them(cli, tiny, tmp_path):
 
 @pytest.mark.parametrize(("config", "said"), [
     (TrainConfig(max_steps=14), "25 sequences x 4 epochs in batches of 4: 28 steps, of which --max-steps does 14"),
-    (TrainConfig(epochs=1.0, max_steps=99), "25 sequences x 1 epoch in batches of 4: 7 steps")])
+    (TrainConfig(epochs=1.0), "25 sequences x 1 epoch in batches of 4: 7 steps"),
+    (TrainConfig(epochs=1.0, max_steps=98),
+     "25 sequences x 1 epoch in batches of 4: 7 steps; --max-steps makes them 98, 14 epochs")])
 def test_what_ends_a_training_is_said(config, said):
     from gemma_tune.train.plan import described_steps
 

@@ -8,6 +8,7 @@ row as well, and there may be one on each line.
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class LinesBlock(Block):
 
 @dataclass(frozen=True)
 class ElementsBlock(Block):
-    """Elements of a JSON document's array: the line where each begins, and its text."""
+    """Elements of a JSON document's array: the line where each begins, or its number in an array that is written on one
+    line, and its text."""
 
     elements: tuple[tuple[int, str], ...]
 
@@ -127,7 +129,7 @@ def _document(source: Source, size: int, wrapped: int | None) -> Iterator[Block]
             window.skip()
     waiting: list[tuple[int, str]] = []
     length, count = 0, 0
-    for element in window.elements():
+    for element in _placed(window.elements()):
         waiting.append(element)
         length += len(element[1])
         count += 1
@@ -140,6 +142,15 @@ def _document(source: Source, size: int, wrapped: int | None) -> Iterator[Block]
         raise UserError(f"{source.name}:{window.line}: there is more after the end of the list", ONE_LIST)
     if waiting:
         yield ElementsBlock(source.name, 1.0, tuple(waiting))
+
+
+def _placed(elements: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Elements with their lines; with their numbers, from 1, where the first two stand on the same line, which would
+    tell none from the other."""
+    first = list(itertools.islice(elements, 2))
+    on_one_line = len(first) == 2 and first[0][0] == first[1][0]
+    for number, (line, text) in enumerate(itertools.chain(first, elements), start=1):
+        yield number if on_one_line else line, text
 
 
 def _single(source: Source, size: int) -> Block:

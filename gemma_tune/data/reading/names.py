@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TSV
@@ -14,6 +15,11 @@ SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes be
 # Files that describe a dataset, in its repository or beside what `datasets` has saved.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", DICT)
 
+# What `prepare` leaves out, and why; also beside no manifest, where it refused the rows.
+LEFT_OUT = ("rejected.jsonl", "duplicates.jsonl")
+_RECORD = re.compile(rb'\{"file": ?".*?", ?"line": ?\d+, ?"(?:code|same_as)": ?"')
+_OPENING = 10_000  # bytes of a line that show what it is
+
 
 def kind_of(path: Path) -> str | None:
     """The kind of source that a name promises; None for one that promises none."""
@@ -24,6 +30,18 @@ def kind_of(path: Path) -> str | None:
 
 def describes_data(path: Path) -> bool:
     """Whether a file is about a dataset, and holds none of its rows."""
+    if path.name in LEFT_OUT:
+        return _left_out(path)
     if path.name == SAVED:
         return path.with_name("dataset_info.json").exists()
     return path.name in _DESCRIPTIONS or path.name.startswith("cache-") and path.suffix == ".arrow"
+
+
+def _left_out(path: Path) -> bool:
+    """Whether a file is empty, or has rows as `prepare` writes those that it leaves out."""
+    try:
+        with open(path, "rb") as f:
+            first = f.readline(_OPENING)
+    except OSError:
+        return False
+    return not first or bool(_RECORD.match(first))

@@ -21,8 +21,8 @@ class Row:
 
     Args:
         file: the source's name, as people gave it.
-        line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet, in Arrow and on
-            the Hub.
+        line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet, in Arrow, on the
+            Hub and in a JSON list that is written on one line.
         value: what JSON can hold.
     """
 
