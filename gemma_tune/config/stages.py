@@ -23,7 +23,8 @@ MERGED_DTYPES = ("bf16", "fp16", "fp32")
 MOST_ROWS, MOST_TOKENS, MOST_PROCESSES, MOST_EPOCHS = 1 << 16, 1 << 24, 4096, 100_000.0
 LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds as well
 USES = ("adapter", "merged", "gguf", "base", "ollama")
-FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "text", "preference")
+FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "rendered", "text",
+           "preference")
 COLUMN_ROLES = ("user", "assistant", "system", "context", "turns", "tools")
 ROLES = ("system", "user", "assistant", "tool")
 TURN_KEYS = ("role", "content")

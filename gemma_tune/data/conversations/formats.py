@@ -15,6 +15,7 @@ from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
+from gemma_tune.data.conversations.rendered import is_rendered, rendered
 from gemma_tune.data.conversations.turns import Turn, conversation
 from gemma_tune.data.reading.rows import Row
 
@@ -82,6 +83,7 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     # The instruction may be null where the input says it all.
     "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
     "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,
+    "rendered": lambda row, keys: "text" in keys and is_rendered(row["text"]),
     "text": lambda row, keys: "text" in keys,
 }
 _REASONS = {
@@ -91,6 +93,8 @@ _REASONS = {
     "gemini": "a list `contents` with `parts`",
     "alpaca": "`instruction` and `output`, or Dolly's `response`",
     "prompt-completion": "`prompt` and `completion`",
+    "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
+                "text keeps it as it is",
     "text": "`text` and no column of questions or answers",
 }
 _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
@@ -101,6 +105,7 @@ _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
     "gemini": gemini,
     "alpaca": layouts.alpaca,
     "prompt-completion": layouts.prompt_completion,
+    "rendered": rendered,
 }
 
 
@@ -248,7 +253,10 @@ def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     if (beside := _beside_text(row)) is not None:
         return beside
-    if turns := suggested_turns(row):
+    if (turns := suggested_turns(row)) and _detected(row[turns][0]):
+        return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
+                       f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
+    if turns:
         return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
     question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
                                                                            _CONTEXTS))

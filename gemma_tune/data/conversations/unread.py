@@ -26,6 +26,7 @@ _READ: dict[str, frozenset[str]] = {
     "alpaca": frozenset(("instruction", "input", "context", "passage", "output", "response", *HISTORIES, *SYSTEMS)),
     "prompt-completion": frozenset(("prompt", "completion", *HISTORIES, *SYSTEMS, *_TOOLS)),
     "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS)),
+    "rendered": frozenset(("text", *SYSTEMS)),
     "text": frozenset(("text",)),
     "preference": frozenset((*(key for pair in PAIRS for key in pair), MARK, "prompt", "completion", "label",
                              "messages",

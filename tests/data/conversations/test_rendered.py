@@ -1,0 +1,112 @@
+"""Conversations that a chat template wrote already are taken apart; what is not one from end to end stays a text."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.conversations.rendered import is_rendered
+from support.command import write_rows
+
+TWO = [("user", "2+2?"), ("assistant", "    4\n\nsure")]
+WITH_SYSTEM = [("system", "Be brief."), *TWO, ("user", "And <b>3+3</b>?"), ("assistant", "6")]
+
+
+def turns(text: str) -> list[tuple[str, str]]:
+    example = Formats().example({"text": text})
+    assert example.format == "rendered" and example.text is None and not example.unread
+    return [(turn["role"], turn["content"]) for turn in example.messages]
+
+
+@pytest.mark.parametrize(("begin", "end", "model"), [
+    ("<|im_start|>{role}\n", "<|im_end|>\n", "assistant"), ("<|im_start|>{role}<|im_sep|>", "<|im_end|>", "assistant"),
+    ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "assistant"),
+    ("<|header_start|>{role}<|header_end|>\n\n", "<|eot|>", "assistant"),
+    ("<start_of_turn>{role}\n", "<end_of_turn>\n", "model"), ("<|turn>{role}\n", "<turn|>\n", "model"),
+    ("<|{role}|>\n", "<|end|>\n", "assistant"), ("<|{role}|>\n", "</s>\n", "assistant")],
+    ids=["chatml", "phi-4", "llama 3", "llama 4", "gemma 3", "gemma 4", "phi-3", "zephyr"])
+@pytest.mark.parametrize("start", ["", "<s>", "<bos>", "<|begin_of_text|>"])
+@pytest.mark.parametrize("wanted", [TWO, WITH_SYSTEM], ids=["two", "system"])
+def test_marked_turns(begin, end, model, start, wanted):
+    parts = [begin.format(role=model if role == "assistant" else role) + text + end for role, text in wanted]
+    assert turns(start + "".join(parts)) == wanted
+    assert turns(start + "".join(parts) + "<|endoftext|>\n") == wanted
+    assert turns(start + "".join(parts).removesuffix(end)) == wanted, "the last end is often left out"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n2+2? [/INST] 4 </s><s>[INST] And? [/INST] 6 </s>",
+     [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And?"), ("assistant", "6")]),
+    ("[INST] 2+2? [/INST] 4", [("user", "2+2?"), ("assistant", "4")]),
+    ("<s> [INST] 2+2? [/INST] 4</s>[INST] And? [/INST] 6</s>",
+     [("user", "2+2?"), ("assistant", "4"), ("user", "And?"), ("assistant", "6")]),
+    ("<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?<｜Assistant｜>4<｜end▁of▁sentence｜>",
+     [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4")]),
+    ("### Human: 2+2?### Assistant: 4### Human: And?\n### Assistant: 6",
+     [("user", "2+2?"), ("assistant", "4"), ("user", "And?"), ("assistant", "6")]),
+    ("### Instruction:\n翻译\n\n### Input:\nhello\n\n### Response:\n你好</s>", [("user", "翻译\n\nhello"), ("assistant", "你好")]),
+    ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+     "### Instruction:\n2+2?\n\n### Response:\n4", [("user", "2+2?"), ("assistant", "4")]),
+    ("### System:\nBe brief.\n### User:\n2+2?\n### Assistant:\n4<|endoftext|>",
+     [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4")]),
+    ("### Question: 2+2?\n### Answer: 4", [("user", "2+2?"), ("assistant", "4")]),
+    # An answer that has titles itself.
+    ("### Human: Make a card\n### Assistant: Sure:\n### Question: 2+2?\n### Answer: 4",
+     [("user", "Make a card"), ("assistant", "Sure:\n### Question: 2+2?\n### Answer: 4")])])
+def test_written_in_other_ways(text, wanted):
+    assert turns(text) == wanted
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "", "### Notes\n\nhere", "### Instruction:\nalone", "<html>", "say [INST] q [/INST] a",
+    "<|im_start|>user\nq<|im_end|> and more <|im_start|>assistant\na<|im_end|>", "<|im_start|>user\nq<|im_end|>",
+    "<|im_start|>narrator\nq<|im_end|><|im_start|>assistant\na<|im_end|>", "A play.\n### Human: q\n### Assistant: a",
+    '<|im_start|>user\nq<|im_end|><|im_start|>assistant\n<tool_call>{"name": "f"}</tool_call><|im_end|>'])
+def test_what_is_none_stays_a_text(text):
+    assert not is_rendered(text)
+
+
+@pytest.mark.parametrize("text", ["### Human: q" + " " * 200_000 + "### Assistant: " + " \n" * 200_000 + "x",
+                                  "<|im_start|>user\n" + "<|im_end|> " * 20_000, "[INST] " * 50_000, "<|user|>" + "\n" * 300_000])
+def test_it_takes_no_longer_than_the_text_is_long(text):
+    began = time.process_time()
+    is_rendered(text)
+    assert time.process_time() - began < 2
+
+
+def test_rows_beside_others_and_the_named_format():
+    text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert Formats().example({"text": text, "system": "s"}).messages[0] == {"role": "system", "content": "s"}
+    assert [item.name for item in Formats().example({"text": text, "source": "x"}).unread] == ["source"]
+    assert Formats("text").example({"text": text}).text == text
+    assert Formats().example({"instruction": "i", "output": "o", "text": "### Instruction:\ni\n\n### Response:\no"}).format == "alpaca"
+    with pytest.raises(RowError, match="not a row of the format `rendered`"):
+        Formats("rendered").example({"text": "plain"})
+    with pytest.raises(RowError, match="no better and worse answer"):
+        Formats(take="pairs").example({"text": text})
+
+
+def test_lists_of_rows_in_one_object_are_no_turns():
+    with pytest.raises(RowError) as caught:
+        Formats().example({"train": [{"instruction": "q", "output": "a"}], "test": []})
+    assert "`train` holds rows, not turns" in str(caught.value)
+    assert "jq -c '.train[]' FILE.json > train.jsonl" in caught.value.fix
+
+
+def test_they_are_prepared_as_the_conversations_that_they_are(cli, tiny, tmp_path):
+    """The same tokens and the same labels as the turns themselves give."""
+    conversations = [[{"role": "user", "content": f"What is {n}+{n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]
+                     for n in range(20)]
+    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": turns} for turns in conversations])
+    chat = "<|im_start|>{role}\n{content}<|im_end|>\n"
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "".join(chat.format(**turn) for turn in turns)} for turns in conversations])
+    rows = []
+    for run, data in (("plain", plain), ("texts", texts)):
+        done = cli("prepare", data, "--model", tiny, "--run", run, "--json")
+        assert done.code == 0, done.err
+        rows.append([json.loads(line) for line in (tmp_path / run / "data" / "train.jsonl").read_text().splitlines()])
+    assert rows[0] == rows[1] and "format: rendered (rows have a `text` that a chat template wrote" in done.err
