@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma_tune import __version__
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import WORK_FAILED, UserError
 from gemma_tune.cli import console, screen
 from gemma_tune.cli import options as o
 from gemma_tune.cli.session import (
@@ -281,7 +281,8 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
     """What a run has, with its figures and sizes, what is stale, and what to type next.
 
     Reads the manifest and the files it names; what is large is read with --verify alone. Writes nothing but the new
-    time stamps of a run that was copied, and the record of what a killed command had finished.
+    time stamps of a run that was copied, and the record of what a killed command had finished. Exit code 1 if --verify
+    finds damage.
 
     Example: gemma-tune status
     """
@@ -292,6 +293,8 @@ def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify:
     show_status(found)
     if json:
         screen.result_json(found.as_json())
+    if verify and found.damaged:
+        raise typer.Exit(WORK_FAILED)
 
 
 @app.command(cls=Command)

@@ -31,8 +31,9 @@ def _measured(figures: Mapping[str, Any], of_f16: Mapping[str, Any]) -> list[str
     """How much worse than f16 a format predicts, of what was measured."""
     worse = {prefix: figures[f"{prefix}perplexity"] / reference - 1 for prefix in ("", "general_")
              if (reference := of_f16.get(f"f16_{prefix}perplexity")) and f"{prefix}perplexity" in figures}
-    said = [f"perplexity {worse['']:+.1%} against f16"] if "" in worse else []
-    return [*said, *([f"{worse['general_']:+.1%} on general text"] if "general_" in worse else [])]
+    shown = {name: f"{round(value, 3) + 0.0:+.1%}" for name, value in worse.items()}  # no -0.0%
+    said = [f"perplexity {shown['']} against f16"] if "" in worse else []
+    return [*said, *([f"{shown['general_']} on general text"] if "general_" in worse else [])]
 
 
 def _marks(figures: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,14 @@ from typing import Any
 from rich import box
 from rich.cells import cell_len
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from gemma_tune.cli import screen
 from gemma_tune.cli.run_figures import small_size
 from gemma_tune.cli.screen import Text
 
+_NARROW = 92  # columns of a terminal in which a stage's results stand below its name
 _NAME = 30  # columns of a run's name that are not folded
 _STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
 
@@ -24,17 +26,26 @@ def show_status(found: Any) -> None:
     Args:
         found: a :class:`gemma_tune.cli.status.RunStatus`.
     """
-    table = _table(f"{found.root} · {found.model} · {small_size(found.size)} on the disk")
+    title, narrow = f"{found.root} · {found.model} · {small_size(found.size)} on the disk", screen.err.width < _NARROW
+    table = _table(title)
     for column in ("stage", "state", "ended (UTC)", "result"):
         table.add_column(column, overflow="fold", no_wrap=column in ("stage", "ended (UTC)"))
+    if narrow:  # a column of results would be a quarter of the terminal
+        screen.err.print(Text(title, style="bold"))
     for stage, state, ended, where in found.rows:
         figures = found.figures[stage]
-        result = Text("\n".join(figures.lines))
+        result = Text("\n".join(figures.lines), overflow="fold", no_wrap=False)
         files = _with_sizes(where, figures.sizes)
         if files:
             result.append(("\n" if figures.lines else "") + files, "dim")
-        table.add_row(stage, Text(state, style=_STYLES.get(state.split(":")[0], "")), Text(ended), result)
-    screen.err.print(table)
+        shown = Text(state, style=_STYLES.get(state.split(":")[0], ""))
+        if narrow:
+            screen.err.print(Text.assemble((stage, "bold"), "  ", shown, f"  {ended}"))
+            screen.err.print(Padding(result, (0, 0, 0, 2)))
+        else:
+            table.add_row(stage, shown, Text(ended), result)
+    if not narrow:
+        screen.err.print(table)
     if found.unread:
         screen.prose(Text(f"not read, though time stamps changed, as in a copy: {', '.join(found.unread)}; "
                           "`gemma-tune status --verify` compares their content", style="dim"))

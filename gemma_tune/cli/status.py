@@ -62,6 +62,11 @@ class RunStatus:
     size: int = 0
     unread: tuple[str, ...] = ()
 
+    @property
+    def damaged(self) -> bool:
+        """Whether a stage's artifact or the base model is not what was recorded."""
+        return self.base_damage is not None or any(state.startswith("damaged") for _, state, _, _ in self.rows)
+
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,

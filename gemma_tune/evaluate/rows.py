@@ -18,6 +18,7 @@ from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
+from gemma_tune.run.directory import command
 from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, prepared_as
 from gemma_tune.run.prompts import prompt_limit
 from gemma_tune.run.row_file import RowFile
@@ -26,6 +27,7 @@ from gemma_tune.run.session import Session
 FILE = RowFile("data", use="measure on", used="measured on", own="take the validation rows: --data valid",
                again="an evaluation")
 _ALL = 1 << 40
+_PART_ASIDE = 4  # no more than one row in so many is proposed to be kept aside
 _EXAMPLE = f"gemma_tune:samples/{samples.SAMPLE}.jsonl"  # as the manifest has it where it was named
 
 
@@ -170,8 +172,17 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
         found = [*own, *(replace(question, judged=True) for question in found)]
     elif (chats and len(chats) < count and not session.config.data_file and not texts
           and len(rows) != session.config.limit):  # else that is why there are so few
-        session.listener.note(f"the run has {len(chats)} held-out prompts; `prepare --valid 0.2` keeps more aside")
+        session.listener.note(f"the run has {len(chats)} held-out prompts{_more_aside(session, count, len(chats))}")
     return _short_enough(session, chat, found)
+
+
+def _more_aside(session: Session, wanted: int, there: int) -> str:
+    """The command that keeps more rows aside, where there are enough: training needs most of them."""
+    total = session.manifest.stages["prepare"]["summary"].get("rows") or 0
+    more = min(wanted, total // _PART_ASIDE)
+    if isinstance(session.settings_of("prepare").get("valid"), str) or more <= there:
+        return ""
+    return f"; {command('prepare', session.run.root, '--valid', str(more))} keeps more aside, to train anew"
 
 
 def reference_of(chat: ChatFormat, outcome: Outcome) -> str | None:

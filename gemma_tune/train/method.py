@@ -29,9 +29,11 @@ def with_method(session: Session) -> Session:
     kind, asked = session.manifest.kind, session.config.method
     method = _BY_KIND[kind] if asked == AUTO else asked
     if kind not in _NEEDS[method]:
+        fitting = " or ".join(f"--method {name}" for name in sorted(
+            (name for name, kinds in _NEEDS.items() if kind in kinds), key=lambda name: name != _BY_KIND[kind]))
         raise UserError(f"--method {method} learns from {_WANT[method]}, and the prepared rows are {_ARE[kind]}",
                         f"prepare such data: {command('prepare', session.run.root, 'PAIRS.jsonl')}; or train with "
-                        "--method sft")
+                        f"{fitting}")
     values = {} if asked != AUTO else {"method": method}
     reasons = [f"method {method}: the data are {_ARE[kind]}"] if asked == AUTO and kind != CONVERSATIONS else []
     if method != "sft":

@@ -130,7 +130,7 @@ def _without_run(args: list[str]) -> list[str]:
 def _unnoticed(lab: Lab, kind: str, path: Path) -> str | None:
     """What is wrong with the answer of ``status --verify``: that all is well, where a file with a digest is not."""
     looked = lab.do("status", "--run", str(lab.run), "--json", "--verify")
-    if fault := looked.fault(0, 2):
+    if fault := looked.fault(0, 1, 2):
         return fault
     parts = path.relative_to(lab.work).parts
     if kind == "manifest" or looked.code == 2 or path.name in _UNCOUNTED or "training_checkpoints" in parts or (

@@ -1,9 +1,10 @@
 """Conversations that a chat template has written down already, as one text in a column ``text``.
 
 Public datasets come in the form that one model or one script wants: ``<s>[INST] … [/INST] … </s>``, ChatML, Llama 3's
-and Gemma's turns, ``### Human: … ### Assistant: …``, Alpaca's prompt. Learned as they are, each token of them is learned,
-the questions too, in a form that the model is never asked in. So they are taken apart, and written by the template of
-the model that is trained. Only a text that is such a conversation from its first to its last character is one.
+and Gemma's turns, ``### Human: … ### Assistant: …``, Alpaca's prompt. As plain text, each token of them would be
+learned, the questions too, in a form that the model is never asked in. So they are taken apart, and written by the
+template of the model that is trained. Only a text that is such a conversation from its first to its last character is
+one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _turns(text: str) -> Turns | None:
 def _marked(text: str) -> Turns | None:
     for layout in _MARKED:
         if layout.match(text):
-            return _consumed(text, layout, lambda turn: [_turn(_ROLES.get(turn["role"].lower()), turn["text"].strip("\n"))])
+            return _consumed(text, layout, lambda turn: [
+                _turn(_ROLES.get(turn["role"].lower()), turn["text"].strip("\n"))])
     return None
 
 
