@@ -23,6 +23,7 @@ from gemma_tune.chat.voice import Voice
 _HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
 _ROLES = ("system", "user", "assistant", "tool")
+_READ = ("id", "prompt", "messages", "system", "tools")
 _SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
 
@@ -36,6 +37,7 @@ class Asked:
         prompt: what was asked; None for a whole conversation.
         messages: the turns, without the chat's own system prompt.
         named: ``id`` of the row, if it has one.
+        unread: names of what else the row has.
         problem: why it cannot be asked.
     """
 
@@ -45,6 +47,7 @@ class Asked:
     tools: list[dict[str, Any]] | None = None
     named: dict[str, Any] = field(default_factory=dict)
     problem: UserError | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def echo(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def _of_row(row: dict[str, Any], where: str) -> Asked:
         UserError: it is no prompt and no conversation.
     """
     named = {"id": row["id"]} if "id" in row else {}
+    others = tuple(key for key in row if key not in _READ)
     if ("messages" in row) == ("prompt" in row):
         both = "both messages and a prompt" if "messages" in row else "neither messages nor a prompt"
         raise UserError(f"{where}: the object has {both}", _SHAPE)
@@ -120,10 +124,11 @@ def _of_row(row: dict[str, Any], where: str) -> Asked:
         if unread := [name for name in ("system", "tools") if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
-        return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named)
+        return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named, unread=others)
     if (tools := row.get("tools")) and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"{where}: its tools are no list of objects", "as in the data that was trained on")
-    return Asked(where, messages=_turns(row["messages"], where), tools=tools or None, named=named)
+    return Asked(where, messages=_turns(row["messages"], where), tools=tools or None, named=named,
+                 unread=others)
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, Any]]:

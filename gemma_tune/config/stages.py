@@ -198,7 +198,7 @@ class TrainConfig(MethodConfig, StageConfig):
     strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"), group="speed")
     epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS, group="common")
-    max_steps: int = option(0, "Train for this many optimiser steps, whatever --epochs says; 0 means by epochs.", least=0,
+    max_steps: int = option(0, "Train for so many optimiser steps, whatever --epochs says; 0 means by epochs.", least=0,
                             group="common")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
                                  "learns already.", least=0.0, most=1.0)

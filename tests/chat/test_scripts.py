@@ -113,7 +113,7 @@ def test_a_directory_on_stdin_is_an_error():
 
 def test_json_lines_on_standard_input_in_a_command(cli, fluent):
     rows = [{"id": "b", "messages": [user("Say number 3.")]}, {"messages": [{"role": "user", "content": 3}]},
-            {"prompt": "Say number 7."}]
+            {"prompt": "Say number 7.", "max_tokens": 5, "topic": "numbers"}]
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for args, stdin in ((("--input", "asked.jsonl"), None), ((), Path("asked.jsonl").read_text())):
         result = cli("chat", "--json", "--dtype", "fp32", *args, stdin=stdin)
@@ -123,6 +123,8 @@ def test_json_lines_on_standard_input_in_a_command(cli, fluent):
         assert (found[0]["id"], found[0]["messages"]) == ("b", rows[0]["messages"])
         assert "no conversation" in found[1]["error"]["message"] and found[1]["where"].endswith(":2")
         assert "1 of 3 prompts could not be answered; the others were" in result.err
+        assert ("! not read of the rows: max_tokens (1 row), topic (1 row); for all of them together there is --max-new-tokens"
+                in result.err)
     assert cli("chat", "--input", "missing.txt").code == 2
     assert "exclude each other" in cli("chat", "--input", "asked.jsonl", "-p", "a").err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ def all_of(conversation: Conversation, name: str | None, as_json: bool) -> None:
         groups = windows(read(lines, called, rows_only), whole)
         _answer(conversation, groups, as_json, problems, one_by_one=conversation.config.seed is not None and not whole)
     problems.tell_cut()
+    problems.tell_unread()
     if not problems.asked:
         say(f"! {called} has no prompts: there is nothing to answer", "yellow")
     if failed := problems.failure():
@@ -64,7 +66,13 @@ def all_of(conversation: Conversation, name: str | None, as_json: bool) -> None:
         raise typer.Exit(failed.exit_code)
 
 
-_TOLD = 20  # questions without an answer
+_TOLD, _HINTS = 20, 3  # questions without an answer that are named, and what to do about them
+_NAMED = 6  # names of what is not read
+# Settings as other programs call them in a row.
+_OPTIONS = {**{name: name for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed",
+                                       "max_new_tokens")},
+            "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+            "repeat_penalty": "repetition_penalty"}
 
 
 class _Problems:
@@ -74,6 +82,7 @@ class _Problems:
         self.asked = 0
         self.cut: list[int] = []  # tokens of the answers that reached the limit
         self.failed: list[tuple[str, UserError]] = []  # where each was asked
+        self.unread: Counter[str] = Counter()  # what rows have beside the question, and nobody reads
 
     def tell_cut(self) -> None:
         """Say that answers were cut off: nobody sees it in a file."""
@@ -84,6 +93,16 @@ class _Problems:
             say(f"! {len(self.cut):,} of {answers} {'is' if len(self.cut) == 1 else 'are'} cut off at the limit; "
                 "--max-new-tokens N sets another", "yellow")
 
+    def tell_unread(self) -> None:
+        """Say what the rows have in vain: a temperature there is not that of the answer."""
+        if not self.unread:
+            return
+        names = [f"{name} ({counted(rows, 'row')})" for name, rows in self.unread.most_common(_NAMED)]
+        names += ["others"] if len(self.unread) > _NAMED else []
+        options = dict.fromkeys(f"--{name.replace('_', '-')}" for name in map(_OPTIONS.get, self.unread) if name)
+        say(f"! not read of the rows: {', '.join(names)}"
+            + (f"; for all of them together there is {', '.join(options)}" if options else ""), "yellow")
+
     def failure(self) -> WorkFailed | None:
         """What to say of the questions without an answer."""
         if not self.failed:
@@ -93,13 +112,16 @@ class _Problems:
         told = [error.message if error.message.startswith(where) else f"{where}: {error.message}"
                 for where, error in self.failed[:_TOLD]]
         more = len(self.failed) - len(told)
-        return WorkFailed(of + others, self.failed[0][1].hint, [*told, *([f"and {more:,} more"] if more else [])])
+        hints = list(dict.fromkeys(filter(None, (error.hint for _, error in self.failed))))
+        return WorkFailed(of + others, "; ".join(hints[:_HINTS]) or None,
+                          [*told, *([f"and {more:,} more"] if more else [])])
 
 
 def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: bool, problems: _Problems, *,
             one_by_one: bool = False, alone: bool = False) -> None:
     for asked, found, base in _found(conversation, groups, one_by_one):
         problems.asked += 1
+        problems.unread.update(asked.unread)
         try:
             if isinstance(found, UserError):
                 raise found
