@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 import reprlib
@@ -166,3 +167,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     ('1 row', '2,000 rows', '2 batches')
     """
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of text by this name, which it can read piece by piece."""
+    try:
+        codecs.getincrementaldecoder(name)
+        "a".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return name.isascii()

@@ -22,7 +22,7 @@ from gemma_tune.run.manifest import CONVERSATIONS, PAIRS
 
 DEFAULT_NAME, PAIRS_NAME = "saved.jsonl", "saved-pairs.jsonl"
 # Settings of `prepare` that say how certain files are read; they mean nothing for rows of another kind.
-_OF_FILES = ("format", "columns", "roles", "turn_keys", "delimiter", "take")
+_OF_FILES = ("format", "columns", "roles", "turn_keys", "delimiter", "encoding", "take")
 
 
 @dataclass(frozen=True)

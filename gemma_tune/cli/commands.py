@@ -47,8 +47,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
 @app.command(cls=Command)
 def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revision: o.Revision = None,
             run: o.Run = None, format: o.Format = None, columns: o.Columns = None, roles: o.Roles = None,
-            turn_keys: o.TurnKeys = None, delimiter: o.Delimiter = None, take: o.Take = None,
-            train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
+            turn_keys: o.TurnKeys = None, delimiter: o.Delimiter = None, encoding: o.Encoding = None,
+            take: o.Take = None, train_on: o.TrainOn = None, thinking: o.Thinking = None, valid: o.Valid = None,
             max_length: o.MaxLength = None, on_long: o.OnLong = None, seed: o.SplitSeed = None,
             duplicates: o.Duplicates = None, near_duplicates: o.NearDuplicates = None,
             near_threshold: o.NearThreshold = None, allow: o.Allow = None, on_bad_row: o.OnBadRow = None,

@@ -117,6 +117,7 @@ TrainData = Annotated[Optional[list[str]], typer.Argument(
 Format = Annotated[Optional[str], _of(c.PrepareConfig, "format")]
 Columns = Annotated[Optional[list[str]], _of(c.PrepareConfig, "columns", callback=_columns)]
 Delimiter = Annotated[Optional[str], _of(c.PrepareConfig, "delimiter", metavar="SIGN")]
+Encoding = Annotated[Optional[str], _of(c.PrepareConfig, "encoding", metavar="NAME")]
 Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_joined)]
 TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from gemma_tune.base.words import near, shown, size_in_bytes
+from gemma_tune.base.words import is_text_encoding, near, shown, size_in_bytes
 from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
 
@@ -65,6 +65,8 @@ class PrepareConfig(StageConfig):
     delimiter: str | None = option(None, "Sign between the columns of CSV and TSV files, such as `;`, or `tab`. Files "
                                          "whose names do not tell what they are (.txt) are then read as tables.",
                                    auto="found in each file", prose=True, group="advanced")
+    encoding: str | None = option(None, "Encoding of text files, such as gb18030, big5, cp932 or windows-1252.",
+                                  auto="UTF-8, or UTF-16 with its byte order mark", group="advanced")
     take: str | None = option(None, "What to take of rows with a better and a worse answer: `chosen` makes "
                                     "plain conversations of the better ones, `pairs` takes the pairs alone and leaves "
                                     "other rows out, `auto` learns from both answers.",
@@ -132,6 +134,9 @@ class PrepareConfig(StageConfig):
         if (sign := self.delimiter_sign) is not None and (len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0'):
             problems.append(f"delimiter: {shown(self.delimiter)} is no sign between columns; write one, such as `;`, "
                             "or `tab`")
+        if self.encoding is not None and not is_text_encoding(self.encoding):
+            problems.append(f"encoding: {shown(self.encoding)} is no encoding of text; there are gb18030, big5, cp932, "
+                            "cp949, windows-1252 and the others that Python knows")
         if self.columns and self.format not in (None, "columns"):
             problems.append(f"columns: they exclude --format {self.format}")
         if self.near_duplicates and self.duplicates == "keep":

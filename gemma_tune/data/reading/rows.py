@@ -43,6 +43,7 @@ class Source:
         kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet``, ``arrow`` or ``hf``.
         size: of the file in bytes; None on the Hub.
         delimiter: the sign between the columns of a table, where it was named.
+        encoding: of a text, where it was named; else it is UTF-8, or UTF-16 with a byte order mark.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     kind: str
     size: int | None = None
     delimiter: str | None = None
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)

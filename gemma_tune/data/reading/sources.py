@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from gemma_tune import samples
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
@@ -51,19 +51,28 @@ def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = N
 _HEAD = 4096  # bytes of standard input from which its kind is told
 
 
-def source_of(path: Path, name: str | None = None, delimiter: str | None = None) -> Source:
+class How(NamedTuple):
+    """What people have said of the files: the sign between the columns of tables, and the encoding of texts."""
+
+    delimiter: str | None = None
+    encoding: str | None = None
+
+
+def source_of(path: Path, name: str | None = None, delimiter: str | None = None,
+              encoding: str | None = None) -> Source:
     """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
 
     Args:
         delimiter: the sign between the columns of a table; what has no known ending then is one.
+        encoding: of a text, by a name that Python has for it.
     """
     kind = kind_of(path) or (CSV if delimiter else JSON)
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
-                  delimiter if kind in (CSV, TSV) else None)
+                  delimiter if kind in (CSV, TSV) else None, encoding)
 
 
 def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None,
-                 delimiter: str | None = None, held_out: bool = False) -> list[Source]:
+                 delimiter: str | None = None, held_out: bool = False, encoding: str | None = None) -> list[Source]:
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
@@ -73,17 +82,17 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
             files of datasets. Only made when needed.
-        delimiter: see :func:`source_of`.
+        delimiter, encoding: see :func:`source_of`.
         held_out: they are for validation: of a directory with splits, those files are taken.
 
     Raises:
         UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
             all files are there.
     """
-    listener = listener or Listener()
-    found, problems = _on_disk(names, keep, listener, delimiter, held_out)
+    listener, how = listener or Listener(), How(delimiter, encoding)
+    found, problems = _on_disk(names, keep, listener, how, held_out)
     if not problems:
-        found = [_elsewhere(f, keep, listener, delimiter, problems) if isinstance(f, str) else f for f in found]
+        found = [_elsewhere(f, keep, listener, how, problems) if isinstance(f, str) else f for f in found]
     if problems:
         raise _together(problems)
     once: dict[str, Source] = {}
@@ -104,12 +113,12 @@ def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter:
     """
     nowhere = Path(os.devnull)  # nothing is kept
     problems = [problem for some in (names, held_out)
-                for problem in _on_disk(some, nowhere, Listener(), delimiter, some is held_out)[1]]
+                for problem in _on_disk(some, nowhere, Listener(), How(delimiter), some is held_out)[1]]
     if problems:
         raise _together(problems)
 
 
-def _on_disk(names: Sequence[str], keep: Path, listener: Listener, delimiter: str | None, held_out: bool,
+def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, held_out: bool,
              ) -> tuple[list[Source | str], list[UserError]]:
     """Sources of names, and what is wrong with them; a name stays where it is to be resolved when all files are there.
     """
@@ -120,7 +129,7 @@ def _on_disk(names: Sequence[str], keep: Path, listener: Listener, delimiter: st
             found.append(name)
             continue
         try:
-            found += [source_of(path, delimiter=delimiter)
+            found += [source_of(path, None, *how)
                       for path in _files(built_in(name), keep, listener, held_out)]
         except UserError as e:
             problems.append(e)
@@ -148,10 +157,10 @@ def built_in(name: str) -> str:
     return str(samples.example_path(called))
 
 
-def _elsewhere(name: str, keep: Path, listener: Listener, delimiter: str | None,
+def _elsewhere(name: str, keep: Path, listener: Listener, how: How,
                problems: list[UserError]) -> Source | None:
     try:
-        return _stdin(keep, delimiter) if name == STDIN else hub_rows.find(name, keep, listener)
+        return _stdin(keep, how) if name == STDIN else hub_rows.find(name, keep, listener)
     except UserError as e:
         problems.append(e)
     return None
@@ -226,7 +235,7 @@ def _pointer(name: str, head: bytes) -> UserError | None:
     return UserError(f"{name} is {described(head)}", FETCH) if is_pointer(head) else None
 
 
-def _stdin(keep: Path, delimiter: str | None) -> Source:
+def _stdin(keep: Path, how: How) -> Source:
     """Copy standard input to ``keep`` under a name that follows from its content, so that it can be read again.
 
     Whoever calls this owns the run's lock: what a killed command left half written has the same name.
@@ -244,9 +253,9 @@ def _stdin(keep: Path, delimiter: str | None) -> Source:
                                                            "rows.jsonl`")
             if problem := _pointer("standard input", head):
                 raise problem
-            path = keep / f"stdin-{digest[:12]}{_ending(head, delimiter)}"
+            path = keep / f"stdin-{digest[:12]}{_ending(head, how.delimiter)}"
             put_in_place(fresh, path)
-    return source_of(path, PIPED, delimiter)
+    return source_of(path, PIPED, *how)
 
 
 def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:

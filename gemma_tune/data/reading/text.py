@@ -23,7 +23,9 @@ _HEAD = 4096  # a NUL byte up to here means a binary file, whatever else is wron
 _ZSTD_INPUT = 1 << 13  # what comes out of a step may be thirty thousand times larger: then it takes less
 _ZSTD_LEAST, _ZSTD_OUTPUT = 1 << 7, 1 << 20
 _UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
-_CONVERT = "save it as UTF-8 (Excel calls that `CSV UTF-8`), or convert it: iconv -f {} -t utf-8 {} > {}"
+_NAME = "name its encoding to `prepare`, which seems to be --encoding {}"
+_CONVERT = "or save it as UTF-8 (Excel calls that `CSV UTF-8`): iconv -f {} -t utf-8 {} > {}"
+_SURE = 8  # characters of several bytes after which what is good UTF-8 is no other encoding
 _SAMPLE = 4096  # bytes on both sides of the first one that is no UTF-8
 _BESIDE = 0.6  # of the bytes above 127 that have another one beside them
 # Python's names of encodings, and iconv's. Traditional characters before simplified ones, whose code has all of them.
@@ -60,11 +62,13 @@ class TextFile:
         done: share of the file's bytes that were read so far, from 0 to 1.
 
     Raises (while iterating):
-        UserError: neither UTF-8 nor UTF-16 with a byte order mark, binary, or damaged compressed data.
+        UserError: neither UTF-8 nor UTF-16 with a byte order mark, nor in the encoding that was named; binary, or
+            damaged compressed data.
     """
 
     def __init__(self, source: Source, size: int = BLOCK):
         self.name, self.path, self.size, self.done = source.name, source.path, size, 0.0
+        self.encoding = source.encoding
 
     def __iter__(self) -> Iterator[str]:
         pieces = self.bytes()
@@ -73,7 +77,7 @@ class TextFile:
             head += piece
             if len(head) >= _HEAD:
                 break
-        decoder = _Decoder(self.name, head)
+        decoder = _Decoder(self.name, head, self.encoding)
         for piece in itertools.chain([head], pieces):
             yield from self._cut(decoder.text(piece))
         yield from self._cut(decoder.text(b"", final=True))
@@ -96,6 +100,15 @@ class TextFile:
         except OSError as e:
             raise UserError(f"{self.name} cannot be read: {e.strerror or e}", "check the file and its permissions") \
                 from e
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether a text is UTF-8 whatever was said of it: one in another encoding is hardly ever, for so many characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return sum(char > "\x7f" for char in text) >= _SURE
 
 
 def _around(e: UnicodeDecodeError) -> bytes:
@@ -156,9 +169,10 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
 class _Decoder:
     """Decodes what comes in pieces and knows where in the file it is."""
 
-    def __init__(self, name: str, head: bytes):
+    def __init__(self, name: str, head: bytes, named: str | None):
         self.name, self.head, self.lines = name, head[:_HEAD], 0
-        mark, encoding = next(((m, e) for m, e in _MARKS if head.startswith(m)), (b"", "utf-8"))
+        otherwise = "utf-8" if named is None or _is_utf8(self.head) else named
+        mark, encoding = next(((m, e) for m, e in _MARKS if head.startswith(m)), (b"", otherwise))
         if encoding.startswith("utf-32"):
             raise UserError(f"{name} is UTF-32 text, not UTF-8", _UTF8_HINT)
         if encoding == "utf-8" and (at := self.head.find(0)) >= 0:
@@ -191,7 +205,7 @@ class _Decoder:
         return UserError(f"{self.name} is a binary file (byte {at})", hint_by_content(self.head) or _UTF8_HINT)
 
     def _undecodable(self, e: UnicodeDecodeError, good: str) -> UserError:
-        label = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
+        label = {"utf-8": "UTF-8", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}.get(self.encoding, self.encoding)
         line = self.lines + good.count("\n") + 1
         return UserError(f"{self.name}:{line}: not {label} text (byte {e.object[e.start]:#04x}) at offset "
                          f"{self._offset + e.start}", hint_by_content(self.head) or self._how_to_convert(_around(e)))
@@ -199,8 +213,13 @@ class _Decoder:
     def _how_to_convert(self, sample: bytes) -> str:
         """The command for what Windows and Excel write in East Asia, where that can be told by a sample, else for what
         they write in Western Europe and America."""
-        path = Path(self.name)
-        if self.encoding != "utf-8" or path.suffix in (".gz", ".zst") or not path.suffix:
+        path, encoding = Path(self.name), east_asian(sample) or "windows-1252"
+        if self.encoding not in ("utf-8", "utf-16-le", "utf-16-be"):
+            return "name another one with --encoding, or leave it out for UTF-8"
+        if self.encoding != "utf-8" or not path.suffix:
             return _UTF8_HINT
+        if path.suffix in (".gz", ".zst"):
+            return _NAME.format(encoding.lower())
         new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-        return _CONVERT.format(east_asian(sample) or "windows-1252", shlex.quote(str(path)), shlex.quote(str(new)))
+        return f"{_NAME.format(encoding.lower())}, {_CONVERT}".format(
+            encoding, shlex.quote(str(path)), shlex.quote(str(new)))

@@ -742,10 +742,12 @@ def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path
     Path("my chats.csv").write_bytes("q,a\nWo?,Tür\n".encode("cp1252"))
     with pytest.raises(UserError, match=r"my chats.csv:2: not UTF-8 text") as raised:
         list(read_blocks(source_of(Path("my chats.csv"))))
+    assert "--encoding windows-1252" in raised.value.hint
     assert "iconv -f windows-1252 -t utf-8 'my chats.csv' > 'my chats-utf8.csv'" in raised.value.hint
     Path("gb.csv").write_bytes("问题,回答\n什么是自由现金流？,经营现金流减去资本支出。\n".encode("gb18030"))
     with pytest.raises(UserError, match=r"gb.csv:1: not UTF-8 text") as raised:
         list(read_blocks(source_of(Path("gb.csv"))))
+    assert "--encoding gb18030, or save it as UTF-8" in raised.value.hint
     assert "iconv -f GB18030 -t utf-8 gb.csv > gb-utf8.csv" in raised.value.hint
     Path("py.jsonl").write_text("{'a': 1}\n{'a': 2}\n")
     [row, _] = [row for block in read_blocks(source_of(Path("py.jsonl"))) for row in block.rows()]
@@ -754,6 +756,50 @@ def test_a_misspelt_file_and_a_windows_file_have_a_way_out(monkeypatch, tmp_path
     Path("py.jsonl").write_text("{'a': 1}\n")
     with pytest.raises(UserError, match="py.jsonl:1: .* not in single ones as Python shows it, at column 2"):
         list(read_blocks(source_of(Path("py.jsonl"))))
+
+
+@pytest.mark.parametrize(("encoding", "text"), [
+    ("gb18030", "问题,回答\n什么是自由现金流？,经营现金流减去资本支出。€\n"), ("big5", "問題,回答\n什麼是現金流量？,營業活動的現金。\n"),
+    ("cp932", "質問,回答\nこれは何ですか。,それは本です。\n"), ("windows-1252", "q,a\nWo?,Tür\n"), ("utf-16-le", "问题,回答\n你,好\n")])
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
+def test_text_in_the_encoding_that_is_named(monkeypatch, tmp_path, encoding, text, size, zipped):
+    monkeypatch.chdir(tmp_path)
+    name = "rows.csv.gz" if zipped else "rows.csv"
+    Path(name).write_bytes(gzip.compress(text.encode(encoding)) if zipped else text.encode(encoding))
+    [source] = find_sources([name], Path("keep"), encoding=encoding)
+    [row] = [row for block in read_blocks(source, size) for row in block.rows()]
+    head, line = (part.split(",") for part in text.strip().split("\n"))
+    assert (row.line, row.value) == (2, dict(zip(head, line)))
+
+
+def test_an_encoding_that_is_not_the_files(monkeypatch, tmp_path):
+    """UTF-8 is read as such, as other files of a directory may be; what fits neither has its line named."""
+    monkeypatch.chdir(tmp_path)
+    text = "问题,回答\n什么是自由现金流？,经营现金流减去资本支出。\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        Path("rows.csv").write_bytes(text.encode(encoding))
+        [row] = [row for block in read_blocks(source_of(Path("rows.csv"), encoding="gb18030")) for row in block.rows()]
+        assert row.value == {"问题": "什么是自由现金流？", "回答": "经营现金流减去资本支出。"}
+    Path("rows.csv").write_bytes(text.encode("gb18030") + "Tür".encode("cp1252") + b",\xff\xff\n")
+    with pytest.raises(UserError, match=r"rows.csv:3: not gb18030 text \(byte 0xff\) at offset") as raised:
+        list(read_blocks(source_of(Path("rows.csv"), encoding="gb18030")))
+    assert raised.value.hint == "name another one with --encoding, or leave it out for UTF-8"
+
+
+def test_chinese_from_excel_is_prepared(cli, tiny, tmp_path):
+    lines = ["问题,回答", *(f"{n} 加 {n} 等于多少？,等于 {2 * n}。" for n in range(20))]
+    (tmp_path / "excel.csv").write_bytes("\r\n".join(lines).encode("gbk"))
+    command = ("prepare", tmp_path / "excel.csv", "--model", tiny, "--columns", "user=问题,assistant=回答")
+    refused = cli(*command)
+    assert refused.code == 2 and "--encoding gb18030" in refused.err
+    done = cli(*command, "--encoding", "gb18030", "--json")
+    assert done.code == 0 and done.json["summary"]["rows"] == 20, done.err
+    again = cli("prepare", "--json")
+    assert again.json["status"] == "up-to-date"
+    assert "3 加 3 等于多少？" in Path("runs/tiny-gemma/data/train.jsonl").read_text() + Path("runs/tiny-gemma/data/valid.jsonl").read_text()
+    wrong = cli(*command, "--encoding", "gb1803")
+    assert wrong.code == 2 and "'gb1803' is no encoding of text; there are gb18030" in wrong.err
 
 
 # --- built-in examples ------------------------------------------------------------------------------------------------
