@@ -116,7 +116,7 @@ def test_many_kinds_of_sources_together(prepare):
     assert questions() == ["JSONL", "CSV", "Parquet", "gzip", "NDJSON", "TSV", "stdin"]
     assert read("train")[1]["messages"][1]["content"] == "two\nlines"
     assert [(r["file"], r["line"], r["code"]) for r in read("rejected")] == [
-        ("a.jsonl", 2, "missing_column"), ("b.csv", 4, "broken_json"), ("c.parquet", 2, "no_answer"),
+        ("a.jsonl", 2, "missing_column"), ("b.csv", 4, "broken_row"), ("c.parquet", 2, "no_answer"),
         ("d.json.gz", 6, "not_text"), ("<stdin>", 2, "not_an_object")]
     [twice] = read("duplicates")
     assert (twice["file"], twice["line"], twice["same_as"]) == ("folder/deep/f.ndjson", 2, "a.jsonl:1")

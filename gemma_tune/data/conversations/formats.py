@@ -139,7 +139,8 @@ class Formats:
             RowError: everything for which it cannot be learned from, or that it could not be read.
         """
         if row.error:
-            raise RowError([Problem("broken_json", row.error, "repair the line, or leave it out")])
+            code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
+            raise RowError([Problem(code, row.error, "repair the line, or leave it out")])
         return self.example(row.value)
 
     def example(self, value: Any) -> Example:

@@ -103,7 +103,7 @@ class TextFile:
 
 
 def _is_utf8(head: bytes) -> bool:
-    """Whether a text is UTF-8 whatever was said of it: one in another encoding is hardly ever, for so many characters."""
+    """Whether a text is UTF-8, whatever was said of it: in another encoding so many characters hardly ever are."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
