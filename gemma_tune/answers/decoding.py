@@ -159,7 +159,6 @@ Chooser = Callable[[Any, Any], Any]
 
 def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
     """How the next tokens (rows) are chosen from ids (rows, so far) and logits (rows, vocabulary); None: the best."""
-    import torch
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
@@ -183,9 +182,15 @@ def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
 
     def choose(ids: Any, logits: Any) -> Any:
         scores = processors(ids, logits)
-        return torch.multinomial(scores.softmax(-1), 1)[:, 0] if sample else scores.argmax(-1)
+        return _drawn(scores.softmax(-1)) if sample else scores.argmax(-1)
 
     return choose
+
+
+def _drawn(weights: Any) -> Any:
+    """An index of each row by chance (rows, n): the draw that ``torch.multinomial`` makes of the same random numbers,
+    which looks at the weights on the host first and so has a GPU waited for."""
+    return (weights / weights.new_empty(weights.shape).exponential_()).argmax(-1)
 
 
 class Decoder:

@@ -336,7 +336,10 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):
         operations.elsewhere.clear()
         for step in (decoder._greedy_step, decoder._logits):
             assert step(model).shape[0] == 2
+        drawing = sampling_arguments(model, dict(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1))
+        decoder.step(model, decoding.chooser(drawing), False)
     assert not operations.elsewhere and len(operations.names) > 200
+    assert not any("multinomial" in name for name in operations.names), "on CUDA it is waited for"
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
