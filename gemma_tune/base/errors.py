@@ -23,6 +23,7 @@ class UserError(Exception):
     """
 
     exit_code = BAD_INPUT
+    kind = "bad_input"  # for programs
 
     def __init__(self, message: str, hint: str | None = None, problems: Sequence[str] = ()):
         self.message = redact(message)
@@ -35,9 +36,17 @@ class WorkFailed(UserError):
     """The input was fine and the work itself failed (disk full, non-finite loss, a server's error): exit code 1."""
 
     exit_code = WORK_FAILED
+    kind = "work_failed"
+
+
+class InUse(UserError):
+    """Another command works on the run: the same one can succeed later."""
+
+    kind = "in_use"
 
 
 class Interrupted(UserError):
     """The user stopped the work; what is saved can be resumed: exit code 130."""
 
     exit_code = INTERRUPTED
+    kind = "interrupted"

@@ -108,12 +108,20 @@ def _asked(line: str, where: str, rows_only: bool) -> Asked:
 
 
 def _of_row(row: dict[str, Any], where: str) -> Asked:
-    """A JSON object. What stands in it and would not be asked is no matter to pass over.
+    """A JSON object; one that is no prompt and no conversation has its problem, and keeps its ``id``."""
+    named = {"id": row["id"]} if "id" in row else {}
+    try:
+        return _question_in(row, where, named)
+    except UserError as e:
+        return Asked(where, named=named, problem=e)
+
+
+def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Asked:
+    """What a row asks. What stands in it and would not be asked is no matter to pass over.
 
     Raises:
         UserError: it is no prompt and no conversation.
     """
-    named = {"id": row["id"]} if "id" in row else {}
     others = tuple(key for key in row if key not in _READ)
     if ("messages" in row) == ("prompt" in row):
         both = "both messages and a prompt" if "messages" in row else "neither messages nor a prompt"

@@ -269,10 +269,13 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
     stages, exported = run_pipeline(Request.of(ctx))
     steps = (command("chat", exported.stage.run), *exported.next_steps)
-    console.run_summary(stages, steps, exported.advice, exported.elsewhere)
+    if not quiet:
+        console.run_summary(stages, steps, exported.advice, exported.elsewhere)
     if json:
-        screen.result_json({"run": str(exported.stage.run), "next": list(steps), **exported.as_json(),
-                             "stages": {n: as_json(r) for n, r in stages.items()}})
+        done = any(report.status == "done" for report in stages.values())
+        screen.result_json({"stage": "run", "status": "done" if done else "up-to-date",
+                            "run": str(exported.stage.run), "next": list(steps), "warnings": list(screen.warnings),
+                            **exported.as_json(), "stages": {n: as_json(r) for n, r in stages.items()}})
 
 
 @app.command(cls=Command)

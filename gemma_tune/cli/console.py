@@ -62,6 +62,7 @@ class ConsoleListener(Listener):
         screen.err.print(Panel(table, title="training", title_align="left", expand=False))
 
     def warn(self, text: str) -> None:
+        screen.warnings.append(text)
         screen.prose(Text(f"! {text}", style="yellow"))
 
     def confirm(self, question: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from gemma_tune.api import IN_ORDER
+from gemma_tune.base.errors import INTERRUPTED, WORK_FAILED, Interrupted, UserError, WorkFailed
 from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
@@ -18,9 +19,9 @@ from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
 from gemma_tune.report.page import write_report
-from gemma_tune.run.directory import RunDir
+from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import StageReport
+from gemma_tune.run.stage import OUTSIDE, StageReport
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.launch import launch
 from gemma_tune.train.report_to import require
@@ -53,6 +54,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
             session.listener.note(f"skipped: {reason}")
             continue
         if name == "prepare":
+            _refuse_outside_adapter(session)
             require_base(session, request.settings("merge").base)
         try:
             if name == "train" and session.config.num_processes > 1:
@@ -66,6 +68,20 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
         # Later stages work on the run that the first one found, also when it was not named.
         request = request.but(run=str(reports[name].run))
     return done
+
+
+def _refuse_outside_adapter(session: Session) -> None:
+    """A run that only merges an adapter from elsewhere is not trained on the example, nor on anything, unasked.
+
+    Raises:
+        UserError: it is such a run, and no data were named.
+    """
+    stages, root = session.manifest.stages, session.run.root
+    outside = stages.get("merge", {"inputs": {}})["inputs"].get(f"{OUTSIDE}adapter")
+    if outside and "train" not in stages and not session.config.data:
+        raise UserError(f"{root} merges an adapter that was trained elsewhere ({session.run.found(outside['path'])}), "
+                        "and `run` would train another one in its place",
+                        f"to export what is merged: {command('export-ollama', root)}; to train, name DATA")
 
 
 def write_page(report: StageReport) -> StageReport:
@@ -89,8 +105,9 @@ def _train_in_processes(request: Request, session: Session) -> None:
     arguments += [f"--{name}" for name in ("force", "quiet", "debug") if options[name]]
     code = launch(session.config.num_processes, arguments)
     if code and options["json"]:
-        screen.result_json({"error": {"message": "`train` did not finish", "hint": "it said why on standard error",
-                                      "problems": [], "exit_code": code}})
+        kinds = {WORK_FAILED: WorkFailed, INTERRUPTED: Interrupted}
+        failed = kinds.get(code, UserError)("`train` did not finish", "it said why on standard error")
+        screen.result_json({"error": screen.error_json(failed) | {"exit_code": code}})
     if code:
         raise typer.Exit(code)
 

@@ -107,6 +107,7 @@ def figure(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+warnings: list[str] = []  # that were shown in this command, for programs
 hides: list[Callable[[], None]] = []  # what takes a line away that moves, see `spinner`
 
 
@@ -172,6 +173,12 @@ def error(problem: UserError) -> None:
         prose(Text(f"  - {line}"))
     if problem.hint:
         prose(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
+
+
+def error_json(problem: UserError) -> dict[str, Any]:
+    """The same for programs; ``kind`` is ``bad_input``, ``in_use``, ``work_failed`` or ``interrupted``."""
+    return {"message": problem.message, "hint": problem.hint, "problems": list(problem.problems),
+            "kind": problem.kind, "exit_code": problem.exit_code}
 
 
 class OutputLost(Exception):

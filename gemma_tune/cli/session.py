@@ -125,6 +125,7 @@ class Command(TyperCommand):
             return self._invoke(ctx, stopped)
 
     def _invoke(self, ctx: Any, stopped: Callable[[], bool]) -> Any:
+        screen.warnings.clear()
         try:
             if not self._takes_part(ctx):
                 return None
@@ -216,8 +217,7 @@ def _show(problem: UserError, params: Mapping[str, Any]) -> None:
     live.close_all()  # its listener may be in the middle of something that never ends
     if params.get("json"):
         with contextlib.suppress(OSError, screen.OutputLost):  # people still learn of it
-            screen.result_json({"error": {"message": problem.message, "hint": problem.hint,
-                                          "problems": list(problem.problems), "exit_code": problem.exit_code}})
+            screen.result_json({"error": screen.error_json(problem)})
     with contextlib.suppress(OSError):  # stderr is full or has no reader: the exit code says it
         screen.error(problem)
 
@@ -379,7 +379,7 @@ def finish(request: Request, report: Any, next_steps: tuple[str, ...] = (), othe
     """
     console.stage_result(report, request.options["quiet"], next_steps, extra.get("advice"), others)
     if request.options["json"]:
-        screen.result_json(as_json(report) | extra | {"next": list(next_steps)})
+        screen.result_json(as_json(report) | extra | {"next": list(next_steps), "warnings": list(screen.warnings)})
 
 
 def as_json(report: Any) -> dict[str, Any]:

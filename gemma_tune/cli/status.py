@@ -69,7 +69,8 @@ class RunStatus:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"run": str(self.root), "model": self.model, "next": self.next_step, "in_use_by": self.in_use_by,
+        return {"run": str(self.root), "model": self.model, "next": None if self.in_use_by else self.next_step,
+                "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier,
                 "base_damage": self.base_damage.message if self.base_damage else None,
                 "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,

@@ -81,6 +81,9 @@ def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
         named = session.run.found(before["path"])
         session.listener.note(f"adapter: {named}, as before")
     if not named:
+        if before:
+            session.listener.warn(f"this run's own adapter is merged, in place of {session.run.found(before['path'])}; "
+                                  f"--adapter names that one again")
         return session, {}
     path = Path(os.path.expanduser(named))
     if not path.is_dir():

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import InUse, UserError
 from gemma_tune.base.files import OLD, os_errors, recover, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.strict_json import object_in
@@ -55,8 +55,8 @@ class Lock:
             try:
                 self._lock.acquire()
             except Timeout as e:
-                raise UserError(f"{self.root} is in use by {self._describe_owner()}",
-                                "wait until it has finished, or work on another run with --run DIR") from e
+                raise InUse(f"{self.root} is in use by {self._describe_owner()}",
+                            "wait until it has finished, or work on another run with --run DIR") from e
             try:
                 write_json(self.owner, {"pid": os.getpid(), "began": _beginning(os.getpid()), "stage": self.stage,
                                         "since": now()})

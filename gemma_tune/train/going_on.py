@@ -260,8 +260,8 @@ def continuation(session: Session, rows: int) -> Continuation:
     problems += [_too_short(config, total, done)] if total <= done else []
     if problems:
         raise UserError("the finished training cannot go on with these settings",
-                        "with --continue give more --epochs or --max-steps, and what differs as it was; without it the "
-                        "training starts anew", problems)
+                        f"with --continue give {'a larger --max-steps' if config.max_steps else 'more --epochs'}, and "
+                        "what differs as it was; without it the training starts anew", problems)
     checkpoint = last_of(run.checkpoints, manifest.finished_trainings, session.listener)
     if checkpoint is None and state.status != "done":
         raise UserError(f"nothing is left that could go on: no checkpoint of the finished training, and of its adapter "

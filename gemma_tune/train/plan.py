@@ -191,8 +191,10 @@ def _notes(rows: int, steps: int, config: TrainConfig) -> list[str]:
     """Where rounding makes something else of the settings than people expect."""
     notes = []
     if steps < FEW_STEPS:
-        notes.append(f"only {counted(steps, 'step')}: the adapter will hardly learn anything; more "
-                     "--epochs, or a smaller --batch-size, give more")
+        more = "a larger --max-steps gives" if config.max_steps else "more --epochs, or a smaller --batch-size, give"
+        notes.append(f"only {counted(steps, 'step')}: the adapter will hardly learn anything; {more} more")
+    if config.learning_rate == 0:
+        notes.append("with a learning rate of 0 nothing is learned")
     if config.warmup and not warmup_steps(steps, config):
         notes.append(f"a warm-up of {config.warmup:.0%} of {counted(steps, 'step')} is rounded to none")
     if config.effective_batch > rows:

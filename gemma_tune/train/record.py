@@ -23,11 +23,16 @@ _MADE_HERE = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors
 @dataclass(frozen=True)
 class SettingsRecord:
     """A training's settings, as far as they are known when its first step begins; of several processes the main one
-    writes them."""
+    writes them.
+
+    Args:
+        went_on: whether it goes on from a finished training (``--continue``).
+    """
 
     session: Session
     placement: Placement
     choice: BatchChoice
+    went_on: bool = False
 
     def begin(self) -> None:
         """Write them, and say those that are no defaults."""
@@ -75,9 +80,14 @@ class SettingsRecord:
         model = self.session.model
         outputs = self.session.manifest.stages["prepare"]["outputs"]
         installed = library_versions()
+        again = ["Every setting of this training, with where its value came from. The same adapter again, on a CPU bit "
+                 "for", "bit, from the same data and base model, with these versions and as many threads:"]
+        if self.went_on:
+            again = ["Every setting of this training, with where its value came from. It went on from a finished one, "
+                     "whose", "learning rates were those of a shorter schedule: in one go another adapter comes of "
+                     "them, unless the", "schedule is constant:"]
         return [
-            "Every setting of this training, with where its value came from. The same adapter again, on a CPU bit for",
-            "bit, from the same data and base model, with these versions and as many threads:",
+            *again,
             "  gemma-tune train --force --config PATH-OF-THIS-FILE",
             f"base model: {model.id}{f' at {model.revision}' if model.revision else ''}",
             f"tokens: sha256 {outputs['tokens']['sha256']}",

@@ -209,7 +209,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model)
-    settings = SettingsRecord(session, job.placement, job.choice)
+    settings = SettingsRecord(session, job.placement, job.choice, bool(job.training.earlier))
     settings.begin()
     job.startup.done("adapter")
     if kernels:

@@ -112,7 +112,7 @@ def test_a_directory_on_stdin_is_an_error():
 
 
 def test_json_lines_on_standard_input_in_a_command(cli, fluent):
-    rows = [{"id": "b", "messages": [user("Say number 3.")]}, {"messages": [{"role": "user", "content": 3}]},
+    rows = [{"id": "b", "messages": [user("Say number 3.")]}, {"id": 7, "messages": [{"role": "user", "content": 3}]},
             {"prompt": "Say number 7.", "max_tokens": 5, "topic": "numbers"}]
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for args, stdin in ((("--input", "asked.jsonl"), None), ((), Path("asked.jsonl").read_text())):
@@ -121,7 +121,8 @@ def test_json_lines_on_standard_input_in_a_command(cli, fluent):
         found = [json.loads(line) for line in result.out.splitlines()]
         assert [f.get("answer") for f in found] == ["The number is 3, no more.", None, "The number is 7, no more."]
         assert (found[0]["id"], found[0]["messages"]) == ("b", rows[0]["messages"])
-        assert "no conversation" in found[1]["error"]["message"] and found[1]["where"].endswith(":2")
+        assert "no conversation" in found[1]["error"]["message"] and found[1]["id"] == 7 and found[1]["error"]["kind"] == "bad_input"
+        assert [f["where"].rpartition(":")[2] for f in found] == ["1", "2", "3"]
         assert "1 of 3 prompts could not be answered; the others were" in result.err
         assert ("! not read of the rows: max_tokens (1 row), topic (1 row); for all of them together there is --max-new-tokens"
                 in result.err)

@@ -136,7 +136,9 @@ def test_a_run_in_use_by_another_process(cli, trained):
         before = snapshot(trained)
         check(cli("merge", "--run", trained), 2, f"is in use by process {holder.pid} (train, since", "--run DIR")
         assert snapshot(trained) == before
+        assert cli("merge", "--run", trained, "--json").json["error"]["kind"] == "in_use"
         status = cli("status", "--run", trained, "--json").json
+        assert status["next"] is None
         assert status["in_use_by"].startswith(f"process {holder.pid} (train, since")
     finally:
         holder.kill()

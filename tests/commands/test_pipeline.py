@@ -139,7 +139,10 @@ def test_run_does_everything_and_sums_up(cli, tiny, data):
     assert result.err.count("report.html") == 1, "written and named once, at the end"
     assert Path(result.json["stages"]["eval"]["artifacts"]["html_report"]).is_file()
     again = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--json")
-    assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"}
+    assert {stage["status"] for stage in again.json["stages"].values()} == {"up-to-date"} == {again.json["status"]}
+    assert (result.json["stage"], result.json["status"]) == ("run", "done") and isinstance(result.json["warnings"], list)
+    quiet = cli("run", data, "--model", tiny, "--epochs", 1, "--quant", "q8_0", "--config", "quick.yaml", "--quiet")
+    assert "up to date" in quiet.err and "next:" not in quiet.err and "ollama create" not in quiet.err
 
 
 def test_run_writes_the_page_also_where_a_stage_after_the_evaluation_fails(cli, trained, monkeypatch):

@@ -221,7 +221,7 @@ def test_an_answer_goes_through_there_and_stands_in_json_as_it_is(monkeypatch, a
     written = stdout.getvalue()
     if as_json:
         assert json.loads(written.splitlines()[0]) == {"tokens": 3, "ended": True, "model": "m", "prompt": secret,
-                                                       "answer": secret}
+                                                       "answer": secret, "where": "asked.jsonl:1"}
     assert "\x1b" not in written and "hf_a1" in written
 
 
@@ -264,3 +264,15 @@ def test_a_lone_carriage_return_is_no_end_of_line(cli, fluent):
     Path("prompts.txt").write_bytes(b"Say number 3.\rSay number 4.\n")
     result = cli("chat", "--run", fluent, "--input", "prompts.txt", "--json", "--dtype", "fp32")
     assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["Say number 3.\rSay number 4."]
+
+
+def test_warnings_are_in_the_object_and_only_those_of_this_command(cli, tiny, tmp_path):
+    """As is what kind of error it was, and which command it is that was asked for."""
+    long = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 60}]}, *rows(8)]
+    data = write_rows(tmp_path / "rows.jsonl", long)
+    done = cli("prepare", data, "--model", tiny, "--max-length", 60, "--json")
+    assert done.code == 0 and any("76 tokens are more than --max-length 60" in text for text in done.json["warnings"]), done.err
+    assert all(f"! {text[:30]}" in done.err for text in done.json["warnings"])
+    assert cli("prepare", "--json").json["warnings"] == []
+    refused = cli("prepare", "nowhere.jsonl", "--json").json["error"]
+    assert refused["kind"] == "bad_input" and refused["exit_code"] == 2

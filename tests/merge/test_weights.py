@@ -284,6 +284,10 @@ def test_an_adapter_from_elsewhere_needs_no_training(cli, trained, tiny, tmp_pat
     assert status["next"].startswith("gemma-tune export-ollama")
     again = cli("merge", "--json")  # it is remembered
     assert again.json["status"] == "up-to-date", again.err
+    before = contents(MERGED)
+    refused = cli("run")  # which would train on the example
+    assert refused.code == 2 and "away/tiny-gemma_lora_adapter), and `run` would train another one" in refused.err
+    assert "gemma-tune export-ollama --run runs/tiny-gemma" in refused.err and contents(MERGED) == before
     path = away / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 1}))
     assert cli("status", "--json").json["stages"]["merge"]["state"] == "stale: tiny-gemma_lora_adapter was changed"

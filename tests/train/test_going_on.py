@@ -65,6 +65,7 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     summary = result.json["summary"]
     assert (summary["steps"], summary["resumed_from_step"], len(summary["earlier_trainings"])) == (6, 3, 1)
     assert adapter_bytes(steady) == steady_once[1]
+    assert "# Every setting of this training" in (about := (steady / "train.yaml").read_text()) and "It went on from a finished one" in about
     assert [r["step"] for r in metrics() if "loss" in r] == [1, 2, 3, 4, 5, 6]
     again = cli("train", "--continue", "--json")
     assert again.json["status"] == "up-to-date" and "more --epochs or --max-steps" in again.err
@@ -72,6 +73,8 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     third = cli("train", "--continue", "--epochs", 0, "--max-steps", 7, "--json")
     assert third.code == 2
     third = cli("train", "--continue", "--epochs", 3, "--max-steps", 7, "--json")
+    fourth = cli("train", "--continue", "--epochs", 9)
+    assert fourth.code == 2 and "with --continue give a larger --max-steps" in fourth.err
     assert third.code == 0 and third.json["summary"]["steps"] == 7 and len(third.json["summary"]["earlier_trainings"]) == 2, third.err
 
 

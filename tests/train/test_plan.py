@@ -100,6 +100,7 @@ def test_settings_that_cannot_be_used_are_refused(cli, prepared):
 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--epochs", 1], "only 3 steps"), (["--max-steps", 1], "only 1 step:"),
+    (["--max-steps", 1], "a larger --max-steps gives more"), (["--learning-rate", 0], "with a learning rate of 0 nothing is learned"),
     (["--epochs", 1], "a warm-up of 5% of 3 steps is rounded to none"),
     (["--batch-size", 64], "each step sees all 10 sequences")])
 def test_what_rounding_makes_of_settings_is_said(cli, prepared, flags, says):

@@ -131,13 +131,12 @@ def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: 
                 raise
             problems.failed.append((asked.where, e))
             if as_json:
-                screen.result_json({"error": {"message": e.message, "hint": e.hint}, "where": asked.where},
-                                   verbatim=asked.echo)
+                screen.result_json({"error": screen.error_json(e), "where": asked.where}, verbatim=asked.echo)
             continue
         if not answer.ended:
             problems.cut.append(answer.tokens)
         if as_json:
-            fields = _fields(answer, conversation.which)
+            fields = _fields(answer, conversation.which) | ({} if alone else {"where": asked.where})
             more = {"base": _fields(base[1], base[0]) | {"answer": base[1].text}} if base else {}
             screen.result_json(fields, verbatim={**asked.echo, "answer": answer.text, **more})
 
