@@ -112,10 +112,10 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 @app.command(cls=Command)
 def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: o.Minutes = None,
          learning_rates: o.LearningRates = None, ranks: o.Ranks = None, valid_sequences: o.ValidSequences = None,
-         batch_size: o.BatchSize = None, epochs: o.Epochs = None, dtype: o.Dtype = None, qlora: o.QLora = None,
-         seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
-         config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Find the learning rate, and the rank, that suits the prepared conversations, before a long training.
+         method: o.Method = None, batch_size: o.BatchSize = None, epochs: o.Epochs = None, dtype: o.Dtype = None,
+         qlora: o.QLora = None, seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False,
+         json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+    """Find the learning rate, and the rank, that suits the prepared data, before a long training.
 
     Reads what `prepare` wrote. Trains several candidates for a few steps, the better half of them for longer, and so
     on, within --minutes, and compares their validation losses. Writes tune.yaml, which `train --config` takes,

@@ -44,10 +44,9 @@ def look_up(trainer: Any, session: Session, key: Mapping[str, Any]) -> None:
             with os_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, save(found, metadata={"key": digest}))
-        session.listener.note("the reference is the model before its first step; its log-probabilities are kept in "
-                              f"{path.relative_to(session.run.root)}")
+        session.listener.note("the reference is the model before its first step; its log-probabilities are kept")
     else:
-        session.listener.note(f"log-probabilities of the reference: as kept in {path.relative_to(session.run.root)}")
+        session.listener.note("log-probabilities of the reference: as kept")
     for name, units in sides.items():
         units.reference = found[name]
         if units.mismatched:

@@ -28,7 +28,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.halving import Candidate, Costs
-from gemma_tune.train.job import Job, make_trainer
+from gemma_tune.train.job import Job, make_trainer, sequences_of_a_row
 from gemma_tune.train.late import LateFigures
 from gemma_tune.train.memory import BatchChoice
 from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
@@ -108,7 +108,7 @@ class Trials:
         self.session, self.model, self.chat, self.rows = session, model, chat, rows
         self.placement, self.choice, self.stop, self.log = placement, choice, stop, TrialLog(told)
         self.start = start
-        self.steps = total_steps(len(rows[0]), session.config)
+        self.steps = total_steps(len(rows[0]) // sequences_of_a_row(session.config), session.config)
         self.base_loss = math.nan
         self._trainer: Any = None
         self.rank = 0
@@ -215,6 +215,7 @@ class Trials:
         trainer.args.save_strategy = "no"
         with _memory_errors():
             self._layers.enter_context(trainer.fast(captured=session.config.cuda_graphs))
+            trainer.begin_steps()
         self.rank = rank
         self._remember()
         return time.perf_counter() - began

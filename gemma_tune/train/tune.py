@@ -25,13 +25,21 @@ from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import RunDir, command
-from gemma_tune.run.manifest import CONVERSATIONS, read_manifest
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import StageReport, locked, require_inputs, require_unharmed
 from gemma_tune.train.checkpoints import training_key
 from gemma_tune.train.halving import Candidate, Costs, candidates_for, least_seconds, plan, plan_rungs
-from gemma_tune.train.job import chat_format_of, fit, load_libraries, prepared_sequences, with_batch_size
+from gemma_tune.train.job import (
+    chat_format_of,
+    fit,
+    load_libraries,
+    prepared_sequences,
+    sequences_of_a_row,
+    with_batch_size,
+)
 from gemma_tune.train.memory import BatchChoice, refuse_what_does_not_fit
+from gemma_tune.train.method import with_method
 from gemma_tune.train.start import start_folder, with_start
 from gemma_tune.train.tune_report import show, write_results
 from gemma_tune.train.tuning import Begun, Tuning, read_tuning
@@ -57,10 +65,11 @@ def tune(session: Session, settings: TuneConfig | None = None) -> StageReport:
     run, started, settings = session.run, time.monotonic(), settings or TuneConfig()
     with locked(session, "tune"), os_errors(run.root):
         manifest = read_manifest(run.root) or session.manifest
-        session, start = with_start(replace(session, manifest=manifest), None)
+        asked = replace(session, manifest=manifest)
+        session, start = with_start(with_method(asked), None, writes=False)
         session = replace(session, inputs=require_inputs(run, manifest, "train") | start)
         require_unharmed(run, manifest, "tune", "prepare", "tokens")
-        job = _job(session, settings, started)
+        job = _job(session, asked, settings, started)
         tuning = _begun(job)
         if tuning.ended:
             session.listener.note("`tune` is up to date; --force tries everything again")
@@ -83,17 +92,13 @@ class _Job:
     started: float
 
 
-def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
-    if session.manifest.kind != CONVERSATIONS:
-        raise UserError("tune compares trainings on conversations, and the prepared rows are preferences",
-                        "try learning rates one after the other; the last lines of each compare the validation: "
-                        + command("train", session.run.root, "--learning-rate", "2e-5", "--force"))
+def _job(session: Session, asked: Session, settings: TuneConfig, started: float) -> _Job:
     train_rows, valid_rows = prepared_sequences(session)
     if not len(valid_rows):
         raise UserError(f"candidates are compared by their validation loss, and {session.run.root} has no validation "
                         "rows", f"keep some aside: {command('prepare', session.run.root, '--valid', '0.1')}")
-    asked = session
-    session = _by_one_process(with_batch_size(session, len(train_rows)))
+    of_a_row = sequences_of_a_row(session.config)
+    session = _by_one_process(with_batch_size(session, len(train_rows) // of_a_row))
     start = start_folder(session)
     if start and settings.ranks and set(settings.ranks) != {session.config.rank}:
         raise UserError(f"the adapter that this run starts from has the rank {session.config.rank}, so there are no "
@@ -107,7 +112,7 @@ def _job(session: Session, settings: TuneConfig, started: float) -> _Job:
     largest = session.resolved.but({"rank": max(c.rank for c in candidates)}, {})
     _, choice = fit(replace(session, resolved=largest), longest, placement, start=start)
     refuse_what_does_not_fit(choice, session.config, longest, session.listener)
-    rows = train_rows, _some(valid_rows, settings.valid_sequences)
+    rows = train_rows, _some(valid_rows, settings.valid_sequences, of_a_row)
     return _Job(session, asked, settings, rows, placement, choice, candidates, started)
 
 
@@ -118,11 +123,12 @@ def _by_one_process(session: Session) -> Session:
     return replace(session, resolved=session.resolved.but(alone, {})) if config.num_processes > 1 else session
 
 
-def _some(sequences: Any, most: int) -> Any:
-    """So many sequences, spread over all."""
+def _some(sequences: Any, most: int, of_a_row: int) -> Any:
+    """So many sequences, spread over all, those of a row together."""
     if len(sequences) <= most:
         return sequences
-    rows = np.linspace(0, len(sequences) - 1, most).round().astype(int).tolist()
+    chosen = np.linspace(0, len(sequences) // of_a_row - 1, max(1, most // of_a_row)).round().astype(int)
+    rows = (chosen[:, None] * of_a_row + np.arange(of_a_row)).flatten().tolist()
     # A new table: sizes are read from tables, in which a selection still has all rows.
     picked = type(sequences).from_dict(sequences.with_format(None)[rows], features=sequences.features)
     return picked.with_transform(sequences.format["format_kwargs"]["transform"])

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from commands.test_preferences import pairs
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.config.settings_file import load_yaml
@@ -93,6 +94,40 @@ def test_the_best_rate_is_written_for_train_and_the_run_stays_as_it_is(cli, trai
     assert again.json["summary"]["eval_loss_after"] == losses[best]
     assert again.json["summary"]["eval_loss_before"] == summary["eval_loss_before"]
     assert "tune.yaml" in cli("status").err
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto"])
+def test_pairs_are_tuned_as_they_are_trained(cli, tiny, tmp_path, method):
+    """Also where a part of the validation pairs decides, and another rank is tried."""
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
+    flags = ("--method", method, "--epochs", 1, "--batch-size", 2, "--rank", 4, "--dtype", "fp32", "--samples", 0)
+    Path("s.yaml").write_text(f"train: {{method: {method}, epochs: 1, batch_size: 2, rank: 4, dtype: fp32, samples: 0}}\n")
+    done = cli("tune", "--learning-rates", "1e-5,4e-3", "--config", "s.yaml", "--json")
+    assert done.code == 0, done.err
+    losses = by_candidate(done)
+    assert losses[4e-3, 4] < losses[1e-5, 4] and "the best is learning rate 0.004" in done.err
+    assert not (RUN / "logs" / "reference.safetensors").exists(), "nothing of the run's own is written"
+    trained = cli("train", "--config", WINNER, *flags, "--learning-rate", 4e-3, "--json")
+    assert trained.code == 0, trained.err
+    assert trained.json["summary"]["eval_loss_after"] == losses[4e-3, 4]
+    assert trained.json["summary"]["eval_loss_before"] == done.json["summary"]["eval_loss_before"]
+    more = cli("tune", "--learning-rates", "4e-3", "--ranks", "2,4", "--valid-sequences", 4, "--method", method, "--config", "s.yaml",
+               "--json")
+    assert more.code == 0 and len(by_candidate(more)) == 2, more.err
+
+
+def test_pairs_are_tuned_from_the_adapter_that_the_run_has(cli, trained, tmp_path):
+    """Which has learned answers; no copy of it is made yet."""
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--run", trained, "--valid", 4).code == 0
+    before = {path: path.read_bytes() for path in (trained / "tiny-gemma_lora_adapter").iterdir()}
+    done = cli("tune", "--learning-rates", "1e-5,4e-3", "--json")
+    assert done.code == 0, done.err
+    assert "starting from the adapter" in done.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not any("sft" in path.name for path in trained.iterdir())
+    after = cli("train", "--config", WINNER, "--json")
+    assert after.code == 0, after.err
+    assert after.json["summary"]["eval_loss_after"] == min(by_candidate(done).values())
 
 
 def test_each_trial_is_what_train_would_do(cli, trained, ran):
