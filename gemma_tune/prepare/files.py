@@ -21,7 +21,7 @@ from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Rejected
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool
-from gemma_tune.prepare.statistics import Measured, Statistics
+from gemma_tune.prepare.statistics import KEPT, Measured, Statistics
 
 SIDES = ("train", "valid")
 _GROUPS = 5  # examples of prompts with several answers
@@ -168,7 +168,8 @@ def _divided(before: dict[str, Any], rejected: int, trained: int) -> str:
     divided = long["rows"] - rejected
     said = (f"{counted(long['rows'], 'row is', 'rows are')} longer than {long['max_length']:,} tokens: {divided:,} "
             f"divided, {rejected:,} rejected; {100 * lost:.1f} % of the trained tokens are lost")
-    return f"{said}; --max-length {long['suggestion']} keeps 99 %" if lost > 0.01 else said
+    kept = "all" if long["suggestion"] >= before["length"]["longest"] else f"{KEPT} %"
+    return f"{said}; --max-length {long['suggestion']} keeps {kept}" if lost > 0.01 else said
 
 
 def _lost(batch: Batch) -> np.ndarray:

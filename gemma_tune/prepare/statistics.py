@@ -209,7 +209,7 @@ class Statistics:
     def _better(self, max_length: int, on_long: str) -> str:
         suggestion = self.suggestion(on_long)
         if suggestion > max_length and on_long != "fail":
-            return f"--max-length {suggestion} keeps {KEPT} %"
+            return f"--max-length {suggestion} keeps {'all' if suggestion >= self.longest else f'{KEPT} %'}"
         return f"the longest has {self.longest:,}"
 
     def _percent(self, tokens: int) -> str:

@@ -191,11 +191,11 @@ MANY = simple([100] * 88 + [3000] * 12)
 
 @pytest.mark.parametrize(("on_long", "expected"), [
     ("drop", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and left out; "
-             "--max-length 3008 keeps 99 %"),
+             "--max-length 3008 keeps all"),
     ("split", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and divided; "
-              "--max-length 3008 keeps 99 %"),
+              "--max-length 3008 keeps all"),
     ("truncate", "12 rows lose 51 % of the trained tokens at 2,048 tokens, and 12 of them the end of the last answer; "
-                 "--max-length 3008 keeps 99 %"),
+                 "--max-length 3008 keeps all"),
     ("fail", "12 rows (80 % of the trained tokens) are longer than 2,048 tokens and refused; the longest has 3,000"),
 ])
 def test_the_sentence_says_what_happens_and_what_would_do(on_long, expected):
