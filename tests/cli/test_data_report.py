@@ -37,7 +37,7 @@ def test_the_report_in_a_file_has_one_line_for_each_thing(screen):
     lines = [" ".join(line.split()) for line in written(out).splitlines()]
     assert "rows 1,234" in lines and "duplicates, left out 400" in lines
     assert not any("near-duplicates" in line or "sequences" in line for line in lines)  # nothing to say of them
-    assert "! 30 rows (27 % of the trained tokens) are longer than 2,048 tokens and left out; --max-length 5056 keeps 99 %" in lines
+    assert "! 30 rows (27 % of the trained tokens) are longer than 2,048 tokens and left out; --max-length 5056 keeps all" in lines
     assert "writing systems: Latin 90 %, Han 10 %" in lines
     assert "longest 5,000 data/rows.jsonl:801" in lines and "shortest 100 data/rows.jsonl:1" in lines
     assert "What is a [bold]bond[/bold]?" in lines
