@@ -92,8 +92,11 @@ def as_text(value: str, where: str, encoding: str | None = None) -> str:
 
 
 def nearest(word: str, known: Iterable[str], most: int = 1, least: float = 0.6) -> list[str]:
-    """The known words that one may have meant, the nearest first; ``least`` is how alike they are, up to 1."""
-    return difflib.get_close_matches(word, list(known), most, least)
+    """The known words that one may have meant, the nearest first; ``least`` is how alike they are, up to 1. Else those
+    that begin with it."""
+    known = list(known)
+    begun = [other for other in known if len(word) > 1 and other.startswith(word)]
+    return difflib.get_close_matches(word, known, most, least) or begun[:most]
 
 
 def near(word: str, known: Iterable[str]) -> str:

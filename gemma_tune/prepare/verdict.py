@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         f"{other}, or go on without them: --max-rejected {needed:g}",
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
-    _refuse_a_mixture(findings)
+    _refuse_a_mixture(findings, config)
 
 
 def _listed(findings: Findings, refused: Path) -> list[str]:
@@ -136,13 +137,17 @@ _KINDS = {CONVERSATIONS: ("row to answer like", "rows to answer like"), PAIRS: (
           JUDGED: ("answer that is good or bad", "answers that are good or bad")}
 
 
-def _refuse_a_mixture(findings: Findings) -> None:
+def _refuse_a_mixture(findings: Findings, config: PrepareConfig) -> None:
     """A training learns either to answer, or which of two answers is better."""
     kinds, first = findings.noticed.kinds, findings.noticed.first_of_kind
     if len(kinds) < 2:
         return
     said = [f"{counted(kinds[kind], *names)}, the first at {first[kind]}" for kind, names in _KINDS.items()
             if kinds[kind]]
+    if isinstance(config.valid, str) and any(
+            rows in kinds.values() for rows in accumulate(rows for _, rows in sorted(findings.by_source.items()))):
+        raise UserError("the rows for validation are of another kind than those to learn from",
+                        "name a file of the same kind with --valid, or keep a share aside: --valid 0.1", said)
     share = math.ceil(100 * (1 - kinds[PAIRS] / findings.rows)) / 100
     ways = ["--take chosen learns the better answers together with the other rows"]
     if kinds[JUDGED]:

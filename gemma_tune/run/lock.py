@@ -50,7 +50,11 @@ class Lock:
         from filelock import FileLock, Timeout
 
         with os_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as e:  # below /proc, say, where its parent is
+                raise UserError(f"no directory can be made at {self.root}", "choose another place with --run DIR"
+                                ) from e
             self._lock = FileLock(self.root / ".lock", timeout=0)
             try:
                 self._lock.acquire()

@@ -208,6 +208,8 @@ def _said(turns: Sequence[Turn]) -> list[Turn]:
 def _answered(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draft:
     """The conversation that ends with the answer in a column."""
     answer = turn_list(row.get(key))
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
+        answer = answer[0]  # a list of the only text there is
     if not isinstance(answer, (list, dict, type(None))) or several(key, answer):
         answer = said(f"`{key}`", answer, problems)
     if isinstance(answer, str):
