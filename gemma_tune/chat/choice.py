@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
@@ -81,11 +82,33 @@ def require(session: Session, name: str) -> None:
 
 
 def exported(session: Session) -> Path:
-    """The GGUF file that the export recommends; where it does not, the one that it names first."""
+    """The GGUF file of ``--quant``, else the one that the export recommends; where it does not, the first.
+
+    Raises:
+        UserError: there is none of that format, or not as it was exported.
+    """
     record = session.manifest.stages["export-ollama"]
-    own = f"gguf_{_best_format(record['summary'])}"  # of the first format it is `gguf` alone
+    figures_of(session)
+    own = f"gguf_{session.config.quant or _best_format(record['summary'])}"  # of the first format it is `gguf` alone
     return require_output(session.run, session.manifest, "chat", "export-ollama",
                           own if own in record["outputs"] else "gguf")
+
+
+def figures_of(session: Session) -> Mapping[str, Any]:
+    """What the manifest has of the number format of ``--quant``; of the whole export where none is named.
+
+    Raises:
+        UserError: the last export made none of that format.
+    """
+    summary, quant = session.manifest.stages["export-ollama"]["summary"], session.config.quant
+    if quant is None:
+        return summary
+    there: Mapping[str, Mapping[str, Any]] = summary.get("quants", {})
+    if quant not in there:
+        formats = ",".join([*(label for label in there if label in QUANTS), quant])
+        raise UserError(f"the last export of {session.run.root} made no {quant}, but {', '.join(there)}",
+                        f"make it: {command('export-ollama', session.run.root, '--quant', formats)}")
+    return there[quant]
 
 
 def _best_format(summary: Mapping[str, Any]) -> str | None:

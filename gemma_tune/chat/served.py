@@ -10,6 +10,7 @@ from typing import Any
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.errors import UserError
+from gemma_tune.chat.choice import figures_of
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.thinking import choice_in
@@ -92,8 +93,7 @@ def open_ollama(session: Session) -> OllamaVoice:
         UserError: no server answers, or it does not have the model.
         WorkFailed: the server fails.
     """
-    summary = session.manifest.stages["export-ollama"]["summary"]
-    name = summary.get("ollama_name") or default_model_name(session.run.model_name)
+    name = figures_of(session).get("ollama_name") or default_model_name(session.run.model_name)
     server = find_server(ollama_host(os.environ))
     if server is None:
         raise UserError("no Ollama server answers", f"start it with `ollama serve`, or name it: OLLAMA_HOST. "

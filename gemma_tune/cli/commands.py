@@ -134,10 +134,11 @@ def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: 
 @app.command(cls=Command)
 def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
          input: o.Input = None, system: o.System = None, use: o.Use = None, base: o.Base = None,
-         merged: o.Merged = None, compare: o.Compare = None, temperature: o.Temperature = None,
-         top_p: o.TopP = None, top_k: o.TopK = None, repetition_penalty: o.RepetitionPenalty = None,
-         max_new_tokens: o.MaxNewTokens = None, seed: o.SampleSeed = None, dtype: o.Dtype = None,
-         quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+         merged: o.Merged = None, quant: o.Answering = None, compare: o.Compare = None,
+         temperature: o.Temperature = None, top_p: o.TopP = None, top_k: o.TopK = None,
+         repetition_penalty: o.RepetitionPenalty = None, max_new_tokens: o.MaxNewTokens = None,
+         seed: o.SampleSeed = None, dtype: o.Dtype = None, quiet: o.Quiet = False, json: o.Json = False,
+         config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Talk to the tuned model, or with --base to the untuned one, or with --compare to both.
 
     Reads the base model and the adapter, or what was made of them (--use). On a terminal it is a conversation, in which

@@ -197,6 +197,7 @@ System = Annotated[Optional[str], _of(c.ChatConfig, "system", "--system", "-s")]
 Base = Annotated[Optional[bool], _of(c.ChatConfig, "base", "--base")]
 Merged = Annotated[Optional[bool], _of(c.ChatConfig, "merged", "--merged")]
 Use = Annotated[Optional[str], _of(c.ChatConfig, "use", "--use", "-u")]
+Answering = Annotated[Optional[str], _of(c.ChatConfig, "quant", metavar="FORMAT")]
 Compare = Annotated[Optional[bool], _of(c.ChatConfig, "compare", "--compare")]
 Input = Annotated[Optional[str], typer.Option(
     "--input", "-i", metavar="FILE", show_default=False,

@@ -328,6 +328,8 @@ class ChatConfig(SamplingConfig, StageConfig):
                                   "the adapter, else the merged model")
     base: bool = option(False, "The same as --use base.")
     merged: bool = option(False, "The same as --use merged.")
+    quant: str | None = option(None, "Which exported number format answers, such as q4_k_m: its GGUF, or with --use "
+                                     "ollama its model there.", auto="the one that the export recommends")
     compare: bool = option(False, "Answer with the base and the tuned model, side by side, from one loaded model.")
     seed: int | None = option(None, "Seed of the sampling, for answers that can be repeated.", least=0,
                               most=LARGEST_SEED, auto="random")
@@ -339,6 +341,10 @@ class ChatConfig(SamplingConfig, StageConfig):
         named += [f"--{name}" for name in ("base", "merged") if getattr(self, name) and self.use != name]
         if len(named) > 1:
             return [f"{' and '.join(named)} exclude each other; leave all but one out"]
+        if self.quant and named and self.use not in ("gguf", "ollama"):
+            return [f"--quant and {named[0]} exclude each other: the number formats are those of GGUF files"]
+        if self.compare and self.quant:
+            return ["--compare and --quant exclude each other: both base and adapter answer"]
         if self.compare and named and self.use != "adapter":
             return [f"--compare and {named[0]} exclude each other: both base and adapter answer"]
         return []
@@ -346,7 +352,8 @@ class ChatConfig(SamplingConfig, StageConfig):
     @property
     def wanted(self) -> str | None:
         """Who is asked for by name; None leaves it to what is there."""
-        return self.use or ("base" if self.base else "merged" if self.merged else "adapter" if self.compare else None)
+        named = {"base": self.base, "merged": self.merged, "adapter": self.compare, "gguf": self.quant}
+        return self.use or next((name for name, asked in named.items() if asked), None)
 
 
 @dataclass(frozen=True)

@@ -311,8 +311,8 @@ def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what
         change(content["stages"]["export-ollama"]["summary"])
         manifest.write_text(json.dumps(content))
 
-    def answering() -> str:
-        return choice.exported(open_session("chat", trained)).name
+    def answering(**settings) -> str:
+        return choice.exported(open_session("chat", trained, **settings)).name
 
     with_summary(lambda summary: summary.pop("recommended", None))
     assert answering() == "tiny-gemma-q4_0.gguf", "the one that was asked for first"
@@ -321,6 +321,16 @@ def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what
     assert chosen(use="gguf").name == "gguf"
     with_summary(lambda summary: summary.update(recommended="q8_0"))
     assert chosen().name == "gguf" and answering() == "tiny-gemma-q8_0.gguf"
+    assert chosen(quant="q4_0").name == "gguf" and answering(quant="q4_0") == "tiny-gemma-q4_0.gguf"
+    assert answering(quant="q8_0", use="gguf") == "tiny-gemma-q8_0.gguf"
+    asked = open_session("chat", trained, quant="q4_0", use="ollama")
+    assert choice.figures_of(asked)["ollama_name"] == "tiny-gemma-tuned:q4_0"
+    with pytest.raises(UserError, match="made no q5_0, but q4_0, q8_0") as caught:
+        answering(quant="q5_0")
+    assert caught.value.hint == f"make it: gemma-tune export-ollama --run {trained} --quant q4_0,q8_0,q5_0"
+    for flags in (("--base",), ("--use", "adapter"), ("--compare",)):
+        refused = cli("chat", "--run", trained, "--prompt", "x", "--quant", "q4_0", *flags)
+        assert refused.code == 2 and "exclude each other" in refused.err
 
 
 def test_what_is_there_is_chosen_and_what_is_not_is_named(cli, trained, chosen, monkeypatch):
