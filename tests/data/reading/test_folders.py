@@ -265,3 +265,23 @@ def test_standard_input_may_be_plain_text(monkeypatch):
     [source] = find_sources(["-"], Path("keep"))
     with pytest.raises(UserError, match="^<stdin> is plain text, and has no rows$"):
         list(read_blocks(source))
+
+
+def test_what_prepare_left_out_is_no_data_also_beside_no_manifest(cli, tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    bad = write_rows(Path("work/chats.jsonl"), [{"nothing": 1}] * 3)
+    assert cli("prepare", bad, "--model", tiny, "--run", "work/run").code == 2
+    left = Path("work/run/rejected.jsonl")
+    assert left.stat().st_size and not (left.parent / "manifest.json").exists()
+    said = Said()
+    assert found("work", said=said) == ["work/chats.jsonl"] and "rejected.jsonl" in " ".join(said.notes)
+    # Repaired rows under that name are data, and so is the file where it is named.
+    write_rows(Path("work/rejected.jsonl"), [{"messages": []}])
+    assert found("work") == ["work/chats.jsonl", "work/rejected.jsonl"]
+
+
+def test_rows_that_are_refused_for_another_reason_leave_no_list_of_bad_ones(cli, tiny, tmp_path):
+    good = write_rows(tmp_path / "one.jsonl", rows(1))
+    assert cli("prepare", good, "--model", tiny, "--valid", 5, "--run", "run").code == 2
+    assert not Path("run/rejected.jsonl").exists()
