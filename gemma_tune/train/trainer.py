@@ -44,6 +44,7 @@ from gemma_tune.train.late import LateFigures
 from gemma_tune.train.summed_loss import install_summed_loss
 
 T = TypeVar("T")
+MOST_FREED = 4  # times after which capturing anew takes longer than it saves
 MOST_OVERFLOWS = 20  # steps in a row that the loss scaler of fp16 may skip
 
 
@@ -79,6 +80,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, on_gpu)
         self.captured: CapturedSteps | None = None
         self.captured_evaluation: CapturedSteps | None = None
+        self.freed = 0  # times that the memory of captured steps was needed
         self.refresh: Callable[[], None] = lambda: None  # see FastLayers
         self.figures = LateFigures(self.accelerator.device)
         self.overflows = 0  # steps in a row, in fp16
@@ -189,7 +191,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             place.copy_(value)
         gc.collect()
         self.forget_captured()
-        self.listener.note("a rare batch needed the memory of captured steps; they are captured anew")
+        self.freed += 1
+        if self.freed < MOST_FREED:
+            self.listener.note("a rare batch needed the memory of captured steps; they are captured anew")
+        else:
+            self.captured = self.captured_evaluation = None
+            self.listener.note(f"rare batches needed the memory of captured steps {self.freed} times: from now on none "
+                               "is captured")
         return work()
 
     def sums(self) -> Sequence[torch.Tensor]:

@@ -205,8 +205,9 @@ class Kept(Uncaptured):
         return self.held
 
 
-@pytest.mark.parametrize("flags", [("--sft-weight", 0.5), ("--method", "kto"), ("--method", "sft")], ids=["rpo", "kto", "sft"])
-def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize(("flags", "times"), [(("--sft-weight", 0.5), 3), (("--method", "kto"), 3), (("--method", "sft"), 3),
+                                              (("--method", "sft"), 4)], ids=["rpo", "kto", "sft", "too often"])
+def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch, flags, times):
     from gemma_tune.train import first_batch, preference, trainer
 
     assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
@@ -219,7 +220,7 @@ def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, ti
     def with_room(self, work):
         def failing():
             done = work()  # what it adds must not stay
-            if self.captured and self.captured.held and len(failed) < 3:
+            if self.captured and self.captured.held and len(failed) < times:
                 failed.append(1)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return done
@@ -232,7 +233,8 @@ def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, ti
     Kept.freed = Kept.turns = 0
     result = cli(*command)
     assert result.code == 0, result.err
-    assert len(failed) == 3 and Kept.freed >= 3 and "a rare batch needed the memory of captured steps" in result.err
+    assert len(failed) == times and Kept.freed >= times and "a rare batch needed the memory of captured steps" in result.err
+    assert ("from now on none is captured" in result.err) == (times == 4)
     for was, now in zip(expected, log(), strict=True):
         for name in was:
             if "loss" in name or "/" in name or name == "grad_norm":
