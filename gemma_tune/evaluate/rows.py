@@ -172,7 +172,8 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
         found = [*own, *(replace(question, judged=True) for question in found)]
     elif (chats and len(chats) < count and not session.config.data_file and not texts
           and len(rows) != session.config.limit):  # else that is why there are so few
-        session.listener.note(f"the run has {len(chats)} held-out prompts{_more_aside(session, count, len(chats))}")
+        there = counted(len(chats), "held-out prompt")
+        session.listener.note(f"the run has {there}{_more_aside(session, count, len(chats))}")
     return _short_enough(session, chat, found)
 
 

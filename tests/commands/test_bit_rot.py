@@ -115,7 +115,7 @@ def test_damaged_weights_in_the_cache_name_the_folder_to_delete(cli, cached, com
     assert cli("status", "--verify", "--json").json["base_damage"] is None
     flip_bit(cached / "model.safetensors")
     looked = cli("status", "--verify", "--json")
-    assert looked.code == 0 and "model.safetensors was changed" in looked.json["base_damage"]
+    assert looked.code == 1 and "model.safetensors was changed" in looked.json["base_damage"]
     assert f"rm -r {cached}" in looked.err
     result = cli(*command)
     assert result.code == 2, result.err

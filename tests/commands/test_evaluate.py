@@ -266,8 +266,10 @@ def asked_of(tmp_path, monkeypatch):
     def found(*records, count=5):
         notes: list[str] = []
         path = write_rows(tmp_path / "v.jsonl", records)
+        manifest = SimpleNamespace(stages={"prepare": {"summary": {"rows": 13}}})
         session = SimpleNamespace(config=SimpleNamespace(questions=count, data_file=None, limit=0), inputs={"valid_rows": path},
-                                  settings_of=lambda stage: {"data": ["x.jsonl"]}, run=SimpleNamespace(valid_rows=path),
+                                  settings_of=lambda stage: {"data": ["x.jsonl"]}, manifest=manifest,
+                                  run=SimpleNamespace(valid_rows=path, root=Path("runs/r")),
                                   listener=SimpleNamespace(note=notes.append))
         found.why = nothing_to_measure(session)
         asked = rows_module._questions(session, None, [(record, None) for record in records])
@@ -281,7 +283,11 @@ def test_a_prompt_is_everything_before_the_last_answer(asked_of):
              for n, role in enumerate(("system", "user", "assistant", "user", "assistant"))]
     prompts, notes = asked_of({"messages": turns}, {"messages": turns})
     assert (prompts, asked_of.why) == ([Prompt(turns[:4])] * 2, None)
-    assert "2 held-out prompts" in notes[0]
+    assert notes[0] == ("the run has 2 held-out prompts; gemma-tune prepare --run runs/r --valid 3 keeps more aside, to train "
+                        "anew"), "no more than a fourth of all rows"
+    [note] = asked_of({"messages": turns}, count=3)[1]
+    assert note.startswith("the run has 1 held-out prompt; gemma-tune prepare")
+    assert asked_of(*[{"messages": turns}] * 3)[1] == ["the run has 3 held-out prompts"]
 
 
 def test_an_answer_that_is_not_learned_is_not_asked_for(asked_of):

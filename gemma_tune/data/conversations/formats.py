@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.data.conversations import layouts, preference, tools, unread
+from gemma_tune.data.conversations import layouts, marks, preference, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, suggested_turns
@@ -55,7 +55,7 @@ class Example:
         if self.rejected is not None:
             row["rejected"] = self.rejected
         if self.good is not None:
-            row[preference.MARK] = self.good
+            row[marks.MARK] = self.good
         return row | ({"tools": self.tools} if self.tools else {})
 
 
@@ -155,11 +155,13 @@ class Formats:
             raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
                                                      f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
-        value = self._names.applied(value)
+        value = self._names.applied(self._as_pair(value))
+        if self.name in (None, "preference") and (problem := marks.unclear(value)):
+            raise RowError([problem])
         format = self._format(value)
         if format == "text" and self.take != "pairs":
             return _text(value)
-        if self.take == "pairs" and (format != "preference" or preference.is_good(value) is not None):
+        if self.take == "pairs" and (format != "preference" or marks.is_good(value) is not None):
             raise RowError([Problem("no_pair", "it has no better and worse answer, and --take pairs takes nothing else",
                                     "give it a file and a run of its own, without --take pairs")])
         problems: list[Problem] = []
@@ -167,6 +169,10 @@ class Formats:
             return self._preference(value, problems)
         if format == "columns":
             draft = layouts.columns(value, self.columns, problems)
+            if value.get(marks.MARK) is not None:
+                problems.append(Problem("preference", f"`{marks.MARK}` marks good and bad answers, which named columns "
+                                                      "would not tell apart",
+                                        "call the columns `prompt` and `completion`, or leave the mark out"))
         else:
             draft = _READERS[format](value, problems)
         messages = conversation(draft.messages, problems, draft.key)
@@ -179,11 +185,18 @@ class Formats:
         return Example(format, messages, declared or None, None,
                        unread.of_row(value, format, self.columns, draft.messages))
 
+    def _as_pair(self, row: Fields) -> Fields:
+        """With the columns of a pair under the names that are known, where ``--columns`` names them."""
+        if "chosen" not in self.columns:
+            return row
+        known = {self.columns[role]: "prompt" if role == "user" else role for role in self.columns}
+        return {known.get(key, key): value for key, value in row.items() if key in known or key not in known.values()}
+
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
         draft = preference.better(value, problems)
         messages = conversation(draft.messages, problems, draft.key)
-        rejected, good = None, preference.is_good(value)
+        rejected, good = None, marks.is_good(value)
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
         else:
@@ -208,12 +221,13 @@ class Formats:
                                                           f"{_REASONS[self.name]}; {_found(row)}",
                                         "leave --format out to have the format of each row found")])
             return self.name
-        if any(column in row for role, column in self.columns.items() if role in _REQUIRED):
+        if "chosen" not in self.columns and any(
+                column in row for role, column in self.columns.items() if role in _REQUIRED):
             return "columns"
         format = _detected(row)
         if format is not None:
             return format
-        if self.columns:
+        if self.columns and "chosen" not in self.columns:
             return "columns"
         raise RowError([_unknown(row)])
 
@@ -259,6 +273,8 @@ def _unknown(row: Fields) -> Problem:
                        f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
     if turns:
         return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+    if pair := _pair_of_names(row):
+        return Problem("unknown_format", reason, f"use --columns {pair}")
     question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
                                                                            _CONTEXTS))
     if question and answer:
@@ -270,6 +286,21 @@ def _unknown(row: Fields) -> Problem:
                                                  "above it, such as question,answer")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
                                              "`output`, or name them with --columns user=…,assistant=…")
+
+
+# Parts of names that a better and a worse answer have elsewhere.
+_BETTER = ("chosen", "preferred", "better", "winner", "good", "accepted", "positive", "好")
+_WORSE = ("rejected", "dispreferred", "worse", "loser", "bad", "negative", "坏", "差")
+
+
+def _pair_of_names(row: Fields) -> str | None:
+    """What ``--columns`` would be for a better and a worse answer under other names."""
+    question = _column(row, (*_QUESTIONS, "问题", "提问", "指令"))
+    texts = [key for key, value in row.items() if isinstance(key, str) and isinstance(value, (str, list))
+             and key != question]
+    worse = next((key for key in texts if any(part in key.lower() for part in _WORSE)), None)
+    better = next((key for key in texts if key != worse and any(part in key.lower() for part in _BETTER)), None)
+    return f"user={question},chosen={better},rejected={worse}" if question and better and worse else None
 
 
 def _beside_text(row: Fields) -> Problem | None:

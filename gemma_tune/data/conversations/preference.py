@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from gemma_tune.base.words import counted
 from gemma_tune.data.conversations.layouts import (
+    HISTORIES,
+    SYSTEMS,
     Draft,
     alpaca,
     assistant,
@@ -25,67 +27,27 @@ from gemma_tune.data.conversations.layouts import (
     user,
     with_system,
 )
+from gemma_tune.data.conversations.marks import PAIRS, filled_pair, is_good, marked, pair_in
 from gemma_tune.data.conversations.problems import Problem, several
 from gemma_tune.data.conversations.turns import Turn
 from gemma_tune.encoding.sequences import MARK
 
-PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
-         ("preferred", "rejected"), ("messages", "rejected"))
-# The marks of a judged answer: LLaMA-Factory's `kto_tag`; and TRL's, which is one only beside these columns.
-_LABEL = "label"
-_BESIDE_LABEL = (("prompt", "completion"), ("messages",), ("conversations",))
 # Anthropic's HH-RLHF keeps a whole conversation in one text.
-_HH = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):")
+_HH = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant|人类|用户|助手)[:：]")
+_ASK = ("Human", "人类", "用户")
+_ANSWERS = ("completion", "messages", "conversations", "output", "response", "answer")  # of a judged answer
+_QUESTIONS = ("prompt", "question", "query", "input")
 
 
 def is_preference(row: Mapping[str, Any], keys: Collection[str]) -> bool:
     """Whether a row holds a better and a worse answer, or one answer that is marked as either (KTO)."""
-    return _pair(keys) is not None or _is_judged(row, keys)
-
-
-def _pair(keys: Collection[str]) -> tuple[str, str] | None:
-    return next((pair for pair in PAIRS if pair[0] in keys and pair[1] in keys), None)
-
-
-def _filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    filled = {key for key, value in row.items() if value is not None}
-    return _pair(filled) or (None if _is_judged(row, filled) else _pair(row.keys()))
-
-
-def _is_judged(row: Mapping[str, Any], keys: Collection[str]) -> bool:
-    return _marked(row, keys) is not None
-
-
-def _marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
-    """The column that marks the row's one answer."""
-    if _truth(row.get(MARK), numbers=True) is not None:
-        return MARK
-    beside = [names for names in _BESIDE_LABEL if all(key in keys for key in names)]
-    # Beside a whole conversation a number may be a class of anything; beside a completion it is TRL's mark.
-    numbers = _BESIDE_LABEL[0] in beside
-    return _LABEL if beside and _truth(row.get(_LABEL), numbers) is not None else None
-
-
-def _truth(value: Any, numbers: bool) -> bool | None:
-    """True or false, also as tables (CSV) have it, and with ``numbers`` as 1 and 0."""
-    if isinstance(value, str):
-        words = {"true": True, "false": False} | ({"1": True, "0": False} if numbers else {})
-        return words.get(value.strip().lower())
-    if isinstance(value, bool) or numbers and isinstance(value, (int, float)) and value in (0, 1):
-        return bool(value)
-    return None
-
-
-def is_good(row: Mapping[str, Any]) -> bool | None:
-    """The mark of a judged answer; None of a pair."""
-    mark = None if _filled_pair(row) else _marked(row, row.keys())
-    return None if mark is None else _truth(row[mark], numbers=True)
+    return pair_in(keys) is not None or marked(row, keys) is not None
 
 
 def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """The conversation that ends with the better answer."""
     if is_good(row) is False:
-        mark = _marked(row, row.keys())
+        mark = marked(row, row.keys())
         problems.append(Problem("preference", f"the answer is marked as a bad one (`{mark}` is false)",
                                 "leave the row out"))
     return better(row, problems)
@@ -93,13 +55,23 @@ def chosen(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
 
 def better(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """The conversation that ends with the better answer, or with the only one, be it good or bad."""
-    if (pair := _filled_pair(row)) is not None:
+    if (pair := filled_pair(row)) is not None:
         return _answered(row, pair[0], problems)
-    if row.get("completion") is not None:
-        return _answered(row, "completion", problems)
-    if row.get("messages") is not None:
+    key = _judged(row)
+    if key == "messages":
         return messages(row, problems)
-    return sharegpt(row, problems) if row.get("conversations") is not None else alpaca(row, problems)
+    if key == "conversations":
+        return sharegpt(row, problems)
+    return alpaca(row, problems) if _is_alpaca(row, key) else _answered(row, key, problems)
+
+
+def _judged(row: Mapping[str, Any]) -> str:
+    """The column of the answer that is marked."""
+    return next((key for key in _ANSWERS if row.get(key) is not None), "output")
+
+
+def _is_alpaca(row: Mapping[str, Any], key: str) -> bool:
+    return key in ("output", "response") and (row.get("instruction") is not None or not _asked(row))
 
 
 def worse(row: Mapping[str, Any], problems: list[Problem]) -> Draft | None:
@@ -107,7 +79,7 @@ def worse(row: Mapping[str, Any], problems: list[Problem]) -> Draft | None:
 
     Of rows as they are prepared, ``rejected`` stands in place of the turns of ``messages`` that are learned.
     """
-    pair = _filled_pair(row)
+    pair = filled_pair(row)
     if pair is None:
         return None
     if pair[0] != "messages":
@@ -216,14 +188,15 @@ def _answered(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draf
         turns = _from_text(row, key, answer, problems)
     else:
         answer = [answer] if isinstance(answer, dict) else answer
-        whole = not isinstance(answer, list) or _role(answer) in ("user", "human", "system", "developer")
+        whole = not isinstance(answer, list) or _is_whole(answer)
         turns = answer if whole else [*(_prompt(row, problems) or []), *answer]
     return Draft(with_system(turns, row, problems), key, _tools(row))
 
 
-def _role(turns: list[Any]) -> Any:
+def _is_whole(turns: list[Any]) -> bool:
+    """Whether turns begin with a question, and so are a whole conversation."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
-    return first.get("role") or first.get("from")
+    return (first.get("role") or first.get("from")) in ("user", "human", "system", "developer")
 
 
 def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Problem]) -> list[Any]:
@@ -242,24 +215,84 @@ def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Pro
 def _spoken(text: str) -> list[dict[str, str]]:
     pieces = _HH.split(text)
     # A space stands between a speaker and what is said.
-    return [(user if who == "Human" else assistant)(words.removeprefix(" "))
+    return [(user if who in _ASK else assistant)(words.removeprefix(" "))
             for who, words in zip(pieces[1::2], pieces[2::2])]
 
 
 def _prompt(row: Mapping[str, Any], problems: list[Problem]) -> list[Any] | None:
-    """The turns before the answer, from whichever column has them; None where no column does."""
+    """The turns before the answer, from whichever columns have them; None where no column does."""
+    names = _asked(row)
+    if not names:
+        return None
+    if names == ("input",) and isinstance(row["input"], dict):  # OpenAI
+        return row["input"]["messages"]
+    past = history(row, problems) if HISTORIES[0] in names else []
+    value = turn_list(row.get(names[0]))
+    if isinstance(value, list) and not several(names[0], value):
+        return [*past, *_without_answer(row, value)]
+    parts = [text_of(row, name, problems) for name in names if name not in HISTORIES]
+    return [*past, user("\n\n".join(filter(str.strip, parts)))]
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that the turns before the answer come from."""
     inner = row.get("input")
-    if isinstance(inner, dict) and isinstance(inner.get("messages"), list):  # OpenAI
-        return inner["messages"]
+    if isinstance(inner, dict) and isinstance(inner.get("messages"), list):
+        return ("input",)
     for key in ("prompt", "conversations", "messages"):
         value = turn_list(row.get(key))
         if isinstance(value, list) and not several(key, value):
-            return value
+            if key != "prompt" and isinstance(row.get("prompt"), str) and _without_answer(row, value) == value:
+                continue  # a whole conversation about which nothing is known, beside a text that is the question
+            return (key, *(HISTORIES if key == "prompt" else ()))
     if row.get("instruction") is not None:  # Alpaca
-        parts = [text_of(row, key, problems) for key in ("instruction", "input")]
-        return [*history(row, problems), user("\n\n".join(filter(str.strip, parts)))]
-    key = next((key for key in ("prompt", "question", "query") if row.get(key) is not None), None)
-    return None if key is None else [user(text_of(row, key, problems))]
+        return ("instruction", "input", *HISTORIES)
+    key = next((key for key in _QUESTIONS if row.get(key) is not None), None)
+    return () if key is None else (key, *(("input",) if key != "input" else ()), *HISTORIES)
+
+
+def _without_answer(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
+    """Turns without a last one that is one of the row's answers, which stand in columns of their own."""
+    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+    answers = [row.get(key) for pair in PAIRS for key in pair if isinstance(row.get(key), str)]
+    said = last.get("content", last.get("value"))
+    return turns[:-1] if last and said in answers else turns
+
+
+def columns_read(row: Mapping[str, Any]) -> set[str]:
+    """Names of the columns that become part of a pair, or of a judged answer; what only repeats them counts as read."""
+    pair, always = filled_pair(row), {*SYSTEMS, "tools", "functions"}
+    if pair is not None:
+        if pair[0] == "messages":
+            return always | {*pair}
+        return always | {*pair} | _read_with(row, row.get(pair[0]))
+    key, mark = _judged(row), marked(row, row.keys()) or MARK
+    if key in ("messages", "conversations"):
+        return always | {key, mark}
+    if _is_alpaca(row, key):
+        return always | {"instruction", "input", "context", "passage", key, mark, *HISTORIES}
+    return always | {key, mark} | _read_with(row, row.get(key))
+
+
+def _read_with(row: Mapping[str, Any], answer: Any) -> set[str]:
+    """Of the columns beside an answer, those of its prompt: none but a repetition of it where the answer is a whole
+    conversation."""
+    turns = turn_list(answer)
+    if isinstance(turns, str) and _HH.match(turns):
+        turns = _spoken(turns)
+    read: set[str] = set()
+    if not isinstance(turns, list) or not _is_whole(turns):
+        read = {*_asked(row)}
+        turns = _prompt(row, []) or []
+    said = {text.strip() for turn in turns if isinstance(turn, dict)
+            for text in (turn.get("content"), turn.get("value")) if isinstance(text, str)}
+    return read | {key for key in (*_QUESTIONS, "instruction", "conversations", "messages") if key in row
+                   and (isinstance(row[key], str) and row[key].strip() in said
+                        or _begins(turns, turn_list(row[key])))}
+
+
+def _begins(turns: list[Any], value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and turns[:len(value)] == value
 
 
 def _tools(row: Mapping[str, Any]) -> Any:

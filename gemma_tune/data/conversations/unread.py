@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
-from gemma_tune.data.conversations.preference import MARK, PAIRS
+from gemma_tune.data.conversations.preference import columns_read
 from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
 
 
@@ -28,10 +28,6 @@ _READ: dict[str, frozenset[str]] = {
     "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS)),
     "rendered": frozenset(("text", *SYSTEMS)),
     "text": frozenset(("text",)),
-    "preference": frozenset((*(key for pair in PAIRS for key in pair), MARK, "prompt", "completion", "label",
-                             "messages",
-                             "conversations", "input", "instruction", "question", "query", *HISTORIES, *SYSTEMS,
-                             *_TOOLS)),
 }
 # A column that is read only where the other one is missing.
 _SECOND = {"response": "output", "functions": "tools", "chat_history": "history", "conversation": "conversations",
@@ -48,7 +44,8 @@ def of_row(row: Mapping[str, Any], format: str, columns: Mapping[str, str], turn
         columns: those that ``--columns`` names, by role.
         turns: the row's turns as the row has them.
     """
-    read = _READ[format] if format != "columns" else _named(row, columns)
+    read = _named(row, columns) if format == "columns" else columns_read(row) if format == "preference" else (
+        _READ[format])
     names = row.keys() - read
     if not _SECOND.keys().isdisjoint(row):
         names |= _seconds(row, read, _SECOND)

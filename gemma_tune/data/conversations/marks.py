@@ -1,0 +1,88 @@
+"""Which columns of a row say what is better: a pair of answers, or a mark of good or bad beside one answer (KTO)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gemma_tune.data.conversations.problems import Problem
+from gemma_tune.encoding.sequences import MARK
+
+PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
+         ("preferred", "rejected"), ("messages", "rejected"))
+# The marks of a judged answer: LLaMA-Factory's `kto_tag`; and TRL's, which is one only beside these columns.
+LABEL = "label"
+_BESIDE_LABEL = {("prompt", "completion"): "prompt-completion", ("messages",): "messages",
+                 ("conversations",): "sharegpt", ("instruction", "output"): "alpaca",
+                 ("instruction", "response"): "alpaca"}
+# What people write beside an answer to say that it is good or bad, and that no class of texts is called.
+_LIKE_A_MARK = frozenset((
+    "good", "bad", "yes", "no", "correct", "incorrect", "right", "wrong", "chosen", "rejected", "like", "dislike",
+    "thumbs_up", "thumbs_down", "-1", "好", "差", "坏", "是", "否", "对", "错", "正确", "错误", "优", "劣"))
+
+
+def pair_in(keys: Collection[str]) -> tuple[str, str] | None:
+    """The columns of a better and a worse answer."""
+    return next((pair for pair in PAIRS if pair[0] in keys and pair[1] in keys), None)
+
+
+def filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The same of a row, whose columns may be there and empty."""
+    filled = {key for key, value in row.items() if value is not None}
+    return pair_in(filled) or (None if marked(row, filled) else pair_in(row.keys()))
+
+
+def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
+    """The column that marks the row's one answer."""
+    if _truth(row.get(MARK), numbers=True) is not None:
+        return MARK
+    beside = _beside(keys)
+    # Beside a whole conversation a number may be a class of anything; beside a completion it is TRL's mark.
+    numbers = beside == "prompt-completion"
+    return LABEL if beside and _truth(row.get(LABEL), numbers) is not None else None
+
+
+def is_good(row: Mapping[str, Any]) -> bool | None:
+    """The mark of a judged answer; None of a pair."""
+    mark = None if filled_pair(row) else marked(row, row.keys())
+    return None if mark is None else _truth(row[mark], numbers=True)
+
+
+def unclear(row: Mapping[str, Any]) -> Problem | None:
+    """What is wrong with the mark of a row that has one which cannot be read, or two that contradict each other: as a
+    conversation without a mark its bad answer would be learned."""
+    filled = {key for key, value in row.items() if value is not None}
+    if pair_in(filled):
+        return None
+    if MARK in filled and (tag := _truth(row[MARK], numbers=True)) is None:
+        return Problem("preference", f"`{MARK}` is {row[MARK]!r}, and a mark is true or false, or 1 or 0",
+                       "write true for a good answer and false for a bad one")
+    format = _beside(filled)
+    if format is None or LABEL not in filled:
+        return None
+    label = _truth(row[LABEL], numbers=True)
+    if MARK in filled:
+        return None if label in (None, tag) else Problem(
+            "preference", f"`{MARK}` and `{LABEL}` contradict each other", f"keep one of them: rename `{LABEL}`")
+    value = row[LABEL]
+    word = str(value).strip().lower() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    if label is None and word in _LIKE_A_MARK:
+        return Problem("preference", f"`{LABEL}` is {value!r} beside an answer: a mark of good and bad answers is true "
+                                     "or false", f"write true and false to learn which answers are good; or --format "
+                                                 f"{format} learns every answer, whatever its `{LABEL}`")
+    return None
+
+
+def _beside(keys: Collection[str]) -> str | None:
+    """The format of the conversation that a column `label` stands beside."""
+    return next((format for names, format in _BESIDE_LABEL.items() if all(name in keys for name in names)), None)
+
+
+def _truth(value: Any, numbers: bool) -> bool | None:
+    """True or false, also as tables (CSV) have it, and with ``numbers`` as 1 and 0."""
+    if isinstance(value, str):
+        words = {"true": True, "false": False} | ({"1": True, "0": False} if numbers else {})
+        return words.get(value.strip().lower())
+    if isinstance(value, bool) or numbers and isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    return None
