@@ -126,9 +126,12 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
     if ("messages" in row) == ("prompt" in row):
         both = "both messages and a prompt" if "messages" in row else "neither messages nor a prompt"
         raise UserError(f"{where}: the object has {both}", _SHAPE)
+    if isinstance(row.get("prompt"), list):  # as `prepare` takes it
+        row = {"messages" if key == "prompt" else key: value for key, value in row.items()}
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise UserError(f"{where}: the prompt is no text", _SHAPE)
+            fault = "empty" if isinstance(row["prompt"], str) else "no text"
+            raise UserError(f"{where}: the prompt is {fault}", _SHAPE)
         if unread := [name for name in ("system", "tools") if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')

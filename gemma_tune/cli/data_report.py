@@ -42,7 +42,8 @@ def data_report(report: Mapping[str, Any]) -> None:
         figures.pop("sequences", None)  # one for each row, as usual
     screen.err.print(screen.figures_table("data", figures))
     if said := _KINDS.get(report.get("kind", "")):
-        screen.prose(Text(said))
+        marks = ", ".join(f"{rows:,} {name}" for name, rows in report.get("marks", {}).items())
+        screen.prose(Text(f"{said}: {marks}" if marks else said))
     lengths = report.get("before_the_limit")
     if lengths and lengths["rows"]:
         _lengths(lengths)

@@ -39,7 +39,7 @@ def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
 def _trained(s: Mapping[str, Any]) -> Iterator[str]:
     yield loss_of(s)
     if s.get("method", "sft") != "sft" and s.get("eval_margin_after") is not None:
-        share = [f"{s['eval_accuracy_after']:.0%} of the validation pairs gained"] if "eval_accuracy_after" in s else []
+        share = [f"{s['eval_accuracy_after']:.0%} of the validation pairs won"] if "eval_accuracy_after" in s else []
         yield ", ".join([f"{s['method']}", *share, f"margin {s['eval_margin_after']:+.3g}"])
     if None not in (s.get("kept_step"), s.get("steps")):
         yield f"the adapter is that of step {s['kept_step']:,} of {s['steps']:,}"

@@ -70,7 +70,7 @@ LABELS = {
     "p99": "99 % are at most (tokens)", "max_length": "limit (tokens)", "steps": "steps",
     "train_loss_first": "training loss, first step", "train_loss_last": "training loss, last step",
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
-    "eval_accuracy_after": "validation pairs whose chosen answer gained more",
+    "eval_accuracy_after": "validation pairs that the chosen answer wins",
     "eval_margin_after": "margin between chosen and rejected (reward)",
     "kept_step": "the adapter is that of step", "adapter_norm": "change of the weights (norm)",
     "divergence_from_base": "divergence from the base model (nats per token)",

@@ -56,7 +56,7 @@ class StageConfig:
 
 C = TypeVar("C", bound=StageConfig)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN; replace a token that others may have seen"
-NOT_GIVEN = ("default", "family", "adapter", "method")  # origins of settings that nobody gave
+NOT_GIVEN = ("default", "family", "adapter", "method", "data")  # origins of settings that nobody gave
 
 
 @dataclass(frozen=True)

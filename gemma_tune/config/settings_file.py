@@ -19,7 +19,7 @@ from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 # What an origin is called in a file and in a note; see ``settings.Resolved``.
 ORIGINS = {"flag": "given", "file": "of a settings file", "family": "default of the model's family",
            "default": "default", "auto": "chosen here", "adapter": "of the adapter that it starts from",
-           "method": "suits the method"}
+           "method": "suits the method", "data": "suits the data"}
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 

@@ -50,7 +50,7 @@ class TokenWriter:
     """Writes one side's sequences; a context manager."""
 
     def __init__(self, path: Path):
-        self.rows = self.sequences = self.tokens = self.trained = 0
+        self.rows = self.sequences = self.tokens = self.trained = self.good = self.bad = 0
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._sink, SCHEMA)
         self._ids: list[np.ndarray] = []
@@ -74,7 +74,9 @@ class TokenWriter:
             answers: their marks, or one mark for all of them.
         """
         for n, (ids, spans) in enumerate(sequences):
-            self._answer.append(answers[n] if len(answers) > 1 else answers[0])
+            mark = answers[n] if len(answers) > 1 else answers[0]
+            self._answer.append(mark)
+            self.good, self.bad = self.good + (mark > 0), self.bad + (mark < 0)
             # Copies: the arrays are views of a whole block of rows with their texts.
             self._ids.append(ids.copy())
             self._spans.append(spans.copy())
@@ -140,6 +142,20 @@ def answers_of(dataset: Any) -> np.ndarray:
     one, 0 of what is no answer to be compared."""
     chunks = [np.zeros(0, np.int8), *(chunk.to_numpy() for chunk in dataset.data.column("answer").chunks)]
     return np.concatenate(chunks)
+
+
+def digests_of(dataset: Any) -> set[bytes]:
+    """What tells each sequence's ids from others, see :func:`digest`."""
+    found = set()
+    for chunk in dataset.data.column("input_ids").chunks:
+        ids, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        found |= {digest(ids[start:end]) for start, end in zip(ends[:-1], ends[1:])}
+    return found
+
+
+def digest(ids: np.ndarray) -> bytes:
+    """Of one sequence's ids (tokens,), whatever their type."""
+    return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
 
 
 def liked(dataset: Any) -> Any:

@@ -16,6 +16,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.data.usable import sampled
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
+from gemma_tune.encoding.tokens import digest, digests_of, open_tokens
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.directory import command
@@ -94,6 +95,8 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
     rows = _fitting(session, _laid_out(examples, encoder))
     if there > limit:
         session.listener.note(f"{len(rows):,} of {there:,} rows are measured; --limit 0 takes all")
+    if config.data_file:
+        _tell_trained(session, rows)
     sequences, row_of = [], []
     for n, (_, outcome) in enumerate(rows):
         for wanted in map(wanted_of_sequence, outcome.kept):
@@ -175,6 +178,15 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
         there = counted(len(chats), "held-out prompt")
         session.listener.note(f"the run has {there}{_more_aside(session, count, len(chats))}")
     return _short_enough(session, chat, found)
+
+
+def _tell_trained(session: Session, rows: Sequence[tuple[PreparedRow, Outcome]]) -> None:
+    """Rows that were learned say little about others."""
+    path = session.run.tokens / "train.arrow"
+    learned = digests_of(open_tokens(path)) if path.is_file() else set()
+    if known := sum(any(digest(sequence.ids) in learned for sequence in outcome.full) for _, outcome in rows):
+        session.listener.warn(f"the training had {known:,} of {counted(len(rows), 'row')} itself: what is measured on "
+                              "them is not held out")
 
 
 def _more_aside(session: Session, wanted: int, there: int) -> str:

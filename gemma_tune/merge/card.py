@@ -94,7 +94,7 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     yield "Training", _schedule(settings, figures)
     if _method(session) != "sft":
         if figures.get("eval_accuracy_after") is not None:
-            yield "Held-out pairs", f"{figures['eval_accuracy_after']:.0%} gained more for the chosen answer"
+            yield "Held-out pairs", f"{figures['eval_accuracy_after']:.0%} won by the chosen answer"
     elif figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
         yield ("Loss on held-out conversations", f"{figures['eval_loss_before']:.3f} before training, "
                f"{figures['eval_loss_after']:.3f} after (nats per token that is learned)")

@@ -22,6 +22,7 @@ from gemma_tune.prepare.judge import Rejected
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool
 from gemma_tune.prepare.statistics import KEPT, Measured, Statistics
+from gemma_tune.run.manifest import JUDGED
 
 SIDES = ("train", "valid")
 _GROUPS = 5  # examples of prompts with several answers
@@ -148,6 +149,7 @@ class DataFiles:
             "near_duplicate_rows": int(selection.near.sum()),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
             "formats": dict(findings.noticed.formats), "kind": findings.kind,
+            **({"marks": {name: outputs.total(name) for name in ("good", "bad")}} if findings.kind == JUDGED else {}),
             "unread": findings.noticed.unread.as_list(),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
             "prompts_with_several_answers": {

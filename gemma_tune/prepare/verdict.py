@@ -151,7 +151,9 @@ def _refuse_a_mixture(findings: Findings, config: PrepareConfig) -> None:
     share = math.ceil(100 * (1 - kinds[PAIRS] / findings.rows)) / 100
     ways = ["--take chosen learns the better answers together with the other rows"]
     if kinds[JUDGED]:
-        ways[0] += ", but for the bad ones (--max-rejected allows so many to be left out)"
+        most = math.ceil(100 * kinds[JUDGED] / findings.rows) / 100
+        ways[0] = (f"--take chosen --max-rejected {most:g} learns the better answers together with the other rows, but "
+                   "for the bad ones")
     if kinds[PAIRS]:
         ways.append(f"--take pairs --max-rejected {share:g} takes the pairs alone")
     raise UserError("the rows are of several kinds, which are not learned in one training",
@@ -209,6 +211,10 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":
         listener.note(f"{counted(report['valid_rows'], 'row is', 'rows are')} kept for validation, as there are few: "
                       "its loss says little about others; --valid sets another number")
+    marks = report.get("marks")
+    if report["kind"] == JUDGED and marks and not all(marks.values()):
+        missing = next(name for name, rows in marks.items() if not rows)
+        listener.warn(f"no answer is marked as {missing}: there is nothing to tell the others from")
     if report["duplicate_rows"]:
         left_out = counted(report["duplicate_rows"], "duplicate is left out; it is",
                            "duplicates are left out; they are")

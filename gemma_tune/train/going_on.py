@@ -304,7 +304,7 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
         step = summary.get("kept_step", found.done - shift)
         kept = "" if step == found.done - shift else f", that of step {step},"
         return (f"no checkpoint of the finished training is left: going on from its adapter{kept} with a fresh "
-                f"optimiser, for the {counted(left, 'step')} that are missing of {found.total}, on the {new.schedule} "
+                f"optimiser, for the {counted(left, 'step')} missing of {found.total}, on the {new.schedule} "
                 f"schedule of so many; {rates}")
     again = found.done - shift - first
     return (f"going on from {found.checkpoint.name} of the finished training to step {left}, on the {new.schedule} "

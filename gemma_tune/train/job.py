@@ -100,7 +100,7 @@ class Sizes:
     @property
     def side(self) -> Side:
         """The same for a plan."""
-        return Side(self.lengths, int(self.trained.sum()))
+        return Side(self.lengths, int(self.trained.sum()), self.longest)
 
 
 def sizes_of(sequences: Any, config: TrainConfig) -> Sizes:

@@ -45,5 +45,5 @@ def with_method(session: Session) -> Session:
         return session
     for reason in reasons:
         session.listener.note(reason)
-    origins = {name: {"from": "method"} for name in values}
+    origins = {name: {"from": "data" if name == "method" else "method"} for name in values}
     return replace(session, resolved=session.resolved.but(values, origins))

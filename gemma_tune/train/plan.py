@@ -30,12 +30,14 @@ class Side:
     """Sizes of the training or the validation sequences.
 
     Attributes:
-        lengths: tokens of each sequence.
+        lengths: tokens of each sequence; of a pair, those of both together.
         trained: how many tokens of all of them are learned.
+        longest: tokens of the longest single sequence; 0 where each row is one.
     """
 
     lengths: np.ndarray
     trained: int
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class TrainingPlan:
     basis: str
     notes: tuple[str, ...]
     row: str = "sequence"
+    longest_sequence: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
@@ -80,9 +83,10 @@ class TrainingPlan:
 
     def as_table(self) -> dict[str, str]:
         """Figures with their names, for people."""
-        memory = described(self.choice, self.longest).removeprefix("memory: ")
+        memory = described(self.choice, self.longest_sequence).removeprefix("memory: ")
+        both = ", both answers together" if self.row == "pair" else ""
         return {
-            "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens; "
+            "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens{both}; "
                     f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
                     f"padding adds {self.padding:.0%}",
             "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each {self.row} is seen "
@@ -164,7 +168,8 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         padding=sum(n * longest for n, longest in batches) / tokens - 1,
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
-        notes=(*_notes(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"))
+        notes=(*_notes(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
+        longest_sequence=train.longest or int(train.lengths.max()))
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:

@@ -109,8 +109,15 @@ def _located(session: Session, named: str) -> tuple[Path, str]:
     # As a manifest, or a file of settings made from it, has it.
     for path in (Path(os.path.expanduser(named)), session.run.root / named):
         if path.is_dir():
+            if inside := sorted(path.glob("*_lora_adapter/adapter_config.json")):
+                raise UserError(f"{path} is a run, and no adapter",
+                                f"name the adapter in it: --from-adapter {inside[0].parent}")
             _refuse_replaced(session, path)
             return path, session.run.relative(path)
+    if named == session.run.relative(session.run.sft_adapter):
+        raise UserError(f"{session.run.sft_adapter} is gone: the run's adapter that learned answers, from which this "
+                        "training starts", "put it back from a copy, or name one with --from-adapter; `none` starts "
+                                           "from the base model, without what it learned")
     name, revision = split_revision(named.removeprefix(_HUB))
     if not named.startswith(_HUB) and (name.count("/") != 1 or name.startswith((".", "~", "/"))
                                        or not MODEL_ID.fullmatch(name)):

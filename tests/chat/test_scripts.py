@@ -33,7 +33,7 @@ def test_lines_are_prompts_or_objects():
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "neither messages nor"), ('{"prompt": ""}', "no text"),
+    ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "neither messages nor"), ('{"prompt": ""}', "is empty"),
     ('{"prompt": "a", "messages": []}', "both messages and a prompt"), ('{"prompt": "a", "tools": [{}], "system": "b"}',
      "system and tools beside a prompt would not be asked"), ("a\0b", "NUL"),
     ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "tools are no list"),
@@ -126,6 +126,9 @@ def test_json_lines_on_standard_input_in_a_command(cli, fluent):
         assert "1 of 3 prompts could not be answered; the others were" in result.err
         assert ("! not read of the rows: max_tokens (1 row), topic (1 row); for all of them together there is --max-new-tokens"
                 in result.err)
+    Path("turns.jsonl").write_text(json.dumps({"prompt": [user("Say number 7.")]}) + '\n{"prompt": " "}\n')
+    found = [json.loads(line) for line in cli("chat", "--json", "--dtype", "fp32", "--input", "turns.jsonl").out.splitlines()]
+    assert found[0]["answer"] == "The number is 7, no more." and "the prompt is empty" in found[1]["error"]["message"]
     assert cli("chat", "--input", "missing.txt").code == 2
     assert "exclude each other" in cli("chat", "--input", "asked.jsonl", "-p", "a").err
 

@@ -137,6 +137,8 @@ def test_other_rows_are_read_checked_and_remembered(cli, fluent, tmp_path):
     result = cli(*args, "--data", "others.jsonl", "--questions", 3)
     assert result.code == 0, result.err
     assert "1 row of others.jsonl cannot be used to measure on; the first is others.jsonl:6: " in result.err
+    known = [text for text in result.json["warnings"] if "what is measured on them is not held out" in text]
+    assert known == ["the training had 4 of 5 rows itself: what is measured on them is not held out"], result.err
     summary = result.json["summary"]
     assert (summary["rows"], summary["rows_there"], summary["questions"]) == (5, 6, 3)
     asked = [answer["prompt"][0]["content"] for answer in summary["answers"]]

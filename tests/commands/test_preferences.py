@@ -69,7 +69,7 @@ def test_held_out_pairs_come_into_order(cli, prepared, flags):
     manifest = json.loads((RUN / "manifest.json").read_text())
     jsonschema.validate(manifest, MANIFEST_SCHEMA)
     method = flags[1] if "--method" in flags else "dpo"
-    assert manifest["stages"]["train"]["config"]["method"] == {"value": method, "from": "flag" if "--method" in flags else "method"}
+    assert manifest["stages"]["train"]["config"]["method"] == {"value": method, "from": "flag" if "--method" in flags else "data"}
     assert manifest["stages"]["train"]["summary"]["method"] == method
     if not flags:
         assert first["eval_loss"] == pytest.approx(math.log(2), rel=1e-5), "at the start the model is its reference"
@@ -99,6 +99,33 @@ def test_other_methods_on_other_data(cli, tiny, data, prepared, tmp_path):
                         (("--good-weight", 2), "good_weight: belongs to --method kto")):
         result = cli("train", "--method", "sft", *flags)
         assert result.code == 2 and said in result.err
+
+
+def test_the_plan_of_pairs_tells_sequences_from_pairs(cli, prepared):
+    planned = cli("train", *FLAGS, "--dry-run", "--json").json
+    longest = max(len(ids) for ids in open_tokens(RUN / "data" / "tokens" / "train.arrow")["input_ids"])
+    assert planned["longest_sequence"] == longest < planned["longest"]
+    shown = " ".join(cli("train", *FLAGS, "--dry-run").err.split())
+    assert f"of up to {planned['longest']} tokens, both answers together" in shown and f"x {longest} tokens at once" in shown
+
+
+def test_answers_of_which_none_is_bad_are_told(cli, tiny, tmp_path):
+    data = write_rows(tmp_path / "good.jsonl", [{"prompt": f"q {n}", "completion": f"a {n}", "label": True} for n in range(8)])
+    done = cli("prepare", data, "--model", tiny)
+    assert done.code == 0 and "no answer is marked as bad: there is nothing to tell the others from" in done.err
+    assert "marked as good or bad: 8 good, 0 bad" in done.err
+
+
+def test_the_copy_of_the_first_adapter_that_is_gone_is_called_so(cli, trained, tmp_path):
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--run", trained, "--valid", 4).code == 0
+    assert cli("train", "--max-steps", 1, "--samples", 0).code == 0
+    shutil.rmtree(trained / "tiny-gemma_sft_adapter")
+    gone = cli("train", "--max-steps", 2, "--force")
+    assert gone.code == 2 and "tiny-gemma_sft_adapter is gone: the run's adapter that learned answers" in gone.err
+    other = cli("train", "--from-adapter", trained, "--run", "runs/other", "--model", "nothing")
+    assert other.code == 2
+    named = cli("train", "--from-adapter", trained, "--force")
+    assert named.code == 2 and f"name the adapter in it: --from-adapter {trained}/tiny-gemma_lora_adapter" in named.err
 
 
 def test_a_base_in_4_bits_is_its_own_reference(cli, prepared):

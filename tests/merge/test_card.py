@@ -97,7 +97,7 @@ def test_what_was_learned_from_preferences(trained, tiny, tmp_path, method, kind
     assert header["tags"] == ["gemma-tune", method, "lora"]
     assert rows["Training"].startswith(how) and rows["Data"].startswith(data)
     assert ("4 pairs each" in rows["Training"]) == (method == "dpo") and ("4 answers each" in rows["Training"]) == (method == "kto")
-    assert rows.get("Held-out pairs") == ("88% gained more for the chosen answer" if method == "dpo" else None)
+    assert rows.get("Held-out pairs") == ("88% won by the chosen answer" if method == "dpo" else None)
     assert ("Loss on held-out conversations" in rows) == (method == "sft"), "another loss is not in nats per token"
 
 
