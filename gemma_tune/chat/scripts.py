@@ -126,7 +126,7 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
     if ("messages" in row) == ("prompt" in row):
         both = "both messages and a prompt" if "messages" in row else "neither messages nor a prompt"
         raise UserError(f"{where}: the object has {both}", _SHAPE)
-    if isinstance(row.get("prompt"), list):  # as `prepare` takes it
+    if isinstance(row.get("prompt"), list) and "messages" not in row:  # as `prepare` takes it
         row = {"messages" if key == "prompt" else key: value for key, value in row.items()}
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():

@@ -138,7 +138,7 @@ class CapturedSteps:
         self._broken = False
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return len(self._graphs) + (len(self.instead) if self.instead is not None else 0)
 
     def run(self, part: Mapping[str, Any], *weights: float) -> bool:
         """Forward and backward pass of a piece; False, with nothing done, where it has to go its own way.

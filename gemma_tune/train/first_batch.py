@@ -93,6 +93,10 @@ class FirstBatch:
                     steps.forget()
                 steps = steps.instead
 
+    def capture_no_more(self) -> None:
+        """Let all steps go one kernel at a time from now on."""
+        self.captured = self.captured_evaluation = None
+
     def _tell_without_kernels(self) -> None:
         device = self.accelerator.device
         if device.type == "cuda" and (fault := kernels_fault(device)):

@@ -98,6 +98,10 @@ class PreferenceTrainer(GemmaTrainer):
         if self.captured_divergence:
             self.captured_divergence.forget()
 
+    def capture_no_more(self) -> None:
+        super().capture_no_more()
+        self.captured_divergence = None
+
     def weights(self, count: int) -> tuple[float, ...]:
         """Of what compares answers, and of the tokens of good ones."""
         return 1 / max(1, count), self.preference.imitation / self._mean[1]

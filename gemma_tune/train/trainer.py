@@ -195,7 +195,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if self.freed < MOST_FREED:
             self.listener.note("a rare batch needed the memory of captured steps; they are captured anew")
         else:
-            self.captured = self.captured_evaluation = None
+            self.capture_no_more()
             self.listener.note(f"rare batches needed the memory of captured steps {self.freed} times: from now on none "
                                "is captured")
         return work()

@@ -41,7 +41,7 @@ def test_lines_are_prompts_or_objects():
     ('{"messages": [{"role": "user", "content": 0}]}', "no conversation"), ('{"messages": [{"role": "user"}]}', "no conversation"),
     ('{"messages": [{"role": "assistant", "tool_calls": 3}, {"role": "user", "content": "a"}]}', "no conversation"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
-    ('{"prompt": 3}', "no text"), ('{"messages": []}', "no conversation"), ('{"messages": [{"role": "x"}]}', "no conv"),
+    ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "no conversation"), ('{"messages": [{"role": "x"}]}', "no conv"),
     ('{"messages": [{"role": "user", "content": 3}]}', "no conversation")])
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(line, said):
     good, bad = read(['{"prompt": "a"}', line], "rows.jsonl", rows_only=True)
