@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -193,18 +193,21 @@ def as_before(resolved: Resolved[C], before: Mapping[str, Mapping[str, Any]]) ->
     Args:
         before: as :meth:`Resolved.record` wrote it.
     """
-    kinds, kept = types_of(type(resolved.config)), {}
-    said = {f.metadata["about"] for f in dataclasses.fields(resolved.config)
-            if f.metadata.get("about") and f.name in resolved.given}
+    kinds, kept, said = types_of(type(resolved.config)), {}, said_by(type(resolved.config), resolved.given)
     for f in dataclasses.fields(resolved.config):
         earlier = before.get(f.name, {"from": "default", "value": None})
-        passing = (any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage"))
-                   or f.metadata.get("about") in said)
+        passing = any(f.metadata.get(name) for name in ("same_result", "check", "kept_by_stage")) or f.name in said
         # An empty list is what a name such as `all` has set back, and so the default again.
         asked = earlier["from"] not in NOT_GIVEN and earlier["value"] != []
         if asked and not passing and resolved.origins[f.name] in NOT_GIVEN:
             kept[f.name] = converted(kinds[f.name], earlier["value"])
     return kept
+
+
+def said_by(cls: type[StageConfig], given: Collection[str]) -> set[str]:
+    """Names of settings that say the same thing (``about``) as one of those that are given, and those themselves."""
+    found = {f.metadata["about"] for f in dataclasses.fields(cls) if f.metadata.get("about") and f.name in given}
+    return {f.name for f in dataclasses.fields(cls) if f.metadata.get("about") in found} | {*given}
 
 
 @functools.cache

@@ -207,9 +207,10 @@ class TrainConfig(MethodConfig, StageConfig):
                                 least=1, most=MOST_PROCESSES, group="speed")
     strategy: str = option("ddp", "How several processes share the work: with `ddp` each holds the whole model, with "
                                   "`fsdp` each holds a part of it.", choices=("ddp", "fsdp"), group="speed")
-    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS, group="common")
+    epochs: float = option(4.0, "Passes over the training data.", least=0.001, most=MOST_EPOCHS, group="common",
+                           about="length")
     max_steps: int = option(0, "Train for so many optimiser steps, whatever --epochs says; 0 means by epochs.", least=0,
-                            group="common")
+                            group="common", about="length")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
                                  "learns already.", least=0.0, most=1.0)
     schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.config.settings import as_flags, in_words, plain, same_result
+from gemma_tune.config.settings import as_flags, in_words, plain, said_by, same_result
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.start import digest_of, weights_of
@@ -104,7 +104,7 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
     """An interrupted training is newer than the run's last result: what is not said now is as it was there."""
     if waiting is None:
         return session
-    now, passing = session.config.as_dict(), {*same_result(TrainConfig), *session.given}
+    now, passing = session.config.as_dict(), {*same_result(TrainConfig), *said_by(TrainConfig, session.given)}
     before = {name: value for name, value in waiting["settings"].items()
               if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
     said = {name: value for name, value in before.items() if name != "method" or now[name] != AUTO}

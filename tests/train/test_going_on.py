@@ -73,8 +73,10 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     third = cli("train", "--continue", "--epochs", 0, "--max-steps", 7, "--json")
     assert third.code == 2
     third = cli("train", "--continue", "--epochs", 3, "--max-steps", 7, "--json")
-    fourth = cli("train", "--continue", "--epochs", 9)
+    fourth = cli("train", "--continue", "--max-steps", 5)
     assert fourth.code == 2 and "with --continue give a larger --max-steps" in fourth.err
+    planned = cli("train", "--continue", "--epochs", 9, "--dry-run", "--json")
+    assert planned.json["steps"] == 27, "epochs take the place of steps that were asked for before"
     assert third.code == 0 and third.json["summary"]["steps"] == 7 and len(third.json["summary"]["earlier_trainings"]) == 2, third.err
 
 
