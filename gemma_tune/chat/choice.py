@@ -88,7 +88,7 @@ def exported(session: Session) -> Path:
         UserError: there is none of that format, or not as it was exported.
     """
     record = session.manifest.stages["export-ollama"]
-    figures_of(session)
+    figures_of(session)  # refuses a format that the export did not make
     own = f"gguf_{session.config.quant or _best_format(record['summary'])}"  # of the first format it is `gguf` alone
     return require_output(session.run, session.manifest, "chat", "export-ollama",
                           own if own in record["outputs"] else "gguf")

@@ -51,6 +51,8 @@ def is_good(row: Mapping[str, Any]) -> bool | None:
 def unclear(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with the mark of a row that has one which cannot be read, or two that contradict each other: as a
     conversation without a mark its bad answer would be learned."""
+    if MARK not in row and LABEL not in row:
+        return None
     filled = {key for key, value in row.items() if value is not None}
     if pair_in(filled):
         return None

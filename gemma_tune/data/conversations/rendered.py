@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from gemma_tune.data.conversations.problems import Problem
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
           "model": "assistant", "gpt": "assistant"}
-_START = r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
+_START = re.compile(r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*")
 _ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 _END = f"(?:{'|'.join(map(re.escape, _ENDS))})"
 # Turns that begin and end with marks: the role, and what is said. The last one may lack its end.
@@ -32,6 +33,7 @@ _MARKED = [re.compile(rf"(?s:{begin}(?P<text>.*?)(?:{end}\s*|\Z))") for begin, e
 )]
 _INST = re.compile(rf"(?s:\[INST\](?P<asked>.*?)\[/INST\](?P<said>.*?)(?:(?:{_END}\s*)?(?:<s>\s*)?(?=\[INST\])|\Z))")
 _SYS = re.compile(r"(?s:\s*<<SYS>>(?P<system>.*?)<</SYS>>(?P<asked>.*))")
+_ASKS = "<｜User｜>"  # a text before it is the system's
 _DEEPSEEK = re.compile(r"<｜(User|Assistant)｜>")
 # Titles of a script's own, and the role that each is.
 _TITLES = {"System": "system", **dict.fromkeys(("Human", "User", "Instruction", "Question"), "user"),
@@ -55,14 +57,15 @@ def is_rendered(text: Any) -> bool:
 
 def rendered(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``text``, a conversation that a template wrote; ``system``."""
-    return Draft(with_system(_turns(row["text"]) or [], row, problems), "text")
+    turns = [dict(turn) for turn in _turns(row["text"]) or ()]  # what is found belongs to whoever asks next, too
+    return Draft(with_system(turns, row, problems), "text")
 
 
+@functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
 def _turns(text: str) -> Turns | None:
     """The turns of a rendered conversation; None if it is none."""
-    head = re.match(_START, text)
-    body = text[head.end():]
-    if not (body.startswith(_BEGINNINGS) or _DEEPSEEK.search(body)) or any(mark in text for mark in _TOOLS):
+    body = text[_START.match(text).end():]
+    if not (body.startswith(_BEGINNINGS) or _ASKS in body) or any(mark in body for mark in _TOOLS):
         return None
     for read in (_marked, _llama_2, _deepseek, _titled):
         if turns := read(body):
