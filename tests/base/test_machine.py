@@ -35,7 +35,7 @@ def test_where_everything_is_imported_already_garbage_stays_garbage():
     before = gc.get_freeze_count()
     with keeping_garbage():
         import json  # noqa: F401, F811
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() <= before  # fewer where something that was frozen earlier has gone meanwhile
 
 
 def test_a_failed_import_leaves_garbage_collection_on():
