@@ -397,11 +397,11 @@ def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
     if request.options["data"]:
         raise UserError("--dry-run plans the training of what is prepared, and prepares nothing itself",
                         f"prepare it first: gemma-tune prepare {' '.join(request.options['data'])}")
-    planned = request.run("train", plan)
+    planned, run = request.run("train", lambda session: (plan(session), session.run.root))
     if not (request.options["quiet"] and request.options["json"]):
         console.plan(planned)
     if request.options["json"]:
-        screen.result_json(planned.as_json())
+        screen.result_json({"stage": "train", "status": "planned", "run": str(run), **planned.as_json()})
 
 
 def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:

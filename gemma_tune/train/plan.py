@@ -52,6 +52,8 @@ class TrainingPlan:
         seconds: estimated time of all steps and evaluations; ``basis`` says from what.
         notes: what people should know about these figures.
         row: what each of them is called.
+        device: where it is computed; ``dtype`` in which type, as ``--dtype`` names it.
+        learning_rate: its peak.
     """
 
     sequences: int
@@ -72,6 +74,10 @@ class TrainingPlan:
     notes: tuple[str, ...]
     row: str = "sequence"
     longest_sequence: int = 0
+    device: str = "cpu"
+    dtype: str = "fp32"
+    method: str = "sft"
+    learning_rate: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
@@ -92,6 +98,7 @@ class TrainingPlan:
             "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each {self.row} is seen "
                      f"{self.exposures:.3g} times",
             "warm-up": f"{counted(self.warmup_steps, 'step')} ({self.warmup_steps / self.steps:.0%})",
+            "training": f"{self.method} on {self.device} in {self.dtype}, learning rate {self.learning_rate:g}",
             "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
             "memory": memory if self.choice.fits else f"does not fit: {memory}",
             "time": f"about {span(self.seconds)} ({self.basis})",
@@ -169,7 +176,8 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
         notes=(*_notes(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
-        longest_sequence=train.longest or int(train.lengths.max()))
+        longest_sequence=train.longest or int(train.lengths.max()), device=placement.device, dtype=placement.short,
+        method=config.method, learning_rate=config.learning_rate)
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.command import QUICK, write_rows
+from support.listener import Said
 from support.merging import merged, merged_tensors, peft_merge, remember
 from support.models import make_model
 
@@ -110,12 +111,26 @@ def test_a_merge_is_not_kept_that_differs_as_much_as_the_adapter_changes(diverge
     from gemma_tune.base.errors import WorkFailed
     from gemma_tune.merge.check import _judge
 
-    figures = {"check_divergence": divergence, "check_adapter_effect": effect, "check_same_answer": True}
+    figures = {"check_divergence": divergence, "check_adapter_effect": effect, "check_prompts": 3, "check_same_answers": 3}
+    listener = Said()
     if kept:
-        assert _judge(SimpleNamespace(), figures) == figures
+        assert _judge(SimpleNamespace(listener=listener), figures) == figures
     else:
         with pytest.raises(WorkFailed, match="it was not kept"):
-            _judge(SimpleNamespace(), figures)
+            _judge(SimpleNamespace(listener=listener), figures)
+
+
+@pytest.mark.parametrize(("divergence", "effect", "same", "told"), [
+    (0.01, 1.0, 3, None), (4e-3, 6e-3, 3, "takes back a part of what the adapter changes"),
+    (1e-5, 1.0, 2, "1 of 3 greedy answers"), (0.0, 0.0, 3, None)])
+def test_what_rounding_takes_back_is_told(divergence, effect, same, told):
+    from gemma_tune.merge.check import _judge
+
+    listener = Said()
+    _judge(SimpleNamespace(listener=listener), {"check_divergence": divergence, "check_adapter_effect": effect,
+                                                "check_prompts": 3, "check_same_answers": same})
+    assert bool(told) == bool(listener.warnings) and (told or "") in " ".join(listener.warnings)
+    assert all("--dtype fp32" in text for text in listener.warnings)
 
 
 def test_a_failed_merge_leaves_the_earlier_one(cli, trained, monkeypatch):

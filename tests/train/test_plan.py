@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.models.placement import choose_placement
+from gemma_tune.models.placement import best_device, choose_placement
 from gemma_tune.train.memory import BatchChoice, Memory
 from gemma_tune.train.plan import EFFICIENCY, Side, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape
@@ -43,6 +43,8 @@ def test_the_plan_is_that_of_the_training(cli, prepared):
     planned = cli("train", *flags, "--dry-run", "--json")
     assert planned.code == 0, planned.err
     plan = planned.json
+    assert (plan["stage"], plan["status"], plan["run"]) == ("train", "planned", "runs/tiny-gemma")
+    assert (plan["device"], plan["dtype"], plan["method"], plan["learning_rate"]) == (best_device(), "fp32", "sft", 2e-4)
     sequences = json.loads((prepared / "data/report.json").read_text())["train_rows"]
     assert sequences == plan["sequences"] == 10
     # 10 rows in batches of 4: 4, 4 and 2
