@@ -15,12 +15,16 @@ from gemma_tune.train.batches import SortedBatches, collate, loader
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens
 from gemma_tune.train.captured_units import LearnedUnits
+from gemma_tune.train.packed import unpackable
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.reference import look_up
+from gemma_tune.train.shared_prompts import worth_sharing
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.units import PAIR, Units, collate_units, pieces_of
 
 LESS_LIKELY = 0.1  # nats per token that chosen answers may lose before it is told
+_SAME = 0.02  # share of a log-probability, and of a nat per token, that two ways to compute it may differ by in bf16
+_LOOKED_AT = 64  # pairs among which one is looked for whose answers share a prompt
 
 
 class PreferenceTrainer(GemmaTrainer):
@@ -72,6 +76,38 @@ class PreferenceTrainer(GemmaTrainer):
         """See :meth:`gemma_tune.train.first_batch.FirstBatch.sizes`."""
         units = self.eval_dataset if side else self.train_dataset
         return (units.size, units.sizes.reshape(-1, units.size).max(1), units.trained.reshape(-1, units.size).sum(1))
+
+    # ---- before the first step ---------------------------------------------------------------------------------------
+
+    def _compare(self, *args: Any, **kwargs: Any) -> None:
+        super()._compare(*args, **kwargs)
+        self.preference.shares = self._can_share()
+
+    def _compile(self, layers: Any) -> bool:
+        self.preference.shares, could = False, self.preference.shares  # operations on parts of rows are not compiled
+        compiled = super()._compile(layers)
+        self.preference.shares = could and not compiled
+        return compiled
+
+    def _can_share(self) -> bool:
+        """Whether the model makes the same of two answers where their prompt goes through once; tried on a pair."""
+        # What is computed again in a backward pass would not know any more what attention keeps apart.
+        if self.preference.at_once or self.args.activation_checkpointing or unpackable(self.causal_lm):
+            return False
+        units = (self.train_dataset[n]["sequences"] for n in range(min(_LOOKED_AT, len(self.train_dataset))))
+        rows = next((rows for rows in units if worth_sharing(rows)), None)
+        if rows is None:
+            return False
+        with self.evaluating():
+            apart, tokens = self.preference.log_probabilities(self.model, rows)
+            self.preference.shares = True
+            try:
+                shared, _ = self.preference.log_probabilities(self.model, rows)
+            except RuntimeError:  # a layer's attention is of another kind
+                return False
+            finally:
+                self.preference.shares = False
+        return bool(((shared - apart).abs() <= _SAME * (apart.abs() + tokens)).all())
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

@@ -6,15 +6,17 @@ the answer's loss asks for. So whole logits never exist, and a step costs what l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.train.attention import within
 from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
+from gemma_tune.train.shared_prompts import shared_rows, worth_sharing
 from gemma_tune.train.units import PAIR, together
 
 # Sums over units and answers that the log's figures are made of.
@@ -47,7 +49,10 @@ class PreferenceLoss:
 
     Attributes:
         divergence: KTO's z for the units that are worked on (scalar).
+        shares: sequences that begin alike go through the model as one, see :mod:`gemma_tune.train.shared_prompts`.
     """
+
+    shares = False
 
     def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool):
         self.settings, self.device, self.at_once = settings, device, at_once
@@ -111,22 +116,31 @@ class PreferenceLoss:
 
     def log_probabilities(self, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the learned tokens of each sequence together: (rows,) fp32 in nats, and how many they are (rows,)."""
-        device = self.device
-        numbers, losses = [], []
-        for chosen, batch in together(rows, self.at_once):
-            positions, targets = trained_positions(batch["labels"])
-            row = positions // batch["labels"].shape[1]
-            ids, positions, targets = (t.to(device, non_blocking=True)
-                                       for t in (batch["input_ids"], positions, targets))
-            losses.append(model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"])
-            numbers.append(torch.tensor(chosen or [0])[row].to(device, non_blocking=True))
-        if not losses:
-            empty = torch.zeros(0, device=device)
+        parts = [*(self._shared if self.shares and worth_sharing(rows) else self._apart)(model, rows)]
+        if not parts:
+            empty = torch.zeros(0, device=self.device)
             return empty, empty
-        loss, number = torch.cat(losses), torch.cat(numbers)
+        loss, number = map(torch.cat, zip(*parts))
         logps, count = by_answer(loss, number, torch.ones_like(number), len(rows))
         # Where a process has no unit in a pass that all of them make, its loss is the zero that has a gradient.
         return (logps, count) if rows else (-loss, count)
+
+    def _apart(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Losses of learned tokens (n,), and the numbers of their rows, by batches."""
+        for chosen, batch in together(rows, self.at_once):
+            positions, targets = trained_positions(batch["labels"])
+            row = positions // batch["labels"].shape[1]
+            ids, positions, targets = (t.to(self.device, non_blocking=True)
+                                       for t in (batch["input_ids"], positions, targets))
+            yield (model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"],
+                   torch.tensor(chosen or [0])[row].to(self.device, non_blocking=True))
+
+    def _shared(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for row in shared_rows(rows):
+            with within(row.spans):
+                losses = model(input_ids=row.input_ids, position_ids=row.places, positions=row.positions,
+                               targets=row.targets, each=True)["losses"]
+            yield losses, row.sequence
 
 
 def by_answer(losses: torch.Tensor, answer: torch.Tensor, learned: torch.Tensor, count: int,

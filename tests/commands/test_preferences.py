@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from gemma_tune.encoding.tokens import lengths_of, liked, open_tokens, trained_of
 from gemma_tune.train import reference
+from gemma_tune.train.preference import PreferenceTrainer
+from gemma_tune.train.preference_loss import PreferenceLoss
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA, write_rows
 from support.training import adapter_bytes, stop_at
@@ -76,6 +78,28 @@ def test_held_out_pairs_come_into_order(cli, prepared, flags):
         assert "method dpo: the data are pairs" in result.err
         assert cli("train").err.count("is up to date")
         assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+
+
+@pytest.mark.parametrize(("flags", "shares"), [((), True), (("--method", "orpo"), True), (("--dropout", 0.1), True),
+                                               (("--activation-checkpointing",), False), (("--method", "kto"), False)],
+                         ids=["dpo", "orpo", "dropout", "checkpointing", "kto"])
+def test_a_prompt_goes_through_once_and_nothing_else_changes(cli, prepared, monkeypatch, flags, shares):
+    theirs, passes = PreferenceLoss._shared, []
+    monkeypatch.setattr(PreferenceLoss, "_shared", lambda self, *args: passes.append(1) or theirs(self, *args))
+    flags = (*FLAGS[2:], "--epochs", 2, *flags)
+    assert cli("train", *flags).code == 0
+    assert bool(passes) == shares
+    found, records = adapter(), log()
+    monkeypatch.setattr(PreferenceTrainer, "_can_share", lambda self: False)
+    passes.clear()
+    assert cli("train", *flags, "--force").code == 0
+    assert not passes
+    if "--dropout" in flags:  # what is dropped is not the same
+        return
+    for one, other in zip(records, log(), strict=True):
+        for name in {"loss", "eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_logps/rejected"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+    assert (found - adapter()).norm() <= 1e-2 * found.norm()
 
 
 def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
