@@ -56,7 +56,8 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
     swallowed: list[str] = []
     length, empty = 0, True
     for line, cells, raw, error in table:
-        if error is None and len(header) > 1 and not raw.strip(" \r\n"):
+        # A blank line, or as spreadsheets write one: delimiters without anything between them.
+        if error is None and len(header) > 1 and not raw.strip(f" \r\n{dialect.delimiter}"):
             continue
         if error is None and len(cells) != len(header):
             error = (f"not a row of this table: {counted(len(cells), 'cell')} where the header has {len(header)}"

@@ -91,8 +91,9 @@ def test_whatever_is_quoted_everywhere_comes_out_as_it_went_in(content, quoting)
 @given(st.lists(st.tuples(st.text(st.sampled_from('ab,"; '), min_size=1, max_size=6), st.text(st.sampled_from('a,"| x'), max_size=6)),
                 min_size=1, max_size=8))
 def test_a_table_without_quoting_keeps_its_number_of_rows(content):
+    content = [*content, ("x", "y")]
     text = "question\tanswer\n" + "".join(f"{q}\t{a}\n" for q, a in content)
-    assert len(read(text, "rows.tsv")) == len(content)
+    assert len(read(text, "rows.tsv")) == sum(bool((q + a).strip(" ")) for q, a in content)
 
 
 # --- CSV
