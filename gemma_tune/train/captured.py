@@ -19,12 +19,15 @@ import torch
 
 from gemma_tune.base.capturing import capturing
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line
 from gemma_tune.train.batches import trained_count, trained_positions
 from gemma_tune.train.buckets import Bucket, Buckets
 from gemma_tune.train.cuda_attention import choose_for
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.loss import IGNORE_INDEX
+
+MOST_TOO_LARGE = 3  # shapes without memory, after which no other is tried
 
 
 class Body(Protocol):
@@ -33,8 +36,11 @@ class Body(Protocol):
     def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
         """Rows of a piece on the CPU, tokens of the longest, and trained positions."""
 
+    def size(self, bucket: Bucket) -> int:
+        """How many numbers :meth:`filled` gives."""
+
     def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
-        """A piece padded to a bucket's shape (n,) int32, on the CPU; n depends on the bucket alone."""
+        """A piece padded to a bucket's shape (size,) int32, on the CPU."""
 
     def prepare(self, bucket: Bucket) -> None:
         """Decide what cannot be decided in a capture."""
@@ -63,12 +69,20 @@ class LearnedTokens(RowsBeside):
     def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
         return (*part["input_ids"].shape, trained_count(part["labels"]))
 
+    def size(self, bucket: Bucket) -> int:
+        return size_of(bucket)
+
     def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
         return filled(part, bucket)
 
     def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
         ids, positions, targets = inputs_of(flat, bucket)
         return self.model(input_ids=ids, positions=positions, targets=targets)["loss"] * weights[0]
+
+
+def size_of(bucket: Bucket) -> int:
+    """How many numbers :func:`filled` gives."""
+    return bucket.rows * bucket.length + 2 * bucket.positions
 
 
 def filled(part: Mapping[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
@@ -83,7 +97,7 @@ def filled(part: Mapping[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
     """
     rows, length = part["input_ids"].shape
     size = bucket.rows * bucket.length
-    flat = torch.zeros(size + 2 * bucket.positions, dtype=torch.int32)
+    flat = torch.zeros(size_of(bucket), dtype=torch.int32)
     flat[:size].view(bucket.rows, bucket.length)[:rows, :length] = part["input_ids"]
     positions, targets = trained_positions(part["labels"])
     count = len(positions)
@@ -109,6 +123,45 @@ class _Captured:
     inputs: torch.Tensor
 
 
+class Pool:
+    """Memory that captured graphs share, of which no two run at the same time.
+
+    A pool in use never gives memory back: what a larger shape needs is taken beside what smaller ones left, not in its
+    place. So the largest shape is captured first, and all others find room in what it left.
+
+    Attributes:
+        first: the steps that need most of it.
+    """
+
+    def __init__(self) -> None:
+        self.first: CapturedSteps | None = None
+        self._handle: Any = None
+        self._held = 0
+
+    def __len__(self) -> int:
+        return self._held
+
+    @property
+    def handle(self) -> Any:
+        """What PyTorch knows it by."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def hold(self) -> None:
+        """A graph has been captured into it."""
+        self._held += 1
+
+    def release(self, graphs: int) -> None:
+        """So many graphs are gone, or none but one that could not be captured to its end.
+
+        With the last of them PyTorch gives the pool up, and refuses to capture into it again.
+        """
+        self._held -= graphs
+        if not self._held:
+            self._handle = None
+
+
 class CapturedSteps:
     """Forward and backward pass of pieces, replayed where that pays.
 
@@ -126,16 +179,17 @@ class CapturedSteps:
     """
 
     def __init__(self, body: Body, gradients: Gradients, buckets: Buckets, listener: Listener,
-                 pool: Any = None, backward: bool = True, into: torch.Tensor | None = None):
+                 pool: Pool | None = None, backward: bool = True, into: torch.Tensor | None = None):
         self.body, self.gradients, self.buckets, self.listener, self.backward = (
             body, gradients, buckets, listener, backward)
         self.into = gradients.loss if into is None else into
         self.seconds = 0.0
         self.instead: CapturedSteps | None = None
         self._weights = torch.zeros(2, device=gradients.device)
-        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        self.pool = Pool() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
         self._broken = False
+        self._too_large = 0  # shapes that found no memory
 
     def __len__(self) -> int:
         return len(self._graphs) + (len(self.instead) if self.instead is not None else 0)
@@ -155,10 +209,12 @@ class CapturedSteps:
         bucket = self.buckets.find(*self.body.shape(part))
         if bucket is None:
             return False
-        flat = self.body.filled(part, bucket)
-        captured = self._graphs.get(bucket) or self._capture(bucket, len(flat))
+        if not len(self.pool):
+            (self if self.pool.first is None else self.pool.first)._capture_largest()
+        captured = self._graphs.get(bucket) or self._capture(bucket)
         if captured is None:
             return False
+        flat = self.body.filled(part, bucket)
         captured.inputs.copy_(flat.pin_memory(), non_blocking=True)
         for place, weight in zip(self._weights, weights):
             place.fill_(weight)
@@ -176,27 +232,54 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Free all graphs and their memory; they are captured anew when they are needed."""
+        graphs = len(self._graphs)
         self._graphs.clear()
+        self.pool.release(graphs)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-    def _capture(self, bucket: Bucket, size: int) -> _Captured | None:
-        began = time.perf_counter()
-        inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
-        try:
-            self.body.prepare(bucket)
-            with capturing(self.pool) as graph:
-                loss = self.body.loss(inputs, bucket, self._weights)
-                if self.backward:
-                    loss.backward()
-                self.into += loss.detach()
-        except RuntimeError as e:  # whatever cannot be captured
-            self._broken = True
-            how = "go one kernel at a time" if self.instead is None else "are padded again"
-            self.listener.note(f"steps cannot be captured here and {how}: {first_line(e)}")
-            self.forget()
+    def _capture_largest(self) -> None:
+        if not self._broken and self.buckets.counts:
+            self._capture(max(self.buckets.counts, key=lambda b: (b.rows * b.length, b.positions)))
+
+    def _capture(self, bucket: Bucket) -> _Captured | None:
+        if self._broken or bucket not in self.buckets.counts:
             return None
+        began = time.perf_counter()
+        try:
+            self._graphs[bucket] = self._made(bucket)
+        except RuntimeError as e:  # whatever cannot be captured
+            problem, no_memory = first_line(e), is_out_of_memory(e)
+        else:
+            self.pool.hold()
+            return self._graphs[bucket]
         finally:
             self.seconds += time.perf_counter() - began
-        self._graphs[bucket] = _Captured(graph, inputs)
-        return self._graphs[bucket]
+        # Outside the handler, whose traceback keeps alive what the capture has built up.
+        self._give_up(bucket, problem, no_memory)
+        return None
+
+    def _made(self, bucket: Bucket) -> _Captured:
+        inputs = torch.zeros(self.body.size(bucket), dtype=torch.int32, device=self.gradients.device)
+        self.body.prepare(bucket)
+        with capturing(self.pool.handle) as graph:
+            loss = self.body.loss(inputs, bucket, self._weights)
+            if self.backward:
+                loss.backward()
+            self.into += loss.detach()
+        return _Captured(graph, inputs)
+
+    def _give_up(self, bucket: Bucket, problem: str, no_memory: bool) -> None:
+        """Leave out a shape for which there is no memory; more than a few of them, or anything else, leaves out all."""
+        self._too_large += no_memory
+        if no_memory and self._too_large < MOST_TOO_LARGE:
+            del self.buckets.counts[bucket]
+            self.pool.release(0)
+            torch.cuda.empty_cache()
+            self.listener.note(f"{bucket.rows} x {bucket.length:,} tokens do not fit the memory as a captured step, "
+                               "and go their own way")
+            return
+        self._broken = True
+        how = "go one kernel at a time" if self.instead is None else "are padded again"
+        self.listener.note(f"steps cannot be captured here and {how}: {problem}")
+        self.forget()

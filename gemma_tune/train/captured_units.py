@@ -11,7 +11,7 @@ import torch
 
 from gemma_tune.train.batches import collate
 from gemma_tune.train.buckets import Bucket
-from gemma_tune.train.captured import RowsBeside, filled, inputs_of
+from gemma_tune.train.captured import RowsBeside, filled, inputs_of, size_of
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers
 from gemma_tune.train.preference_loss import PreferenceLoss, by_answer
@@ -24,13 +24,13 @@ class LearnedUnits(RowsBeside):
 
     Args:
         model: with its adapter.
-        size: sequences of a unit.
+        per_unit: sequences of a unit.
         sums: (len(SUMS),) to which those of each piece are added.
     """
 
     model: Any
     preference: PreferenceLoss
-    size: int
+    per_unit: int
     sums: torch.Tensor
 
     def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -38,19 +38,22 @@ class LearnedUnits(RowsBeside):
         learned = sum(int((np.asarray(row["labels"])[1:] != IGNORE_INDEX).sum()) for row in rows)
         return len(rows), max(len(row["input_ids"]) for row in rows), learned
 
+    def size(self, bucket: Bucket) -> int:
+        return size_of(bucket) + 2 * bucket.rows + bucket.rows // self.per_unit
+
     def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
         """Ids, positions and targets as for tokens; then bits of fp32: the reference's log-probability of each answer,
         1 for each good one, and 1 for each unit that is there."""
         units = part["units"]
-        numbers = torch.zeros(2 * bucket.rows + bucket.rows // self.size)
+        numbers = torch.zeros(2 * bucket.rows + bucket.rows // self.per_unit)
         reference, good, there = self._numbers(numbers, bucket)
-        reference[:self.size * len(units)] = torch.tensor([r for unit in units for r in unit["reference"]])
-        good[:self.size * len(units)] = torch.tensor([float(g) for unit in units for g in unit["good"]])
+        reference[:self.per_unit * len(units)] = torch.tensor([r for unit in units for r in unit["reference"]])
+        good[:self.per_unit * len(units)] = torch.tensor([float(g) for unit in units for g in unit["good"]])
         there[:len(units)] = 1
         return torch.cat([filled(collate(_rows(part)), bucket), numbers.view(torch.int32)])
 
     def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
-        tokens = bucket.rows * bucket.length + 2 * bucket.positions
+        tokens = size_of(bucket)
         ids, positions, targets = inputs_of(flat[:tokens], bucket)
         reference, good, there = self._numbers(flat[tokens:].view(torch.float32), bucket)
         losses = self.model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"]
@@ -60,7 +63,7 @@ class LearnedUnits(RowsBeside):
         return found.compared * weights[0] + found.imitated * weights[1]
 
     def _numbers(self, numbers: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, ...]:
-        return numbers.split([bucket.rows, bucket.rows, bucket.rows // self.size])
+        return numbers.split([bucket.rows, bucket.rows, bucket.rows // self.per_unit])
 
 
 def _rows(part: Mapping[str, Any]) -> list[dict[str, Any]]:

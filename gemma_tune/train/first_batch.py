@@ -108,6 +108,8 @@ class FirstBatch:
             return "CUDA graphs need a CUDA GPU"
         if self.args.fp16:
             return "in fp16 the loss scaler has to look at each step's gradients"
+        if any("dynamic" in str(getattr(m, "rope_type", "")) for m in self.causal_lm.modules()):
+            return "the model's rotations depend on how long rows are"
         return "with --strategy fsdp the processes gather weights within a step" if self.sharded else None
 
     def _capture(self) -> None:
@@ -123,6 +125,7 @@ class FirstBatch:
             self.listener.note(buckets.described(padding, by_itself, len(shapes)))
         else:
             self.captured = packed
+        self.captured.pool.first = self.captured  # its backward pass keeps what evaluations need not
         self._capture_evaluations()
 
     def body(self, evaluating: bool = False) -> Body:

@@ -50,25 +50,32 @@ class Gradients:
             weight.grad = view
 
     def saved(self) -> list[torch.Tensor | None]:
-        """A copy, for :meth:`restore`."""
+        """A copy, for :meth:`restore`. At fixed places it is one tensor, of which the loss is the last number."""
+        if self.fixed:
+            return [self._flat.clone()]
         return [self.loss.clone(), *(None if w.grad is None else w.grad.clone() for w in self.weights)]
+
+    def flat(self) -> torch.Tensor:
+        """A copy of all gradients, one after the other (n,)."""
+        if self.fixed:
+            return self._flat[:-1].clone()
+        return torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights])
 
     def restore(self, saved: list[torch.Tensor | None]) -> None:
         """Be as they were when that copy was made."""
         self.clear()
+        if self.fixed:
+            self._flat.copy_(saved[0])
+            return
         self.loss.copy_(saved[0])
         for weight, grad in zip(self.weights, saved[1:]):
-            if grad is not None and self.fixed:
-                weight.grad.copy_(grad)
-            else:
-                weight.grad = None if grad is None else grad.clone()
+            weight.grad = None if grad is None else grad.clone()
 
     def sum_over_processes(self) -> None:
         """Each process has computed its rows' share of the step."""
         if not processes.joined():
             return
-        flat = self._flat if self.fixed else torch.cat(
-            [*((torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights), self.loss[None]])
+        flat = self._flat if self.fixed else torch.cat([self.flat(), self.loss[None]])
         torch.distributed.all_reduce(flat)
         if self.fixed:
             return

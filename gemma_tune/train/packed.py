@@ -43,13 +43,16 @@ class PackedTokens:
         lengths = part["lengths"]
         return 1, int(lengths.sum()) + self.rows - len(lengths), int(_learned(part).sum())
 
+    def size(self, bucket: Bucket) -> int:
+        return 2 * bucket.length + 2 * bucket.positions + self.rows + 1
+
     def filled(self, part: Mapping[str, Any], bucket: Bucket) -> torch.Tensor:
         """(2 x length + 2 x positions + rows + 1,) int32: ids, their places in their rows, positions, targets, and
         where rows begin and end."""
         lengths, size = part["lengths"], bucket.length
         there = torch.arange(part["input_ids"].shape[1]) < lengths[:, None]
         ids, places, positions, targets, ends = self._split(
-            flat := torch.zeros(2 * size + 2 * bucket.positions + self.rows + 1, dtype=torch.int32), bucket)
+            flat := torch.zeros(self.size(bucket), dtype=torch.int32), bucket)
         used = int(lengths.sum())
         ids[:used] = part["input_ids"][there]
         places[:used] = torch.arange(there.shape[1]).expand(there.shape)[there]
@@ -179,7 +182,7 @@ def _tried(trainer: Any, steps: CapturedSteps, part: Mapping[str, Any]) -> tuple
             return None, 0.0
     except (ImportError, TypeError, ValueError, AttributeError, AssertionError):  # another version of PyTorch's kernel
         return None, 0.0
-    gradients = torch.cat([grad.flatten() for grad in trainer.gradients.saved()[1:]])  # without the loss
+    gradients = trainer.gradients.flat()
     seconds = steps.seconds_of(part, *weights)
     trainer.gradients.clear()
     return gradients, seconds

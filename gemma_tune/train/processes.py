@@ -89,7 +89,7 @@ def join(show: Callable[[UserError], None]) -> None:
         show: shows another process's problem if this one hangs because of it.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or GPUs that cannot work together here.
     """
     global _store
     import torch
@@ -102,6 +102,9 @@ def join(show: Callable[[UserError], None]) -> None:
         if here.local_count > torch.cuda.device_count():
             raise UserError(f"{here.local_count} processes were asked for, and there are {torch.cuda.device_count()} "
                             "GPUs; each process needs its own", f"use --num-processes {torch.cuda.device_count()}")
+        if not distributed.is_nccl_available():
+            raise UserError("this PyTorch has no NCCL, by which several GPUs work together; on Windows none has",
+                            "leave --num-processes out, which trains on one GPU, or train under WSL or Linux")
         torch.cuda.set_device(here.local_rank)
     elif torch.backends.mps.is_available():
         raise UserError("Apple's GPU is a single one, and several processes cannot share it",

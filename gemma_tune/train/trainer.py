@@ -140,7 +140,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if not model.training:  # it would walk through all modules in each step
             model.train()
         rows = len(inputs["lengths"])
-        earlier = self.gradients.saved() if self._divisible(rows) and self.captured is None else None
+        earlier = self.gradients.saved() if self._divisible(rows) else None
         while True:
             try:
                 self._piecewise_step(model, inputs, num_items_in_batch)
@@ -150,8 +150,16 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                     raise
             # Outside the handler, whose traceback keeps the activations alive.
             self.gradients.restore(earlier)
+            self._without_captured()
             self._halve_micro_batch(rows)
         return self._bad.detach()  # the library adds up what is returned; nobody looks at it
+
+    def _without_captured(self) -> None:
+        """Free captured steps, which are made for as many rows at once as did not fit."""
+        if any((self.captured, self.captured_evaluation)):
+            self.forget_captured()
+            self.listener.note("steps go one kernel at a time from now on")
+        self.capture_no_more()
 
     def _divisible(self, rows: int) -> bool:
         """Whether a batch of so many rows could go through the model in smaller pieces than now."""

@@ -316,6 +316,17 @@ def test_more_processes_than_gpus(monkeypatch):
         processes.join(print)
 
 
+def test_gpus_that_cannot_work_together(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)  # as in PyTorch for Windows
+    with pytest.raises(UserError, match="this PyTorch has no NCCL") as raised:
+        processes.join(print)
+    assert "WSL" in raised.value.hint
+
+
 def test_one_process_takes_one_gpu_of_several_and_says_so(prepared_once, run, cli, monkeypatch):
     from transformers import TrainingArguments
 

@@ -1,0 +1,165 @@
+"""The memory of captured steps, with a double of PyTorch's captures: it keeps count of pools, and runs out of memory.
+
+As in PyTorch a pool is given up with the last of its graphs, and whoever captures into it then meets an assertion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from train.test_summed_loss import small
+
+from gemma_tune.train import captured
+from gemma_tune.train.buckets import Bucket, Buckets, Costs
+from gemma_tune.train.captured import MOST_TOO_LARGE, CapturedSteps, LearnedTokens, Pool
+from gemma_tune.train.first_batch import FirstBatch
+from gemma_tune.train.gradients import Gradients
+from gemma_tune.train.loss import IGNORE_INDEX
+from support.listener import Said
+
+LENGTHS = 16, 32, 64
+
+
+class Graph:
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Captures:
+    """Attributes: ``pools``, the graphs that live in each by its handle; ``order``, the handles captured into."""
+
+    def __init__(self):
+        self.pools: Counter = Counter()
+        self.order: list[int] = []
+        self.handles = 0
+
+    def handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    @contextlib.contextmanager
+    def capturing(self, handle):
+        if handle in self.pools and not self.pools[handle]:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
+        graph = Graph()
+        yield graph
+        self.pools[handle] += 1
+        self.order.append(handle)
+        weakref.finalize(graph, self.pools.subtract, {handle: 1})
+
+
+class Body(LearnedTokens):
+    """Captures nothing of a model; ``limit`` is the longest shape for which there is memory.
+
+    Attributes:
+        made: lengths that were tried, in their order.
+    """
+
+    def __init__(self, limit: int = 1000, wrong: bool = False):
+        super().__init__(None)
+        self.limit, self.wrong, self.made = limit, wrong, []
+
+    def prepare(self, bucket: Bucket) -> None:
+        self.made.append(bucket.length)
+
+    def loss(self, flat, bucket, weights):
+        if self.wrong:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if bucket.length > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return torch.zeros((), requires_grad=True)
+
+
+def part(length: int) -> dict:
+    labels = torch.full((2, length), IGNORE_INDEX)
+    labels[:, 4:8] = 7
+    return {"input_ids": torch.ones(2, length, dtype=torch.long), "labels": labels, "lengths": torch.full((2,), length)}
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Captures:
+    found = Captures()
+    monkeypatch.setattr(captured, "capturing", found.capturing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, gc.collect)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    return found
+
+
+def steps_of(body: Body, pool: Pool | None = None, lengths=LENGTHS, **how) -> tuple[CapturedSteps, Said]:
+    shapes = np.repeat([(2, length, 8) for length in lengths], 4, 0)
+    gradients, said = Gradients({"w": torch.nn.Parameter(torch.zeros(2))}, fixed=True), Said()
+    return CapturedSteps(body, gradients, Buckets(shapes, Costs(1, 1)), said, pool, **how), said
+
+
+def test_the_largest_shape_is_captured_first_and_once(cuda):
+    body = Body()
+    steps, said = steps_of(body)
+    assert all(steps.run(part(length), 1.0) for length in (16, 32, 16, 64, 64))
+    assert body.made == [64, 16, 32] and len(steps) == len(steps.pool) == 3 and set(cuda.order) == {1}
+    assert not said.notes
+
+
+def test_an_evaluation_that_comes_first_lets_the_training_take_its_memory_before(cuda):
+    training, evaluating = Body(), Body()
+    steps, _ = steps_of(training)
+    steps.pool.first = steps
+    evaluation, _ = steps_of(evaluating, steps.pool, lengths=(24, 128), backward=False)
+    assert evaluation.run(part(24), 1.0)
+    assert training.made == [64] and evaluating.made == [24] and len(steps.pool) == 2
+
+
+def test_what_was_forgotten_is_captured_anew_in_a_pool_of_its_own(cuda):
+    body = Body()
+    steps, said = steps_of(body)
+    evaluation, _ = steps_of(Body(), steps.pool, backward=False)
+    assert steps.run(part(16), 1.0) and evaluation.run(part(16), 1.0)
+    evaluation.forget()
+    assert evaluation.run(part(32), 1.0) and set(cuda.order) == {1}, "the training's graphs keep the pool"
+    evaluation.forget()
+    steps.forget()
+    assert len(steps) == len(steps.pool) == 0 and not sum(cuda.pools.values())
+    assert steps.run(part(16), 1.0) and evaluation.run(part(16), 1.0)
+    assert cuda.order[-2:] == [2, 2] and not said.notes
+
+
+def test_a_shape_without_memory_goes_its_own_way_and_the_others_stay(cuda):
+    body = Body(limit=32)
+    steps, said = steps_of(body)
+    assert [steps.run(part(length), 1.0) for length in (16, 32, 64, 64, 16)] == [True, True, False, False, True]
+    assert body.made == [64, 16, 32]
+    assert said.notes == ["2 x 64 tokens do not fit the memory as a captured step, and go their own way"]
+
+
+def test_where_several_shapes_find_no_memory_nothing_is_captured_any_more(cuda):
+    body = Body(limit=8)
+    steps, said = steps_of(body, lengths=(16, 24, 32, 48, 64))
+    assert not any(steps.run(part(length), 1.0) for length in (64, 16, 24, 32, 48, 16))
+    assert len(body.made) == MOST_TOO_LARGE == len(said.notes) and "go one kernel at a time" in said.notes[-1]
+    assert not len(steps.pool)
+
+
+def test_what_cannot_be_captured_is_tried_once(cuda):
+    body = Body(wrong=True)
+    steps, said = steps_of(body)
+    assert not any(steps.run(part(length), 1.0) for length in (16, 32, 64))
+    assert body.made == [64] and len(said.notes) == 1 and "when stream is capturing" in said.notes[0]
+
+
+@pytest.mark.parametrize(("rope", "told"), [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, True),
+                                            ({"rope_type": "default", "rope_theta": 1e4}, False)])
+def test_rotations_that_look_at_the_lengths_are_not_tried(rope, told):
+    model = small("Llama", rope_parameters=rope, max_position_embeddings=64)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")), args=SimpleNamespace(fp16=False),
+                              causal_lm=model, sharded=False)
+    assert bool(FirstBatch._why_not_captured(trainer)) == told
