@@ -29,7 +29,7 @@ COLUMN_ROLES = ("user", "assistant", "system", "context", "chosen", "rejected", 
 ROLES = ("system", "user", "assistant", "tool")
 TURN_KEYS = ("role", "content")
 _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
-ALLOWABLE = ("placeholder", "control_character", "foreign_marker")
+ALLOWABLE = ("placeholder", "control_character", "foreign_marker", "undeclared_tool")
 # Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
 QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
 
@@ -92,7 +92,7 @@ class PrepareConfig(StageConfig):
     near_threshold: float = option(0.85, "From which similarity on (Jaccard, of word triples) conversations are "
                                          "nearly the same.", least=0.5, most=1.0, group="advanced")
     allow: tuple[str, ...] = option((), "Findings that do not reject a row: placeholder, control_character, "
-                                        "foreign_marker.", auto="none", group="advanced")
+                                        "foreign_marker, undeclared_tool.", auto="none", group="advanced")
     on_bad_row: str = option("reject", "What a bad row does: `reject` writes it to data/rejected.jsonl, `fail` stops.",
                              choices=("reject", "fail"), group="advanced")
     max_rejected: float = option(0.2, "Largest share of rejected rows before preparation fails.", least=0.0, most=1.0,

@@ -161,7 +161,7 @@ NOT_ROLE_AND_COLUMN = "is not of the form ROLE=COLUMN with the roles user, assis
                                           f"columns: 'assistant=' {NOT_ROLE_AND_COLUMN}"]),
     ({"columns": ("user=a", "assistant=b", "answer=c")}, [f"columns: 'answer=c' {NOT_ROLE_AND_COLUMN}"]),
     ({"allow": "placeholders,broken_json"}, [
-        "allow: 'placeholders' is not one of placeholder, control_character, foreign_marker; did you mean `placeholder`?",
+        "allow: 'placeholders' is not one of placeholder, control_character, foreign_marker, undeclared_tool; did you mean `placeholder`?",
         "allow: 'broken_json' is not one of"]),
     ({"valid": 0.95, "format": "columns", "allow": "x"}, ["format: `columns`", "allow: 'x'", "valid: 0.95"]),
 ])

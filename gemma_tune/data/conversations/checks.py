@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from gemma_tune.base.words import near
 from gemma_tune.data.conversations.formats import Example
 from gemma_tune.data.conversations.problems import Problem
 
@@ -33,6 +34,10 @@ _TAG = re.compile(r"<[^\s<>\[\]]{1,60}>|\[[^\s<>\[\]]{1,60}\]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # {{name}}, {{ user.name }}, {{Order Number}}; behind a letter, brace or backslash it is LaTeX or code.
 _PLACEHOLDER = re.compile(r"(?<![\w\\{}^_$=])\{\{ ?[A-Za-z_]\w{1,40}(?:[ .-]\w{1,40}){0,4} ?\}\}(?!\})")
+# What spreadsheets and data frames write where there is nothing, or a formula that failed; as a whole answer.
+_NOTHING = frozenset(("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!", "nan", "NaN", "<NA>", "NaT"))
+# Where a picture goes that is not there, as LLaMA-Factory and LLaVA have it: at the beginning or the end of a text.
+_PICTURE = re.compile(r"\A\s*<(?:image|video|audio)>(?=\s|\Z)|(?<=\n)<(?:image|video|audio)>\s*\Z")
 _CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
 # A line with these is source text of a template or a formula; a text with these words is about templates.
 _SOURCE_LINE = re.compile(r"</?[A-Za-z][^<>\n]*>|\{%|\\[A-Za-z]|[;{]\s{0,9}$|\$[^$\n]*\$")
@@ -52,13 +57,15 @@ class TextChecks:
         Args:
             own_markers: the special tokens of the model's tokenizer; they are never let through, since the tokenizer
                 reads them as the control tokens that they are.
-            allow: codes of findings that are no problem: foreign_marker, placeholder, control_character.
+            allow: codes of findings that are no problem: foreign_marker, placeholder, control_character,
+                undeclared_tool.
         """
         self._own = frozenset(marker for marker in own_markers if marker.strip())
         self._odd = sorted(marker for marker in self._own if not _TAG.fullmatch(marker))  # hardly ever any
         self._foreign = "foreign_marker" not in allow
         self._placeholders = "placeholder" not in allow
         self._controls = "control_character" not in allow
+        self._undeclared = "undeclared_tool" not in allow
 
     def problems(self, example: Example) -> list[Problem]:
         """Everything that is wrong with the texts of an example, in their order."""
@@ -73,6 +80,14 @@ class TextChecks:
                 names = [f"U+{ord(code):04X}" for code in codes]
                 found.append(Problem("control_character", f"{where} contains the control character {_list(names)}",
                                      "remove it, or use --allow control_character"))
+        if self._placeholders:
+            found += [Problem("placeholder", f"turn {number} ({turn['role']}) is {turn['content'].strip()}, with which "
+                                             "tables say that there is nothing", "fill it in or leave the row out; or "
+                                             "use --allow placeholder if it is meant to be there")
+                      for number, turn in enumerate(example.messages or (), start=1)
+                      if len(turn["content"]) < 12 and turn["role"] != "tool" and turn["content"].strip() in _NOTHING]
+        if self._undeclared and example.tools:
+            found += _undeclared(example)
         return found
 
     def _markers(self, where: str, text: str, found: list[Problem]) -> None:
@@ -89,10 +104,29 @@ class TextChecks:
         if own:
             found.append(Problem("template_marker", f"{where} contains the chat template's own {_list(own)}",
                                  f"remove {_list(own)} from the text"))
+        if self._foreign and "<" in text and (picture := _PICTURE.search(text)):
+            fix = ("leave the row out, as text alone is learned; or use --allow foreign_marker if it is meant to be "
+                   "there")
+            found.append(Problem("foreign_marker", f"{where} contains {picture[0].strip()}, the place of something "
+                                                   "that is not text", fix))
         if foreign:
             found.append(Problem("foreign_marker", f"{where} contains {_list(foreign)}, a leftover of another chat "
                                                    "template", f"remove {_list(foreign)} from the text, or use --allow "
                                                                "foreign_marker if it is meant to be there"))
+
+
+def _undeclared(example: Example) -> list[Problem]:
+    """Calls of tools that the row does not declare, though it declares some."""
+    known = {tool["function"]["name"].strip() for tool in example.tools or ()}
+    found = []
+    for number, turn in enumerate([*(example.messages or ()), *(example.rejected or ())], start=1):
+        called = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+        if names := [name for name in called if name not in known]:
+            found.append(Problem("undeclared_tool", f"turn {number} calls {_list(names)}, which `tools` does not "
+                                                    f"declare{near(names[0], known)}",
+                                 "correct the name or declare it, or use --allow undeclared_tool if it is meant to be "
+                                 "so"))
+    return found
 
 
 def _list(names: Collection[str]) -> str:

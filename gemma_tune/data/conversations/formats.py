@@ -6,6 +6,9 @@ decided which format a row has.
 
 from __future__ import annotations
 
+import re
+import shlex
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 from gemma_tune.data.conversations import layouts, marks, preference, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
-from gemma_tune.data.conversations.names import Names, suggested_turns
+from gemma_tune.data.conversations.names import Names, spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.rendered import is_rendered, rendered
 from gemma_tune.data.conversations.turns import Turn, conversation
@@ -61,10 +64,10 @@ class Example:
 
 # Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
-              "document")
+              "document", "问题", "提问", "指令", "问", "用户")
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
-            "chosen", "a")
-_CONTEXTS = ("context", "passage")
+            "chosen", "a", "答案", "回答", "输出", "回复", "答", "助手")
+_CONTEXTS = ("context", "passage", "输入", "背景")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
@@ -268,7 +271,17 @@ def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     if (beside := _beside_text(row)) is not None:
         return beside
-    if (turns := suggested_turns(row)) and _detected(row[turns][0]):
+    turns = suggested_turns(row)
+    if turns and (keys := spoken_by(row[turns][0])):
+        system = _column(row, layouts.SYSTEMS)
+        return Problem("unknown_format", reason, f"use --columns turns={turns}" + (
+            f",system={system}" if system else "") + f" --turn-keys {keys}, and --roles for roles of other names")
+    if turns and all("label" in part and "text" in part for part in row[turns]):
+        return Problem("unknown_format", f"`{turns}` holds parts of a text, each learned or not, without roles; that "
+                                         "is not known here",
+                       'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
+                       "keeps one from being learned")
+    if turns and _detected(row[turns][0]):
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
                        f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
     if turns:
@@ -280,7 +293,7 @@ def _unknown(row: Fields) -> Problem:
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "")
-        return Problem("unknown_format", reason, f"use --columns {named}")
+        return Problem("unknown_format", reason, f"use --columns {shlex.quote(named)}")
     if any(len(name.split()) > _WORDS_OF_A_NAME for name in row):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")
@@ -295,7 +308,7 @@ _WORSE = ("rejected", "dispreferred", "worse", "loser", "bad", "negative", "坏"
 
 def _pair_of_names(row: Fields) -> str | None:
     """What ``--columns`` would be for a better and a worse answer under other names."""
-    question = _column(row, (*_QUESTIONS, "问题", "提问", "指令"))
+    question = _column(row, _QUESTIONS)
     texts = [key for key, value in row.items() if isinstance(key, str) and isinstance(value, (str, list))
              and key != question]
     worse = next((key for key in texts if any(part in key.lower() for part in _WORSE)), None)
@@ -319,8 +332,16 @@ def _beside_text(row: Fields) -> Problem | None:
                    f"use --columns {named}, or --format text to learn the text alone")
 
 
+_REMARK = re.compile(r"\([^()]*\)\Z")  # behind a name, such as (required)
+
+
+def _plain(name: str) -> str:
+    """A column's name as it is compared: without case, width of letters, white space around it, or a remark."""
+    return _REMARK.sub("", unicodedata.normalize("NFKC", name).strip().lower()).strip()
+
+
 def _column(row: Fields, names: Collection[str], *, any_value: bool = False) -> str | None:
     """The first column with one of the names, in any case, that holds text or a whole number, or anything at all."""
-    by_name = {key.lower(): key for key, value in row.items() if isinstance(key, str) and (
+    by_name = {_plain(key): key for key, value in row.items() if isinstance(key, str) and (
         value is not None if any_value else isinstance(value, (str, int)) and not isinstance(value, bool))}
     return next((by_name[name] for name in names if name in by_name), None)

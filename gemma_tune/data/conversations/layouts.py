@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
 from gemma_tune.data.conversations.turns import ROLES
 
@@ -157,7 +158,7 @@ def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, A
 
 
 def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
-    """``prompt`` and ``completion``, each a text or a list of turns."""
+    """``prompt`` and ``completion``, each a text or a list of turns; answers inside the prompt are not learned."""
     turns: list[Any] = history(row, problems)
     if beside := next((name for name in ("context", "passage") if row.get(name)), None):
         problems.append(Problem("unread_column", f"the row has `{beside}` beside `prompt` and `completion`",
@@ -165,8 +166,19 @@ def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
                                 "prompt, or without the last to leave it out"))
     for key, turn in (("prompt", user), ("completion", assistant)):
         value = turn_list(row.get(key))
-        turns += value if isinstance(value, list) and not several(key, value) else [turn(text_of(row, key, problems))]
+        if not isinstance(value, list) or several(key, value):
+            turns.append(turn(text_of(row, key, problems)))
+        else:
+            turns += map(_not_learned, value) if key == "prompt" else value
     return Draft(with_system(turns, row, problems), "prompt", declared(row))
+
+
+def _not_learned(turn: Any) -> Any:
+    """A turn of a prompt, in which the assistant may have spoken, unless it says itself what is learned."""
+    if not isinstance(turn, dict) or not turn.keys().isdisjoint(MARKS):
+        return turn
+    names = turn.get("role"), turn.get("from")
+    return {**turn, "train": False} if any(isinstance(n, str) and ROLES.get(n) == "assistant" for n in names) else turn
 
 
 def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:

@@ -9,7 +9,8 @@ from gemma_tune.data.conversations.problems import Problem
 from gemma_tune.encoding.sequences import MARK
 
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
-         ("preferred", "rejected"), ("messages", "rejected"))
+         ("preferred", "rejected"), ("messages", "rejected"), ("messages", "rejected_response"),
+         ("messages", "rejected_messages"), ("response", "rejected_response"))
 # The marks of a judged answer: LLaMA-Factory's `kto_tag`; and TRL's, which is one only beside these columns.
 LABEL = "label"
 _BESIDE_LABEL = {("prompt", "completion"): "prompt-completion", ("messages",): "messages",

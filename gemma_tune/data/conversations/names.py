@@ -67,6 +67,14 @@ def suggested_keys(turn: Mapping[str, Any]) -> str | None:
     return f"role={role}" if said in (None, "content") else f"role={role},content={said}"
 
 
+def spoken_by(turn: Mapping[str, Any]) -> str | None:
+    """What ``--turn-keys`` would be where names of both keys say clearly that this is a turn of a dialog."""
+    found = suggested_keys(turn)
+    names = dict(pair.split("=") for pair in found.split(",")) if found else {}
+    speaks = names.get("role", "").lower() in ("speaker", "author", "sender", "who", "role", "from")
+    return found if speaks and names.get("content", "").lower() in _SAYINGS else None
+
+
 def suggested_turns(row: Mapping[str, Any]) -> str | None:
     """The column that looks like a list of turns."""
     return next((key for key, value in row.items() if isinstance(key, str) and _sayable(key)

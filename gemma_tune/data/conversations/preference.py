@@ -82,14 +82,14 @@ def worse(row: Mapping[str, Any], problems: list[Problem]) -> Draft | None:
     pair = filled_pair(row)
     if pair is None:
         return None
-    if pair[0] != "messages":
+    if pair[0] != "messages" or pair[1] == "rejected_messages":  # a whole conversation, as ms-swift has it
         return _answered(row, pair[1], problems)
-    turns, answer = turn_list(row.get("messages")), turn_list(row.get("rejected"))
+    turns, answer = turn_list(row.get("messages")), turn_list(row.get(pair[1]))
     if isinstance(answer, str):
         answer = [assistant(answer)]
     if not isinstance(turns, list) or not isinstance(answer, list):
-        return Draft(answer, "rejected", _tools(row))
-    return Draft(with_system([*turns[:_first_learned(turns)], *answer], row, problems), "rejected", _tools(row))
+        return Draft(answer, pair[1], _tools(row))
+    return Draft(with_system([*turns[:_first_learned(turns)], *answer], row, problems), pair[1], _tools(row))
 
 
 def _first_learned(turns: Sequence[Any]) -> int:

@@ -40,6 +40,15 @@ class RowError(Exception):
         return self.problems[0].reason
 
 
+# White space, and characters that take no place on a screen: such a text says nothing.
+_INVISIBLE = re.compile("[\\s\u00ad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u2060-\u2064\u2800\u3164\ufeff\uffa0]*")
+
+
+def blank(text: str) -> bool:
+    """Whether there is nothing to see in a text."""
+    return not text.strip() or _INVISIBLE.fullmatch(text) is not None
+
+
 def quoted(value: Any, limit: int = 40) -> str:
     """Something from a row that fits into a message, on one line."""
     # The repr of a huge text is huge: cut before as well as after.

@@ -15,7 +15,7 @@ from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
 from gemma_tune.data.conversations.names import role_fix, suggested_keys
-from gemma_tune.data.conversations.problems import Problem, damaged, kind, python_list, quoted, several
+from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
 
 Turn = dict[str, Any]
 
@@ -23,9 +23,11 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "ai": "assistant", "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
+    "bard": "assistant", "ai": "assistant", "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool",
 }
+_CALLING = ("function_call", "tool_call")  # roles of turns that are a call, as ShareGPT and ms-swift have it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -49,6 +51,8 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
     known = [turn for turn in turns if turn is not None]
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
         known, numbers = _with_calls(known, messages)
+        if known[0]["role"] == "system" and blank(known[0]["content"]) and len(known) > 1:
+            known, numbers = known[1:], numbers[1:]  # as a column `system` that is empty
         _check_order(known, numbers, problems)
     return known
 
@@ -86,7 +90,7 @@ def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[T
 
 
 def _is_call(turn: Turn, message: Turn) -> bool:
-    return "tool_calls" in turn and "function_call" in (message.get("role"), message.get("from"))
+    return "tool_calls" in turn and not {message.get("role"), message.get("from")}.isdisjoint(_CALLING)
 
 
 def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
@@ -127,12 +131,14 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
     content = message.get("content")
     content = message.get("value") if content is None else content
     turn: Turn = {"role": role, "content": ""}
-    if name == "function_call":
+    if name in _CALLING:
         turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
         content = ""
     if message.keys() not in PLAIN:
         _extras(number, message, turn, problems)
     _content(number, content, turn, problems)
+    if "reasoning_content" in turn and turn["content"].lstrip().startswith(_THINK[0]):
+        _reasoning_once(number, turn, problems)
     return turn
 
 
@@ -155,7 +161,9 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
                                     "make it a string"))
         return
     turn["content"] = content
-    if not content.strip() and not may_be_empty:
+    if role == "system" and number == 1:
+        may_be_empty = True
+    if not may_be_empty and blank(content):
         problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
     elif damaged(content):
         problems.append(Problem("broken_text", f"turn {number} contains damaged characters",
@@ -243,7 +251,22 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
             return
 
 
-def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
+_THINK = "<think>", "</think>"
+
+
+def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:
+    """Take reasoning out of what is said that has a key of its own as well, as interfaces often answer it."""
+    inside, end, said = turn["content"].lstrip().removeprefix(_THINK[0]).partition(_THINK[1])
+    if end and inside.strip() == turn["reasoning_content"].strip():
+        turn["content"] = said.lstrip("\r\n")
+    elif end and not inside.strip():
+        turn["content"] = said.lstrip("\r\n")  # an empty one stands for none
+    else:
+        problems.append(Problem("reasoning", f"turn {number} has reasoning under a key of its own, and another one in "
+                                             f"its text ({_THINK[0]})", "keep one of them"))
+
+
+def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
     """User and assistant alternate; after a call come its results, then the assistant again."""
     awaited = ("user",)  # roles that may come now
     caller = 0  # number of the turn whose call was the last
@@ -253,6 +276,7 @@ def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[P
         if role == "system":
             if number > 1:
                 problems.append(Problem("system_inside", f"turn {number} is a system message; it can only be the first",
+                                        "join it with the first one" if turns[0]["role"] == "system" else
                                         "move it to the front"))
             continue
         if role not in awaited:
@@ -267,7 +291,7 @@ def _check_order(turns: Sequence[Turn], numbers: Sequence[int], problems: list[P
             awaited = ("user",)
     if turns[-1]["role"] != "assistant":
         problems.append(Problem("no_answer", f"the conversation ends with `{turns[-1]['role']}`; there is no answer to "
-                                             "learn", "end it with an assistant turn"))
+                                             "learn", "leave the last turn out, or put the answer behind it"))
     elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
         problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
                                 "leave the row out, or let an answer be learned: \"train\": true"))
@@ -288,18 +312,31 @@ def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) ->
                                   "begin with `user`", fix)
 
 
-def _match_results(turns: Sequence[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
-    """Give every result the name of its tool, by the call's id or else by position, and check the ids."""
+def _match_results(turns: list[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
+    """Give every result the name of its tool, by the call's id or else by position, and check the ids.
+
+    Results go into the order of their calls, as many templates show no ids.
+    """
     made: list[Turn] = []
     caller = 0
     results: list[tuple[int, Turn]] = []
-    for number, turn in zip([*numbers, 0], [*turns, {"role": "end"}]):
+    for place, (number, turn) in enumerate(zip([*numbers, 0], [*turns, {"role": "end"}])):
         if turn["role"] == "tool":
             results.append((number, turn))
             continue
         if made and results:
             _match(caller, made, results, problems)
+            turns[place - len(results):place] = _in_order(made, [result for _, result in results])
         made, caller, results = turn.get("tool_calls", []), number, []
+
+
+def _in_order(made: Sequence[Turn], results: list[Turn]) -> list[Turn]:
+    places = {call.get("id"): place for place, call in enumerate(made)}
+    answered = [result.get("tool_call_id") for result in results]
+    if len(places) < len(made) or len(set(answered)) < len(answered) or not places.keys() >= set(answered) - {None} or (
+            None in answered):
+        return results
+    return sorted(results, key=lambda result: places[result["tool_call_id"]])
 
 
 def _match(caller: int, made: Sequence[Turn], results: Sequence[tuple[int, Turn]], problems: list[Problem]) -> None:

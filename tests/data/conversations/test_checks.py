@@ -143,8 +143,31 @@ def test_everything_that_the_model_reads_is_looked_at(row, where):
 
 def test_the_codes_that_can_be_allowed_are_those_of_the_settings():
     text = "<bos>\n<|im_end|> {{name}} \x07"
-    assert {code for code in codes(text)} == {"template_marker", *config.ALLOWABLE}
+    assert {code for code in codes(text)} == {"template_marker", *config.ALLOWABLE} - {"undeclared_tool"}
     assert codes(text, allow=config.ALLOWABLE) == ["template_marker"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("get_wether", "turn 2 calls get_wether, which `tools` does not declare; did you mean `get_weather`?"),
+                                              ("zzz", "turn 2 calls zzz, which `tools` does not declare"), ("get_weather", None)])
+def test_calls_of_tools_that_are_not_declared(name, reason):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+    row = {"messages": [{"role": "user", "content": "a"}, call], "tools": [{"name": "get_weather", "parameters": {}}]}
+    expected = [("undeclared_tool", reason)] if reason else []
+    assert found(Formats().example(row)) == expected
+    assert found(Formats().example(row), allow=["undeclared_tool"]) == []
+    assert found(Formats().example({"messages": row["messages"]})) == [], "a row that declares none may call what everybody knows"
+
+
+@pytest.mark.parametrize("text", ["#N/A", " nan", "#REF!\n", "<NA>"])
+def test_what_a_table_writes_for_nothing_is_no_answer(text):
+    assert codes(text, own=[]) == ["placeholder"] and codes(text, own=[], allow=["placeholder"]) == []
+    assert codes(f"It is {text}", own=[]) == codes("None", own=[]) == codes("nano", own=[]) == []
+
+
+@pytest.mark.parametrize(("text", "marker"), [("<image>\nWhat is this?", "<image>"), ("What is this?\n<image>", "<image>"), ("<video>", "<video>"),
+                                              ("Use <image> in SVG", None), ("<image>.svg", None), ("`<image>`", None)])
+def test_places_of_pictures_are_found(text, marker):
+    assert found(text, own=[]) == ([("foreign_marker", f"turn 2 contains {marker}, the place of something that is not text")] if marker else [])
 
 
 pieces = st.lists(st.sampled_from([*OWN, "<", ">", "[", "]", "|", "a", " ", "<|", "|>", "<a>", "<<", ">>", "\n"]) | st.text(max_size=2), max_size=8)

@@ -69,7 +69,7 @@ def test_openai_with_tools():
         user("What is the weather in San Francisco and Paris?"),
         answer(tool_calls=[called(weather, {"location": "San Francisco, USA", "format": "celsius"}, "call_1"),
                            called(weather, {"location": "Paris", "format": "celsius"}, "call_2")]),
-        result("17.0", weather, tool_call_id="call_2"), result("21.0", weather, tool_call_id="call_1"),
+        result("21.0", weather, tool_call_id="call_1"), result("17.0", weather, tool_call_id="call_2"),
         answer("It is 21 degrees in San Francisco, and 17 in Paris.")]
 
 
@@ -352,6 +352,15 @@ def test_prompt_and_completion():
     assert messages({"system": "Be brief.", "prompt": "Sky?", "completion": "Blue."}) == [*PROMPT, *COMPLETION]
 
 
+def test_answers_inside_a_prompt_are_not_learned():
+    said = [user("a"), answer("b"), user("c")]
+    assert messages({"prompt": said, "completion": "d"}) == [user("a"), answer("b", train=False), user("c"), answer("d")]
+    named = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    assert messages({"prompt": named, "completion": [answer("d")]})[1] == answer("b", train=False)
+    said[1] = answer("b", weight=1)
+    assert messages({"prompt": said, "completion": "d"})[1] == answer("b")
+
+
 @pytest.mark.parametrize("text", ["[1, 2, 3]", '[{"name": "Bob"}]', "[]", "[INST", '{"role": "user"}'])
 def test_texts_that_are_json_stay_texts(text):
     assert messages({"prompt": text, "completion": text}) == [user(text), answer(text)]
@@ -567,6 +576,19 @@ def found(row: Any) -> tuple[Problem, ...]:
     return raised.value.problems
 
 
+@pytest.mark.parametrize(("row", "fix"), [
+    ({"指令": "a", "输入": "b", "输出": "c"}, "use --columns 'user=指令,assistant=输出,context=输入'"),
+    ({"问题（必填）": "a", "答案": "b"}, "use --columns 'user=问题（必填）,assistant=答案'"),
+    ({"ｑｕｅｓｔｉｏｎ ": "a", "answer": "b"}, "use --columns 'user=ｑｕｅｓｔｉｏｎ ,assistant=answer'"),
+    ({"dialog": [{"speaker": "customer", "text": "hi"}, {"speaker": "agent", "text": "yo"}]},
+     "use --columns turns=dialog --turn-keys role=speaker,content=text, and --roles for roles of other names"),
+    ({"segments": [{"label": False, "text": "Q"}, {"label": True, "text": "A"}]}, 'write them as turns: {"messages": [{"role": "user", '
+     '"content": "…"}, …]}, where "train": false keeps one from being learned')])
+def test_columns_of_other_names_get_the_whole_command(row, fix):
+    [problem] = found(row)
+    assert problem.code == "unknown_format" and problem.fix == fix
+
+
 def test_names_that_are_the_first_row_of_the_data_are_told():
     [problem] = found({"What is 3 plus 11?": "What is 3 plus 12?", "3 plus 11 is 14.": "3 plus 12 is 15."})
     assert "put a line with names above it" in problem.fix
@@ -654,6 +676,52 @@ def test_every_format_of_the_settings_is_known():
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 
 
+@pytest.mark.parametrize(("row", "turns"), [
+    ({"messages": [user("Sky?"), answer("Blue.")], "rejected_response": "Green."}, [answer("Green.")]),
+    ({"messages": [user("Sky?"), answer("Blue.")], "rejected_messages": [user("Sky?"), answer("Green.")]}, [answer("Green.")]),
+    ({"query": "Sky?", "response": "Blue.", "rejected_response": "Green."}, [answer("Green.")])])
+def test_ms_swifts_pairs(row, turns):
+    example = read(row)
+    assert example.format == "preference" and example.messages == [user("Sky?"), answer("Blue.")]
+    assert example.rejected == turns and not example.unread
+
+
+def test_ms_swifts_tool_calls():
+    row = {"tools": json.dumps([WEATHER]), "messages": [
+        user("Cold?"), {"role": "tool_call", "content": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"role": "tool_call", "content": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+        {"role": "tool_response", "content": "-5"}, {"role": "tool_response", "content": "9"}, answer("In Oslo.")]}
+    assert messages(row) == [user("Cold?"), answer(tool_calls=[called("weather", {"city": "Oslo"}), called("weather", {"city": "Rome"})]),
+                             result("-5", "weather"), result("9", "weather"), answer("In Oslo.")]
+
+
+@pytest.mark.parametrize("said", ["<think>\nso\n</think>\n\nyes", "yes", "<think></think>\nyes"])
+def test_reasoning_that_is_there_twice_is_learned_once(said):
+    assert messages({"messages": [USER, answer(said, reasoning_content="so")]})[1] == answer("yes", reasoning_content="so")
+
+
+@pytest.mark.parametrize("said", ["<think>other</think>yes", "<think>so yes"])
+def test_reasoning_that_is_there_twice_and_differs_is_refused(said):
+    [(code, reason)] = problems({"messages": [USER, answer(said, reasoning_content="so")]})
+    assert code == "reasoning" and reason.startswith("turn 2 has reasoning under a key of its own, and another one in its text")
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \n", "\u3164", "\u2060\u00ad"])
+def test_a_text_in_which_there_is_nothing_to_see_is_empty(text):
+    assert problems({"messages": [USER, answer(text)]}) == [("empty_turn", "turn 2 (assistant) is empty")]
+    assert messages({"messages": [USER, answer(text + "b")]})[1] == answer(text + "b")
+    assert messages({"messages": [system(text), USER, ANSWER]}) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(("turns", "fix"), [
+    ([system("a"), system("b")], "join it with the first one"), ([user("a"), answer("b"), system("c"), user("d"), answer("e")], "move it to the front"),
+    ([user("a"), answer("b"), user("thanks")], "leave the last turn out, or put the answer behind it")])
+def test_what_to_do_about_turns_out_of_place(turns, fix):
+    with pytest.raises(RowError) as caught:
+        read({"messages": turns})
+    assert fix in [problem.fix for problem in caught.value.problems]
+
+
 # --- what is wrong with rows
 
 USER, ANSWER = user("a"), answer("b")
@@ -715,7 +783,7 @@ def test_results_are_named_by_id_then_by_position():
     made = answer(tool_calls=[called("f", {}, "1"), called("g", {}, "2")])
     several = [USER, made, RESULT | {"tool_call_id": "2"}, RESULT, ANSWER, USER, made,
                {"role": "tool", "content": "x"}, {"role": "tool", "content": "y", "name": "own"}, {"role": "tool", "content": "z"}, ANSWER]
-    assert [turn.get("name") for turn in messages({"messages": several}) if turn["role"] == "tool"] == ["g", "f", "f", "own", None]
+    assert [turn.get("name") for turn in messages({"messages": several}) if turn["role"] == "tool"] == ["f", "g", "f", "own", None]
 
 
 def test_what_a_tool_returns_may_be_an_object():
