@@ -22,6 +22,7 @@ from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
 from gemma_tune.cli.spinner import saying_what_is_loaded
+from gemma_tune.config.habits import meant
 from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS
@@ -114,6 +115,9 @@ class Command(TyperCommand):
             if others:
                 problem.possibilities = []  # what is spelt alike is not what was meant
                 return f"; `{'`, `'.join(others)}` {'has' if len(others) == 1 else 'have'} it"
+            if habit := meant(option):
+                problem.possibilities = []
+                return f"; {habit}"
         if "unexpected extra argument" not in problem.message:
             return ""
         if self.name == "chat":

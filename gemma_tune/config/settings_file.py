@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, near, shown, visible
+from gemma_tune.config.habits import meant
 from gemma_tune.config.settings import converted, no_name, plain, problem_of, types_of
 from gemma_tune.config.stages import CONFIGS
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
@@ -89,7 +90,9 @@ def _yaml_problems(content: Mapping[str, Any]):
                 yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
             above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
+            habit = meant(str(key))
             yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
+                   f"{key}: unknown section; {habit}" if habit else
                    f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
         elif section is None:  # all its settings are commented out
             continue
@@ -99,7 +102,8 @@ def _yaml_problems(content: Mapping[str, Any]):
             known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
             for name, value in section.items():
                 if name not in known:
-                    yield f"{key}.{name}: unknown setting{near(str(name), known)}"
+                    habit = None if str(name).replace("-", "_") in known else meant(str(name))
+                    yield f"{key}.{name}: unknown setting" + (f"; {habit}" if habit else near(str(name), known))
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
                 elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):

@@ -26,11 +26,12 @@ class FormatError(Exception):
     Attributes:
         about_tools: the template has no place for the tools, calls or results of the conversation, or not for all of
             them. The text cannot tell: it may quote the conversation.
+        about_reasoning: it has no place for reasoning under a key of its own.
     """
 
-    def __init__(self, reason: str, *, about_tools: bool = False):
+    def __init__(self, reason: str, *, about_tools: bool = False, about_reasoning: bool = False):
         super().__init__(reason)
-        self.about_tools = about_tools
+        self.about_tools, self.about_reasoning = about_tools, about_reasoning
 
 
 @dataclass(frozen=True, eq=False)

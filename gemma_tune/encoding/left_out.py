@@ -95,7 +95,7 @@ def refuse_lost_answer(turn: dict[str, Any], answer: str) -> None:
         FormatError: naming what is left out.
     """
     if "reasoning_content" in turn and not _shows(answer, turn["reasoning_content"]):
-        raise FormatError("the chat template leaves out the reasoning of the answer")
+        raise FormatError("the chat template leaves out the reasoning of the answer", about_reasoning=True)
     if turn["content"] not in answer and not _shows(answer, turn["content"]):
         raise FormatError("the chat template leaves out the text beside a tool call" if "tool_calls" in turn else
                           "the chat template leaves out a part of the answer, such as its reasoning",

@@ -17,7 +17,16 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults
-from gemma_tune.config.settings import Resolved, StageConfig, as_before, in_words, refuse_no_names, resolve
+from gemma_tune.config.settings import (
+    Resolved,
+    StageConfig,
+    as_before,
+    converted,
+    in_words,
+    refuse_no_names,
+    resolve,
+    types_of,
+)
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.lora.files import how_to_name_base, named_base
@@ -111,9 +120,6 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     family, reasons = family_defaults(base.config, stage)
     resolved = resolve(cls, settings, content.get(stage), family)
     preferences = stage == "train" and asked.method != "sft" and manifest.kind != CONVERSATIONS
-    for name, reason in zip(family, reasons):
-        if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
-            listener.note(reason)
     if into and not apart:
         resolved = replace(resolved, config=replace(resolved.config, base=None))
     before = manifest.stages.get(stage, {"config": {}})["config"]
@@ -122,7 +128,26 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     if stage != "prepare" and kept:  # its settings belong to the data, see there
         listener.note(f"settings as before: {in_words(kept)}")
         resolved = resolved.but(kept, before)
+    for name, reason in zip(family, reasons):
+        if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
+            listener.note(reason)
+    if stage == "train" and (other := _prepared_otherwise(content, manifest)):
+        listener.warn(f"`prepare:` of the settings file is not what was prepared ({', '.join(other)}), and this does "
+                      "not prepare: for that, gemma-tune prepare --config FILE")
     return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
+
+
+def _prepared_otherwise(content: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """Settings below ``prepare:`` of a file that differ from those of the data that there are. Files are compared by
+    their names, as their places are recorded in another way."""
+    given, before = content.get("prepare") or {}, manifest.stages.get("prepare", {}).get("config", {})
+    wanted, kinds = resolve(CONFIGS["prepare"], {}, given).config, types_of(CONFIGS["prepare"])
+
+    def plain(name: str, value: Any) -> Any:
+        return [os.path.basename(path) for path in value] if name == "data" else value
+
+    return [name for name in given if given[name] is not None and name in before
+            and plain(name, getattr(wanted, name)) != plain(name, converted(kinds[name], before[name]["value"]))]
 
 
 def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:

@@ -116,6 +116,25 @@ def test_a_run_can_be_moved(cli, trained, tiny, tmp_path):
     assert found.json["status"] == "up-to-date"
 
 
+def test_a_file_whose_data_were_not_prepared_says_so(cli, tiny, data):
+    Path("both.yaml").write_text("prepare:\n  data: other.jsonl\n  max_length: 64\n  train_on: all\ntrain:\n  epochs: 1\n")
+    assert cli("prepare", data, "--model", tiny).code == 0
+    result = cli("train", "--config", "both.yaml", "--dry-run")
+    said = " ".join(result.err.split())
+    assert result.code == 0 and "`prepare:` of the settings file is not what was prepared (data, max_length)" in said
+    shutil.copy(data, "other.jsonl")
+    assert cli("prepare", "--config", "both.yaml").code == 0
+    assert "is not what was prepared" not in cli("train", "--config", "both.yaml", "--dry-run").err
+
+
+def test_a_learning_rate_is_said_where_it_is_the_one(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    assert "learning rate 0.0002: " in cli("train", "--epochs", 1, "--dry-run").err
+    assert cli("train", "--epochs", 1, "--lr", 1e-4, "--rank", 4).code == 0
+    again = cli("train", "--epochs", 2, "--dry-run")
+    assert "learning_rate 0.0001" in again.err and "learning rate 0.0002: " not in again.err
+
+
 def test_the_config_file_is_below_flags_and_above_defaults(cli, tiny, data):
     Path("settings.yaml").write_text(f"model: {tiny}\nprepare:\n  valid: 3\n  seed: 3\n")
     result = cli("prepare", data, "--config", "settings.yaml", "--seed", 5, "--json")

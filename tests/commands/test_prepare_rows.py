@@ -106,12 +106,12 @@ def test_a_broken_first_list_of_turns_does_not_stop_the_others(prepare):
 
 
 def test_a_cell_that_is_nan_is_missing(prepare):
-    Path("rows.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "NaN", "score": NaN}\n'
+    Path("rows.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "NaN it is", "score": NaN}\n'
                                   '{"messages": NaN, "prompt": "b", "completion": "c", "score": 1}\n')
     with Path("rows.jsonl").open("a") as f:
         f.write('{"instruction": "a", "output": NaN}\n')
     prepare("rows.jsonl", "--valid", 0)
-    assert kept() == [row("a", "NaN")["messages"], row("b", "c")["messages"]]
+    assert kept() == [row("a", "NaN it is")["messages"], row("b", "c")["messages"]]
     assert [(r["line"], r["code"], r["row"]) for r in read("rejected")] == [(3, "not_text", {"instruction": "a", "output": None})]
 
 
@@ -184,7 +184,7 @@ USER, ANSWER = row()["messages"]
     ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "turn_weight", "turn 2 has the weight 0.5"),
     ({"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "d"}]}, "template",
      "the model's chat template has no place for tools"),
-    ({"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, "empty_turn", "turn 1 (system) is empty"),
+    (row("q", "#N/A"), "placeholder", "turn 2 (assistant) is #N/A, with which tables say that there is nothing"),
     ({"messages": [USER]}, "no_answer", "ends with `user`"),
     ({"messages": [{"role": "system", "content": "s"}]}, "no_answer", "ends with `system`"),
     ({"messages": [USER, ANSWER, USER]}, "no_answer", "ends with `user`"),
@@ -223,7 +223,7 @@ def test_every_problem_of_a_row_is_named(rejected, prepare):
     assert "others" not in rejected({"messages": [USER]})
     error = prepare("rows.jsonl", "--on-bad-row", "fail", code=2)
     assert error["problems"] == ["rows.jsonl:2: the conversation ends with `user`; there is no answer to learn "
-                                 "(end it with an assistant turn)"]
+                                 "(leave the last turn out, or put the answer behind it)"]
     rejected(row("<bos>", "<eos>\x07"))
     [problem] = prepare("rows.jsonl", "--on-bad-row", "fail", code=2)["problems"]
     assert all(what in problem for what in ("<bos>", "<eos>", "U+0007"))

@@ -1,0 +1,66 @@
+"""How other programs call settings (LLaMA-Factory, Axolotl, Unsloth, TRL, mlx-lm, LitGPT), and what they are here."""
+
+from __future__ import annotations
+
+_TRAIN = {
+    "rank": "r lora_r lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target-modules": "lora_target lora_target_modules lora_modules_to_target",
+    "dora": "use_dora", "rslora": "use_rslora",
+    "learning-rate": "lr learning_rate",
+    "epochs": "num_train_epochs num_epochs n_epochs epoch train_epochs",
+    "max-steps": "iters num_iters max_iters",
+    "batch-size": "global_batch_size train_batch_size",
+    "micro-batch": "per_device_train_batch_size micro_batch_size per_device_batch_size",
+    "accumulation": "gradient_accumulation_steps gradient_accumulation grad_accumulation",
+    "schedule": "lr_scheduler lr_scheduler_type",
+    "warmup": "warmup_ratio warmup_steps lr_warmup_steps",
+    "weight-decay": "weight_decay",
+    "clip": "max_grad_norm gradient_clipping max_norm",
+    "activation-checkpointing": "gradient_checkpointing use_gradient_checkpointing grad_checkpoint",
+    "eval-steps": "steps_per_eval eval_interval evals_per_epoch",
+    "save-steps": "save_every save_interval",
+    "keep-checkpoints": "save_total_limit",
+    "early-stopping": "early_stopping_patience",
+    "method": "rl stage training_type",
+    "beta": "pref_beta dpo_beta rl_beta",
+    "dpo-loss": "pref_loss loss_type",
+    "qlora": "load_in_4bit load_in_8bit quantization_bit quantize adapter",
+    "dtype bf16": "bf16 pure_bf16",
+    "dtype fp16": "fp16",
+    "report-to": "use_wandb wandb_project wandb",
+    "continue": "resume_from_checkpoint auto_resume_from_checkpoints",
+}
+_ELSEWHERE = {
+    "gemma-tune prepare --max-length": "max_length max_seq_length max_seq_len cutoff_len sequence_len model_max_length",
+    "gemma-tune prepare DATA": "dataset datasets data data_path data_dir dataset_dir dataset_name dataset_path "
+                               "train_file",
+    "gemma-tune prepare --valid": "val_size val_set_size eval_dataset test_datasets validation_split",
+    "gemma-tune prepare --model": "model_name_or_path model_name base_model model_id model_path",
+    "gemma-tune prepare --train-on": "train_on_inputs train_on_prompt mask_prompt roles_to_train mask_history",
+    "--run": "output_dir adapter_path out_dir save_path",
+    "--force": "overwrite_output_dir overwrite_cache",
+}
+_NOT_HERE = {
+    "rows of similar length share a batch, and a GPU packs them where that is faster": "packing sample_packing",
+    "it is chosen by itself, the fastest that is right here": "flash_attn flash_attention attn_implementation "
+                                                              "sdp_attention use_liger_kernel enable_liger_kernel",
+    "a model is divided among processes with --num-processes N --strategy fsdp": "deepspeed fsdp fsdp_config",
+    "an adapter is trained, and never the whole model": "full full_finetune finetuning_type fine_tune_type",
+    "conversations are laid out by the model's own chat template": "template chat_template",
+    "there is no noise on embeddings here": "neftune neftune_noise_alpha noisy_embedding_alpha",
+}
+_MEANT: dict[str, str] = {}
+for _table, _sentence in ((_TRAIN, "here it is --{}"), (_ELSEWHERE, "here it is {}"), (_NOT_HERE, "{}")):
+    for _ours, _theirs in _table.items():
+        _MEANT |= dict.fromkeys(_theirs.split(), _sentence.format(_ours))
+
+
+def meant(name: str) -> str | None:
+    """What a setting of another program is here, as the end of a sentence; None for one that nobody is known to have.
+
+    Args:
+        name: with or without dashes before it.
+    """
+    return _MEANT.get(name.lstrip("-").replace("-", "_").lower())

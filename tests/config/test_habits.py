@@ -1,0 +1,43 @@
+"""Settings as other programs call them: what is said of them is true of the commands there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from gemma_tune.config import habits
+from gemma_tune.config.stages import CONFIGS
+
+OF = {stage: {f.name for f in dataclasses.fields(cls)} for stage, cls in CONFIGS.items()}
+
+
+def test_every_option_that_is_named_is_one():
+    for sentence in habits._MEANT.values():
+        for stage in ("prepare", "train"):
+            for name in re.findall(f"gemma-tune {stage} --([a-z-]+)" if stage == "prepare" else "^here it is --([a-z-]+)", sentence):
+                assert name.replace("-", "_") in OF[stage] | {"model", "run", "force", "continue"}, sentence
+
+
+def test_no_name_is_taken_for_one_of_another_program_that_is_an_option_here():
+    known = {name for fields in OF.values() for name in fields} - {"learning_rate", "max_length", "epochs"}
+    assert not {name for name in habits._MEANT if name in known and name not in habits._MEANT[name].replace("-", "_")} - {
+        "data", "adapter"}
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --micro-batch"),
+    ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
+    ("--model_name_or_path", "gemma-tune prepare --model"), ("--packing", "a GPU packs them"), ("--deepspeed", "--strategy fsdp")])
+def test_a_habit_is_answered(cli, typed, said):
+    result = cli("train", typed, "8")
+    assert result.code == 2 and said in " ".join(result.err.split())
+
+
+def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path):
+    (tmp_path / "lf.yaml").write_text("model_name_or_path: a/b\nlora_rank: 8\ncutoff_len: 2048\ntrain:\n  lr: 1e-4\n  rank: 4\n")
+    said = " ".join(cli("train", "--config", tmp_path / "lf.yaml").err.split())
+    for text in ("lora_rank: unknown section; here it is --rank", "cutoff_len: unknown section; here it is gemma-tune prepare --max-length",
+                 "train.lr: unknown setting; here it is --learning-rate"):
+        assert text in said
