@@ -141,7 +141,10 @@ def _prepared_otherwise(content: Mapping[str, Any], manifest: Manifest) -> list[
     """Settings below ``prepare:`` of a file that differ from those of the data that there are. Files are compared by
     their names, as their places are recorded in another way."""
     given, before = content.get("prepare") or {}, manifest.stages.get("prepare", {}).get("config", {})
-    wanted, kinds = resolve(CONFIGS["prepare"], {}, given).config, types_of(CONFIGS["prepare"])
+    try:
+        wanted, kinds = resolve(CONFIGS["prepare"], {}, given).config, types_of(CONFIGS["prepare"])
+    except UserError:  # what does not go together is for `prepare` to say
+        return []
 
     def plain(name: str, value: Any) -> Any:
         return [os.path.basename(path) for path in value] if name == "data" else value

@@ -37,7 +37,8 @@ _PLACEHOLDER = re.compile(r"(?<![\w\\{}^_$=])\{\{ ?[A-Za-z_]\w{1,40}(?:[ .-]\w{1
 # What spreadsheets and data frames write where there is nothing, or a formula that failed; as a whole answer.
 _NOTHING = frozenset(("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!", "nan", "NaN", "<NA>", "NaT"))
 # Where a picture goes that is not there, as LLaMA-Factory and LLaVA have it: at the beginning or the end of a text.
-_PICTURE = re.compile(r"\A\s*<(?:image|video|audio)>(?=\s|\Z)|(?<=\n)<(?:image|video|audio)>\s*\Z")
+_PICTURE = re.compile(r"\A\s*(?:<image>(?! ?(?:tag|element))(?=[\s\w]|\Z)|<(?:video|audio)>(?=\n|\Z))|"
+                      r"(?<=\n)<(?:image|video|audio)>\s*\Z")
 _CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
 # A line with these is source text of a template or a formula; a text with these words is about templates.
 _SOURCE_LINE = re.compile(r"</?[A-Za-z][^<>\n]*>|\{%|\\[A-Za-z]|[;{]\s{0,9}$|\$[^$\n]*\$")

@@ -90,7 +90,7 @@ def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[T
 
 
 def _is_call(turn: Turn, message: Turn) -> bool:
-    return "tool_calls" in turn and not {message.get("role"), message.get("from")}.isdisjoint(_CALLING)
+    return "tool_calls" in turn and any(message.get(key) in _CALLING for key in ("role", "from"))
 
 
 def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:

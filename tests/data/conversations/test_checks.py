@@ -164,7 +164,7 @@ def test_what_a_table_writes_for_nothing_is_no_answer(text):
     assert codes(f"It is {text}", own=[]) == codes("None", own=[]) == codes("nano", own=[]) == []
 
 
-@pytest.mark.parametrize(("text", "marker"), [("<image>\nWhat is this?", "<image>"), ("What is this?\n<image>", "<image>"), ("<video>", "<video>"),
+@pytest.mark.parametrize(("text", "marker"), [("<image>\nWhat is this?", "<image>"), ("What is this?\n<image>", "<image>"), ("<video>", "<video>"), ("<image>Who is it?", "<image>"), ("<audio> is an element", None), ("<image> tag", None),
                                               ("Use <image> in SVG", None), ("<image>.svg", None), ("`<image>`", None)])
 def test_places_of_pictures_are_found(text, marker):
     assert found(text, own=[]) == ([("foreign_marker", f"turn 2 contains {marker}, the place of something that is not text")] if marker else [])
