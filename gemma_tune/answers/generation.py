@@ -70,10 +70,10 @@ def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     return room_in(context_of(model), prompt_tokens, max_new_tokens)
 
 
-def room_in(context: int, prompt_tokens: int, max_new_tokens: int) -> int:
+def room_in(context: int, prompt_tokens: int, max_new_tokens: int, whose: str = "the model's context") -> int:
     """The same for a context of so many tokens."""
     if prompt_tokens >= context:
-        raise UserError(f"the conversation has {prompt_tokens} tokens; the model's context ends at {context}",
+        raise UserError(f"the conversation has {prompt_tokens} tokens; {whose} ends at {context}",
                         "shorten it; in a conversation, /reset starts a new one, and /undo takes a turn back")
     return min(max_new_tokens, context - prompt_tokens)
 

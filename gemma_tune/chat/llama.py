@@ -68,7 +68,8 @@ class LlamaVoice:
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> LlamaStream:
         ids = prompt_ids(self.chat, messages, tools)
-        limit = room_in(self.context, len(ids), config.max_new_tokens)
+        limit = room_in(self.context, len(ids), config.max_new_tokens,
+                        "the room that llama.cpp has here (--use adapter has all of the model's)")
         seed, self._seed = self._seed, None if self._seed is None else self._seed + 1  # another for each answer
         return LlamaStream(self.engine, ids, limit, sampling(arguments_of(self.own, sampling_of(config)), seed))
 

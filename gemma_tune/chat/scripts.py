@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import stat
 import sys
 import threading
@@ -90,6 +91,9 @@ def keep_bytes(lines: Iterable[str]) -> None:
         lines.reconfigure(errors="surrogateescape")
 
 
+_MEANT = re.compile(r'\s*\{\s*"(?:messages|prompt|id|tools)"\s*:')  # the beginning of a row
+
+
 def _asked(line: str, where: str, rows_only: bool) -> Asked:
     if "\0" in line:
         raise UserError(f"{where}: it holds a NUL character, so it is no text", "name a file of text: --input FILE")
@@ -97,7 +101,7 @@ def _asked(line: str, where: str, rows_only: bool) -> Asked:
     try:
         row = loads(line) if rows_only or line.lstrip().startswith("{") else None
     except (ValueError, RecursionError) as e:
-        if rows_only:
+        if rows_only or _MEANT.match(line):  # a row that was cut off, say, is no prompt
             raise UserError(f"{where}: not JSON: {reason(e)}", _SHAPE) from e
     if isinstance(row, dict):
         return _of_row(row, where)

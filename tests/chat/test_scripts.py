@@ -32,6 +32,11 @@ def test_lines_are_prompts_or_objects():
     assert found[5].echo == {"prompt": "{x} is no JSON"}
 
 
+def test_a_row_that_was_cut_off_is_no_prompt():
+    cut, text = read(['{"id": 3, "prompt": "cut o\n', '{"a"} is a set\n'], "in")
+    assert "in:1: not JSON" in cut.problem.message and text.prompt == '{"a"} is a set'
+
+
 @pytest.mark.parametrize(("line", "said"), [
     ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "neither messages nor"), ('{"prompt": ""}', "is empty"),
     ('{"prompt": "a", "messages": []}', "both messages and a prompt"), ('{"prompt": "a", "tools": [{}], "system": "b"}',

@@ -196,7 +196,7 @@ def test_llama_stops_and_ends_by_itself_and_repeats_with_a_seed(in_llama):
 
     first = answers()
     assert answers() == first and len(set(first)) > 1
-    with pytest.raises(UserError, match="context ends at 512"):
+    with pytest.raises(UserError, match="the room that llama.cpp has here .* ends at 512"):
         in_llama.ask(question("fox " * 2000), GREEDY)
     [error, answer] = in_llama.batch([(question("fox " * 2000), None), (question("a"), None)], GREEDY)
     assert isinstance(error, UserError) and answer.tokens
@@ -328,6 +328,10 @@ def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what
     with pytest.raises(UserError, match="made no q5_0, but q4_0, q8_0") as caught:
         answering(quant="q5_0")
     assert caught.value.hint == f"make it: gemma-tune export-ollama --run {trained} --quant q4_0,q8_0,q5_0"
+    for quant, hint in (("158mb", f"make it: gemma-tune export-ollama --run {trained} --size 158MB"), ("q4", "formats that there are: ")):
+        with pytest.raises(UserError) as caught:
+            answering(quant=quant)
+        assert caught.value.hint.startswith(hint)
     for flags in (("--base",), ("--use", "adapter"), ("--compare",)):
         refused = cli("chat", "--run", trained, "--prompt", "x", "--quant", "q4_0", *flags)
         assert refused.code == 2 and "exclude each other" in refused.err

@@ -20,13 +20,15 @@ from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from support.command import write_rows
+from support.listener import Said
 
 
-def told(merged: Path, run: Path, prepared: dict[str, Any] | None = None, **settings: Any) -> Target:
+def told(merged: Path, run: Path, prepared: dict[str, Any] | None = None, listener: Listener | None = None,
+         **settings: Any) -> Target:
     """``target_for`` with these settings, in a run whose manifest says this of ``prepare``."""
     manifest = Manifest({"name": "tiny-gemma"}, {"prepare": prepared} if prepared else {})
     session = Session(RunDir(run, "tiny-gemma"), BaseModel("tiny", "tiny-gemma", "directory", merged, None, "", {}),
-                      resolve(ExportConfig, settings), Listener(), manifest)
+                      resolve(ExportConfig, settings), listener or Listener(), manifest)
     return target_for(session, merged, load_format(merged, "gemma3_text"))
 
 
@@ -62,6 +64,14 @@ def test_the_context_of_a_model_that_sees_is_its_texts(merged, tmp_path):
     del config["max_position_embeddings"]
     (merged / "config.json").write_text(json.dumps(config | {"text_config": {"max_position_embeddings": 3000}}))
     assert told(merged, tmp_path).parameters["num_ctx"] == 3000
+
+
+def test_a_context_that_the_model_was_not_made_for_is_told(merged, tmp_path):
+    change(merged / "config.json", max_position_embeddings=1024)
+    for asked, warnings in ((1024, 0), (5000, 1)):
+        said = Said()
+        assert told(merged, tmp_path, listener=said, num_ctx=asked).parameters["num_ctx"] == asked
+        assert len(said.warnings) == warnings and all("--num-ctx 5,000 is more than the 1,024 tokens" in w for w in said.warnings)
 
 
 def test_given_parameters_win_over_the_models_own(merged, tmp_path):
