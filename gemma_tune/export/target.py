@@ -76,7 +76,7 @@ def _context(session: Session, config: Mapping[str, Any]) -> int:
     if (asked := session.config.num_ctx) is not None and asked > room:
         session.listener.warn(f"--num-ctx {asked:,} is more than the {room:,} tokens that the model was made for: what "
                               "it says behind them can be worth nothing")
-    return session.config.num_ctx or min(max(LEAST_CONTEXT, _longest_in_training(session)), room)
+    return asked or min(max(LEAST_CONTEXT, _longest_in_training(session)), room)
 
 
 def _longest_in_training(session: Session) -> int:

@@ -131,26 +131,27 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
             listener.note(reason)
-    if stage == "train" and (other := _prepared_otherwise(content, manifest)):
-        listener.warn(f"`prepare:` of the settings file is not what was prepared ({', '.join(other)}), and this does "
-                      "not prepare: for that, gemma-tune prepare --config FILE")
+    if stage == "train" and (wanted_data := content.get("prepare")):
+        _tell_of_other_data(wanted_data, manifest, listener)
     return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
 
 
-def _prepared_otherwise(content: Mapping[str, Any], manifest: Manifest) -> list[str]:
-    """Settings below ``prepare:`` of a file that differ from those of the data that there are. Files are compared by
-    their names, as their places are recorded in another way."""
-    given, before = content.get("prepare") or {}, manifest.stages.get("prepare", {}).get("config", {})
+def _tell_of_other_data(given: Mapping[str, Any], manifest: Manifest, listener: Listener) -> None:
+    """Warn of settings below ``prepare:`` of a file that differ from those of the data that there are. Files are
+    compared by their names, as their places are recorded in another way."""
+    before = manifest.stages.get("prepare", {}).get("config", {})
     try:
         wanted, kinds = resolve(CONFIGS["prepare"], {}, given).config, types_of(CONFIGS["prepare"])
     except UserError:  # what does not go together is for `prepare` to say
-        return []
+        return
 
     def plain(name: str, value: Any) -> Any:
         return [os.path.basename(path) for path in value] if name == "data" else value
 
-    return [name for name in given if given[name] is not None and name in before
-            and plain(name, getattr(wanted, name)) != plain(name, converted(kinds[name], before[name]["value"]))]
+    if other := [name for name in given if given[name] is not None and name in before and plain(
+            name, getattr(wanted, name)) != plain(name, converted(kinds[name], before[name]["value"]))]:
+        listener.warn(f"`prepare:` of the settings file is not what was prepared ({', '.join(other)}), and this does "
+                      "not prepare: for that, gemma-tune prepare --config FILE")
 
 
 def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:

@@ -52,10 +52,8 @@ class PreferenceLoss:
         shares: sequences that begin alike go through the model as one, see :mod:`gemma_tune.train.shared_prompts`.
     """
 
-    shares = False
-
     def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool):
-        self.settings, self.device, self.at_once = settings, device, at_once
+        self.settings, self.device, self.at_once, self.shares = settings, device, at_once, False
         self.divergence = torch.zeros((), device=device)
 
     @property

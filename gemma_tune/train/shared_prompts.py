@@ -90,8 +90,7 @@ class _Row:
         end = branch + len(other) - common
         self.spans.append(Span(slice(begin, branch), (slice(begin, branch),)))
         if branch < end:
-            self.spans.append(Span(slice(branch, end), (slice(begin, fork), slice(branch, end)) if common else
-                                   (slice(branch, end),)))
+            self.spans.append(Span(slice(branch, end), (slice(begin, fork), slice(branch, end))))
         self._append("ids", one, other[common:])
         self._append("places", np.arange(len(one)), np.arange(common, len(other)))
         for sequence, row, rest in ((number, first, fork), (number + 1, second, branch)):

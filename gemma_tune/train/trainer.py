@@ -146,7 +146,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                 self._piecewise_step(model, inputs, num_items_in_batch)
                 break
             except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e) or not self._divisible(rows) or earlier is None:
+                if not is_out_of_memory(e) or not self._divisible(rows):
                     raise
             # Outside the handler, whose traceback keeps the activations alive.
             self.gradients.restore(earlier)
@@ -154,9 +154,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             self._halve_micro_batch(rows)
         return self._bad.detach()  # the library adds up what is returned; nobody looks at it
 
+    @property
+    def _holds_captured(self) -> bool:
+        """Whether there are graphs, which hold memory."""
+        return any((self.captured, self.captured_evaluation))
+
     def _without_captured(self) -> None:
         """Free captured steps, which are made for as many rows at once as did not fit."""
-        if any((self.captured, self.captured_evaluation)):
+        if self._holds_captured:
             self.forget_captured()
             self.listener.note("steps go one kernel at a time from now on")
         self.capture_no_more()
@@ -185,7 +190,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     def with_room(self, work: Callable[[], T]) -> T:
         """Work on a piece that is too rare to be captured, and add to gradients and sums. Where the memory that
         captured steps hold is what it lacks, that is freed; they are captured anew when they come again."""
-        if not any((self.captured, self.captured_evaluation)):
+        if not self._holds_captured:
             return work()
         earlier, sums = self.gradients.saved(), [place.clone() for place in self.sums()]
         try:

@@ -139,13 +139,36 @@ def test_captured_units_teach_what_the_eager_step_does(settings, dtype, monkeypa
     assert len(steps) and not told.notes
 
 
+def trained_eagerly(cli, tiny, tmp_path, epochs: int, flags: tuple) -> tuple:
+    """Prepare pairs and train on them as it is without a GPU; the command that did."""
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
+    command = ("train", "--epochs", epochs, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0, "--batch-size", 2,
+               "--accumulation", 2, "--force", *flags)
+    assert cli(*command).code == 0
+    return command
+
+
+def capture_with(kind: type, monkeypatch) -> None:
+    """Let trainings capture their steps with this double."""
+    from gemma_tune.train import first_batch, preference
+
+    monkeypatch.setattr(first_batch.FirstBatch, "_why_not_captured", lambda self: None)
+    for module in (first_batch, preference):
+        monkeypatch.setattr(module, "CapturedSteps", kind)
+
+
+def same_figures(expected: list[dict], found: list[dict]) -> None:
+    """Losses, gradient norms and the figures of preferences in both logs."""
+    for was, now in zip(expected, found, strict=True):
+        for name in was:
+            if "loss" in name or "/" in name or name == "grad_norm":
+                assert now[name] == pytest.approx(was[name], rel=2e-3, abs=2e-3), (name, was, now)
+
+
 class Uncaptured(CapturedSteps):
     """Runs what would be captured, where there is no GPU, and counts the pieces."""
 
     ran = 0
-
-    def __init__(self, body, gradients, buckets, listener, pool=None, backward=True, into=None):
-        super().__init__(body, gradients, buckets, listener, pool, backward, into)
 
     def run(self, part, *given):
         bucket = self.buckets.find(*self.body.shape(part))
@@ -164,25 +187,16 @@ class Uncaptured(CapturedSteps):
                          ids=["dpo", "rpo", "orpo", "kto", "sft"])
 def test_a_training_in_captured_steps_is_the_same(cli, tiny, tmp_path, monkeypatch, flags):
     """All of it but the graph: buckets, what is copied, weights, accumulation, figures, evaluations."""
-    from gemma_tune.train import first_batch, preference
-
-    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
-    command = ("train", "--epochs", 3, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0, "--batch-size", 2,
-               "--accumulation", 2, "--force", *flags)
-    assert cli(*command).code == 0
+    command = trained_eagerly(cli, tiny, tmp_path, 3, flags)
     expected = log()
-    monkeypatch.setattr(first_batch.FirstBatch, "_why_not_captured", lambda self: None)
-    for module in (first_batch, preference):
-        monkeypatch.setattr(module, "CapturedSteps", Uncaptured)
+    capture_with(Uncaptured, monkeypatch)
     Uncaptured.ran = 0
     result = cli(*command)
     assert result.code == 0, result.err
     assert "steps are captured in" in result.err and Uncaptured.ran > 10
-    for was, now in zip(expected, log(), strict=True):
-        assert was.keys() == now.keys()
-        for name in was:
-            if "loss" in name or "/" in name or name == "grad_norm":
-                assert now[name] == pytest.approx(was[name], rel=2e-3, abs=2e-3), (name, was, now)
+    found = log()
+    assert [was.keys() for was in expected] == [now.keys() for now in found]
+    same_figures(expected, found)
 
 
 class Kept(Uncaptured):
@@ -208,12 +222,9 @@ class Kept(Uncaptured):
 @pytest.mark.parametrize(("flags", "times"), [(("--sft-weight", 0.5), 3), (("--method", "kto"), 3), (("--method", "sft"), 3),
                                               (("--method", "sft"), 4)], ids=["rpo", "kto", "sft", "too often"])
 def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch, flags, times):
-    from gemma_tune.train import first_batch, preference, trainer
+    from gemma_tune.train import trainer
 
-    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
-    command = ("train", "--epochs", 2, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0, "--batch-size", 2,
-               "--accumulation", 2, "--force", *flags)
-    assert cli(*command).code == 0
+    command = trained_eagerly(cli, tiny, tmp_path, 2, flags)
     expected, failed = log(), []
     plain = trainer.GemmaTrainer.with_room
 
@@ -226,29 +237,21 @@ def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, ti
             return done
         return plain(self, failing)
 
-    monkeypatch.setattr(first_batch.FirstBatch, "_why_not_captured", lambda self: None)
-    for module in (first_batch, preference):
-        monkeypatch.setattr(module, "CapturedSteps", Kept)
+    capture_with(Kept, monkeypatch)
     monkeypatch.setattr(trainer.GemmaTrainer, "with_room", with_room)
     Kept.freed = Kept.turns = 0
     result = cli(*command)
     assert result.code == 0, result.err
     assert len(failed) == times and Kept.freed >= times and "a rare batch needed the memory of captured steps" in result.err
     assert ("from now on none is captured" in result.err) == (times == 4)
-    for was, now in zip(expected, log(), strict=True):
-        for name in was:
-            if "loss" in name or "/" in name or name == "grad_norm":
-                assert now[name] == pytest.approx(was[name], rel=2e-3, abs=2e-3), (name, was, now)
+    same_figures(expected, log())
 
 
 @pytest.mark.parametrize("flags", [("--sft-weight", 0.5), ("--method", "sft")], ids=["rpo", "sft"])
 def test_a_rare_piece_that_does_not_fit_at_all_goes_in_halves(cli, tiny, tmp_path, monkeypatch, flags):
-    from gemma_tune.train import first_batch, preference, trainer
+    from gemma_tune.train import trainer
 
-    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
-    command = ("train", "--epochs", 2, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0, "--batch-size", 2,
-               "--accumulation", 2, "--force", *flags)
-    assert cli(*command).code == 0
+    command = trained_eagerly(cli, tiny, tmp_path, 2, flags)
     expected, plain = log(), trainer.GemmaTrainer._eager_step
 
     def eager(self, model, part, count):
@@ -256,18 +259,13 @@ def test_a_rare_piece_that_does_not_fit_at_all_goes_in_halves(cli, tiny, tmp_pat
         if self.captured is not None and len(part["lengths"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(first_batch.FirstBatch, "_why_not_captured", lambda self: None)
-    for module in (first_batch, preference):
-        monkeypatch.setattr(module, "CapturedSteps", Kept)
+    capture_with(Kept, monkeypatch)
     monkeypatch.setattr(trainer.GemmaTrainer, "_eager_step", eager)
     Kept.freed = Kept.turns = 0
     result = cli(*command)
     assert result.code == 0, result.err
     assert "going on with 1; a step still learns from the same ones" in result.err and Kept.freed
-    for was, now in zip(expected, log(), strict=True):
-        for name in was:
-            if "loss" in name or "/" in name or name == "grad_norm":
-                assert now[name] == pytest.approx(was[name], rel=2e-3, abs=2e-3), (name, was, now)
+    same_figures(expected, log())
 
 
 def test_the_sizes_of_answers_to_other_prompts_are_known_before_they_are_made():

@@ -82,11 +82,7 @@ class TextChecks:
                 found.append(Problem("control_character", f"{where} contains the control character {_list(names)}",
                                      "remove it, or use --allow control_character"))
         if self._placeholders:
-            found += [Problem("placeholder", f"turn {number} ({turn['role']}) is {turn['content'].strip()}, with which "
-                                             "tables say that there is nothing", "fill it in or leave the row out; or "
-                                             "use --allow placeholder if it is meant to be there")
-                      for number, turn in enumerate(example.messages or (), start=1)
-                      if len(turn["content"]) < 12 and turn["role"] != "tool" and turn["content"].strip() in _NOTHING]
+            found += _nothing(example)
         if self._undeclared and example.tools:
             found += _undeclared(example)
         return found
@@ -116,14 +112,23 @@ class TextChecks:
                                                                "foreign_marker if it is meant to be there"))
 
 
+def _nothing(example: Example) -> list[Problem]:
+    """Turns that are what a table writes for a cell without anything in it."""
+    return [Problem("placeholder", f"{where} ({turn['role']}) is {turn['content'].strip()}, with which tables say that "
+                                   "there is nothing", "fill it in or leave the row out; or use --allow placeholder if "
+                                                       "it is meant to be there")
+            for where, turn in _numbered(example.messages or (), "")
+            if len(turn["content"]) < 12 and turn["role"] != "tool" and turn["content"].strip() in _NOTHING]
+
+
 def _undeclared(example: Example) -> list[Problem]:
     """Calls of tools that the row does not declare, though it declares some."""
     known = {tool["function"]["name"].strip() for tool in example.tools or ()}
     found = []
-    for number, turn in enumerate([*(example.messages or ()), *(example.rejected or ())], start=1):
+    for where, turn in (*_numbered(example.messages or (), ""), *_numbered(example.rejected or (), _WORSE)):
         called = [call["function"]["name"] for call in turn.get("tool_calls", ())]
         if names := [name for name in called if name not in known]:
-            found.append(Problem("undeclared_tool", f"turn {number} calls {_list(names)}, which `tools` does not "
+            found.append(Problem("undeclared_tool", f"{where} calls {_list(names)}, which `tools` does not "
                                                     f"declare{near(names[0], known)}",
                                  "correct the name or declare it, or use --allow undeclared_tool if it is meant to be "
                                  "so"))
@@ -156,24 +161,32 @@ def _texts(example: Example) -> Iterator[tuple[str, str]]:
     if example.text is not None:
         yield "`text`", example.text
     yield from _of_turns(example.messages or (), "")
-    yield from _of_turns(example.rejected or (), " of the rejected answer")
+    yield from _of_turns(example.rejected or (), _WORSE)
     for number, tool in enumerate(example.tools or (), start=1):
         for text in _strings(tool["function"]):
             yield f"tool {number}", text
 
 
+_WORSE = " of the rejected answer"
+
+
+def _numbered(turns: Sequence[Any], of: str) -> Iterator[tuple[str, Any]]:
+    """Turns with the words for their places."""
+    return ((f"turn {number}{of}", turn) for number, turn in enumerate(turns, start=1))
+
+
 def _of_turns(turns: Sequence[Any], of: str) -> Iterator[tuple[str, str]]:
-    for number, turn in enumerate(turns, start=1):
-        yield f"turn {number}{of}", turn["content"]
+    for where, turn in _numbered(turns, of):
+        yield where, turn["content"]
         if len(turn) == 2:
             continue
         if "reasoning_content" in turn:
-            yield f"the reasoning of turn {number}{of}", turn["reasoning_content"]
+            yield f"the reasoning of {where}", turn["reasoning_content"]
         if "name" in turn:
-            yield f"the tool name of turn {number}{of}", turn["name"]
+            yield f"the tool name of {where}", turn["name"]
         for call in turn.get("tool_calls", ()):
             for text in _strings(call):
-                yield f"a tool call of turn {number}{of}", text
+                yield f"a tool call of {where}", text
 
 
 def _strings(value: Any) -> Iterator[str]:

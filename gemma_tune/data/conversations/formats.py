@@ -271,21 +271,8 @@ def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     if (beside := _beside_text(row)) is not None:
         return beside
-    turns = suggested_turns(row)
-    if turns and (keys := spoken_by(row[turns][0])):
-        system = _column(row, layouts.SYSTEMS)
-        return Problem("unknown_format", reason, f"use --columns turns={turns}" + (
-            f",system={system}" if system else "") + f" --turn-keys {keys}, and --roles for roles of other names")
-    if turns and all("label" in part and "text" in part for part in row[turns]):
-        return Problem("unknown_format", f"`{turns}` holds parts of a text, each learned or not, without roles; that "
-                                         "is not known here",
-                       'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
-                       "keeps one from being learned")
-    if turns and _detected(row[turns][0]):
-        return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
-                       f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
-    if turns:
-        return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+    if turns := suggested_turns(row):
+        return _about_turns(row, turns, reason)
     if pair := _pair_of_names(row):
         return Problem("unknown_format", reason, f"use --columns {pair}")
     question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
@@ -299,6 +286,23 @@ def _unknown(row: Fields) -> Problem:
                                                  "above it, such as question,answer")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
                                              "`output`, or name them with --columns user=…,assistant=…")
+
+
+def _about_turns(row: Fields, turns: str, reason: str) -> Problem:
+    """What to do about a column that looks like a list of turns."""
+    if keys := spoken_by(row[turns][0]):
+        system = _column(row, layouts.SYSTEMS)
+        return Problem("unknown_format", reason, f"use --columns turns={turns}" + (
+            f",system={system}" if system else "") + f" --turn-keys {keys}, and --roles for roles of other names")
+    if all("label" in part and "text" in part for part in row[turns]):
+        return Problem("unknown_format", f"`{turns}` holds parts of a text, each learned or not, without roles; that "
+                                         "is not known here",
+                       'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
+                       "keeps one from being learned")
+    if _detected(row[turns][0]):
+        return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
+                       f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
+    return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
 
 
 # Parts of names that a better and a worse answer have elsewhere.

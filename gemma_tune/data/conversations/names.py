@@ -57,22 +57,26 @@ _SAYINGS = ("utterance", "text", "message", "body", "msg", "say", "said", "data"
 
 def suggested_keys(turn: Mapping[str, Any]) -> str | None:
     """What ``--turn-keys`` would be for a turn with unknown keys."""
+    role, said = _likely_keys(turn)
+    if role is None:
+        return None
+    return f"role={role}" if said in (None, "content") else f"role={role},content={said}"
+
+
+def _likely_keys(turn: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The keys of a turn that hold its role, and what is said."""
     texts = [key for key, value in turn.items() if isinstance(key, str) and isinstance(value, str) and _sayable(key)]
     said = "content" if "content" in texts else next((key for key in texts if key.lower() in _SAYINGS), None)
     others = [key for key in texts if key not in (said, "value")]
     role = next((key for key in others if key.lower() in _SPEAKERS), others[0] if others else None)
-    if role is None:
-        return None
-    said = said or next((key for key in others if key != role), None)
-    return f"role={role}" if said in (None, "content") else f"role={role},content={said}"
+    return role, said or next((key for key in others if key != role), None)
 
 
 def spoken_by(turn: Mapping[str, Any]) -> str | None:
     """What ``--turn-keys`` would be where names of both keys say clearly that this is a turn of a dialog."""
-    found = suggested_keys(turn)
-    names = dict(pair.split("=") for pair in found.split(",")) if found else {}
-    speaks = names.get("role", "").lower() in ("speaker", "author", "sender", "who", "role", "from")
-    return found if speaks and names.get("content", "").lower() in _SAYINGS else None
+    role, said = ((key or "").lower() for key in _likely_keys(turn))
+    speaks = role in ("speaker", "author", "sender", "who", "role", "from")
+    return suggested_keys(turn) if speaks and said in _SAYINGS else None
 
 
 def suggested_turns(row: Mapping[str, Any]) -> str | None:

@@ -148,7 +148,7 @@ def _keys(message: Turn) -> str:
 
 def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
     role = turn["role"]
-    may_be_empty = role == "tool" or "tool_calls" in turn
+    may_be_empty = role == "tool" or "tool_calls" in turn or role == "system" and number == 1
     if role == "tool" and (isinstance(content, dict) or several("", content)):
         content = _as_json(content)
     elif isinstance(content, list):
@@ -161,8 +161,6 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
                                     "make it a string"))
         return
     turn["content"] = content
-    if role == "system" and number == 1:
-        may_be_empty = True
     if not may_be_empty and blank(content):
         problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
     elif damaged(content):
@@ -257,10 +255,8 @@ _THINK = "<think>", "</think>"
 def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:
     """Take reasoning out of what is said that has a key of its own as well, as interfaces often answer it."""
     inside, end, said = turn["content"].lstrip().removeprefix(_THINK[0]).partition(_THINK[1])
-    if end and inside.strip() == turn["reasoning_content"].strip():
+    if end and inside.strip() in ("", turn["reasoning_content"].strip()):  # an empty one stands for none
         turn["content"] = said.lstrip("\r\n")
-    elif end and not inside.strip():
-        turn["content"] = said.lstrip("\r\n")  # an empty one stands for none
     else:
         problems.append(Problem("reasoning", f"turn {number} has reasoning under a key of its own, and another one in "
                                              f"its text ({_THINK[0]})", "keep one of them"))
@@ -333,8 +329,8 @@ def _match_results(turns: list[Turn], numbers: Sequence[int], problems: list[Pro
 def _in_order(made: Sequence[Turn], results: list[Turn]) -> list[Turn]:
     places = {call.get("id"): place for place, call in enumerate(made)}
     answered = [result.get("tool_call_id") for result in results]
-    if len(places) < len(made) or len(set(answered)) < len(answered) or not places.keys() >= set(answered) - {None} or (
-            None in answered):
+    told_apart = len(places) == len(made) and len(set(answered)) == len(answered)
+    if None in answered or not told_apart or not places.keys() >= {*answered}:
         return results
     return sorted(results, key=lambda result: places[result["tool_call_id"]])
 
