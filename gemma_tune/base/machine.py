@@ -93,8 +93,8 @@ def keeping_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def end_at_once() -> NoReturn:
-    """End the process with its work done, whatever its other threads do.
+def end_at_once(code: int = 0) -> NoReturn:
+    """End the process with its work done, or given up, whatever its other threads do.
 
     At an interpreter's usual end a library's thread that is still in C++ can bring the process down with SIGABRT, and
     then what went well would count as failed.
@@ -102,12 +102,43 @@ def end_at_once() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it takes nothing more, or is none
             stream.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody wants the process to end, not only what it does now: as Ctrl-C, but no answer or line is all it ends."""
+
+
+def ending_signals() -> list[int]:
+    """Those by which a user, a job scheduler or a terminal that is closed ends a program. ``nohup`` has the last one
+    ignored, which stays so."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    ignored = hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hang_up])]
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise :class:`Terminated`, so that what is half done is put away and said, as on Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread only
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = {number: signal.signal(number, end) for number in ending_signals()
+              if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def noting_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C came, whoever got it.
+    """A function that says whether Ctrl-C, SIGTERM or SIGHUP came, whoever got it.
 
     Libraries that are written in C make errors of their own of Python's: PyTorch a ValueError about a shape.
     """
@@ -121,7 +152,7 @@ def noting_ctrl_c() -> Iterator[Callable[[], bool]]:
 
     def came() -> bool:
         try:
-            return signal.SIGINT in os.read(reads, 4096)
+            return not {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}.isdisjoint(os.read(reads, 4096))
         except BlockingIOError:
             return False
 

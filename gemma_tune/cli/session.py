@@ -17,7 +17,7 @@ import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.machine import end_at_once, noting_ctrl_c, occupy_standard_streams
+from gemma_tune.base.machine import end_at_once, noting_ctrl_c, occupy_standard_streams, terminable
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
@@ -125,7 +125,7 @@ class Command(TyperCommand):
         return "; a run directory goes behind --run" if any("--run" in param.opts for param in self.params) else ""
 
     def invoke(self, ctx: Any) -> Any:
-        with noting_ctrl_c() as stopped:
+        with noting_ctrl_c() as stopped, terminable():
             return self._invoke(ctx, stopped)
 
     def _invoke(self, ctx: Any, stopped: Callable[[], bool]) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import json_bytes
+from gemma_tune.base.machine import ending_signals
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
@@ -381,6 +382,8 @@ def _begin(judge: Judge | None) -> None:
     """Start of a child process. Ctrl-C is for the parent, which ends its children."""
     global _judge
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(ending_signals()) - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if judge is not None:
         _judge = judge

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import ending_signals
 from gemma_tune.train import processes
 from gemma_tune.train.memory import in_use
 
@@ -120,7 +121,8 @@ def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:
 
 
 class StopRequest(TrainerCallback):
-    """First Ctrl-C or SIGTERM: save at the step's end and leave, all processes together. A second one stops at once."""
+    """First Ctrl-C, SIGTERM or SIGHUP: save at the step's end and leave, all processes together; a second one stops at
+    once."""
 
     said = "stopping after this step and saving it; press Ctrl-C again to stop at once"
 
@@ -131,7 +133,7 @@ class StopRequest(TrainerCallback):
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only; a trainer in another thread is stopped by its owner.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ending_signals():
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

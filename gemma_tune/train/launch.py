@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gemma_tune.base.errors import INTERRUPTED, UserError, WorkFailed
-from gemma_tune.base.machine import cores, settled
+from gemma_tune.base.machine import cores, ending_signals, settled
 from gemma_tune.train.processes import GRACE, LAUNCHER
 
 _MOST_GPUS = 16  # of one machine; a process more than there are GPUs is refused by what knows them
@@ -28,7 +28,7 @@ AT_ONCE = 1.5  # seconds that all get after the second Ctrl-C, which one that wa
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run ``gemma-tune`` with ``arguments`` as ``count`` processes and wait for them.
 
-    Ctrl-C and SIGTERM are passed on to each, once; the second one ends them at once.
+    Ctrl-C, SIGTERM and SIGHUP are passed on to each, once; the second one ends them at once.
 
     Returns:
         The main process's exit code, or another's if only that failed.
@@ -65,8 +65,7 @@ class _Workers:
         if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread only
             yield
             return
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        earlier = {number: signal.signal(number, self._pass_on) for number in (getattr(signal, n) for n in names)}
+        earlier = {number: signal.signal(number, self._pass_on) for number in ending_signals()}
         try:
             yield
         finally:

@@ -39,7 +39,7 @@ _TIMED = 4  # steps by which the time of all others is estimated; the first is n
 
 
 class StopTrial(StopRequest):
-    """First Ctrl-C or SIGTERM: leave at the step's end; what was tried before is kept."""
+    """First Ctrl-C, SIGTERM or SIGHUP: leave at the step's end; what was tried before is kept."""
 
     said = "stopping after this step; what was tried so far is kept; press Ctrl-C again to stop at once"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,28 @@ def left(child) -> None:
     child.read()
     child.wait()
     assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
+@pytest.mark.parametrize("at", ["loading", "the prompt", "an answer"])
+def test_sigterm_ends_the_chat_and_not_an_answer_alone(terminal, fluent, at):
+    child = terminal("--run", fluent, "--base", "-n", 3)
+    if at != "loading":
+        enter(child, QUESTION)
+        child.expect_exact("cut off after 3 tokens")
+    if at == "an answer":
+        enter(child, "/set max_new_tokens 90000")
+        enter(child, QUESTION)
+        child.expect_exact("\x1b[?2004l")
+        time.sleep(3)
+    if at == "the prompt":
+        child.expect_exact("\x1b[?2004h")
+        time.sleep(0.5)
+    child.kill(signal.SIGTERM)
+    rest = child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (130, None)
+    assert ("stopped" in rest or at == "loading") and "Traceback" not in rest
+    assert "\x1b[?2004l" in rest or at != "the prompt", "the terminal is as it was"
 
 
 @pytest.mark.timeout(900)

@@ -206,6 +206,37 @@ def test_unexpected_failures_are_reported_as_such(cli, trained, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_scheduler_that_ends_a_stage_leaves_what_ctrl_c_leaves(cli, trained, monkeypatch, number):
+    import gemma_tune.merge.stage as merge
+
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    monkeypatch.setattr(merge, "read_adapter", lambda *args, **kwargs: signal.raise_signal(number))
+    result = cli("merge", "--run", trained, "--json")
+    assert result.code == 130
+    assert result.json["error"]["kind"] == "interrupted" and "stopped" in result.err
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    assert signal.getsignal(number) is signal.SIG_DFL, "as before"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_that_nohup_has_ignored_stays_so(cli, trained, monkeypatch):
+    import gemma_tune.merge.stage as merge
+
+    def hung_up(*args, **kwargs):
+        signal.raise_signal(signal.SIGHUP)
+        return read(*args, **kwargs)
+
+    read = merge.read_adapter
+    monkeypatch.setattr(merge, "read_adapter", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli("merge", "--run", trained).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_that_a_library_makes_an_error_of_is_ctrl_c(cli, trained, monkeypatch):
     import gemma_tune.merge.stage as merge
 

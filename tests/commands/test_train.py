@@ -270,7 +270,7 @@ def interrupted(run: Path, after_step: int, number: int) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number):
     uninterrupted = prepared.with_name("whole")
     shutil.copytree(prepared, uninterrupted)

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import INTERRUPTED, UserError
 from gemma_tune.base.listener import Held
-from gemma_tune.base.machine import end_at_once
+from gemma_tune.base.machine import Terminated, end_at_once
 from gemma_tune.base.words import counted
 from gemma_tune.chat.conversation import Conversation, open_conversation
 from gemma_tune.chat.preferences import COMPARED
@@ -56,13 +56,19 @@ def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor
     """
     talk = Talk(conversation, typist, said)
     say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    code = 0
     try:
-        talk.run()
+        try:
+            talk.run()
+        except Terminated:
+            if conversation.ahead is None or not conversation.ahead.going_on:
+                raise
+            code = INTERRUPTED
         if (ahead := conversation.ahead) is not None:
             if ahead.going_on:  # nobody waits for it any more
                 end_all()
                 with keeping_still():  # the line of what is loaded hides the cursor
-                    end_at_once()
+                    end_at_once(code)
             said.tell()
             if ahead.failure is not None:
                 raise ahead.failure
@@ -90,6 +96,8 @@ class Talk:
                     self.answer(line)
             except UserError as e:
                 self._refuse(e)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 say("\n(Ctrl-D or /exit leaves)")
             except EOFError:
@@ -210,6 +218,8 @@ class Talk:
         try:
             with typing.nothing_shown():
                 yield
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             say("(stopped; this answer is not kept)")
         except UserError as e:
@@ -276,6 +286,8 @@ def _written(stream: Streaming, writer: Any) -> tuple[Answer, bool]:
             try:
                 for piece in stream:
                     writer.piece(piece)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 stopped = True
                 stream.stop()
