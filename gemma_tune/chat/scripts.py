@@ -20,10 +20,12 @@ from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
+from gemma_tune.data.conversations.problems import Problem
+from gemma_tune.data.conversations.tools import declarations
+from gemma_tune.data.conversations.turns import conversation
 
 _HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
-_ROLES = ("system", "user", "assistant", "tool")
 _READ = ("id", "prompt", "messages", "system", "tools")
 _SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
@@ -37,6 +39,7 @@ class Asked:
         where: file and line, for people.
         prompt: what was asked; None for a whole conversation.
         messages: the turns, without the chat's own system prompt.
+        given: a whole conversation as it stands in the row.
         named: ``id`` of the row, if it has one.
         unread: names of what else the row has.
         problem: why it cannot be asked.
@@ -49,12 +52,13 @@ class Asked:
     named: dict[str, Any] = field(default_factory=dict)
     problem: UserError | None = None
     unread: tuple[str, ...] = ()
+    given: Any = None
 
     @property
     def echo(self) -> dict[str, Any]:
         """What a program finds its question by."""
-        return self.named | ({"messages": self.messages} if self.prompt is None and self.messages
-                             else {} if self.prompt is None else {"prompt": self.prompt})
+        return self.named | ({"prompt": self.prompt} if self.prompt is not None
+                             else {} if self.given is None else {"messages": self.given})
 
 
 Result = Answer | UserError
@@ -140,36 +144,32 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
         return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named, unread=others)
-    if (tools := row.get("tools")) and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise UserError(f"{where}: its tools are no list of objects", "as in the data that was trained on")
-    return Asked(where, messages=_turns(row["messages"], where), tools=tools or None, named=named,
-                 unread=others)
+    problems: list[Problem] = []
+    tools = declarations(row.get("tools"), problems)
+    _refuse(problems, where)
+    return Asked(where, messages=_turns(row["messages"], where), tools=tools, named=named, unread=others,
+                 given=row["messages"])
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The turns of a row; one that ends with an answer is a row of training data, whose last answer is asked anew.
+    """The turns of a row as ``prepare`` reads those it learns, so that a model is asked what it was trained on.
 
     Raises:
-        UserError: they are no conversation.
+        UserError: they are no conversation, or nobody asks.
     """
-    shape = "messages are a list of objects with a role (" + ", ".join(_ROLES) + ") and a content"
-    if not isinstance(messages, list) or not messages or not all(map(_is_turn, messages)):
-        raise UserError(f"{where}: its messages are no conversation", shape)
-    if messages[-1]["role"] not in ("user", "tool"):
-        ends = "an answer" if messages[-1]["role"] == "assistant" else "the system's turn"
+    problems: list[Problem] = []
+    turns = conversation(messages, problems, answered=False)
+    _refuse(problems, where)
+    if turns[-1]["role"] not in ("user", "tool"):
+        ends = "an answer" if turns[-1]["role"] == "assistant" else "the system's turn"
         raise UserError(f"{where}: its messages end with {ends}, so there is nothing to answer",
                         "end them with the user's turn")
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in messages]
+    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
 
 
-def _is_turn(turn: Any) -> bool:
-    """A turn has text; one that calls functions needs none."""
-    if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
-        return False
-    calls = turn.get("tool_calls") or []
-    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        return False
-    return isinstance(turn.get("content"), str) or bool(calls) and turn.get("content") is None
+def _refuse(problems: list[Problem], where: str) -> None:
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problem.reason for problem in problems)}", problems[0].fix)
 
 
 def open_input(name: str) -> tuple[TextIO, str, bool]:

@@ -41,17 +41,42 @@ def test_a_row_that_was_cut_off_is_no_prompt():
     ("text", "not JSON"), ("{", "not JSON"), ("[1]", "no object"), ('{"a": 1}', "neither messages nor"), ('{"prompt": ""}', "is empty"),
     ('{"prompt": "a", "messages": []}', "both messages and a prompt"), ('{"prompt": "a", "tools": [{}], "system": "b"}',
      "system and tools beside a prompt would not be asked"), ("a\0b", "NUL"),
-    ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "tools are no list"),
-    ('{"messages": [{"role": "user", "content": "a"}], "tools": ["a"]}', "tools are no list"),
-    ('{"messages": [{"role": "user", "content": 0}]}', "no conversation"), ('{"messages": [{"role": "user"}]}', "no conversation"),
-    ('{"messages": [{"role": "assistant", "tool_calls": 3}, {"role": "user", "content": "a"}]}', "no conversation"),
+    ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "`tools` is a number"),
+    ('{"messages": [{"role": "user", "content": "a"}], "tools": ["a"]}', "tool 1 is text that is not JSON"),
+    ('{"messages": [{"role": "user", "content": 0}]}', "turn 1 is a number, not text"), ('{"messages": [{"role": "user"}]}', "turn 1 is"),
+    ('{"messages": [{"role": "assistant", "tool_calls": 3}, {"role": "user", "content": "a"}]}', "turn 1"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "turn 2 is `user` where `assistant` is expected"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]}',
+     "turn 2 (assistant) is empty"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "c"}, '
+     '{"role": "user", "content": "d"}]}', "turn 3 is a system message; it can only be the first"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "'image_url', not text"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
-    ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "no conversation"), ('{"messages": [{"role": "x"}]}', "no conv"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "no conversation")])
+    ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "an empty list"), ('{"messages": [{"role": "x"}]}', "the role 'x'"),
+    ('{"messages": "hello"}', "is text, not a list of turns")])
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(line, said):
     good, bad = read(['{"prompt": "a"}', line], "rows.jsonl", rows_only=True)
     assert good.problem is None
     assert bad.problem.message.startswith("rows.jsonl:2: ") and said in bad.problem.message and bad.problem.hint
+
+
+def test_a_row_is_read_as_those_that_are_learned():
+    """Roles and parts as other programs write them, arguments as text, an empty system turn; echoed as they stand."""
+    given = [{"role": "developer", "content": ""}, {"from": "human", "value": "a"},
+             {"role": "assistant", "content": None, "train": True,
+              "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}]},
+             {"role": "tool", "tool_call_id": "1", "content": "b"}]
+    [one] = read([json.dumps({"messages": given, "tools": '[{"name": "look"}]'})], "rows.jsonl", rows_only=True)
+    assert one.problem is None and one.echo == {"messages": given}
+    assert one.tools == [{"type": "function", "function": {"name": "look"}}]
+    assert one.messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": 1}}}]},
+        {"role": "tool", "content": "b", "tool_call_id": "1", "name": "look"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    [one] = read([json.dumps({"messages": [{"role": "user", "content": parts}]})], "rows.jsonl", rows_only=True)
+    assert one.messages == [{"role": "user", "content": "a\nb"}]
 
 
 def test_an_input_that_cannot_be_read(tmp_path):
@@ -126,7 +151,7 @@ def test_json_lines_on_standard_input_in_a_command(cli, fluent):
         found = [json.loads(line) for line in result.out.splitlines()]
         assert [f.get("answer") for f in found] == ["The number is 3, no more.", None, "The number is 7, no more."]
         assert (found[0]["id"], found[0]["messages"]) == ("b", rows[0]["messages"])
-        assert "no conversation" in found[1]["error"]["message"] and found[1]["id"] == 7 and found[1]["error"]["kind"] == "bad_input"
+        assert "turn 1 is a number, not text" in found[1]["error"]["message"] and found[1]["id"] == 7 and found[1]["error"]["kind"] == "bad_input"
         assert [f["where"].rpartition(":")[2] for f in found] == ["1", "2", "3"]
         assert "1 of 3 prompts could not be answered; the others were" in result.err
         assert ("! not read of the rows: max_tokens (1 row), topic (1 row); for all of them together there is --max-new-tokens"

@@ -34,11 +34,13 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 PLAIN = ({"role", "content"}, {"from", "value"})
 
 
-def conversation(messages: Any, problems: list[Problem], key: str = "messages") -> list[Turn]:
+def conversation(messages: Any, problems: list[Problem], key: str = "messages", *, answered: bool = True,
+                 ) -> list[Turn]:
     """The normalised turns of ``messages``; what is wrong with them is added to ``problems``.
 
     Args:
         key: the column they come from, for the message.
+        answered: whether it has to end with an answer to learn.
     """
     if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
         problems.append(problem)
@@ -54,6 +56,8 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages") 
         if known[0]["role"] == "system" and blank(known[0]["content"]) and len(known) > 1:
             known, numbers = known[1:], numbers[1:]  # as a column `system` that is empty
         _check_order(known, numbers, problems)
+        if answered:
+            _check_answers(known, problems)
     return known
 
 
@@ -285,14 +289,17 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
             awaited, caller = ("tool",), number
         else:
             awaited = ("user",)
+    if with_tools:
+        _match_results(turns, numbers, problems)
+
+
+def _check_answers(turns: Sequence[Turn], problems: list[Problem]) -> None:
     if turns[-1]["role"] != "assistant":
         problems.append(Problem("no_answer", f"the conversation ends with `{turns[-1]['role']}`; there is no answer to "
                                              "learn", "leave the last turn out, or put the answer behind it"))
     elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
         problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
                                 "leave the row out, or let an answer be learned: \"train\": true"))
-    if with_tools:
-        _match_results(turns, numbers, problems)
 
 
 def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) -> Problem:
