@@ -24,6 +24,7 @@ from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
+from gemma_tune.run.session import refuse_other_id
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
@@ -99,6 +100,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     manifest = current_manifest(root)
     if manifest is None:
         raise no_run(root)
+    if run and model_id:
+        refuse_other_id(root, manifest.model, model_id)
     paths = RunDir(root, manifest.model_name)
     unread: dict[str, None] = {}
     _notice_changed_base(root, manifest.model, verify, unread)

@@ -101,12 +101,18 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         return _from_file(model_id, path, listener, known)
     if path.suffix.lower() == SUFFIX:
         raise UserError(f"there is no file {model_id}", _CHECK)
-    looks_local = path.is_absolute() or model_id.startswith((".", "~")) or model_id.endswith(("/", os.sep))
-    if looks_local or (model_id.count("/") > 1 and "://" not in model_id):
+    if is_path(model_id):
         raise UserError(f"there is no directory {model_id}", _CHECK)
     if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
     return _from_hub(model_id, revision, listener, weights)
+
+
+def is_path(model_id: str) -> bool:
+    """Whether a ``--model`` is a file or directory by its looks, whether there is one or not."""
+    looks_local = os.path.isabs(os.path.expanduser(model_id)) or model_id.startswith((".", "~"))
+    return (looks_local or model_id.endswith(("/", os.sep)) or Path(model_id).suffix.lower() == SUFFIX
+            or model_id.count("/") > 1 and "://" not in model_id)
 
 
 def _is_model(folder: Path) -> bool:

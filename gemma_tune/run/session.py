@@ -15,7 +15,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
-from gemma_tune.base.words import counted, near
+from gemma_tune.base.words import counted, model_name, near
 from gemma_tune.config.families import family_defaults
 from gemma_tune.config.settings import (
     Resolved,
@@ -31,7 +31,7 @@ from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
-from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
+from gemma_tune.models.source import BaseModel, is_path, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
 from gemma_tune.run.lock import finish_killed
 from gemma_tune.run.manifest import CONVERSATIONS, Manifest
@@ -222,6 +222,8 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         require_readable(place)
         raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")
+    if wanted:
+        refuse_other_id(root, recorded, wanted)
     model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
                    weights=weights)
     refuse_other_model(root, recorded, model)
@@ -238,5 +240,21 @@ def refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel
         UserError: the run is recorded as another model's.
     """
     if (recorded["id"], recorded["source"]) != (model.id, model.source):
-        raise UserError(f"{root} is a run of {recorded['id']}, not of {model.id}: its adapter fits that model alone",
-                        f"leave --model out, or use another run: --run {RUNS / model.name}-2")
+        raise _of_another(root, recorded["id"], model.id)
+
+
+def refuse_other_id(root: Path, recorded: Mapping[str, Any], wanted: str) -> None:
+    """The same for a ``--model`` that is no path, before it is looked for on the hub.
+
+    Raises:
+        UserError: the run is recorded as another model's.
+    """
+    name = split_revision(wanted)[0]
+    path = Path(os.path.expanduser(name))
+    if not (is_path(name) or os.path.exists(path) or name == recorded["id"]):
+        raise _of_another(root, recorded["id"], name)
+
+
+def _of_another(root: Path, own: str, other: str) -> UserError:
+    return UserError(f"{root} is a run of {own}, not of {other}: its adapter fits that model alone",
+                     f"leave --model out, or use another run: --run {RUNS / model_name(other)}-2")

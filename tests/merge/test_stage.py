@@ -171,6 +171,15 @@ def test_a_run_of_another_model_is_refused(cli, trained, tmp_path):
     assert "--run" in result.err
 
 
+@pytest.mark.parametrize("command", ["train", "merge", "status", "export-ollama"])
+def test_a_run_of_another_model_is_told_before_the_hub_is_asked(cli, trained, command, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody there
+    result = cli(command, "--run", trained, "--model", "google/gemma-3-4b-it")
+    assert result.code == 2
+    assert f"{trained} is a run of tiny-gemma, not of google/gemma-3-4b-it" in result.err
+    assert cli("status", "--run", trained, "--model", "tiny-gemma").code == 0
+
+
 @pytest.mark.parametrize("change", [{"lora_bias": True}, {"peft_type": "LOHA"},
                                     {"bias": "all"}, {"use_qalora": True}, {"layer_replication": [[0, 2]]}])
 def test_kinds_that_are_not_merged_are_refused(cli, trained, change):
