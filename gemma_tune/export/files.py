@@ -95,6 +95,10 @@ def load_merged(merged: Path, beside: int) -> tuple[Any | None, str]:
     return (load_model(merged, placement), "") if placement else (None, lacking)
 
 
+# What `write_file` finds out about a file.
+WRITTEN = ("bytes", "tensor_types", "largest_error", "largest_error_tensor", "calibrated_matrices", "converter")
+
+
 def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
                rounding: Rounding | None = None, types: Mapping[str, Type] | None = None) -> dict[str, Any]:
     """Write ``out`` in a number format and compare it with the checkpoint; its figures for the manifest.
@@ -112,7 +116,7 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
         return {"bytes": out.stat().st_size, "converter": "llama.cpp"}
     progress = functools.partial(listener.progress, f"writing {quant}")
     written = write_gguf(source.merged, out, quant, name=source.name, chat_template=source.template,
-                         eot_token_id=source.chat.terminator_id, sampling=_sampling(source.target.parameters),
+                         eot_token_id=source.chat.terminator_id, sampling=sampling_metadata(source.target.parameters),
                          on_tensor=lambda done, total, _: progress(done, total), parts=source.parts, rounding=rounding,
                          types=types)
     for reason, count in Counter(reason for _, reason in written.fallbacks).items():
@@ -122,7 +126,8 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
             "largest_error_tensor": tensor, "calibrated_matrices": len(written.calibrated)}
 
 
-def _sampling(parameters: Mapping[str, Any]) -> dict[str, float]:
+def sampling_metadata(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """Those of Ollama's parameters that a GGUF has keys of its own for, by these."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "repeat_penalty": "repetition_penalty"}
     return {ours: parameters[theirs] for theirs, ours in names.items() if theirs in parameters}

@@ -21,6 +21,7 @@ from gemma_tune.export.checks import ExportChecks, check_files, format_tables, m
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
+from gemma_tune.export.same_files import SameFiles, same_files
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, gained, said_against, smallest_sound
 from gemma_tune.gguf.compensated import Rounding
@@ -101,16 +102,23 @@ def _export(session: Session, source: ExportSource) -> Finished:
     _say(session, source.target)
     quants = _quants(session, source)
     modelfiles = _modelfiles(session, source.target, quants)
+    same = same_files(session, source, quants)
+    if same is not None:
+        session.listener.note("the GGUF stays as it is; " + (
+            "what Ollama is told is written anew" if same.checked else "what was not checked is checked now"))
+        if same.checked:
+            return _told_otherwise(session, modelfiles, same)
     run.ollama.mkdir(exist_ok=True)
     # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
-    files = {quant: fresh_path(run.ollama / f"{run.model_name}-{quant}.gguf") for quant in quants}
+    files = same.files if same else {
+        quant: fresh_path(run.ollama / f"{run.model_name}-{quant}.gguf") for quant in quants}
     try:
-        figures = _write(session, source, files)
+        figures = same.written if same else _write(session, source, files)
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
     except BaseException:
         beside = (run.ollama / _REPORT, *(path for _, paths, _ in modelfiles.values() for path in paths.values()))
-        for path in (*files.values(), *map(fresh_path, beside)):
+        for path in (*(() if same else files.values()), *map(fresh_path, beside)):
             remove(path)
         raise
 
@@ -212,11 +220,10 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
         name, paths, content = modelfiles[quant]
-        fresh[gguf] = path
+        if gguf != path:
+            fresh[gguf] = path
         outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
-        for key, modelfile in paths.items():
-            outputs[key], fresh[modelfile] = modelfile, fresh_path(modelfile)
-            fresh[modelfile].write_bytes(content)
+        _write_beside(paths, content, outputs, fresh)
         figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
     earlier = _earlier(session, files)
@@ -241,6 +248,28 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
     summary |= {"earlier": earlier} if earlier else {}
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary},
                     fresh)
+
+
+def _write_beside(paths: Mapping[str, Path], content: bytes, outputs: dict[str, Path], fresh: dict[Path, Path]) -> None:
+    for key, modelfile in paths.items():
+        outputs[key], fresh[modelfile] = modelfile, fresh_path(modelfile)
+        fresh[modelfile].write_bytes(content)
+
+
+def _told_otherwise(session: Session, modelfiles: Mapping[str, tuple[str, Mapping[str, Path], bytes]],
+                    same: SameFiles) -> Finished:
+    """The last export with other Modelfiles."""
+    run, first = session.run, next(iter(same.files))
+    outputs: dict[str, Path] = {}
+    fresh: dict[Path, Path] = {}
+    figures = {}
+    for quant, gguf in same.files.items():
+        name, paths, content = modelfiles[quant]
+        outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
+        _write_beside(paths, content, outputs, fresh)
+        figures[quant] = {**same.figures[quant], "ollama_name": name}
+    return Finished({**outputs, "export_report": run.ollama / _REPORT},
+                    same.summary | {"ollama_name": figures[first]["ollama_name"], "quants": figures}, fresh)
 
 
 def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -321,6 +321,58 @@ def test_what_was_not_checked_is_checked_when_the_checks_are_asked_for_again(cli
         assert cli("export-ollama", "--quant", "q8_0", *less, "--json").json["status"] == "up-to-date", less
 
 
+def test_what_ollama_alone_is_told_leaves_the_files_as_they_are(cli, merged):
+    """Name, system prompt, context and what no GGUF holds; a parameter of sampling stands in the file as well."""
+    def files() -> dict[str, tuple[int, int]]:
+        return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (merged / "ollama").glob("*.gguf")}
+
+    first = cli("export-ollama", "--quant", "q8_0,q4_0", "--json")
+    assert first.code == 0, first.err
+    before = files()
+    told = cli("export-ollama", "--name", "mine", "--num-ctx", "512", "--system", "Count.", "--parameter", "seed=5", "--json")
+    assert told.json["status"] == "done" and "the GGUF stays as it is" in told.err, told.err
+    assert files() == before and len(before) == 2
+    read = modelfile(merged)
+    assert (read["system"], read["parameters"]["num_ctx"], read["parameters"]["seed"]) == ("Count.", 512, 5)
+    assert told.json["summary"]["quants"]["q4_0"]["ollama_name"] == "mine:q4_0"
+    for quant, figures in first.json["summary"]["quants"].items():
+        assert {**told.json["summary"]["quants"][quant], "ollama_name": ""} == {**figures, "ollama_name": ""}
+    assert told.json["summary"]["parity"] == first.json["summary"]["parity"]
+    assert told.json["artifacts"].keys() == first.json["artifacts"].keys()
+    assert cli("status", "--verify", "--json").json["stages"]["export-ollama"]["state"] == "done"
+    assert cli("export-ollama", "--json").json["status"] == "up-to-date"
+
+    hot = cli("export-ollama", "--parameter", "temperature=0.5", "--json")
+    assert hot.json["status"] == "done" and "stays as it is" not in hot.err
+    assert all(files()[name] != stamp for name, stamp in before.items())
+    before = files()
+    assert "stays as it is" not in cli("export-ollama", "--name", "other", "--force").err and files() != before
+    (merged / "ollama" / "tiny-gemma-q4_0.gguf").write_bytes(b"GGUF")  # damaged: made anew, whatever the name
+    assert cli("export-ollama", "--name", "third").code == 0
+    assert cli("status", "--verify", "--json").json["stages"]["export-ollama"]["state"] == "done"
+
+
+def test_files_are_checked_later_without_being_written_again(cli, merged, monkeypatch):
+    assert cli("export-ollama", "--quant", "q8_0", "--no-verify", "--no-measure").code == 0
+    gguf = merged / "ollama" / "tiny-gemma-q8_0.gguf"
+    before = gguf.stat()
+    later = cli("export-ollama", "--verify", "--measure", "--name", "mine", "--json")
+    assert "what was not checked is checked now" in later.err
+    assert later.json["summary"]["parity"]["ok"] is True and "kl" in later.json["summary"]["quants"]["q8_0"]
+    assert later.json["summary"]["quants"]["q8_0"]["ollama_name"] == "mine"
+    assert (gguf.stat().st_ino, gguf.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "divergence" in (merged / "ollama" / "report.md").read_text()
+
+    import gemma_tune.export.stage as stage
+
+    def broken(*args):
+        raise WorkFailed("the check broke")
+
+    monkeypatch.setattr(stage, "check_files", broken)
+    assert cli("export-ollama", "--quant", "f16", "--no-verify", "--no-measure").code == 1
+    assert gguf.exists() and cli("export-ollama", "--no-verify", "--no-measure", "--json").code == 0
+
+
 def test_llama_cpps_memory_counts_beside_the_models(cli, merged, monkeypatch):
     """What fits alone does not fit beside a file in llama.cpp; afterwards it does, and the loss is measured."""
     from gemma_tune.export import files as export_files

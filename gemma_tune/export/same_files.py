@@ -1,0 +1,63 @@
+"""Files of the last export that would be written again as they are: what Ollama alone is told stands beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.config.settings import asks_more
+from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
+from gemma_tune.export.target import parse_parameters, sampling_parameters
+from gemma_tune.run.session import Session
+from gemma_tune.run.stage import state_of
+
+STAGE = "export-ollama"
+# Settings that leave a GGUF as it is. Of the parameters, a file holds those of sampling, which are compared by
+# themselves; the number formats are compared by what they came to.
+_BESIDE = ("name", "system", "num_ctx", "parameter", "quant", "size", "create", "host", "allow_difference")
+_CHECKS = ("measure", "verify")
+
+
+@dataclass(frozen=True)
+class SameFiles:
+    """What can stay of the last export.
+
+    Attributes:
+        files: the GGUF of each number format.
+        figures: what the manifest has of each.
+        summary: all of the export's summary.
+        checked: whether they have been compared with the merged model as far as it is asked for now.
+    """
+
+    files: Mapping[str, Path]
+    figures: Mapping[str, dict[str, Any]]
+    summary: Mapping[str, Any]
+    checked: bool
+
+    @property
+    def written(self) -> dict[str, dict[str, Any]]:
+        """Of the figures those that were there before any comparison."""
+        return {quant: {name: item[name] for name in WRITTEN if name in item} for quant, item in self.figures.items()}
+
+
+def same_files(session: Session, source: ExportSource, quants: Iterable[str]) -> SameFiles | None:
+    """The files of the last export, if ``quants`` with the settings of now would give the same ones."""
+    record = session.manifest.stages.get(STAGE)
+    if session.force or record is None or state_of(session.run, session.manifest, STAGE).status != "done":
+        return None
+    figures = record["summary"].get("quants", {})
+    now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
+    others = {name for name, value in now.items() if name not in before or before[name] != value}
+    if list(figures) != list(quants) or others - {*_BESIDE, *_CHECKS}:
+        return None
+    if _sampling(source, before["parameter"]) != _sampling(source, now["parameter"]):
+        return None
+    unchecked = [name for name in others & {*_CHECKS} if asks_more(type(session.config), name, before[name], now[name])]
+    files = {quant: session.run.ollama / item["file"] for quant, item in figures.items()}
+    return SameFiles(files, figures, record["summary"], not unchecked)
+
+
+def _sampling(source: ExportSource, parameters: Iterable[str]) -> dict[str, float]:
+    return sampling_metadata(sampling_parameters(source.merged) | parse_parameters(tuple(parameters)))
