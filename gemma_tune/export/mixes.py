@@ -44,16 +44,19 @@ class Mixes:
     on_grid: bool = False
     _costs: Costs = field(default_factory=dict)
 
-    def measure(self, labels: Sequence[str]) -> None:
-        """Measure how much depends on each token, and what rounding costs where a mix depends on that.
+    def require_room(self, labels: Sequence[str]) -> None:
+        """What is known before anything is measured.
 
         Raises:
-            UserError: no file of a size can hold the model, which is known before.
+            UserError: no file of a size can hold the model.
         """
-        sizes = [size for size in map(size_in_bytes, labels) if size]
-        for size in sizes:
+        for size in filter(None, map(size_in_bytes, labels)):
             self._fitting(size, {spec.name: Matrix(spec.shape, dict.fromkeys(types_for(spec.shape[1]), 0.0))
                                  for spec in self._to_choose})
+
+    def measure(self, labels: Sequence[str]) -> None:
+        """Measure how much depends on each token, and what rounding costs where a mix depends on that."""
+        sizes = [size for size in map(size_in_bytes, labels) if size]
         if not sizes and not any(label in COARSE[1:] for label in labels):  # q8_0 alone loses hardly anything
             return
         types, parameters = {}, sum(spec.shape[0] * spec.shape[1] for spec in self._to_choose)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.secrets import place_of
+from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration_file import with_file
 from gemma_tune.export.calibration_rows import not_calibrated
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gemma_tune.export.mixes import Mixes
 
 _REPORT = "report.md"
+_EIGHT_BITS = {"Q8_0", "F32"}  # types of a file whose matrices have eight bits each
 
 
 def export(session: Session) -> ExportReport:
@@ -132,6 +134,9 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     listener = session.listener
     calibration, said = calibration_of(session, source, tuple(files))
     on_grid = _on_grid(session)
+    mixes = Mixes(source, calibration, listener, on_grid) if calibration else None
+    if mixes:
+        mixes.require_room(tuple(files))
     if calibration:
         listener.note(f"rounding is calibrated on {said}")
     elif not said and session.config.calibration_file:
@@ -141,7 +146,6 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
         if on_grid:
             listener.warn("the base model came from a GGUF, so its weights lie on the steps of few bits: rounding each "
                           "by itself can take what was learned back to them; the table tells")
-    mixes = Mixes(source, calibration, listener, on_grid) if calibration else None
     if session.config.size and not mixes:
         raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
                         "name a number format with --quant")
@@ -162,6 +166,9 @@ def _write_one(session: Session, source: ExportSource, label: str, path: Path, m
     if types:
         counts = ", ".join(f"{n} in {kind.name}" for kind, n in Counter(types.values()).most_common())
         session.listener.note(f"{label}: types by what rounding each matrix was measured to cost: {counts}")
+    if label == session.config.labels[-1] and session.config.size and {*figures["tensor_types"]} <= _EIGHT_BITS:
+        session.listener.note(f"{label}: eight bits everywhere, the most that is mixed, take "
+                              f"{size_text(figures['bytes'])}; more exact and larger is --quant bf16")
     return figures
 
 

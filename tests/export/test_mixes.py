@@ -27,6 +27,7 @@ def test_a_file_for_a_size(export, merged):
         assert label == f"{size / 1000}kb" and "measured to cost" in result.err
         file = merged / "ollama" / f"tiny-gemma-{label}.gguf"
         assert size - 20_000 < file.stat().st_size <= size or size > ends[1]
+        assert ("eight bits everywhere, the most that is mixed" in result.err) == (size > ends[1])
         assert result.json["summary"]["quants"][label]["calibrated_matrices"] > 10
     kinds = {info.type for info in GgufFile(file).tensors.values()}
     assert len(kinds - {Type.F32}) > 1, "a mix"
@@ -54,6 +55,7 @@ def test_a_size_that_cannot_be(export, merged, arguments, words, monkeypatch):
     result = export(*arguments, "--run", merged)
     assert result.code == 2
     assert all(word in result.err for word in words), result.err
+    assert "is calibrated on" not in result.err
     assert not [*(merged / "ollama").glob("*.gguf")]
 
 
