@@ -23,7 +23,7 @@ def report(session: Session, summary: dict[str, Any]) -> str:
     trained = session.manifest.stages["train"]["summary"]
     total = summary["questions"]
     lines = [f"# {session.model.name}: before and after", "", "| | base | tuned |", "|---|---|---|"]
-    if trained.get("eval_loss_before") is not None:
+    if trained.get("eval_loss_before") is not None and not session.config.data_file:  # else it is about other rows
         lines.append(f"| validation loss | {trained['eval_loss_before']:.4f} | {trained['eval_loss_after']:.4f} |")
     if total:
         lines.append(f"| answers that end by themselves | {summary['base_ended']}/{total} "

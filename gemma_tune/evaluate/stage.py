@@ -13,7 +13,15 @@ from gemma_tune.answers.prompts import tool_names
 from gemma_tune.base.files import fresh_path, write_atomic, write_json
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.evaluate.compare import SIDES, answers, losses, measured_answers, on_both, worse_at_general_text
+from gemma_tune.evaluate.compare import (
+    SIDES,
+    answers,
+    losses,
+    measured_answers,
+    on_both,
+    worse_at_general_text,
+    worse_at_the_rows,
+)
 from gemma_tune.evaluate.markdown import report
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
@@ -85,7 +93,7 @@ def _evaluate(session: Session) -> Finished:
     if tasks:
         summary["tasks"] = compared(on_both(
             model, lambda side: tasks.run(model, chat, config.limit, config.seed, side)))
-    if said := worse_at_general_text(measures):
+    for said in filter(None, (worse_at_the_rows(measures), worse_at_general_text(measures))):
         listener.warn(said)
     side_by_side = _compared(chosen.questions, given)
     outputs = {"report": session.run.report, "answers": session.run.answers}

@@ -148,6 +148,13 @@ def test_other_rows_are_read_checked_and_remembered(cli, fluent, tmp_path):
     assert summary["measures"]["exact_match"]["tuned"][0] == pytest.approx(sum(right) / 3) and any(right)
     assert summary["measures"]["exact_match"]["base"][0] == 0
     assert summary["measures"]["chrf"]["difference"][1] > 0
+    assert "| validation loss |" not in (fluent / "report.md").read_text(), "which is of other rows"
+    assert "these rows worse" not in result.err
+    write_rows(tmp_path / "strange.jsonl", [{"messages": [{"role": "user", "content": f"Say number {n}."},
+                                                          {"role": "assistant", "content": "".join(chr(33 + (n * 37 + k * 11) % 90) for k in range(90))}]} for n in range(5)])
+    strange = cli("eval", "--max-new-tokens", 2, "--json", *FP32, "--data", "strange.jsonl")
+    assert any("the tuned model predicts these rows worse than the base: loss " in text for text in strange.json["warnings"])
+    assert cli(*args, "--data", "others.jsonl", "--questions", 3).code == 0
     assert "(rows of `others.jsonl`)" in (fluent / "report.md").read_text() and "the row's own answer" in (fluent / "report.md").read_text()
     assert str(tmp_path) not in (fluent / "manifest.json").read_text()
     assert cli(*args).json["status"] == "up-to-date", "the file is remembered"
