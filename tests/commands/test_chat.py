@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
@@ -445,13 +444,20 @@ def test_the_help_keeps_its_columns_where_a_line_is_long(talk, monkeypatch):
     assert max(map(len, lines)) <= 60
 
 
+def test_questions_that_begin_with_a_slash(talk, conversation):
+    """A path, a comment of code and what a space stands before are no commands; those that there are stay some."""
+    asked = ["/etc/passwd holds what?", "// what does this do?\nf(x);", "/* and this */", " /nope is a word"]
+    talk(*asked, " /undo", streams=[Spoken(["a"]) for _ in asked])
+    assert [turn["content"] for turn in conversation.turns[::2]] == asked[:-1]
+
+
 def test_slash_commands(talk, conversation):
     conversation.keep("one", Answer("1", 1, True))
     _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/help", "", "   ", KeyboardInterrupt())
     assert conversation.messages == [{"role": "system", "content": "Be [bold] brief."}]
     assert "(the conversation starts anew)" in err
     assert "(system prompt: Be [bold] brief.)" in err
-    assert "(there is no /nope" in err
+    assert "(there is no /nope; /help lists what there is; with a space before it, it is a question)" in " ".join(err.split())
     assert err.count("forget the conversation") == 1, "for /help"
     assert "(Ctrl-D or /exit leaves)" in err
     talk("/system")
@@ -606,9 +612,9 @@ def test_the_command_names_the_data_and_the_settings_as_they_were(prepared, expe
 
 def test_the_command_names_the_built_in_example_too():
     saves = Saves(RunDir(Path("runs/m"), "m"), {"data": []})
-    example, row = shlex.split(saves.command_to_prepare(Path("x.jsonl")))[-2:]
-    assert Path(example).resolve() == samples.training_path().resolve()
-    assert row == "x.jsonl"
+    assert shlex.split(saves.command_to_prepare(Path("x.jsonl")))[-2:] == ["example:finance", "x.jsonl"]
+    saves = Saves(RunDir(Path("runs/m"), "m"), {"data": ["gemma_tune:samples/pairs.jsonl"]}, kind="pairs")
+    assert shlex.split(saves.command_to_prepare_pairs())[-2:] == ["example:pairs", "runs/m/saved-pairs.jsonl"]
 
 
 def test_what_is_saved_is_prepared_with_the_runs_own_data(cli, fluent, talk, conversation):

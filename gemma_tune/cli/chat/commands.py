@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,8 +49,17 @@ class Command:
     help: str
 
 
+_LOOKS_LIKE_ONE = re.compile(r"/[A-Za-z?]+(?:\s|\Z)")  # and not /usr/bin, // or /*
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is for the chat and not for the model: also one that seems to be misspelt."""
+    name = line.lstrip().partition("\n")[0].partition(" ")[0].strip()
+    return name in COMMANDS or name in ALIASES or _LOOKS_LIKE_ONE.match(line) is not None
+
+
 def obey(talk: Talk, line: str) -> None:
-    """Do what a line that begins with a slash says.
+    """Do what a line that is a command says.
 
     Raises:
         UserError: it cannot be done.
@@ -59,7 +69,8 @@ def obey(talk: Talk, line: str) -> None:
     if name in ALIASES:
         name = ALIASES[name]
     if name not in COMMANDS:
-        say(f"(there is no {name}{near(name, COMMANDS) or '; /help lists what there is'})")
+        otherwise = "; /help lists what there is; with a space before it, it is a question"
+        say(f"(there is no {name}{near(name, COMMANDS) or otherwise})")
         return
     COMMANDS[name].run(talk, rest)
 

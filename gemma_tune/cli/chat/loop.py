@@ -20,7 +20,7 @@ from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.voice import Voice
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat import markdown, typing
-from gemma_tune.cli.chat.commands import obey
+from gemma_tune.cli.chat.commands import is_command, obey
 from gemma_tune.cli.chat.say import cut_off, figures, in_context, say
 from gemma_tune.cli.spinner import keeping_still
 from gemma_tune.gguf.engine import end_all
@@ -90,7 +90,7 @@ class Talk:
         while not self.left:
             try:
                 line = self._read()
-                if line.lstrip().startswith("/"):
+                if is_command(line):
                     obey(self, line.lstrip())
                 elif line.strip():
                     self.answer(line)

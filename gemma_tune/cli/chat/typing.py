@@ -21,7 +21,7 @@ from gemma_tune.chat.conversation import CHANGEABLE
 from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.scripts import keep_bytes
 from gemma_tune.cli import screen
-from gemma_tune.cli.chat.commands import COMMANDS
+from gemma_tune.cli.chat.commands import COMMANDS, is_command
 from gemma_tune.cli.spinner import LOOKS_EVERY, is_watched, keeping_still, loading_text, moving
 
 _PROMPT = "> "
@@ -48,7 +48,7 @@ class Plain:
             EOFError, KeyboardInterrupt: Ctrl-D, Ctrl-C.
         """
         lines = [self.line()]
-        while not lines[0].lstrip().startswith("/") and _more_is_there():
+        while not is_command(lines[0]) and _more_is_there():
             try:
                 lines.append(as_text(input(), "what was typed", sys.stdin.encoding))
             except EOFError:
