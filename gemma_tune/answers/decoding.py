@@ -29,7 +29,7 @@ KEPT = 2  # caches of a model, with what was captured on them
 # What a model's generation_config.json may say that this loop knows, or that does not concern it.
 _KNOWN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version",
           "cache_implementation", "use_cache", "max_length", "max_new_tokens", "output_attentions",
-          "output_hidden_states", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+          "output_hidden_states", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 _NEUTRAL = {"num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"}  # at 1
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -81,7 +81,7 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
         ids: (rows, width), padded on the left; ``mask`` (rows, width) is 0 there.
         pad: what follows the end of a row while others go on.
         limit: most new tokens.
-        arguments: of :func:`gemma_tune.answers.generation.sampling_arguments`.
+        arguments: of :func:`gemma_tune.answers.sampling.sampling_arguments`.
         every: steps after which tokens are read, which the GPU does not wait for.
         capture: None captures where the device can.
 
@@ -94,7 +94,7 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
     """
     capture = model.device.type == "cuda" if capture is None else capture
     try:
-        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments), every, capture)
+        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments, mask), every, capture)
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - in as many ways as a model can differ from what is known here
@@ -157,10 +157,15 @@ def _on_host(read: tuple[Any, Any], model: Any) -> list[list[int]]:
 Chooser = Callable[[Any, Any], Any]
 
 
-def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
-    """How the next tokens (rows) are chosen from ids (rows, so far) and logits (rows, vocabulary); None: the best."""
+def chooser(arguments: Mapping[str, Any], mask: Any) -> Chooser | None:
+    """How the next tokens (rows) are chosen from ids (rows, so far) and logits (rows, vocabulary); None: the best.
+
+    Args:
+        mask: (rows, width) of the prompts, 0 where they are padded on the left: no token was said there.
+    """
     from transformers import (
         LogitsProcessorList,
+        MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
@@ -169,7 +174,8 @@ def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
 
     processors, sample = LogitsProcessorList(), arguments["do_sample"]
     if (penalty := arguments.get("repetition_penalty") or 1.0) != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        padding = (mask != 0).int().argmax(dim=1)
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
     if sample:  # in the order of generate
         if (temperature := arguments["temperature"]) != 1.0:
             processors.append(TemperatureLogitsWarper(temperature))
@@ -177,6 +183,8 @@ def chooser(arguments: Mapping[str, Any]) -> Chooser | None:
             processors.append(TopKLogitsWarper(top_k))
         if (top_p := arguments["top_p"]) < 1.0:
             processors.append(TopPLogitsWarper(top_p))
+        if min_p := arguments.get("min_p"):
+            processors.append(MinPLogitsWarper(min_p))
     elif not processors:
         return None
 

@@ -1,4 +1,4 @@
-"""Answers from a loaded model: sampling settings and batches; one that is read as it is made is in ``stream``."""
+"""Answers from a loaded model, in batches; one that is read as it is made is in ``stream``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.answers import decoding
+from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import refuse_not_finite
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError, Messages, Tools
@@ -27,33 +28,6 @@ class Answer:
     text: str
     tokens: int
     ended: bool
-
-
-def sampling_arguments(model: Any, chosen: Mapping[str, float | None]) -> dict[str, Any]:
-    """Arguments for ``generate``: what was chosen, else the model's own generation settings.
-
-    A model that is greedy by itself samples as soon as a temperature, top_p or top_k is chosen for it.
-
-    Args:
-        chosen: temperature, top_p, top_k, repetition_penalty; None or a missing name means the model's own.
-    """
-    return arguments_of(vars(model.generation_config), chosen)
-
-
-def arguments_of(own: Mapping[str, Any], chosen: Mapping[str, float | None]) -> dict[str, Any]:
-    """The same from what a generation_config.json says; what stands there for None is left to it."""
-    values = {name: own.get(name) if chosen.get(name) is None else chosen[name]
-              for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    asked = any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k"))
-    arguments: dict[str, Any] = {}
-    if values["repetition_penalty"]:
-        arguments["repetition_penalty"] = values["repetition_penalty"]
-    if values["temperature"] == 0 or not (own.get("do_sample") or asked):
-        # Greedy ignores these; unset them so that transformers does not warn about the model's own.
-        return arguments | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    return arguments | {"do_sample": True} | {name: value if values[name] is None else values[name]
-                                              for name, value in neutral.items()}
 
 
 def context_of(model: Any) -> int:
@@ -118,7 +92,7 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
     """What the model writes after token ids, in one batch, padded on the left.
 
     Args:
-        arguments: of :func:`sampling_arguments`.
+        arguments: of :func:`gemma_tune.answers.sampling.sampling_arguments`.
         seconds: after which an answer is cut off; then nothing is captured for it either, which would take memory.
 
     Raises:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.answers.generation import Answer, arguments_of, prompt_ids, room_in
+from gemma_tune.answers.generation import Answer, prompt_ids, room_in
+from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
@@ -30,7 +31,8 @@ def sampling(arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
     if not arguments["do_sample"]:
         return penalty | {"temperature": 0, "top_k": 1}
     return penalty | {"temperature": arguments["temperature"], "top_k": arguments["top_k"], "top_p": arguments["top_p"],
-                      "min_p": 0, "samplers": ["penalties", "temperature", "top_k", "top_p"],
+                      "min_p": arguments.get("min_p", 0),
+                      "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
                       **({} if seed is None else {"seed": seed})}
 
 

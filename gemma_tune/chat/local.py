@@ -14,10 +14,10 @@ from gemma_tune.answers.generation import (
     continuations,
     prompt_ids,
     room_for_answer,
-    sampling_arguments,
 )
 from gemma_tune.answers.kept import KeptTurns
 from gemma_tune.answers.lengths import by_length, rows_that_fit
+from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory

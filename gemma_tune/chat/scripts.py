@@ -20,7 +20,7 @@ from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
-from gemma_tune.data.conversations.problems import Problem
+from gemma_tune.data.conversations.problems import Problem, damaged
 from gemma_tune.data.conversations.tools import declarations
 from gemma_tune.data.conversations.turns import conversation
 
@@ -82,7 +82,10 @@ def read(lines: Iterable[str], called: str, rows_only: bool = False) -> Iterator
                 continue
             where = f"{called}:{number}"
             try:
-                yield _asked(as_text(line, where, encoding).rstrip("\r\n"), where, rows_only)
+                text = as_text(line, where, encoding).rstrip("\r\n")
+                text = text.removeprefix("\ufeff") if number == 1 else text  # with which Windows' programs begin
+                if text.strip():
+                    yield _asked(text, where, rows_only)
             except UserError as e:
                 yield Asked(where, problem=e)
     except OSError as e:  # it is a directory, or a terminal that has gone
@@ -140,6 +143,8 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             fault = "empty" if isinstance(row["prompt"], str) else "no text"
             raise UserError(f"{where}: the prompt is {fault}", _SHAPE)
+        if damaged(row["prompt"]):
+            raise UserError(f"{where}: the prompt contains damaged characters", "export the text as UTF-8 again")
         if unread := [name for name in ("system", "tools") if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')

@@ -129,7 +129,7 @@ def write_file(source: ExportSource, out: Path, quant: str, listener: Listener,
 def sampling_metadata(parameters: Mapping[str, Any]) -> dict[str, float]:
     """Those of Ollama's parameters that a GGUF has keys of its own for, by these."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-             "repeat_penalty": "repetition_penalty"}
+             "repeat_penalty": "repetition_penalty", "repeat_last_n": "penalty_last_n"}
     return {ours: parameters[theirs] for theirs, ours in names.items() if theirs in parameters}
 
 

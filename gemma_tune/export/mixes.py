@@ -64,7 +64,7 @@ class Mixes:
         if mixed or any(label in MIXED and not self.on_grid for label in labels):
             types = {spec.source: types_for(spec.shape[1]) for spec in self._to_choose}
         doing = "measuring how much depends on each token" + (", and what rounding each matrix costs" if types else "")
-        self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // parameters)),
+        self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // max(1, parameters))),
                                              partial(self.listener.progress, doing))
 
     def of(self, label: str) -> tuple[str, dict[str, Type]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.secrets import place_of
-from gemma_tune.base.words import size_text
+from gemma_tune.base.words import size_in_bytes, size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration_file import with_file
 from gemma_tune.export.calibration_rows import not_calibrated
@@ -166,7 +166,7 @@ def _write_one(session: Session, source: ExportSource, label: str, path: Path, m
     if types:
         counts = ", ".join(f"{n} in {kind.name}" for kind, n in Counter(types.values()).most_common())
         session.listener.note(f"{label}: types by what rounding each matrix was measured to cost: {counts}")
-    if label == session.config.labels[-1] and session.config.size and {*figures["tensor_types"]} <= _EIGHT_BITS:
+    if size_in_bytes(label) and {*figures["tensor_types"]} <= _EIGHT_BITS:
         session.listener.note(f"{label}: eight bits everywhere, the most that is mixed, take "
                               f"{size_text(figures['bytes'])}; more exact and larger is --quant bf16")
     return figures

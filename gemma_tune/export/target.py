@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
@@ -89,13 +90,16 @@ def _longest_in_training(session: Session) -> int:
 def sampling_parameters(checkpoint: Path) -> dict[str, Any]:
     """Ollama's names for the model's own sampling settings.
 
-    A model without any answers greedily in transformers; temperature 0 keeps that, where Ollama's default is 0.8.
+    All of them are said, as Ollama has other defaults than transformers: a model without any answers greedily there,
+    here with temperature 0.8 and, before its version of August 2026, a penalty of 1.1 on what the last 64 tokens hold.
     """
-    own = generation_settings(checkpoint)
-    if not own.get("do_sample"):
-        return {"temperature": 0.0}
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
-    return {"temperature": 1.0} | {theirs: own[ours] for ours, theirs in names.items() if own.get(ours) is not None}
+    own = arguments_of(generation_settings(checkpoint), {})
+    penalty = own.get("repetition_penalty", 1.0)
+    drawn = {name: own[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in own}
+    if not own["do_sample"]:
+        drawn = {"temperature": 0.0}
+    # Transformers looks at everything that was said.
+    return {**drawn, "repeat_penalty": penalty, **({"repeat_last_n": -1} if penalty != 1 else {})}
 
 
 def _own_parameters(settings: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ _SAMPLING = {
     "top_p": (gguf.GGUFWriter.add_sampling_top_p, float),
     "min_p": (gguf.GGUFWriter.add_sampling_min_p, float),
     "repetition_penalty": (gguf.GGUFWriter.add_sampling_penalty_repeat, float),
+    "penalty_last_n": (gguf.GGUFWriter.add_sampling_penalty_last_n, int),
 }
 
 

@@ -112,6 +112,7 @@ class LayerwiseModel:
         known = np.unique(np.concatenate(rows))
         for module in self._embeddings:
             name = self.name(module)
+            module.padding_idx = None  # a row's number is another one here; what matters for gradients alone
             module._parameters["weight"] = self._parameter(
                 self.some_rows(name, known[known < self._stored[name].shape[0]]))
         return [self._before(torch.from_numpy(np.searchsorted(known, row))[None].to(self.device))

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gemma_tune.answers import decoding
-from gemma_tune.answers.generation import greedy_continuations, sampling_arguments
+from gemma_tune.answers.generation import continuations, greedy_continuations
+from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokenizer import load_format
@@ -244,13 +245,32 @@ def test_an_adapter_answers_as_itself_and_switched_off_as_its_base(talkative):
 @pytest.mark.parametrize("chosen", [
     dict(temperature=0.7), dict(temperature=1.5, top_k=7), dict(temperature=1.2, top_p=0.8),
     dict(top_k=20, top_p=0.9, repetition_penalty=1.3), dict(temperature=0.0, repetition_penalty=1e6),
+    dict(temperature=1.1, min_p=0.002),
 ], ids=str)
 def test_a_seed_draws_what_generate_draws(model, chosen):
+    model.generation_config.min_p = chosen.get("min_p")  # which is no option
     arguments = sampling_arguments(model, chosen)
+    assert arguments.get("min_p") == chosen.get("min_p") and not decoding.unknown(model)
     torch.manual_seed(3)
     expected = theirs(model, arguments=arguments)
     torch.manual_seed(3)
     assert ours(model, arguments=arguments) == expected
+
+
+def test_padding_is_no_text_that_a_penalty_is_about(model, chat, on_cpu, monkeypatch):
+    """Where the tokenizer has no token to pad with, the one that ends an answer stands there."""
+    monkeypatch.setattr(chat.tokenizer, "_pad_token", None, raising=False)
+    chat.tokenizer.pad_token = None
+    arguments = sampling_arguments(model, {"temperature": 0.0, "repetition_penalty": 1.3})
+    prompts = [[40 + n] * (1 + 7 * n) for n in range(6)]
+    monkeypatch.setattr(decoding, "pays", lambda model: False)
+    expected = continuations(model, chat, prompts, 20, arguments)
+    monkeypatch.setattr(decoding, "pays", lambda model: True)
+    assert continuations(model, chat, prompts, 20, arguments) == expected
+    masked = decoding.chooser(arguments, torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    ids, logits = torch.tensor([[5, 5, 6], [5, 5, 6]]), torch.zeros(2, 8)
+    logits[:, 5], logits[:, 7] = 1.0, 0.9
+    assert masked(ids, logits).tolist() == [5, 7]
 
 
 # --- what it does not know, and what fails ------------------------------------------------------------------------
@@ -337,7 +357,7 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):
         for step in (decoder._greedy_step, decoder._logits):
             assert step(model).shape[0] == 2
         drawing = sampling_arguments(model, dict(temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1))
-        decoder.step(model, decoding.chooser(drawing), False)
+        decoder.step(model, decoding.chooser(drawing, torch.ones_like(ids)), False)
     assert not operations.elsewhere and len(operations.names) > 200
     assert not any("multinomial" in name for name in operations.names), "on CUDA it is waited for"
 

@@ -16,8 +16,8 @@ from gemma_tune.answers.generation import (
     greedy_answers,
     greedy_continuations,
     room_for_answer,
-    sampling_arguments,
 )
+from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import FormatError
@@ -204,11 +204,13 @@ GEMMA_3 = dict(do_sample=True, temperature=0.8, top_k=64, top_p=0.95)
     (GEMMA_3, dict(top_k=0), {**GEMMA_3, "top_k": 0}),
     (GEMMA_3, dict(temperature=0.0), GREEDY),
     (GEMMA_3, dict(temperature=0.0, top_p=0.5), GREEDY),
-    (dict(do_sample=True), {}, dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)),
+    (dict(do_sample=True), {}, dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=50)),
+    (dict(do_sample=True, temperature=0.6, top_p=0.9, min_p=0.05), {}, dict(do_sample=True, temperature=0.6, top_p=0.9, top_k=50, min_p=0.05)),
+    (dict(do_sample=True, min_p=0.05), dict(temperature=0.0), GREEDY),
     ({}, {}, GREEDY),
     (dict(do_sample=False), dict(temperature=None), GREEDY),
-    ({}, dict(temperature=0.7), dict(do_sample=True, temperature=0.7, top_p=1.0, top_k=0)),
-    ({}, dict(top_p=0.9), dict(do_sample=True, temperature=1.0, top_p=0.9, top_k=0)),
+    ({}, dict(temperature=0.7), dict(do_sample=True, temperature=0.7, top_p=1.0, top_k=50)),
+    ({}, dict(top_p=0.9), dict(do_sample=True, temperature=1.0, top_p=0.9, top_k=50)),
     ({}, dict(top_k=5), dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=5)),
     ({}, dict(repetition_penalty=1.3), {**GREEDY, "repetition_penalty": 1.3}),
     (dict(repetition_penalty=1.1), {}, {**GREEDY, "repetition_penalty": 1.1}),
@@ -216,6 +218,13 @@ GEMMA_3 = dict(do_sample=True, temperature=0.8, top_k=64, top_p=0.95)
 ])
 def test_sampling_is_what_was_chosen_else_the_models_own(own, chosen, expected):
     assert arguments(own, **chosen) == expected
+
+
+def test_what_nobody_chose_is_what_generate_takes_for_it():
+    from gemma_tune.answers.sampling import _UNSET
+
+    theirs = GenerationConfig._get_default_generation_params()
+    assert {name: theirs[name] for name in _UNSET} == _UNSET
 
 
 def test_a_temperature_in_the_settings_of_a_greedy_model_does_not_make_it_sample():

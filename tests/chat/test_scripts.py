@@ -32,6 +32,12 @@ def test_lines_are_prompts_or_objects():
     assert found[5].echo == {"prompt": "{x} is no JSON"}
 
 
+def test_the_mark_that_windows_begins_a_text_with_is_none_of_it():
+    row, text = read(['\ufeff{"prompt": "one"}\n', "two\n"], "in")
+    assert (row.prompt, text.prompt) == ("one", "two")
+    assert [one.prompt for one in read(["\ufeff\n", "\ufeffone\n"], "in")] == ["\ufeffone"]
+
+
 def test_a_row_that_was_cut_off_is_no_prompt():
     cut, text = read(['{"id": 3, "prompt": "cut o\n', '{"a"} is a set\n'], "in")
     assert "in:1: not JSON" in cut.problem.message and text.prompt == '{"a"} is a set'
@@ -53,7 +59,8 @@ def test_a_row_that_was_cut_off_is_no_prompt():
     ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "'image_url', not text"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
     ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "an empty list"), ('{"messages": [{"role": "x"}]}', "the role 'x'"),
-    ('{"messages": "hello"}', "is text, not a list of turns")])
+    ('{"messages": "hello"}', "is text, not a list of turns"), ('{"prompt": "a \\ud800 b"}', "the prompt contains damaged characters"),
+    ('{"messages": [{"role": "system", "content": "\\udc00"}, {"role": "user", "content": "a"}]}', "turn 1 contains damaged")])
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(line, said):
     good, bad = read(['{"prompt": "a"}', line], "rows.jsonl", rows_only=True)
     assert good.problem is None

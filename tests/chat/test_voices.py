@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_tune.answers.generation import Answer, arguments_of
+from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat import choice, llama, local, transcript
 from gemma_tune.chat.conversation import Conversation, open_conversation
@@ -207,7 +208,8 @@ def test_samplings_are_told_in_the_order_of_generate():
     own = {"do_sample": True, "top_k": 64, "top_p": 0.95}
     told = llama.sampling(arguments_of(own, {"temperature": 0.5}), 3)
     assert (told["temperature"], told["top_k"], told["top_p"], told["min_p"], told["seed"]) == (0.5, 64, 0.95, 0, 3)
-    assert told["samplers"] == ["penalties", "temperature", "top_k", "top_p"]
+    assert told["samplers"] == ["penalties", "temperature", "top_k", "top_p", "min_p"]
+    assert llama.sampling(arguments_of(own | {"min_p": 0.1}, {}), None)["min_p"] == 0.1
 
 
 # --- Ollama -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.export.files import sampling_metadata
 from gemma_tune.export.target import Target, constant_system, licence_text, parse_parameters, target_for
 from gemma_tune.models.source import BaseModel
 from gemma_tune.run.directory import RunDir
@@ -76,16 +77,28 @@ def test_a_context_that_the_model_was_not_made_for_is_told(merged, tmp_path):
 
 def test_given_parameters_win_over_the_models_own(merged, tmp_path):
     change(merged / "generation_config.json", do_sample=True, temperature=0.8, top_k=64)
-    assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.8, "top_k": 64}
+    assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.8, "top_k": 64, "top_p": 1.0,
+                                                 "repeat_penalty": 1.0}
     own = told(merged, tmp_path, num_ctx=512, parameter=("top_k=5", "stop=User:", "num_ctx=512")).parameters
-    assert own == {"num_ctx": 512, "temperature": 0.8, "top_k": 5, "stop": ["User:"]}
+    assert own == {"num_ctx": 512, "temperature": 0.8, "top_k": 5, "top_p": 1.0, "repeat_penalty": 1.0, "stop": ["User:"]}
     with pytest.raises(UserError, match="--num-ctx 512 and --parameter num_ctx=256 contradict"):
         told(merged, tmp_path, num_ctx=512, parameter=("num_ctx=256",))
 
 
 def test_a_model_without_sampling_settings_answers_greedily(merged, tmp_path):
     (merged / "generation_config.json").unlink()
-    assert told(merged, tmp_path).parameters["temperature"] == 0.0
+    assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.0, "repeat_penalty": 1.0}
+
+
+def test_what_transformers_takes_for_what_is_not_said_is_said_to_ollama(merged, tmp_path):
+    """Ollama's own defaults are others: top_k 40, top_p 0.9, and a penalty of 1.1 on the last 64 tokens."""
+    change(merged / "generation_config.json", do_sample=True, temperature=0.6, min_p=0.05, repetition_penalty=1.2)
+    assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.6, "top_k": 50, "top_p": 1.0, "min_p": 0.05,
+                                                 "repeat_penalty": 1.2, "repeat_last_n": -1}
+    change(merged / "generation_config.json", do_sample=False)
+    greedy = told(merged, tmp_path).parameters
+    assert greedy == {"num_ctx": 1024, "temperature": 0.0, "repeat_penalty": 1.2, "repeat_last_n": -1}
+    assert sampling_metadata(greedy) == {"temperature": 0.0, "repetition_penalty": 1.2, "penalty_last_n": -1}
 
 
 def test_parameters_have_their_types():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,15 @@ def test_layer_by_layer_is_the_whole_model(family, tmp_path):
     for module in model.layers[0].modules():
         if isinstance(module, torch.nn.Linear):
             assert model.name(module) in names
+
+
+@pytest.mark.parametrize("pad", [None, 0, 45])
+def test_a_token_to_pad_with_that_no_row_has(pad, tmp_path):
+    """Llama 3.2's is 128004; rows of the embedding are those of the tokens that there are."""
+    make_llama(next(iter(MODELS)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    model = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    with torch.no_grad():
+        rows = model.start(ROWS)
+        torch.testing.assert_close(rows[0].states[0], load_model(tmp_path, FP32).get_input_embeddings().weight[ROWS[0]])
