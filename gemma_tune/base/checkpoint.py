@@ -16,6 +16,7 @@ from gemma_tune.base.words import shown
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
            "max_position_embeddings", "n_positions")
+_BY_LAYER = ("intermediate_size",)  # which can be a list of one for each layer: Gemma 3n
 _LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits
 
 MOST_LAYERS = 10_000
@@ -54,9 +55,13 @@ def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
     for part, values in (("", config), ("text_config.", config.get("text_config") or {})):
         for name in _COUNTS if isinstance(values, dict) else ():
             value = values.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)
-                                      or not 0 <= value <= _LARGEST):
+            counts = value if isinstance(value, list) and name in _BY_LAYER else [value]
+            if value is not None and not all(map(_is_count, counts)):
                 yield f"{part}{name}: {shown(value)} is no count"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:

@@ -43,6 +43,8 @@ def parameters(config: Mapping[str, Any]) -> float:
     """
     text = config.get("text_config") or config
     sizes = [text.get(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")]
+    if isinstance(sizes[1], list) and sizes[1]:  # of each layer
+        sizes[1] = max(sizes[1])
     if not all(isinstance(size, int) for size in sizes):
         return float("inf")
     hidden, inner, layers, vocabulary = sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,20 @@ if TYPE_CHECKING:
 
 
 def needs_eager_attention(model_type: str) -> bool:
-    """Gemma 2 caps its attention logits, which SDPA cannot do."""
-    return model_type == "gemma2"
+    """Gemma 2 caps its attention logits, which SDPA cannot do; what GPT-OSS and others do beside it, neither."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ""), None)
+    return model_type == "gemma2" or not getattr(family, "_supports_sdpa", True)
+
+
+def with_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which says where its layers are: Llama 4's text model calls itself its decoder."""
+    inner = getattr(model, "model", None)
+    if model.get_decoder() is model and hasattr(inner, "layers"):
+        model.get_decoder = types.MethodType(lambda self: self.model, model)  # unlike a function, of a copy its own
+    return model
 
 
 @loading("the weights")
@@ -66,6 +79,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
             trust_remote_code=False, output_loading_info=True, **extra)
         if not four_bit and shards == 1:
             model = model.to(placement.device)
+        with_decoder(model)
         # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
         # layout without a backward pass, whose return rounds the scales.
         for module in model.modules():

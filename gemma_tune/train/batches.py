@@ -203,9 +203,11 @@ def loader(dataset: Any, batches: torch.utils.data.Sampler, accelerator: Any,
            collate: Callable[[Any], dict[str, Any]] = collate) -> Any:
     """A data loader that leaves batches on the CPU, where their sizes can be read without waiting for a GPU.
 
-    accelerate must not shard it: the sampler knows the processes.
+    accelerate must not shard it: the sampler knows the processes. What an iteration draws (a seed for workers) comes
+    from a generator of its own, so that the numbers of dropout do not depend on how often is evaluated.
     """
     from accelerate.data_loader import prepare_data_loader
 
-    plain = torch.utils.data.DataLoader(Rows(dataset), batch_sampler=batches, collate_fn=collate)
+    plain = torch.utils.data.DataLoader(Rows(dataset), batch_sampler=batches, collate_fn=collate,
+                                        generator=torch.Generator())
     return prepare_data_loader(plain, device=accelerator.device, num_processes=1, process_index=0, put_on_device=False)

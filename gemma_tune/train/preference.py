@@ -27,6 +27,20 @@ _SAME = 0.02  # share of a log-probability, and of a nat per token, that two way
 _LOOKED_AT = 64  # pairs among which one is looked for whose answers share a prompt
 
 
+def without_dropout(base: torch.nn.Module) -> None:
+    """Switch a model's own dropout off, not an adapter's: what is compared with a reference is not left to chance.
+
+    GPT-2 and OPT have some, as layers or as numbers that layers keep; TRL does the same (``disable_dropout``).
+    """
+    adapters = {layer for module in base.modules() for layer in getattr(module, "lora_dropout", {}).values()}
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout) and module not in adapters:
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 class PreferenceTrainer(GemmaTrainer):
     """:class:`GemmaTrainer` on pairs or judged answers, see :class:`gemma_tune.train.units.Units`.
 
@@ -56,6 +70,7 @@ class PreferenceTrainer(GemmaTrainer):
         self._mean = 1, 1  # units of the step, and tokens of good answers in it
         self._first: float | None = None  # log-probability of a chosen answer's token before the first step
         self._told = False
+        without_dropout(self.causal_lm)
 
     @staticmethod
     def learned_in(batch: dict[str, Any]) -> int:

@@ -129,14 +129,14 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
     from transformers import AttentionInterface, AutoConfig
 
     from gemma_tune.encoding.tokenizer import quiet_libraries
-    from gemma_tune.models.load import needs_eager_attention
+    from gemma_tune.models.load import needs_eager_attention, with_decoder
 
     quiet_libraries()
     AttentionInterface.register(_ATTENTION, _counted_attention)
     try:
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
-        model = _on_meta(config, dtype, attention)
+        model = with_decoder(_on_meta(config, dtype, attention))
     except Exception as e:  # noqa: BLE001 - in as many ways as its values can miss each other
         if is_out_of_memory(e):
             raise

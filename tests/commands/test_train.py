@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support.command import QUICK, rows, write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
@@ -289,6 +290,21 @@ def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number)
     assert 3 <= resumed.json["summary"]["resumed_from_step"] < 18
     assert adapter_bytes(prepared) == adapter_bytes(uninterrupted), "bit for bit"
     assert [r["step"] for r in metrics(prepared) if "loss" in r] == list(range(1, 19))
+
+
+def test_how_often_is_evaluated_is_nothing_to_dropout(cli, prepared):
+    """Nor where a training ends that is continued later: both evaluate there."""
+    found = []
+    for flags in ((), ("--eval-steps", 1), ("--eval-steps", 4, "--max-steps", 3)):
+        command = ("train", *LONG, "--run", prepared, "--dropout", 0.3, "--keep", "last", "--schedule", "constant",
+                   "--warmup", 0, *flags, "--force")
+        assert cli(*command).code == 0
+        if "--max-steps" in flags:
+            again = cli("train", "--run", prepared, "--continue", "--max-steps", 18, "--json")
+            assert again.code == 0 and again.json["summary"]["steps"] == 18, again.err
+        found.append(load_file(next(prepared.glob("*_lora_adapter")) / "adapter_model.safetensors"))
+    for other in found[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
 
 
 def test_killed_training_goes_on_from_the_newest_whole_checkpoint(cli, prepared):

@@ -1,0 +1,117 @@
+"""Which layers are adapted, in families whose linear layers are not all what they look like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.tokens import open_tokens
+from gemma_tune.lora.layers import left_out, target_modules
+from support.command import rows, write_rows
+from support.llamas import byte_level_tokenizer
+
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=16, max_position_embeddings=512)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+OF_LAYERS = ["linear_attention", "full_attention"]
+FAMILIES = {
+    "qwen3_moe": dict(num_experts=4, mlp_only_layers=[0], **EXPERTS),  # the first layer is none of experts
+    "deepseek_v3": dict(q_lora_rank=16, head_dim=8, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+                        n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, **EXPERTS),
+    "qwen2_moe": dict(num_experts=4, shared_expert_intermediate_size=32, **EXPERTS),
+    "llama4_text": dict(num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16, intermediate_size_mlp=96,
+                        no_rope_layers=[1, 0], pad_token_id=0),
+    "mamba2": dict(num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "gemma3n_text": dict(num_hidden_layers=4, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2,
+                         num_kv_shared_layers=2, hidden_size_per_layer_input=16, laurel_rank=8,
+                         activation_sparsity_pattern=[0.0] * 4, intermediate_size=[96] * 4),
+    "qwen3": {},
+}
+OUT = {"qwen3_moe": ["down_proj", "gate_proj", "up_proj"], "deepseek_v3": ["down_proj", "gate_proj", "up_proj"], "qwen2_moe": [],
+       "llama4_text": ["router"], "mamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
+
+
+def make(family: str, folder: Path | None = None):
+    """A random model; with a folder it is saved there with its tokenizer."""
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+    settings = SMALL | FAMILIES[family]
+    if family == "gemma3n_text":
+        settings["vocab_size_per_layer_input"] = len(tokenizer)
+    config = CONFIG_MAPPING[family](vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                                    eos_token_id=tokenizer.eos_token_id, **settings)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.12)
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_named_is_what_peft_adapts(family):
+    model = make(family)
+    chosen = target_modules(model, ())
+    assert sorted(left_out(model)) == OUT[family] and not {name.rsplit(".", 1)[-1] for name in chosen} & {*OUT[family]}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=chosen, task_type="CAUSAL_LM"))
+    found = sorted(name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+                   for name, _ in adapted.named_modules() if name.endswith(".lora_A.default"))
+    assert found == chosen and not adapted.peft_config["default"].target_parameters
+
+
+def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name():
+    with pytest.raises(UserError) as refused:
+        target_modules(make("qwen3_moe"), ["q_proj", "gate_proj"])
+    assert "--target-modules: gate_proj is what PEFT calls the fused experts" in refused.value.message
+    assert refused.value.hint == "layers that can be adapted are k_proj, o_proj, q_proj, v_proj"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "gpt_oss", "gemma3n_text"])
+def test_it_is_trained_as_plain_peft_computes_it_and_merged(cli, tmp_path, family):
+    """From the settings by default to a merged model, in families that broke on the way."""
+    make(family, tmp_path / family)
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(8)), "--model", tmp_path / family).code == 0
+    result = cli("train", "--epochs", 2, "--batch-size", 2, "--dtype", "fp32", "--learning-rate", 1e-2, "--rank", 4, "--keep",
+                 "last", "--samples", 0, "--json")
+    assert result.code == 0, result.err
+    assert all(f"{leaf} is not adapted: it " in result.err for leaf in OUT[family])
+    run = tmp_path / "runs" / family
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, str(run / f"{family}_lora_adapter")).eval()
+    total, count = 0.0, 0
+    for row in open_tokens(run / "data/tokens/valid.arrow"):
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(row["input_ids"])[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert result.json["summary"]["eval_loss_after"] == pytest.approx(total / count, rel=1e-4)
+    merged = cli("merge", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["summary"]["check_divergence"] < 1e-3
+
+
+def test_gemma_3n_says_a_width_for_each_layer(tmp_path):
+    from gemma_tune.base.checkpoint import read_config
+    from gemma_tune.config.families import parameters
+
+    make("gemma3n_text", tmp_path)
+    config = read_config(tmp_path)
+    assert config["intermediate_size"] == [96] * 4
+    assert parameters(config) == parameters(config | {"intermediate_size": 96})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": [96, -1]}))
+    with pytest.raises(UserError, match="describes no model"):
+        read_config(tmp_path)
