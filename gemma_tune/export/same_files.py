@@ -45,7 +45,7 @@ class SameFiles:
 def same_files(session: Session, source: ExportSource, quants: Iterable[str]) -> SameFiles | None:
     """The files of the last export, if ``quants`` with the settings of now would give the same ones."""
     record = session.manifest.stages.get(STAGE)
-    if session.force or record is None or state_of(session.run, session.manifest, STAGE).status != "done":
+    if session.force or record is None or _state(session) != "done":
         return None
     figures = record["summary"].get("quants", {})
     now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
@@ -57,6 +57,10 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     unchecked = [name for name in others & {*_CHECKS} if asks_more(type(session.config), name, before[name], now[name])]
     files = {quant: session.run.ollama / item["file"] for quant, item in figures.items()}
     return SameFiles(files, figures, record["summary"], not unchecked)
+
+
+def _state(session: Session) -> str:
+    return state_of(session.run, session.manifest, STAGE, upstream=False).status
 
 
 def _sampling(source: ExportSource, parameters: Iterable[str]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 def left_out(model: PreTrainedModel) -> dict[str, str]:
     """Last names of linear layers of the text model that are not adapted, and why, as the end of a sentence."""
     leaves = {_leaf(name): name for name in sorted(_linear(model))}
-    mamba = _OF_MAMBA.get(getattr(model.config, "model_type", None), ())
+    mamba = _OF_MAMBA.get(getattr(getattr(model, "config", None), "model_type", None), ())
     found = {}
     for leaf, name in leaves.items():
         if _has_a_way_of_its_own(model.get_submodule(name)):

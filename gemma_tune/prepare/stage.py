@@ -28,6 +28,7 @@ from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixtee
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
+from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
@@ -48,6 +49,8 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     session = _as_before(session)
     sources, held_out = _sources(session)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
+    refuse_inside_data(session.run, (source.path for source in sources + held_out))
+    refuse_foreign_in_data(session.run)
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
     recorded = session.manifest.stages.get("prepare")

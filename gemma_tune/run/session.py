@@ -33,6 +33,7 @@ from gemma_tune.lora.files import how_to_name_base, named_base
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel, is_path, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
+from gemma_tune.run.foreign import refuse_occupied
 from gemma_tune.run.lock import finish_killed
 from gemma_tune.run.manifest import CONVERSATIONS, Manifest
 from gemma_tune.run.unrecorded import current_manifest
@@ -117,6 +118,8 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     with _naming(outside if trained_on else None):
         base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
                                              weights=stage not in _WITHOUT_WEIGHTS)
+    if not (root / "manifest.json").exists():
+        refuse_occupied(RunDir(root, base.name), stage)
     family, reasons = family_defaults(base.config, stage)
     resolved = resolve(cls, settings, content.get(stage), family)
     preferences = stage == "train" and asked.method != "sft" and manifest.kind != CONVERSATIONS

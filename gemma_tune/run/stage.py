@@ -84,10 +84,11 @@ class State:
 Look = Callable[[RunDir, Path, Mapping[str, Any]], dict[str, Any]]  # what lies there, see ``run.directory.describe``
 
 
-def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe) -> State:
+def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe, *, upstream: bool = True) -> State:
     """Compare what the manifest says of a stage with what lies on the disk.
 
     Args:
+        upstream: a result is stale as well if one that it was made from is; else only if that is another one by now.
         look: what lies there now, from the run, the path and what the manifest says of it; as a rule a file is not read
             whose size and time stamp are as they were.
     """
@@ -104,9 +105,9 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe)
             current = manifest.stages.get(maker[0], {}).get("outputs", {}).get(maker[1])
             if current is None or current["sha256"] != item["sha256"]:
                 return State("stale", f"`{maker[0]}` has run again with another result since")
-            upstream = state_of(run, manifest, maker[0], look)
-            if upstream.status != "done":
-                return State("stale", f"`{maker[0]}` is {upstream.status}: {upstream.reason}")
+            made_from = state_of(run, manifest, maker[0], look) if upstream else State("done")
+            if made_from.status != "done":
+                return State("stale", f"`{maker[0]}` is {made_from.status}: {made_from.reason}")
         elif os.path.exists(path := run.root / item["path"]) and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
     return State("done")
@@ -322,8 +323,17 @@ def _warn_of_stale_inputs(session: Session, makers: set[str]) -> None:
     for maker in makers:
         state = state_of(session.run, session.manifest, maker)
         if state.status == "stale":
-            session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it: "
-                                  f"{command(maker, session.run.root)}")
+            first = _first_stale(session.run, session.manifest, maker)
+            session.listener.warn(f"the result of `{maker}` is stale ({state.reason}); to renew it"
+                                  f"{', begin with' if first != maker else ''}: {command(first, session.run.root)}")
+
+
+def _first_stale(run: RunDir, manifest: Manifest, stage: str) -> str:
+    """Of a stage and those that it was made from the first one that has to run again."""
+    made_from = {maker for name, (maker, _) in NEEDS[stage].items() if name in manifest.stages[stage]["inputs"]}
+    earlier = [maker for maker in STAGES if maker in made_from
+               and state_of(run, manifest, maker).status not in ("done", "missing")]
+    return _first_stale(run, manifest, earlier[0]) if earlier else stage
 
 
 def _fingerprints(session: Session, inputs: Mapping[str, Path], stage: str) -> dict[str, Any]:
@@ -342,7 +352,8 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any],
     record = session.manifest.stages.get(stage)
     if record is None:
         return None
-    state = state_of(session.run, session.manifest, stage)
+    # What is stale before it was told already; of the same inputs comes the same result.
+    state = state_of(session.run, session.manifest, stage, upstream=False)
     settings, others = other_settings(record, session.config), _other_files(record, inputs)
     if state.status == "done" and not settings and not others:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")

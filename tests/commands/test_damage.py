@@ -268,3 +268,21 @@ def test_an_adapter_with_nan(cli, trained):
 
 def test_an_alpha_without_bounds(cli, trained):
     said(cli("train", "--alpha", 1e308, "--run", trained), 2, "alpha: 1e+308 is above the largest possible 1e+06")
+
+
+def test_what_was_made_from_stale_data_is_not_made_again_each_time(cli, trained, data):
+    """Its own inputs are the same, so its result would be too; what renews it is named."""
+    stages = {"train": (), "merge": ("--no-check",), "export-ollama": ("--quant", "f16", "--no-verify", "--no-measure")}
+    for stage in ("merge", "export-ollama"):
+        assert cli(stage, *stages[stage]).code == 0
+    data.write_text(data.read_text() + json.dumps({"messages": [{"role": "user", "content": "Say number 77."},
+                                                                {"role": "assistant", "content": "77"}]}) + "\n")
+    assert "stale" in cli("status", "--json").json["stages"]["train"]["state"]
+    for stage, named in (("train", "renew it: gemma-tune prepare"), ("merge", "renew it, begin with: gemma-tune prepare"),
+                         ("export-ollama", "renew it, begin with: gemma-tune prepare")):
+        result = cli(stage, *stages[stage], "--json")
+        assert result.json["status"] == "up-to-date", result.err
+        assert named in result.err and "is stale" in result.err
+    assert cli("prepare").code == 0
+    assert "runs again" in cli("train").err
+    assert "renew it: gemma-tune merge" in cli("export-ollama").err

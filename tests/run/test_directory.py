@@ -757,7 +757,7 @@ def test_a_file_where_the_run_should_be_is_bad_input(cli, tiny, data):
     Path("half/data").write_text("mine")
     result = cli("prepare", data, "--model", tiny, "--run", "half")
     assert result.code == BAD_INPUT
-    assert "half/data is in the way" in result.err
+    assert "half is no run yet, and half/data lies where results of one would take the place of it" in result.err
     assert (Path("taken").read_text(), Path("half/data").read_text()) == ("mine", "mine")
 
 
