@@ -56,6 +56,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
         if name == "prepare":
             _refuse_outside_adapter(session)
             require_base(session, request.settings("merge").base)
+            _refuse_unexportable(session, request)
         try:
             if name == "train" and session.config.num_processes > 1:
                 _train_in_processes(request, session)
@@ -82,6 +83,26 @@ def _refuse_outside_adapter(session: Session) -> None:
         raise UserError(f"{root} merges an adapter that was trained elsewhere ({session.run.found(outside['path'])}), "
                         "and `run` would train another one in its place",
                         f"to export what is merged: {command('export-ollama', root)}; to train, name DATA")
+
+
+def _refuse_unexportable(session: Session, request: Request) -> None:
+    """A model that cannot be exported in the end is told of before it is trained, unless it was exported before.
+
+    Raises:
+        UserError: see :func:`gemma_tune.run.exportable.refuse_unexportable`.
+    """
+    if "export-ollama" in session.manifest.stages:
+        return
+    from gemma_tune.encoding.tokenizer import load_format
+    from gemma_tune.run.exportable import refuse_unexportable
+
+    model = session.model
+    try:
+        refuse_unexportable(model, load_format(model.path, model.config["model_type"]),
+                            converter=request.settings("export-ollama").converter is not None)
+    except UserError as e:
+        raise UserError(f"`run` ends with an export, which will not take {model.id}: {e.message}",
+                        f"{e.hint} For the stages before: gemma-tune prepare, train, merge", e.problems) from e
 
 
 def write_page(report: StageReport) -> StageReport:

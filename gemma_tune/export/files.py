@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.target import Target, target_for
-from gemma_tune.gguf.architectures.parts import Architecture
+from gemma_tune.gguf.architectures.parts import Architecture, NotInLlamaCpp
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import OUTTYPES, convert_with
@@ -71,14 +71,26 @@ def source_of(session: Session) -> ExportSource:
     merged, config = session.run.merged, session.config
     chat = load_format(merged, session.model.config["model_type"])
     converter = None if config.converter is None else Path(config.converter)
-    return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target_for(session, merged, chat),
-                        _parts(merged, converter), converter)
+    parts = _parts(merged, converter)
+    if parts is not None and not parts.vocabulary.add_bos and _begins_with_bos(chat):
+        parts = replace(parts, vocabulary=replace(parts.vocabulary, add_bos=True))
+    target = target_for(session, merged, chat, parts and parts.architecture.context)
+    return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target, parts, converter)
+
+
+def _begins_with_bos(chat: ChatFormat) -> bool:
+    """Whether prompts begin with BOS: where the template alone writes it, llama.cpp and Ollama, which leave that to the
+    tokenizer, have to be told."""
+    bos = chat.tokenizer.bos_token_id
+    return bos is not None and chat.prompt_ids([{"role": "user", "content": "a"}])[:1] == [bos]
 
 
 def _parts(merged: Path, converter: Path | None) -> Parts | None:
     """None where the converter that was named has to write the files."""
     try:
         return parts_of(merged)
+    except NotInLlamaCpp:  # which no converter can do anything about
+        raise
     except UserError:
         if converter is None:
             raise

@@ -44,8 +44,11 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
-def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
+def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | None = None) -> Target:
     """Everything that Ollama is told, from the settings, the data, the merged model and its base.
+
+    Args:
+        context: tokens up to which llama.cpp computes the same as transformers, where it does not always.
 
     Raises:
         UserError: a parameter that Ollama does not take, or a template that cannot be reproduced there.
@@ -59,7 +62,8 @@ def target_for(session: Session, merged: Path, chat: ChatFormat) -> Target:
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
         notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
-    parameters = {"num_ctx": _context(session, config), **sampling_parameters(merged), **_own_parameters(settings)}
+    parameters = {"num_ctx": _context(session, config, context), **sampling_parameters(merged),
+                  **_own_parameters(settings)}
     return Target(settings.name or ollama.default_model_name(session.model.name), laid_out, parameters, system,
                   licence_text(merged, session.model), notes)
 
@@ -72,12 +76,15 @@ def _shortened(text: str, length: int = 60) -> str:
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
-def _context(session: Session, config: Mapping[str, Any]) -> int:
-    room = context_length(config) or LEAST_CONTEXT
+def _context(session: Session, config: Mapping[str, Any], known: int | None) -> int:
+    room = known or context_length(config) or LEAST_CONTEXT
+    if (longest := _longest_in_training(session)) > room:
+        session.listener.warn(f"rows of up to {longest:,} tokens were learned, and llama.cpp computes no more than "
+                              f"{room:,} as in training: it knows no sliding window for this model")
     if (asked := session.config.num_ctx) is not None and asked > room:
         session.listener.warn(f"--num-ctx {asked:,} is more than the {room:,} tokens that the model was made for: what "
                               "it says behind them can be worth nothing")
-    return asked or min(max(LEAST_CONTEXT, _longest_in_training(session)), room)
+    return asked or min(max(LEAST_CONTEXT, longest), room)
 
 
 def _longest_in_training(session: Session) -> int:

@@ -36,7 +36,7 @@ def template_text(turns: Turns) -> str:
     if turns.fold:
         lines.append("{{- $system := false }}{{- range .Messages }}{{ if " + _is_system(turns) + " }}"
                      "{{ $system = true }}{{ end }}{{- end }}")
-    if thought and not thought.always:
+    if turns.fold_last or thought and not thought.always:
         lines.append('{{- $asked := -1 }}{{- range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ $asked = $i }}'
                      "{{ end }}{{- end }}")
     if tools and tools.user != turns.user[0]:
@@ -44,7 +44,7 @@ def template_text(turns: Turns) -> str:
     if _grouped(tools):
         lines.append('{{- $before := "" }}')
     lines += [_opening(turns)] if turns.opening or (tools and tools.opening) else []
-    counted = tools or turns.later_system or (thought and not thought.always)
+    counted = tools or turns.later_system or turns.fold_last or (thought and not thought.always)
     lines.append("{{- range $i, $_ := .Messages }}" if counted else "{{- range .Messages }}")
     if _grouped(tools):
         lines.append('{{- if and (eq $before "tool") (ne .Role "tool") }}' + go_text(tools.group[1]) + "{{ end }}")
@@ -130,7 +130,8 @@ def _asked(turns: Turns) -> str:
         joined = _put(turns, "user", f"(print $.System {go_string(turns.fold[1])} .Content)")
         return "{{ if $system }}" + joined + done + "{{ else }}" + content + "{{ end }}"
     before, after = map(go_text, turns.fold)
-    return "{{ if $system }}" + before + _put(turns, "system", "$.System") + after + done + "{{ end }}" + content
+    test = "and $system (eq $i $asked)" if turns.fold_last else "$system"
+    return "{{ if " + test + " }}" + before + _put(turns, "system", "$.System") + after + done + "{{ end }}" + content
 
 
 def _system(turns: Turns) -> str:

@@ -72,7 +72,9 @@ def _system_place(jinja: Jinja, user_before: str) -> dict:
         around = before, after.removesuffix(user_before)
         later = _later_system(jinja, user_before)
         return {"system": around, "later_system": None if later == around else later}
-    return {"fold": (without(before, user_before), after)}
+    fold = without(before, user_before), after
+    later = split(jinja(talk(FIRST, REPLY, SECOND, system=SYSTEM)), FIRST, SECOND)[0]
+    return {"fold": fold, "fold_last": SYSTEM not in later}
 
 
 def _later_system(jinja: Jinja, user_before: str) -> tuple[str, str] | None:

@@ -25,6 +25,7 @@ class Turns:
         fold: around the system text inside the first user turn, where that is its place.
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
             them, since the template refuses system messages.
+        fold_last: whether that is the last user's turn, as in newer templates of Mistral, instead of the first one.
         opening: what stands first if there is no system message in front.
         skips_empty: whether an empty system message is as none.
         prompt: what asks for the answer.
@@ -40,6 +41,7 @@ class Turns:
     system: tuple[str, str] | None = None
     fold: tuple[str, str] | None = None
     fold_first: bool = False
+    fold_last: bool = False
     opening: str = ""
     later_system: tuple[str, str] | None = None
     default_system: str | None = None
@@ -60,8 +62,8 @@ class Turns:
         for n, message in enumerate(messages):
             parts.append(self._between(roles[n - 1] if n else "", roles[n]))
             if roles[n] == "user":
-                with_first = (self._folded(messages), offered) if n == asked[0] else (None, None)
-                parts.append(self._asked(message, *with_first))
+                folded = self._folded(messages) if n == asked[-1 if self.fold_last else 0] else None
+                parts.append(self._asked(message, folded, offered if n == asked[0] else None))
             elif roles[n] == "assistant":
                 parts.append(self._answer(message, not asked or n > asked[-1]).join(self.assistant))
             elif roles[n] == "tool" and self.tools:

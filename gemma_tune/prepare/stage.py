@@ -28,6 +28,7 @@ from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixtee
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
+from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
@@ -132,6 +133,10 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     config, run, listener = session.config, session.run, session.listener
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    try:
+        refuse_unexportable(session.model, chat, vocabulary=False)
+    except UserError as e:
+        listener.warn(f"for later: `export-ollama` will not take this model: {'; '.join([e.message, *e.problems])}")
     judge = Judge(chat, config)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()

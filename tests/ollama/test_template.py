@@ -21,6 +21,8 @@ from support.templates import SMOLLM2, trl_template
 def source(name: str) -> str:
     if name == "smollm2":
         return SMOLLM2
+    if name in MISTRALS:
+        return MISTRALS[name]
     if name.startswith("own "):
         folder = Path(gemma_tune.__file__).parent / "encoding" / "templates"
         return (folder / f"{name.removeprefix('own ')}.jinja").read_text(encoding="utf-8")
@@ -63,6 +65,32 @@ CONVERSATIONS = {
     "empty system": talk("hi", "yes", "so?", system=""),
     "template signs": talk('{{ .System }} {{- "q" -}} {% x %} \\n `', "a\\b", '"""'),
 }
+
+# The system text in the first user's turn or, as in later versions (7B v0.3, Nemo), in the last one; and how the answer stands.
+MISTRAL = """{{%- if messages[0]["role"] == "system" %}}
+    {{%- set system_message = messages[0]["content"] %}}
+    {{%- set loop_messages = messages[1:] %}}
+{{%- else %}}
+    {{%- set loop_messages = messages %}}
+{{%- endif %}}
+{{{{- bos_token }}}}
+{{%- for message in loop_messages %}}
+    {{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}}
+        {{{{- raise_exception("roles must alternate") }}}}
+    {{%- endif %}}
+    {{%- if message["role"] == "user" %}}
+        {{%- if {place} and system_message is defined %}}
+            {{{{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}}}
+        {{%- else %}}
+            {{{{- "[INST] " + message["content"] + "[/INST]" }}}}
+        {{%- endif %}}
+    {{%- else %}}
+        {{{{- {answer} + "</s>" }}}}
+    {{%- endif %}}
+{{%- endfor %}}"""
+MISTRALS = {"mistral first": MISTRAL.format(place="loop.first", answer='" " + message["content"]'),
+            "mistral last": MISTRAL.format(place="loop.last", answer='" " + message["content"]|trim'),
+            "mistral nemo": MISTRAL.format(place="loop.last", answer='message["content"]')}
 
 GEMMA3_GOLDENS = {  # each of them is what Go's text/template made of the TEMPLATE below (go 1.27.3)
     "no system": "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
@@ -117,7 +145,7 @@ def go_render(go_cache):
 @pytest.mark.parametrize(
     "name",
     ["gemma", "gemma3", "own gemma", "smollm2", "qwen2_5", "qwen3", "qwen3 off", "qwen3_6", "qwen3_6 off", "llama3",
-     "llama3_1", "phi3", "phi3_5", "lfm2", "cohere"],
+     "llama3_1", "phi3", "phi3_5", "lfm2", "cohere", *MISTRALS],
 )  # fmt: skip
 def test_go_renders_what_hugging_face_renders(name, go_render):
     template = source(name)

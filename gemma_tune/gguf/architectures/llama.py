@@ -66,7 +66,8 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
                         partial(_metadata, kind, whole, dim, stated), _tokenizer(path.parent), whole.vocab_size,
                         whole.num_hidden_layers, heads, whole.num_key_value_heads, tied=whole.tie_word_embeddings,
                         # Old checkpoints store what follows from the configuration.
-                        left_out=lambda name: name.endswith(".rotary_emb.inv_freq"))
+                        left_out=lambda name: name.endswith(".rotary_emb.inv_freq"),
+                        context=_context_length(whole))
 
 
 MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}

@@ -88,6 +88,7 @@ class Architecture:
         left_out: tells the checkpoint's tensors that are no part of the text model, such as a vision tower.
         canonical: a tensor's name in the checkpoint → the ``source`` that stands for it; they differ where the text
             model is a part of a multimodal one.
+        context: tokens up to which llama.cpp computes the same, where the model's own context is longer.
     """
 
     name: str
@@ -102,9 +103,14 @@ class Architecture:
     own_head: bool = True
     left_out: Callable[[str], bool] = lambda name: False
     canonical: Callable[[str], str] = lambda name: name
+    context: int | None = None
 
 
 Maker = Callable[[Mapping[str, Any], Path], Architecture]
+class NotInLlamaCpp(UserError):
+    """Settings for which llama.cpp has no key, so that it would compute another model from any file."""
+
+
 CONVERTER = "Use llama.cpp's converter: gemma-tune export-ollama --converter PATH_TO_LLAMA_CPP"
 
 
@@ -125,7 +131,13 @@ def complete(config: Mapping[str, Any], path: Path) -> Any:
 
 
 def refuse(path: Path, problems: list[str]) -> None:
-    """Raise the problems that a configuration has, if any."""
+    """Raise the problems that a configuration has, if any.
+
+    Raises:
+        NotInLlamaCpp: all of them.
+    """
     if problems:
-        raise UserError(f"{path} can't be expressed as a GGUF.", CONVERTER,
-                        [f"{path}: {problem}" for problem in problems])
+        raise NotInLlamaCpp(f"{path} can't be expressed as a GGUF.",
+                            "llama.cpp, and so Ollama, would compute another model of it, whoever writes the file; "
+                            "the merged model runs in transformers and vLLM: gemma-tune merge",
+                            [f"{path}: {problem}" for problem in problems])

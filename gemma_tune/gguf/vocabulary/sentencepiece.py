@@ -209,7 +209,8 @@ def _parse_model(path: Path) -> ModelProto:
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    hint = f"Copy tokenizer.model from the base model's repository into {path.parent}, then try again."
+    hint = ("Copy tokenizer.model from the base model's repository into the base model's directory; `gemma-tune merge "
+            "--force` takes it along from there.")
     if not path.is_file():
         raise UserError(f"{path} is missing: without it the exported model would tokenize text wrongly.", hint)
     model = ModelProto()

@@ -1,0 +1,31 @@
+"""Whether what is trained on a model can be brought to Ollama: known before any training, from what lies beside the
+weights."""
+
+from __future__ import annotations
+
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.gguf.architectures.registry import architecture_of
+from gemma_tune.gguf.writer import parts_of
+from gemma_tune.models.quantised import quantisation
+from gemma_tune.models.source import BaseModel
+from gemma_tune.ollama.template import chat_for
+
+
+def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool = False,
+                        vocabulary: bool = True) -> None:
+    """What ``export-ollama`` would refuse later.
+
+    Args:
+        converter: whether llama.cpp's own will be used where a model cannot be written here.
+        vocabulary: whether to look at that too, which takes seconds.
+
+    Raises:
+        UserError: the chat template has no form for Ollama, or the model or its tokenizer none in a GGUF.
+    """
+    chat_for(chat.template, model.config.get("model_type"), eos_token=chat.tokenizer.eos_token)
+    if converter or quantisation(model.config) is not None:  # of that the 16-bit model is exported
+        return
+    if vocabulary:
+        parts_of(model.path)
+    else:
+        architecture_of(model.config, model.path / "config.json")

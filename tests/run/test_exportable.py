@@ -1,0 +1,84 @@
+"""What cannot be exported is known before it is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.gguf.reader import GgufFile
+from support.command import QUICK, rows, write_rows
+from support.llamas import make_llama
+from support.modelfile import parse_modelfile
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
+            "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+# The first turn is opened otherwise, which no TEMPLATE does.
+ODD = TEMPLATE.replace("<turn>{{", "<turn>{{ '!' if loop.first }}{{")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A function: one of the families, with a template and changes to its configuration."""
+    def make(family: str, template: str = TEMPLATE, **changes: object) -> Path:
+        folder = tmp_path / "m"
+        _, tokenizer = make_llama(family, folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", rows(8))
+
+
+@pytest.mark.parametrize(("family", "template", "changes", "said"), [
+    ("qwen2", TEMPLATE, {"hidden_act": "gelu"}, "hidden_act is 'gelu' and llama.cpp computes with 'silu'"),
+    ("qwen2", ODD, {}, "cannot be turned into an Ollama TEMPLATE"),
+    ("mistral", TEMPLATE, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'")])
+def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model, conversations, family, template, changes, said):
+    base = model(family, template, **changes)
+    prepared = cli("prepare", conversations, "--model", base)
+    assert prepared.code == 0 and "for later: `export-ollama` will not take this model: " in prepared.err
+    assert said in prepared.err
+    whole = cli("run", conversations, "--model", base, "--run", "runs/other")
+    assert whole.code == 2 and "`run` ends with an export, which will not take m: " in whole.err and said in whole.err
+    assert not Path("runs/other/data").exists()
+    assert "for later" not in cli("prepare", conversations).err, "nothing new"
+
+
+def test_no_converter_helps_where_llama_cpp_computes_otherwise(cli, model, conversations, tmp_path):
+    """It would write a file all the same, of another model."""
+    base = model("qwen2", hidden_act="gelu")
+    for args in (("prepare", conversations, "--model", base), ("train", *QUICK), ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp/convert_hf_to_gguf.py").write_text("")
+    for more in ((), ("--converter", tmp_path / "llama.cpp")):
+        result = cli("export-ollama", *more)
+        assert result.code == 2 and "would compute another model of it, whoever writes the file" in result.err
+        assert "--converter" not in result.err
+
+
+def test_a_bos_of_the_template_and_a_window_that_llama_cpp_does_not_know(cli, model, conversations):
+    """Mistral 7B v0.1 looks back 4096 tokens, llama.cpp as far as it is told."""
+    base = model("mistral", max_position_embeddings=9000, sliding_window=100)
+    for args in (("prepare", conversations, "--model", base), ("train", *QUICK), ("merge", "--no-check"),
+                 ("export-ollama", "--quant", "f16", "--no-measure")):
+        result = cli(*args)
+        assert result.code == 0, result.err
+    folder = Path("runs/m/ollama")
+    assert GgufFile(folder / "m-f16.gguf").metadata["tokenizer.ggml.add_bos_token"] is True
+    assert parse_modelfile((folder / "Modelfile").read_text())["parameters"]["num_ctx"] == 100
+    assert "prompts are not the same everywhere" not in result.err
+    long = write_rows(Path("long.jsonl"), [{"messages": [{"role": "user", "content": "number " * 90},
+                                                         {"role": "assistant", "content": f"the {n}"}]} for n in range(8)])
+    for args in (("prepare", long), ("train", *QUICK, "--force"), ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    assert "llama.cpp computes no more than 100 as in training" in cli("export-ollama", "--quant", "f16", "--no-measure").err
