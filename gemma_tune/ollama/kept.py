@@ -15,7 +15,8 @@ Turns = Sequence[dict[str, Any]]
 
 NOTE = (
     "Ollama hands tools and the arguments of calls on with their keys sorted, and leaves out what it does not know of "
-    "a parameter (default, minimum, …): where rows have such keys or another order, their prompts differ from training."
+    "a parameter (default, minimum, …), and writes 1.0 as 1 and no whole number beyond 2^53 exactly: where rows have "
+    "such keys or numbers, or another order, their prompts differ from training."
 )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -123,8 +124,20 @@ def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:
 
 
 def _rebuild_hint(path: Path) -> str:
-    return (f"move it away (mv {path} {path}.damaged) and run the stages again from `gemma-tune prepare`; "
-            "the artifacts beside it are untouched")
+    begin = shlex.join(["gemma-tune", "prepare", "DATA", "--run", str(path.parent), "--model", _model_in(path)])
+    move = shlex.join(["mv", str(path), f"{path}.damaged"])
+    return (f"move it away ({move}) and run the stages again, with the same model and data: {begin}; the artifacts "
+            "beside it are untouched")
+
+
+def _model_in(path: Path) -> str:
+    """The model that a damaged manifest was of, as far as its text still tells."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "MODEL"
+    found = re.search(r'"model":\s*\{[^{}]*?"id":\s*"([\w./-]+)"', text)
+    return found[1] if found else "MODEL"
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:

@@ -382,6 +382,7 @@ def other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
     return [f"{name}: {value_in_words(old[name])} -> {value_in_words(value)}"
             for name, value in config.as_dict().items()
             if name not in same_result(type(config)) and old[name] != value
+            and not (old[name] == "auto" and record["summary"].get(name) == value)  # which it came to
             and asks_more(type(config), name, old[name], value)]
 
 

@@ -49,6 +49,11 @@ def other_defaults(monkeypatch):
     monkeypatch.setattr("gemma_tune.run.session.family_defaults", lambda *_: ({"learning_rate": 3e-6}, ["other"]))
 
 
+def test_the_file_of_a_training_asks_for_what_that_training_was(cli, trained):
+    assert cli("train", "--rank", 4, "--dtype", "auto", "--max-steps", 2, "--force").code == 0
+    assert cli("train", "--config", FILE, "--json").json["status"] == "up-to-date", "`auto` came to the type that it names"
+
+
 def test_the_same_adapter_comes_again_also_from_other_defaults(cli, trained, request):
     fresh = shutil.copytree(trained, trained.with_name("fresh"))
     assert cli("train", "--rank", 4, "--dtype", "auto", "--max-steps", 4, "--batch-size", "auto", "--lr", 2e-3, "--force").code == 0
