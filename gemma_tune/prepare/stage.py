@@ -32,7 +32,7 @@ from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
+from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage, state_of
 
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
@@ -47,6 +47,10 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
     _refuse_base(session)
+    if kept := _without_its_files(session):
+        if preview:
+            _preview(session, preview, kept.summary.get("kind"))
+        return kept
     session = _as_before(session)
     sources, held_out = _sources(session)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
@@ -93,6 +97,23 @@ def _as_before(session: Session) -> Session:
     if others := {name: value for name, value in changes.items() if name != "data"}:
         session.listener.note(f"settings as before: {in_words(others)}")
     return replace(session, resolved=session.resolved.but(changes, before))
+
+
+def _without_its_files(session: Session) -> StageReport | None:
+    """What was prepared, where the same is wanted again and the files that it came from are gone, as in a run that was
+    taken elsewhere; None if anything else is asked for, or would come out."""
+    record = session.manifest.stages.get("prepare")
+    if record is None or session.given or session.force:
+        return None
+    named = (*record["config"]["data"]["value"], record["config"]["valid"]["value"])
+    places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")]
+    gone = [place for place in places if not os.path.exists(place)]
+    same = record["summary"].get("encoding") == encoding_key(record["base"])
+    if not gone or not same or state_of(session.run, session.manifest, "prepare").status != "done":
+        return None
+    session.listener.warn(f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone; what was prepared from "
+                          f"{'it' if len(gone) == 1 else 'them'} stays as it is")
+    return as_recorded(session, "prepare")
 
 
 def _sources(session: Session) -> tuple[list[Source], list[Source]]:

@@ -358,7 +358,7 @@ def _up_to_date(session: Session, stage: str, inputs: Mapping[str, Any],
     if state.status == "done" and not settings and not others:
         session.listener.note(f"`{stage}` is up to date; --force runs it again")
         record["inputs"] = dict(inputs)  # with the time stamps that they have now
-        return _report(session, stage, "up-to-date", 0.0)
+        return as_recorded(session, stage)
     changed = "; ".join([*settings, *(["other input files"] if others else [])])
     session.listener.note(f"`{stage}` runs again: {state.reason or changed}")
     # Made from other data, a result is replaced as it always is; only for its settings it need not be.
@@ -389,6 +389,11 @@ def other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
 def _other_files(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
     return ({name: item["sha256"] for name, item in record["inputs"].items()}
             != {name: item["sha256"] for name, item in inputs.items()})
+
+
+def as_recorded(session: Session, stage: str) -> StageReport:
+    """The report of a result that is there."""
+    return _report(session, stage, "up-to-date", 0.0)
 
 
 def _report(session: Session, stage: str, status: str, seconds: float) -> StageReport:

@@ -336,3 +336,17 @@ def test_another_template_makes_other_tokens(tiny, tmp_path):
     done = prepared(model, "rows.jsonl", "--valid", 0)
     assert done["status"] == "done" and [s.ids for s in sequences()] != before
     assert {side: len(read(side)) for side in SIDES} == {"train": 4, "valid": 0, "rejected": 0, "duplicates": 0}
+
+
+def test_a_run_whose_data_files_are_gone_is_prepared_all_the_same(cli, tiny, data):
+    """It was taken elsewhere, or is kept without them; what asks for something else needs them."""
+    assert cli("prepare", data, "--model", tiny, "--valid", 0.2).code == 0
+    before = contents(DATA.parent)
+    data.unlink()
+    result = cli("prepare", "--json")
+    assert (result.code, result.json["status"]) == (0, "up-to-date"), result.err
+    assert "rows.jsonl is gone; what was prepared from it stays as it is" in result.err
+    assert contents(DATA.parent) == before
+    for more in (("--max-length", 100), ("--force",), (data,)):
+        assert "there is no file" in cli("prepare", *more).err
+    assert cli("train", "--epochs", 1, "--rank", 4).code == 0
