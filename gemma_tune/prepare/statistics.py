@@ -16,6 +16,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.prepare.scripts import NO_LETTERS, SCRIPTS
 
 FURTHEST = 1 << 20  # positions that are told apart; what lies further counts as this far (32 MB of counts at most)
+_FAR = 3  # times as long as every other row
 EXAMPLES = 3  # longest and shortest rows that are kept
 BINS = 14
 KEPT = 99  # per cent of the trained tokens that a suggested limit keeps
@@ -166,7 +167,8 @@ class Statistics:
         return int(np.searchsorted(np.cumsum(self._lengths.values), rank, side="right"))
 
     def histogram(self) -> list[dict[str, int]]:
-        """Rows by length in up to 14 even bins, the last of which takes the longest hundredth, if that is far away.
+        """Rows by length in up to 14 even bins, the last of which takes the longest hundredth, or the longest row of
+        few, if that is far away.
 
         Returns:
             [{"from": tokens, "to": tokens (inclusive), "rows": number}, …], contiguous, in ascending order.
@@ -174,7 +176,10 @@ class Statistics:
         if not self.rows:
             return []
         shortest, longest = self._length_at(0), self._length_at(self.rows - 1)
-        width = _round_width(self.percentile(99) - shortest)
+        reach = self.percentile(99)
+        if self.rows > 2 and reach > _FAR * (others := self._length_at(self.rows - 2)):
+            reach = others
+        width = _round_width(reach - shortest)
         start = shortest // width * width
         edges = [start + n * width for n in range(BINS)]
         edges = [edge for edge in edges if edge <= longest]
