@@ -22,6 +22,7 @@ from gemma_tune.export.checks import ExportChecks, check_files, format_tables, m
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
+from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.same_files import SameFiles, same_files
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, gained, said_against, smallest_sound
@@ -29,7 +30,7 @@ from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import COARSE, recommended
 from gemma_tune.ollama import client as ollama
-from gemma_tune.ollama.modelfile import lossy_runes, render_modelfile
+from gemma_tune.ollama.modelfile import lossy_runes
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
@@ -103,7 +104,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
     run = session.run
     _say(session, source.target)
     quants = _quants(session, source)
-    modelfiles = _modelfiles(session, source.target, quants)
+    modelfiles = modelfiles_of(session, source.target, quants)
     same = same_files(session, source, quants)
     if same is not None:
         session.listener.note("the GGUF stays as it is; " + (
@@ -119,7 +120,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
         checks = check_files(session, source, files)
         return _finished(session, source.target, modelfiles, files, figures, checks)
     except BaseException:
-        beside = (run.ollama / _REPORT, *(path for _, paths, _ in modelfiles.values() for path in paths.values()))
+        beside = (run.ollama / _REPORT, *(path for told in modelfiles.values() for path in told.paths.values()))
         for path in (*(() if same else files.values()), *map(fresh_path, beside)):
             remove(path)
         raise
@@ -196,42 +197,18 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     return chosen
 
 
-def _modelfiles(session: Session, target: Target, quants: tuple[str, ...],
-                ) -> dict[str, tuple[str, dict[str, Path], bytes]]:
-    """By number format: the name in Ollama, the Modelfile's paths by their names in the manifest, and its content.
-
-    Each format has one of its own name, which a later export of other formats leaves in place; what is called just
-    Modelfile is that of the first.
-
-    Raises:
-        UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
-    """
-    names, folder = model_names(target.name, quants), session.run.ollama
-    found = {}
-    for quant, name in names.items():
-        paths = {"modelfile": folder / "Modelfile"} if quant == quants[0] else {}
-        paths[f"modelfile_{quant}"] = folder / f"Modelfile-{quant}"
-        text = render_modelfile(
-            f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
-            license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
-                                                        f"ollama create {name} -f Modelfile-{quant}"])
-        found[quant] = (name, paths, text.encode())
-    return found
-
-
-def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[str, Mapping[str, Path], bytes]],
-              files: Mapping[str, Path], figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
+def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], files: Mapping[str, Path],
+              figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Write what stands beside the files, and give all of it to the manifest."""
     run, first = session.run, next(iter(files))
     outputs, fresh = {}, {}
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
-        name, paths, content = modelfiles[quant]
         if gguf != path:
             fresh[gguf] = path
         outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
-        _write_beside(paths, content, outputs, fresh)
-        figures[quant].update({"file": gguf.name, "ollama_name": name, **checks.figures(quant)})
+        modelfiles[quant].write(outputs, fresh)
+        figures[quant].update({"file": gguf.name, "ollama_name": modelfiles[quant].name, **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
     earlier = _earlier(session, files)
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
@@ -257,24 +234,16 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, tuple[s
                     fresh)
 
 
-def _write_beside(paths: Mapping[str, Path], content: bytes, outputs: dict[str, Path], fresh: dict[Path, Path]) -> None:
-    for key, modelfile in paths.items():
-        outputs[key], fresh[modelfile] = modelfile, fresh_path(modelfile)
-        fresh[modelfile].write_bytes(content)
-
-
-def _told_otherwise(session: Session, modelfiles: Mapping[str, tuple[str, Mapping[str, Path], bytes]],
-                    same: SameFiles) -> Finished:
+def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
     """The last export with other Modelfiles."""
     run, first = session.run, next(iter(same.files))
     outputs: dict[str, Path] = {}
     fresh: dict[Path, Path] = {}
     figures = {}
     for quant, gguf in same.files.items():
-        name, paths, content = modelfiles[quant]
         outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
-        _write_beside(paths, content, outputs, fresh)
-        figures[quant] = {**same.figures[quant], "ollama_name": name}
+        modelfiles[quant].write(outputs, fresh)
+        figures[quant] = {**same.figures[quant], "ollama_name": modelfiles[quant].name}
     return Finished({**outputs, "export_report": run.ollama / _REPORT},
                     same.summary | {"ollama_name": figures[first]["ollama_name"], "quants": figures}, fresh)
 

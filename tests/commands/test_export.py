@@ -331,6 +331,11 @@ def test_what_ollama_alone_is_told_leaves_the_files_as_they_are(cli, merged):
     assert cli("status", "--verify", "--json").json["stages"]["export-ollama"]["state"] == "done"
     assert cli("export-ollama", "--json").json["status"] == "up-to-date"
 
+    (merged / "ollama/report.md").unlink()
+    assert cli("export-ollama", "--name", "third", "--json").json["status"] == "done"
+    assert (merged / "ollama/report.md").is_file()
+    before = files()
+
     hot = cli("export-ollama", "--parameter", "temperature=0.5", "--json")
     assert hot.json["status"] == "done" and "stays as it is" not in hot.err
     assert all(files()[name] != stamp for name, stamp in before.items())

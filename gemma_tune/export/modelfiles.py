@@ -1,0 +1,56 @@
+"""The Modelfiles of an export: what Ollama is told of each file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.base.files import fresh_path
+from gemma_tune.export.deploy import model_names
+from gemma_tune.export.target import Target
+from gemma_tune.ollama.modelfile import render_modelfile
+from gemma_tune.run.session import Session
+
+
+@dataclass(frozen=True)
+class Told:
+    """What stands beside the GGUF of a number format.
+
+    Args:
+        name: the model's in Ollama.
+        paths: of the Modelfile, by their names in the manifest.
+        content: of each of them.
+    """
+
+    name: str
+    paths: Mapping[str, Path]
+    content: bytes
+
+    def write(self, outputs: dict[str, Path], fresh: dict[Path, Path]) -> None:
+        """Write the successors of the files, and add them to what a stage made and where it lies."""
+        for key, path in self.paths.items():
+            outputs[key], fresh[path] = path, fresh_path(path)
+            fresh[path].write_bytes(self.content)
+
+
+def modelfiles_of(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, Told]:
+    """By number format.
+
+    Each format has a Modelfile of its own name, which a later export of other formats leaves in place; what is called
+    just Modelfile is that of the first.
+
+    Raises:
+        UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
+    """
+    folder = session.run.ollama
+    found = {}
+    for quant, name in model_names(target.name, quants).items():
+        paths = {"modelfile": folder / "Modelfile"} if quant == quants[0] else {}
+        paths[f"modelfile_{quant}"] = folder / f"Modelfile-{quant}"
+        text = render_modelfile(
+            f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
+            license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
+                                                        f"ollama create {name} -f Modelfile-{quant}"])
+        found[quant] = Told(name, paths, text.encode())
+    return found
