@@ -326,6 +326,10 @@ def _pool(processes: int, judge: Judge) -> Iterator[ProcessPoolExecutor]:
     except BaseException:  # Ctrl-C, or whoever takes the results has stopped
         for child in multiprocessing.active_children():
             child.kill()
+        # One that is killed while it sends its rows leaves the pool's thread waiting for the rest, as long as anybody
+        # could still write there: this process itself.
+        with contextlib.suppress(AttributeError, OSError):
+            pool._result_queue._writer.close()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -252,6 +252,43 @@ def test_ctrl_c_ends_them_at_once_however_often_it_is_pressed(workplace, times, 
     assert not still_there(children)
 
 
+INTERRUPTED_WHILE_RECEIVING = """
+import multiprocessing, sys, threading, time
+from gemma_tune.prepare import judge
+
+def rows(size):
+    return b"x" * size
+
+def receives():
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident)
+        while frame is not None and thread is not threading.main_thread():
+            if frame.f_code.co_name == "_recv":
+                return True
+            frame = frame.f_back
+    return False
+
+if __name__ == "__main__":
+    try:
+        with judge._pool(2, None) as pool:
+            sent = [pool.submit(rows, 200_000_000) for _ in range(4)]
+            while not receives():
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print("ended", multiprocessing.active_children())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are forked")
+def test_children_that_are_stopped_while_they_send_rows_leave_nobody_waiting(tmp_path):
+    """The rest of what they sent never comes."""
+    (tmp_path / "stopped.py").write_text(INTERRUPTED_WHILE_RECEIVING)
+    done = subprocess.run([sys.executable, "stopped.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout == "ended []\n", done.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_file_that_breaks_off_leaves_the_old_data(prepare, two_processes, monkeypatch, processes):
     monkeypatch.setattr(module, "_processes", lambda *_: processes)
