@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemma_tune.prepare.split import choose_valid, fewest_valid
+from gemma_tune.prepare.split import choose_valid, fewest_valid, most_valid
 
 
 @dataclass
@@ -105,7 +105,9 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
     if columns.held_out.any():
         side = columns.held_out.copy()
     elif valid:
-        side[kept] = choose_valid(columns.prompt[kept], valid, fewest_valid(int(kept.sum())) if by_default else 0)
+        rows = int(kept.sum())
+        bounds = (fewest_valid(rows), most_valid(rows)) if by_default else (0, None)
+        side[kept] = choose_valid(columns.prompt[kept], valid, *bounds)
     both = np.isin(columns.prompt[kept & ~side], columns.prompt[kept & side])
     return Selection(same_as, near, side, kept, _conflicts(columns, kept), int(both.sum()))
 

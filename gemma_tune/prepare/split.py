@@ -19,7 +19,16 @@ def fewest_valid(rows: int) -> int:
     return min(FEWEST, rows // _ENOUGH) if rows >= 18 else 0
 
 
-def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0) -> np.ndarray:
+def most_valid(rows: int) -> int:
+    """How many rows are kept aside at most where nobody said how many: of a few, chance can take half.
+
+    >>> most_valid(5), most_valid(17), most_valid(18), most_valid(80)
+    (1, 1, 4, 16)
+    """
+    return max(fewest_valid(rows), -(-rows // 5)) if rows >= 18 else 1
+
+
+def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0, most: int | None = None) -> np.ndarray:
     """Choose the rows for validation.
 
     A share looks at each hash alone, so rows that are added later never move the others. Rows with the same hash, which
@@ -31,6 +40,7 @@ def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0) -> np.n
             exceeded, except where every prompt has more rows than that: then the prompt with the fewest is taken.
         fewest: rows that a share gives at least, by the prompts that are next in the order of their hashes; as far as
             a prompt is left for the other side.
+        most: rows that a share gives at most, but for those of the first prompt.
 
     Returns:
         bool, shape (rows,): True for validation. It depends on the hashes alone, not on the order of the rows.
@@ -39,17 +49,19 @@ def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0) -> np.n
     groups, sizes = np.unique(hashes, return_counts=True)
     if valid <= 0 or len(groups) < 2:
         return np.zeros(len(hashes), dtype=bool)
-    chosen = _by_share(groups, sizes, valid, fewest) if valid < 1 else _by_number(sizes, int(valid))
+    chosen = _by_share(groups, sizes, valid, fewest, most) if valid < 1 else _by_number(sizes, int(valid))
     return chosen[np.searchsorted(groups, hashes)]
 
 
-def _by_share(groups: np.ndarray, sizes: np.ndarray, share: float, fewest: int) -> np.ndarray:
+def _by_share(groups: np.ndarray, sizes: np.ndarray, share: float, fewest: int, most: int | None) -> np.ndarray:
     """Groups below the share of the hashes' range, and on until there are as many rows as the fewest; the first and the
     last stay on different sides."""
     below = math.ceil(share * 2**64)  # exact: a float times a power of two, and hashes are whole numbers
     rows = np.cumsum(sizes)
     # A prompt with many rows is not taken for the sake of a few.
     chosen = (groups < np.uint64(below)) | (rows - sizes < fewest) & (rows <= 2 * fewest)
+    if most is not None:
+        chosen &= rows <= most
     chosen[0], chosen[-1] = True, False
     return chosen
 

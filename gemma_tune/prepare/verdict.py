@@ -23,6 +23,7 @@ from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
+_PREFERENCE = {"chosen", "rejected", "label"}  # columns of rows that are read as preferences, whatever they are called
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
 NAMED = 20  # faults that a failure names
 
@@ -32,7 +33,8 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
-    if config.column_names and noticed.formats and not noticed.formats["columns"]:
+    by_names = {"columns", *(["preference"] if _PREFERENCE & {*config.column_names} else [])}
+    if config.column_names and noticed.formats and by_names.isdisjoint(noticed.formats):
         named = ", ".join(f"`{name}`" for name in config.column_names.values())
         listener.warn(f"--columns names {named}, and no row is read by that: a row that has none of the columns of "
                       "questions and answers is read by its own format")

@@ -107,6 +107,17 @@ def test_a_share_gives_at_least_so_many_rows_and_only_adds_the_next_prompts(hash
         assert not taken or max(taken) <= min((h for h, m in zip(hashes, mask) if not m), default=2**64)
 
 
+def test_of_few_rows_chance_takes_no_more_than_a_fifth():
+    from gemma_tune.prepare.split import fewest_valid, most_valid
+
+    random = np.random.default_rng(1)
+    for rows in (2, 3, 5, 10, 17, 18, 30, 80, 200):
+        for _ in range(50):
+            hashes = random.integers(0, 2**64, rows, dtype=np.uint64)
+            kept = int(choose_valid(hashes, 0.1, fewest_valid(rows), most_valid(rows)).sum())
+            assert max(1, fewest_valid(rows)) <= kept <= (1 if rows < 18 else max(fewest_valid(rows), rows / 5 + 1))
+
+
 @pytest.mark.parametrize(("rows", "expected"), [(12, 0), (17, 0), (18, 3), (29, 4), (30, 5), (99, 5), (10**6, 5)])
 def test_the_fewest_validation_rows_where_nobody_chose(rows, expected):
     from gemma_tune.prepare.split import fewest_valid
