@@ -37,10 +37,16 @@ def by_length(lengths: Mapping[int, int], limit: int, context: int, most: Callab
 def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
     """How many rows of a width fit into a share of so many bytes, by the keys and values that they take."""
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    a_token = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
+    # Gemma 4's layers of two kinds differ in their heads.
+    of_a_kind = not getattr(text, "is_heterogeneous", False)
+    layers = [text] * text.num_hidden_layers if of_a_kind else list(text.per_layer_config)
+    a_token = 2 * sum(map(_width_of_keys, layers)) * model.dtype.itemsize
     return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / (a_token * tokens))))
+
+
+def _width_of_keys(layer: Any) -> int:
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def read_before(known: Sequence[int], prompt: Sequence[int]) -> int:

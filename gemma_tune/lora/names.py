@@ -37,5 +37,6 @@ def candidates(name: str) -> Iterator[str]:
         yield name.replace("model.language_model.", "model.", 1)
     elif name.startswith("model."):
         yield name.replace("model.", "model.language_model.", 1)
+        yield name.replace("model.", "backbone.", 1)  # Nemotron-H on the disk
     # Some repositories, as GPT-2's, leave out the name that all layers have in common.
     yield re.sub(r"^(transformer|model)\.", "", name)

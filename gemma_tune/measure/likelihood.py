@@ -103,7 +103,8 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 def logits_of(model: Any, states: torch.Tensor) -> torch.Tensor:
     """Logits (n, vocabulary) in fp32 of the decoder's last states (n, hidden), as the family ends them."""
     after = after_product(model)
-    logits = model.get_output_embeddings()(states).float()
+    head = model.get_output_embeddings()
+    logits = head(states.to(head.weight.dtype)).float()  # Mamba's last states are fp32
     if after["scale"] != 1:
         logits.mul_(after["scale"])
     if after["softcap"]:

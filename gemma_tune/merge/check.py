@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_continuations
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.files import NEW
 from gemma_tune.base.tensors import open_tensors, read_header
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.load import add_adapter
+from gemma_tune.lora.names import candidates, running_name
 from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
@@ -52,14 +55,14 @@ class _Reading:
     scores: list[torch.Tensor]
 
 
-def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path, vocabulary: int | None = None,
+def check(session: Session, merged: Path, chat: ChatFormat, adapter: Adapter, vocabulary: int | None = None,
           ) -> dict[str, Any]:
     """Compare the merged model with base + adapter.
 
     Args:
         merged: the merged checkpoint.
         chat: its tokenizer and chat template.
-        adapter: as PEFT can load it for the base.
+        adapter: whose layers the running base may call otherwise.
         vocabulary: entries that it was trained with, where the base has another number.
 
     Returns:
@@ -70,11 +73,15 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Path, vocab
     """
     prompts = _prompts(session, chat)
     scores = 3 * len(prompts) * ANSWER_TOKENS * len(chat.tokenizer) * 4  # bytes of log-probabilities that are compared
-    placement, lacking = place(sum(map(_parameters, (merged, adapter))), scores)
+    placement, lacking = place(sum(map(_parameters, (merged, adapter.folder))), scores)
     if placement is None:
         session.listener.warn(f"the merged model was not compared with base + adapter: {lacking}")
         return {"check_skipped": lacking}
-    tuned = add_adapter(load_model(session.model.path, placement), adapter, vocabulary)
+    base = load_model(session.model.path, placement)
+    with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as folder:
+        names = running_names(adapter, base)
+        fitting = renamed_adapter(adapter, names, Path(folder)) if names else adapter.folder
+        tuned = add_adapter(base, fitting, vocabulary)
     session.listener.progress("checking", 0, 2)
     answers = greedy_continuations(tuned, chat, prompts, ANSWER_TOKENS)
     sequences = [(prompt, chat.tokenizer(answer.text, add_special_tokens=False).input_ids)
@@ -156,14 +163,26 @@ def _log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> torc
     return torch.log_softmax(logits.float(), -1).cpu()
 
 
-def renamed_adapter(adapter: Adapter, renamed: Mapping[str, str], folder: Path) -> Path:
+def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
+    """Modules of an adapter of another form of the model, and what the running base calls them, where that differs.
+
+    Transformers runs some multimodal repositories as their text model alone (Qwen 3.5), others whole (Gemma 3): so the
+    names on the disk do not tell.
+    """
+    there = {name for name, _ in base.named_modules()}
+    modules = {*adapter.layers, *(name.rpartition(".")[0] for name in (*adapter.copies, *adapter.base_tensors))}
+    found = {module: next((name for name in candidates(running_name(module)) if name in there), module)
+             for module in modules}
+    return {module: name for module, name in found.items() if module != name}
+
+
+def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) -> Path:
     """Write an adapter whose names are those of another form of its model, as PEFT finds layers by their names.
 
     Args:
-        renamed: tensors by the adapter's names (a layer as its ``weight``) and the base's.
+        names: of modules, in the adapter and in the base; those that are the same are left out.
         folder: to write into; it is empty.
     """
-    names = {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in renamed.items()}
     layers = {names.get(layer, layer): lora for layer, lora in adapter.layers.items()}
     tensors = {}
     for layer, lora in layers.items():

@@ -60,13 +60,11 @@ class MergePlan:
         untied: the head becomes another tensor than the embedding, which they may have shared in the base.
         entries: of the vocabulary, as many as the embedding has; None where that is not known.
         base_entries: as many as the base has.
-        renamed: layers and tensors that the running base calls otherwise than the adapter: adapter's name → base's.
     """
 
     pieces: list[Piece]
     changed: int
     untied: bool
-    renamed: dict[str, str]
     entries: int | None = None
     base_entries: int | None = None
 
@@ -123,7 +121,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
                     layers.get(name), name in transposed) for name in kept]
     changed = sum(name in layers or name in copies or sources[name].shape != before[name].shape for name in kept)
     own = before[names.embedding].shape[0] if names.embedding else None
-    return MergePlan(pieces, changed, untied, names.renamed, vocabulary or own, own)
+    return MergePlan(pieces, changed, untied, vocabulary or own, own)
 
 
 def _other_vocabulary(names: _Names, base: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor],
@@ -136,10 +134,11 @@ def _other_vocabulary(names: _Names, base: Mapping[str, StoredTensor], sources: 
         return None, set()
     modules = {name.removesuffix(".weight") for name in (names.embedding, names.head)}
     ends = {name for name in base if name.rpartition(".")[0] in modules}
-    own = base[names.embedding].shape[0]
-    sizes = {sources[name].shape[0] for name in ends if sources[name].shape[1:] == base[name].shape[1:]}
-    sizes |= {layers[name].shape[1 if layers[name].embedding else 0] for name in ends & layers.keys()}
-    others = sizes - {own}
+    own = {name: base[name].shape[0] for name in ends}  # Mllama's embedding has more entries than its head
+    others = {sources[name].shape[0] for name in ends if sources[name].shape[1:] == base[name].shape[1:]
+              and sources[name].shape[0] != own[name]}
+    adapted = {name: layers[name].shape[1 if layers[name].embedding else 0] for name in ends & layers.keys()}
+    others |= {size for name, size in adapted.items() if size != own[name]}
     return (others.pop(), ends) if len(others) == 1 else (None, set())
 
 
@@ -155,7 +154,6 @@ class _Names:
         head: the output layer's; ``HEAD`` where it shares the embedding.
         tied: ``embedding`` where the head is no tensor of its own.
         missing: what was asked for and is not there.
-        renamed: as in :class:`MergePlan`.
     """
 
     def __init__(self, base: Mapping[str, StoredTensor]):
@@ -164,7 +162,6 @@ class _Names:
         self.head = self._stored.get(HEAD, HEAD)
         self.tied = None if HEAD in self._stored else self.embedding
         self.missing: list[str] = []
-        self.renamed: dict[str, str] = {}
 
     def of(self, name: str) -> str:
         """The name on the disk of the adapter's tensor ``name``; a head that shares the embedding is ``HEAD``."""
@@ -173,8 +170,6 @@ class _Names:
             return HEAD
         for candidate in candidates(asked):
             if candidate in self._stored:
-                if candidate != asked:
-                    self.renamed[name] = candidate
                 return self._stored[candidate]
         self.missing.append(name)
         return name

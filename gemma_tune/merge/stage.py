@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import NEW, new_directory
+from gemma_tune.base.files import new_directory
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.merge.base import INPUT, with_base
 from gemma_tune.merge.card import model_card
-from gemma_tune.merge.check import check, renamed_adapter
+from gemma_tune.merge.check import check
 from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
 from gemma_tune.models.whole import refuse_rotten
@@ -118,7 +117,7 @@ def _merge(session: Session) -> Finished:
         write_files(layout, folder, listener.progress)
         summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
         if chat:
-            summary |= _checked(session, folder, chat, adapter, plan)
+            summary |= check(session, folder, chat, adapter, plan.vocabulary)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
         summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
     return Finished({"merged": run.merged}, summary, {run.merged: folder})
@@ -184,13 +183,6 @@ def _chat_format(session: Session, folder: Path) -> ChatFormat:
     except UserError as e:
         raise UserError(f"the merged model could not be asked anything: {e.message}",
                         f"{e.hint}; or merge without the comparison: --no-check") from e
-
-
-def _checked(session: Session, folder: Path, chat: ChatFormat, adapter: Adapter, plan: MergePlan) -> dict[str, Any]:
-    if not plan.renamed:
-        return check(session, folder, chat, adapter.folder, plan.vocabulary)
-    with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as place:
-        return check(session, folder, chat, renamed_adapter(adapter, plan.renamed, Path(place)), plan.vocabulary)
 
 
 def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:

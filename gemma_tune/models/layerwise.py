@@ -14,7 +14,7 @@ import torch
 
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import StoredTensor, open_tensors
-from gemma_tune.models.load import needs_eager_attention
+from gemma_tune.models.load import attention_of
 from gemma_tune.models.placement import Placement
 
 _ELEMENTS = 1 << 22  # of an embedding that are read at a time
@@ -52,10 +52,10 @@ class LayerwiseModel:
         self._stored = {canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()}
         self._canonical = canonical
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-        eager = needs_eager_attention(config.model_type)
+        attention = attention_of(config.model_type, towers=config.get_text_config() is not config)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
-                config, dtype=placement.dtype, attn_implementation="eager" if eager else "sdpa",
+                config, dtype=placement.dtype, attn_implementation=attention,
                 trust_remote_code=False)
         self.model.eval().requires_grad_(False)
         self.decoder = self.model.get_decoder()

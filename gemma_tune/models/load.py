@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
+from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
 from gemma_tune.models.whole import remedy
@@ -29,6 +31,20 @@ def needs_eager_attention(model_type: str) -> bool:
 
     family = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ""), None)
     return model_type == "gemma2" or not getattr(family, "_supports_sdpa", True)
+
+
+def attention_of(model_type: str, towers: bool) -> str | dict[str, str]:
+    """What computes the attention of the text model; towers have theirs, Gemma 4's ear one without SDPA."""
+    kind = "eager" if needs_eager_attention(model_type) else "sdpa"
+    return {"text_config": kind} if towers else kind
+
+
+def missing_package(error: ImportError) -> str:
+    """How to install what a model needs."""
+    named = re.search(r"requires the (\S+) library", str(error))
+    if named:
+        return f"pip install {named[1]}"
+    return "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora"
 
 
 def with_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,7 +79,10 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
 
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=placement.dtype)
+            bnb_4bit_compute_dtype=placement.dtype,
+            # Gemma 3n writes into two of its weights; the head is never quantised.
+            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
+               if config.get("model_type", "").startswith("gemma3n") else {}))
     if shards > 1:
         from transformers.distributed import DistributedConfig
 
@@ -72,7 +91,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model. The name alone
         # becomes the GPU of this process; in a mapping it would be the first one for the threads that load.
         extra["device_map"] = placement.device
-    attention = "eager" if needs_eager_attention(config.get("model_type", "")) else "sdpa"
+    attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
@@ -88,14 +107,15 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:
-        raise UserError(f"this needs a package that is not installed: {first_line(e)}",
-                        "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora") from e
+        raise UserError(f"this needs a package that is not installed: {first_line(e)}", missing_package(e)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
             raise out_of_memory(e) from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
-    if problems := [f"{kind} keys: {key}" for kind, key in unfit_keys(info)]:
+    # Transformers takes the text model out of some multimodal checkpoints, whose towers are left over then.
+    unfit = [(kind, key) for kind, key in unfit_keys(info) if not (kind == "unexpected" and TOWERS.search(key))]
+    if problems := [f"{kind} keys: {key}" for kind, key in unfit]:
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
                         problems[:20])
     return model
@@ -128,4 +148,5 @@ def after_product(causal_lm: Any) -> dict[str, Any]:
     text = causal_lm.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
     scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
-    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+    cap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)  # RecurrentGemma's
+    return {"scale": scale, "softcap": cap}

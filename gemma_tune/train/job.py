@@ -222,6 +222,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         output_dir=str(session.run.checkpoints), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.clip,
+        router_aux_loss_coef=0.0,  # the loss is our own, and some models have routers in name alone
         weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
         optim="adamw_torch_fused" if placement.device == "cuda" else "adamw_torch",
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,

@@ -129,7 +129,7 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
     from transformers import AttentionInterface, AutoConfig
 
     from gemma_tune.encoding.tokenizer import quiet_libraries
-    from gemma_tune.models.load import needs_eager_attention, with_decoder
+    from gemma_tune.models.load import missing_package, needs_eager_attention, with_decoder
 
     quiet_libraries()
     AttentionInterface.register(_ATTENTION, _counted_attention)
@@ -137,9 +137,16 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
         model = with_decoder(_on_meta(config, dtype, attention))
+    except ImportError as e:
+        raise UserError(f"{checkpoint / 'config.json'} describes a model that needs a package: {first_line(e)}",
+                        missing_package(e)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as its values can miss each other
         if is_out_of_memory(e):
             raise
+        if "for this kind of AutoModel" in str(e):
+            raise UserError(f"{checkpoint / 'config.json'}: transformers runs no text model by itself of the family "
+                            f"{config.model_type}, so it cannot be trained here",
+                            "use a model of another family, such as Gemma, Llama or Qwen") from e
         raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: {first_line(e)}",
                         "use a causal language model that the installed transformers knows, or: pip install --upgrade "
                         "transformers") from e

@@ -453,11 +453,12 @@ def test_questions_that_begin_with_a_slash(talk, conversation):
 
 def test_slash_commands(talk, conversation):
     conversation.keep("one", Answer("1", 1, True))
-    _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/help", "", "   ", KeyboardInterrupt())
+    _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/xyzzy", "/help", "", "   ", KeyboardInterrupt())
     assert conversation.messages == [{"role": "system", "content": "Be [bold] brief."}]
     assert "(the conversation starts anew)" in err
     assert "(system prompt: Be [bold] brief.)" in err
-    assert "(there is no /nope; /help lists what there is; with a space before it, it is a question)" in " ".join(err.split())
+    assert "(there is no /nope" in err
+    assert "(there is no /xyzzy; /help lists what there is; with a space before it, it is a question)" in " ".join(err.split())
     assert err.count("forget the conversation") == 1, "for /help"
     assert "(Ctrl-D or /exit leaves)" in err
     talk("/system")

@@ -298,7 +298,7 @@ def test_an_adapter_under_the_names_that_peft_looks_for(tmp_path, kind):
     path = adapter / "adapter_model.safetensors"
     save_file(wrapped(load_file(path), **{"base_model.model.model": "base_model.model.text"}), path)
     described = read_adapter(adapter)
-    names = [*(f"{layer}.weight" for layer in described.layers), *described.copies]
+    names = [*described.layers, *(name.rpartition(".")[0] for name in described.copies)]
     (tmp_path / "renamed").mkdir()
     renamed_adapter(described, {name: name.replace("text.", "model.", 1) for name in names}, tmp_path / "renamed")
     tuned = PeftModel.from_pretrained(type(gemma()).from_pretrained(base), str(tmp_path / "renamed")).eval()

@@ -1,0 +1,94 @@
+"""Families that broke somewhere on the way: towers, layers of several kinds, states of another type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from transformers import AutoModelForCausalLM
+
+from gemma_tune.answers.lengths import rows_that_fit
+from gemma_tune.models.load import after_product, load_model
+from gemma_tune.models.placement import Placement
+from support.command import rows, write_rows
+from support.gemmas import FAMILIES, make_family
+from support.llamas import byte_level_tokenizer
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
+            "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=512)
+EYE = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
+MIXING = dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
+              linear_key_head_dim=8, linear_value_head_dim=8)
+GEMMA4 = dict(num_hidden_layers=4, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2, global_head_dim=32,
+              hidden_size_per_layer_input=16, num_kv_shared_layers=2)
+TOWER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16, intermediate_size_mlp=96, no_rope_layers=[1, 0])
+GRANITE = dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, layer_types=["mamba", "attention"],
+               mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16, logits_scaling=4.0)
+
+
+def config_of(name: str, text: dict):
+    """A configuration, and the class that writes the checkpoint."""
+    if name == "qwen3.5 with an eye":
+        return T.Qwen3_5Config(text_config=text | MIXING, vision_config=EYE), T.Qwen3_5ForConditionalGeneration
+    if name == "gemma 4 with an ear":
+        own = text | GEMMA4 | {"vocab_size_per_layer_input": text["vocab_size"]}
+        return (T.Gemma4Config(text_config=own, vision_config=TOWER | dict(intermediate_size=32, num_key_value_heads=2, head_dim=16),
+                               audio_config=TOWER), T.Gemma4ForConditionalGeneration)
+    if name == "llama 4 with an eye":
+        eye = TOWER | dict(intermediate_size=128, image_size=28, patch_size=14, vision_output_dim=32, projector_input_dim=32,
+                           projector_output_dim=32, pixel_shuffle_ratio=0.5)
+        return T.Llama4Config(text_config=text | LLAMA4, vision_config=eye), T.Llama4ForConditionalGeneration
+    if name == "dense granite hybrid":
+        return T.GraniteMoeHybridConfig(**text | GRANITE), T.GraniteMoeHybridForCausalLM
+    return (T.Mamba2Config(**text | dict(num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)), T.Mamba2ForCausalLM)
+
+
+def make(name: str, folder: Path) -> Path:
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = TEMPLATE
+    text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=0)
+    config, kind = config_of(name, text)
+    torch.manual_seed(1)
+    model = kind(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.12)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "llama 4 with an eye", "dense granite hybrid",
+                                  "mamba 2", "gemma4-small"])
+def test_all_stages(cli, tmp_path, name):
+    """In the type by default, which can be bf16."""
+    model = tmp_path / name.replace(" ", "-")
+    make_family(name, model) if name in FAMILIES else make(name, model)
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "Say number 3.", "the")))
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
+                 ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--keep", "last", "--samples", 0),
+                 ("eval", "--max-new-tokens", 3), ("chat", "--use", "adapter", "--input", "asked.jsonl", "-n", 3), ("merge",)):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    assert result.json["summary"]["check_divergence"] < 0.25 * result.json["summary"]["check_adapter_effect"] + 5e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_of_layers_of_several_kinds_are_counted(family, tmp_path):
+    make_family(family, tmp_path)
+    fit = rows_that_fit(load_model(tmp_path, Placement("cpu", torch.float32, "")), 1 << 24)
+    assert 1 <= fit(4096) <= fit(16)
+
+
+def test_a_cap_of_recurrent_gemma_is_known():
+    config = T.RecurrentGemmaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                    lru_width=32)
+    assert after_product(AutoModelForCausalLM.from_config(config))["softcap"] == config.logits_soft_cap == 30.0
