@@ -20,6 +20,7 @@ from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.report import charts, tables
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import STAGES, Manifest
+from gemma_tune.run.stage import superseded
 
 _MOST_ANSWERS = 100  # that are shown; the others are in answers.json
 _LONGEST = 20_000  # characters of a text
@@ -28,10 +29,11 @@ _OF_THE_PLACE = ("push", "private", "host")  # settings of a machine or an accou
 
 def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
     """Everything that the page's template asks for, by name."""
-    summaries = {name: stage["summary"] for name, stage in manifest.stages.items()}
+    old = superseded(manifest)  # what they tell is of another adapter than the one that the page is about
+    summaries = {name: stage["summary"] for name, stage in manifest.stages.items() if name not in old}
     settings = {name: {key: entry.get("value") for key, entry in stage["config"].items()}
                 for name, stage in manifest.stages.items()}
-    answers = _answers(run, manifest)
+    answers = _answers(run, summaries)
     return {
         "model": manifest.model, "summary": {name: summaries.get(name, {}) for name in STAGES},
         "settings": {name: settings.get(name, {}) for name in STAGES},
@@ -40,7 +42,7 @@ def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
         "few_rows": tables.FEW_ROWS, "answers": answers[:_MOST_ANSWERS], "more_answers": answers[_MOST_ANSWERS:],
         "formats": _formats(summaries.get("export-ollama", {})), "parity": _parity(summaries.get("export-ollama", {})),
         "seconds": {name: _seconds(stage) for name, stage in manifest.stages.items()},
-        "commands": _commands(manifest, settings),
+        "commands": _commands(manifest, settings), "superseded": old,
     }
 
 
@@ -96,9 +98,9 @@ def _curves(run: RunDir, trained: Mapping[str, Any]) -> Any:
     return None
 
 
-def _answers(run: RunDir, manifest: Manifest) -> list[dict[str, Any]]:
+def _answers(run: RunDir, summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Prompts with both answers, as answers.json has them."""
-    if "eval" not in manifest.stages:
+    if "eval" not in summaries:
         return []
     found, kept = _json(run.answers), []
     for item in found if isinstance(found, list) else ():

@@ -113,6 +113,21 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe,
     return State("done")
 
 
+def superseded(manifest: Manifest) -> list[str]:
+    """Stages whose results are about an adapter or a merged model that another one has taken the place of since; by the
+    manifest alone."""
+    found: list[str] = []
+    for stage in STAGES:
+        for name, item in manifest.stages.get(stage, {"inputs": {}})["inputs"].items():
+            maker, output = NEEDS[stage].get(name, ("", ""))
+            if maker not in ("train", "merge") or stage in found:
+                continue
+            made = manifest.stages.get(maker, {}).get("outputs", {}).get(output)
+            if maker in found or made is None or made["sha256"] != item["sha256"]:
+                found.append(stage)
+    return found
+
+
 def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> str | None:
     read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
     if unnamed := sorted(read_by_others - outputs.keys()):

@@ -65,6 +65,30 @@ def test_it_tells_everything_about_a_run(page):
     assert sum(tag == "svg" for tag, _ in found.tags) == 3 + 9, "curves, lengths, formats; an interval for each measure"
 
 
+def test_what_is_about_an_earlier_adapter_is_left_out_and_named(tmp_path):
+    run = finished_run(tmp_path / "run", "Is the margin falling?")
+    assert "about an earlier adapter" not in Page(write_report(run)).text
+    manifest = json.loads(run.manifest.read_text())
+    stages = manifest["stages"]
+
+    def item(path: str, sha256: str) -> dict[str, str]:
+        return {"path": path, "sha256": sha256 * 64, "stamp": "s"}
+
+    stages["train"]["outputs"]["adapter"] = item("m_lora_adapter", "0")
+    stages["eval"]["inputs"]["adapter"] = stages["merge"]["inputs"]["adapter"] = item("m_lora_adapter", "0")
+    stages["merge"]["outputs"]["merged"] = stages["export-ollama"]["inputs"]["merged"] = item("m_lora_merged", "2")
+    run.manifest.write_text(json.dumps(manifest))
+    assert "about an earlier adapter" not in Page(write_report(run)).text
+    stages["train"]["outputs"]["adapter"]["sha256"] = "1" * 64  # trained anew since
+    run.manifest.write_text(json.dumps(manifest))
+    found = Page(write_report(run))
+    assert "about an earlier adapter" in found.text and ": eval, merge, export-ollama. Run them again" in found.text
+    assert "4.225 → 2.940" in found.text and "Loss curves" in found.text
+    for said in ("Base against tuned", "arc_easy", "+3.30 %", "Is the margin falling?", "greedy answers equal"):
+        assert said not in found.text, said
+    assert found.open == []
+
+
 def test_nothing_comes_from_elsewhere_and_no_path_of_this_machine_is_told(page):
     found = page()
     assert not re.search(r"https?://|//\w|@import|url\(", found.source.replace("http-equiv", ""))
