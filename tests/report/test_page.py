@@ -84,7 +84,7 @@ def test_what_is_about_an_earlier_adapter_is_left_out_and_named(tmp_path):
     found = Page(write_report(run))
     assert "about an earlier adapter" in found.text and ": eval, merge, export-ollama. Run them again" in found.text
     assert "4.225 → 2.940" in found.text and "Loss curves" in found.text
-    for said in ("Base against tuned", "arc_easy", "+3.30 %", "Is the margin falling?", "greedy answers equal"):
+    for said in ("Base against tuned", "arc_easy", "+3.30 %", "cut off at the limit", "greedy answers equal"):
         assert said not in found.text, said
     assert found.open == []
 
