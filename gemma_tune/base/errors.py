@@ -30,6 +30,8 @@ class UserError(Exception):
         super().__init__(self.message)
         self.hint = hint and redact(hint)
         self.problems = tuple(map(redact, problems))
+        for note in (*(f"- {problem}" for problem in self.problems), *([f"Hint: {self.hint}"] if self.hint else [])):
+            self.add_note(note)  # for the traceback of whoever calls from Python
 
 
 class WorkFailed(UserError):

@@ -127,7 +127,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
-            next_step = resume or _right_to_read(root, record) or command(stage, root)
+            tuned = ("--config", str(paths.tune_settings)) if stage == "train" and paths.tune_settings.is_file() else ()
+            next_step = resume or _right_to_read(root, record) or command(stage, root, *tuned)
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
@@ -208,6 +209,11 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         left_out = counted(report["left_out_answers"], "answer of the rows that are used is",
                            "answers of the rows that are used are")
         listener.warn(f"{left_out} left out: too long to fit into --max-length {session.config.max_length}")
+    longest = min(report["before_the_limit"]["length"]["longest"], session.config.max_length)
+    if (context := context_length(session.model.config)) and longest > context:
+        listener.warn(f"there are sequences of up to {longest:,} tokens, and {session.model.id} was made for "
+                      f"{context:,}: it can do little or nothing with what comes behind; --max-length {context} limits "
+                      "them")
     if not report["valid_rows"] and session.config.valid:
         listener.warn("no rows for validation: that needs two different prompts at least")
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":

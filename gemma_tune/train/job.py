@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.machine import keeping_garbage
@@ -135,6 +136,7 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
     refuse_four_bits(session.config, placement.device)
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
                      placement.device)
+    _refuse_beyond_positions(session, shape, longest)
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1
     room, sequences = available(placement.device) // share, sequences_of_a_row(session.config)
@@ -143,6 +145,24 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
         if kept.fits:
             return shape, kept
     return shape, choose(shape, session.config, longest, placement.device, room, sequences)
+
+
+def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) -> None:
+    """A model that looks its positions up in a table (OPT, GPT-2) has none for longer rows.
+
+    Raises:
+        UserError: there are such rows.
+    """
+    import torch
+
+    context = context_length(session.model.config)
+    if not context or longest <= context:
+        return
+    words = shape.model.get_base_model().get_input_embeddings()
+    if any(isinstance(m, torch.nn.Embedding) and m is not words and context <= m.num_embeddings <= context + 2
+           for m in shape.model.modules()):
+        raise UserError(f"rows of up to {longest:,} tokens do not fit into the {context:,} positions of this model",
+                        f"{command('prepare', session.run.root, '--max-length', str(context))}")
 
 
 def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks):

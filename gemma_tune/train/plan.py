@@ -175,7 +175,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         padding=sum(n * longest for n, longest in batches) / tokens - 1,
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
-        notes=(*_notes(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
+        notes=(*surprises(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
         longest_sequence=train.longest or int(train.lengths.max()), device=placement.device, dtype=placement.short,
         method=config.method, learning_rate=config.learning_rate)
 
@@ -200,7 +200,7 @@ def _evaluations(steps: int, per_epoch: int, valid: Side, config: TrainConfig) -
     return 1 + steps // every + bool(steps % every)
 
 
-def _notes(rows: int, steps: int, config: TrainConfig) -> list[str]:
+def surprises(rows: int, steps: int, config: TrainConfig) -> list[str]:
     """Where rounding makes something else of the settings than people expect."""
     notes = []
     if steps < FEW_STEPS:

@@ -13,6 +13,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
+from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
@@ -45,7 +46,7 @@ from gemma_tune.train.job import (
 )
 from gemma_tune.train.memory import described, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
-from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, total_steps
+from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, surprises, total_steps
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
@@ -199,6 +200,10 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
     listener.detail("steps", described_steps(rows, config))
+    if run.tune_settings.is_file() and session.resolved.origins["learning_rate"] in NOT_GIVEN:
+        listener.note(f"{run.tune_settings} has the settings that `tune` found best: --config {run.tune_settings}")
+    for text in surprises(rows, total_steps(rows, config), config):
+        listener.note(text)
     first = step_of(job.checkpoint) if job.checkpoint else 0
     log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop, reports = StopRequest(listener), Reports(session, job.training, log)

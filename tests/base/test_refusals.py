@@ -39,7 +39,7 @@ SAVING = {
 @pytest.mark.parametrize("saved", SAVING)
 def test_a_full_disk_is_one_whatever_was_saved(tmp_path, monkeypatch, saved):
     monkeypatch.setattr(tempfile, "TemporaryFile", full)  # what torch does not say is tried
-    with pytest.raises(WorkFailed, match=f"^the disk is full: {tmp_path}$") as raised, os_errors(tmp_path):
+    with pytest.raises(WorkFailed, match=f"(?m)^the disk is full: {tmp_path}$") as raised, os_errors(tmp_path):
         SAVING[saved]()
     assert raised.value.exit_code == WORK_FAILED and "free some space" in raised.value.hint
     with pytest.raises(WorkFailed, match="no room in the cache"), cache_errors():
@@ -101,7 +101,7 @@ def test_what_may_not_be_read_is_named_together(tmp_path, closed):
     require_readable(tmp_path)
     require_readable(tmp_path / "gone")
     closed |= {tmp_path / "a.safetensors", tmp_path / "b.safetensors"}
-    with pytest.raises(UserError, match=f"^no permission to read {tmp_path}/a.safetensors$") as raised:
+    with pytest.raises(UserError, match=f"(?m)^no permission to read {tmp_path}/a.safetensors$") as raised:
         require_readable(tmp_path)
     assert raised.value.exit_code == BAD_INPUT and "chmod" in raised.value.hint
     assert raised.value.problems == (f"no permission to read {tmp_path}/b.safetensors",)

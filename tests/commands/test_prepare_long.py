@@ -355,3 +355,36 @@ def test_a_part_that_the_template_refuses_rejects_its_row_alone(tiny, tmp_path):
     [record] = read("rejected")
     assert (record["line"], record["code"]) == (1, "template") and "no q1 here" in record["reason"]
     assert json.dumps(read("train")) == json.dumps([talk(1)])
+
+
+def test_rows_that_are_longer_than_the_model_was_made_for_are_told(cli, tiny, tmp_path):
+    """It would learn what it can never be asked."""
+    long = [{"messages": [{"role": "user", "content": "number " * 500}, {"role": "assistant", "content": f"the {n}"}]}
+            for n in range(6)]
+    result = cli("prepare", write_rows(tmp_path / "long.jsonl", long), "--model", tiny)
+    assert result.code == 0, result.err
+    assert "tiny-gemma was made for 1,024: it can do little or nothing with what comes behind; --max-length 1024" in result.err
+    assert "was made for" not in cli("prepare", tmp_path / "long.jsonl", "--max-length", 1024, "--on-long", "truncate").err
+
+
+def test_a_table_of_positions_ends_somewhere(cli, tmp_path):
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from support.llamas import byte_level_tokenizer
+
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = ("{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
+                               "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1,
+                                     num_attention_heads=2, word_embed_proj_dim=32, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    long = [{"messages": [{"role": "user", "content": f"{n} " + "cat " * 60}, {"role": "assistant", "content": "yes"}]}
+            for n in range(6)]
+    assert cli("prepare", write_rows(tmp_path / "long.jsonl", long), "--model", tmp_path / "opt").code == 0
+    for more in ((), ("--dry-run",)):
+        result = cli("train", *more)
+        assert result.code == 2 and "do not fit into the 64 positions of this model" in result.err
+        assert "--max-length 64" in result.err

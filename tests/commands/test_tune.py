@@ -330,3 +330,15 @@ def test_one_candidate_is_no_choice(cli, trained):
         assert failed.code == 2 and "nothing to choose from: learning rate 0.0001" in failed.err
     bad = cli("tune", "--learning-rates", "fast,2", "--minutes", 0, "--json").json["error"]
     assert [problem.split(":")[0] for problem in bad["problems"]] == ["minutes", "learning_rates"]
+
+
+def test_a_training_is_told_of_what_was_found(cli, trained):
+    """And `status` leads to it where there is no training yet."""
+    WINNER.write_text("train:\n  learning_rate: 0.005\n")
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    del manifest["stages"]["train"]
+    (RUN / "manifest.json").write_text(json.dumps(manifest))
+    assert cli("status", "--json").json["next"] == f"gemma-tune train --run {RUN} --config {WINNER}"
+    told = f"{WINNER} has the settings that `tune` found best: --config {WINNER}"
+    assert told in " ".join(cli("train", "--epochs", 1, "--rank", 4).err.split())
+    assert told not in " ".join(cli("train", "--config", WINNER, "--force").err.split())
