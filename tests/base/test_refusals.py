@@ -107,7 +107,7 @@ def test_what_may_not_be_read_is_named_together(tmp_path, closed):
     assert raised.value.problems == (f"no permission to read {tmp_path}/b.safetensors",)
     closed |= {tmp_path}
     for place in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(UserError, match=f"^no permission to read {tmp_path}$"):
+        with pytest.raises(UserError, match=f"(?m)^no permission to read {tmp_path}$"):
             require_readable(place)
 
 

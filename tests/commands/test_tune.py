@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,7 @@ def test_a_training_is_told_of_what_was_found(cli, trained):
     manifest = json.loads((RUN / "manifest.json").read_text())
     del manifest["stages"]["train"]
     (RUN / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(RUN / "training_checkpoints")
     assert cli("status", "--json").json["next"] == f"gemma-tune train --run {RUN} --config {WINNER}"
     told = f"{WINNER} has the settings that `tune` found best: --config {WINNER}"
     assert told in " ".join(cli("train", "--epochs", 1, "--rank", 4).err.split())

@@ -158,7 +158,7 @@ def test_a_delimiter_can_be_named():
     Path("rows.jsonl").write_text("{}")
     [rows, notes] = find_sources(["rows.jsonl", "notes.txt"], Path("keep"), delimiter="\t")
     assert (rows.kind, rows.delimiter, notes.kind, notes.delimiter) == ("jsonl-or-json", None, "csv", "\t")
-    with pytest.raises(UserError, match=r"^rows.csv:1: the header has no ';' between its columns: 'q,a'$") as caught:
+    with pytest.raises(UserError, match=r"(?m)^rows.csv:1: the header has no ';' between its columns: 'q,a'$") as caught:
         read("q,a\nx,y\n", "rows.csv", delimiter=";")
     assert caught.value.hint and caught.value.exit_code == BAD_INPUT
 

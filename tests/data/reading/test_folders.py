@@ -88,7 +88,7 @@ def test_arrow_that_is_damaged(kind, damage):
 
 def test_arrow_without_rows_and_compressed():
     arrow("none.arrow", TABLE.slice(0, 0))
-    with pytest.raises(UserError, match="^none.arrow is empty$"):
+    with pytest.raises(UserError, match="(?m)^none.arrow is empty$"):
         values("none.arrow")
     import gzip
 
@@ -263,7 +263,7 @@ def test_rows_in_a_file_of_another_name_are_rows():
 def test_standard_input_may_be_plain_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once upon a time.\n")))
     [source] = find_sources(["-"], Path("keep"))
-    with pytest.raises(UserError, match="^<stdin> is plain text, and has no rows$"):
+    with pytest.raises(UserError, match="(?m)^<stdin> is plain text, and has no rows$"):
         list(read_blocks(source))
 
 
