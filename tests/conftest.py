@@ -13,9 +13,11 @@ import pytest
 from support.command import QUICK, copied_run, invoke, rows, write_rows
 from support.models import make_model
 
-# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C, and the
-# programs that they start, need it as it is in the foreground.
+# A shell starts what runs in its background with Ctrl-C ignored, `nohup` with the signal of a closed terminal, and
+# children inherit that: the tests of them, and the programs that they start, need both as they are in the foreground.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 gc.set_threshold(200_000, 20, 100)  # what the tests themselves leave behind is not looked for as often as usual
 for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
