@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -115,6 +115,19 @@ def ending_signals() -> list[int]:
     hang_up = getattr(signal, "SIGHUP", None)
     ignored = hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hang_up])]
+
+
+@contextlib.contextmanager
+def held(numbers: Iterable[int]) -> Iterator[None]:
+    """Let signals wait meanwhile; of what is started, threads and processes begin so. Nothing on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

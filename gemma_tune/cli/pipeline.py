@@ -96,13 +96,15 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
     from gemma_tune.encoding.tokenizer import load_format
     from gemma_tune.run.exportable import refuse_unexportable
 
-    model = session.model
+    model, converter = session.model, request.settings("export-ollama").converter
+    chat = load_format(model.path, model.config["model_type"])
     try:
-        refuse_unexportable(model, load_format(model.path, model.config["model_type"]),
-                            converter=request.settings("export-ollama").converter is not None)
+        refuse_unexportable(model, chat, converter=converter is not None)
     except UserError as e:
+        hint = (e.hint or "").rstrip(".")
         raise UserError(f"`run` ends with an export, which will not take {model.id}: {e.message}",
-                        f"{e.hint} For the stages before: gemma-tune prepare, train, merge", e.problems) from e
+                        f"{hint}; or the stages before by themselves: gemma-tune prepare, train, merge", e.problems
+                        ) from e
 
 
 def write_page(report: StageReport) -> StageReport:

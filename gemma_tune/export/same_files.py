@@ -47,8 +47,6 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     record = session.manifest.stages.get(STAGE)
     if session.force or record is None or _state(session) != "done":
         return None
-    if not all((session.run.root / item["path"]).exists() for item in record["outputs"].values()):
-        return None  # the report for people is gone
     figures = record["summary"].get("quants", {})
     now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
     others = {name for name, value in now.items() if name not in before or before[name] != value}
@@ -58,7 +56,9 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
         return None
     unchecked = [name for name in others & {*_CHECKS} if asks_more(type(session.config), name, before[name], now[name])]
     files = {quant: session.run.ollama / item["file"] for quant, item in figures.items()}
-    return SameFiles(files, figures, record["summary"], not unchecked)
+    # A report that is gone is made with what is found out for it.
+    told = all((session.run.root / item["path"]).exists() for item in record["outputs"].values())
+    return SameFiles(files, figures, record["summary"], told and not unchecked)
 
 
 def _state(session: Session) -> str:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import json_bytes
-from gemma_tune.base.machine import ending_signals
+from gemma_tune.base.machine import ending_signals, held
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
@@ -304,7 +304,9 @@ def judged_blocks(blocks: Iterable[tuple[T, Block]], judge: Judge, processes: in
         with _one_interrupt(), _pool(processes, judge) as pool:
             waiting: deque[tuple[T, Block, Any]] = deque()
             for origin, block in blocks:
-                waiting.append((origin, block, pool.submit(_work, block)))
+                with held(ending_signals()):  # Python ignores what a handler raises while it forks
+                    future = pool.submit(_work, block)
+                waiting.append((origin, block, future))
                 if len(waiting) >= processes * _AHEAD:
                     yield _next(waiting)
             while waiting:
@@ -386,8 +388,11 @@ def _begin(judge: Judge | None) -> None:
     """Start of a child process. Ctrl-C is for the parent, which ends its children."""
     global _judge
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in set(ending_signals()) - {signal.SIGINT}:
+    ending = ending_signals()
+    for number in set(ending) - {signal.SIGINT}:
         signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # which they were forked with, see `held`
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if judge is not None:
         _judge = judge

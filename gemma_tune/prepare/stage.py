@@ -24,6 +24,7 @@ from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_source
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
+from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
@@ -157,7 +158,12 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     try:
         refuse_unexportable(session.model, chat, vocabulary=False)
     except UserError as e:
-        listener.warn(f"for later: `export-ollama` will not take this model: {'; '.join([e.message, *e.problems])}")
+        why = "; ".join([e.message, *e.problems])
+        if e.hint == CONVERTER:
+            listener.note(f"for later: `export-ollama` takes this model with llama.cpp's converter alone (--converter "
+                          f"PATH): {why}")
+        else:
+            listener.warn(f"for later: `export-ollama` will not take this model: {why}")
     judge = Judge(chat, config)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()

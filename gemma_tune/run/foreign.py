@@ -64,7 +64,8 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
 
 def _was_a_run(run: RunDir) -> bool:
     """Whether there has been a run whose manifest is lost, or was moved away because it was damaged."""
-    return run.data_report.is_file() and run.tokens.is_dir() or any(run.root.glob("manifest.json*"))
+    ours = (run.root / ".lock", *run.root.glob("manifest.json*"))
+    return run.data_report.is_file() and run.tokens.is_dir() or any(path.is_file() for path in ours)
 
 
 def _visible(folder: Path) -> list[str]:

@@ -136,8 +136,10 @@ def _model_in(path: Path) -> str:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "MODEL"
-    found = re.search(r'"model":\s*\{[^{}]*?"id":\s*"([\w./-]+)"', text)
-    return found[1] if found else "MODEL"
+    for key in ("path", "id"):  # a model of this machine is called by its place, from the run
+        if found := re.search(rf'"model":\s*\{{[^{{}}]*?"{key}":\s*"([^"\\]+)"', text):
+            return os.path.normpath(path.parent / found[1]) if key == "path" else found[1]
+    return "MODEL"
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:

@@ -254,7 +254,7 @@ def refuse_other_id(root: Path, recorded: Mapping[str, Any], wanted: str) -> Non
     """
     name = split_revision(wanted)[0]
     path = Path(os.path.expanduser(name))
-    if not (is_path(name) or os.path.exists(path) or name == recorded["id"]):
+    if not (is_path(name) or "://" in name or os.path.exists(path) or name == recorded["id"]):
         raise _of_another(root, recorded["id"], name)
 
 

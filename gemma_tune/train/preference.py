@@ -36,9 +36,10 @@ def without_dropout(base: torch.nn.Module) -> None:
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout) and module not in adapters:
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    for holder in (*base.modules(), base.config.get_text_config(), base.config):  # some ask their configuration
+        for name, value in list(vars(holder).items()):
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(holder, name, 0.0)
 
 
 class PreferenceTrainer(GemmaTrainer):

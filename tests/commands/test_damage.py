@@ -288,12 +288,13 @@ def test_what_was_made_from_stale_data_is_not_made_again_each_time(cli, trained,
     assert "renew it: gemma-tune merge" in cli("export-ollama").err
 
 
-def test_the_hint_for_a_damaged_manifest_names_its_run_and_model(cli, trained):
+def test_the_hint_for_a_damaged_manifest_names_its_run_and_model(cli, trained, tiny, data):
     """By itself `prepare` would begin a run of the default model."""
     path = trained / "manifest.json"
     path.write_text(path.read_text()[:-20])
     result = cli("status", "--run", trained)
     assert result.code == 2
-    assert f"gemma-tune prepare DATA --run {trained} --model tiny-gemma" in result.err
+    assert f"gemma-tune prepare DATA --run {trained} --model {os.path.normpath(tiny)}" in result.err
+    assert cli("prepare", data, "--run", trained.with_name("x"), "--model", os.path.normpath(tiny)).code == 0
     path.write_text("{")
     assert "--model MODEL" in cli("status", "--run", trained).err

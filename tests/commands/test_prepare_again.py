@@ -252,6 +252,36 @@ def test_ctrl_c_ends_them_at_once_however_often_it_is_pressed(workplace, times, 
     assert not still_there(children)
 
 
+TERMINATED_WHILE_FORKING = """
+import os, signal
+from gemma_tune.base.machine import Terminated, terminable
+from gemma_tune.prepare import judge
+
+sent = []
+def send():
+    if not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGNAL))
+
+if __name__ == "__main__":
+    os.register_at_fork(after_in_parent=send)
+    try:
+        with terminable():
+            list(judge.judged_blocks([(n, n) for n in range(50)], str, 2))
+        print("went on")
+    except KeyboardInterrupt as e:
+        print("ended", type(e).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are forked")
+@pytest.mark.parametrize(("number", "said"), [("SIGTERM", "ended Terminated"), ("SIGINT", "ended KeyboardInterrupt")])
+def test_a_signal_that_comes_while_children_are_made_is_not_lost(tmp_path, number, said):
+    """What a handler raises inside a fork is ignored by Python."""
+    (tmp_path / "stopped.py").write_text(TERMINATED_WHILE_FORKING.replace("SIGNAL", number))
+    done = subprocess.run([sys.executable, "stopped.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.strip() == said, done.stderr
+
+
 INTERRUPTED_WHILE_RECEIVING = """
 import multiprocessing, sys, threading, time
 from gemma_tune.prepare import judge

@@ -178,6 +178,7 @@ def test_a_run_of_another_model_is_told_before_the_hub_is_asked(cli, trained, co
     assert result.code == 2
     assert f"{trained} is a run of tiny-gemma, not of google/gemma-3-4b-it" in result.err
     assert cli("status", "--run", trained, "--model", "tiny-gemma").code == 0
+    assert "is a run of" not in cli("merge", "--run", trained, "--model", "https://huggingface.co/google/gemma-3-4b-it").err
 
 
 @pytest.mark.parametrize("change", [{"lora_bias": True}, {"peft_type": "LOHA"},

@@ -53,6 +53,20 @@ def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model
     assert "for later" not in cli("prepare", conversations).err, "nothing new"
 
 
+def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
+    base = model("qwen2", model_type="olmo2", architectures=["Olmo2ForCausalLM"])
+    result = cli("prepare", conversations, "--model", base, "--json")
+    assert result.code == 0 and "takes this model with llama.cpp's converter alone (--converter PATH)" in result.err
+    assert not any("export-ollama" in text for text in result.json["warnings"])
+
+
+def test_a_model_that_cannot_be_prepared_is_not_blamed_on_the_export(cli, model, conversations):
+    base = model("qwen2", template="")
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    result = cli("run", conversations, "--model", base, "--run", "runs/other")
+    assert result.code == 2 and "has no chat template" in result.err and "ends with an export" not in result.err
+
+
 def test_no_converter_helps_where_llama_cpp_computes_otherwise(cli, model, conversations, tmp_path):
     """It would write a file all the same, of another model."""
     base = model("qwen2", hidden_act="gelu")

@@ -221,16 +221,19 @@ def test_whole_logits_never_exist(tokenizer):
 
 
 def test_a_model_with_dropout_of_its_own_is_compared_without():
-    """OPT's layers keep numbers, GPT-2's are layers; what the user asked for the adapter stays."""
+    """OPT's layers keep numbers, GPT-2's are layers, Falcon's ask the configuration; what the user asked for the adapter
+    stays."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
+    from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, OPTConfig
 
     from gemma_tune.train.preference import without_dropout
 
     ids = torch.arange(3, 30)[None]
     for config, layers in ((OPTConfig(vocab_size=40, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
                                       word_embed_proj_dim=32), ["q_proj"]),
-                           (GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2), ["c_attn"])):
+                           (GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2), ["c_attn"]),
+                           (FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                         attention_dropout=0.3, hidden_dropout=0.3), ["query_key_value"])):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, lora_dropout=0.1, target_modules=layers))
         with torch.no_grad():
             expected = model.eval()(ids).logits

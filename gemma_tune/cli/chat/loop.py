@@ -67,6 +67,8 @@ def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor
         if (ahead := conversation.ahead) is not None:
             if ahead.going_on:  # nobody waits for it any more
                 end_all()
+                if code:
+                    say("(stopped)")
                 with keeping_still():  # the line of what is loaded hides the cursor
                     end_at_once(code)
             said.tell()
