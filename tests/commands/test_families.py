@@ -15,10 +15,8 @@ from gemma_tune.models.load import after_product, load_model
 from gemma_tune.models.placement import Placement
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
-from support.llamas import byte_level_tokenizer
+from support.llamas import save_random, tokenizer_with_turns
 
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
-            "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
 EYE = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
@@ -49,21 +47,12 @@ def config_of(name: str, text: dict):
     return (T.Mamba2Config(**text | dict(num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)), T.Mamba2ForCausalLM)
 
 
-def make(name: str, folder: Path) -> Path:
-    tokenizer = byte_level_tokenizer("qwen2")
-    tokenizer.chat_template = TEMPLATE
+def make(name: str, folder: Path) -> None:
+    tokenizer = tokenizer_with_turns()
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0)
     config, kind = config_of(name, text)
-    torch.manual_seed(1)
-    model = kind(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape) * 0.12)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    save_random(kind(config), tokenizer, folder)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "llama 4 with an eye", "dense granite hybrid",

@@ -14,7 +14,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.lora.layers import left_out, target_modules
 from support.command import rows, write_rows
-from support.llamas import byte_level_tokenizer
+from support.llamas import save_random, tokenizer_with_turns
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, max_position_embeddings=512)
@@ -40,25 +40,12 @@ OUT = {"qwen3_moe": ["down_proj", "gate_proj", "up_proj"], "deepseek_v3": ["down
 
 def make(family: str, folder: Path | None = None):
     """A random model; with a folder it is saved there with its tokenizer."""
-    tokenizer = byte_level_tokenizer("qwen2")
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
-        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
-    settings = SMALL | FAMILIES[family]
+    tokenizer, settings = tokenizer_with_turns(), SMALL | FAMILIES[family]
     if family == "gemma3n_text":
         settings["vocab_size_per_layer_input"] = len(tokenizer)
     config = CONFIG_MAPPING[family](vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
                                     eos_token_id=tokenizer.eos_token_id, **settings)
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape) * 0.12)
-    if folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return model
+    return save_random(AutoModelForCausalLM.from_config(config), tokenizer, folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,19 +9,17 @@ import pytest
 
 from gemma_tune.gguf.reader import GgufFile
 from support.command import QUICK, rows, write_rows
-from support.llamas import make_llama
+from support.llamas import TURNS, make_llama
 from support.modelfile import parse_modelfile
 
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
-            "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
 # The first turn is opened otherwise, which no TEMPLATE does.
-ODD = TEMPLATE.replace("<turn>{{", "<turn>{{ '!' if loop.first }}{{")
+ODD = TURNS.replace("<turn>{{", "<turn>{{ '!' if loop.first }}{{")
 
 
 @pytest.fixture
 def model(tmp_path):
     """A function: one of the families, with a template and changes to its configuration."""
-    def make(family: str, template: str = TEMPLATE, **changes: object) -> Path:
+    def make(family: str, template: str = TURNS, **changes: object) -> Path:
         folder = tmp_path / "m"
         _, tokenizer = make_llama(family, folder)
         tokenizer.chat_template = template
@@ -39,9 +37,9 @@ def conversations(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "template", "changes", "said"), [
-    ("qwen2", TEMPLATE, {"hidden_act": "gelu"}, "hidden_act is 'gelu' and llama.cpp computes with 'silu'"),
+    ("qwen2", TURNS, {"hidden_act": "gelu"}, "hidden_act is 'gelu' and llama.cpp computes with 'silu'"),
     ("qwen2", ODD, {}, "cannot be turned into an Ollama TEMPLATE"),
-    ("mistral", TEMPLATE, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'")])
+    ("mistral", TURNS, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'")])
 def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model, conversations, family, template, changes, said):
     base = model(family, template, **changes)
     prepared = cli("prepare", conversations, "--model", base)

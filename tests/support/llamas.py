@@ -103,3 +103,31 @@ def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
     tokenizer.save_pretrained(folder)
     # Loaded again, as the frequencies of the rotation were rounded to bf16 too.
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+# A chat template of turns with a beginning and an end, and a BOS before all.
+TURNS = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<done>\n{% endfor %}"
+         "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+
+
+def tokenizer_with_turns() -> Any:
+    """A byte-level tokenizer with ``TURNS``."""
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = TURNS
+    return tokenizer
+
+
+def save_random(model: Any, tokenizer: Any, folder: Path | None = None) -> Any:
+    """Give a model of any family weights that do something, and save it with its tokenizer where there is a folder."""
+    import torch
+
+    torch.manual_seed(1)
+    model = model.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.12)
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model
