@@ -56,7 +56,6 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     sources, held_out = _sources(session)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
-    refuse_foreign_in_data(session.run)
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
     recorded = session.manifest.stages.get("prepare")
@@ -153,6 +152,7 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
 
 def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source]) -> Finished:
     config, run, listener = session.config, session.run, session.listener
+    refuse_foreign_in_data(run)
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     try:

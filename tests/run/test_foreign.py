@@ -57,6 +57,7 @@ def test_files_that_were_put_into_the_data_of_a_run_are_not_removed(cli, tiny, d
         result = cli(*command)
         assert result.code == 2
         assert "runs/tiny-gemma/data holds what `prepare` has not made and would remove: more.jsonl" in result.err
+    assert cli("prepare", data, "--json").json["status"] == "up-to-date", "which removes nothing"
     inside = cli("prepare", folder / "more.jsonl")
     assert inside.code == 2 and "which `prepare` makes anew: the result would take the place of it" in inside.err
     assert contents(folder) == before
