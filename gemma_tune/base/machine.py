@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
+from gemma_tune.base.errors import INTERRUPTED
+
 # How often a thread of GNU OpenMP looks whether the others are done before it sleeps. By itself it looks as long as
 # other programs want the processor: beside two of them on two cores the demo trained at 14 tokens/s, not 222, with
 # this at 156, with OMP_WAIT_POLICY=PASSIVE at 144; alone it made 212 to 222 with this, and 219 without.
@@ -105,8 +107,8 @@ def end_at_once(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-class Terminated(KeyboardInterrupt):
-    """Somebody wants the process to end, not only what it does now: as Ctrl-C, but no answer or line is all it ends."""
+class Terminated(SystemExit):
+    """Somebody wants the process to end: no Ctrl-C, by which an answer or a line alone can be meant."""
 
 
 def ending_signals() -> list[int]:
@@ -138,7 +140,7 @@ def terminable() -> Iterator[None]:
         return
 
     def end(number: int, frame: object) -> None:
-        raise Terminated
+        raise Terminated(INTERRUPTED)
 
     before = {number: signal.signal(number, end) for number in ending_signals()
               if signal.getsignal(number) is signal.SIG_DFL}

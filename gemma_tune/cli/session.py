@@ -17,7 +17,7 @@ import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.machine import end_at_once, noting_ctrl_c, occupy_standard_streams, terminable
+from gemma_tune.base.machine import Terminated, end_at_once, noting_ctrl_c, occupy_standard_streams, terminable
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
@@ -142,7 +142,7 @@ class Command(TyperCommand):
             return result
         except UserError as e:
             problem = e
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             problem = Interrupted(*self._stopped)
         except (typer.Exit, typer.Abort):
             raise

@@ -268,7 +268,7 @@ if __name__ == "__main__":
         with terminable():
             list(judge.judged_blocks([(n, n) for n in range(50)], str, 2))
         print("went on")
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, Terminated) as e:
         print("ended", type(e).__name__)
 """
 

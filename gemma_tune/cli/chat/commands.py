@@ -10,7 +10,6 @@ from typing import Protocol
 from rich.table import Table
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.machine import Terminated
 from gemma_tune.base.words import counted, near
 from gemma_tune.chat.conversation import CHANGEABLE, Conversation
 from gemma_tune.chat.transcript import export
@@ -189,8 +188,6 @@ def _fix(talk: Talk, text: str) -> None:
         say("(the right answer; a line with a dot alone ends it, Ctrl-C leaves the answer as it is)")
         try:
             text = talk.several_lines()
-        except Terminated:
-            raise
         except KeyboardInterrupt:
             say("\n(the answer stays as it is)")
             return

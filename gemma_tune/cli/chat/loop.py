@@ -98,8 +98,6 @@ class Talk:
                     self.answer(line)
             except UserError as e:
                 self._refuse(e)
-            except Terminated:
-                raise
             except KeyboardInterrupt:
                 say("\n(Ctrl-D or /exit leaves)")
             except EOFError:
@@ -220,8 +218,6 @@ class Talk:
         try:
             with typing.nothing_shown():
                 yield
-        except Terminated:
-            raise
         except KeyboardInterrupt:
             say("(stopped; this answer is not kept)")
         except UserError as e:
@@ -288,8 +284,6 @@ def _written(stream: Streaming, writer: Any) -> tuple[Answer, bool]:
             try:
                 for piece in stream:
                     writer.piece(piece)
-            except Terminated:
-                raise
             except KeyboardInterrupt:
                 stopped = True
                 stream.stop()
