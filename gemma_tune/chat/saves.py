@@ -17,7 +17,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import json_bytes, write_atomic
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.sources import EXAMPLE
+from gemma_tune.data.reading.sources import EXAMPLE, as_typed
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import CONVERSATIONS, PAIRS
 
@@ -160,7 +160,7 @@ class Saves:
         return self._prepare([], self.pairs.path, settings)
 
     def _own(self) -> list[str]:
-        own = [_named(self.run.found(name)) for name in self.prepared.get("data") or ()]
+        own = [as_typed(self.run.found(name)) for name in self.prepared.get("data") or ()]
         return own or [f"{EXAMPLE}{samples.SAMPLE}"]
 
     def _prepare(self, names: list[str], path: Path, settings: dict[str, Any]) -> str:
@@ -169,12 +169,6 @@ class Saves:
         if isinstance(settings.get("valid"), str):
             settings["valid"] = self.run.found(settings["valid"])
         return command("prepare", self.run.root, *names, *as_flags(PrepareConfig, settings))
-
-
-def _named(path: str) -> str:
-    """A built-in example by the name that one types, and not by where it is installed."""
-    names = {str(samples.example_path(name)): f"{EXAMPLE}{name}" for name in samples.EXAMPLES}
-    return names.get(path, path)
 
 
 def _refuse_other_content(path: Path, last: bytes, hint: str = "name another file: /save FILE") -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gemma_tune.answers.generation import Answer
+from gemma_tune.answers.sampling import CHOOSABLE
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import ChatConfig
 
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]] | None
 
@@ -48,7 +48,7 @@ class Voice(Protocol):
 
 def sampling_of(config: ChatConfig) -> dict[str, Any]:
     """Sampling settings of a chat; None leaves one to the model."""
-    return {name: getattr(config, name) for name in _SAMPLING}
+    return {name: getattr(config, name) for name in CHOOSABLE}
 
 
 def one_after_another(voice: Voice, asked: Sequence[tuple[Messages, Tools]], config: ChatConfig

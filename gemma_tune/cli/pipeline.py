@@ -14,12 +14,14 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
 from gemma_tune.report.page import write_report
 from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import OUTSIDE, StageReport
 from gemma_tune.run.unrecorded import current_manifest
@@ -93,9 +95,6 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
     """
     if "export-ollama" in session.manifest.stages:
         return
-    from gemma_tune.encoding.tokenizer import load_format
-    from gemma_tune.run.exportable import refuse_unexportable
-
     model, converter = session.model, request.settings("export-ollama").converter
     chat = load_format(model.path, model.config["model_type"])
     try:

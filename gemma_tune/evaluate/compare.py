@@ -103,15 +103,6 @@ def measured_answers(given: dict[str, list[Answer]], questions: Sequence[Questio
     return {name: compare(base[name], tuned[name], seed=seed).as_json() for name in base}
 
 
-def worse_at_the_rows(measures: dict[str, Any]) -> str | None:
-    """The same of the rows that are measured on, which the training was to make likelier."""
-    found = measures.get("loss")
-    if found is None or (low := found["difference"][1]) is None or low <= 0:
-        return None
-    return (f"the tuned model predicts these rows worse than the base: loss {found['base'][0]:.3f} -> "
-            f"{found['tuned'][0]:.3f}; it has not learned what they hold, or was trained on something else")
-
-
 def worse_at_general_text(measures: dict[str, Any]) -> str | None:
     """What to tell of a model that lost what it knew before, by more than chance explains; None if it did not."""
     loss, perplexity = measures["general_loss"], measures["general_perplexity"]
@@ -121,3 +112,12 @@ def worse_at_general_text(measures: dict[str, Any]) -> str | None:
     return (f"the tuned model predicts general text worse than the base: perplexity {perplexity['base'][0]:.1f} -> "
             f"{perplexity['tuned'][0]:.1f} ({np.exp(change) - 1:+.0%}) on {loss['tokens']:,} tokens; fewer --epochs, a "
             "lower --learning-rate, or general conversations among the rows keep more of what it knew")
+
+
+def worse_at_the_rows(measures: dict[str, Any]) -> str | None:
+    """The same of the rows that are measured on, which the training was to make likelier."""
+    found = measures.get("loss")
+    if found is None or (low := found["difference"][1]) is None or low <= 0:
+        return None
+    return (f"the tuned model predicts these rows worse than the base: loss {found['base'][0]:.3f} -> "
+            f"{found['tuned'][0]:.3f}; it has not learned what they hold, or was trained on something else")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.config.settings import asks_more
+from gemma_tune.config.settings import asks_more, same_result
+from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
 from gemma_tune.export.target import parse_parameters, sampling_parameters
 from gemma_tune.run.session import Session
@@ -16,7 +17,7 @@ from gemma_tune.run.stage import state_of
 STAGE = "export-ollama"
 # Settings that leave a GGUF as it is. Of the parameters, a file holds those of sampling, which are compared by
 # themselves; the number formats are compared by what they came to.
-_BESIDE = ("name", "system", "num_ctx", "parameter", "quant", "size", "create", "host", "allow_difference")
+_BESIDE = ("name", "system", "num_ctx", "parameter", "quant", "size", *same_result(ExportConfig))
 _CHECKS = ("measure", "verify")
 
 
@@ -45,7 +46,9 @@ class SameFiles:
 def same_files(session: Session, source: ExportSource, quants: Iterable[str]) -> SameFiles | None:
     """The files of the last export, if ``quants`` with the settings of now would give the same ones."""
     record = session.manifest.stages.get(STAGE)
-    if session.force or record is None or _state(session) != "done":
+    if session.force or record is None:
+        return None
+    if state_of(session.run, session.manifest, STAGE, upstream=False).status != "done":
         return None
     figures = record["summary"].get("quants", {})
     now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
@@ -59,10 +62,6 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     # A report that is gone is made with what is found out for it.
     told = all((session.run.root / item["path"]).exists() for item in record["outputs"].values())
     return SameFiles(files, figures, record["summary"], told and not unchecked)
-
-
-def _state(session: Session) -> str:
-    return state_of(session.run, session.manifest, STAGE, upstream=False).status
 
 
 def _sampling(source: ExportSource, parameters: Iterable[str]) -> dict[str, float]:

@@ -23,8 +23,7 @@ TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|multimodal|embed_vision|em
 # whatever an adapter adds (Gemma3nTextAltUp in training).
 _READ_BESIDE = ("correction_coefs",)
 # PEFT refuses these of models with Mamba layers, whose kernels read the weights (tuners_utils).
-_OF_MAMBA = {"falcon_h1": ("out_proj", "conv1d"), "mamba": ("out_proj", "conv1d"), "mamba2": ("out_proj", "conv1d"),
-             "falcon_mamba": ("out_proj", "conv1d"), "nemotron_h": ("out_proj", "conv1d")}
+_OF_MAMBA, _MAMBAS = ("out_proj", "conv1d"), ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -52,7 +51,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 def left_out(model: PreTrainedModel) -> dict[str, str]:
     """Last names of linear layers of the text model that are not adapted, and why, as the end of a sentence."""
     leaves = {_leaf(name): name for name in sorted(_linear(model))}
-    mamba = _OF_MAMBA.get(getattr(getattr(model, "config", None), "model_type", None), ())
+    mamba = _OF_MAMBA if getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS else ()
     found = {}
     for leaf, name in leaves.items():
         if _has_a_way_of_its_own(model.get_submodule(name)):

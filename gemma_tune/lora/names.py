@@ -8,7 +8,7 @@ are those of transformers' ``conversion_mapping.py`` for multimodal models (``ll
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 _RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
             (r"^multi_modal_projector\.", "model.multi_modal_projector."),
@@ -25,12 +25,17 @@ def running_name(stored: str) -> str:
     return stored
 
 
-def candidates(name: str) -> Iterator[str]:
-    """Names that the base may have for an adapter's tensor or layer, the likeliest first.
+def found_among(there: Container[str], name: str) -> str | None:
+    """What a base calls an adapter's tensor or layer; None where it has none.
 
     Args:
-        name: as :func:`running_name` gives it.
+        there: the names of the base, as :func:`running_name` gives them.
     """
+    return next((candidate for candidate in _candidates(running_name(name)) if candidate in there), None)
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """Names that the base may have for an adapter's tensor or layer, the likeliest first."""
     yield name
     # The text part of a multimodal model was adapted by itself, or the other way round.
     if name.startswith("model.language_model."):

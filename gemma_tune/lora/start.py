@@ -12,7 +12,7 @@ from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import target_modules, trained_weights
-from gemma_tune.lora.names import candidates, running_name
+from gemma_tune.lora.names import found_among
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,7 +61,7 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
     trainable = set(target_modules(model, ()))
     names, problems = {}, []
     for layer, lora in adapter.layers.items():
-        found = next((name for name in candidates(running_name(layer)) if name in named), None)
+        found = found_among(named, layer)
         there: Any = named.get(found or "")
         if found is None:
             problems.append(f"{layer} is not in the base model")

@@ -25,7 +25,7 @@ from gemma_tune.base.tensors import open_tensors, read_header
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.load import add_adapter
-from gemma_tune.lora.names import candidates, running_name
+from gemma_tune.lora.names import found_among
 from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
@@ -171,9 +171,8 @@ def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
     """
     there = {name for name, _ in base.named_modules()}
     modules = {*adapter.layers, *(name.rpartition(".")[0] for name in (*adapter.copies, *adapter.base_tensors))}
-    found = {module: next((name for name in candidates(running_name(module)) if name in there), module)
-             for module in modules}
-    return {module: name for module, name in found.items() if module != name}
+    found = {module: found_among(there, module) for module in modules}
+    return {module: name for module, name in found.items() if name not in (None, module)}
 
 
 def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) -> Path:

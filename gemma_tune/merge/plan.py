@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor
 from gemma_tune.lora.files import Adapter, Lora
-from gemma_tune.lora.names import candidates, running_name
+from gemma_tune.lora.names import found_among, running_name
 
 HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)\.weight$")
@@ -165,12 +165,10 @@ class _Names:
 
     def of(self, name: str) -> str:
         """The name on the disk of the adapter's tensor ``name``; a head that shares the embedding is ``HEAD``."""
-        asked = running_name(name)
-        if asked == HEAD and self.tied:
+        if running_name(name) == HEAD and self.tied:
             return HEAD
-        for candidate in candidates(asked):
-            if candidate in self._stored:
-                return self._stored[candidate]
+        if (found := found_among(self._stored, name)) is not None:
+            return self._stored[found]
         self.missing.append(name)
         return name
 

@@ -21,6 +21,7 @@ from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
@@ -155,15 +156,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     refuse_foreign_in_data(run)
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
-    try:
-        refuse_unexportable(session.model, chat, vocabulary=False)
-    except UserError as e:
-        why = "; ".join([e.message, *e.problems])
-        if e.hint == CONVERTER:
-            listener.note(f"for later: `export-ollama` takes this model with llama.cpp's converter alone (--converter "
-                          f"PATH): {why}")
-        else:
-            listener.warn(f"for later: `export-ollama` will not take this model: {why}")
+    _foretell_export(session, chat)
     judge = Judge(chat, config)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
@@ -182,6 +175,19 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     return Finished(outputs, _summary(report) | {"tool_rows": tools,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
+
+
+def _foretell_export(session: Session, chat: ChatFormat) -> None:
+    """Say now what would be found out in the end."""
+    try:
+        refuse_unexportable(session.model, chat, vocabulary=False)
+    except UserError as e:
+        why = "; ".join([e.message, *e.problems])
+        if e.hint == CONVERTER:
+            session.listener.note("for later: `export-ollama` takes this model with llama.cpp's converter alone "
+                                  f"(--converter PATH): {why}")
+        else:
+            session.listener.warn(f"for later: `export-ollama` will not take this model: {why}")
 
 
 # --- what is shown

@@ -157,6 +157,12 @@ def built_in(name: str) -> str:
     return str(samples.example_path(called))
 
 
+def as_typed(path: str) -> str:
+    """The other way round: a built-in example's name, of where it is installed; another path as it is."""
+    names = {str(samples.example_path(name)): f"{EXAMPLE}{name}" for name in samples.EXAMPLES}
+    return names.get(path, path)
+
+
 def _elsewhere(name: str, keep: Path, listener: Listener, how: How,
                problems: list[UserError]) -> Source | None:
     try:

@@ -106,11 +106,11 @@ class Architecture:
     context: int | None = None
 
 
-Maker = Callable[[Mapping[str, Any], Path], Architecture]
 class NotInLlamaCpp(UserError):
     """Settings for which llama.cpp has no key, so that it would compute another model from any file."""
 
 
+Maker = Callable[[Mapping[str, Any], Path], Architecture]
 CONVERTER = "Use llama.cpp's converter: gemma-tune export-ollama --converter PATH_TO_LLAMA_CPP"
 
 
