@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,11 +185,25 @@ def test_llama_streams_the_greedy_answer_also_after_turns_are_taken_back(in_llam
         assert answer.text == "".join(text for text, _, _ in anew)
 
 
-def test_llama_stops_and_ends_by_itself_and_repeats_with_a_seed(in_llama):
-    stream = in_llama.ask(question("a"), ChatConfig(max_new_tokens=400, temperature=0.0))
-    for _ in stream:
-        stream.stop()
-        break
+def test_llama_stops_and_ends_by_itself_and_repeats_with_a_seed(in_llama, monkeypatch):
+    parts_of, stopped = in_llama.engine.stream, threading.Event()
+
+    def waits_once(*args, **kwargs):
+        """Else an answer of this model, which takes milliseconds, can have ended before anybody stops it."""
+        with contextlib.closing(parts_of(*args, **kwargs)) as parts:
+            for part in parts:
+                yield part
+                if part[0]:
+                    stopped.wait(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(in_llama.engine, "stream", waits_once)
+        stream = in_llama.ask(question("a"), ChatConfig(max_new_tokens=400, temperature=0.0))
+        for _ in stream:
+            stream.stop()
+            stopped.set()
+            break
+        stream.finish()
     assert stream.finish().tokens < 100 and not stream.finish().ended
     sampled = ChatConfig(max_new_tokens=8, temperature=1.5, top_p=0.9, repetition_penalty=1.1)
 
