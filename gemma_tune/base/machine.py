@@ -152,6 +152,35 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def ended_by(end: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Within :func:`terminable`: SIGTERM and SIGHUP call ``end`` and are raised afterwards, not amid a library's work.
+
+    Yields a function that says whether one came.
+    """
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        end()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in ending_signals()
+              if number != signal.SIGINT and callable(signal.getsignal(number))}
+    wakes = signal.set_wakeup_fd(-1)  # an event loop takes it away, and noting_ctrl_c's would be gone
+    try:
+        yield lambda: came
+    finally:
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            raise Terminated(INTERRUPTED)
+
+
+@contextlib.contextmanager
 def noting_ctrl_c() -> Iterator[Callable[[], bool]]:
     """A function that says whether Ctrl-C, SIGTERM or SIGHUP came, whoever got it.
 

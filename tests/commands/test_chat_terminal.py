@@ -22,7 +22,10 @@ def terminal(tmp_path):
     pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
     started = []
 
-    def start(*options):
+    def start(*options, history=""):
+        if history:
+            (tmp_path / "c").mkdir()
+            (tmp_path / "c" / "chat_history").write_text(history)
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         environment = {**inherited, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "GEMMA_TUNE_CACHE": str(tmp_path / "c"),
                        "PROMPT_TOOLKIT_NO_CPR": "1"}
@@ -71,6 +74,20 @@ def test_sigterm_ends_the_chat_and_not_an_answer_alone(terminal, fluent, at):
     assert (child.exitstatus, child.signalstatus) == (130, None)
     assert ("stopped" in rest or at == "loading") and "Traceback" not in rest
     assert "\x1b[?2004l" in rest or at != "the prompt", "the terminal is as it was"
+
+
+@pytest.mark.parametrize("waits", [0, 0.1])
+def test_sigterm_amid_the_work_of_the_prompt(terminal, fluent, waits):
+    """Of the line editor, while it reads its history, of which there is much."""
+    history = "".join(f"\n# 2026-11-01 10:00:00\n+question {number}\n" for number in range(200_000))
+    child = terminal("--run", fluent, "--base", history=history)
+    time.sleep(waits)
+    child.kill(signal.SIGTERM)
+    rest = child.read()
+    child.wait()
+    assert (child.exitstatus, child.signalstatus) == (130, None)
+    assert "Traceback" not in rest and "Unhandled" not in rest and "Press ENTER" not in rest
+    assert "\x1b[?2004l" in rest, "the terminal is as it was"
 
 
 @pytest.mark.timeout(900)

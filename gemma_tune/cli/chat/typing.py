@@ -7,13 +7,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import cache_dir
 from gemma_tune.base.listener import Held
 from gemma_tune.base.loading import in_progress
+from gemma_tune.base.machine import ended_by
 from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.ahead import Ahead
@@ -100,9 +101,30 @@ class Editor:
         lines = _typed_before()
         several = len(lines) > 1 or bool(lines) and _half_a_line_is_there()
         before = "".join(lines)
-        text = self._session.prompt(message, default=before if several else before.rstrip("\n"),
-                                    accept_default=bool(lines) and not several, **more)
+        text = self._prompt(message, default=before if several else before.rstrip("\n"),
+                            accept_default=bool(lines) and not several, **more)
         return as_text(text.rstrip("\n") if several else text, "what was typed", "utf-8")
+
+    def _prompt(self, message: Any, pre_run: Callable[[], None] = lambda: None, **more: Any) -> str:
+        """prompt_toolkit's prompt, which SIGTERM leaves by the door: what is raised in a callback of its event loop
+        is shown as a fault of the program's, and Enter awaited."""
+        app = self._session.app
+
+        def leave() -> None:
+            if app.future is not None and not app.future.done():
+                app.exit(exception=EOFError)
+
+        def end() -> None:
+            if app.loop is not None:
+                app.loop.call_soon_threadsafe(leave)
+
+        def begin() -> None:
+            pre_run()
+            if came():
+                leave()
+
+        with ended_by(end) as came:
+            return self._session.prompt(message, pre_run=begin, **more)
 
     def read_meanwhile(self, ahead: Ahead, said: Held) -> str:
         """The same while the model is being loaded: above the prompt stands what of it, and what is said.
