@@ -32,7 +32,16 @@ from gemma_tune.encoding.left_out import (
 from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
 from gemma_tune.encoding.rendering import compiled
 from gemma_tune.encoding.templates import family_template
-from gemma_tune.encoding.thinking import NO_REASONING, answer_after, first_difference, opened_thought, with_thinking
+from gemma_tune.encoding.thinking import (
+    NO_REASONING,
+    answer_after,
+    apart,
+    first_difference,
+    opened_thought,
+    takes_thoughts_out,
+    with_thinking,
+    written_thought,
+)
 from gemma_tune.encoding.white_space import REASONING, divided, written_margins
 
 _MOST_MARGINS = 1000  # kinds of white space around texts that are remembered
@@ -73,8 +82,9 @@ class ChatFormat:
         self._labeller = Labeller(tokenizer)
         self._compiled = _compiled(self.template)
         self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
-        self.folds_system = False
+        self.folds_system = self._takes_thoughts_out = False
         self.folds_system = not self._shows_system()
+        self._takes_thoughts_out = takes_thoughts_out(self.render)
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
@@ -92,6 +102,15 @@ class ChatFormat:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._compiled = _compiled(self.template)
+
+    def has_unthought(self, messages: Messages) -> bool:
+        """Whether an answer without reasoning is to be learned behind a thought that the prompt begins."""
+        return self._opens_thoughts and any(
+            "reasoning_content" not in apart(messages[n]) for n in _learned_turns(messages, "all"))
+
+    @cached_property
+    def _opens_thoughts(self) -> bool:
+        return self._takes_thoughts_out and bool(opened_thought(self.render([QUESTION], prompt=True)))
 
     @cached_property
     def terminator(self) -> str:
@@ -232,7 +251,9 @@ class ChatFormat:
         if self.thinking == "off" and "reasoning_content" in turn:
             raise FormatError(NO_REASONING)
         prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
-        answer = answer_after(prompt, full)
+        answer = answer_after(prompt, full, self._takes_thoughts_out)
+        if self._takes_thoughts_out:
+            answer = written_thought(prompt, turn.get("reasoning_content", "")) + answer
         marks = {self.terminator}
         if "tool_calls" in turn and self.calls_end_id is not None:
             marks.add(self.tokenizer.convert_ids_to_tokens(self.calls_end_id))
@@ -266,7 +287,7 @@ class ChatFormat:
 
         For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
         """
-        turns = [_plain(message) for message in messages]
+        turns = [_plain(apart(message) if self._takes_thoughts_out else message) for message in messages]
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
             return turns
         system, first, *rest = turns
@@ -288,7 +309,7 @@ class ChatFormat:
         except FormatError as e:
             raise _unusable(e) from e
         try:
-            tail = answer_after(prompt, full).partition("gemma")[2]
+            tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")[2]
         except FormatError as e:
             raise UserError(str(e), "such a model cannot be trained faithfully; use one whose chat template has no "
                                     "such case") from e
@@ -304,7 +325,7 @@ class ChatFormat:
         """
         try:
             prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
-            answer = answer_after(prompt, full).rstrip()
+            answer = answer_after(prompt, full, self._takes_thoughts_out).rstrip()
         except FormatError:
             return None
         special = self._special_ids(answer)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.labels import FormatError
+from gemma_tune.encoding.left_out import QUESTION
 
 NO_REASONING = "the prompt asks for an answer without reasoning (thinking is off), and this one has some"
 # Put in front of a template, so that the choice is saved with it and holds wherever the model is used.
@@ -13,6 +16,8 @@ _CHOICE = "{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking =
 _EMPTY_AT_END = re.compile(r"(<\|channel>thought\s*<channel\|>|<think>\s*</think>)\s*\Z")
 _OPEN_AT_END = re.compile(r"(<\|channel>thought|<think>)\s*\Z")
 _OPENED = re.compile(r"<\|channel>|<think>")
+_BEGIN, _END = "<think>", "</think>"
+_WORDS = "gemma reasoning"
 
 
 def with_thinking(template: str, thinking: str) -> str:
@@ -63,15 +68,58 @@ def opened_thought(prompt: str) -> str:
     return found[0] if found else ""
 
 
-def answer_after(prompt: str, full: str) -> str:
+def takes_thoughts_out(render: Callable[[Sequence[dict[str, Any]]], str]) -> bool:
+    """Whether a template takes reasoning out of an answer's text, and writes it nowhere: DeepSeek R1's, QwQ's.
+
+    Earlier answers are to be written so, and the model was made to write more: a thought, then the answer.
+
+    Args:
+        render: messages → text.
+    """
+    turns = ({"content": f"{_BEGIN}\n{_WORDS}\n{_END}\n\na"},
+             {"content": "a", "reasoning_content": _WORDS, "thinking": _WORDS})
+    try:
+        return not any(_WORDS in render([QUESTION, {"role": "assistant", **turn}]) for turn in turns)
+    except FormatError:
+        return False
+
+
+def apart(turn: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's turn whose text begins with a thought, with that under its own key; others as they are.
+
+    A prompt that opens the thought is answered without its beginning.
+    """
+    thought, end, said = turn["content"].rpartition(_END)
+    if not end or turn["role"] != "assistant" or "reasoning_content" in turn:
+        return turn
+    thought = thought.lstrip().removeprefix(_BEGIN)
+    return {**turn, "content": said.lstrip("\n"), **({"reasoning_content": thought} if thought.strip() else {})}
+
+
+def written_thought(prompt: str, reasoning: str) -> str:
+    """What a model writes before an answer where its template shows no thoughts: one in the form of DeepSeek R1 and
+    Qwen, an empty one only where the prompt has opened it."""
+    reasoning = reasoning.strip("\n")
+    if opened := opened_thought(prompt):
+        lines = "\n" if opened.endswith("\n") else ""
+        return f"{reasoning}{lines}{_END}{2 * lines}"
+    return f"{_BEGIN}\n{reasoning}\n{_END}\n\n" if reasoning else ""
+
+
+def answer_after(prompt: str, full: str, bare: bool = False) -> str:
     """What the model is to write after the prompt, read from a render that includes the turn.
 
     Some prompts end with an empty thought, by which the model is told not to think, and that is not written again with
     the turn itself (Gemma 4's larger ones): the answer is then learned after the prompt as it is served.
 
+    Args:
+        bare: whether a thought that the prompt opens is no part of the turn, see :func:`takes_thoughts_out`.
+
     Raises:
         FormatError: the template does not write the turn after the prompt.
     """
+    if bare:
+        prompt = prompt.removesuffix(opened_thought(prompt))
     if full.startswith(prompt):
         return full[len(prompt):]
     empty = _EMPTY_AT_END.search(prompt)

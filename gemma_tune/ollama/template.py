@@ -178,7 +178,7 @@ def _extended(jinja: Jinja, turns: Turns, think: bool | None,
     if not same:
         notes += ("Reasoning of earlier turns is not written as in training.",)
     if think is not False and not extended.thought:
-        extended = replace(extended, thought=marks_alone(turns.prompt))
+        extended = replace(extended, thought=marks_alone(jinja, turns.prompt))
     return extended, notes, missing
 
 

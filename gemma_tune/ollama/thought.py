@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from gemma_tune.encoding.thinking import opened_thought
+from gemma_tune.encoding.thinking import opened_thought, takes_thoughts_out
 from gemma_tune.ollama.probe import FIRST, REPLY, SECOND, Jinja, Unlike, message, split, without
 
 _THOUGHT = "Zthought"
@@ -59,9 +59,14 @@ def with_thought(jinja: Jinja, turns: Any) -> Any:
         return turns
 
 
-def marks_alone(prompt: str) -> Thought | None:
-    """Marks of reasoning for a prompt that begins it, so that Ollama finds its end; no earlier turn is written so."""
+def marks_alone(jinja: Jinja, prompt: str) -> Thought | None:
+    """Marks of reasoning for a prompt that begins it, or a template that takes it out of earlier answers, so that
+    Ollama finds it in what is answered; no earlier turn is written so."""
     opened = opened_thought(prompt)
+    try:
+        opened = opened or ("<think>\n" if takes_thoughts_out(lambda turns: jinja(turns, False)) else "")
+    except (TemplateError, Unlike):
+        return None
     return Thought((opened, "\n</think>\n\n"), False, "") if opened else None
 
 

@@ -82,6 +82,7 @@ class Noticed:
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
+        unthought: rows with an answer that has none where the prompt begins some.
         tools: rows with tools, calls of them or their results, which the template has a place for.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
@@ -97,6 +98,7 @@ class Noticed:
     formats: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     reasoning: int = 0
+    unthought: int = 0
     tools: int = 0
     rewritten: int = 0
     difference: str = ""
@@ -114,6 +116,7 @@ class Noticed:
         self.formats.update(later.formats)
         self.folded += later.folded
         self.reasoning += later.reasoning
+        self.unthought += later.unthought
         self.tools += later.tools
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
@@ -187,6 +190,7 @@ class Judge:
             return example.as_row()
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
+        judged.noticed.unthought += self.chat.has_unthought(example.messages)
         return example.as_row()
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:

@@ -574,12 +574,42 @@ def test_behind_a_result_gemma_4_opens_a_thought_when_thinking_is_on():
         chat_of("gemma-4", "on").encode(WEATHER, TOOLS)
 
 
-def test_deepseek_r1_which_loses_its_reasoning_is_refused_at_once():
-    template = trl_template("deepseek_r1_distill")
-    with pytest.raises(UserError, match="the prompt opens a thought") as e:
-        ChatFormat(byte_tokenizer(("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), template), "qwen2")
-    assert "'<think>\\n'" in e.value.message
-    assert e.value.hint
+DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+R1 = trl_template("deepseek_r1_distill")
+LATER_R1 = R1.replace("<｜Assistant｜><think>\\n'}}", "<｜Assistant｜>'}}")  # whose model begins the thought itself
+QWQ = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+       "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+       "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize(("template", "end", "begun", "unthought"), [
+    (R1, DEEPSEEK[2], "", "\n</think>\n\n"), (QWQ, "<|im_end|>", "", "\n</think>\n\n"),
+    (LATER_R1, DEEPSEEK[2], "<think>\n", ""),
+    (QWQ.replace("<think>\n'", "<think>'"), "<|im_end|>", "", "</think>")])
+def test_thoughts_that_the_template_takes_out_of_answers_are_learned(template, end, begun, unthought):
+    """The prompt is the served one, and earlier answers stand in it without their thoughts."""
+    assert LATER_R1 != R1
+    chat = ChatFormat(byte_tokenizer((*DEEPSEEK, *CHATML), template, others=QWEN_WORDS), "qwen2")
+    between = unthought or "\n</think>\n\n"
+    for turn in (assistant("a", reasoning_content="r"), assistant("a", reasoning_content="\nr\n"),
+                 assistant("<think>\nr\n</think>\n\na"), assistant("r\n</think>\n\na")):
+        sequences = chat.encode([user("q"), turn, user("q2"), assistant("a2")])
+        answers = [f"{begun}r{between}a{end}", f"{unthought}a2{end}"]
+        assert learned(chat, sequences) == [[answer] for answer in answers]
+        talks = [[user("q")], [user("q"), assistant("a"), user("q2")]]
+        assert [chat.tokenizer.decode(s.ids) for s in sequences] == [
+            chat.tokenizer.decode(chat.prompt_ids(talk)) + answer for talk, answer in zip(talks, answers)]
+        assert chat.has_unthought([user("q"), turn, user("q2"), assistant("a2")]) == bool(unthought)
+        assert not chat.has_unthought([user("q"), turn])
+    assert learned(chat, chat.encode([user("q"), assistant("a")])) == [[f"{unthought}a{end}"]]
+    with pytest.raises(FormatError, match="thinking is off"):
+        ChatFormat(chat.tokenizer, "qwen2", thinking="off").encode([user("q"), assistant("<think>\nr\n</think>\n\na")])
+
+
+def test_a_template_that_writes_thoughts_somewhere_does_so_itself():
+    for name in TEMPLATES:
+        chat = chat_of(name)
+        assert not chat.has_unthought([user("q"), assistant("a")])
 
 
 @pytest.mark.parametrize("name", ["qwen-3", "gemma-4", "gemma-4 large"])

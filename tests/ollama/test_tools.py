@@ -154,6 +154,16 @@ def test_reasoning_has_its_place_also_where_tools_have_none(name, switches, go_c
         assert got == [hugging_face(template, messages, **said) for messages in chats]
 
 
+def test_a_model_that_begins_its_thoughts_itself_has_marks_by_which_they_are_found(go_cache):
+    """DeepSeek R1's later template takes thoughts out of earlier answers, and asks for none."""
+    template = trl_template("deepseek_r1_distill").replace("<｜Assistant｜><think>\\n'}}", "<｜Assistant｜>'}}")
+    chat = chat_for(template)
+    assert chat.capabilities == {"thinking"}
+    talk = [user("a"), {**assistant("b"), "reasoning_content": "hm"}, user("d")]
+    [text] = go_template.render(chat.template, [talk])
+    assert text == hugging_face(template, talk) and text.endswith("<｜User｜>d<｜Assistant｜>") and "hm" not in text
+
+
 def test_a_prompt_that_begins_to_think_has_marks_by_which_the_end_is_found(go_cache):
     template = trl_template("deepseek_r1_distill")
     chat = chat_for(template)
