@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import near
+from gemma_tune.base.words import near, size_in_bytes
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command
@@ -111,7 +110,7 @@ def figures_of(session: Session) -> Mapping[str, Any]:
         if quant in QUANTS:
             formats = ",".join([*(label for label in there if label in QUANTS), quant])
             raise UserError(made, f"make it: {command('export-ollama', session.run.root, '--quant', formats)}")
-        if re.fullmatch(r"\d+(?:\.\d+)?[mg]b", quant):  # of a file that was made for a size
+        if size_in_bytes(quant):  # of a file that was made for a size
             raise UserError(made, f"make it: {command('export-ollama', session.run.root, '--size', quant.upper())}")
         raise UserError(f"{made}{near(quant, QUANTS)}", f"formats that there are: {', '.join(QUANTS)}")
     return there[quant]

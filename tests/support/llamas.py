@@ -30,9 +30,15 @@ NEMO = sequence(split(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"), BYTES)  # Mistral's
+QWEN35 = sequence(split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+                        r"|\s*[\r\n]+|\s+(?!\S)|\s+"), BYTES)
+GPT4O = sequence(split("|".join([
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])), BYTES)
 # The way of cutting, and whether a word that is a token needs no merges, by llama.cpp's name.
 CUTS = {"smollm": (SMOLLM2, False), "qwen2": (QWEN2, False), "llama-bpe": (LLAMA3, True),
-        "smaug-bpe": (LLAMA3, False), "gpt-2": (GPT2, False), "tekken": (NEMO, True)}  # fmt: skip
+        "smaug-bpe": (LLAMA3, False), "gpt-2": (GPT2, False), "tekken": (NEMO, True), "qwen35": (QWEN35, False), "gpt-4o": (GPT4O, False)}  # fmt: skip
 
 TEXTS = (*CORPUS, "It was  2024, 31415926 and  7 x   12\n\n 3", "  padded  \t white \n", "a\r\nb\r\n\r\n  c",
          "👨‍👩‍👧‍👦 é", "我想在apple工作1314151天～", "I'LL we've 'tis DON'T", "x=1;\n\tif (a!=b) {\n\t\treturn 0x1F;\n\t}\n")
@@ -40,6 +46,8 @@ TEXTS = (*CORPUS, "It was  2024, 31415926 and  7 x   12\n\n 3", "  padded  \t wh
 LLAMA_3_1 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+        "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8]}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 # model_type, settings, llama.cpp's pre-tokenizer
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -51,6 +59,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.6}}, "qwen2"),
     "qwen3": ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "head_dim": 32,
                         "tie_word_embeddings": True}, "qwen2"),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}, "llama-bpe"),
+    "granite": ("granite", {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                            "logits_scaling": 2.0, "attention_bias": True}, "smollm"),
+    "olmo2": ("olmo2", {}, "smaug-bpe"),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA_3_1,
+                            "tie_word_embeddings": True}, "gpt-2"),
+    "phi3": ("phi3", {"rope_parameters": LONG}, "smaug-bpe"),
+    "phi4": ("phi3", {"rope_parameters": {**LONG, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2, 3, 4, 5],
+                                          "long_factor": [2.0, 3, 4, 5, 6, 7]}, "tie_word_embeddings": True,
+                      "max_position_embeddings": 1024, "sliding_window": 4096}, "gpt-4o"),
 }  # fmt: skip
 
 
@@ -93,7 +111,7 @@ def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
     config = CONFIG_MAPPING[model_type](**{
         "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **settings})
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **settings})
     network = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

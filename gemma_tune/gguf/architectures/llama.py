@@ -1,10 +1,11 @@
-"""The Llama type: Llama and SmolLM2, Mistral, Qwen 2, 2.5 and 3 (dense), as tensors and metadata in GGUF."""
+"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2 and EXAONE 4, as
+tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,20 @@ class _Kind:
         permuted: whether rotated pairs are neighbours in llama.cpp's q and k, see :func:`_neighbours`.
         biases: the tensors that have a bias, for a configuration.
         fixed: settings that llama.cpp computes in one way only.
+        norms_of: what q and k are normed by: each ``head``, all heads together as one ``row``, or nothing.
+        norms_behind: whether attention and MLP are normed behind, not before.
+        scales: settings with a key of their own, and how it is added.
+        problems: what else llama.cpp would compute otherwise.
     """
 
     arch: gguf.MODEL_ARCH
-    permuted: bool
-    biases: Callable[[Any], tuple[str, ...]]
-    fixed: Mapping[str, Any]
+    permuted: bool = False
+    biases: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    norms_of: str = ""
+    norms_behind: bool = False
+    scales: Mapping[str, Callable[[gguf.GGUFWriter, float], None]] = field(default_factory=dict)
+    problems: Callable[[Any], list[str]] = lambda config: []
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -42,11 +51,34 @@ def _llama_biases(config: Any) -> tuple[str, ...]:
     return attention + (("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") if getattr(config, "mlp_bias", False) else ())
 
 
+def _unrotated(config: Any) -> list[str]:
+    """SmolLM3: every fourth layer is not rotated, which llama.cpp has built in."""
+    every = [int((n + 1) % 4 != 0) for n in range(config.num_hidden_layers)]
+    same = [int(bool(rotated)) for rotated in config.no_rope_layers][:config.num_hidden_layers] == every
+    found = [] if same else ["no_rope_layers isn't every fourth layer"]
+    return [*found, *differing(config, use_sliding_window=False)]
+
+
+def _usual_heads(config: Any) -> list[str]:
+    """Heads whose length llama.cpp works out from the hidden size."""
+    dim = config.hidden_size // config.num_attention_heads
+    return [] if (getattr(config, "head_dim", None) or dim) == dim else differing(config, head_dim=dim)
+
+
+_GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
+            "embedding_multiplier": gguf.GGUFWriter.add_embedding_scale,
+            "residual_multiplier": gguf.GGUFWriter.add_residual_scale, "logits_scaling": gguf.GGUFWriter.add_logit_scale}
 _KINDS = {
-    "llama": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases, {}),
-    "mistral": _Kind(gguf.MODEL_ARCH.LLAMA, True, lambda config: (), {}),
-    "qwen2": _Kind(gguf.MODEL_ARCH.QWEN2, False, lambda config: _QKV, {}),
-    "qwen3": _Kind(gguf.MODEL_ARCH.QWEN3, False, lambda config: (), {"attention_bias": False}),
+    "llama": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases),
+    "mistral": _Kind(gguf.MODEL_ARCH.LLAMA, True),
+    "qwen2": _Kind(gguf.MODEL_ARCH.QWEN2, biases=lambda config: _QKV),
+    "qwen3": _Kind(gguf.MODEL_ARCH.QWEN3, fixed={"attention_bias": False}, norms_of="head"),
+    "smollm3": _Kind(gguf.MODEL_ARCH.SMOLLM3, True, _llama_biases, problems=_unrotated),
+    "granite": _Kind(gguf.MODEL_ARCH.GRANITE, True, _llama_biases, scales=_GRANITE),
+    "olmo2": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
+                   norms_of="row", norms_behind=True, problems=_usual_heads),
+    "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms_behind=True,
+                     problems=_usual_heads),
 }
 
 
@@ -59,21 +91,22 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     heads = whole.num_attention_heads
     dim = getattr(whole, "head_dim", None) or whole.hidden_size // heads
-    refuse(path, [*differing(whole, hidden_act="silu", is_causal=True, **kind.fixed), *_rope_problems(kind, whole)])
+    refuse(path, [*differing(whole, hidden_act="silu", is_causal=True, **kind.fixed), *_rope_problems(kind, whole),
+                  *kind.problems(whole)])
     # The length of a head goes into a key of its own where it is said, or isn't the usual one.
     stated = dim if config.get("head_dim") or dim * heads != whole.hidden_size else None
     return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, whole, dim),
-                        partial(_metadata, kind, whole, dim, stated), _tokenizer(path.parent), whole.vocab_size,
+                        partial(_metadata, kind, whole, dim, stated), tokenizer_kind(path.parent), whole.vocab_size,
                         whole.num_hidden_layers, heads, whole.num_key_value_heads, tied=whole.tie_word_embeddings,
                         # Old checkpoints store what follows from the configuration.
                         left_out=lambda name: name.endswith(".rotary_emb.inv_freq"),
-                        context=_context_length(whole))
+                        context=context_length(whole))
 
 
 MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}
 
 
-def _tokenizer(checkpoint: Path) -> str:
+def tokenizer_kind(checkpoint: Path) -> str:
     """The kind of vocabulary: Llama 2 and the first Mistrals have SentencePiece's, whose BPE falls back to bytes."""
     try:
         model = dict(object_in(checkpoint / "tokenizer.json")["model"])
@@ -98,10 +131,12 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
     """Every tensor, in the order in which they are written."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    normed = {"head": (dim, dim), "row": (queries, keys)}.get(kind.norms_of, ())
     block = {
-        "input_layernorm": (hidden,), "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+        "post_feedforward_layernorm" if kind.norms_behind else "input_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
-        **({"self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,)} if kind.arch == gguf.MODEL_ARCH.QWEN3 else {}),
+        **{f"self_attn.{part}_norm": (size,) for part, size in zip("qk", normed)},
         "post_attention_layernorm": (hidden,),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
@@ -143,8 +178,9 @@ def _llama3_divisors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
 
 def _rope_problems(kind: _Kind, config: Any) -> list[str]:
     rope = config.rope_parameters
-    # llama.cpp reads the divisors of Llama 3.1 for its `llama` architecture only.
-    known = {"default", "linear", "yarn"} | ({"llama3"} if kind.arch == gguf.MODEL_ARCH.LLAMA else set())
+    # llama.cpp reads the divisors of Llama 3.1 for some architectures only.
+    with_divisors = kind.arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.EXAONE4)
+    known = {"default", "linear", "yarn"} | ({"llama3"} if with_divisors else set())
     found = [] if rope["rope_type"] in known else [
         f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
     fixed = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}
@@ -152,7 +188,7 @@ def _rope_problems(kind: _Kind, config: Any) -> list[str]:
                     if rope.get(key) not in (None, value)]
 
 
-def _context_length(config: Any) -> int:
+def context_length(config: Any) -> int:
     """The longest context that llama.cpp computes as Transformers does: it knows no sliding window for these models,
     and within the window there is no difference."""
     kinds = getattr(config, "layer_types", None)
@@ -161,15 +197,18 @@ def _context_length(config: Any) -> int:
 
 
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
-    writer.add_context_length(_context_length(config))
+    writer.add_context_length(context_length(config))
     for key, add_number in SIZES.items():
         add_number(writer, getattr(config, key))
     if stated_dim is not None:
         writer.add_key_length(stated_dim)
         writer.add_value_length(stated_dim)
-    if kind.arch == gguf.MODEL_ARCH.LLAMA:
+    if kind.permuted or kind.arch == gguf.MODEL_ARCH.EXAONE4:
         writer.add_vocab_size(config.vocab_size)
+    if kind.permuted:
         writer.add_rope_dimension_count(dim)
+    for key, add in kind.scales.items():
+        add(writer, float(getattr(config, key)))
     rope = config.rope_parameters
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if rope["rope_type"] == "linear":

@@ -28,9 +28,14 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3, _QWEN2 = _WORDS % r"\p{N}{1,3}", _WORDS % _DIGIT
+# Words with their accents, in Qwen 3.5 and later.
+_QWEN35 = _SUFFIX + (r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_GPT4O = (rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_SUFFIX}?"
+          rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_SUFFIX}?"
+          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # Other spellings of the same, as newer files have them.
 _SPELLINGS = {r"'(?:[sdmt]|ll|ve|re)": r"'s|'t|'re|'ve|'m|'ll|'d", r"'(?i:[sdmt]|ll|ve|re)": _SUFFIX}
 
@@ -39,6 +44,7 @@ _SPELLINGS = {r"'(?:[sdmt]|ll|ve|re)": r"'s|'t|'re|'ve|'m|'ll|'d", r"'(?i:[sdmt]
 _PRE_TOKENIZERS = {
     "gpt-2": ((_GPT2,), False), "smollm": ((_DIGIT, _GPT2), False), "qwen2": ((_QWEN2,), False),
     "llama-bpe": ((_LLAMA3,), True), "smaug-bpe": ((_LLAMA3,), False), "tekken": ((_TEKKEN,), True),
+    "qwen35": ((_QWEN35,), False), "gpt-4o": ((_GPT4O,), False),
 }  # fmt: skip
 _SAME = {
     "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum",
@@ -47,6 +53,7 @@ _SAME = {
     "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "smaug-bpe": ("dbrx", "glm4", "chatglm-bpe"),
+    "gpt-4o": ("llama4", "kanana2"),
 }
 
 
