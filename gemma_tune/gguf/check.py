@@ -112,9 +112,11 @@ def _compared(
     part, floor = LARGEST_ERROR[info.type]
     block = gguf.GGML_QUANT_SIZES[info.type][0]
     difference = total = excess = 0.0
+    one_way = spec.change is not None and spec.change.one_way
     for start, expected in _expected(spec, shards):
+        expected = spec.change.forward(expected) if one_way else expected
         got = file.rows(name, start, start + len(expected)).reshape(expected.shape)
-        got = spec.change.backward(got) if spec.change else got
+        got = spec.change.backward(got) if spec.change and not one_way else got
         off, size = np.abs(got - expected), np.abs(expected)
         difference += float(np.vdot(off, off))
         total += float(np.vdot(size, size))

@@ -59,6 +59,8 @@ _MATRIX = {"q6_k": Type.Q6_K, "q5_k_m": Type.Q5_K, "q4_k_m": Type.Q4_K}
 _SHORTER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 # Matrices that stay unquantised: small beside the others, and what they compute is added to every layer.
 _LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj|ffn_gate_inp\.weight")
+# What stays in 32 bits, as llama.cpp reads it in no other type: norms, and convolutions of a few numbers a row.
+_EXACT = re.compile(r"_norm\.weight$|ssm_conv1d\.weight$")
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _PROGRAM = "llama-quantize"
 
@@ -86,7 +88,7 @@ def choose_types(quant: str, tensors: Tensors, model: Architecture) -> list[Type
     finer = _more_bits(quant, [name for name, _ in tensors], model)
     choices = []
     for name, shape in tensors:
-        if len(shape) == 1 or name.endswith("_norm.weight"):
+        if len(shape) == 1 or _EXACT.search(name):
             choices.append(TypeChoice(Type.F32))
         elif wanted in PLAIN or _LEFT_ALONE.search(name):
             choices.append(TypeChoice(wanted if wanted in PLAIN else Type.F16))
@@ -108,8 +110,10 @@ def _more_bits(quant: str, names: Sequence[str], model: Architecture) -> dict[st
         return {}
     values = sorted((n for n in names if n.endswith("attn_v.weight")), key=_block_number)
     downs = sorted((n for n in names if n.endswith("ffn_down.weight")), key=_block_number)
-    finer = {name: Type.Q6_K for part, count in ((values, len(values)), (downs, model.layers))
+    joined = [n for n in names if n.endswith("attn_qkv.weight")]
+    finer = {name: Type.Q6_K for part, count in ((values, len(values) + len(joined)), (downs, model.layers))
              for n, name in enumerate(part) if _uses_more_bits(n, count)}
+    finer |= dict.fromkeys(joined, Type.Q5_K if quant == "q4_k_m" else Type.Q6_K)
     if quant == "q4_k_m" and model.layers == 80 and model.heads != model.kv_heads:
         # Llama and Qwen of 70B: eight heads share each of these rows, so they are small and matter.
         finer = {name: Type.Q5_K for name in values} | finer

@@ -111,7 +111,8 @@ class PlannedTensor:
 
     def _encoded(self) -> Iterator[np.ndarray]:
         kind = self.choice.type
-        if self.rounding and (inputs := self.rounding.knows(self.spec.source, kind)):
+        changed = self.spec.change and self.spec.change.one_way
+        if self.rounding and not changed and (inputs := self.rounding.knows(self.spec.source, kind)):
             return self.rounding.rounded(self.spec.name, self.chunks(CALIBRATED_ELEMENTS), kind, inputs)
         return (quantise(rows, kind) for rows in self.chunks())
 
@@ -279,7 +280,7 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
     problems += [f"{stored[name].name} is not a tensor of this model" for name in stored if name not in known]
     for name in known.keys() & stored.keys():
         found = stored[name]
-        if found.shape != known[name].shape:
+        if _as_matrix(found.shape) != known[name].shape:
             problems.append(f"{found.name} has shape {found.shape}, config.json asks for {known[name].shape}")
         if found.dtype not in READABLE:
             problems.append(f"{found.name} is {found.dtype}, which can't be exported: merge into a 16-bit base")
@@ -292,6 +293,11 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
         raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
                         "other output head.", "Train without the output head, or with tied embeddings.")
     return [(spec, stored.get(spec.source or "")) for spec in wanted]
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without what is 1 between rows and columns, as a convolution's over one channel."""
+    return (shape[0], *(n for n in shape[1:-1] if n != 1), *shape[-1:]) if len(shape) > 2 else shape
 
 
 def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:

@@ -60,8 +60,9 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
         listener.note(f"{counted(noticed.reasoning, 'row holds', 'rows hold')} reasoning; --thinking on asks for it in "
                       "every prompt")
     if noticed.unthought:
-        listener.note(f"the model's prompt begins a thought, and {counted(noticed.unthought, 'row has', 'rows have')} an "
-                      "answer without reasoning: it is learned behind an empty thought")
+        have = counted(noticed.unthought, "row has", "rows have")
+        listener.note(f"the model's prompt begins a thought, and {have} an answer without reasoning: it is learned "
+                      "behind an empty thought")
     if noticed.tools and (lost := _lost_in_ollama(judge.chat, noticed.tools)):
         listener.warn(lost)
 

@@ -70,6 +70,23 @@ def test_all_stages(cli, tmp_path, name):
     assert result.json["summary"]["check_divergence"] < 0.25 * result.json["summary"]["check_adapter_effect"] + 5e-3
 
 
+def test_a_layer_with_a_state_comes_through_an_export(cli, tmp_path):
+    """Qwen 3.5: what was trained is in the GGUF, for which llama.cpp answers alike in each number format."""
+    model = tmp_path / "qwen"
+    tokenizer = tokenizer_with_turns("qwen35")
+    text = TEXT | MIXING | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, num_hidden_layers=4, head_dim=32,
+                                eos_token_id=tokenizer.eos_token_id, pad_token_id=0, layer_types=None)
+    save_random(T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE)), tokenizer, model)
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
+                 ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
+                 ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    shown = result.json["summary"]["quants"]
+    assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
+    assert shown["q4_k_m"]["largest_error"] < 0.2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_of_layers_of_several_kinds_are_counted(family, tmp_path):
     make_family(family, tmp_path)

@@ -112,6 +112,11 @@ def test_layers_with_more_bits_go_by_their_number_and_by_how_many_there_are():
     assert {int(n.split(".")[1]) - 8 for n in finer if "attn_v" in n} == {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
     assert {int(n.split(".")[1]) for n in finer if "ffn_down" in n} == {
         0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    # Qwen 3.5: the layers between have a matrix for all three, which counts among the values.
+    mixed = types("q4_k_m", part("attn_v", range(3, 24, 4)) | part("attn_qkv", set(range(24)) - set(range(3, 24, 4))), layers=24)
+    assert {n for n, type in mixed.items() if type == "Q6_K"} == {f"blk.{n}.attn_v.weight" for n in (3, 7, 11, 23)}
+    assert {type for n, type in mixed.items() if "qkv" in n} == {"Q5_K"}
+    assert set(types("q5_k_m", part("attn_qkv", range(4)), layers=4).values()) == {"Q6_K"}
     large = types("q4_k_m", part("attn_v", range(80)), layers=80, heads=64, kv_heads=8)
     assert set(large.values()) == {"Q5_K", "Q6_K"}
 

@@ -69,6 +69,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi4": ("phi3", {"rope_parameters": {**LONG, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2, 3, 4, 5],
                                           "long_factor": [2.0, 3, 4, 5, 6, 7]}, "tie_word_embeddings": True,
                       "max_position_embeddings": 1024, "sliding_window": 4096}, "gpt-4o"),
+    "qwen3.5": ("qwen3_5_text", {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+                                 "linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": True}, "qwen35"),
 }  # fmt: skip
 
 
@@ -128,9 +130,9 @@ TURNS = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['con
          "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
 
 
-def tokenizer_with_turns() -> Any:
+def tokenizer_with_turns(cut: str = "qwen2") -> Any:
     """A byte-level tokenizer with ``TURNS``."""
-    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer = byte_level_tokenizer(cut)
     tokenizer.chat_template = TURNS
     return tokenizer
 

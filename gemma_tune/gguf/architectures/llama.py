@@ -67,7 +67,8 @@ def _usual_heads(config: Any) -> list[str]:
 
 _GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
             "embedding_multiplier": gguf.GGUFWriter.add_embedding_scale,
-            "residual_multiplier": gguf.GGUFWriter.add_residual_scale, "logits_scaling": gguf.GGUFWriter.add_logit_scale}
+            "residual_multiplier": gguf.GGUFWriter.add_residual_scale,
+            "logits_scaling": gguf.GGUFWriter.add_logit_scale}
 _KINDS = {
     "llama": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases),
     "mistral": _Kind(gguf.MODEL_ARCH.LLAMA, True),

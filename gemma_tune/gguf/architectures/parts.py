@@ -31,11 +31,14 @@ class Change:
         forward: float32 (rows, columns) or (length,) as in the checkpoint → the same shape as in the GGUF.
         backward: its inverse.
         rows: rows that belong together; both functions get whole groups of them.
+        one_way: whether the order of columns changes, the shape, or the inverse is inexact: a file is compared with
+            values that were changed, and a matrix rounded by itself.
     """
 
     forward: Callable[[np.ndarray], np.ndarray]
     backward: Callable[[np.ndarray], np.ndarray]
     rows: int = 1
+    one_way: bool = False
 
 
 # Gemma 1 to 3 scale by 1 + weight, llama.cpp by the stored weight.
@@ -48,7 +51,7 @@ class TensorSpec:
 
     Args:
         name: in the GGUF.
-        shape: as in the checkpoint: (length,) or (rows, columns).
+        shape: as in the GGUF: (length,) or (rows, columns). A checkpoint can have dimensions of 1 in it.
         source: in the checkpoint; None where ``values`` are written.
         change: what happens to the values; None if nothing does.
         tied_to: ``source`` of the tensor that stands in when this one is absent or equal to it.

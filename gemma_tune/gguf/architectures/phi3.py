@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4 (text models of the ``phi3`` type) in GGUF: q, k and v in one matrix, gate and up in another."""
+"""Phi-3, Phi-3.5 and Phi-4 (text models of the ``phi3`` type) in GGUF: q, k and v are one matrix, gate and up one."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     heads, rope = whole.num_attention_heads, whole.rope_parameters
     dim = whole.hidden_size // heads
     own = getattr(whole, "head_dim", None)
-    refuse(path, [*differing(whole, hidden_act="silu"), *(differing(whole, head_dim=dim) if own not in (None, dim) else []),
-                  *_rope_problems(rope)])
+    other_heads = differing(whole, head_dim=dim) if own not in (None, dim) else []
+    refuse(path, [*differing(whole, hidden_act="silu"), *other_heads, *_rope_problems(rope)])
     # By how long a context is, llama.cpp takes the short or the long divisors for all of it, Transformers by how long a
     # text is: both take the short ones here.
     known = context_length(whole)

