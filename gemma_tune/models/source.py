@@ -177,9 +177,9 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
     if not os.path.exists(path / "config.json") and (gguf := _gguf_inside(path)):
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
-    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after it.
-    made_from = None if known and known["source"] == "local" else conversion(path)
-    if made_from and made_from["sha256"] == _demo_sha256():
+    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after either.
+    made_from = conversion(path)
+    if made_from and made_from["sha256"] == _demo_sha256() and not (known and known["source"] == "local"):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     refuse_special(path)
     model_config(path)
@@ -190,7 +190,8 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
     files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
     absolute = path.resolve()
-    name = made_from["source"] if made_from else absolute.name
+    names = [made_from["source"] if made_from else absolute.name, absolute.name]
+    name = known["id"] if known and known["id"] in names else names[0]
     return BaseModel(name, model_name(name), "local", path, None, files["sha256"], files, absolute)
 
 

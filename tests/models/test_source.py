@@ -115,6 +115,9 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
         assert result.code == 0, result.err
         model = json.loads(Path(f"of-{number}/manifest.json").read_text())["model"]
         assert (model["id"], model["name"]) == ("my model.gguf", "my-model")
+    # A run of the checkpoint itself goes on with it, whatever it is called.
+    for args in (("prepare", data, "--model", checkpoint, "--run", "of-it"), ("train", *QUICK, "--run", "of-it")):
+        assert (result := cli(*args)).code == 0, result.err
     gguf.unlink()
     (away / "adapter_config.json").write_text(json.dumps(config))
     gone = cli("merge", "--adapter", away, "--run", "of-2")
