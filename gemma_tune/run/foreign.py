@@ -12,6 +12,7 @@ from gemma_tune.run.directory import RunDir
 
 # What `prepare` puts into data/.
 PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy")
+_OF_SYSTEMS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 _SHOWN = 5
 _ELSEWHERE = "move {} elsewhere, or work in another directory: --run DIR"
 
@@ -54,7 +55,10 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
         return
     places = [run.merged, run.ollama, run.report, run.html_report, run.answers]
     if stage == "prepare":
-        places += [run.data, run.checkpoints, run.adapter, run.train_settings, run.tune_settings, run.metrics.parent]
+        places += [run.data, run.checkpoints, run.adapter, run.sft_adapter, run.worse_adapter, run.train_settings,
+                   run.tune_settings, run.tuning, run.metrics, run.samples, run.reference, run.plot, run.tune_plot]
+        if not (run.root / ".lock").exists():  # else they can be of a preparation that failed
+            places.append(run.refused_rows)
     if occupied := [str(path) for path in places if path.is_file() or _visible(path)]:
         raise UserError(f"{run.root} is no run yet, and {_list(occupied)} {'lies' if len(occupied) == 1 else 'lie'} "
                         "where results of one would take the place of it",
@@ -64,14 +68,15 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
 
 def _was_a_run(run: RunDir) -> bool:
     """Whether there has been a run whose manifest is lost, or was moved away because it was damaged."""
-    ours = (run.root / ".lock", *run.root.glob("manifest.json*"))
+    ours = (run.next_manifest, *run.root.glob("manifest.json*"))
     return run.data_report.is_file() and run.tokens.is_dir() or any(path.is_file() for path in ours)
 
 
 def _visible(folder: Path) -> list[str]:
-    """Names in a directory, without those of the system's own files, which begin with a dot."""
+    """Names in a directory, without those that systems put there by themselves."""
     try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        return sorted(name for name in os.listdir(folder)
+                      if name not in _OF_SYSTEMS and not name.startswith(("._", ".nfs")))
     except OSError:
         return []
 

@@ -52,7 +52,7 @@ def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model
 
 
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
-    base = model("qwen2", model_type="olmo2", architectures=["Olmo2ForCausalLM"])
+    base = model("qwen2", model_type="starcoder2", architectures=["Starcoder2ForCausalLM"])
     result = cli("prepare", conversations, "--model", base, "--json")
     assert result.code == 0 and "takes this model with llama.cpp's converter alone (--converter PATH)" in result.err
     assert not any("export-ollama" in text for text in result.json["warnings"])

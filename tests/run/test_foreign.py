@@ -37,14 +37,31 @@ def test_a_directory_that_is_no_run_and_has_data_is_not_made_one(cli, tiny, proj
 
 
 @pytest.mark.parametrize("occupied", ["report.md", "tiny-gemma_lora_adapter/adapter_config.json", "ollama/Modelfile", "train.yaml",
-                                      "tiny-gemma_lora_merged/config.json", "logs/app.log"])
+                                      "tiny-gemma_lora_merged/config.json", "logs/metrics.jsonl", "rejected.jsonl", "tune.json",
+                                      "tiny-gemma_sft_adapter/notes.txt", "data/.hidden.jsonl", "data/.git/HEAD"])
 def test_other_results_have_their_places_too(cli, tiny, data, tmp_path, occupied):
     place = tmp_path / "proj" / occupied
     place.parent.mkdir(parents=True)
     place.write_text("mine")
-    result = cli("prepare", data, "--model", tiny, "--run", "proj")
-    assert result.code == 2 and str(Path("proj") / Path(occupied).parts[0]) in result.err
+    for _ in range(2):  # the first refusal makes it no run
+        result = cli("prepare", data, "--model", tiny, "--run", "proj")
+        assert result.code == 2 and str(Path("proj") / Path(occupied).parts[0]) in result.err
     assert place.read_text() == "mine"
+
+
+def test_what_a_run_does_not_write_may_lie_beside_it(cli, tiny, data, tmp_path):
+    for name in ("logs/app.log", "notes.md", "data.txt", "data/.DS_Store", "data/._a"):
+        (tmp_path / "proj" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proj" / name).write_text("mine")
+    assert cli("prepare", data, "--model", tiny, "--run", "proj").code == 0
+    assert (tmp_path / "proj/logs/app.log").read_text() == (tmp_path / "proj/notes.md").read_text() == "mine"
+
+
+def test_a_preparation_that_failed_is_tried_again(cli, tiny, data, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}\n" * 3)
+    assert cli("prepare", "bad.jsonl", "--model", tiny, "--run", "proj").code == 2
+    assert (tmp_path / "proj/rejected.jsonl").is_file()
+    assert cli("prepare", data, "--model", tiny, "--run", "proj").code == 0
 
 
 def test_files_that_were_put_into_the_data_of_a_run_are_not_removed(cli, tiny, data, tmp_path):
