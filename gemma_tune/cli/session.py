@@ -109,6 +109,9 @@ class Command(TyperCommand):
         """The end of a message about arguments that this command does not take."""
         option = getattr(problem, "option_name", None)
         own = any(option in param.opts for param in self.params)  # its value is missing
+        if option == "--data" and not own and any(param.name == "data" for param in self.params):
+            problem.possibilities = []
+            return "; files of data are named without an option"
         if option and not own and ctx.parent is not None:
             others = [name for name, command in ctx.parent.command.commands.items()
                       if any(option in param.opts for param in command.params)]

@@ -26,7 +26,8 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
     """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
 
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``
-    is where ``--help`` has it: common, data, speed or advanced.
+    is where ``--help`` has it: common, data, speed or advanced. ``counts`` is what a number is of, for one that is too
+    large.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
 
@@ -291,7 +292,8 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
         if least is not None and single < least:
             return f"{f.name}: {shown(single)} is below the least possible {_limit(least)}"
         if most is not None and single > most:
-            return f"{f.name}: {shown(single)} is above the largest possible {_limit(most)}"
+            counts = f"; it is {f.metadata['counts']}" if "counts" in f.metadata else ""
+            return f"{f.name}: {shown(single)} is above the largest possible {_limit(most)}{counts}"
     return None
 
 

@@ -22,6 +22,7 @@ ORIGINS = {"flag": "given", "file": "of a settings file", "family": "default of 
            "default": "default", "auto": "chosen here", "adapter": "of the adapter that it starts from",
            "method": "suits the method", "data": "suits the data"}
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
+_KINDS_OF_ADAPTERS = ("lora", "qlora")  # as Axolotl names them, where the setting here is a directory
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 
 
@@ -91,6 +92,8 @@ def _yaml_problems(content: Mapping[str, Any]):
         elif key not in CONFIGS:
             above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
             habit = meant(str(key))
+            if key == "adapter" and str(section).lower() in _KINDS_OF_ADAPTERS:
+                above, habit = [], "an adapter is what is trained here, and with `qlora: true` below `train:` in 4 bits"
             yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
                    f"{key}: unknown section; {habit}" if habit else
                    f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")

@@ -212,7 +212,7 @@ class TrainConfig(MethodConfig, StageConfig):
     max_steps: int = option(0, "Train for so many optimiser steps, whatever --epochs says; 0 means by epochs.", least=0,
                             group="common", about="length")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak; the first one "
-                                 "learns already.", least=0.0, most=1.0)
+                                 "learns already.", least=0.0, most=0.9, counts="a share of the steps")
     schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "
                                      "step.",
                            choices=("cosine", "linear", "constant"))

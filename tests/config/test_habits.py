@@ -26,10 +26,19 @@ def test_no_name_is_taken_for_one_of_another_program_that_is_an_option_here():
         "data", "adapter"}
 
 
+@pytest.mark.parametrize("steps", ["1", "100"])
+def test_steps_are_no_share(cli, steps):
+    result = cli("train", "--warmup", steps)
+    assert result.code == 2 and f"{steps} is above the largest possible 0.9; it is a share of the steps" in " ".join(
+        result.err.split()).replace(".0 is", " is")
+
+
 @pytest.mark.parametrize(("typed", "said"), [
     ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --micro-batch"),
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
-    ("--model_name_or_path", "gemma-tune prepare --model"), ("--packing", "a GPU packs them"), ("--deepspeed", "--strategy fsdp")])
+    ("--model_name_or_path", "gemma-tune prepare --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
+    ("--train-on-inputs", "answers are learned, and prompts never"), ("--modules_to_save", "no embeddings are trained"),
+    ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp")])
 def test_a_habit_is_answered(cli, typed, said):
     result = cli("train", typed, "8")
     assert result.code == 2 and said in " ".join(result.err.split())
@@ -38,6 +47,8 @@ def test_a_habit_is_answered(cli, typed, said):
 def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path):
     (tmp_path / "lf.yaml").write_text("model_name_or_path: a/b\nlora_rank: 8\ncutoff_len: 2048\ntrain:\n  lr: 1e-4\n  rank: 4\n")
     said = " ".join(cli("train", "--config", tmp_path / "lf.yaml").err.split())
+    (tmp_path / "axolotl.yaml").write_text("adapter: qlora\n")
+    assert "`qlora: true` below `train:`" in " ".join(cli("train", "--config", tmp_path / "axolotl.yaml").err.split())
     for text in ("lora_rank: unknown section; here it is --rank", "cutoff_len: unknown section; here it is gemma-tune prepare --max-length",
                  "train.lr: unknown setting; here it is --learning-rate"):
         assert text in said
