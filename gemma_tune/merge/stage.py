@@ -27,6 +27,7 @@ from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check
 from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
+from gemma_tune.models.source import BaseModel
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
@@ -131,6 +132,9 @@ def _compare_bases(session: Session, adapter: Adapter) -> None:
     """
     model, trained_on = session.model, adapter.base_id
     if model.source != "hub":
+        if session.config.adapter and not _is_named(trained_on, model):
+            session.listener.warn(f"the adapter {adapter.folder} was trained on {trained_on}; it is merged into "
+                                  f"{model.id} in {session.model.path}")
         return
     if trained_on != model.id:
         says = f"the adapter {adapter.folder} was trained on {trained_on}"
@@ -142,6 +146,14 @@ def _compare_bases(session: Session, adapter: Adapter) -> None:
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and revision != model.revision:
         session.listener.warn(f"the adapter was trained on commit {revision} of {model.id}, and is merged into "
                               f"{model.revision}; for the former: --revision {revision}")
+
+
+def _is_named(trained_on: Any, model: BaseModel) -> bool:
+    """Whether what an adapter says of its base can be this local one: it was called so, or lay elsewhere."""
+    if not isinstance(trained_on, str) or trained_on in ("", model.id):
+        return True
+    there = Path(trained_on).expanduser()
+    return there.name == model.id or there.is_dir() and there.samefile(model.path)
 
 
 def _compare_vocabularies(session: Session, adapter: Adapter, plan: MergePlan) -> None:

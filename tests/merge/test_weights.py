@@ -390,6 +390,16 @@ def test_the_base_that_an_adapter_names(case):
     assert (said in warnings[0]) if said else not warnings
 
 
+def test_an_adapter_is_not_merged_a_second_time_without_a_word(cli, trained, tiny):
+    """Into a model of which it is a part: it fits, and its check compares with the same."""
+    assert cli("merge", "--no-check").code == 0
+    adapter, merged = trained / "tiny-gemma_lora_adapter", trained / "tiny-gemma_lora_merged"
+    told = cli("merge", "--no-check", "--adapter", adapter, "--base", merged, "--run", "twice")
+    assert told.code == 0 and "was trained on tiny-gemma; it is merged into tiny-gemma_lora_merged" in " ".join(told.err.split())
+    other = cli("merge", "--no-check", "--adapter", adapter, "--base", tiny, "--run", "again", "--json")
+    assert other.code == 0 and other.json["warnings"] == []
+
+
 def test_the_training_of_the_run_wins_when_no_adapter_is_named(cli, trained, tmp_path):
     away = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "away")
     path = away / "adapter_config.json"
