@@ -116,11 +116,11 @@ class PlannedTensor:
             return self.rounding.rounded(self.spec.name, self.chunks(CALIBRATED_ELEMENTS), kind, inputs)
         return (quantise(rows, kind) for rows in self.chunks())
 
-    def chunks(self, elements: int = CHUNK_ELEMENTS) -> Iterator[np.ndarray]:
+    def chunks(self, elements: int | None = None) -> Iterator[np.ndarray]:
         """Yield the values as float32 arrays, one of shape (length,) or several of (some rows, columns).
 
         Args:
-            elements: about how many of a matrix at a time.
+            elements: about how many of a matrix at a time; None for ``CHUNK_ELEMENTS``.
 
         Raises:
             UserError: a value is NaN, infinite, or too large for the type.
@@ -130,7 +130,7 @@ class PlannedTensor:
             assert spec.values is not None
             yield spec.values
             return
-        step = spec.rows_at_a_time(elements)
+        step = spec.rows_at_a_time(elements or CHUNK_ELEMENTS)
         for start in range(0, spec.shape[0], step):
             rows = self.stored.rows(start, start + step)
             rows = spec.change.forward(rows) if spec.change else rows
