@@ -132,6 +132,44 @@ def test_tied_embeddings_answer_as_base_and_adapter(tmp_path, kind):
     assert (logits(tmp_path / "out") - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
+def changed(adapter: Path, name: str) -> None:
+    """Make one number of an adapter another, the last of a tensor."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[name][-1, -1] += 1
+    save_file(tensors, path)
+
+
+def test_a_whole_head_that_differs_from_the_embedding_in_its_last_row_unties_them(tmp_path, monkeypatch):
+    from gemma_tune.merge import plan as merge_plan
+
+    monkeypatch.setattr(merge_plan, "_ROWS", 4)
+    base, adapter, _ = make(tmp_path, gemma(), **SAVED, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert not merged(base, adapter, tmp_path / "same").untied
+    changed(adapter, "base_model.model.lm_head.weight")
+    assert merged(base, adapter, tmp_path / "out").untied
+
+
+@pytest.mark.parametrize("other", ["lora_A", "lora_B", "scale"])
+def test_an_adapted_head_that_is_another_than_the_embeddings_unties_them(tmp_path, other):
+    base, adapter, _ = make(tmp_path, gemma(), target_modules=["embed_tokens"], ensure_weight_tying=True)
+    assert not merged(base, adapter, tmp_path / "same").untied
+    if other == "scale":
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"lm_head": 7}}))
+    else:
+        changed(adapter, f"base_model.model.lm_head.{other}.weight")
+    assert merged(base, adapter, tmp_path / "out").untied
+
+
+def test_a_square_layer_lies_as_the_others_do_whatever_the_config_says(tmp_path):
+    base, adapter, expected = make(tmp_path, gpt2(), **CONV1D)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": False}))
+    merged(base, adapter, tmp_path / "out")
+    assert (logits(tmp_path / "out") - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
 def test_rounded_once_to_the_type_of_the_base(tmp_path):
     base, adapter, _ = make(tmp_path, gemma().to(torch.bfloat16), **EVERYWHERE)
     merged(base, adapter, tmp_path / "out")

@@ -81,6 +81,17 @@ def test_another_number_type(cli, trained, tiny, dtype, stored):
     assert again.json["status"] == "up-to-date"
 
 
+def test_whole_numbers_stay_what_they_are(tmp_path, adapter, tiny):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    ids = torch.tensor([3, 1 << 40])
+    save_file(load_file(base / "model.safetensors") | {"model.ids": ids}, base / "model.safetensors")
+    plan = merged(base, adapter, tmp_path / "out", dtype="F32")
+    assert [piece.copied for piece in plan.pieces if piece.name == "model.ids"] == [True]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found.pop("model.ids"), ids)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
 def test_a_number_that_is_too_large_for_the_type_is_named(tmp_path, adapter, tiny):
     from gemma_tune.base.errors import WorkFailed
 
