@@ -13,6 +13,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
+from gemma_tune.gguf import compensated
 from gemma_tune.gguf.compensated import Inputs, Rounding, by_importance, calibrated, inputs_of
 from gemma_tune.gguf.grid import GRIDS, chosen, grid_of
 from gemma_tune.gguf.types import dequantise, quantise
@@ -56,6 +57,24 @@ def test_columns_that_were_always_zero_and_too_few_rows_do_no_harm(x, weights):
     assert error < 0.01 * float((few @ torch.from_numpy(weights).T).square().sum())
     nothing, error = calibrated(weights, Type.Q4_K, inputs_of([torch.zeros(256, 256)], 0))
     assert np.isfinite(dequantise(nothing, Type.Q4_K)).all()
+
+
+def test_blocks_of_zeros_stay_zero_and_the_others_keep_more_all_the_same(x, weights):
+    some = weights[:, :64].copy()
+    some[:, :32] = 0
+    inputs = inputs_of([x[:, :64].T @ x[:, :64]], len(x))
+    data, error = calibrated(some, Type.Q4_0, inputs)
+    assert error > 0 and not dequantise(data, Type.Q4_0)[:, :32].any()
+    plain = by_importance(some, Type.Q4_0, inputs.importance)
+    assert off(x[:, :64], some, data, Type.Q4_0) < 0.9 * off(x[:, :64], some, plain, Type.Q4_0)
+
+
+def test_plain_rounding_stands_where_making_up_for_errors_is_worse(x, weights, monkeypatch):
+    inputs = inputs_of([x.T @ x], len(x))
+    plain = by_importance(weights, Type.Q4_0, inputs.importance)
+    monkeypatch.setattr(compensated, "_compensated", lambda *_: (np.zeros_like(plain), 0.0))
+    data, error = calibrated(weights, Type.Q4_0, inputs)
+    assert np.array_equal(data, plain) and error > 0
 
 
 def test_what_is_not_finite_is_not_known(x):

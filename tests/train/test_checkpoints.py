@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.train.checkpoints import MARKER, Training, clear, find_resumable, rotate, seal, unfinished
+from gemma_tune.train.checkpoints import MARKER, Training, clear, find_resumable, last_of, rotate, seal, unfinished
 from support.command import QUICK
 from support.listener import Said
 
@@ -51,6 +52,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, how):
     said, both = Said(), f"{words}; {damage(old, how)}"
     assert find_resumable(tmp_path, "key", (), {"rank": 4}, said) is None
     assert said.warnings == [f"damaged checkpoints are passed over ({both}): the training starts anew"]
+
+
+@pytest.mark.parametrize("how", ["card", "lost"])
+def test_the_last_whole_checkpoint_of_a_training_is_gone_on_from(tmp_path, how):
+    said, (old, new) = Said(), checkpoints(tmp_path, 9, 10)
+    damage(checkpoints(tmp_path, 11, training=replace(TRAINING, id="another"))[0], how)
+    assert last_of(tmp_path, {"this"}, said) == new and not said.warnings
+    words = damage(new, how)
+    assert last_of(tmp_path, {"this"}, said) == old
+    assert said.warnings == [f"a damaged checkpoint is passed over ({words})"]
+    assert last_of(tmp_path, {"a third"}, said) is None
 
 
 def test_nothing_is_said_of_whole_ones_and_of_those_of_a_finished_training(tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.objectives import Answers, orpo_loss
 from gemma_tune.train.preference_loss import PreferenceLoss
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.units import PAIR, Units
@@ -184,6 +185,14 @@ def test_orpo_is_that_of_trl(tokenizer, tmp_path):
             kept = batch[f"{side}_attention_mask"][n].bool()
             rows.append((batch[f"{side}_input_ids"][n][kept].tolist(), 1, mark))
     same(ours(adapted(tokenizer), Units(Sequences(rows), PAIR), TrainConfig(method="orpo", beta=0.2)), expected)
+
+
+def test_orpo_of_answers_that_are_certain_is_finite():
+    now = torch.zeros(2, 1, requires_grad=True)
+    sure, other = (Answers(one, torch.zeros(1), torch.full((1,), 3)) for one in (now[0], now[1] - 6))
+    loss = orpo_loss(sure, other, 0.2) + orpo_loss(other, sure, 0.2)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(now.grad).all()
 
 
 def test_smoothing_is_the_mean_of_both_directions(tokenizer):
