@@ -438,15 +438,25 @@ def test_near_duplicates(prepare):
     words = random.Random(1).sample([f"word{n}" for n in range(500)], 120)
     other = [*words[:60], "changed", *words[61:]]
     write_rows(Path("rows.jsonl"), [row("q", " ".join(words)), row("q", " ".join(other)), row("short"), row("Short", "A LOAN!"),
-                                    row("q", " ".join(words)), row("q", " ".join(reversed(words)))])
+                                    row("q", " ".join(words)), row("q", " ".join(reversed(words))), row("q", " ".join(other))])
     prepare("rows.jsonl", "--valid", 0)
-    assert [(r["line"], r["kind"]) for r in read("duplicates")] == [(5, "exact")]
+    assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
+        (5, "rows.jsonl:1", "exact"), (7, "rows.jsonl:2", "exact")]
     prepare("rows.jsonl", "--valid", 0, "--near-duplicates")
     assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [
-        (2, "rows.jsonl:1", "near"), (4, "rows.jsonl:3", "near"), (5, "rows.jsonl:1", "exact")]
+        (2, "rows.jsonl:1", "near"), (4, "rows.jsonl:3", "near"), (5, "rows.jsonl:1", "exact"),
+        (7, "rows.jsonl:1", "exact")], "of what repeats a row that is left out the one that stays is named"
     assert read("duplicates")[0]["row"] == row("q", " ".join(other))
     prepare("rows.jsonl", "--valid", 0, "--near-duplicates", "--near-threshold", 1)
-    assert [r["line"] for r in read("duplicates")] == [4, 5]
+    assert [r["line"] for r in read("duplicates")] == [4, 5, 7]
+
+
+def test_pairs_are_near_duplicates_only_where_both_answers_are(prepare):
+    better, worse, other = (" ".join(f"{name}{n}" for n in range(60)) for name in ("better", "worse", "other"))
+    write_rows(Path("rows.jsonl"), [{"prompt": "q", "chosen": better, "rejected": text}
+                                    for text in (worse, other, worse.replace("worse30", "changed"))])
+    prepare("rows.jsonl", "--valid", 0, "--near-duplicates")
+    assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [(3, "rows.jsonl:1", "near")]
 
 
 def test_rows_that_are_too_long_repeat_nothing(prepare):

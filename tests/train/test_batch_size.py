@@ -43,6 +43,8 @@ def test_it_is_said_recorded_and_up_to_date(cli, prepared):
     assert done.json["summary"]["batch_size"] == done.json["summary"]["effective_batch"] == 2
     assert "batch size 2: proposed, as 35 sequences then make 108 steps" in done.err
     assert cli("train", *FLAGS, "--epochs", 6, "--max-steps", 3, "--json").json["status"] == "up-to-date"
+    number = cli("train", *FLAGS[:-1], 2, "--epochs", 6, "--max-steps", 3, "--json")
+    assert number.code == 0 and number.json["status"] == "up-to-date", number.err
 
 
 def test_a_training_goes_on_with_the_number_that_it_began_with(cli, prepared, monkeypatch):

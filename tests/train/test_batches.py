@@ -106,6 +106,15 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(1, 1) != order(2, 0)
 
 
+def test_rows_of_the_same_length_stay_in_the_order_of_chance():
+    """Else which of them go together would depend on how a machine sorts."""
+    lengths = np.arange(200) % 3  # one group
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist()
+    order.sort(key=lambda row: -lengths[row])
+    steps = LengthGroupedBatches(lengths, Share(4), seed=0).steps()
+    assert {tuple(step.tolist()) for step in steps} == {tuple(order[n:n + 4]) for n in range(0, 200, 4)}
+
+
 def padding(lengths: np.ndarray, batches: list[list[int]]) -> float:
     """Share of the positions that are padding."""
     return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)

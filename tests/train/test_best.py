@@ -140,3 +140,14 @@ def test_no_number_is_never_the_best_and_another_trainings_file_does_not_count(t
     assert of(tmp_path, "b")._kept is None
     last = of(tmp_path, keeps=False)
     assert last.restore(3) == 3
+
+
+def test_of_two_that_are_as_good_the_earlier_stays(tmp_path):
+    model = Adapter(3, 2, bias=False)
+    best = of(tmp_path, patience=1)
+    best.trainer = SimpleNamespace(model=model)
+    for step in (1, 2):
+        model.set(step)
+        control = evaluate(best, step, 1.0)
+    assert best.restore(2) == 1 and torch.equal(model.weight, torch.ones(2, 3))
+    assert control.should_training_stop, "the second was not lower"

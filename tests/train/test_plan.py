@@ -27,6 +27,11 @@ def choice_of(micro_batch: int) -> BatchChoice:
     return BatchChoice(micro_batch, False, Memory(1, 2, 3, 4, 5, 6, 7), 100, True, "they fit")
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (1.1, 3), (1.2, 4), (0.9, 3), (0.1, 1)])
+def test_a_part_of_an_epoch_is_rounded_to_whole_steps(epochs, steps):
+    assert total_steps(10, TrainConfig(epochs=epochs, batch_size=4)) == steps  # 3 in an epoch
+
+
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
             for p in sorted(folder.rglob("*"))}
