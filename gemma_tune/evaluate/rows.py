@@ -94,7 +94,7 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
     preferences = _preferences(session, encoder, examples)
     rows = _fitting(session, _laid_out(examples, encoder))
     if there > limit:
-        session.listener.note(f"{len(rows):,} of {there:,} rows are measured; --limit 0 takes all")
+        session.listener.note(f"{len(examples):,} of {there:,} rows are measured; --limit 0 takes all")
     if config.data_file:
         _tell_trained(session, rows)
     sequences, row_of = [], []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_tune.encoding.sequences import Encoder
+from gemma_tune.encoding.sequences import Encoder, Outcome, part
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate import rows as rows_module
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of
@@ -67,6 +67,14 @@ def test_a_pair_with_an_answer_that_does_not_fit_is_left_out_whole(chat):
         assert (len(found.better), len(found.worse), found.left_out) == (1, 1, 1)
     found = preferences_of([long], Encoder(chat, 100, "truncate"))
     assert found.left_out == 0 and found.worse[0].ids.shape[1] < 100
+
+
+def test_an_answer_that_a_limit_has_cut_is_no_reference(chat):
+    [outcome] = Encoder(chat, 200).encode([LONGER])
+    [whole, _] = outcome.full
+    assert rows_module.reference_of(chat, Outcome([whole], [whole])) == "The number is 5, no more."
+    cut = part(whole, 0, len(whole.ids) - 2)
+    assert rows_module.reference_of(chat, Outcome([cut], [cut])) is None
 
 
 def test_other_rows_are_none_of_this(chat):
@@ -143,3 +151,11 @@ def test_eval_compares_base_and_tuned(cli, fluent, monkeypatch, examples, names)
             assert "better answer is likelier" in (fluent / page).read_text(encoding="utf-8")
     kept = json.loads((fluent / "manifest.json").read_text())["stages"]["eval"]["summary"]["measures"]
     assert kept == measures
+
+
+def test_bad_answers_count_among_the_rows_that_a_limit_leaves(cli, fluent, monkeypatch):
+    monkeypatch.setattr(rows_module, "_of_run", lambda session, encoder, limit: (JUDGED[:limit], len(JUDGED)))
+    result = cli("eval", "--limit", 2, "--max-new-tokens", 2, "--json", "--dtype", "fp32")
+    assert result.code == 0, result.err
+    assert (result.json["summary"]["rows"], result.json["summary"]["rows_there"]) == (2, 4)
+    assert "2 of 4 rows are measured; --limit 0 takes all" in result.err
