@@ -42,14 +42,14 @@ def test_chrf_is_sacrebleus_and_knows_chinese():
 
 def test_only_questions_with_an_answer_of_their_own_are_compared_with_it():
     answers = [SimpleNamespace(text=text, tokens=n, ended=ended) for n, (text, ended) in enumerate(
-        [("yes", True), ("yes", False), ("no", True)], start=3)]
+        [("yes", True), ("yes", False), ("no", True), ("no", False)], start=3)]
     questions = [SimpleNamespace(reference=reference, judged=judged) for reference, judged in
-                 (("yes", False), ("yes", True), (None, True))]
+                 (("yes", False), ("yes", True), (None, True), (None, True))]
     found = per_answer(answers, questions, lambda text: text == "no")
     assert found["exact_match"].tolist() == [1, 0], "an answer that ran on is not the same one"
     assert found["chrf"].tolist() == [100, 100]
-    assert found["in_form"].tolist() == [0, 1]
-    assert found["length"].tolist() == [3, 4, 5] and found["ended"].tolist() == [1, 0, 1]
+    assert found["in_form"].tolist() == [0, 1, 0], "nor has one the form whose end nobody saw"
+    assert found["length"].tolist() == [3, 4, 5, 6] and found["ended"].tolist() == [1, 0, 1, 0]
 
 
 def test_texts_of_report_md_bring_no_html_along():

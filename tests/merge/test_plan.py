@@ -324,15 +324,16 @@ def test_pickled_weights_are_not_read(tmp_path):
         read_adapter(adapter)
 
 
-@pytest.mark.parametrize("kind", ["text model by itself", "no prefix"])
-def test_an_adapter_under_the_names_that_peft_looks_for(tmp_path, kind):
+@pytest.mark.parametrize("root", [False, True], ids=["plain", "rslora"])
+def test_an_adapter_under_the_names_that_peft_looks_for(tmp_path, root):
     """The check loads base + adapter through PEFT, which finds layers by the names of the running model."""
     from peft import PeftModel
 
     from gemma_tune.lora.files import read_adapter
     from gemma_tune.merge.check import renamed_adapter
 
-    base, adapter, expected = make(tmp_path, gemma(), **{**PATTERNS, "modules_to_save": ["norm"], "use_dora": True})
+    base, adapter, expected = make(tmp_path, gemma(), **{**PATTERNS, "modules_to_save": ["norm"], "use_dora": True,
+                                                   "use_rslora": root})
     path = adapter / "adapter_model.safetensors"
     save_file(wrapped(load_file(path), **{"base_model.model.model": "base_model.model.text"}), path)
     described = read_adapter(adapter)

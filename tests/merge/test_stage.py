@@ -120,6 +120,20 @@ def test_a_merge_is_not_kept_that_differs_as_much_as_the_adapter_changes(diverge
             _judge(SimpleNamespace(listener=listener), figures)
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_would_come_behind_a_limit_makes_no_other_answer(ended):
+    from gemma_tune.merge.check import _Reading, compare
+
+    before = torch.full((3, 4), 0.1).fill_diagonal_(0.7).log()  # two tokens, and what follows them
+    after = before.clone()
+    after[2] = before[1]
+    answers = [SimpleNamespace(ended=ended, tokens=2)]
+    figures = compare(_Reading(answers, [before]), lambda n: after)
+    assert figures["check_same_answer"] is not ended and figures["check_same_tokens"] == pytest.approx(2 / 3)
+    after[1] = before[0]
+    assert not compare(_Reading(answers, [before]), lambda n: after)["check_same_answer"]
+
+
 @pytest.mark.parametrize(("divergence", "effect", "same", "told"), [
     (0.01, 1.0, 3, None), (4e-3, 6e-3, 3, "takes back a part of what the adapter changes"),
     (1e-5, 1.0, 2, "1 of 3 greedy answers"), (0.0, 0.0, 3, None)])
