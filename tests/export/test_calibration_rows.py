@@ -22,6 +22,7 @@ from gemma_tune.export import calibration_file
 from gemma_tune.export.calibration_rows import LONGEST, calibration_rows, sample
 from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.measure.general import calibration_rows_of, measuring_rows_of
+from gemma_tune.run.prepared import prepared_as
 from gemma_tune.run.session import open_session
 
 QUESTION, ANSWER = "Which way is north?", "Where the moss grows."
@@ -103,14 +104,16 @@ def test_rows_come_from_all_over_a_long_file(rows_of, monkeypatch):
     assert min(row.line for row in rows) < 100 < max(row.line for row in rows)
 
 
-def test_a_few_rows_that_cannot_be_used_are_left_out_and_said(trained, chat, monkeypatch):
-    Path("some.jsonl").write_text("\n".join([json.dumps(CHAT)] * 9 + ['{"messages": 3}']))
+@pytest.mark.parametrize(("bad", "said"), [(1, "1 row"), (2, "2 rows")], ids=["fewer", "just as many as allowed"])
+def test_a_few_rows_that_cannot_be_used_are_left_out_and_said(trained, chat, monkeypatch, bad, said):
+    assert prepared_as(open_session("export-ollama", trained)).max_rejected == 0.2
+    Path("some.jsonl").write_text("\n".join([json.dumps(CHAT)] * (10 - bad) + ['{"messages": 3}'] * bad))
     session = open_session("export-ollama", trained, calibration="some.jsonl")
     warned: list[str] = []
     monkeypatch.setattr(session.listener, "warn", warned.append)
-    assert len(calibration_file.file_rows(session, chat)) == 9
-    [said] = warned
-    assert said.startswith("1 row of some.jsonl cannot be used to calibrate by; the first is some.jsonl:10: ")
+    assert len(calibration_file.file_rows(session, chat)) == 10 - bad
+    [warning] = warned
+    assert warning.startswith(f"{said} of some.jsonl cannot be used to calibrate by; the first is some.jsonl:{11 - bad}: ")
 
 
 @pytest.mark.parametrize(("name", "content", "message", "problem"), [

@@ -136,6 +136,7 @@ def conversation(*system: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("train", "valid", "expected"), [
     ([conversation("S")] * 3, [conversation("S")], "S"),
     ([conversation("S\n 简短。")], [], "S\n 简短。"),
+    ([conversation(" S"), conversation("S\n")], [conversation("S")], " S"),
     ([conversation("S")] * 3, [conversation("other")], None),
     ([conversation("S"), conversation()], [], None),
     ([conversation(), conversation("S")], [], None),

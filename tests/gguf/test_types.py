@@ -119,6 +119,8 @@ def test_layers_with_more_bits_go_by_their_number_and_by_how_many_there_are():
     assert set(types("q5_k_m", part("attn_qkv", range(4)), layers=4).values()) == {"Q6_K"}
     large = types("q4_k_m", part("attn_v", range(80)), layers=80, heads=64, kv_heads=8)
     assert set(large.values()) == {"Q5_K", "Q6_K"}
+    equal = types("q4_k_m", part("attn_v", range(80)), layers=80, heads=64, kv_heads=64)
+    assert set(equal.values()) == {"Q4_K", "Q6_K"}
 
 
 def test_small_matrices_of_gemma_4_stay_unquantised():

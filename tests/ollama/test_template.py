@@ -89,6 +89,8 @@ MISTRAL = """{{%- if messages[0]["role"] == "system" %}}
     {{%- endif %}}
 {{%- endfor %}}"""
 MISTRALS = {"mistral first": MISTRAL.format(place="loop.first", answer='" " + message["content"]'),
+            "mistral trimmed": MISTRAL.replace("+ system_message +", "+ system_message|trim +").format(
+                place="loop.first", answer='message["content"]'),
             "mistral last": MISTRAL.format(place="loop.last", answer='" " + message["content"]|trim'),
             "mistral nemo": MISTRAL.format(place="loop.last", answer='message["content"]')}
 
@@ -301,6 +303,12 @@ def test_white_space_that_cannot_be_matched_is_noted():
     half = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.rstrip() }}<|im_end|>\n{% endfor %}" + ASK
     assert chat_for(half.replace(".rstrip()", "")).notes == ()
     assert "White space" in chat_for(half).notes[0]
+
+
+def test_a_folded_system_text_is_trimmed_where_the_template_does_it():
+    for name in ("mistral first", "mistral trimmed"):
+        assert chat_for(source(name)).notes == ()
+    assert chat_for(source("mistral first")).template != chat_for(source("mistral trimmed")).template
 
 
 EOS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}" + ASK
