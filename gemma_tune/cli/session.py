@@ -164,7 +164,7 @@ class Command(TyperCommand):
         screen.unmute()
         if ctx.params.get("debug"):
             with contextlib.suppress(OSError):
-                screen.err.print("".join(traceback.format_exception(shown)), markup=False)
+                screen.err.print(_traceback(shown), markup=False)
         _show(_without_force(shown, self.name, ctx.params), ctx.params)
         raise typer.Exit(shown.exit_code)
 
@@ -218,6 +218,13 @@ class Command(TyperCommand):
             processes.leave()
             end_at_once()
         return here.rank == 0
+
+
+def _traceback(problem: UserError) -> str:
+    """The traceback without the notes of the problem itself, which is shown below it with its hint."""
+    told = traceback.TracebackException.from_exception(problem)
+    told.__notes__ = None
+    return "".join(told.format())
 
 
 def _show(problem: UserError, params: Mapping[str, Any]) -> None:

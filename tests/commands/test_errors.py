@@ -64,6 +64,13 @@ def test_bad_data(cli, trained, case):
     assert after == before, "a failed preparation must leave the run as it is"
 
 
+def test_a_traceback_repeats_neither_hint_nor_problems(cli, tiny):
+    Path("rows.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
+    result = cli("prepare", "rows.jsonl", "--model", tiny, "--debug")
+    assert result.code == 2 and "Traceback" in result.err
+    assert result.err.count("Hint:") == result.err.count("rows.jsonl:1:") == result.err.count("rows.jsonl:2:") == 1, result.err
+
+
 def test_a_broken_line_is_rejected_with_its_number_and_kept(cli, tiny):
     lines = [json.dumps(r) for r in GOOD]
     lines[4] = '{"messages": [{"role": "user", "content": "oops"'
