@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
@@ -22,8 +23,10 @@ TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|multimodal|embed_vision|em
 # Linear layers whose product alone is not what their model computes with: transformers reads the weight itself, past
 # whatever an adapter adds (Gemma3nTextAltUp in training).
 _READ_BESIDE = ("correction_coefs",)
-# PEFT refuses these of models with Mamba layers, whose kernels read the weights (tuners_utils).
-_OF_MAMBA, _MAMBAS = ("out_proj", "conv1d"), ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Mamba's kernels read the weight of this layer, past an adapter: PEFT refuses it of most (tuners_utils), and of the
+# last three transformers hands it to a fused kernel in training.
+_OF_MAMBA = "out_proj"
+_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2")
 
 
 def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -32,16 +35,17 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Raises:
         UserError: names that match nothing, with the names there are, or that cannot be adapted.
     """
-    linear, out = _linear(model), left_out(model)
-    leaves = sorted({_leaf(name) for name in linear} - out.keys())
-    if refused := [w for w in wanted if w in out]:
-        raise UserError(f"--target-modules: {'; '.join(f'{w} {out[w]}' for w in refused)}",
+    out = left_out(model)
+    linear = _linear(model) - out.keys()
+    leaves = sorted(set(map(_leaf, linear)))
+    reasons = _by_leaf(out)
+    if refused := [w for w in wanted if w in reasons and w not in leaves]:
+        raise UserError(f"--target-modules: {'; '.join(f'{w} {reasons[w]}' for w in refused)}",
                         f"layers that can be adapted are {', '.join(leaves)}")
     if unknown := [w for w in wanted if w not in leaves]:
         guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
         raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
                         f"its linear layers are {', '.join(leaves)}")
-    linear = {name for name in linear if _leaf(name) not in out}
     chosen = sorted(name for name in linear if not wanted or _leaf(name) in wanted)
     if not chosen:
         raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
@@ -49,20 +53,43 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 
 def left_out(model: PreTrainedModel) -> dict[str, str]:
-    """Last names of linear layers of the text model that are not adapted, and why, as the end of a sentence."""
-    leaves = {_leaf(name): name for name in sorted(_linear(model))}
-    mamba = _OF_MAMBA if getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS else ()
+    """Full names of linear layers of the text model that are not adapted, and why, as the end of a sentence."""
+    linear = sorted(_linear(model))
+    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
+    one_of_each = {_leaf(name): name for name in linear}  # PEFT looks at the last name alone
+    experts = {leaf for leaf, name in one_of_each.items() if _taken_for_experts(model, name)}
     found = {}
-    for leaf, name in leaves.items():
+    for name in linear:
+        leaf = _leaf(name)
         if _has_a_way_of_its_own(model.get_submodule(name)):
-            found[leaf] = "is a layer of its own kind, to which LoRA cannot be added"
+            found[name] = "is a layer of its own kind, to which LoRA cannot be added"
         elif leaf in _READ_BESIDE:
-            found[leaf] = "is read past an adapter by the model, so that nothing would be learned there"
-        elif leaf in mamba:
-            found[leaf] = "is read past an adapter by Mamba's kernels, so PEFT refuses it"
-        elif _taken_for_experts(model, name):
-            found[leaf] = "is what PEFT calls the fused experts of such a model, which are not adapted here"
+            found[name] = "is read past an adapter by the model, so that nothing would be learned there"
+        elif mamba and leaf == _OF_MAMBA:
+            found[name] = "is read past an adapter by Mamba's kernels, so that nothing would be learned there"
+        elif leaf in experts:
+            found[name] = "is what PEFT calls the fused experts of such a model, which are not adapted here"
     return found
+
+
+def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """What to say of the layers that are left out, each last name once.
+
+    Args:
+        wanted: the last names that were asked for; none means all.
+    """
+    out = left_out(model)
+    there, not_there = Counter(map(_leaf, _linear(model))), Counter(map(_leaf, out))
+    said = []
+    for leaf, reason in _by_leaf(out).items():
+        places = "" if not_there[leaf] == there[leaf] else f" in {not_there[leaf]} of {there[leaf]} places"
+        if not wanted or leaf in wanted:
+            said.append(f"{leaf} is not adapted{places}: it {reason}")
+    return said
+
+
+def _by_leaf(out: Mapping[str, str]) -> dict[str, str]:
+    return {_leaf(name): reason for name, reason in out.items()}
 
 
 def _linear(model: PreTrainedModel) -> set[str]:

@@ -11,7 +11,7 @@ from gemma_tune.base.files import sha256_file
 from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.files import Adapter
-from gemma_tune.lora.layers import target_modules, trained_weights
+from gemma_tune.lora.layers import left_out, target_modules, trained_weights
 from gemma_tune.lora.names import found_among
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
             them are listed.
     """
     named = dict(model.named_modules())
-    trainable = set(target_modules(model, ()))
+    trainable, out = set(target_modules(model, ())), left_out(model)
     names, problems = {}, []
     for layer, lora in adapter.layers.items():
         found = found_among(named, layer)
         there: Any = named.get(found or "")
         if found is None:
             problems.append(f"{layer} is not in the base model")
+        elif found in out:
+            problems.append(f"{layer} {out[found]}")
         elif found not in trainable:
             problems.append(f"{layer} is no linear layer of the text model's blocks, which alone are trained here")
         elif (shape := (there.out_features, there.in_features)) != lora.shape:

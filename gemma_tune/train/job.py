@@ -17,7 +17,7 @@ from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, liked, open_tokens, trained_of
 from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.layers import described_adapter, left_out, lora_config, target_modules
+from gemma_tune.lora.layers import described_adapter, lora_config, not_adapted, target_modules
 from gemma_tune.lora.load import import_peft
 from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.placement import Placement, available, best_device
@@ -183,9 +183,9 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
                                        f"({', '.join(leaves)})")
-    if not (start or config.target_modules):
-        for leaf, reason in left_out(model).items():
-            session.listener.note(f"{leaf} is not adapted: it {reason}")
+    if not start:
+        for said in not_adapted(model, config.target_modules):
+            session.listener.note(said)
     try:
         sizes = sizes_of(train_rows, config), sizes_of(valid_rows, config)
         arguments = _arguments(session, steps, len(sizes[0]), job.placement, job.choice, bool(len(valid_rows)))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokens import open_tokens
-from gemma_tune.lora.layers import left_out, target_modules
+from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.layers import left_out, not_adapted, target_modules
+from gemma_tune.lora.start import names_in
 from support.command import rows, write_rows
 from support.llamas import save_random, tokenizer_with_turns
 
@@ -32,10 +37,16 @@ FAMILIES = {
     "gemma3n_text": dict(num_hidden_layers=4, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2,
                          num_kv_shared_layers=2, hidden_size_per_layer_input=16, laurel_rank=8,
                          activation_sparsity_pattern=[0.0] * 4, intermediate_size=[96] * 4),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], num_local_experts=0, shared_intermediate_size=96,
+                             mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16),
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid"], n_mamba_heads=8, mamba_headdim=16, mamba_d_state=16, chunk_size=16,
+                   mamba_ngroups=1, adapter_rank=4, num_mem_blocks=1, attention_head_dim=16, num_key_value_heads=4),
     "qwen3": {},
 }
 OUT = {"qwen3_moe": ["down_proj", "gate_proj", "up_proj"], "deepseek_v3": ["down_proj", "gate_proj", "up_proj"], "qwen2_moe": [],
-       "llama4_text": ["router"], "mamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
+       "llama4_text": ["router"], "mamba2": ["out_proj"], "granitemoehybrid": ["out_proj"],
+       "bamba": ["out_proj"], "zamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
 
 
 def make(family: str, folder: Path | None = None):
@@ -48,11 +59,16 @@ def make(family: str, folder: Path | None = None):
     return save_random(AutoModelForCausalLM.from_config(config), tokenizer, folder)
 
 
+def leaves(names) -> list[str]:
+    """Their last parts, each once."""
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_named_is_what_peft_adapts(family):
     model = make(family)
     chosen = target_modules(model, ())
-    assert sorted(left_out(model)) == OUT[family] and not {name.rsplit(".", 1)[-1] for name in chosen} & {*OUT[family]}
+    assert leaves(left_out(model)) == OUT[family] and not {*leaves(chosen)} & {*OUT[family]}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=chosen, task_type="CAUSAL_LM"))
     found = sorted(name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
                    for name, _ in adapted.named_modules() if name.endswith(".lora_A.default"))
@@ -64,6 +80,37 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name():
         target_modules(make("qwen3_moe"), ["q_proj", "gate_proj"])
     assert "--target-modules: gate_proj is what PEFT calls the fused experts" in refused.value.message
     assert refused.value.hint == "layers that can be adapted are k_proj, o_proj, q_proj, v_proj"
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_layer_is_judged_by_itself_and_not_by_its_name(odd):
+    """In one of two layers it is of its own kind, the first or the last by name."""
+    class OwnKind(torch.nn.Linear):
+        __module__ = "transformers.models.llama.modeling_llama"
+
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = make("qwen3")
+    model.model.layers[odd].self_attn.o_proj = OwnKind(64, 64)
+    name, other = (f"model.layers.{number}.self_attn.o_proj" for number in (odd, 1 - odd))
+    assert [*left_out(model)] == [name] and target_modules(model, ["o_proj"]) == [other]
+    [said] = not_adapted(model, ())
+    assert said.startswith("o_proj is not adapted in 1 of 2 places: it is a layer of its own kind")
+    assert not_adapted(model, ["o_proj"]) == [said] and not_adapted(model, ["q_proj"]) == []
+
+
+def test_a_start_on_a_layer_that_is_left_out_is_refused_with_the_reason(tmp_path):
+    model = make("mamba2", tmp_path / "base")
+    adapted = get_peft_model(torch.nn.Sequential(deepcopy(model.backbone.layers[0].mixer)), LoraConfig(r=2, target_modules=["out_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        tensors = {name.replace("model.0.", "model.backbone.layers.0.mixer."): file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError) as refused:
+        names_in(model, read_adapter(tmp_path / "adapter"))
+    [problem] = refused.value.problems
+    assert problem.startswith("backbone.layers.0.mixer.out_proj is read past an adapter by Mamba's kernels")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "gpt_oss", "gemma3n_text"])
