@@ -39,12 +39,23 @@ def attention_of(model_type: str, towers: bool) -> str | dict[str, str]:
     return {"text_config": kind} if towers else kind
 
 
-def missing_package(error: ImportError) -> str:
-    """How to install what a model needs."""
-    named = re.search(r"requires the (\S+) library", str(error))
-    if named:
-        return f"pip install {named[1]}"
-    return "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora"
+# How a package is named by the errors of transformers, and by Python's.
+_PACKAGES = tuple(map(re.compile, (r"pip install (?:-U |--upgrade )?['\"]?([\w-]+)", r"requires the (\S+) library",
+                                   r"No module named '(\w+)")))
+
+
+def missing_package(error: ImportError, *, four_bit: bool = False) -> str:
+    """How to install what a model needs.
+
+    Args:
+        four_bit: the weights were to be quantised for it, by --qlora.
+    """
+    found = (pattern.search(str(error)) for pattern in _PACKAGES)
+    package = next((match[1] for match in found if match), "bitsandbytes" if four_bit else None)
+    if package == "bitsandbytes":
+        without = " without --qlora" if four_bit else ""
+        return f"pip install bitsandbytes (Linux and Windows), or take the 16-bit model{without}"
+    return f"pip install {package}" if package else "install what it names, or repair it: gemma-tune doctor looks at it"
 
 
 def with_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +118,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:
-        raise UserError(f"this needs a package that is not installed: {first_line(e)}", missing_package(e)) from e
+        raise UserError(f"this needs a package that is not installed: {first_line(e)}",
+                        missing_package(e, four_bit=four_bit)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
             raise out_of_memory(e) from e

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 
@@ -65,3 +66,24 @@ def test_weights_and_buffers_are_on_the_gpu(tiny):
     model = load_model(tiny, Placement("cuda", torch.bfloat16, "test"))
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cuda"}
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+@pytest.mark.parametrize(("error", "four_bit", "hint"), [
+    ("No module named 'mamba_ssm'", False, "pip install mamba_ssm"),
+    ("No module named 'mamba_ssm.ops'", True, "pip install mamba_ssm"),
+    ("Reader requires the PyAv library but it was not found. You can install it with:\npip install av\n", False, "pip install av"),
+    ("It requires the TorchCodec library, but it was not found", False, "pip install TorchCodec"),
+    ("Using `bitsandbytes` 4-bit quantization requires accelerate: `pip install 'accelerate>=1.1'`", True, "pip install accelerate"),
+    ("requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`", False,
+     "pip install bitsandbytes (Linux and Windows), or take the 16-bit model"),
+    ("no backend", True, "pip install bitsandbytes (Linux and Windows), or take the 16-bit model without --qlora"),
+    ("libcudart.so.12: cannot open shared object file", False, "install what it names, or repair it: gemma-tune doctor looks at it")])
+def test_the_hint_names_the_package_that_is_missing(tiny, monkeypatch, error, four_bit, hint):
+    """bitsandbytes where it is that one, and --qlora where that was asked for."""
+    def fail(*_, **__):
+        raise ImportError(error)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(UserError, match="this needs a package") as raised:
+        load_model(tiny, Placement("cpu", torch.float32, "test"), four_bit=four_bit)
+    assert raised.value.hint == hint
