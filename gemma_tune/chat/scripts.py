@@ -20,13 +20,16 @@ from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
+from gemma_tune.data.conversations import layouts
+from gemma_tune.data.conversations.layouts import SYSTEMS
 from gemma_tune.data.conversations.problems import Problem, damaged
 from gemma_tune.data.conversations.tools import declarations
-from gemma_tune.data.conversations.turns import conversation
+from gemma_tune.data.conversations.turns import Turn, conversation
 
 _HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
-_READ = ("id", "prompt", "messages", "system", "tools")
+_BESIDE_MESSAGES = (*SYSTEMS, "tools", "functions")
+_READ = ("id", "prompt", "messages", *_BESIDE_MESSAGES)
 _SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
 
@@ -98,7 +101,7 @@ def keep_bytes(lines: Iterable[str]) -> None:
         lines.reconfigure(errors="surrogateescape")
 
 
-_MEANT = re.compile(r'\s*\{\s*"(?:messages|prompt|id|tools)"\s*:')  # the beginning of a row
+_MEANT = re.compile(rf'\s*\{{\s*"(?:{"|".join(_READ)})"\s*:')  # the beginning of a row
 
 
 def _asked(line: str, where: str, rows_only: bool) -> Asked:
@@ -145,31 +148,30 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
             raise UserError(f"{where}: the prompt is {fault}", _SHAPE)
         if damaged(row["prompt"]):
             raise UserError(f"{where}: the prompt contains damaged characters", "export the text as UTF-8 again")
-        if unread := [name for name in ("system", "tools") if row.get(name)]:
+        if unread := [name for name in _BESIDE_MESSAGES if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
         return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named, unread=others)
-    problems: list[Problem] = []
-    tools = declarations(row.get("tools"), problems)
-    _refuse(problems, where)
-    return Asked(where, messages=_turns(row["messages"], where), tools=tools, named=named, unread=others,
-                 given=row["messages"])
+    turns, tools = _conversation_in(row, where)
+    return Asked(where, messages=turns, tools=tools, named=named, unread=others, given=row["messages"])
 
 
-def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The turns of a row as ``prepare`` reads those it learns, so that a model is asked what it was trained on.
+def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[Turn] | None]:
+    """Turns and tools of a row as ``prepare`` reads those it learns, so that a model is asked what it was trained on.
 
     Raises:
         UserError: they are no conversation, or nobody asks.
     """
     problems: list[Problem] = []
-    turns = conversation(messages, problems, answered=False)
+    draft = layouts.messages(row, problems)
+    tools = declarations(draft.tools, problems)
+    turns = conversation(draft.messages, problems, answered=False)
     _refuse(problems, where)
     if turns[-1]["role"] not in ("user", "tool"):
         ends = "an answer" if turns[-1]["role"] == "assistant" else "the system's turn"
         raise UserError(f"{where}: its messages end with {ends}, so there is nothing to answer",
                         "end them with the user's turn")
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    return turns, tools
 
 
 def _refuse(problems: list[Problem], where: str) -> None:

@@ -14,6 +14,7 @@ from gemma_tune.answers.lengths import by_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat import scripts
 from gemma_tune.chat.scripts import Asked, open_input, read, windows
+from gemma_tune.data.conversations.formats import Formats
 
 
 def user(text: str) -> dict[str, str]:
@@ -84,6 +85,39 @@ def test_a_row_is_read_as_those_that_are_learned():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     [one] = read([json.dumps({"messages": [{"role": "user", "content": parts}]})], "rows.jsonl", rows_only=True)
     assert one.messages == [{"role": "user", "content": "a\nb"}]
+
+
+def asked(**row) -> Asked:
+    [one] = read([json.dumps(row)], "rows.jsonl", rows_only=True)
+    return one
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_text_beside_the_messages_is_in_front_of_them_as_prepare_has_it(name):
+    learned = Formats().example({name: "In French.", "messages": [user("a"), {"role": "assistant", "content": "b"}]})
+    one = asked(**{name: "In French.", "messages": [user("a")]})
+    assert one.messages == learned.messages[:-1] == [{"role": "system", "content": "In French."}, user("a")]
+    assert one.unread == () and one.echo == {"messages": [user("a")]}
+    assert asked(**{name: " ", "messages": [user("a")]}).messages == [user("a")]
+    differ = asked(**{name: "In French.", "messages": [{"role": "system", "content": "In German."}, user("a")]})
+    assert f"`{name}` of the row and the system message of its turns differ" in differ.problem.message
+    assert f"`{name}` is an object, not text" in asked(**{name: {}, "messages": [user("a")]}).problem.message
+    assert f"{name} beside a prompt would not be asked" in asked(**{name: "In French.", "prompt": "a"}).problem.message
+    [cut] = read([f'{{"{name}": "In French.", "messages": [{{"role": '], "prompts.txt")
+    assert "not JSON" in cut.problem.message, "it is no prompt"
+
+
+def test_tools_under_the_other_name_are_offered():
+    one = asked(functions=[{"name": "look"}], messages=[user("a")])
+    assert one.tools == [{"type": "function", "function": {"name": "look"}}] and one.unread == ()
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"train": "no"}, {"train": False}, {"loss_mask": "1"}, {"masked": 1},
+                                  {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}]}])
+def test_what_is_learned_of_an_answer_is_no_matter_where_it_is_asked(mark):
+    turns = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    one = asked(messages=[turns[0], turns[1] | mark, turns[2]])
+    assert one.problem is None and one.messages == turns
 
 
 def test_an_input_that_cannot_be_read(tmp_path):

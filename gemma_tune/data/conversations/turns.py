@@ -40,7 +40,7 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
 
     Args:
         key: the column they come from, for the message.
-        answered: whether it has to end with an answer to learn.
+        answered: whether it has to end with an answer to learn; else marks of what is learned are passed over.
     """
     if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
         problems.append(problem)
@@ -49,7 +49,7 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
         problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
                                                "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
         return []
-    turns = [_turn(number, message, problems) for number, message in enumerate(messages, start=1)]
+    turns = [_turn(number, message, problems, answered) for number, message in enumerate(messages, start=1)]
     known = [turn for turn in turns if turn is not None]
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
         known, numbers = _with_calls(known, messages)
@@ -115,7 +115,7 @@ def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
     return found
 
 
-def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
+def _turn(number: int, message: Any, problems: list[Problem], answered: bool) -> Turn | None:
     if not isinstance(message, dict):
         problems.append(Problem("not_an_object", f"turn {number} is {kind(message)}, not an object",
                                 'write {"role": "user", "content": "…"}'))
@@ -139,7 +139,7 @@ def _turn(number: int, message: Any, problems: list[Problem]) -> Turn | None:
         turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
         content = ""
     if message.keys() not in PLAIN:
-        _extras(number, message, turn, problems)
+        _extras(number, message, turn, problems, answered)
     _content(number, content, turn, problems)
     if "reasoning_content" in turn and turn["content"].lstrip().startswith(_THINK[0]):
         _reasoning_once(number, turn, problems)
@@ -205,7 +205,7 @@ def _as_json(value: Any) -> Any:
         return value
 
 
-def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> None:
+def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem], answered: bool) -> None:
     where = f"turn {number}"
     made = _made(message)
     if made and turn["role"] == "assistant":
@@ -226,7 +226,7 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem]) -> 
                                     "export the text as UTF-8 again"))
     elif turn["role"] == "assistant":
         _reasoning(where, message, turn, problems)
-        if not is_learned(where, message, problems):
+        if answered and not is_learned(where, message, problems):
             turn["train"] = False
 
 
