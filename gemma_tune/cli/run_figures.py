@@ -79,15 +79,16 @@ def loss_of(summary: Mapping[str, Any]) -> str:
     return ""
 
 
-def best_so_far(run: RunDir) -> tuple[int, float] | None:
-    """Step and value of the lowest validation loss in the log of a training; None where there is none."""
+def best_so_far(log: Path, last: float = math.inf) -> tuple[int, float] | None:
+    """Step and value of the lowest validation loss in the log of a training, up to its ``last`` step; None where there
+    is none."""
     best: tuple[float, int] | None = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if run.metrics.stat().st_size > _LONGEST_LOG:
+        if log.stat().st_size > _LONGEST_LOG:
             return None
-        with run.metrics.open(encoding="utf-8") as lines:
+        with log.open(encoding="utf-8") as lines:
             for record in (json.loads(line) for line in lines if '"eval_loss"' in line):
-                if math.isfinite(record["eval_loss"]):
+                if math.isfinite(record["eval_loss"]) and record["step"] <= last:
                     best = min(best or (math.inf, 0), (record["eval_loss"], record["step"]))
     return (best[1], best[0]) if best else None
 

@@ -7,6 +7,7 @@ recorded, that is said instead.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,8 +48,8 @@ class RunStatus:
     """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
 
     ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for; ``figures`` are by
-    stage; ``best`` is step and value of the lowest validation loss in the training's log; ``size`` counts the bytes of
-    the run directory; ``unread`` names large artifacts whose time stamps are others than recorded.
+    stage; ``best`` is step and value of the lowest validation loss of the recorded training; ``size`` counts the bytes
+    of the run directory; ``unread`` names large artifacts whose time stamps are others than recorded.
     """
 
     root: Path
@@ -109,7 +110,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
     look = _read_once() if verify else _read_small(unread)
-    figures, best = {}, best_so_far(paths)
+    figures, best = {}, _best(paths, manifest)
     earlier: dict[str, Any] = {}
     rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
     for stage in reversed(STAGES):
@@ -117,7 +118,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         state = state or state_of(paths, manifest, stage, look)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
-        figures[stage] = _figures(stage, record, state, best)
+        so_far = best_so_far(paths.metrics) if state.status == "interrupted" else None
+        figures[stage] = _figures(stage, record, best, so_far)
         if stage == "train":
             where += _settings_files(paths, record)
         if stage == "export-ollama" and record:
@@ -138,12 +140,22 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
                      tuple(unread))
 
 
-def _figures(stage: str, record: Mapping[str, Any], state: State, best: tuple[int, float] | None) -> StageFigures:
+def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
+    """Step and value of the lowest validation loss of the training that is recorded; of one that has not ended where
+    there is none."""
+    last = manifest.stages.get("train", {"summary": {}})["summary"].get("steps") or math.inf
+    return best_so_far(run.log_of(manifest.finished_training), last)
+
+
+def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | None,
+             so_far: tuple[int, float] | None) -> StageFigures:
+    """For people and programs; ``best`` is of the recorded training, and ``so_far`` of one that was interrupted."""
     summary = record.get("summary", {})
     lines = stage_lines(stage, summary)
-    if stage == "train" and best and (state.status == "interrupted" or best[0] != summary.get("kept_step", best[0])):
-        lines.append(f"lowest validation loss so far: {best[1]:.3f} at step {best[0]:,}"
-                     if state.status == "interrupted" else f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
+    if stage == "train" and record and best and best[0] != summary.get("kept_step", best[0]):
+        lines.append(f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
+    if so_far:
+        lines.append(f"lowest validation loss so far: {so_far[1]:.3f} at step {so_far[0]:,}")
     sizes = {item["path"]: item["bytes"] for item in record.get("outputs", {}).values()
              if isinstance(item.get("bytes"), int)}
     return StageFigures(lines, summary, sizes)

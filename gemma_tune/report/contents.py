@@ -85,7 +85,8 @@ def _whatever_is_there() -> Iterator[None]:
 
 def _curves(run: RunDir, trained: Mapping[str, Any]) -> Any:
     losses, evals = [], []
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(run.metrics, encoding="utf-8") as lines:
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(
+            run.log_of(trained.get("training_id")), encoding="utf-8") as lines:
         for line in lines:
             with _whatever_is_there():
                 record = json.loads(line)

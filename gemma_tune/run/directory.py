@@ -16,6 +16,7 @@ from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
+FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
         "*_sft_adapter", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml",
@@ -83,6 +84,16 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.root / "training_checkpoints"
 
+    def finished(self, training: str | None) -> Path | None:
+        """Where checkpoint and logs of the finished training with this id lie while another one takes its place; None
+        without an id."""
+        return self.checkpoints / f"{FINISHED}{training}" if training and training.isalnum() else None
+
+    def log_of(self, training: str | None) -> Path:
+        """The log of the finished training with this id."""
+        aside = self.finished(training)
+        return log if aside and (log := aside / self.metrics.name).is_file() else self.metrics
+
     @property
     def adapter(self) -> Path:
         return self.root / f"{self.model_name}_lora_adapter"
@@ -104,7 +115,7 @@ class RunDir:
 
     @property
     def train_settings(self) -> Path:
-        """Every setting of the training that began last, as a file for ``--config``."""
+        """Every setting of the training that finished last, as a file for ``--config``."""
         return self.root / "train.yaml"
 
     @property
@@ -132,6 +143,11 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.root / "logs" / "metrics.jsonl"
+
+    @property
+    def failed_log(self) -> Path:
+        """The log of a training that failed, where the run has one that finished."""
+        return self.root / "logs" / "failed.jsonl"
 
     @property
     def samples(self) -> Path:

@@ -64,6 +64,11 @@ class Manifest:
         return self.stages.get("prepare", {"summary": {}})["summary"].get("kind", CONVERSATIONS)
 
     @property
+    def finished_training(self) -> str | None:
+        """Id of the training that finished last."""
+        return self.stages.get("train", {"summary": {}})["summary"].get("training_id")
+
+    @property
     def finished_trainings(self) -> tuple[str, ...]:
         """Ids of the training that finished last, see ``checkpoints.Training``, and of those that it went on from."""
         summary = self.stages.get("train", {"summary": {}})["summary"]

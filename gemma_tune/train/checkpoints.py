@@ -17,7 +17,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.config.settings import as_flags, same_result
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.directory import FINISHED, RunDir, command
 
 MARKER = "complete.json"
 BEST = "best.safetensors"  # beside the checkpoints, see train/best.py
@@ -155,7 +155,8 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
 
 def last_of(folder: Path, trainings: Collection[str], listener: Listener) -> Path | None:
     """The newest whole checkpoint of these trainings; None where there is none any more. Damaged ones are told of."""
-    for checkpoint in reversed(whole(folder)):
+    aside = [path for place in folder.glob(f"{FINISHED}*") for path in whole(place)]  # see train/aside.py
+    for checkpoint in sorted([*whole(folder), *aside], key=step_of, reverse=True):
         marker = read_marker(checkpoint)
         if marker is None or marker["id"] not in trainings:
             continue

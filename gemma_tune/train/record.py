@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
-from gemma_tune.base.files import os_errors, write_atomic
+from gemma_tune.base.files import fresh_path, os_errors, write_atomic
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted
 from gemma_tune.config.settings import in_words, same_result
@@ -35,23 +36,25 @@ class SettingsRecord:
     went_on: bool = False
 
     def begin(self) -> None:
-        """Write them, and say those that are no defaults."""
+        """Say those that are no defaults, and write them where no finished training has its own there."""
         if not processes.is_main():
             return
         values, sources = self._resolved(None, self.session.config.compile)
-        self._write(values, sources)
+        earlier = "train" in self.session.manifest.stages
+        if not earlier:
+            self._write(self.session.run.train_settings, values, sources)
         usual = TrainConfig().as_dict() | {"target_modules": "all"}
         told = [f"{in_words({name: value})} ({sources[name].split(':')[0]})" for name, value in values.items()
                 if value != usual[name] and name not in same_result(TrainConfig)]
-        self.session.listener.note(f"settings: {', '.join(told) or 'all are defaults'}; every one of them is in "
-                                   f"{self.session.run.train_settings}")
+        self.session.listener.note(f"settings: {', '.join(told) or 'all are defaults'}; every one of them "
+                                   f"{'will be' if earlier else 'is'} in {self.session.run.train_settings}")
 
     def end(self, trainer: Any) -> None:
-        """Write them again where the training had to take others on its way: when memory ran out, or compiling did not
-        help."""
-        if processes.is_main() and (trainer.micro_batch, trainer.compiled) != (
-                self.choice.micro_batch, self.session.config.compile):
-            self._write(*self._resolved(trainer.micro_batch, trainer.compiled))
+        """Write them beside their place, which they take with the adapter: with what the training had to take on its
+        way, when memory ran out, or compiling did not help."""
+        if processes.is_main():
+            settings = self._resolved(trainer.micro_batch, trainer.compiled)
+            self._write(fresh_path(self.session.run.train_settings), *settings)
 
     def _resolved(self, micro_batch: int | None, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
         """Every setting's value, and what is said of it. What stays None follows the device and changes no result."""
@@ -71,8 +74,7 @@ class SettingsRecord:
             values["target_modules"] = "all"
         return values, sources
 
-    def _write(self, values: dict[str, Any], sources: dict[str, str]) -> None:
-        path = self.session.run.train_settings
+    def _write(self, path: Path, values: dict[str, Any], sources: dict[str, str]) -> None:
         with os_errors(path):
             write_atomic(path, settings_file("train", values, sources, self._about()).encode())
 

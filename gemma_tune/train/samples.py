@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from gemma_tune.answers.generation import Answer, greedy_continuations
 from gemma_tune.answers.prompts import Prompt, headline
-from gemma_tune.base.files import json_bytes, os_errors, write_atomic
+from gemma_tune.base.files import json_bytes, os_errors
 from gemma_tune.base.words import first_line, opening
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.prompts import held_out
@@ -57,12 +57,7 @@ class Samples(TrainerCallback):
         self._began = time.perf_counter() - spent
         self._prompts: list[Prompt] | None = None
         self._why_not = ""
-        if processes.is_main():
-            with os_errors(self.path):
-                if self.records:
-                    write_atomic(self.path, b"".join(map(json_bytes, self.records)))
-                else:
-                    self.path.unlink(missing_ok=True)
+        self._begun = False  # until there is something to write, the file is that of the training before
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.ask(state.global_step)
@@ -130,8 +125,9 @@ class Samples(TrainerCallback):
         self.records.append(record)
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as f:
-                f.write(json_bytes(record))
+            with open(self.path, "ab" if self._begun else "wb") as f:
+                f.write(b"".join(map(json_bytes, [record] if self._begun else self.records)))
+        self._begun = True
         when = f"after step {step}" if step else "before the first step"
         self.session.listener.note(f"{when}, “{begins}”: {_shown(record)}")
 

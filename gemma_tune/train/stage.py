@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import fresh_path, sha256_file
+from gemma_tune.base.files import fresh_path, remove, sha256_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
 from gemma_tune.config.settings import NOT_GIVEN
@@ -23,6 +23,7 @@ from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
 from gemma_tune.train import processes
+from gemma_tune.train.aside import forget, put_back
 from gemma_tune.train.checkpoints import step_of, unfinished
 from gemma_tune.train.going_on import (
     as_before,
@@ -88,6 +89,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
 
     report = run_stage(session, "train", partial(_train, go_on=go_on), elsewhere=start, unfinished=has_more,
                        long_work=_took_long, instead=instead)
+    forget(session.run, report.summary["training_id"])
     if go_on and report.status == "up-to-date":
         session.listener.note("--continue goes on where more --epochs or --max-steps are asked for than there were")
     return report
@@ -141,18 +143,24 @@ def _train(session: Session, go_on: bool) -> Finished:
     processes.begin()
     load_libraries()
     startup.done("libraries")
+    put_back(session.run, session.manifest, session.listener)  # after a training that was killed
     job, shape = _decide(session, startup, go_on)
     # Their hashes take as long as loading them does, and go on beside it.
     hashing = ThreadPoolExecutor(1)
     sound = hashing.submit(refuse_rotten, job.session.model.path, job.session.model.files)
     hashing.shutdown(wait=False)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
-    adapter = session.run.adapter
-    outputs = {"adapter": adapter, "training_settings": session.run.train_settings}
+    outputs = {"adapter": session.run.adapter, "training_settings": session.run.train_settings}
     from gemma_tune.train.ahead import KernelsAhead
 
-    with closing(KernelsAhead(shape.model, job.placement.device)) as kernels:
-        return Finished(outputs, _work(job, sound.result, kernels), {adapter: fresh_path(adapter)})
+    try:
+        with closing(KernelsAhead(shape.model, job.placement.device)) as kernels:
+            summary = _work(job, sound.result, kernels)
+    except BaseException:
+        remove(fresh_path(session.run.train_settings))
+        put_back(session.run, session.manifest, session.listener)
+        raise
+    return Finished(outputs, summary, {path: fresh_path(path) for path in outputs.values()})
 
 
 def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, ModelShape]:

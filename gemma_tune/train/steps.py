@@ -11,6 +11,7 @@ from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
+from gemma_tune.train.aside import set_aside
 from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.verdict import validation_losses
@@ -24,7 +25,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
         with trainer.fast(session.config.compile, session.config.cuda_graphs):
             startup.done("longest batch")
             if processes.is_main():  # only now: what can fail at once has not
-                clear(session.run.checkpoints, after=checkpoint)
+                _make_room(session, checkpoint)
             trainer.begin_steps()
             if evaluates and checkpoint is None:
                 trainer.evaluate()  # the adapter starts at zero, so this is the base model's loss
@@ -59,6 +60,13 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
             "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
             "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
             "startup_seconds": startup.seconds}
+
+
+def _make_room(session: Session, checkpoint: Path | None) -> None:
+    if checkpoint:
+        clear(session.run.checkpoints, after=checkpoint)
+    else:
+        set_aside(session.run, session.manifest)
 
 
 def _preferences(records: Sequence[Mapping[str, Any]], kept: int) -> dict[str, float]:

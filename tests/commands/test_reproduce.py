@@ -113,13 +113,13 @@ def test_a_stopped_training_has_its_file_and_goes_on_with_it(cli, trained, monke
     flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32", "--lr", 2e-3, "--force")
     assert cli("train", *flags).code == 0
     whole = digest()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert cli("train", *flags).code == 130
     manifest = json.loads((RUN / "manifest.json").read_text())
     del manifest["stages"]["train"]
     (RUN / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(RUN / "tiny-gemma_lora_adapter")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert cli("train", *flags).code == 130
     status = cli("status")
     assert "interrupted" in status.err and "train.yaml" in status.err
     resumed = cli("train", "--config", FILE, "--json")
@@ -145,12 +145,19 @@ def record(trained):
 
 
 def test_what_a_training_had_to_change_is_in_the_file(record):
+    del record.session.manifest.stages["train"]
     record.begin()
-    before = FILE.read_bytes()
+    before, fresh = FILE.read_bytes(), FILE.with_name(".new-train.yaml")
     record.end(SimpleNamespace(micro_batch=4, compiled=False))
-    assert FILE.read_bytes() == before
+    assert fresh.read_bytes() == before
     record.end(SimpleNamespace(micro_batch=2, compiled=False))
-    assert yaml.safe_load(FILE.read_text())["train"]["micro_batch"] == 2
+    assert yaml.safe_load(fresh.read_text())["train"]["micro_batch"] == 2
+    assert FILE.read_bytes() == before
+
+
+def test_while_a_finished_training_has_its_file_there_another_one_does_not_write_it(record):
+    record.begin()
+    assert not FILE.exists()
 
 
 def test_of_several_processes_one_writes(record, monkeypatch):

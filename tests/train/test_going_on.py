@@ -228,3 +228,62 @@ def test_a_forced_training_that_fails_at_once_leaves_the_log_of_the_finished_one
         patch.setattr(GemmaTrainer, "probe", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
         assert cli("train", "--epochs", 1, "--seed", 5, "--force").code == 2
     assert metrics() == before
+
+
+# ---- a training that takes the place of a finished one, and does not come to its end
+
+OTHER = ("--epochs", 2, "--seed", 5, "--rank", 2, "--eval-steps", 1, "--force")
+
+
+def left_by_the_training(run: Path) -> dict[str, bytes]:
+    places = [run / "train.yaml", run / "logs" / "metrics.jsonl", *(run / "training_checkpoints").rglob("*"),
+              *(run / "tiny-gemma_lora_adapter").iterdir()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in places if path.is_file()}
+
+
+def fails(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "killed"])
+def test_one_that_fails_before_it_saved_anything_leaves_all_of_the_finished_one(cli, steady, steady_once, monkeypatch, killed):
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    before, best = left_by_the_training(steady), cli("status", "--json").json["best"]
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "_save_checkpoint", fails)
+        if killed:
+            patch.setattr("gemma_tune.train.stage.put_back", lambda *_: None)
+        assert cli("train", *OTHER).code == 1
+    status = cli("status", "--json").json
+    assert status["best"] == best and status["stages"]["train"]["state"] == "done"
+    if not killed:
+        assert left_by_the_training(steady) == before
+        assert len(metrics()) > 1 and (steady / "logs" / "failed.jsonl").is_file()
+    assert "3 of these 6 steps are done: going on from checkpoint-3" in cli("train", "--continue", "--epochs", 2, "--dry-run").err
+    assert cli("train", "--continue", "--epochs", 2).code == 0
+    assert adapter_bytes(steady) == steady_once[1], "from the finished one's checkpoint, with its optimiser"
+
+
+def test_one_that_can_go_on_has_its_place_until_it_ends(cli, steady, monkeypatch):
+    """The finished one's log, settings and last checkpoint stay beside it, and go when it is recorded."""
+    settings, best, summary = (steady / "train.yaml").read_bytes(), cli("status", "--json").json["best"], summary_of()
+    aside = steady / "training_checkpoints" / f"finished-{summary['training_id']}"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *OTHER).code == 130
+    status = cli("status", "--json")
+    assert status.json["best"] == best and "lowest validation loss so far" in " ".join(status.err.split())
+    assert (steady / "train.yaml").read_bytes() == settings and summary_of() == summary
+    assert {"checkpoint-3", "metrics.jsonl"} <= {path.name for path in aside.iterdir()}
+    with monkeypatch.context() as patch:  # anew once more, which fails: the interrupted one is gone, the finished one not
+        from gemma_tune.train.trainer import GemmaTrainer
+
+        patch.setattr(GemmaTrainer, "_save_checkpoint", fails)
+        assert cli("train", *OTHER).code == 1
+    assert not aside.exists() and (steady / "training_checkpoints" / "checkpoint-3").is_dir()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *OTHER).code == 130
+    assert cli("train").code == 0 and summary_of()["resumed_from_step"] == 2
+    assert not aside.exists() and b"seed: 5" in (steady / "train.yaml").read_bytes()
