@@ -27,9 +27,9 @@ from gemma_tune.config.settings import refuse_no_names, resolve
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.directory import RunDir, find_run, of_its_run
+from gemma_tune.run.stopped import unfinished
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train import processes
-from gemma_tune.train.checkpoints import unfinished
 
 if TYPE_CHECKING:
     from gemma_tune.run.session import Session

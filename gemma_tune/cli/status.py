@@ -27,8 +27,9 @@ from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.session import refuse_other_id
 from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
+from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 from gemma_tune.run.unrecorded import current_manifest
-from gemma_tune.train.checkpoints import command_to_finish, unfinished, whole
+from gemma_tune.train.checkpoints import command_to_finish, command_to_start_anew
 
 _LARGE = 64_000_000  # bytes from which on a file is not read for its time stamp alone
 
@@ -212,11 +213,16 @@ def _read_once() -> Look:
 
 
 def _interrupted(run: RunDir, manifest: Manifest) -> tuple[State | None, str | None]:
-    """A training that was stopped after the last one that is recorded, and the command that finishes it."""
+    """A training that was stopped after the last one that is recorded, and the command that finishes it, or starts anew
+    where it cannot be finished."""
     marker = unfinished(run.checkpoints, manifest.finished_trainings)
     if marker is None:
         return None, None
-    return (State("interrupted", f"{whole(run.checkpoints)[-1].name} is saved"),
+    saved = f"{whole(run.checkpoints)[-1].name} is saved"
+    if has_other_rows(run, marker):
+        return (State("interrupted", f"{saved}, of other data than are prepared now: it cannot go on with these"),
+                command_to_start_anew(run, marker, manifest.kind))
+    return (State("interrupted", saved),
             command_to_finish(run.checkpoints, marker["settings"]))
 
 

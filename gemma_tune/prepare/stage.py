@@ -30,11 +30,13 @@ from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixtee
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
+from gemma_tune.run.directory import command
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage, state_of
+from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
@@ -64,9 +66,20 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
     report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
+    _warn_of_stopped(session)
     if preview:
         _preview(session, preview, report.summary.get("kind"))
     return report
+
+
+def _warn_of_stopped(session: Session) -> None:
+    """A training that was stopped goes on with the data that it began with alone."""
+    run = session.run
+    marker = unfinished(run.checkpoints, session.manifest.finished_trainings)
+    if marker and has_other_rows(run, marker):
+        saved = whole(run.checkpoints)[-1].name
+        session.listener.warn(f"a training that was stopped ({saved}) cannot go on with these data: prepare those that "
+                              f"it began with to finish it, or start anew: {command('train', run.root, '--force')}")
 
 
 def _refuse_base(session: Session) -> None:

@@ -14,7 +14,8 @@ from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.run.directory import FINISHED, RunDir
 from gemma_tune.run.manifest import Manifest
-from gemma_tune.train.checkpoints import BEST, clear, last_of, unfinished
+from gemma_tune.run.stopped import unfinished
+from gemma_tune.train.checkpoints import BEST, clear, last_of
 
 
 def set_aside(run: RunDir, manifest: Manifest) -> None:

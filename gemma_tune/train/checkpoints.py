@@ -14,12 +14,12 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import follow_umask, remove, sha256_file, write_json
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.strict_json import object_in
 from gemma_tune.config.settings import as_flags, same_result
-from gemma_tune.config.stages import TrainConfig
+from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.run.directory import FINISHED, RunDir, command
+from gemma_tune.run.stopped import MARKER, checkpoints_in, read_marker, step_of, whole
+from gemma_tune.train.method import learns_from
 
-MARKER = "complete.json"
 BEST = "best.safetensors"  # beside the checkpoints, see train/best.py
 KEEP = TrainConfig.keep_checkpoints
 # Settings that change how a training is computed, not what is learned; dtype's is kept with the training.
@@ -49,12 +49,13 @@ class Training:
     micro_batch: int = 0
     earlier: tuple[str, ...] = ()
     steps_before: int = 0
+    rows: str = ""
 
     @classmethod
     def of(cls, marker: Mapping[str, Any], key: str, settings: Mapping[str, Any]) -> Training:
         """The one whose checkpoint has this marker, as it goes on."""
         return cls(marker["id"], key, settings, marker["compute"], marker.get("micro_batch", 0),
-                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0))
+                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0), marker.get("rows", ""))
 
     def went_on(self) -> dict[str, Any]:
         """What the manifest keeps of a training that goes on from finished ones."""
@@ -100,21 +101,6 @@ def rotate(folder: Path, keep: int = KEEP, best: int | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def whole(folder: Path) -> list[Path]:
-    """Sealed checkpoints by step, oldest first; contents are not read."""
-    return [p for p in _all(folder) if (p / MARKER).is_file()]
-
-
-def _all(folder: Path) -> list[Path]:
-    """Checkpoints by step, oldest first, sealed or not."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved, from its name ``checkpoint-<step>``."""
-    return int(checkpoint.name.split("-")[-1])
-
-
 def find_resumable(folder: Path, key: str, finished: Collection[str], settings: Mapping[str, Any],
                    listener: Listener, otherwise: str = "the training starts anew") -> Path | None:
     """The checkpoint that an interrupted training goes on from, or None to start anew.
@@ -130,7 +116,7 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
         UserError: an interrupted training with other settings or data is there.
     """
     others, damaged, found = [], [], None
-    for checkpoint in reversed(_all(folder)):
+    for checkpoint in reversed(checkpoints_in(folder)):
         marker = read_marker(checkpoint)
         if marker and marker["id"] in finished:
             continue
@@ -178,29 +164,26 @@ def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def unfinished(folder: Path, finished: Collection[str]) -> dict[str, Any] | None:
-    """Marker of the newest checkpoint that has one, if its training is none of those that finished."""
-    marker = next(filter(None, map(read_marker, reversed(whole(folder)))), None)
-    return marker if marker and marker["id"] not in finished else None
-
-
-def read_marker(checkpoint: Path) -> dict[str, Any] | None:
-    """What :func:`seal` wrote: a :class:`Training` and ``files``; None where it cannot be used."""
-    try:
-        marker = object_in(checkpoint / MARKER)
-        texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
-        counts = all(type(marker.get(name, 0)) is int for name in ("micro_batch", "steps_before"))
-        earlier = all(isinstance(name, str) for name in list(marker.get("earlier", ())))
-        return marker if (texts and counts and earlier and dict(marker["files"]) and dict(marker["settings"])) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
     """The command line of an interrupted training, whose checkpoints lie in ``folder``."""
     if start := settings.get("from_adapter"):
         settings = {**settings, "from_adapter": RunDir(folder.parent, "").found(start)}
     return command("train", folder.parent, *as_flags(TrainConfig, settings))
+
+
+def command_to_start_anew(run: RunDir, marker: Mapping[str, Any], kind: str) -> str:
+    """The command line that trains on the data of now, of this kind, with an interrupted training's settings as far as
+    its method can learn from them."""
+    if not learns_from(marker["settings"].get("method", AUTO), kind):
+        return command("train", run.root, "--force")
+    return f"{command_to_finish(run.checkpoints, marker['settings'])} --force"
+
+
+def learned_from_other_rows(run: RunDir, marker: Mapping[str, Any], kind: str) -> UserError:
+    """What to say to a training that should go on where the data changed."""
+    return UserError(f"{run.checkpoints} holds an interrupted training on other data than are prepared now: it cannot "
+                     "go on with these", "prepare the data as it was before to finish it, or start anew: "
+                                         + command_to_start_anew(run, marker, kind))
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
@@ -217,6 +200,6 @@ def clear(folder: Path, after: Path | None = None) -> None:
     """
     if after is None:
         remove(folder / BEST)
-    for checkpoint in folder.glob("checkpoint-*") if after is None else _all(folder):
+    for checkpoint in folder.glob("checkpoint-*") if after is None else checkpoints_in(folder):
         if after is None or step_of(checkpoint) > step_of(after):
             remove(checkpoint)

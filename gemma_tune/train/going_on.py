@@ -26,16 +26,14 @@ from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import other_settings, state_of
+from gemma_tune.run.stopped import has_other_rows, read_marker, step_of, unfinished, whole
 from gemma_tune.train.checkpoints import (
     Training,
     difference,
     find_resumable,
     last_of,
-    read_marker,
-    step_of,
+    learned_from_other_rows,
     training_key,
-    unfinished,
-    whole,
 )
 from gemma_tune.train.method import with_method
 from gemma_tune.train.plan import rate_at, total_steps
@@ -93,8 +91,15 @@ def as_before(session: Session, writes: bool = True) -> tuple[Session, dict[str,
 
     Args:
         writes: see ``with_start``.
+
+    Raises:
+        UserError: the interrupted training cannot go on with the data of now, and is not to start anew either.
     """
     waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
+    if waiting and has_other_rows(session.run, waiting):
+        if not session.force:
+            raise learned_from_other_rows(session.run, waiting, session.manifest.kind)
+        waiting = None
     session = with_method(_as_interrupted(session, waiting))
     session, start = with_start(session, waiting and waiting["settings"], writes)
     return session, waiting, start
@@ -150,7 +155,7 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
 def _anew(session: Session, content: Sequence[str]) -> Beginning:
     start, placement = start_folder(session), choose_placement(session.config.dtype)
     return Beginning(Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(),
-                              _compute(placement)), placement, None, start)
+                              _compute(placement), rows=content[1]), placement, None, start)
 
 
 def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginning:
@@ -162,7 +167,7 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     start = _start(session, found.steps_before)
     training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
                         found.before.get("micro_batch", summary.get("micro_batch", 0)),
-                        session.manifest.finished_trainings, found.steps_before)
+                        session.manifest.finished_trainings, found.steps_before, content[1])
     return Beginning(training, placement, found.checkpoint, start)
 
 

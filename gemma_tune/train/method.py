@@ -20,6 +20,11 @@ _WANT = {"dpo": "two answers to each prompt, a better and a worse one", "orpo": 
          "and a worse one", "kto": "answers that are good or bad, or pairs of both"}
 
 
+def learns_from(method: str, kind: str) -> bool:
+    """Whether a method, or the one that the data calls for, can learn from data of this kind."""
+    return method == AUTO or kind in _NEEDS.get(method, ())
+
+
 def with_method(session: Session) -> Session:
     """The session with the method that the data calls for where none was named, and the method's own defaults.
 

@@ -22,9 +22,9 @@ from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
+from gemma_tune.run.stopped import step_of, unfinished
 from gemma_tune.train import processes
 from gemma_tune.train.aside import forget, put_back
-from gemma_tune.train.checkpoints import step_of, unfinished
 from gemma_tune.train.going_on import (
     as_before,
     as_finished,

@@ -10,9 +10,10 @@ from gemma_tune.base.errors import Interrupted, UserError
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
+from gemma_tune.run.stopped import unfinished, whole
 from gemma_tune.train import processes
 from gemma_tune.train.aside import set_aside
-from gemma_tune.train.checkpoints import clear, command_to_finish, unfinished, whole
+from gemma_tune.train.checkpoints import clear, command_to_finish
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.verdict import validation_losses
 

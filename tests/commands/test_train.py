@@ -169,12 +169,44 @@ def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, ti
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert cli("train", *LONG).code == 130
-    assert cli("prepare", data, "--train-on", "last").code == 0
-    refused = cli("train", *LONG)
-    assert refused.code == 2
-    assert "holds an interrupted training with other settings or data (the data, the base model or gemma-tune changed)" in refused.err
-    result = cli("train", *LONG, "--force", "--json")
+    told = cli("prepare", data, "--train-on", "last", "--json")
+    assert told.code == 0
+    [warning] = [text for text in told.json["warnings"] if "stopped" in text]
+    assert "a training that was stopped (checkpoint-3) cannot go on with these data" in warning and "--force" in warning
+    for refused in (cli("train", *LONG), cli("train", "--dry-run"), cli("run", "--run", "runs/tiny-gemma")):
+        assert refused.code == 2
+        assert "holds an interrupted training on other data than are prepared now: it cannot go on with these" in refused.err
+    status = cli("status", "--json").json
+    assert "it cannot go on with these" in status["stages"]["train"]["state"]
+    assert status["next"].endswith(" --force") and status["next"] in refused.err
+    result = cli(*shlex.split(status["next"])[1:], "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
+
+
+def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, monkeypatch):
+    data, other = (write_rows(tmp_path / f"{n}.jsonl", rows(n)) for n in (12, 13))
+    assert cli("prepare", data, "--model", tiny).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *QUICK).code == 130
+    assert "cannot go on" in cli("prepare", other).err
+    assert "cannot go on" not in cli("prepare", data).err
+    result = cli("train", "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2
+
+
+def test_new_data_of_another_kind_take_a_stopped_training_s_method_away(cli, tiny, tmp_path, monkeypatch):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [
+        {"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n}"} for n in range(12)])
+    assert cli("prepare", pairs, "--model", tiny).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *QUICK).code == 130
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows())).code == 0
+    following = cli("status", "--json").json["next"]
+    assert following == "gemma-tune train --run runs/tiny-gemma --force" and following in cli("train").err
+    result = cli(*shlex.split(following)[1:], "--max-steps", 2, "--json")
+    assert result.code == 0 and result.json["summary"]["method"] == "sft", result.err
 
 
 @pytest.mark.parametrize("limit", [2048, 16])

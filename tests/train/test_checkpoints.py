@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.train.checkpoints import MARKER, Training, clear, find_resumable, last_of, rotate, seal, unfinished
+from gemma_tune.run.stopped import MARKER, unfinished
+from gemma_tune.train.checkpoints import Training, clear, find_resumable, last_of, rotate, seal
 from support.command import QUICK
 from support.listener import Said
 

@@ -1,0 +1,61 @@
+"""Checkpoints of a training that was stopped, as far as others than `train` need to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.base.files import sha256_file
+from gemma_tune.base.strict_json import object_in
+from gemma_tune.run.directory import RunDir
+
+MARKER = "complete.json"
+
+
+def whole(folder: Path) -> list[Path]:
+    """Sealed checkpoints by step, oldest first; contents are not read."""
+    return [p for p in checkpoints_in(folder) if (p / MARKER).is_file()]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints by step, oldest first, sealed or not."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, from its name ``checkpoint-<step>``."""
+    return int(checkpoint.name.split("-")[-1])
+
+
+def unfinished(folder: Path, finished: Collection[str]) -> dict[str, Any] | None:
+    """Marker of the newest checkpoint that has one, if its training is none of those that finished."""
+    marker = next(filter(None, map(read_marker, reversed(whole(folder)))), None)
+    return marker if marker and marker["id"] not in finished else None
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """What ``checkpoints.seal`` wrote: a ``checkpoints.Training`` and ``files``; None where it cannot be used."""
+    try:
+        marker = object_in(checkpoint / MARKER)
+        texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
+        texts = texts and isinstance(marker.get("rows", ""), str)
+        counts = all(type(marker.get(name, 0)) is int for name in ("micro_batch", "steps_before"))
+        earlier = all(isinstance(name, str) for name in list(marker.get("earlier", ())))
+        return marker if (texts and counts and earlier and dict(marker["files"]) and dict(marker["settings"])) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_other_rows(run: RunDir, marker: Mapping[str, Any]) -> bool:
+    """Whether the training that was stopped learned from other rows than are prepared now, so that it cannot go on;
+    what an older version saved does not tell."""
+    try:
+        return bool(marker.get("rows")) and marker["rows"] != rows_of(run.tokens)
+    except OSError:
+        return False
+
+
+def rows_of(tokens: Path) -> str:
+    """Fingerprint of the sequences that are trained on."""
+    return sha256_file(tokens / "train.arrow")
