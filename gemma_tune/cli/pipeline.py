@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import typer
@@ -59,6 +60,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
             _refuse_outside_adapter(session)
             require_base(session, request.settings("merge").base)
             _refuse_unexportable(session, request)
+            stage = partial(stage, foretell=False)
         try:
             if name == "train" and session.config.num_processes > 1:
                 _train_in_processes(request, session)

@@ -41,11 +41,12 @@ from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
 
-def prepare(session: Session, preview: int = 0) -> StageReport:
+def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> StageReport:
     """Check, encode, split and write the data.
 
     Args:
         preview: show so many of the prepared sequences to the listener, also if all was up to date.
+        foretell: say now what an export will refuse; `run` has found that out before.
 
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
@@ -65,7 +66,7 @@ def prepare(session: Session, preview: int = 0) -> StageReport:
     if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
-    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out), inputs)
+    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out, foretell), inputs)
     _warn_of_stopped(session)
     if preview:
         _preview(session, preview, report.summary.get("kind"))
@@ -164,12 +165,13 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
 
 # --- the two passes
 
-def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source]) -> Finished:
+def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source], foretell: bool) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
     chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
-    _foretell_export(session, chat)
+    if foretell:
+        _foretell_export(session, chat)
     judge = Judge(chat, config)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
@@ -195,7 +197,7 @@ def _foretell_export(session: Session, chat: ChatFormat) -> None:
     try:
         refuse_unexportable(session.model, chat, vocabulary=False)
     except UserError as e:
-        why = "; ".join([e.message, *e.problems])
+        why = ": ".join([e.message.rstrip("."), *(["; ".join(e.problems)] if e.problems else [])])
         if e.hint == CONVERTER:
             session.listener.note("for later: `export-ollama` takes this model with llama.cpp's converter alone "
                                   f"(--converter PATH): {why}")

@@ -3,7 +3,9 @@ weights."""
 
 from __future__ import annotations
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.writer import parts_of
 from gemma_tune.models.quantised import quantisation
@@ -23,9 +25,15 @@ def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool =
         UserError: the chat template has no form for Ollama, or the model or its tokenizer none in a GGUF.
     """
     chat_for(chat.template, model.config.get("model_type"), eos_token=chat.tokenizer.eos_token)
-    if converter or quantisation(model.config) is not None:  # of that the 16-bit model is exported
+    if quantisation(model.config) is not None:  # of that the 16-bit model is exported
         return
-    if vocabulary:
-        parts_of(model.path)
-    else:
-        architecture_of(model.config, model.path / "config.json")
+    try:
+        if vocabulary and not converter:
+            parts_of(model.path)
+        else:
+            architecture_of(model.config, model.path / "config.json")
+    except NotInLlamaCpp:  # which no converter can do anything about
+        raise
+    except UserError:
+        if not converter:
+            raise

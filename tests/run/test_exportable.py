@@ -32,6 +32,21 @@ def model(tmp_path):
 
 
 @pytest.fixture
+def converter(tmp_path):
+    """What looks like a llama.cpp checkout, and writes nothing."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp/convert_hf_to_gguf.py").write_text("")
+    return tmp_path / "llama.cpp"
+
+
+@pytest.fixture
+def with_converter(converter, tmp_path):
+    """A file of settings that names it."""
+    (tmp_path / "settings.yaml").write_text(json.dumps({"export-ollama": {"converter": str(converter)}}))
+    return "--config", tmp_path / "settings.yaml"
+
+
+@pytest.fixture
 def conversations(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", rows(8))
 
@@ -44,7 +59,7 @@ def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model
     base = model(family, template, **changes)
     prepared = cli("prepare", conversations, "--model", base)
     assert prepared.code == 0 and "for later: `export-ollama` will not take this model: " in prepared.err
-    assert said in prepared.err
+    assert said in prepared.err and ".;" not in prepared.err and ".:" not in prepared.err
     whole = cli("run", conversations, "--model", base, "--run", "runs/other")
     assert whole.code == 2 and "`run` ends with an export, which will not take m: " in whole.err and said in whole.err
     assert not Path("runs/other/data").exists()
@@ -52,10 +67,16 @@ def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model
 
 
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
-    base = model("qwen2", model_type="starcoder2", architectures=["Starcoder2ForCausalLM"])
+    base = model("qwen2", model_type="stablelm", architectures=["StableLmForCausalLM"])
     result = cli("prepare", conversations, "--model", base, "--json")
     assert result.code == 0 and "takes this model with llama.cpp's converter alone (--converter PATH)" in result.err
     assert not any("export-ollama" in text for text in result.json["warnings"])
+
+
+def test_a_whole_run_with_the_converter_is_not_told_to_use_it(cli, model, conversations, with_converter):
+    base = model("qwen2", model_type="stablelm", architectures=["StableLmForCausalLM"])
+    result = cli("run", conversations, "--model", base, *with_converter)
+    assert Path("runs/m/data").exists() and "for later" not in result.err
 
 
 def test_a_model_that_cannot_be_prepared_is_not_blamed_on_the_export(cli, model, conversations):
@@ -65,14 +86,15 @@ def test_a_model_that_cannot_be_prepared_is_not_blamed_on_the_export(cli, model,
     assert result.code == 2 and "has no chat template" in result.err and "ends with an export" not in result.err
 
 
-def test_no_converter_helps_where_llama_cpp_computes_otherwise(cli, model, conversations, tmp_path):
+def test_no_converter_helps_where_llama_cpp_computes_otherwise(cli, model, conversations, converter, with_converter):
     """It would write a file all the same, of another model."""
     base = model("qwen2", hidden_act="gelu")
+    whole = cli("run", conversations, "--model", base, "--run", "runs/other", *with_converter)
+    assert whole.code == 2 and "`run` ends with an export, which will not take m: " in whole.err
+    assert not Path("runs/other/data").exists()
     for args in (("prepare", conversations, "--model", base), ("train", *QUICK), ("merge", "--no-check")):
         assert cli(*args).code == 0
-    (tmp_path / "llama.cpp").mkdir()
-    (tmp_path / "llama.cpp/convert_hf_to_gguf.py").write_text("")
-    for more in ((), ("--converter", tmp_path / "llama.cpp")):
+    for more in ((), ("--converter", converter)):
         result = cli("export-ollama", *more)
         assert result.code == 2 and "would compute another model of it, whoever writes the file" in result.err
         assert "--converter" not in result.err
