@@ -141,10 +141,12 @@ def _model_in(path: Path) -> str:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "MODEL"
-    for key in ("path", "id"):  # a model of this machine is called by its place, from the run
-        if found := re.search(rf'"model":\s*\{{[^{{}}]*?"{key}":\s*"([^"\\]+)"', text):
-            return os.path.normpath(path.parent / found[1]) if key == "path" else found[1]
-    return "MODEL"
+    said = {key: found[1] for key in ("path", "id", "revision")
+            if (found := re.search(rf'"model":\s*\{{[^{{}}]*?"{key}":\s*"([^"\\]+)"', text))}
+    if "path" in said:  # a model of this machine is called by its place, from the run
+        return os.path.normpath(path.parent / said["path"])
+    # Of a hub's, the commit: the newest one would be another model.
+    return "@".join(said[key] for key in ("id", "revision") if key in said) if "id" in said else "MODEL"
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:

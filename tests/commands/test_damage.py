@@ -296,5 +296,8 @@ def test_the_hint_for_a_damaged_manifest_names_its_run_and_model(cli, trained, t
     assert result.code == 2
     assert f"gemma-tune prepare DATA --run {trained} --model {os.path.normpath(tiny)}" in result.err
     assert cli("prepare", data, "--run", trained.with_name("x"), "--model", os.path.normpath(tiny)).code == 0
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    path.write_text(f'{{"model": {{"id": "org/name", "name": "name", "source": "hub", "revision": "{commit}", "path": null')
+    assert f"--model org/name@{commit}" in cli("status", "--run", trained).err
     path.write_text("{")
     assert "--model MODEL" in cli("status", "--run", trained).err
