@@ -10,7 +10,7 @@ from typing import Any
 from gemma_tune.config.settings import asks_more, same_result
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
-from gemma_tune.export.target import parse_parameters, sampling_parameters
+from gemma_tune.export.target import parse_parameters, with_sampling
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import state_of
 
@@ -65,4 +65,4 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
 
 
 def _sampling(source: ExportSource, parameters: Iterable[str]) -> dict[str, float]:
-    return sampling_metadata(sampling_parameters(source.merged) | parse_parameters(tuple(parameters)))
+    return sampling_metadata(with_sampling(source.merged, parse_parameters(tuple(parameters))))

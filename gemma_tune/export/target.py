@@ -62,8 +62,8 @@ def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | 
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
         notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
-    parameters = {"num_ctx": _context(session, config, context), **sampling_parameters(merged),
-                  **_own_parameters(settings)}
+    parameters = {"num_ctx": _context(session, config, context),
+                  **with_sampling(merged, _own_parameters(settings))}
     return Target(settings.name or ollama.default_model_name(session.model.name), laid_out, parameters, system,
                   licence_text(merged, session.model), notes)
 
@@ -94,19 +94,20 @@ def _longest_in_training(session: Session) -> int:
     return min(summary.get("longest", limit), limit)  # the longest row is measured before the limit
 
 
-def sampling_parameters(checkpoint: Path) -> dict[str, Any]:
-    """Ollama's names for the model's own sampling settings.
+def with_sampling(checkpoint: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that were given to Ollama, and the model's own sampling settings, by Ollama's names for them.
 
     All of them are said, as Ollama has other defaults than transformers: a model without any answers greedily there,
     here with temperature 0.8 and, before its version of August 2026, a penalty of 1.1 on what the last 64 tokens hold.
+    A model that is greedy by itself samples with what is given, completed as `chat` does.
     """
-    own = arguments_of(generation_settings(checkpoint), {})
+    own = arguments_of(generation_settings(checkpoint), given)
     penalty = own.get("repetition_penalty", 1.0)
     drawn = {name: own[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in own}
     if not own["do_sample"]:
         drawn = {"temperature": 0.0}
     # Transformers looks at everything that was said.
-    return {**drawn, "repeat_penalty": penalty, **({"repeat_last_n": -1} if penalty != 1 else {})}
+    return {**drawn, "repeat_penalty": penalty, **({"repeat_last_n": -1} if penalty != 1 else {}), **given}
 
 
 def _own_parameters(settings: Any) -> dict[str, Any]:

@@ -90,6 +90,16 @@ def test_a_model_without_sampling_settings_answers_greedily(merged, tmp_path):
     assert told(merged, tmp_path).parameters == {"num_ctx": 1024, "temperature": 0.0, "repeat_penalty": 1.0}
 
 
+def test_a_greedy_model_that_is_given_a_temperature_samples_as_in_a_chat(merged, tmp_path):
+    (merged / "generation_config.json").unlink()
+    assert told(merged, tmp_path, parameter=("temperature=0.7",)).parameters == {
+        "num_ctx": 1024, "temperature": 0.7, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
+    assert told(merged, tmp_path, parameter=("top_k=5",)).parameters == {
+        "num_ctx": 1024, "temperature": 1.0, "top_k": 5, "top_p": 1.0, "repeat_penalty": 1.0}
+    greedy = {"num_ctx": 1024, "temperature": 0.0, "repeat_penalty": 1.0}
+    assert told(merged, tmp_path, parameter=("temperature=0", "seed=5")).parameters == greedy | {"seed": 5}
+
+
 def test_what_transformers_takes_for_what_is_not_said_is_said_to_ollama(merged, tmp_path):
     """Ollama's own defaults are others: top_k 40, top_p 0.9, and a penalty of 1.1 on the last 64 tokens."""
     change(merged / "generation_config.json", do_sample=True, temperature=0.6, min_p=0.05, repetition_penalty=1.2)
