@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Pieces, Streaming
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import figures_of
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
@@ -90,14 +90,14 @@ def open_ollama(session: Session) -> OllamaVoice:
     """The model that the run's export made in Ollama.
 
     Raises:
-        UserError: no server answers, or it does not have the model.
-        WorkFailed: the server fails.
+        UserError: the server does not have the model.
+        WorkFailed: no server answers, or it fails.
     """
     name = figures_of(session).get("ollama_name") or default_model_name(session.run.model_name)
     server = find_server(ollama_host(os.environ))
     if server is None:
-        raise UserError("no Ollama server answers", f"start it with `ollama serve`, or name it: OLLAMA_HOST. "
-                                                    f"{install_hint()}")
+        raise WorkFailed("no Ollama server answers", f"start it with `ollama serve`, or name it: OLLAMA_HOST. "
+                                                     f"{install_hint()}")
     try:
         shown = show(server, name)
     except Refused as e:

@@ -378,7 +378,7 @@ def test_what_is_there_is_chosen_and_what_is_not_is_named(cli, trained, chosen, 
         assert conversation.voice.name == "gguf"
     finally:
         conversation.close()
-    with pytest.raises(UserError, match="no Ollama server answers"):
+    with pytest.raises(WorkFailed, match="no Ollama server answers"):
         open_conversation(open_session("chat", trained, use="ollama"))
     monkeypatch.setattr(choice, "_may_have_gpu", lambda: True)
     assert chosen().name == "adapter"
