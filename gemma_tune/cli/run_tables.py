@@ -51,7 +51,7 @@ def show_status(found: Any) -> None:
                           "`gemma-tune status --verify` compares their content", style="dim"))
     if found.base_damage:
         screen.error(found.base_damage)
-    screen.err.print(f"next: {found.next_step}", markup=False)
+    screen.err.print(f"next: {found.next_step or found.note}", markup=False)
 
 
 def _with_sizes(where: str, sizes: Any) -> str:

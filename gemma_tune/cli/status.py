@@ -30,6 +30,7 @@ from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, command_to_start_anew
+from gemma_tune.train.tuning import read_tuning
 
 _LARGE = 64_000_000  # bytes from which on a file is not read for its time stamp alone
 
@@ -48,15 +49,16 @@ class StageFigures:
 class RunStatus:
     """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
 
-    ``base_damage`` is what is wrong with the base model in a cache, as far as that was looked for; ``figures`` are by
-    stage; ``best`` is step and value of the lowest validation loss of the recorded training; ``size`` counts the bytes
-    of the run directory; ``unread`` names large artifacts whose time stamps are others than recorded.
+    ``next_step`` is a command; where none helps it is None, and ``note`` says what to do. ``base_damage`` is what is
+    wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is step and
+    value of the lowest validation loss of the recorded training; ``size`` counts the bytes of the run directory;
+    ``unread`` names large artifacts whose time stamps are others than recorded.
     """
 
     root: Path
     model: str
     rows: list[tuple[str, str, str, str]]
-    next_step: str
+    next_step: str | None
     in_use_by: str | None = None
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base_damage: UserError | None = None
@@ -64,6 +66,7 @@ class RunStatus:
     best: tuple[int, float] | None = None
     size: int = 0
     unread: tuple[str, ...] = ()
+    note: str | None = None
 
     @property
     def damaged(self) -> bool:
@@ -72,7 +75,7 @@ class RunStatus:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"run": str(self.root), "model": self.model, "next": None if self.in_use_by else self.next_step,
+        return {"run": str(self.root), "model": self.model, "next": self.next_step, "note": self.note,
                 "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier,
                 "base_damage": self.base_damage.message if self.base_damage else None,
@@ -113,7 +116,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     look = _read_once() if verify else _read_small(unread)
     figures, best = {}, _best(paths, manifest)
     earlier: dict[str, Any] = {}
-    rows, next_step = [], command("chat", root, *(["--merged"] if not_needed else []))
+    next_step: str | None = command("chat", root, *(["--merged"] if not_needed else []))
+    rows, note = [], None
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage, look)
@@ -130,15 +134,15 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
         if state.status != "done" and stage not in not_needed:
-            tuned = ("--config", str(paths.tune_settings)) if stage == "train" and paths.tune_settings.is_file() else ()
-            next_step = resume or _right_to_read(root, record) or command(stage, root, *tuned)
+            note = None if resume else _right_to_read(root, record)
+            next_step = None if note else resume or command(stage, root, *_tuned(paths, manifest, stage))
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:
-        next_step = f"wait for {owner}"
+        next_step, note = None, f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread))
+                     tuple(unread), note)
 
 
 def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
@@ -177,6 +181,17 @@ def _damage_in_cache(model: Mapping[str, Any]) -> UserError | None:
     except UserError as e:
         return e
     return None
+
+
+def _tuned(run: RunDir, manifest: Manifest, stage: str) -> tuple[str, ...]:
+    """The settings for a training that `tune` found, where they are about what would be trained now, and no training
+    has been made since, whose own settings are the next one's."""
+    if stage != "train" or not run.tune_settings.is_file() or (tuning := read_tuning(run.tuning)) is None:
+        return ()
+    tokens = manifest.stages.get("prepare", {}).get("outputs", {}).get("tokens", {}).get("sha256")
+    trained = manifest.stages.get("train", {}).get("started", "")
+    fits = (tuning.base, tuning.tokens) == (manifest.model["fingerprint"], tokens) and trained < tuning.saved
+    return ("--config", str(run.tune_settings)) if fits else ()
 
 
 def _right_to_read(root: Path, record: Mapping[str, Any]) -> str | None:

@@ -142,7 +142,7 @@ def _begun(job: _Job) -> Tuning:
     key = training_key(session.model.fingerprint, tokens, chat_format_of(session).template, others | {
         "compute": f"{job.placement.device} {job.placement.short}", "valid_sequences": settings.valid_sequences},
         digest_of(start) if (start := start_folder(session)) else None)
-    new = Tuning(key, settings.minutes, list(job.candidates))
+    new = Tuning(key, settings.minutes, list(job.candidates), base=session.model.fingerprint, tokens=tokens)
     earlier = None if session.force else read_tuning(session.run.tuning)
     if earlier is None:
         return new

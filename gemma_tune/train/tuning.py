@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.base.files import os_errors, write_json
 from gemma_tune.base.strict_json import object_in
+from gemma_tune.run.directory import now
 from gemma_tune.train.halving import Candidate
 
 SCHEMA = 1
@@ -55,6 +56,8 @@ class Tuning:
         whole: steps of the whole training.
         setup, spent: seconds before the first trial, and in trials; what goes on does not pay for its setup again.
         ended: whether there is nothing more to try.
+        base, tokens: fingerprints of the base model and of the prepared data.
+        saved: when it was written last.
     """
 
     key: str
@@ -67,6 +70,9 @@ class Tuning:
     setup: float = 0.0
     spent: float = 0.0
     ended: bool = False
+    base: str = ""
+    tokens: str = ""
+    saved: str = ""
 
     def add(self, trial: Trial) -> None:
         """Another candidate was tried."""
@@ -105,6 +111,7 @@ class Tuning:
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
+        self.saved = now()
         with os_errors(path):
             write_json(path, {"schema": SCHEMA, **asdict(self),
                               "base_loss": self.base_loss if math.isfinite(self.base_loss) else None})
@@ -121,7 +128,8 @@ def read_tuning(path: Path) -> Tuning | None:
                       math.inf if base is None else float(base),
                       [Begun(int(rung["steps"]), _candidates(rung["candidates"])) for rung in content["rungs"]],
                       [_trial(trial) for trial in content["trials"]], int(content["whole"]),
-                      float(content["setup"]), float(content["spent"]), content["ended"] is True)
+                      float(content["setup"]), float(content["spent"]), content["ended"] is True,
+                      *(str(content.get(name, "")) for name in ("base", "tokens", "saved")))  # not of earlier versions
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

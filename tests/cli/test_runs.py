@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from gemma_tune.base import files
+from gemma_tune.base.errors import UserError
 from gemma_tune.cli import screen, status
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, small_size
 from gemma_tune.cli.run_tables import show_runs
@@ -150,3 +151,17 @@ def test_an_age_has_one_unit():
 
 def test_sizes_below_a_megabyte_are_told():
     assert [small_size(n) for n in (0, 1, 1499, 12_345, 2_000_000)] == ["0", "1 kB", "1 kB", "12 kB", "2 MB"]
+
+
+def test_what_no_command_helps_with_is_a_note(cli, trained, monkeypatch):
+    """Root may read everything, so the refusal is made up."""
+    def refused(place: Path) -> None:
+        if place.name == "tiny-gemma_lora_adapter":
+            raise UserError("no right to read it", "give yourself the right: chmod")
+
+    monkeypatch.setattr(status, "require_readable", refused)
+    assert cli("status", "--json").json["note"] is None
+    (trained / "tiny-gemma_lora_adapter/adapter_config.json").write_text("{}")
+    found = cli("status", "--json")
+    assert found.json["next"] is None and found.json["note"] == "give yourself the right: chmod"
+    assert "next: give yourself the right" in found.err

@@ -334,13 +334,34 @@ def test_one_candidate_is_no_choice(cli, trained):
 
 
 def test_a_training_is_told_of_what_was_found(cli, trained):
-    """And `status` leads to it where there is no training yet."""
     WINNER.write_text("train:\n  learning_rate: 0.005\n")
     manifest = json.loads((RUN / "manifest.json").read_text())
     del manifest["stages"]["train"]
     (RUN / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(RUN / "training_checkpoints")
-    assert cli("status", "--json").json["next"] == f"gemma-tune train --run {RUN} --config {WINNER}"
     told = f"{WINNER} has the settings that `tune` found best: --config {WINNER}"
     assert told in " ".join(cli("train", "--epochs", 1, "--rank", 4).err.split())
     assert told not in " ".join(cli("train", "--config", WINNER, "--force").err.split())
+
+
+def test_status_leads_to_what_was_found_for_these_data_and_not_trained_with_yet(cli, trained, tmp_path):
+    def changed(change) -> None:
+        manifest = json.loads((RUN / "manifest.json").read_text())
+        change(manifest["stages"])
+        (RUN / "manifest.json").write_text(json.dumps(manifest))
+
+    plain, tuned = f"gemma-tune train --run {RUN}", f"gemma-tune train --run {RUN} --config {WINNER}"
+    assert cli("tune", *RATES).code == 0
+    record = json.loads((RUN / "manifest.json").read_text())["stages"]["train"]
+    changed(lambda stages: stages.pop("train"))
+    shutil.rmtree(RUN / "training_checkpoints")
+    assert cli("status", "--json").json["next"] == tuned
+    later = record | {"started": "2100-01-01T00:00:00+00:00"}
+    shutil.rmtree(RUN / "tiny-gemma_lora_adapter")
+    changed(lambda stages: stages.update(train=record))
+    assert cli("status", "--json").json["next"] == tuned, "what was trained before was not with it"
+    changed(lambda stages: stages.update(train=later))
+    assert cli("status", "--json").json["next"] == plain
+    changed(lambda stages: stages.pop("train"))
+    assert cli("prepare", write_rows(tmp_path / "other.jsonl", rows(9))).code == 0
+    assert cli("status", "--json").json["next"] == plain
