@@ -131,6 +131,7 @@ NearDuplicates = Annotated[Optional[bool], _of(c.PrepareConfig, "near_duplicates
                                                "--near-duplicates/--no-near-duplicates")]
 NearThreshold = Annotated[Optional[float], _of(c.PrepareConfig, "near_threshold")]
 Allow = Annotated[Optional[list[str]], _of(c.PrepareConfig, "allow", callback=_joined)]
+OnUneven = Annotated[Optional[str], _of(c.PrepareConfig, "on_uneven")]
 OnBadRow = Annotated[Optional[str], _of(c.PrepareConfig, "on_bad_row")]
 MaxRejected = Annotated[Optional[float], _of(c.PrepareConfig, "max_rejected")]
 Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_default=False,

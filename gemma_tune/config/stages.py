@@ -84,6 +84,10 @@ class PrepareConfig(StageConfig):
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
                                   "end), `fail` stops.", choices=("drop", "split", "truncate", "fail"))
+    on_uneven: str = option("reject", "What happens to a conversation whose turns do not alternate, as in logs: "
+                                      "`reject`, or `mend`: neighbouring turns of one role become one, and what stands "
+                                      "before the first question and after the last answer is left out.",
+                            choices=("reject", "mend"))
     seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED,
                        group="advanced")
     duplicates: str = option("drop", "What happens to a conversation that was there before; what is dropped is listed "

@@ -81,7 +81,8 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig) -> tupl
     Returns:
         The rows that can be used, and what is wrong with each of the others, a line for each.
     """
-    formats = Formats(None, config.column_names, config.take, config.role_names, config.key_names)
+    formats = Formats(None, config.column_names, config.take, config.role_names, config.key_names,
+                      config.on_uneven == "mend")
     checks = TextChecks(encoder.chat.markers, config.allow)
     faults: list[str] = []
     good: list[tuple[Row, Any]] = []

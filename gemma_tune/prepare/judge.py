@@ -82,6 +82,7 @@ class Noticed:
         formats: number of rows by format.
         folded: rows whose system message had to go into the first user turn.
         reasoning: rows with reasoning in them.
+        mended: rows whose turns were made to alternate, by what was done.
         unthought: rows with an answer that has none where the prompt begins some.
         tools: rows with tools, calls of them or their results, which the template has a place for.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
@@ -99,6 +100,7 @@ class Noticed:
     folded: int = 0
     reasoning: int = 0
     unthought: int = 0
+    mended: Counter[str] = field(default_factory=Counter)
     tools: int = 0
     rewritten: int = 0
     difference: str = ""
@@ -117,6 +119,7 @@ class Noticed:
         self.folded += later.folded
         self.reasoning += later.reasoning
         self.unthought += later.unthought
+        self.mended.update(later.mended)
         self.tools += later.tools
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
@@ -156,7 +159,7 @@ class Judge:
     def __init__(self, chat: Any, config: PrepareConfig):
         self.config, self.chat = config, chat
         self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
-                               config.key_names)
+                               config.key_names, config.on_uneven == "mend")
         self.checks = TextChecks(chat.markers, config.allow)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
@@ -190,6 +193,7 @@ class Judge:
             return example.as_row()
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
+        judged.noticed.mended.update(example.mended)
         judged.noticed.unthought += self.chat.has_unthought(example.messages)
         return example.as_row()
 

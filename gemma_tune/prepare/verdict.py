@@ -14,6 +14,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import chat_for, tools_are_lost
 from gemma_tune.prepare.files import DataFiles, Decided
@@ -42,6 +43,8 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     if noticed.folded:
         listener.note(f"the chat template has no place for a system message: in {counted(noticed.folded, 'row')} it is "
                       "put before the first user turn")
+    for done, rows in noticed.mended.items():
+        listener.note(f"in {counted(rows, 'row')} {IN_WORDS[done]}")
     if noticed.rewritten:
         listener.note(f"{counted(noticed.rewritten, 'row becomes', 'rows become')} several sequences, so that each "
                       f"answer is learned after the prompt that it will have: {noticed.difference}")

@@ -37,6 +37,7 @@ class Example:
         rejected: of a pair, the turns that ``messages`` would have in place of its answer.
         good: of a judged answer, whether it is a good one.
         unread: what the row has beside that, and nobody reads.
+        mended: what was done about turns that did not alternate, of the keys of ``uneven.IN_WORDS``.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Example:
     unread: tuple[unread.Unread, ...] = field(default=(), compare=False)
     rejected: list[Turn] | None = None
     good: bool | None = None
+    mended: tuple[str, ...] = field(default=(), compare=False)
 
     def as_row(self) -> dict[str, Any]:
         """What is encoded of it: ``{"messages": […], "tools": […]}`` or ``{"text": "…"}``, as in train.jsonl.
@@ -116,7 +118,8 @@ class Formats:
     """Reads rows of the named format, or finds the format of each row by itself."""
 
     def __init__(self, name: str | None = None, columns: Mapping[str, str] | None = None, take: str | None = None,
-                 roles: Mapping[str, str] | None = None, turn_keys: Mapping[str, str] | None = None):
+                 roles: Mapping[str, str] | None = None, turn_keys: Mapping[str, str] | None = None,
+                 mends: bool = False):
         """
         Args:
             name: one of ``config.FORMATS``; None finds the format row by row.
@@ -126,8 +129,9 @@ class Formats:
                 other rows.
             roles: role by the name that turns have for it: ``{"bot": "assistant"}``.
             turn_keys: the keys of turns: ``{"role": "speaker", "content": "utterance"}``.
+            mends: whether turns that do not alternate are made so.
         """
-        self.name, self.columns, self.take = name, dict(columns or {}), take
+        self.name, self.columns, self.take, self.mends = name, dict(columns or {}), take, mends
         self._names = Names(roles or {}, turn_keys or {}, self.columns.get("turns"))
 
     def describe(self, format: str) -> str:
@@ -178,7 +182,8 @@ class Formats:
                                         "call the columns `prompt` and `completion`, or leave the mark out"))
         else:
             draft = _READERS[format](value, problems)
-        messages = conversation(draft.messages, problems, draft.key)
+        mended: list[str] | None = [] if self.mends else None
+        messages = conversation(draft.messages, problems, draft.key, mended=mended)
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
         if not _MEDIA.isdisjoint(value) and (media := [key for key in _MEDIA if value.get(key)]):
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
@@ -186,7 +191,7 @@ class Formats:
         if problems:
             raise RowError(problems)
         return Example(format, messages, declared or None, None,
-                       unread.of_row(value, format, self.columns, draft.messages))
+                       unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended or ()))
 
     def _as_pair(self, row: Fields) -> Fields:
         """With the columns of a pair under the names that are known, where ``--columns`` names them."""
@@ -198,14 +203,15 @@ class Formats:
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
         draft = preference.better(value, problems)
-        messages = conversation(draft.messages, problems, draft.key)
+        mended: list[str] | None = [] if self.mends else None
+        messages = conversation(draft.messages, problems, draft.key, mended=mended)
         rejected, good = None, marks.is_good(value)
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
         else:
             others: list[Problem] = []
             other = preference.worse(value, others)
-            worse = conversation(other.messages, others, other.key)
+            worse = conversation(other.messages, others, other.key, mended=None if mended is None else [])
             problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
@@ -213,7 +219,8 @@ class Formats:
         if problems:
             raise RowError(list(dict.fromkeys(problems)))
         return Example("preference", messages, declared or None, None,
-                       unread.of_row(value, "preference", self.columns, draft.messages), rejected, good)
+                       unread.of_row(value, "preference", self.columns, draft.messages), rejected, good,
+                       tuple(mended or ()))
 
     def _format(self, row: Fields) -> str:
         if self.name == "columns":

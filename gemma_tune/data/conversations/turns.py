@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gemma_tune.base import strict_json
@@ -16,6 +17,7 @@ from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
 from gemma_tune.data.conversations.names import role_fix, suggested_keys
 from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
+from gemma_tune.data.conversations.uneven import evened
 
 Turn = dict[str, Any]
 
@@ -35,12 +37,13 @@ PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def conversation(messages: Any, problems: list[Problem], key: str = "messages", *, answered: bool = True,
-                 ) -> list[Turn]:
+                 mended: list[str] | None = None) -> list[Turn]:
     """The normalised turns of ``messages``; what is wrong with them is added to ``problems``.
 
     Args:
         key: the column they come from, for the message.
         answered: whether it has to end with an answer to learn; else marks of what is learned are passed over.
+        mended: takes what was done about turns that do not alternate; None where they stay as they are.
     """
     if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
         problems.append(problem)
@@ -55,10 +58,31 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
         known, numbers = _with_calls(known, messages)
         if known[0]["role"] == "system" and blank(known[0]["content"]) and len(known) > 1:
             known, numbers = known[1:], numbers[1:]  # as a column `system` that is empty
-        _check_order(known, numbers, problems)
-        if answered:
-            _check_answers(known, problems)
+        if mended is not None:
+            known, numbers, done = evened(known, numbers)
+            mended += done
+        found = _out_of_order(known, numbers, answered)
+        alone = answered and mended is None and not problems
+        problems += _with_a_way_out(found, known, numbers) if alone else found
     return known
+
+
+def _out_of_order(turns: list[Turn], numbers: Sequence[int], answered: bool) -> list[Problem]:
+    found: list[Problem] = []
+    _check_order(turns, numbers, found)
+    if answered:
+        _check_answers(turns, found)
+    return found
+
+
+def _with_a_way_out(found: list[Problem], turns: list[Turn], numbers: Sequence[int]) -> list[Problem]:
+    """The problems with what to type, where turns that are made to alternate have none."""
+    if not found:
+        return found
+    even, theirs, done = evened([*map(dict, turns)], numbers)
+    if not done or _out_of_order(even, theirs, True):
+        return found
+    return [replace(problem, fix=f"{problem.fix}; --on-uneven mend does so") for problem in found]
 
 
 def _broken_list(key: str, text: Any) -> Problem | None:

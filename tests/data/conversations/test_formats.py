@@ -715,7 +715,7 @@ def test_a_text_in_which_there_is_nothing_to_see_is_empty(text):
 
 @pytest.mark.parametrize(("turns", "fix"), [
     ([system("a"), system("b")], "join it with the first one"), ([user("a"), answer("b"), system("c"), user("d"), answer("e")], "move it to the front"),
-    ([user("a"), answer("b"), user("thanks")], "leave the last turn out, or put the answer behind it")])
+    ([user("a"), answer("b"), user("thanks")], "leave the last turn out, or put the answer behind it; --on-uneven mend does so")])
 def test_what_to_do_about_turns_out_of_place(turns, fix):
     with pytest.raises(RowError) as caught:
         read({"messages": turns})
