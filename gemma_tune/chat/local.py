@@ -161,4 +161,5 @@ def _placed(session: Session, which: str) -> Placement:
 
 
 def _format(session: Session, checkpoint: Path) -> ChatFormat:
-    return load_format(checkpoint, session.model.config["model_type"])
+    named = session.chat_template() if checkpoint == session.model.path else None
+    return load_format(checkpoint, session.model.config["model_type"], template=named)

@@ -122,6 +122,7 @@ Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_j
 TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
+ChatTemplate = Annotated[Optional[str], _of(c.PrepareConfig, "chat_template")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
 Valid = Annotated[Optional[str], _of(c.PrepareConfig, "valid")]
 MaxLength = Annotated[Optional[int], _of(c.PrepareConfig, "max_length")]

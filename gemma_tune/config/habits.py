@@ -44,6 +44,7 @@ _ELSEWHERE = {
     "gemma-tune prepare --valid": "val_size val_set_size eval_dataset test_datasets validation_split",
     "gemma-tune prepare --model": "model_name_or_path model_name base_model model_id model_path",
     "gemma-tune prepare --train-on, for all answers or the last": "roles_to_train mask_history",
+    "gemma-tune prepare --chat-template, where the model has none": "template chat_template_jinja",
     "gemma-tune eval --data": "test",
     "gemma-tune merge --push": "push_to_hub hub_model_id push_to_hub_model_id",
     "gemma-tune export-ollama --quant": "outtype quantization_method export_quantization_bit",
@@ -70,7 +71,6 @@ _NOT_HERE = {
     "a model is divided among processes with --num-processes N --strategy fsdp": "deepspeed fsdp fsdp_config",
     "an adapter is trained, and never the whole model": "full full_finetune full_finetuning finetuning_type "
                                                         "fine_tune_type use_peft use_lora lora lora_parameters",
-    "conversations are laid out by the model's own chat template": "template chat_template",
     "there is no noise on embeddings here": "neftune neftune_noise_alpha noisy_embedding_alpha",
 }
 _MEANT: dict[str, str] = {}

@@ -31,7 +31,7 @@ from gemma_tune.encoding.left_out import (
 )
 from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
 from gemma_tune.encoding.rendering import compiled
-from gemma_tune.encoding.templates import family_template
+from gemma_tune.encoding.templates import ENDING_WITH_EOS, NAMED, family_template
 from gemma_tune.encoding.thinking import (
     NO_REASONING,
     answer_after,
@@ -55,24 +55,29 @@ class ChatFormat:
         model_type: ``model_type`` of the model's config.json, which names the family.
         other_stop_ids: ids that end an answer by the model's generation settings (Llama 3 has three).
         thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is.
+        template: Jinja source in the place of the tokenizer's own.
 
     Raises:
         UserError: no template known, several of which none is `default`, one that does not end an assistant's turn, one
             without a switch for thinking where it is to be on, or a tokenizer of the slow kind.
     """
 
-    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto"):
+    def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto",
+                 template: str | None = None):
         self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")
-        self.template_origin = "the model's own"
+        self.template_origin = "the model's own" if template is None else "the one that was named"
+        if template is not None:
+            tokenizer.chat_template = template
         if not tokenizer.chat_template:
             tokenizer.chat_template = family_template(model_type)
             self.template_origin = f"gemma-tune's for {model_type}: this base model has none"
         if not tokenizer.chat_template:
             raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
-                            "use an instruction-tuned version of it (often named …-it or …-Instruct)")
+                            "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one: "
+                            f"gemma-tune prepare --chat-template {' or '.join(NAMED)}, or a Jinja file")
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
@@ -316,7 +321,8 @@ class ChatFormat:
         if special := self._special_ids(tail):
             return special[0]
         raise UserError("the chat template does not end an assistant's turn with a special token, so a model trained "
-                        "on it could never stop", "use a model whose template marks the end of a turn")
+                        "on it could never stop", "use a model whose template marks the end of a turn, or another "
+                        f"template: --chat-template {ENDING_WITH_EOS} ends it with the tokenizer's end of text")
 
     def _find_calls_end(self) -> int | None:
         """The special token that ends a turn with tool calls, as far as the template has these.

@@ -29,17 +29,38 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_format(checkpoint: Path, model_type: str, thinking: str = "auto") -> ChatFormat:
+def load_format(checkpoint: Path, model_type: str, thinking: str = "auto", template: Path | None = None) -> ChatFormat:
     """The tokenizer of a checkpoint or adapter directory with its chat template.
 
     Args:
         thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is: an adapter's holds
             what it was trained with.
+        template: a Jinja file in the place of the checkpoint's own template.
 
     Raises:
-        UserError: no tokenizer there, no chat template for it, or one that cannot switch thinking on.
+        UserError: no tokenizer there, a file that cannot be read, no chat template for it, or one that cannot switch
+            thinking on.
     """
-    return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking)
+    own = None if template is None else read_template(template)
+    return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking, own)
+
+
+def read_template(path: Path) -> str:
+    """The text of a file with a chat template.
+
+    Raises:
+        UserError: it cannot be read, or is no template.
+    """
+    require_readable(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise UserError(f"the chat template {path} cannot be read: {getattr(e, 'strerror', None) or 'it is no text'}",
+                        "name a file with a Jinja template, such as a chat_template.jinja") from e
+    if "{" not in text:
+        raise UserError(f"{path} is no chat template: there is no Jinja in it",
+                        "name a file with a Jinja template, such as a chat_template.jinja")
+    return text
 
 
 @loading("the tokenizer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.labels import IGNORE_INDEX
-from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.encoding.templates import NAMED, named_template
+from gemma_tune.encoding.tokenizer import load_format, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
@@ -54,22 +56,27 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     _refuse_base(session)
     if kept := _without_its_files(session):
         if preview:
-            _preview(session, preview, kept.summary.get("kind"))
+            _preview(session, preview, kept.summary.get("kind"), session.chat_template())
         return kept
     session = _as_before(session)
     sources, held_out = _sources(session)
+    named = session.config.chat_template
+    template = named_template(named) if named else None
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
+    if template and named not in NAMED:
+        read_template(template)
+        inputs["chat_template"] = template
     recorded = session.manifest.stages.get("prepare")
     if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
-    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out, foretell), inputs)
+    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out, template, foretell), inputs)
     _warn_of_stopped(session)
     if preview:
-        _preview(session, preview, report.summary.get("kind"))
+        _preview(session, preview, report.summary.get("kind"), template)
     return report
 
 
@@ -107,6 +114,8 @@ def _as_before(session: Session) -> Session:
     changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
         changes["valid"] = session.run.found(changes["valid"])
+    if (template := changes.get("chat_template")) and template not in NAMED:
+        changes["chat_template"] = session.run.found(template)
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
     if others := {name: value for name, value in changes.items() if name != "data"}:
@@ -120,8 +129,10 @@ def _without_its_files(session: Session) -> StageReport | None:
     record = session.manifest.stages.get("prepare")
     if record is None or session.given or session.force:
         return None
-    named = (*record["config"]["data"]["value"], record["config"]["valid"]["value"])
-    places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")]
+    before = session.settings_of("prepare")
+    named = (*before["data"], before["valid"], before.get("chat_template"))
+    places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")
+              and name not in NAMED]
     gone = [place for place in places if not os.path.exists(place)]
     same = record["summary"].get("encoding") == encoding_key(record["base"])
     if not gone or not same or state_of(session.run, session.manifest, "prepare").status != "done":
@@ -160,15 +171,19 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
 
     config = session.config
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
-    return replace(config, data=tuple(kept(name) for name in config.data), valid=valid)
+    template = config.chat_template
+    if template and template not in NAMED:
+        template = session.run.relative(named_template(template))
+    return replace(config, data=tuple(kept(name) for name in config.data), valid=valid, chat_template=template)
 
 
 # --- the two passes
 
-def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source], foretell: bool) -> Finished:
+def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source], template: Path | None,
+             foretell: bool) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
-    chat = load_format(session.model.path, session.model.config["model_type"], config.thinking)
+    chat = load_format(session.model.path, session.model.config["model_type"], config.thinking, template)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     if foretell:
         _foretell_export(session, chat)
@@ -181,12 +196,14 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out))
         report, tools = work.write(decided), work.findings.noticed.tools
+        if template:
+            shutil.copyfile(template, folder / run.chat_template.name)
     run.refused_rows.unlink(missing_ok=True)
     warn(session, decided, report)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
-               "data_report": run.data_report}
+               "data_report": run.data_report, **({"chat_template": run.chat_template} if template else {})}
     return Finished(outputs, _summary(report) | {"tool_rows": tools,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
@@ -207,9 +224,9 @@ def _foretell_export(session: Session, chat: ChatFormat) -> None:
 
 # --- what is shown
 
-def _preview(session: Session, count: int, kind: str | None) -> None:
+def _preview(session: Session, count: int, kind: str | None, template: Path | None) -> None:
     """The first training sequences as training sees them, of pairs both: text in pieces, each learned or not."""
-    chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking)
+    chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking, template)
     sequences = open_tokens(session.run.tokens / "train.arrow")
     marks = answers_of(sequences)
     names = _ANSWERS.get(kind, {})

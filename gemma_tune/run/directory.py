@@ -71,6 +71,11 @@ class RunDir:
         return self.data / "report.json"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that the data was prepared with, where one was named."""
+        return self.data / "chat_template.jinja"
+
+    @property
     def tokens(self) -> Path:
         """Directory of the token sequences, see ``encoding.tokens``."""
         return self.data / "tokens"

@@ -11,7 +11,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.run.directory import RunDir
 
 # What `prepare` puts into data/.
-PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy")
+PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy",
+            "chat_template.jinja")
 _OF_SYSTEMS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 _SHOWN = 5
 _ELSEWHERE = "move {} elsewhere, or work in another directory: --run DIR"

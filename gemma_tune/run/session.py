@@ -66,6 +66,11 @@ class Session:
         """The stage's settings."""
         return self.resolved.config
 
+    def chat_template(self) -> Path | None:
+        """The chat template that the run's data was prepared with, where it is not the model's own."""
+        named = "chat_template" in self.manifest.stages.get("prepare", {"outputs": {}})["outputs"]
+        return self.run.chat_template if named else None
+
     def settings_of(self, stage: str) -> dict[str, Any]:
         """Recorded settings of an earlier stage by name, without their origins."""
         record = self.manifest.stages.get(stage, {"config": {}})

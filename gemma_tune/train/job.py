@@ -66,7 +66,7 @@ def load_libraries() -> None:
 def chat_format_of(session: Session) -> ChatFormat:
     """The tokenizer and the chat template that the data was prepared with."""
     thinking = session.settings_of("prepare").get("thinking", "auto")
-    return load_format(session.model.path, session.model.config["model_type"], thinking)
+    return load_format(session.model.path, session.model.config["model_type"], thinking, session.chat_template())
 
 
 def prepared_sequences(session: Session) -> tuple[Any, Any]:

@@ -1,8 +1,11 @@
-"""Chat templates of the Gemma families, for base models that come without one (text and system messages)."""
+"""Chat templates for base models that come without one (text and system messages): of the Gemma families, and some
+that any model can be given by name."""
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 
 # Gemma 1, 2 and 3 share their turn markers; Gemma 4 has its own. Keys are `model_type` values of config.json.
 _FILES = {
@@ -15,6 +18,14 @@ _FILES = {
     "gemma4_unified": "gemma4.jinja",
     "gemma4_unified_text": "gemma4.jinja",
 }
+# For ``prepare --chat-template``: one ends answers with the tokenizer's end of text, the other with a token of its own.
+ENDING_WITH_EOS = "alpaca"
+NAMED = (ENDING_WITH_EOS, "chatml")
+
+
+def named_template(name: str) -> Path:
+    """The Jinja file that ``--chat-template`` means: one of ``NAMED``, or the user's own."""
+    return Path(__file__).with_name(f"{name}.jinja") if name in NAMED else Path(os.path.expanduser(name))
 
 
 def family_template(model_type: str) -> str | None:

@@ -1,0 +1,87 @@
+"""``prepare --chat-template``: base models that have none, from their data to a GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.command import rows, write_rows
+from support.llamas import TURNS, save_random, tokenizer_with_turns
+
+OWN = TURNS.replace("<turn>", "=== ")
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A Llama whose tokenizer has no template."""
+    tokenizer = tokenizer_with_turns()
+    tokenizer.chat_template = None
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    save_random(LlamaForCausalLM(config), tokenizer, tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", rows(12))
+
+
+def test_a_base_model_gets_a_template_that_stays_with_what_is_trained(cli, base, chats):
+    refused = cli("prepare", chats, "--model", base)
+    assert refused.code == 2 and "gemma-tune prepare --chat-template alpaca or chatml" in " ".join(refused.err.split())
+    for args in (("prepare", chats, "--model", base, "--chat-template", "alpaca"),
+                 ("train", "--max-steps", 40, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
+                 ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    run = Path("runs/plain")
+    for place in (run / "plain_lora_adapter", run / "plain_lora_merged"):
+        assert "### Response:" in (place / "chat_template.jinja").read_text()
+    modelfile = (run / "ollama/Modelfile").read_text()
+    assert "### Instruction:\n{{ .Content }}" in modelfile and 'PARAMETER stop """<|endoftext|>"""' in modelfile
+    for use in ("adapter", "merged", "gguf"):
+        answer = cli("chat", "--prompt", "Say number 3.", "--use", use, "-n", 20, "--json")
+        assert answer.json["answer"].startswith("The number"), use
+    assert cli("chat", "--base", "--prompt", "Say number 3.", "-n", 3).code == 0, "which is asked in the same words"
+
+
+def test_a_file_is_known_by_its_content_and_the_run_has_a_copy(cli, base, chats, tmp_path):
+    mine = tmp_path / "mine.jinja"
+    mine.write_text(OWN)
+    assert cli("prepare", chats, "--model", base, "--chat-template", mine).code == 0
+    again = cli("prepare", chats, "--chat-template", mine, "--json")
+    assert again.json["status"] == "up-to-date" and cli("prepare", "--json").json["status"] == "up-to-date"
+    mine.write_text("{# mine #}" + OWN)
+    assert cli("status", "--json").json["stages"]["prepare"]["state"].startswith("stale")
+    assert (changed := cli("prepare", "--json")).code == 0, changed.err
+    assert changed.json["status"] == "done"
+    mine.unlink()
+    assert cli("prepare", "--json").json["status"] == "up-to-date", "as where data are gone"
+    assert cli("train", "--max-steps", 1, "--samples", 0).code == 0
+    assert "=== " in Path("runs/plain/plain_lora_adapter/chat_template.jinja").read_text()
+
+
+def test_a_models_own_template_is_replaced_where_that_is_wanted(cli, tiny, chats, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}: {{ m.content }}"
+                                         "<end_of_turn>{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant: {% endif %}")
+    assert cli("prepare", chats, "--model", tiny, "--chat-template", "mine.jinja", "--preview", 1).code == 0
+    assert json.loads(Path("runs/tiny-gemma/manifest.json").read_text())["stages"]["prepare"]["config"]["chat_template"] == {
+        "value": "../../mine.jinja", "from": "flag"}
+    assert cli("prepare", chats, "--json").json["status"] == "done", "its own again"
+    assert not Path("runs/tiny-gemma/data/chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("gone.jinja", None, "gone.jinja"), ("words.jinja", b"hello", "there is no Jinja in it"), ("bytes.jinja", b"\xff\xfe{", "it is no text"),
+    ("broken.jinja", b"{% for %}", "the model's chat template cannot be used"),
+    ("chatml", None, "does not end an assistant's turn with a special token")])
+def test_what_cannot_be_used_is_told(cli, base, chats, tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = cli("prepare", chats, "--model", base, "--chat-template", name)
+    assert result.code == 2 and said in " ".join(result.err.split()) and "Hint:" in result.err
