@@ -20,7 +20,9 @@ from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Held, Listener
+from gemma_tune.base.machine import Terminated
 from gemma_tune.chat import local
+from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.scripts import read
@@ -791,6 +793,27 @@ def test_a_typed_line_that_is_no_text_is_said_and_the_chat_goes_on(monkeypatch, 
     assert conversation.messages == turns("one", "first line\nsecond line"), "the other lines stay"
     assert err.count("what was typed: not UTF-8 text") == 3 and "iconv" in err
     assert not list(Path().glob("caf*"))
+
+
+def test_sigterm_ends_with_its_code_also_when_the_load_ends_meanwhile(monkeypatch, conversation):
+    """What says whether it is still going on can say two things in a row."""
+    class Ending(Ahead):
+        going_on = property(lambda self: next(said))
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def ended(self):
+        raise Terminated(130)
+
+    monkeypatch.setattr(loop.Talk, "run", ended)
+    monkeypatch.setattr(loop, "end_at_once", leave)
+    for answers in ([True, False, False], [False, False, False]):
+        said = iter(answers)
+        conversation.answering = Ending(lambda: None)
+        with pytest.raises(SystemExit) as left:
+            loop.interactive(conversation, typing.typist(), Held(Listener()))
+        assert left.value.code == 130
 
 
 # --- a real terminal ------------------------------------------------------------------------------------------------

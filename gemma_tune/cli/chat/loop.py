@@ -56,26 +56,32 @@ def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor
     """
     talk = Talk(conversation, typist, said)
     say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    code = 0
     try:
         try:
             talk.run()
         except Terminated:
-            if conversation.ahead is None or not conversation.ahead.going_on:
-                raise
-            code = INTERRUPTED
+            _leave_the_load(conversation, INTERRUPTED)
+            raise
+        _leave_the_load(conversation, 0)
         if (ahead := conversation.ahead) is not None:
-            if ahead.going_on:  # nobody waits for it any more
-                end_all()
-                if code:
-                    say("(stopped)")
-                with keeping_still():  # the line of what is loaded hides the cursor
-                    end_at_once(code)
             said.tell()
             if ahead.failure is not None:
                 raise ahead.failure
     finally:
         conversation.close()
+
+
+def _leave_the_load(conversation: Conversation, code: int) -> None:
+    """End the process, with this exit code, where a model is being loaded: nobody waits for it any more."""
+    ahead = conversation.ahead
+    if ahead is None or not ahead.going_on:
+        return
+    end_all()
+    with keeping_still():  # the line of what is loaded hides the cursor
+        if code:
+            with contextlib.suppress(OSError, screen.OutputLost):  # the terminal has gone
+                say("(stopped)")
+        end_at_once(code)
 
 
 class Talk:
