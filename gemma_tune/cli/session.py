@@ -150,11 +150,14 @@ class Command(TyperCommand):
         except (typer.Exit, typer.Abort):
             raise
         except (BrokenPipeError, screen.OutputLost) as e:
-            raise typer.Exit(_output_is_lost(e, ctx.params)) from None
+            if not _was_ended(e):
+                raise typer.Exit(_output_is_lost(e, ctx.params)) from None
+            problem = Interrupted(*self._stopped)
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
                 raise
-            problem = Interrupted(*self._stopped) if stopped() else _refused_by_system(e) or WorkFailed(
+            ended = _was_ended(e) or stopped()
+            problem = Interrupted(*self._stopped) if ended else _refused_by_system(e) or WorkFailed(
                 f"unexpected {type(e).__name__}: {e}",
                 "repeat with --debug and report the traceback; finished stages are kept")
             problem.__cause__ = e
@@ -234,6 +237,13 @@ def _show(problem: UserError, params: Mapping[str, Any]) -> None:
             screen.result_json({"error": screen.error_json(problem)})
     with contextlib.suppress(OSError):  # stderr is full or has no reader: the exit code says it
         screen.error(problem)
+
+
+def _was_ended(e: BaseException | None) -> bool:
+    """Whether SIGTERM or SIGHUP came first, and what failed was the putting away: on a terminal that has gone, say."""
+    while e is not None and not isinstance(e, Terminated):
+        e = e.__context__
+    return e is not None
 
 
 def _refused_by_system(e: Exception) -> UserError | None:

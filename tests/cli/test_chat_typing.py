@@ -55,6 +55,10 @@ class Terminal:
         for answer in answers:
             self.expect(answer)
 
+    def close_terminal(self) -> None:
+        """As when its window is closed: the system tells the chat by SIGHUP."""
+        self.child.ptyproc.fileobj.close()
+
     def leave(self) -> str:
         """Everything that was on the terminal, without escape sequences."""
         self.type("/exit", "closed")
@@ -259,6 +263,30 @@ def test_lines_that_are_pasted_during_an_answer_are_one_question(terminal):
     asked = [turn["content"] for turn in json.loads(Path("talk.jsonl").read_text())["messages"] if turn["role"] == "user"]
     assert asked == ["one two three four", "line one\nline two\nline three", "and so on for long", "line four\nline five",
                      "five six seven", "next"]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_terminal_that_is_closed_ends_the_chat_without_waiting_for_the_model(terminal, sent):
+    chat = terminal(TALKING_LOADS="60")
+    if sent:
+        chat.child.send("early\r")
+        chat.expect("\x1b[?2004l")  # the editor has sent it
+    time.sleep(0.5)
+    begun = time.monotonic()
+    chat.close_terminal()
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (130, None)
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("markdown", ["on", "off"])
+def test_a_terminal_that_is_closed_during_an_answer_ends_the_chat(terminal, markdown):
+    chat = terminal(TALKING_PAUSE="0.3")
+    chat.type(f"/set markdown {markdown}", f"(markdown: {markdown})")
+    chat.type("word " * 50, "tuned says word word")
+    chat.close_terminal()
+    chat.child.wait()
+    assert (chat.child.exitstatus, chat.child.signalstatus) == (130, None)
 
 
 def test_ctrl_d_during_an_answer_leaves_after_it(terminal):

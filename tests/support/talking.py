@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.errors import UserError
@@ -15,11 +18,10 @@ from gemma_tune.base.loading import loading
 from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
-from gemma_tune.cli import screen
 from gemma_tune.cli.chat.loop import interactive
 from gemma_tune.cli.chat.typing import typist
 from gemma_tune.cli.console import ConsoleListener
-from gemma_tune.cli.spinner import saying_what_is_loaded
+from gemma_tune.cli.session import Command, Commands
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.run.directory import RunDir
 
@@ -62,7 +64,8 @@ class Voice:
         pass
 
     def close(self) -> None:
-        print("closed", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal has gone
+            print("closed", file=sys.stderr)
 
 
 class Voices:
@@ -84,7 +87,8 @@ class Voices:
         self._voices["base"].close()
 
 
-if __name__ == "__main__":
+def chat() -> None:
+    """The command."""
     Path("run").mkdir(exist_ok=True)
     voices, said = Voices(), Held(ConsoleListener())
 
@@ -96,11 +100,13 @@ if __name__ == "__main__":
             raise UserError(FAILS, "load another one")
         return voices.open("tuned")
 
-    with saying_what_is_loaded():
-        answering = Ahead(load) if LOADS else load()
-        talk = Conversation(answering, ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices)  # type: ignore[arg-type]
-        try:
-            interactive(talk, typist(), said)
-        except UserError as e:
-            screen.error(e)
-            sys.exit(e.exit_code)
+    answering = Ahead(load) if LOADS else load()
+    talk = Conversation(answering, ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices)  # type: ignore[arg-type]
+    interactive(talk, typist(), said)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(cls=Commands)
+    app.callback()(lambda: None)  # with one command alone there would be no group
+    app.command("chat", cls=Command)(chat)
+    app(["chat"])

@@ -278,17 +278,18 @@ def _terminal_without(*modes: str) -> Iterator[None]:
     try:
         number = sys.stdin.fileno()
         before = termios.tcgetattr(number)
+        changed = [*before]
+        for mode in modes:
+            changed[3] &= ~getattr(termios, mode)
+        termios.tcsetattr(number, termios.TCSANOW, changed)
     except (termios.error, OSError, ValueError, AttributeError):
         yield
         return
-    changed = [*before]
-    for mode in modes:
-        changed[3] &= ~getattr(termios, mode)
-    termios.tcsetattr(number, termios.TCSANOW, changed)
     try:
         yield
     finally:
-        termios.tcsetattr(number, termios.TCSANOW, before)
+        with contextlib.suppress(termios.error, OSError, ValueError):  # it has gone, which its signal tells
+            termios.tcsetattr(number, termios.TCSANOW, before)
 
 
 def several_lines(reader: Plain | Editor) -> str:
