@@ -314,7 +314,7 @@ def test_ctrl_c_and_unknown_commands_do_not_leave(terminal):
     chat = terminal()
     chat.child.send("half a line\x03")
     chat.expect("(Ctrl-D or /exit leaves)")
-    chat.type("/retyr", "(there is no /retyr; did you mean `/retry`?)")
+    chat.type("/retyr", "(there is no /retyr; did you mean `/retry`? A space before it makes it a question)")
     chat.type("/help", "/system TEXT", "/export [FILE]")
     chat.type("/set", "temperature  the model's own", "seed  random")
     chat.type("/set top_k 5", "(top_k: 5)")

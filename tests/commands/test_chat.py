@@ -447,15 +447,25 @@ def test_the_help_keeps_its_columns_where_a_line_is_long(talk, monkeypatch):
 
 
 def test_questions_that_begin_with_a_slash(talk, conversation):
-    """A path, a comment of code and what a space stands before are no commands; those that there are stay some."""
-    asked = ["/etc/passwd holds what?", "// what does this do?\nf(x);", "/* and this */", " /nope is a word"]
-    talk(*asked, " /undo", streams=[Spoken(["a"]) for _ in asked])
-    assert [turn["content"] for turn in conversation.turns[::2]] == asked[:-1]
+    """A path, a comment of code, what a space stands before, and more than a word that is no command's name."""
+    asked = ["/etc/passwd holds what?", "// what does this do?\nf(x);", "/* and this */", " /nope is a word", "/etc is what?",
+             "/I think so/ is regex", "/opt\nis what?", " /undo", "\t/exit"]
+    talk(*asked, streams=[Spoken(["a"]) for _ in asked])
+    assert [turn["content"] for turn in conversation.turns[::2]] == asked
+
+
+@pytest.mark.parametrize(("line", "meant"), [("/hlep", "/help"), ("/hlep me", "/help"), ("/sytem Be brief.", "/system"),
+                                             ("/fx\nthe right answer", "/fix"), ("/sa talk.jsonl", "/save"), ("/etc", "/set")])
+def test_what_is_nearly_a_command_is_not_asked(talk, conversation, line, meant):
+    _, err = talk(line)
+    name = line.split()[0]
+    assert f"(there is no {name}; did you mean `{meant}`? A space before it makes it a question)" in " ".join(err.split())
+    assert not conversation.turns
 
 
 def test_slash_commands(talk, conversation):
     conversation.keep("one", Answer("1", 1, True))
-    _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope x", "/xyzzy", "/help", "", "   ", KeyboardInterrupt())
+    _, err = talk("/reset", "/system  Be [bold] brief. ", "/nope", "/xyzzy", "/help", "", "   ", KeyboardInterrupt())
     assert conversation.messages == [{"role": "system", "content": "Be [bold] brief."}]
     assert "(the conversation starts anew)" in err
     assert "(system prompt: Be [bold] brief.)" in err

@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.table import Table
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import counted, near
+from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.chat.conversation import CHANGEABLE, Conversation
 from gemma_tune.chat.transcript import export
 from gemma_tune.cli import console, screen
@@ -48,13 +48,23 @@ class Command:
     help: str
 
 
-_LOOKS_LIKE_ONE = re.compile(r"/[A-Za-z?]+(?:\s|\Z)")  # and not /usr/bin, // or /*
+_LOOKS_LIKE_ONE = re.compile(r"/[A-Za-z?]+")  # and not /usr/bin, // or /*
+_ALIKE = 0.8  # how alike the name of a command a word is that begins a line of several: more than /etc and /set
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is for the chat and not for the model: also one that seems to be misspelt."""
-    name = line.lstrip().partition("\n")[0].partition(" ")[0].strip()
-    return name in COMMANDS or name in ALIASES or _LOOKS_LIKE_ONE.match(line) is not None
+    """Whether a line is for the chat and not for the model: also one that seems to be misspelt, as a word that stands
+    alone does, or one that is much like a name."""
+    name, rest = _parts(line)
+    if name in COMMANDS or name in ALIASES:
+        return True
+    return bool(_LOOKS_LIKE_ONE.fullmatch(name)) and (not rest or bool(nearest(name, COMMANDS, least=_ALIKE)))
+
+
+def _parts(line: str) -> tuple[str, str]:
+    """The first word, which is none where the line begins with white space, and the rest."""
+    name = re.split(r"\s", line, maxsplit=1)[0]
+    return name, line[len(name):].strip()
 
 
 def obey(talk: Talk, line: str) -> None:
@@ -63,13 +73,12 @@ def obey(talk: Talk, line: str) -> None:
     Raises:
         UserError: it cannot be done.
     """
-    name, _, rest = line.partition("\n")[0].partition(" ")
-    name, rest = name.strip(), line[len(name):].strip()
-    if name in ALIASES:
-        name = ALIASES[name]
+    name, rest = _parts(line)
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        otherwise = "; /help lists what there is; with a space before it, it is a question"
-        say(f"(there is no {name}{near(name, COMMANDS) or otherwise})")
+        meant = near(name, COMMANDS)
+        say(f"(there is no {name}{meant} A space before it makes it a question)" if meant else
+            f"(there is no {name}; /help lists what there is; with a space before it, it is a question)")
         return
     COMMANDS[name].run(talk, rest)
 

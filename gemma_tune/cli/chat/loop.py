@@ -99,7 +99,7 @@ class Talk:
             try:
                 line = self._read()
                 if is_command(line):
-                    obey(self, line.lstrip())
+                    obey(self, line)
                 elif line.strip():
                     self.answer(line)
             except UserError as e:
