@@ -425,7 +425,8 @@ def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
     if not (request.options["quiet"] and request.options["json"]):
         console.plan(planned)
     if request.options["json"]:
-        screen.result_json({"stage": "train", "status": "planned", "run": str(run), **planned.as_json()})
+        screen.result_json({"stage": "train", "status": "planned", "run": str(run), **planned.as_json(),
+                            "warnings": list(screen.warnings)})
 
 
 def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:

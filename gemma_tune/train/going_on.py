@@ -37,7 +37,7 @@ from gemma_tune.train.checkpoints import (
 )
 from gemma_tune.train.method import with_method
 from gemma_tune.train.plan import rate_at, total_steps
-from gemma_tune.train.start import start_folder, with_start
+from gemma_tune.train.start import start_folder, warn_of_what_is_replaced, with_start
 
 if TYPE_CHECKING:
     from gemma_tune.train.best import Best
@@ -102,6 +102,8 @@ def as_before(session: Session, writes: bool = True) -> tuple[Session, dict[str,
         waiting = None
     session = with_method(_as_interrupted(session, waiting))
     session, start = with_start(session, waiting and waiting["settings"], writes)
+    if not waiting:
+        warn_of_what_is_replaced(session)
     return session, waiting, start
 
 

@@ -21,6 +21,7 @@ from gemma_tune.models.source import split_revision
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import locked
 
+PREFERENCES = ("dpo", "kto", "orpo")
 NONE = "none"  # starts from zero again, where an adapter was named before
 _HUB = "hf:"
 _INPUT = "from_adapter"
@@ -71,6 +72,22 @@ def _learned_answers(session: Session) -> bool:
     return (session.config.method in ("dpo", "kto") and record is not None and session.run.adapter.is_dir()
             and record["base"] == session.model.fingerprint
             and session.settings_of("train").get("method", "sft") in ("sft", AUTO))
+
+
+def warn_of_what_is_replaced(session: Session) -> None:
+    """What a training of preferences learned is not gone on from by one of other data, or with another method, unless
+    it is named; and that one takes its place."""
+    record = session.manifest.stages.get("train")
+    method = session.settings_of("train").get("method")
+    if record is None or method not in PREFERENCES or "from_adapter" in session.given:
+        return
+    tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
+    if tokens == record["inputs"].get("tokens", {}).get("sha256") and method == session.config.method:
+        return
+    start, adapter = session.config.from_adapter, session.run.adapter
+    session.listener.warn(f"what the last training learned ({method}) is replaced: this one ({session.config.method}) "
+                          f"starts from {start or 'the base model'}; to go on from it instead: cp -r {adapter} COPY, "
+                          "then train with --from-adapter COPY")
 
 
 def _own(session: Session, writes: bool) -> tuple[Path, str]:

@@ -295,3 +295,33 @@ def test_pairs_and_judged_answers_go_all_the_way(cli, tiny, tmp_path):
         assert f"On {sum(trained_of(valid))} learned tokens of the validation rows" in (run / "ollama/report.md").read_text()
         assert cli("eval", "--run", run, "--questions", 1, "--max-new-tokens", 4).code == 0
         assert cli("status", "--run", run, "--json").json["stages"]["prepare"]["state"] == "done"
+
+
+def test_what_preferences_were_learned_is_not_replaced_in_silence(cli, prepared, tmp_path):
+    """By those of other data, by another method, or by answers; a copy of the adapter goes on instead."""
+    said = "what the last training learned (dpo) is replaced: this one ({}) starts from {}"
+    quick = ("--rank", 4, "--dtype", "fp32", "--max-steps", 3, "--samples", 0)
+    assert cli("train", *quick, "--method", "sft").code == 0
+    assert cli("train", *quick, "--method", "auto").code == 0
+    assert "is replaced" not in cli("train", *quick, "--max-steps", 4, "--dry-run").err
+    assert said.format("kto", "tiny-gemma_sft_adapter") in cli("train", *quick, "--method", "kto", "--dry-run").err
+    assert cli("prepare", write_rows(tmp_path / "judged.jsonl", judged())).code == 0
+    [told] = [text for text in cli("train", *quick, "--dry-run", "--json").json["warnings"] if "replaced" in text]
+    assert told.startswith(said.format("kto", "tiny-gemma_sft_adapter")), told
+    shown = f"cp -r {RUN}/tiny-gemma_lora_adapter COPY, then train with --from-adapter COPY"
+    assert told.endswith(shown)
+    before = adapter_bytes(prepared)
+    shutil.copytree(prepared / "tiny-gemma_lora_adapter", "COPY")
+    result = cli("train", *quick, "--from-adapter", "COPY", "--json")
+    assert result.code == 0 and not any("replaced" in text for text in result.json["warnings"]), result.err
+    assert Path("COPY/adapter_model.safetensors").read_bytes() == before != adapter_bytes(prepared)
+
+
+def test_answers_after_preferences_are_learned_from_the_base_and_that_is_said(cli, prepared, tmp_path):
+    quick = ("--rank", 4, "--dtype", "fp32", "--max-steps", 3, "--samples", 0)
+    assert cli("train", *quick, "--method", "sft").code == 0
+    assert cli("train", *quick, "--method", "auto").code == 0
+    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()]
+    assert cli("prepare", write_rows(tmp_path / "answers.jsonl", answers)).code == 0
+    [told] = [text for text in cli("train", *quick, "--json").json["warnings"] if "replaced" in text]
+    assert "(dpo) is replaced: this one (sft) starts from the base model" in told
