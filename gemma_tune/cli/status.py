@@ -148,8 +148,10 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
 def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
     """Step and value of the lowest validation loss of the training that is recorded; of one that has not ended where
     there is none."""
-    last = manifest.stages.get("train", {"summary": {}})["summary"].get("steps") or math.inf
-    return best_so_far(run.log_of(manifest.finished_training), last)
+    summary = manifest.stages.get("train", {"summary": {}})["summary"]
+    shift = summary.get("counted_after") or 0  # of a training whose log has its own steps alone
+    best = best_so_far(run.log_of(manifest.finished_training), (summary.get("steps") or math.inf) - shift)
+    return (best[0] + shift, best[1]) if best else None
 
 
 def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | None,

@@ -95,7 +95,9 @@ def _curves(run: RunDir, trained: Mapping[str, Any]) -> Any:
                     if math.isfinite(record.get(key, math.nan)):
                         points.append((step, float(record[key])))
     with _whatever_is_there():
-        return charts.loss_chart(losses, evals, trained.get("kept_step"))
+        shift = trained.get("counted_after", 0)  # of a training whose log has its own steps alone
+        parts = [[(step + shift, loss) for step, loss in points] for points in (losses, evals)]
+        return charts.loss_chart(*parts, trained.get("kept_step"))
     return None
 
 

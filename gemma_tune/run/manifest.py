@@ -39,7 +39,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss
             "divergence", "same_token", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "steps",
             "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
-            "steps_before", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
+            "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
 _TEXTS = ("training_id", "method", "kind", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended")

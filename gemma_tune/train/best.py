@@ -37,13 +37,16 @@ class Best(TrainerCallback):
         patience: evaluations in a row without a lower loss after which the training ends; 0 for none.
         earlier: records of the log up to the checkpoint that training goes on from.
         checkpoints: how many of them stay, that of the best step among them.
-        keeps_start: the adapter that the training starts from may be the best as well.
+        before: steps that the adapter had which the training starts from; that one may be the best as well.
+        first: the base model's loss, where this training began with another.
     """
 
     def __init__(self, folder: Path, training: str, listener: Listener, *, keeps: bool, patience: int,
-                 earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, keeps_start: bool = False):
+                 earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, before: int = 0,
+                 first: float | None = None):
         self.path, self.training, self.listener = folder / BEST, training, listener
-        self.keeps, self.patience, self.checkpoints, self.keeps_start = keeps, patience, checkpoints, keeps_start
+        self.keeps, self.patience, self.checkpoints, self.before = keeps, patience, checkpoints, before
+        self.first = first
         self.trainer: GemmaTrainer | None = None
         self.losses = validation_losses(earlier)
         self._kept = self._of_file()
@@ -65,19 +68,23 @@ class Best(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         step, loss = state.global_step, metrics["eval_loss"]
         self.losses[step] = loss
-        if (step or self.keeps_start) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
+        if (step or self.before) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
             assert self.trainer is not None
             self.keep(step, loss, trained_weights(self.trainer.model))
         elif step and not self._told and len(self.losses) > 1:
             best = self._lowest(list(self.losses))
-            self.listener.note(f"the validation loss is {loss:.4g} after step {step}, and was lowest "
-                               f"{f'after step {best}' if best else 'before the first step'}: {self.losses[best]:.4g}")
+            self.listener.note(f"the validation loss is {loss:.4g} after step {self.before + step}, and was lowest "
+                               f"{self._when(best)}: {self.losses[best]:.4g}")
             self._told = True
         if self.exhausted and step < state.max_steps:
-            self.listener.note(f"--early-stopping {self.patience}: the training ends after step {step} of "
-                               f"{state.max_steps}; so many times in a row the validation loss was not lower")
+            self.listener.note(f"--early-stopping {self.patience}: the training ends after step {self.before + step} "
+                               f"of {self.before + state.max_steps}; so many times in a row the validation loss was "
+                               "not lower")
             control.should_training_stop = control.should_save = True  # a later --continue goes on from here
         return control
+
+    def _when(self, step: int) -> str:
+        return f"after step {step}" if (step := self.before + step) else "before the first step"
 
     @property
     def lacks_file(self) -> bool:
@@ -147,17 +154,18 @@ class Best(TrainerCallback):
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
         before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
-        lowest = self._lowest(list(self.losses))
+        lowest, steps = self._lowest(list(self.losses)), f"step {self.before + kept} of {self.before + last}"
         if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
-            return (f"the adapter is that of step {kept} of {last}, with a validation loss of {loss:.4g}; it was lower "
-                    f"after step {lowest} ({self.losses[lowest]:.4g}), whose adapter was not kept")
+            return (f"the adapter is that of {steps}, with a validation loss of {loss:.4g}; it was lower "
+                    f"{self._when(lowest)} ({self.losses[lowest]:.4g}), whose adapter was not kept")
         if kept != last and not kept:
             return (f"the adapter stays the one that was there before these {last} steps: its validation loss is "
                     f"{loss:.4g}, and {end:.4g} at the end")
         if kept != last:
-            return (f"the adapter is that of step {kept} of {last}, whose validation loss was lowest: {loss:.4g}, and "
+            return (f"the adapter is that of {steps}, whose validation loss was lowest: {loss:.4g}, and "
                     f"{end:.4g} at the end; fewer {length}, a lower --learning-rate or more rows may lower it further")
         if lowest == last:
-            return (f"the validation loss was lowest at the end, {loss:.4g} instead of {before:.4g}: more {length} may "
+            return (f"the validation loss was lowest at the end, {loss:.4g} instead of "
+                    f"{before if self.first is None else self.first:.4g}: more {length} may "
                     "lower it further, and --continue goes on from here")
         return None

@@ -94,6 +94,13 @@ class MetricsLog(TrainerCallback):
         """Real tokens (no padding) of all processes per second spent in training steps of this command."""
         return self.trainer.tokens_seen / self.busy if self.busy and self.trainer else 0.0
 
+    @property
+    def overall_speed(self) -> float:
+        """The same of all training steps, those before an interruption included, where their time is known."""
+        seconds = self.seconds_before + self.busy
+        return self.tokens / seconds if seconds and bool(self.tokens_before) == bool(self.seconds_before) else (
+            self.tokens_per_second)
+
     def _add(self, record: dict[str, Any]) -> None:
         record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
         self.records.append(record)

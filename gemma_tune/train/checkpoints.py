@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Training:
         earlier: ids of the finished trainings that it goes on from.
         steps_before: steps of theirs that its own are counted after: none where it has their checkpoint, all where it
             has only their adapter.
+        rows: fingerprint of the sequences that it learns from, see ``stopped.rows_of``.
+        before: of the finished trainings that it goes on from: ``steps``; and where its own are counted after theirs,
+            the other figures that are of all steps.
     """
 
     id: str
@@ -50,16 +53,29 @@ class Training:
     earlier: tuple[str, ...] = ()
     steps_before: int = 0
     rows: str = ""
+    before: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, marker: Mapping[str, Any], key: str, settings: Mapping[str, Any]) -> Training:
         """The one whose checkpoint has this marker, as it goes on."""
         return cls(marker["id"], key, settings, marker["compute"], marker.get("micro_batch", 0),
-                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0), marker.get("rows", ""))
+                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0), marker.get("rows", ""),
+                   marker.get("before", {}))
 
-    def went_on(self) -> dict[str, Any]:
-        """What the manifest keeps of a training that goes on from finished ones."""
-        return {"earlier_trainings": [*self.earlier], "steps_before": self.steps_before} if self.earlier else {}
+    def of_all_steps(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """A summary's figures of its own steps as those of all, and what the manifest keeps of a training that goes on
+        from finished ones."""
+        if not self.earlier:
+            return dict(summary)
+        before, shift = self.before, self.steps_before
+        steps = {name: summary[name] + shift for name in ("steps", "kept_step", "resumed_from_step")}
+        sums = {name: round(summary[name] + (before.get(name) or 0), 1) for name in ("tokens", "training_seconds")}
+        losses = ("eval_loss_before", "train_loss_first")
+        first = {name: before[name] for name in losses if before.get(name) is not None}
+        speed = {"tokens_per_second": round(sums["tokens"] / sums["training_seconds"], 1)
+                 } if before.get("training_seconds") and before.get("tokens") else {}
+        return {**summary, **steps, **sums, **first, **speed, "earlier_trainings": [*self.earlier],
+                "steps_before": before.get("steps", shift), "counted_after": shift}
 
 
 def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any], start: str | None = None) -> str:

@@ -85,11 +85,13 @@ class Continuation:
         return self.before.get("steps_before", 0) if self.checkpoint else self.done
 
 
-def as_before(session: Session, writes: bool = True) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
+def as_before(session: Session, go_on: bool = False, writes: bool = True,
+              ) -> tuple[Session, dict[str, Any] | None, dict[str, Path]]:
     """The session with the settings of an interrupted training, of the method, and of the adapter that it starts from;
     that training's marker; and the adapter's files.
 
     Args:
+        go_on: ``--continue``.
         writes: see ``with_start``.
 
     Raises:
@@ -101,7 +103,7 @@ def as_before(session: Session, writes: bool = True) -> tuple[Session, dict[str,
             raise learned_from_other_rows(session.run, waiting, session.manifest.kind)
         waiting = None
     session = with_method(_as_interrupted(session, waiting))
-    session, start = with_start(session, waiting and waiting["settings"], writes)
+    session, start = with_start(session, waiting and waiting["settings"], writes, go_on)
     if not waiting:
         warn_of_what_is_replaced(session)
     return session, waiting, start
@@ -169,8 +171,16 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     start = _start(session, found.steps_before)
     training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
                         found.before.get("micro_batch", summary.get("micro_batch", 0)),
-                        session.manifest.finished_trainings, found.steps_before, content[1])
+                        session.manifest.finished_trainings, found.steps_before, content[1],
+                        _figures_before(found, summary))
     return Beginning(training, placement, found.checkpoint, start)
+
+
+def _figures_before(found: Continuation, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """See :class:`Training`."""
+    names = ("tokens", "training_seconds", "eval_loss_before", "train_loss_first")
+    known = found.before.get("before", {}) if found.checkpoint else {name: summary.get(name) for name in names}
+    return {**known, "steps": found.done}
 
 
 def _start(session: Session, steps_before: int) -> Path | None:
@@ -235,7 +245,18 @@ def offer(session: Session) -> str | None:
 def _done(session: Session) -> int:
     """Steps of the finished training, and of those that it went on from."""
     summary = session.manifest.stages["train"]["summary"]
-    return summary["steps"] + summary.get("steps_before", 0)
+    return summary["steps"] + _not_counted(summary)
+
+
+def _not_counted(summary: Mapping[str, Any]) -> int:
+    """Steps that a summary's numbers of steps do not include: an older version counted those of the last part alone
+    where that had begun without a checkpoint."""
+    return 0 if "counted_after" in summary else summary.get("steps_before", 0)
+
+
+def _shift(summary: Mapping[str, Any]) -> int:
+    """``steps_before`` of the :class:`Training` that the summary is of."""
+    return summary.get("counted_after", summary.get("steps_before", 0))
 
 
 def _recorded(session: Session) -> dict[str, Any]:
@@ -300,7 +321,7 @@ def _refuse_stopped_early(session: Session, checkpoint: Path | None) -> None:
 
 
 def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new: TrainConfig, rows: int) -> str:
-    shift = summary.get("steps_before", 0)
+    shift = _shift(summary)
     was = old.learning_rate * rate_at(found.done - shift - 1, total_steps(rows, old) - shift, old)
     left = found.total - found.steps_before
     first = step_of(found.checkpoint) if found.checkpoint else 0
@@ -308,8 +329,8 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
     rates = (f"the learning rate was {was:.3g} in its last step, and is {now:.3g} in the next one and {last:.3g} in "
              "the last one")
     if found.checkpoint is None:
-        step = summary.get("kept_step", found.done - shift)
-        kept = "" if step == found.done - shift else f", that of step {step},"
+        step = summary.get("kept_step", found.done - _not_counted(summary)) + _not_counted(summary)
+        kept = "" if step == found.done else f", that of step {step},"
         return (f"no checkpoint of the finished training is left: going on from its adapter{kept} with a fresh "
                 f"optimiser, for the {counted(left, 'step')} missing of {found.total}, on the {new.schedule} "
                 f"schedule of so many; {rates}")
@@ -324,7 +345,8 @@ def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
     summary = session.manifest.stages.get("train", {"summary": {}})["summary"]
     step, loss = summary.get("kept_step", summary.get("steps")), summary.get("eval_loss_after")
     if not (training.earlier and best.lacks_file) or step is None or loss is None or (
-            summary.get("steps_before", 0) != training.steps_before):
+            _shift(summary) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
+    step += _not_counted(summary) - training.steps_before
     best.keep(step, loss, weights_of(adapter, {layer: layer for layer in adapter.layers}))

@@ -78,7 +78,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",
                         "leave one of them out")
     checkpoints = session.run.checkpoints
-    session, waiting, start = as_before(session)
+    session, waiting, start = as_before(session, go_on)
     instead = None if go_on or session.force or waiting else offer(session)
     if instead:
         session.listener.note(f"this starts anew; to go on from the end of the finished training instead: {instead}")
@@ -108,7 +108,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     """
     require(session.config.report_to)
     quiet_libraries()
-    session, waiting, start = as_before(session, writes=False)
+    session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
     train_rows, valid_rows = (rows.side for rows in sizes)
@@ -216,7 +216,8 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop, reports = StopRequest(listener), Reports(session, job.training, log)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
-                earlier=job.earlier, checkpoints=config.keep_checkpoints, keeps_start=job.training.steps_before > 0)
+                earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.steps_before,
+                first=job.training.before.get("eval_loss_before"))
     samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
     trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop, reports))
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
@@ -236,7 +237,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
         if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
-    return summary | job.training.went_on() | {
+    return job.training.of_all_steps(summary) | {
         "training_id": job.training.id, "method": config.method, "device": job.placement.device,
         "dtype": job.placement.short,
         "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,

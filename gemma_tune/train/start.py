@@ -30,7 +30,7 @@ _FOUR_BIT = re.compile(r"(-unsloth)?-bnb-4bit$")
 
 
 def with_start(session: Session, waiting: Mapping[str, Any] | None,
-               writes: bool = True) -> tuple[Session, dict[str, Path]]:
+               writes: bool = True, go_on: bool = False) -> tuple[Session, dict[str, Path]]:
     """The session with what the adapter that it starts from brings along, and that adapter's files as inputs.
 
     Without ``--from-adapter`` it is the one of the interrupted training, or of the run's last one. A training that
@@ -39,6 +39,7 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     Args:
         waiting: settings of an interrupted training.
         writes: whether the copy may be made; else the adapter itself is looked at.
+        go_on: the finished training goes on, so that the adapter is what that one began with.
 
     Raises:
         UserError: it cannot be had, is no adapter that can be trained on, or settings that were given contradict it.
@@ -60,8 +61,9 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
         brought["dropout"] = session.config.dropout
     if problems := [*_contradictions(session, brought), *_other_base(session, adapter), *untrainable(adapter)]:
         raise _with_shapes(session, adapter, problems)
-    as_before = "" if named or own else ", as before"
-    session.listener.note(f"starting from the adapter {kept}{as_before}: {in_words(brought)}")
+    began = "the training began with" if go_on or waiting else "starting from"
+    as_before = "" if named or own or go_on or waiting else ", as before"
+    session.listener.note(f"{began} the adapter {kept}{as_before}: {in_words(brought)}")
     return _but(session, from_adapter=kept, **brought), {f"{_INPUT}_{name.split('.')[0]}": folder / name
                                                          for name in FILES}
 

@@ -58,7 +58,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
             "train_loss_last": losses[-1] if losses else None,
             "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(kept), "kept_step": kept,
             **_preferences(log.records, kept),
-            "tokens": log.tokens, "tokens_per_second": round(log.tokens_per_second, 1),
+            "tokens": log.tokens, "tokens_per_second": round(log.overall_speed, 1),
             "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
             "startup_seconds": startup.seconds}
 

@@ -105,6 +105,9 @@ def test_a_continuation_that_is_stopped_again_and_again_ends_as_without(cli, ste
     assert cli("status", "--json").json["stages"]["train"]["state"] == "interrupted: checkpoint-5 is saved"
     result = cli("train", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 5, result.err
+    last = [r for r in metrics() if "tokens" in r][-1]
+    speed = last["tokens"] / last["training_seconds"]
+    assert result.json["summary"]["tokens_per_second"] == pytest.approx(speed, rel=0.01), "of all parts, as the tokens are"
     assert len(result.json["summary"]["earlier_trainings"]) == 1 and adapter_bytes(steady) == steady_once[1]
 
 
@@ -167,7 +170,10 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
     """Said aloud, with a fresh optimiser; interrupted it goes on by itself, and again after that."""
     before = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
     shutil.rmtree(steady / "training_checkpoints")
-    loss = summary_of()["eval_loss_after"]
+    manifest = json.loads((steady / "manifest.json").read_text())
+    manifest["stages"]["train"]["summary"]["training_seconds"] = 100.0
+    (steady / "manifest.json").write_text(json.dumps(manifest))
+    first, loss = summary_of(), summary_of()["eval_loss_after"]
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         stopped = cli("train", "--continue", "--epochs", 2)
@@ -178,13 +184,45 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
     result = cli("train", "--json")
     assert result.code == 0, result.err
     summary = result.json["summary"]
-    assert (summary["resumed_from_step"], summary["steps"], summary["steps_before"]) == (2, 3, 3)
+    assert (summary["resumed_from_step"], summary["steps"], summary["steps_before"]) == (5, 6, 3)
+    # As where there is a checkpoint: figures of all steps, and the loss before the first of them.
+    for name in ("eval_loss_before", "train_loss_first"):
+        assert summary[name] == first[name]
+    assert summary["tokens"] == 2 * first["tokens"] and 100 <= summary["training_seconds"] < 110
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["training_seconds"], abs=0.1)
+    assert "the adapter is that of step 6 of 6" in " ".join(cli("status").err.split())
+    assert cli("status", "--json").json["best"] == {"step": 6, "eval_loss": summary["eval_loss_after"]}
     after = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     more = cli("train", "--continue", "--epochs", 3, "--json")
     assert more.code == 0, more.err
-    assert (more.json["summary"]["resumed_from_step"], more.json["summary"]["steps"]) == (3, 6)
+    last = more.json["summary"]
+    assert (last["resumed_from_step"], last["steps"], last["steps_before"]) == (6, 9, 6)
+    assert last["tokens"] == 3 * first["tokens"] and last["eval_loss_before"] == first["eval_loss_before"]
     assert "going on from checkpoint-3 of the finished training" in more.err
+    shutil.rmtree(steady / "training_checkpoints")
+    planned = cli("train", "--continue", "--epochs", 4, "--dry-run")
+    assert planned.code == 0 and "9 of these 12 steps are done" in planned.err and ", that of step" not in planned.err
+
+
+def test_an_adapter_that_the_training_began_with_is_not_what_goes_on(cli, steady):
+    shutil.copytree(steady / "tiny-gemma_lora_adapter", "given")
+    assert cli("train", *STEADY, "--epochs", 1, "--from-adapter", "given").code == 0
+    went_on = cli("train", "--continue", "--epochs", 2)
+    assert went_on.code == 0 and "the training began with the adapter ../../given: rank 4" in went_on.err
+    assert "starting from" not in went_on.err
+
+
+def test_what_an_older_version_recorded_of_such_a_training_goes_on_alike(cli, steady):
+    shutil.rmtree(steady / "training_checkpoints")
+    assert cli("train", "--continue", "--epochs", 2).code == 0
+    manifest = json.loads((steady / "manifest.json").read_text())
+    summary = manifest["stages"]["train"]["summary"]
+    del summary["counted_after"]
+    manifest["stages"]["train"]["summary"] = summary | {"steps": 3, "kept_step": 3, "resumed_from_step": 0}
+    (steady / "manifest.json").write_text(json.dumps(manifest))
+    more = cli("train", "--continue", "--epochs", 3, "--json")
+    assert more.code == 0 and more.json["summary"]["steps"] == 9, more.err
 
 
 @pytest.mark.parametrize("gone", ["nothing", "best.safetensors", "all"])
@@ -200,7 +238,7 @@ def test_the_best_of_the_earlier_part_still_counts(cli, steady, monkeypatch, gon
     result = cli("train", "--continue", "--epochs", 2, "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["eval_loss_after"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)
-    assert result.json["summary"]["kept_step"] == (0 if gone == "all" else summary["kept_step"])
+    assert result.json["summary"]["kept_step"] == summary["kept_step"]
     assert adapter_bytes(steady) == before
 
 
