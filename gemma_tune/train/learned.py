@@ -71,6 +71,8 @@ def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: Sequen
     if found is None:
         return
     if not is_harm(found):
+        if found.by_chance:
+            return
         session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
         return
     raise _kept_apart(session, model, chat, found.figures, advice(found, session.config.learning_rate, steps))
@@ -112,7 +114,7 @@ def _tell(session: Session, moved: Moved, change: LogitChange | None, records: S
     parts = [f"{changed} of {moved.layers} adapted layers changed, by {moved.norm:.3g} together"]
     if change:
         parts.append(f"the answers' divergence from the base model is {change.divergence:.3g} nats per token")
-    parts += [loss.figures for loss in changes(records)]
+    parts += [loss.figures for loss in changes(records) if not loss.by_chance]
     session.listener.note(f"learned: {'; '.join(parts)}")
     if moved.still:
         session.listener.note(f"layers that did not change, as no gradient reached them: {moved.still[0]}"

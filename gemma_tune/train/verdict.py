@@ -48,6 +48,11 @@ class LossChange:
     error: float = 0.0
 
     @property
+    def by_chance(self) -> bool:
+        """Whether both are of other rows, and so few of them that they may differ as much where nothing changed."""
+        return not self.same_rows and abs(self.after - self.before) <= _ERRORS * self.error
+
+    @property
     def figures(self) -> str:
         """Both losses, for a message."""
         return f"{self.what} loss {self.before:.4g} before, {self.after:.4g} after"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.effect import LogitChange, Moved
+from gemma_tune.train.learned import _tell
 from gemma_tune.train.verdict import changes, first_loss, is_harm, likely_cause, rose, without_effect
 from support.command import QUICK
+from support.listener import Said
 from support.training import adapter_bytes
 
 FLAGS = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--json")
@@ -30,7 +33,7 @@ def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adap
     assert "a learning rate of 1e-08 is too small" in error["message"] and "--learning-rate 0.0002" in error["hint"]
     assert error["message"].endswith("the earlier adapter stays in runs/tiny-gemma/tiny-gemma_lora_adapter")
     assert adapter_bytes(trained) == before and (trained / "manifest.json").read_bytes() == manifest
-    assert not list((trained / "training_checkpoints").glob("*"))
+    assert [p.name for p in (trained / "training_checkpoints").glob("checkpoint-*")] == ["checkpoint-3"], "the earlier one's"
     assert cli("train", *QUICK, "--json").json["status"] == "up-to-date"
 
 
@@ -127,6 +130,19 @@ def test_the_first_loss_is_the_training_s():
 def steps_of(epoch: int, *values: float) -> list[dict]:
     """Records of a training whose epochs have so many steps."""
     return [{"step": n, "epoch": round(n / epoch, 4), "loss": loss} for n, loss in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(("records", "told"), [
+    (steps_of(100, 1.0, 2.4, 1.2, 2.0, 1.5, 2.6, 1.4, 2.2), False), (steps_of(100, *[3.0] * 4, *[2.0] * 4), True),
+    (steps_of(2, 1.6, 3.3, 1.5, 3.1), True)])
+def test_a_training_loss_of_a_few_steps_is_told_where_it_is_more_than_chance(records, told):
+    """As after a short --continue, which would seem to have made the model worse."""
+    said = Said()
+    moved = SimpleNamespace(layers=1, still=[], norm=1.0)
+    _tell(SimpleNamespace(listener=said), moved, None, records)
+    assert ("training loss" in "".join(map(str, said.notes))) == told
+    [found] = changes(records)
+    assert found.by_chance != told
 
 
 @pytest.mark.parametrize(("records", "harm"), [
