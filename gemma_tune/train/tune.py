@@ -337,11 +337,16 @@ def _report(job: _Job, tuning: Tuning, status: str) -> StageReport:
                          "these rows better than what is learned from them, or the rates are too high",
                          f"try lower ones: --learning-rates {lowest / 10:.1g},{lowest / 3:.1g}")
     artifacts = write_results(job.asked, tuning, run)
+    tried = {trial.candidate for trial in tuning.tried(tuning.rungs[0])}
+    if left := [str(candidate) for candidate in tuning.candidates if candidate not in tried]:
+        job.session.listener.warn(f"--minutes {job.settings.minutes:g} left no time for {len(left)} of the "
+                                  f"{counted(len(tuning.candidates), 'candidate')} ({'; '.join(left)}): the best is "
+                                  "that of the others")
     _, ranked = tuning.decided
     best = ranked[0]
     summary = {"learning_rate": best.learning_rate, "rank": best.rank, "tuned_steps": best.steps,
                "eval_loss_before": tuning.base_loss, "eval_loss_after": best.loss,
-               "candidates": len(tuning.tried(tuning.rungs[0])), "rungs": len(tuning.rungs),
+               "candidates": len(tried), "candidates_asked": len(tuning.candidates), "rungs": len(tuning.rungs),
                "trials": [{"learning_rate": t.learning_rate, "rank": t.rank, "rung": number, "steps": t.steps,
                            "eval_loss": t.loss, "seconds": t.seconds, "diverged": tuning.diverged(t)}
                           for number, rung in enumerate(tuning.rungs, start=1) for t in tuning.tried(rung)]}

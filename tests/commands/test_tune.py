@@ -303,7 +303,12 @@ def test_when_time_is_up_the_last_whole_rung_decides(cli, trained, rungs, monkey
     assert ("that is 2 of the 6 steps of the whole training" in done.err) == (decides == 1)
     best = min((t for t in trials if t["rung"] == decides), key=lambda t: t["eval_loss"])
     assert (done.json["summary"]["learning_rate"], done.json["summary"]["tuned_steps"]) == (best["learning_rate"], best["steps"])
-    assert cli("tune", "--batch-size", 2, "--json").json["status"] == "up-to-date"
+    again = cli("tune", "--batch-size", 2, "--json")
+    assert again.json["status"] == "up-to-date"
+    for summary, warnings in ((each.json["summary"], each.json["warnings"]) for each in (done, again)):
+        assert (summary["candidates"], summary["candidates_asked"]) == (min(whole, 5), 5)
+        said = [text for text in warnings if "left no time for 3 of the 5 candidates (" in text]
+        assert len(said) == (whole == 2), warnings
 
 
 def test_a_first_rung_that_there_was_no_time_for_is_an_error(cli, trained, rungs, monkeypatch):
