@@ -140,12 +140,24 @@ def _located(session: Session, named: str) -> tuple[Path, str]:
     name, revision = split_revision(named.removeprefix(_HUB))
     if not named.startswith(_HUB) and (name.count("/") != 1 or name.startswith((".", "~", "/"))
                                        or not MODEL_ID.fullmatch(name)):
-        raise UserError(f"there is no directory {named}", "name a PEFT adapter's directory, or its id at the Hugging "
-                                                          "Face Hub, with --from-adapter; `none` starts from zero")
+        raise _no_directory(session, named)
     from gemma_tune.hub.download import fetch_adapter
 
     found = fetch_adapter(name, revision, on_progress=session.listener.progress)
     return Path(found.path), f"{_HUB}{found.id}@{found.revision}"
+
+
+def _no_directory(session: Session, named: str) -> UserError:
+    """What to say of a path where nothing lies: one that a run or its ``train.yaml`` has begins at the run, and leads
+    elsewhere when that was copied or moved alone."""
+    typed = "from_adapter" in session.given and session.resolved.origins["from_adapter"] == "flag"
+    if os.path.isabs(named) or typed:
+        return UserError(f"there is no directory {named}", "name a PEFT adapter's directory, or its id at the Hugging "
+                                                           "Face Hub, with --from-adapter; `none` starts from zero")
+    place = os.path.normpath(session.run.root.resolve() / named)
+    return UserError(f"there is no directory {place}: the adapter that the training starts from is {named}, relative "
+                     f"to the run {session.run.root}", "name where it lies now: --from-adapter PATH; `none` starts "
+                                                       "from zero")
 
 
 def _refuse_replaced(session: Session, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,22 @@ def test_one_that_is_damaged_is_named(cli, prepared, tiny, tmp_path):
     refused = cli("train", "--from-adapter", given, *FLAGS)
     assert refused.code == 2 and "the adapter holds infinities or no numbers (NaN) in 8 tensors" in refused.err
     assert not list(prepared.glob("training_checkpoints/*")) and not ADAPTER.exists()
+
+
+def test_of_a_run_that_was_copied_elsewhere_the_place_is_said(cli, prepared, tiny, tmp_path):
+    """From its settings file, and from what its last training was asked."""
+    made(tiny, tmp_path / "given")
+    assert cli("train", *FLAGS, "--max-steps", 1, "--from-adapter", "given").code == 0
+    copy = tmp_path / "deep" / "er" / "still" / "copy"
+    shutil.copytree(prepared, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"]["path"] = os.path.relpath(tiny, copy)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    place = tmp_path / "deep" / "er" / "given"
+    for flags in (("--config", copy / "train.yaml"), ("--run", copy)):
+        missing = cli("train", *flags, "--force", "--json")
+        assert missing.code == 2, missing.err
+        error = missing.json["error"]
+        assert f"there is no directory {place}: the adapter that the training starts from is ../../given, relative to the run" in error["message"]
+        assert "--from-adapter PATH" in error["hint"]
+        assert cli("train", *flags, "--from-adapter", tmp_path / "given", "--dry-run").code == 0
