@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
 _PREFIXES = {VALIDATION: "", GENERAL: "general_"}  # of figures in the manifest, by the text that they were measured on
+_LOSS = "the loss of the number formats"  # of what was not checked
 SMALL = 3_000_000_000  # bytes of merged weights up to which an f16 file is made for the comparison alone
 
 
@@ -50,6 +51,25 @@ class ExportChecks:
     parity: Parity | None = None
     unchecked: tuple[str, ...] = ()
     merged: str = ""
+
+    @classmethod
+    def recorded(cls, figures: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> ExportChecks:
+        """What the manifest has of the checks of an export, by its number formats and in all."""
+        losses = {}
+        for text, prefix in _PREFIXES.items():
+            names = {f.name: prefix + f.name for f in fields(Loss)}
+            own = {quant: Loss(**{name: item[key] for name, key in names.items()}) for quant, item in figures.items()
+                   if {*names.values()} <= item.keys()}
+            if own and (perplexity := summary.get(f"f16_{prefix}perplexity")):
+                losses[text] = {REFERENCE: Loss(perplexity, 0.0, 1.0, next(iter(own.values())).tokens), **own}
+        return cls(losses, Parity.from_json(summary.get("parity")), tuple(summary.get("unchecked", ())))
+
+    def completed(self, earlier: ExportChecks) -> ExportChecks:
+        """With what was found out before about the same files, where nothing has been now."""
+        before = [text for text in earlier.unchecked
+                  if (not self.losses if text.startswith(_LOSS) else self.parity is None)]
+        return replace(self, losses=self.losses or earlier.losses, parity=self.parity or earlier.parity,
+                       unchecked=tuple(dict.fromkeys([*self.unchecked, *before])))
 
     def figures(self, quant: str) -> dict[str, Any]:
         """One format's figures for the manifest."""
@@ -90,7 +110,7 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
     texts, reason = _texts(session, source)
     compare = wants_engine(config)
     on_rows = " on validation rows" if texts else ""
-    unchecked = [f"the loss of the number formats{on_rows}: {reason}"] if config.measure and reason else []
+    unchecked = [f"{_LOSS}{on_rows}: {reason}"] if config.measure and reason else []
     if not compare and config.verify is None:
         unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
                          "with --verify)")
@@ -106,7 +126,7 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
         if model is None and beside:  # llama.cpp has ended
             model, reason = _loaded(session, 0)
         if model is None:
-            unchecked.append(f"the loss of the number formats: {reason}")
+            unchecked.append(f"{_LOSS}: {reason}")
         else:
             task = "measuring the loss of " + ", ".join(files)
             losses = measure(model.given_away(), texts, files, architecture,

@@ -30,12 +30,14 @@ class SameFiles:
         figures: what the manifest has of each.
         summary: all of the export's summary.
         checked: whether they have been compared with the merged model as far as it is asked for now.
+        settings: what the manifest has of the settings by which more was compared than is asked for now.
     """
 
     files: Mapping[str, Path]
     figures: Mapping[str, dict[str, Any]]
     summary: Mapping[str, Any]
     checked: bool
+    settings: Mapping[str, dict[str, Any]]
 
     @property
     def written(self) -> dict[str, dict[str, Any]]:
@@ -44,7 +46,8 @@ class SameFiles:
 
 
 def same_files(session: Session, source: ExportSource, quants: Iterable[str]) -> SameFiles | None:
-    """The files of the last export, if ``quants`` with the settings of now would give the same ones."""
+    """The files of the last export in the order of ``quants``, if these with the settings of now would give the same
+    ones."""
     record = session.manifest.stages.get(STAGE)
     if session.force or record is None:
         return None
@@ -53,15 +56,19 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     figures = record["summary"].get("quants", {})
     now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
     others = {name for name, value in now.items() if name not in before or before[name] != value}
-    if list(figures) != list(quants) or others - {*_BESIDE, *_CHECKS}:
+    if {*figures} != {*quants} or others - {*_BESIDE, *_CHECKS}:
         return None
     if _sampling(source, before["parameter"]) != _sampling(source, now["parameter"]):
         return None
-    unchecked = [name for name in others & {*_CHECKS} if asks_more(type(session.config), name, before[name], now[name])]
+    config = type(session.config)
+    unchecked = [name for name in others & {*_CHECKS} if asks_more(config, name, before[name], now[name])]
+    kept = {name: record["config"][name] for name in others & {*_CHECKS}
+            if asks_more(config, name, now[name], before[name])}
+    figures = {quant: figures[quant] for quant in quants}
     files = {quant: session.run.ollama / item["file"] for quant, item in figures.items()}
     # A report that is gone is made with what is found out for it.
     told = all((session.run.root / item["path"]).exists() for item in record["outputs"].values())
-    return SameFiles(files, figures, record["summary"], told and not unchecked)
+    return SameFiles(files, figures, record["summary"], told and not unchecked, kept)
 
 
 def _sampling(source: ExportSource, parameters: Iterable[str]) -> dict[str, float]:

@@ -118,7 +118,10 @@ def _export(session: Session, source: ExportSource) -> Finished:
     try:
         figures = same.written if same else _write(session, source, files)
         checks = check_files(session, source, files)
-        return _finished(session, source.target, modelfiles, files, figures, checks)
+        if same:
+            checks = checks.completed(ExportChecks.recorded(same.figures, same.summary))
+        finished = _finished(session, source.target, modelfiles, files, figures, checks)
+        return replace(finished, settings=same.settings) if same else finished
     except BaseException:
         beside = (run.ollama / _REPORT, *(path for told in modelfiles.values() for path in told.paths.values()))
         for path in (*(() if same else files.values()), *map(fresh_path, beside)):
@@ -200,16 +203,12 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
 def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], files: Mapping[str, Path],
               figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
     """Write what stands beside the files, and give all of it to the manifest."""
-    run, first = session.run, next(iter(files))
-    outputs, fresh = {}, {}
+    run = session.run
     for quant, path in files.items():
-        gguf = path.with_name(path.name.removeprefix(NEW))
-        if gguf != path:
-            fresh[gguf] = path
-        outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
-        modelfiles[quant].write(outputs, fresh)
-        figures[quant].update({"file": gguf.name, "ollama_name": modelfiles[quant].name, **checks.figures(quant)})
+        figures[quant].update({"file": path.name.removeprefix(NEW), "ollama_name": modelfiles[quant].name,
+                               **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
+    outputs, fresh = _results(modelfiles, files)
     earlier = _earlier(session, files)
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
     if left:
@@ -222,11 +221,7 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
     _show(session, figures, checks)
     if concluded:
         session.listener.note(concluded)
-    main = figures[first]
-    summary = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
-    summary |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
-    summary |= {"different_in_ollama": list(limits)} if limits else {}
-    summary |= {"loses": main["loses"]} if "loses" in main else {}
+    summary = _of_the_first(figures) | ({"different_in_ollama": list(limits)} if limits else {})
     best = smallest_sound(figures)
     summary |= {"recommended": best} if best else {}
     summary |= {"earlier": earlier} if earlier else {}
@@ -236,16 +231,36 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
 
 def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
     """The last export with other Modelfiles."""
-    run, first = session.run, next(iter(same.files))
+    outputs, fresh = _results(modelfiles, same.files)
+    figures = {quant: {**item, "ollama_name": modelfiles[quant].name} for quant, item in same.figures.items()}
+    kept = {name: value for name, value in same.summary.items() if name not in _OF_THE_FIRST}
+    return Finished({**outputs, "export_report": session.run.ollama / _REPORT},
+                    {**_of_the_first(figures), **kept, "quants": figures}, fresh, same.settings)
+
+
+def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path]) -> tuple[dict[str, Path], dict[Path, Path]]:
+    """The files with the Modelfiles beside them, by their names in the manifest; and where what is new lies now."""
+    first = next(iter(files))
     outputs: dict[str, Path] = {}
     fresh: dict[Path, Path] = {}
-    figures = {}
-    for quant, gguf in same.files.items():
+    for quant, path in files.items():
+        gguf = path.with_name(path.name.removeprefix(NEW))
+        if gguf != path:
+            fresh[gguf] = path
         outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
         modelfiles[quant].write(outputs, fresh)
-        figures[quant] = {**same.figures[quant], "ollama_name": modelfiles[quant].name}
-    return Finished({**outputs, "export_report": run.ollama / _REPORT},
-                    same.summary | {"ollama_name": figures[first]["ollama_name"], "quants": figures}, fresh)
+    return outputs, fresh
+
+
+_OF_THE_FIRST = ("quant", "gguf_bytes", "ollama_name", "check_largest_error", "check_largest_error_tensor", "loses")
+
+
+def _of_the_first(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures that the summary has of one format."""
+    first, main = next(iter(figures.items()))
+    found = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
+    found |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
+    return found | ({"loses": main["loses"]} if "loses" in main else {})
 
 
 def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -49,11 +49,13 @@ class Finished:
         outputs: paths by name.
         summary: the figures worth keeping.
         fresh: of each artifact that is to be replaced, where its successor lies until it is recorded.
+        settings: as the manifest has them, in place of what was asked for: those of earlier checks that still hold.
     """
 
     outputs: Mapping[str, Path]
     summary: dict[str, Any]
     fresh: Mapping[Path, Path] = field(default_factory=dict)
+    settings: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def lies_at(self, path: Path) -> Path:
         """Where an output lies now."""
@@ -251,7 +253,7 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
         with nothing_left_of(finished):
             manifest.stages[stage] = {
                 "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
-                "config": session.resolved.record(), "inputs": fingerprints,
+                "config": {**session.resolved.record(), **finished.settings}, "inputs": fingerprints,
                 "outputs": {name: describe(run, path, lies_at=finished.lies_at(path))
                             for name, path in finished.outputs.items()},
                 "summary": redacted(finished.summary),

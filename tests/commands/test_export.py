@@ -310,6 +310,47 @@ def test_what_was_not_checked_is_checked_when_the_checks_are_asked_for_again(cli
         assert cli("export-ollama", "--quant", "q8_0", *less, "--json").json["status"] == "up-to-date", less
 
 
+def test_a_cheaper_export_keeps_what_was_checked_of_the_same_files(cli, merged, monkeypatch):
+    import gemma_tune.export.stage as stage
+
+    def unasked(*args):
+        raise WorkFailed("checked again")
+
+    first = cli("export-ollama", "--quant", "q8_0", "--json")
+    assert first.code == 0, first.err
+    report = (merged / "ollama/report.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "check_files", unasked)
+        for flags in (("--no-measure", "--no-verify", "--name", "zz"), ("--name", "zz")):
+            again = cli("export-ollama", *flags, "--json")
+            assert again.code == 0, again.err
+            assert again.json["summary"]["parity"] == first.json["summary"]["parity"]
+        assert again.json["status"] == "up-to-date"
+    (merged / "ollama/report.md").unlink()
+    again = cli("export-ollama", "--no-measure", "--no-verify", "--name", "tiny-gemma-tuned", "--json")
+    assert again.code == 0 and again.json["summary"] == first.json["summary"], again.err
+    assert (merged / "ollama/report.md").read_text() == report
+
+
+def test_a_check_that_is_asked_for_keeps_the_other_one(cli, merged):
+    one = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--json").json["summary"]
+    both = cli("export-ollama", "--no-verify", "--json").json["summary"]
+    assert both["parity"] == one["parity"] and "kl" in both["quants"]["q8_0"]
+    assert "| Chinese |" in (merged / "ollama/report.md").read_text()
+    assert cli("export-ollama", "--json").json["status"] == "up-to-date"
+
+
+def test_the_order_of_formats_writes_no_file_again(cli, merged):
+    flags = ("--no-measure", "--no-verify", "--json")
+    assert cli("export-ollama", "--quant", "q8_0,f16", *flags).json["summary"]["quant"] == "q8_0"
+    before = {p.name: p.stat().st_mtime_ns for p in (merged / "ollama").glob("*.gguf")}
+    turned = cli("export-ollama", "--quant", "f16,q8_0", *flags)
+    assert turned.code == 0 and {p.name: p.stat().st_mtime_ns for p in (merged / "ollama").glob("*.gguf")} == before
+    summary = turned.json["summary"]
+    assert summary["quant"] == "f16" == next(iter(summary["quants"])) and summary["gguf_bytes"] == summary["quants"]["f16"]["bytes"]
+    assert turned.json["artifacts"]["gguf"].endswith("-f16.gguf") and modelfile(merged)["from"] == "./tiny-gemma-f16.gguf"
+
+
 def test_what_ollama_alone_is_told_leaves_the_files_as_they_are(cli, merged):
     """Name, system prompt, context and what no GGUF holds; a parameter of sampling stands in the file as well."""
     def files() -> dict[str, tuple[int, int]]:
