@@ -14,7 +14,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, size_in_bytes
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
-from gemma_tune.run.directory import command
+from gemma_tune.run.directory import command, describe
+from gemma_tune.run.earlier_exports import earlier_formats, still_good
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import State, require_output, require_unharmed, state_of
 
@@ -89,8 +90,11 @@ def exported(session: Session) -> Path:
         UserError: there is none of that format, or not as it was exported.
     """
     record = session.manifest.stages["export-ollama"]
-    figures_of(session)  # refuses a format that the export did not make
-    own = f"gguf_{session.config.quant or _best_format(record['summary'])}"  # of the first format it is `gguf` alone
+    figures_of(session)  # refuses a format that there is not
+    quant = session.config.quant or _best_format(session)
+    if quant in (earlier := _earlier(session)):
+        return _unharmed(session, earlier[quant])
+    own = f"gguf_{quant}"  # of the format to take it is `gguf` alone
     return require_output(session.run, session.manifest, "chat", "export-ollama",
                           own if own in record["outputs"] else "gguf")
 
@@ -99,12 +103,14 @@ def figures_of(session: Session) -> Mapping[str, Any]:
     """What the manifest has of the number format of ``--quant``; of the whole export where none is named.
 
     Raises:
-        UserError: the last export made none of that format.
+        UserError: neither the last export made one of that format, nor is an earlier one of the same merged model.
     """
     summary, quant = session.manifest.stages["export-ollama"]["summary"], session.config.quant
     if quant is None:
         return summary
     there: Mapping[str, Mapping[str, Any]] = summary.get("quants", {})
+    if quant in (earlier := _earlier(session)):
+        return earlier[quant]
     if quant not in there:
         made = f"the last export of {session.run.root} made no {quant}, but {', '.join(there)}"
         if quant in QUANTS:
@@ -116,14 +122,43 @@ def figures_of(session: Session) -> Mapping[str, Any]:
     return there[quant]
 
 
-def _best_format(summary: Mapping[str, Any]) -> str | None:
-    return summary.get("recommended") or summary.get("quant")
+def _earlier(session: Session) -> Mapping[str, Mapping[str, Any]]:
+    """By number format, the files of earlier exports that can answer as those of the last one."""
+    quants: Mapping[str, Mapping[str, Any]] = _summary(session).get("quants", {})
+    found = still_good(earlier_formats(session.run, session.manifest, quants))
+    if session.config.use != "ollama":
+        return found
+    taken = {figures["ollama_name"] for figures in quants.values()}  # a later export's model has the name by now
+    return {quant: item for quant, item in found.items() if item.get("ollama_name", "") not in {*taken, ""}}
+
+
+def _unharmed(session: Session, item: Mapping[str, Any]) -> Path:
+    """The file of an earlier export.
+
+    Raises:
+        UserError: it is another one by now.
+    """
+    path = session.run.ollama / item["file"]
+    if {"sha256", "stamp"} <= item.keys() and describe(session.run, path, item)["sha256"] != item["sha256"]:
+        raise UserError(f"`chat` cannot use {path}: it was changed since it was exported",
+                        f"make it again: {command('export-ollama', session.run.root, '--force')}")
+    return path
+
+
+def _best_format(session: Session) -> str | None:
+    summary = _summary(session)
+    best: str | None = summary.get("recommended")
+    return best if best in {**summary.get("quants", {}), **_earlier(session)} else summary.get("quant")
+
+
+def _summary(session: Session) -> Mapping[str, Any]:
+    summary: Mapping[str, Any] = session.manifest.stages.get("export-ollama", {}).get("summary", {})
+    return summary
 
 
 def _loses(session: Session) -> str:
     """What the file that :func:`exported` gives was measured to lose, in words; empty for nothing, or no export."""
-    summary = session.manifest.stages.get("export-ollama", {}).get("summary", {})
-    found: str = summary.get("quants", {}).get(_best_format(summary), {}).get("loses", "")
+    found: str = _summary(session).get("quants", {}).get(_best_format(session), {}).get("loses", "")
     return found
 
 

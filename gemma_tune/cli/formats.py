@@ -16,15 +16,16 @@ def format_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Args:
         summary: of ``export-ollama``, as the manifest keeps it.
     """
-    several = len(summary.get("quants", {})) > 1
+    several = len({**summary.get("quants", {}), **summary.get("earlier", {})}) > 1
+    best = {summary.get("recommended"): ["recommended"]} if several else {}
     for quant, figures in summary.get("quants", {}).items():
         said = [size_text(figures["bytes"]), *_measured(figures, summary)]
-        best = ["recommended"] if several and quant == summary.get("recommended") else []
-        yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"], *best])
+        yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"], *best.get(quant, [])])
     for quant, figures in summary.get("earlier", {}).items():
         age = {None: "not recorded by any export", True: "from an earlier export, of an earlier merged model: stale",
                False: "from an earlier export"}[figures["stale"]]
-        yield quant, ", ".join([size_text(figures["bytes"]), *_measured(figures, figures), *_marks(figures), age])
+        yield quant, ", ".join([size_text(figures["bytes"]), *_measured(figures, figures), *_marks(figures), age,
+                                *best.get(quant, [])])
 
 
 def _measured(figures: Mapping[str, Any], of_f16: Mapping[str, Any]) -> list[str]:

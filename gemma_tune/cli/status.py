@@ -19,10 +19,10 @@ from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, size_and_stamp
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
-from gemma_tune.export.earlier import earlier_formats
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
+from gemma_tune.run.earlier_exports import earlier_formats
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.session import refuse_other_id

@@ -267,7 +267,7 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
 
     Args:
         limits: what Ollama does otherwise than the training, one sentence each.
-        earlier: what earlier exports left, see ``export.earlier``.
+        earlier: what earlier exports left, see ``run.earlier_exports``.
         conclusion: which format to take, as a sentence.
     """
     lines = [report_title(name), "", "## Number formats"]

@@ -116,28 +116,34 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     names = [figures["ollama_name"] for figures in quants.values()]
     # What loses much of what was learned is made as it was asked for, but nobody is sent there.
     good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
-    if not good:
-        better = command("export-ollama", session.run.root, "--quant", finer_than(quants))
-    elsewhere = Elsewhere.of(files[good[0]][0], f"{session.run.model_name}-tuned") if good else None
-    run_it = (f"ollama run {names[good[0]]}",) if good else (better,)
+    taken = [*quants].index(stage.summary["quant"])
+    main = taken if taken in good or not good else good[0]
+    elsewhere = Elsewhere.of(files[main][0], f"{session.run.model_name}-tuned") if good else None
+    run_it = (f"ollama run {names[main]}",) if good else (_better(session, stage),)
     if server is None:
         steps = [ollama.manual_command(Path(files[n][1]), names[n]) for n in good]
         advice = None if session.config.create is False else ollama.install_hint()
-        return ExportReport(stage, names[good[0] if good else 0], False, (*steps, *run_it), elsewhere, advice)
+        return ExportReport(stage, names[main], False, (*steps, *run_it), elsewhere, advice)
     chat, target = source(session).chat, source(session).target
     record = read_manifest(session.run.root) or session.manifest
     result, digests = result_id(record, stage.stage), _digests(record)
     for name, (gguf, _) in zip(names, files, strict=True):
         _create(session, server, replace(target, name=name), Path(gguf), digests[Path(gguf).name])
-    main = names[good[0] if good else 0]
-    target, question = replace(target, name=main), _question(session, chat)
+    target, question = replace(target, name=names[main]), _question(session, chat)
     as_trained = None
     if session.config.verify is not False:
         stage, as_trained = _compare(session, stage, result, server, target, chat)
     answer = _ask(session, server, target, question)
     if session.config.verify is False:
         as_trained = _compare_layout(session, server, target, chat, question)
-    return ExportReport(stage, main, True, run_it, elsewhere, answer={**answer, "prompt_as_trained": as_trained})
+    return ExportReport(stage, names[main], True, run_it, elsewhere, answer={**answer, "prompt_as_trained": as_trained})
+
+
+def _better(session: Session, stage: StageReport) -> str:
+    """What to type where each format that was made loses too much: a good one can be there from an earlier export."""
+    if best := stage.summary.get("recommended"):
+        return command("chat", session.run.root, "--use", "gguf", "--quant", best)
+    return command("export-ollama", session.run.root, "--quant", finer_than(stage.summary["quants"]))
 
 
 def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,28 +16,37 @@ from gemma_tune.run.session import Session
 class Told:
     """What stands beside the GGUF of a number format.
 
+    Each format has a Modelfile of its own name, which a later export of other formats leaves in place; what is called
+    just Modelfile is that of the format to take.
+
     Args:
         name: the model's in Ollama.
-        paths: of the Modelfile, by their names in the manifest.
-        content: of each of them.
+        quant: the number format.
+        folder: where the Modelfiles are.
+        content: of the Modelfile.
     """
 
     name: str
-    paths: Mapping[str, Path]
+    quant: str
+    folder: Path
     content: bytes
 
-    def write(self, outputs: dict[str, Path], fresh: dict[Path, Path]) -> None:
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where it can be written, by the names in the manifest."""
+        return {"modelfile": self.folder / "Modelfile",
+                f"modelfile_{self.quant}": self.folder / f"Modelfile-{self.quant}"}
+
+    def write(self, outputs: dict[str, Path], fresh: dict[Path, Path], to_take: bool) -> None:
         """Write the successors of the files, and add them to what a stage made and where it lies."""
         for key, path in self.paths.items():
-            outputs[key], fresh[path] = path, fresh_path(path)
-            fresh[path].write_bytes(self.content)
+            if to_take or key != "modelfile":
+                outputs[key], fresh[path] = path, fresh_path(path)
+                fresh[path].write_bytes(self.content)
 
 
 def modelfiles_of(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, Told]:
     """By number format.
-
-    Each format has a Modelfile of its own name, which a later export of other formats leaves in place; what is called
-    just Modelfile is that of the first.
 
     Raises:
         UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
@@ -46,11 +54,9 @@ def modelfiles_of(session: Session, target: Target, quants: tuple[str, ...]) -> 
     folder = session.run.ollama
     found = {}
     for quant, name in model_names(target.name, quants).items():
-        paths = {"modelfile": folder / "Modelfile"} if quant == quants[0] else {}
-        paths[f"modelfile_{quant}"] = folder / f"Modelfile-{quant}"
         text = render_modelfile(
             f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
             license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
                                                         f"ollama create {name} -f Modelfile-{quant}"])
-        found[quant] = Told(name, paths, text.encode())
+        found[quant] = Told(name, quant, folder, text.encode())
     return found

@@ -20,7 +20,6 @@ from gemma_tune.export.calibration_file import with_file
 from gemma_tune.export.calibration_rows import not_calibrated
 from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
-from gemma_tune.export.earlier import advice, earlier_formats, leftover_modelfiles
 from gemma_tune.export.files import ExportSource, source_of, write_file
 from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.same_files import SameFiles, same_files
@@ -32,6 +31,7 @@ from gemma_tune.gguf.types import COARSE, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes
 from gemma_tune.run.directory import command
+from gemma_tune.run.earlier_exports import advice, earlier_formats, leftover_modelfiles, still_good
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
 
@@ -59,9 +59,9 @@ def export(session: Session) -> ExportReport:
         if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
             raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
                             f"make them again: {command('export-ollama', session.run.root, '--force')}")
-        there = _earlier(session, stage.summary["quants"])
-        kept = {name: value for name, value in stage.summary.items() if name != "earlier"}
-        stage = replace(stage, summary=kept | ({"earlier": there} if there else {}))
+        quants = stage.summary["quants"]
+        kept = {name: value for name, value in stage.summary.items() if name not in _OF_ALL}
+        stage = replace(stage, summary=kept | _of_all(quants, _earlier(session, quants)))
     return deploy(session, stage, server, source)
 
 
@@ -208,59 +208,71 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
         figures[quant].update({"file": path.name.removeprefix(NEW), "ollama_name": modelfiles[quant].name,
                                **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
-    outputs, fresh = _results(modelfiles, files)
+    outputs, fresh = _results(modelfiles, files, figures)
     earlier = _earlier(session, files)
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
     report = run.ollama / _REPORT
     limits = target.chat.notes
-    concluded = conclusion(figures, checks.losses, command("export-ollama", run.root))
+    concluded = conclusion(figures, checks.losses, command("export-ollama", run.root), still_good(earlier))
     fresh[report] = fresh_path(report)
     fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier, concluded), encoding="utf-8")
     _show(session, figures, checks)
     if concluded:
         session.listener.note(concluded)
-    summary = _of_the_first(figures) | ({"different_in_ollama": list(limits)} if limits else {})
-    best = smallest_sound(figures)
-    summary |= {"recommended": best} if best else {}
-    summary |= {"earlier": earlier} if earlier else {}
+    summary = _of_one(figures) | ({"different_in_ollama": list(limits)} if limits else {})
+    summary |= _of_all(figures, earlier)
     return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary},
                     fresh)
 
 
 def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
     """The last export with other Modelfiles."""
-    outputs, fresh = _results(modelfiles, same.files)
+    outputs, fresh = _results(modelfiles, same.files, same.figures)
     figures = {quant: {**item, "ollama_name": modelfiles[quant].name} for quant, item in same.figures.items()}
-    kept = {name: value for name, value in same.summary.items() if name not in _OF_THE_FIRST}
+    kept = {name: value for name, value in same.summary.items() if name not in _OF_ONE + _OF_ALL}
     return Finished({**outputs, "export_report": session.run.ollama / _REPORT},
-                    {**_of_the_first(figures), **kept, "quants": figures}, fresh, same.settings)
+                    {**_of_one(figures), **_of_all(figures, _earlier(session, figures)), **kept, "quants": figures},
+                    fresh, same.settings)
 
 
-def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path]) -> tuple[dict[str, Path], dict[Path, Path]]:
+def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
+             figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Path], dict[Path, Path]]:
     """The files with the Modelfiles beside them, by their names in the manifest; and where what is new lies now."""
-    first = next(iter(files))
+    main = _to_take(figures)
     outputs: dict[str, Path] = {}
     fresh: dict[Path, Path] = {}
     for quant, path in files.items():
         gguf = path.with_name(path.name.removeprefix(NEW))
         if gguf != path:
             fresh[gguf] = path
-        outputs["gguf" if quant == first else f"gguf_{quant}"] = gguf
-        modelfiles[quant].write(outputs, fresh)
+        outputs["gguf" if quant == main else f"gguf_{quant}"] = gguf
+        modelfiles[quant].write(outputs, fresh, quant == main)
     return outputs, fresh
 
 
-_OF_THE_FIRST = ("quant", "gguf_bytes", "ollama_name", "check_largest_error", "check_largest_error_tensor", "loses")
+def _to_take(figures: Mapping[str, Any]) -> str:
+    """Of the formats that were made the smallest that was measured to be sound, else the first."""
+    return smallest_sound(figures) or next(iter(figures))
 
 
-def _of_the_first(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures that the summary has of one format."""
-    first, main = next(iter(figures.items()))
-    found = {"quant": first, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
+# What the summary has of the format to take, and what it has of all formats, those of earlier exports too.
+_OF_ONE = ("quant", "gguf_bytes", "ollama_name", "check_largest_error", "check_largest_error_tensor", "loses")
+_OF_ALL = ("recommended", "earlier")
+
+
+def _of_one(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    quant = _to_take(figures)
+    main = figures[quant]
+    found = {"quant": quant, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
     found |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
     return found | ({"loses": main["loses"]} if "loses" in main else {})
+
+
+def _of_all(figures: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    best = smallest_sound({**figures, **still_good(earlier)})
+    return ({"recommended": best} if best else {}) | ({"earlier": dict(earlier)} if earlier else {})
 
 
 def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:

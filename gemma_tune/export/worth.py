@@ -101,10 +101,12 @@ def finer_than(quants: Collection[str]) -> str:
     return _FINER.get(finest, "q8_0" if QUANTS.index(finest) > QUANTS.index("q8_0") else REFERENCE)
 
 
-def conclusion(figures: Mapping[str, Mapping[str, Any]], texts: Collection[str], again: str) -> str:
+def conclusion(figures: Mapping[str, Mapping[str, Any]], texts: Collection[str], again: str,
+               earlier: Mapping[str, Mapping[str, Any]]) -> str:
     """Which of the formats to take, as a sentence; "" where nothing was measured.
 
     Args:
+        earlier: figures of files of earlier exports that are still good.
         texts: what was measured on.
         again: the command that exports, to which the next format to try is added.
     """
@@ -113,9 +115,11 @@ def conclusion(figures: Mapping[str, Mapping[str, Any]], texts: Collection[str],
     kept = " and ".join(_KEPT[text] for text in texts)
     if VALIDATION not in texts:
         kept += " (what was learned is not measured)"
-    if best := smallest_sound(figures):
-        alone = "" if len(figures) == 1 else " is the smallest of these formats that"
-        return f"{best} ({size_text(figures[best]['bytes'])}){alone} keeps {kept}"
+    there = {**figures, **earlier}
+    if best := smallest_sound(there):
+        whence = " from an earlier export" if best in earlier else ""
+        alone = "" if len(there) == 1 else f"{whence} is the smallest of these formats that"
+        return f"{best} ({size_text(there[best]['bytes'])}){alone} keeps {kept}"
     finer = finer_than(figures)
     these = f"{next(iter(figures))} does not keep" if len(figures) == 1 else "none of these formats keeps"
     return f"{these} {kept}; the next to try is {finer}: {again} --quant {finer}"

@@ -19,6 +19,7 @@ from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.report import charts, tables
 from gemma_tune.run.directory import RunDir
+from gemma_tune.run.earlier_exports import still_good
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.stage import superseded
 
@@ -145,12 +146,13 @@ def _measures(evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = []
-    for name, item in (exported.get("quants") or {}).items():
+    earlier = still_good(exported.get("earlier") or {})  # whose figures of f16 are their own
+    for name, item in {**(exported.get("quants") or {}), **earlier}.items():
         row = {"name": name, "bytes": item["bytes"], "file": item.get("file"), "loses": item.get("loses"),
-               "ollama_name": item["ollama_name"]}
+               "ollama_name": item.get("ollama_name")}
         for kind, prefix in (("own", ""), ("general", "general_")):
             with _whatever_is_there():
-                row[kind] = item[f"{prefix}perplexity"] / exported[f"f16_{prefix}perplexity"] - 1
+                row[kind] = item[f"{prefix}perplexity"] / {**exported, **item}[f"f16_{prefix}perplexity"] - 1
                 row[f"{kind}_kl"] = item.get(f"{prefix}kl")
         rows.append(row)
     if not rows:

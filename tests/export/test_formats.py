@@ -10,7 +10,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from gemma_tune.base.errors import UserError
+from gemma_tune.chat import choice
 from gemma_tune.export.quant_loss import Loss
+from gemma_tune.run.session import open_session
 from support.command import MANIFEST_SCHEMA
 from support.ollama import LoopbackOllama
 
@@ -68,7 +71,7 @@ def test_every_format_is_in_the_summary_and_a_bad_one_is_not_proposed(measured, 
     quants = result.json["summary"]["quants"]
     assert {quant: figures.get("loses") for quant, figures in quants.items()} == {
         "q4_k_m": "loses 50% of what was learned", "q8_0": None, "q4_0": "loses all that was learned"}
-    assert result.json["next"] == [f"ollama create tiny-gemma-tuned:q8_0 -f {OLLAMA}/Modelfile-q8_0",
+    assert result.json["next"] == [f"ollama create tiny-gemma-tuned:q8_0 -f {OLLAMA}/Modelfile",
                                    "ollama run tiny-gemma-tuned:q8_0"]
     gguf = f"{OLLAMA}/tiny-gemma-q8_0.gguf"
     assert result.json["elsewhere"] == [f"llama-cli -m {gguf}", f"llama-server -m {gguf} --jinja",
@@ -196,6 +199,65 @@ def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(c
     gone = export("--quant", "q8_0", "--json")
     assert gone.json["status"] == "up-to-date" and "earlier" not in gone.json["summary"]
     assert "earlier merged model" not in gone.err
+
+
+def test_a_good_file_of_an_earlier_export_stays_the_recommended_one(measured, cli, merged, monkeypatch):
+    monkeypatch.setattr(choice, "find_engine", lambda: "xllamacpp 1")
+
+    def answering(**settings) -> str:
+        return choice.exported(open_session("chat", merged, **settings)).name
+
+    first = measured("--quant", "q8_0", "--json").json["summary"]
+    later = measured("--quant", "q4_0,f16", "--json")
+    assert later.code == 0, later.err
+    summary, said = later.json["summary"], " ".join(later.err.split())
+    assert summary["earlier"]["q8_0"]["stale"] is False and summary["recommended"] == "q8_0"
+    assert "q8_0 (0 MB) from an earlier export is the smallest of these formats that keeps" in said
+    assert "from an earlier export, recommended" in said
+    assert summary["quant"] == "f16" and summary["gguf_bytes"] == summary["quants"]["f16"]["bytes"], "q4_0 loses too much"
+    assert "loses" not in summary and later.json["artifacts"]["gguf"].endswith("-f16.gguf")
+    assert (OLLAMA / "Modelfile").read_text() == (OLLAMA / "Modelfile-f16").read_text()
+    jsonschema.validate(json.loads((merged / "manifest.json").read_text()), MANIFEST_SCHEMA)
+
+    assert answering() == answering(use="gguf", quant="q8_0") == "tiny-gemma-q8_0.gguf"
+    assert answering(quant="f16") == "tiny-gemma-f16.gguf" and answering(quant="q4_0") == "tiny-gemma-q4_0.gguf"
+    asked = open_session("chat", merged, use="ollama", quant="q8_0")
+    assert choice.figures_of(asked)["ollama_name"] == first["ollama_name"] == "tiny-gemma-tuned"
+
+    file = OLLAMA / "tiny-gemma-q8_0.gguf"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="it was changed since it was exported"):
+        answering(quant="q8_0")
+    file.write_bytes(whole + b" ")
+    assert answering() == "tiny-gemma-f16.gguf", "of another size it is not what was exported"
+    file.unlink()
+    with pytest.raises(UserError, match="the last export of .* made no q8_0, but q4_0, f16"):
+        answering(quant="q8_0")
+    assert answering() == "tiny-gemma-f16.gguf"
+    again = measured("--quant", "q4_0,f16", "--json")
+    assert again.json["status"] == "up-to-date" and again.json["summary"]["recommended"] == "f16"
+
+
+def test_a_bad_export_leads_to_the_good_file_that_is_there(measured, cli, merged):
+    assert measured("--quant", "q8_0", "--json").code == 0
+    bad = measured("--quant", "q4_0", "--json")
+    assert bad.json["summary"]["recommended"] == "q8_0" and bad.json["summary"]["quant"] == "q4_0"
+    assert bad.json["next"] == ["gemma-tune chat --run runs/tiny-gemma --use gguf --quant q8_0"]
+    with pytest.raises(UserError, match="made no q8_0"):  # q4_0 has the name in Ollama by now
+        choice.figures_of(open_session("chat", merged, use="ollama", quant="q8_0"))
+    assert cli("merge", "--dtype", "fp32", "--no-check").code == 0
+    stale = measured("--quant", "q4_0", "--json").json
+    assert "recommended" not in stale["summary"]
+    assert stale["next"] == ["gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0"]
+
+
+def test_the_recommended_format_has_the_plain_names(measured, merged):
+    result = measured("--quant", "q4_0,f16,q8_0", "--json")
+    assert result.json["summary"]["recommended"] == result.json["summary"]["quant"] == "q8_0"
+    assert result.json["artifacts"]["gguf"].endswith("-q8_0.gguf") and result.json["artifacts"]["gguf_q4_0"]
+    assert (OLLAMA / "Modelfile").read_text() == (OLLAMA / "Modelfile-q8_0").read_text()
+    assert result.json["next"][-1] == "ollama run tiny-gemma-tuned:q8_0"
 
 
 def test_the_first_format_of_an_earlier_export_keeps_its_modelfile(export, merged):

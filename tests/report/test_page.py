@@ -187,3 +187,14 @@ def test_a_browser_draws_it_without_scrolling_sideways(page, tmp_path, width):
                    check=True)
     drawn = imread(picture)[:800, :width, :3]
     assert len(np.unique((drawn * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 30, "an empty page has few colours"
+
+
+def test_a_good_file_of_an_earlier_export_is_among_the_formats(tmp_path):
+    run = finished_run(tmp_path / "run", "Is the margin falling?")
+    content = json.loads(run.manifest.read_text())
+    summary = content["stages"]["export-ollama"]["summary"]
+    left = {"file": "x.gguf", "bytes": 270 * 10**6, "merged": "m", "perplexity": 20.0, "f16_perplexity": 16.0}
+    summary |= {"recommended": "q5_1", "earlier": {"q5_1": left | {"stale": False}, "q5_0": left | {"stale": True}}}
+    run.manifest.write_text(json.dumps(content))
+    found = Page(write_report(run)).text
+    assert "q5_1 ★" in found and "+25.00 %" in found and "q5_0" not in found

@@ -13,7 +13,7 @@ from gemma_tune.run.manifest import Manifest
 
 # Of a format's figures; those of f16 were measured on the same rows.
 _KEPT = ("file", "bytes", "ollama_name", "loses", "perplexity", "general_perplexity", "f16_perplexity",
-         "f16_general_perplexity")
+         "f16_general_perplexity", "sha256", "stamp")
 
 
 def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -26,25 +26,42 @@ def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> d
         For each file: its name and size, ``merged``, the sha256 of the merged model that it was made from, and
         ``stale``: whether that is another one by now. Both are None of a file that no export recorded.
     """
-    record = manifest.stages.get("export-ollama")
-    known: dict[str, Mapping[str, Any]] = {}
-    if record:
-        common = {"merged": record["inputs"].get("merged", {}).get("sha256"),
-                  **{name: value for name, value in record["summary"].items() if name.startswith("f16_")}}
-        known = {**record["summary"].get("earlier", {}), **{
-            quant: {**figures, **common} for quant, figures in record["summary"].get("quants", {}).items()}}
+    known = _recorded(manifest)
     current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")
     found, beginning = {}, f"{run.model_name}-"
     for path in sorted(run.ollama.glob("*.gguf")):
         quant = path.stem.removeprefix(beginning)
         if quant in {*quants} or path.name.startswith("."):
             continue
+        size = path.stat().st_size
         figures = known.get(quant, {})
+        if figures.get("bytes", size) != size:  # another one by now
+            figures = {}
         merged = figures.get("merged")
         kept = {key: figures[key] for key in _KEPT if key in figures}
-        found[quant] = {**kept, "file": path.name, "bytes": path.stat().st_size, "merged": merged,
+        found[quant] = {**kept, "file": path.name, "bytes": size, "merged": merged,
                         "stale": None if merged is None else merged != current}
     return found
+
+
+def _recorded(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What the manifest has of the files of the last export, and of those that it left, by number format."""
+    record = manifest.stages.get("export-ollama")
+    if record is None:
+        return {}
+    summary, made = record["summary"], {Path(item["path"]).name: item for item in record["outputs"].values()}
+    common = {"merged": record["inputs"].get("merged", {}).get("sha256"),
+              **{name: value for name, value in summary.items() if name.startswith("f16_")}}
+    last = {}
+    for quant, figures in summary.get("quants", {}).items():
+        item = made.get(figures.get("file"), {})
+        last[quant] = {**figures, **common, **{name: item[name] for name in ("sha256", "stamp") if name in item}}
+    return {**summary.get("earlier", {}), **last}
+
+
+def still_good(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of the files of earlier exports those of the merged model that the run has now."""
+    return {quant: item for quant, item in earlier.items() if item.get("stale") is False}
 
 
 def leftover_modelfiles(run: RunDir, current: Iterable[Path]) -> list[str]:
