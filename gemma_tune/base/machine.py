@@ -169,11 +169,9 @@ def ended_by(end: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         return
     before = {number: signal.signal(number, note) for number in ending_signals()
               if number != signal.SIGINT and callable(signal.getsignal(number))}
-    wakes = signal.set_wakeup_fd(-1)  # an event loop takes it away, and noting_ctrl_c's would be gone
     try:
         yield lambda: came
     finally:
-        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
         for number, handler in before.items():
             signal.signal(number, handler)
         if came:

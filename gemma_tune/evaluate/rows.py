@@ -103,7 +103,7 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
             if wanted is not None:
                 sequences.append(wanted)
                 row_of.append(n)
-    questions = _questions(session, chat, rows)
+    questions = _questions(session, chat, rows, limited=there > limit)
     if not (sequences or questions or preferences and preferences.sequences):
         raise UserError("nothing in the rows can be predicted or asked", "name others with --data FILE")
     measured = len(examples) if preferences else len(set(row_of))
@@ -160,8 +160,13 @@ def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[
     return rows
 
 
-def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[PreparedRow, Outcome]]) -> list[Question]:
-    """Prompts of the rows, from all over them, as long as those in training; of the example its own before them."""
+def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[PreparedRow, Outcome]],
+               limited: bool) -> list[Question]:
+    """Prompts of the rows, from all over them, as long as those in training; of the example its own before them.
+
+    Args:
+        limited: whether there are more rows than were asked for, which is why there are so few prompts.
+    """
     count = session.config.questions
     chats = [(example, outcome) for example, outcome in rows if "messages" in example]
     if texts := len(rows) - len(chats):
@@ -173,8 +178,7 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
     if is_example(session) and not session.config.data_file:
         own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
         found = [*own, *(replace(question, judged=True) for question in found)]
-    elif (chats and len(chats) < count and not session.config.data_file and not texts
-          and len(rows) != session.config.limit):  # else that is why there are so few
+    elif chats and len(chats) < count and not (session.config.data_file or texts or limited):
         there = counted(len(chats), "held-out prompt")
         session.listener.note(f"the run has {there}{_more_aside(session, count, len(chats))}")
     return _short_enough(session, chat, found)
