@@ -40,7 +40,7 @@ def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0, most: i
             exceeded, except where every prompt has more rows than that: then the prompt with the fewest is taken.
         fewest: rows that a share gives at least, by the prompts that are next in the order of their hashes; as far as
             a prompt is left for the other side.
-        most: rows that a share gives at most, but for those of the first prompt.
+        most: rows that a share gives at most, where a prompt has no more.
 
     Returns:
         bool, shape (rows,): True for validation. It depends on the hashes alone, not on the order of the rows.
@@ -54,15 +54,18 @@ def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0, most: i
 
 
 def _by_share(groups: np.ndarray, sizes: np.ndarray, share: float, fewest: int, most: int | None) -> np.ndarray:
-    """Groups below the share of the hashes' range, and on until there are as many rows as the fewest; the first and the
-    last stay on different sides."""
+    """Groups below the share of the hashes' range, and on until there are as many rows as the fewest; neither all of
+    them nor none."""
     below = math.ceil(share * 2**64)  # exact: a float times a power of two, and hashes are whole numbers
     rows = np.cumsum(sizes)
     # A prompt with many rows is not taken for the sake of a few.
     chosen = (groups < np.uint64(below)) | (rows - sizes < fewest) & (rows <= 2 * fewest)
     if most is not None:
         chosen &= rows <= most
-    chosen[0], chosen[-1] = True, False
+    chosen[-1] = False
+    if not chosen.any():
+        first = 0 if most is None or sizes[0] <= most else int(np.argmin(sizes))
+        chosen[first] = True
     return chosen
 
 

@@ -123,3 +123,13 @@ def test_the_fewest_validation_rows_where_nobody_chose(rows, expected):
     from gemma_tune.prepare.split import fewest_valid
 
     assert fewest_valid(rows) == expected
+
+
+def test_a_prompt_with_many_rows_is_not_kept_aside_whole():
+    """Which has the lowest hash by chance; another one of those that there are is."""
+    hashes = np.array([1] * 20 + [7] * 3 + [2**63 + n for n in range(7)], np.uint64)
+    chosen = choose_valid(hashes, 0.1, 5, 6)
+    assert not chosen[:20].any() and 1 <= chosen.sum() <= 6
+    assert choose_valid(hashes, 0.1)[:20].all(), "of a share that was chosen it is"
+    alone = choose_valid(np.array([1] * 20 + [9] * 10, np.uint64), 0.1, 5, 6)
+    assert (~alone[:20]).all() and alone[20:].all(), "the smaller one where all are larger"
