@@ -358,7 +358,8 @@ def _require_data(config: Any) -> None:
     """See :func:`gemma_tune.data.reading.sources.require_files`."""
     from gemma_tune.data.reading.sources import require_files
 
-    require_files(config.data, [config.valid] if isinstance(config.valid, str) else (), config.delimiter_sign)
+    require_files(config.data, [config.valid] if isinstance(config.valid, str) else (), config.delimiter_sign,
+                  config.format == "text")
 
 
 def in_processes(request: Request) -> Request:

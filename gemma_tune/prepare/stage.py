@@ -152,7 +152,7 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     # What is piped is copied into the run, which nobody else may work on meanwhile.
     with locked(session, "prepare") if STDIN in (*names, *valid) else contextlib.nullcontext():
         sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, some is valid,
-                                          config.encoding) for some in (names, valid))
+                                          config.encoding, config.format == "text") for some in (names, valid))
     known = {source.path.resolve() for source in sources}
     if twice := [source.name for source in held_out if source.path.resolve() in known]:
         raise UserError(f"{', '.join(twice)} is named for training and for validation",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TSV
+from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from gemma_tune.data.reading.text import compression
 
 KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET, ".arrow": ARROW}
-AS_TEXT = ('plain text is learned from rows such as {"text": "…"}, one on each line of a .jsonl file; '
-           "a table in a .txt file is read with --delimiter")
+TEXTS = (".txt", ".md", ".text")
+AS_TEXT = ('plain text is learned with --format text, each file as one text, or from rows such as {"text": "…"}, one '
+           "on each line of a .jsonl file; a table in a .txt file is read with --delimiter")
 SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, and beside its splits
 # Files that describe a dataset, in its repository or beside what `datasets` has saved.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", DICT)
@@ -21,11 +22,16 @@ _RECORD = re.compile(rb'\{"file": ?".*?", ?"line": ?\d+, ?"(?:code|same_as)": ?"
 _OPENING = 10_000  # bytes of a line that show what it is
 
 
-def kind_of(path: Path) -> str | None:
-    """The kind of source that a name promises; None for one that promises none."""
+def kind_of(path: Path, plain: bool = False) -> str | None:
+    """The kind of source that a name promises; None for one that promises none.
+
+    Args:
+        plain: whether plain text is to be learned, as which the names of texts then count.
+    """
     if compression(path):
         path = path.with_suffix("")
-    return KINDS.get(path.suffix.lower())
+    ending = path.suffix.lower()
+    return TEXT if plain and ending in TEXTS else KINDS.get(ending)
 
 
 def describes_data(path: Path) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-JSON, CSV, TSV, PARQUET, ARROW, HUB = "jsonl-or-json", "csv", "tsv", "parquet", "arrow", "hf"
+JSON, CSV, TSV, PARQUET, ARROW, HUB, TEXT = "jsonl-or-json", "csv", "tsv", "parquet", "arrow", "hf", "text"
 PIPED = "<stdin>"  # the name of the source that standard input is
 BLOCK = 1 << 20  # bytes or characters that are read, and travel, together
 # What is longer is no conversation: most likely a file whose quotes or brackets do not close.
@@ -40,7 +40,7 @@ class Source:
         name: for messages and ``Row.file``: the path as typed or found, ``<stdin>`` or ``hf:org/name:train``.
         path: a regular file whose content identifies the rows: the file, the copy of standard input, or the lock file
             that names a dataset's commit.
-        kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet``, ``arrow`` or ``hf``.
+        kind: ``jsonl-or-json``, ``csv``, ``tsv``, ``parquet``, ``arrow``, ``hf`` or ``text``.
         size: of the file in bytes; None on the Hub.
         delimiter: the sign between the columns of a table, where it was named.
         encoding: of a text, where it was named; else it is UTF-8, or UTF-16 with a byte order mark.

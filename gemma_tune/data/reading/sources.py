@@ -20,17 +20,19 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near, nearest
-from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, table_rows
+from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import describes_data, kind_of
-from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TSV, Block, Row, Source
+from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TEXT, TSV, Block, Row, Source
+from gemma_tune.data.reading.text import compression
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
 
+_MARGIN = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first sign of a text
 STDIN = "-"
 EXAMPLE = "example:"
 _READERS = {JSON: json_rows.blocks, PARQUET: binary_rows.parquet_blocks, ARROW: binary_rows.ipc_blocks,
-            HUB: hub_rows.blocks}
+            HUB: hub_rows.blocks, TEXT: plain_rows.blocks}
 
 
 def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = None) -> Iterator[Block]:
@@ -56,23 +58,28 @@ class How(NamedTuple):
 
     delimiter: str | None = None
     encoding: str | None = None
+    plain: bool = False
 
 
 def source_of(path: Path, name: str | None = None, delimiter: str | None = None,
-              encoding: str | None = None) -> Source:
+              encoding: str | None = None, plain: bool = False) -> Source:
     """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
 
     Args:
         delimiter: the sign between the columns of a table; what has no known ending then is one.
         encoding: of a text, by a name that Python has for it.
+        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin as JSON does.
     """
-    kind = kind_of(path) or (CSV if delimiter else JSON)
+    kind = kind_of(path, plain and not delimiter) or (CSV if delimiter else JSON)
+    if kind == TEXT and not compression(path) and head_of(path).lstrip(_MARGIN)[:1] in (b"{", b"["):
+        kind = JSON
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   delimiter if kind in (CSV, TSV) else None, encoding)
 
 
 def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None,
-                 delimiter: str | None = None, held_out: bool = False, encoding: str | None = None) -> list[Source]:
+                 delimiter: str | None = None, held_out: bool = False, encoding: str | None = None,
+                 plain: bool = False) -> list[Source]:
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
@@ -82,14 +89,14 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
             files of datasets. Only made when needed.
-        delimiter, encoding: see :func:`source_of`.
+        delimiter, encoding, plain: see :func:`source_of`.
         held_out: they are for validation: of a directory with splits, those files are taken.
 
     Raises:
         UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
             all files are there.
     """
-    listener, how = listener or Listener(), How(delimiter, encoding)
+    listener, how = listener or Listener(), How(delimiter, encoding, plain)
     found, problems = _on_disk(names, keep, listener, how, held_out)
     if not problems:
         found = [_elsewhere(f, keep, listener, how, problems) if isinstance(f, str) else f for f in found]
@@ -101,7 +108,8 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     return list(once.values())
 
 
-def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter: str | None = None) -> None:
+def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter: str | None = None,
+                  plain: bool = False) -> None:
     """Find out what is wrong with files, before a model is looked for, which can mean a download.
 
     Args:
@@ -113,7 +121,7 @@ def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter:
     """
     nowhere = Path(os.devnull)  # nothing is kept
     problems = [problem for some in (names, held_out)
-                for problem in _on_disk(some, nowhere, Listener(), How(delimiter), some is held_out)[1]]
+                for problem in _on_disk(some, nowhere, Listener(), How(delimiter, None, plain), some is held_out)[1]]
     if problems:
         raise _together(problems)
 
@@ -130,7 +138,7 @@ def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, hel
             continue
         try:
             found += [source_of(path, None, *how)
-                      for path in _files(built_in(name), keep, listener, held_out)]
+                      for path in _files(built_in(name), keep, listener, held_out, how.plain)]
         except UserError as e:
             problems.append(e)
     return found, problems
@@ -181,7 +189,7 @@ def _together(problems: Sequence[UserError]) -> UserError:
     return error
 
 
-def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Path]:
+def _files(name: str, keep: Path, listener: Listener, held_out: bool, plain: bool) -> list[Path]:
     """A file, or the files of a directory or a glob.
 
     Raises:
@@ -191,12 +199,12 @@ def _files(name: str, keep: Path, listener: Listener, held_out: bool) -> list[Pa
     if not name:
         raise UserError("a data file's name is empty", CHECK)
     if os.path.isdir(path):
-        paths = data_files(path, keep, listener, held_out)
+        paths = data_files(path, keep, listener, held_out, plain)
     elif not os.path.exists(path) and glob.has_magic(name):
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
         written = [m for m in matches if any(is_run(folder, keep) for folder in m.parents)]
         matches = [m for m in matches if m not in written]
-        paths = [m for m in matches if kind_of(m) and not describes_data(m)] or matches
+        paths = [m for m in matches if kind_of(m, plain) and not describes_data(m)] or matches
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
@@ -283,7 +291,7 @@ def _ending(head: bytes, delimiter: str | None) -> str:
     for magic, ending in _MAGIC.items():
         if head.startswith(magic):
             return ending
-    first = head.lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n", 1)[0]
+    first = head.lstrip(_MARGIN).split(b"\n", 1)[0]
     if first[:1] not in (b"{", b"[") and any(sign in first for sign in (delimiter or ",;\t|").encode()):
         return ".tsv" if b"\t" in first else ".csv"
     return ".jsonl"
