@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -286,7 +286,8 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     for single in singles:
         if choices and single not in choices:
-            return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{near(str(single), choices)}"
+            meant = near(str(single), _of_the_same_number(str(single), choices))
+            return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{meant}"
         if isinstance(single, str):  # a setting that takes text as well as a number
             continue
         if least is not None and single < least:
@@ -295,6 +296,13 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
             counts = f"; it is {f.metadata['counts']}" if "counts" in f.metadata else ""
             return f"{f.name}: {shown(single)} is above the largest possible {_limit(most)}{counts}"
     return None
+
+
+def _of_the_same_number(word: str, choices: Iterable[str]) -> list[str]:
+    """Choices that a word may mean: who asks for three bits does not want six."""
+    number = re.search(r"\d+", word)
+    digits = sorted(number[0]) if number else []  # in whatever order they were typed
+    return [choice for choice in choices if not digits or digits in map(sorted, re.findall(r"\d+", choice))]
 
 
 def _limit(value: float) -> str:

@@ -21,7 +21,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, as_flags, resolve, value_in_words
 from gemma_tune.config.settings_file import load_yaml
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, PrepareConfig, TrainConfig
+from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, ExportConfig, PrepareConfig, TrainConfig
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
           for f in dataclasses.fields(cls)]
@@ -239,6 +239,9 @@ def test_a_value_is_quoted_on_one_line_and_in_bounds():
 
 def test_a_choice_that_is_nearly_right_gets_a_suggestion():
     [problem] = problems(TrainConfig, dtype="bf61")
+    for asked, meant in (("q3_k_m", ""), ("q2_k", ""), ("q4_k_s", "; did you mean `q4_k_m`?"), ("q8", "; did you mean `q8_0`?")):
+        [other] = problems(ExportConfig, quant=(asked,))
+        assert other.endswith(f"q4_1, q4_0{meant}"), "whoever asks for three bits does not want six"
     assert problem == "dtype: 'bf61' is not one of auto, bf16, fp32, fp16; did you mean `bf16`?"
 
 
