@@ -78,20 +78,21 @@ def _shortened(text: str, length: int = 60) -> str:
 
 def _context(session: Session, config: Mapping[str, Any], known: int | None) -> int:
     room = known or context_length(config) or LEAST_CONTEXT
+    # A shorter one than the model's own: it may slide a window, or divide frequencies otherwise behind it.
+    limit = f"{room:,} tokens that " + ("llama.cpp computes as in training" if known else "the model was made for")
     if (longest := _longest_in_training(session)) > room:
-        session.listener.warn(f"rows of up to {longest:,} tokens were learned, and llama.cpp computes no more than "
-                              f"{room:,} as in training: it knows no sliding window for this model")
+        session.listener.warn(f"rows of up to {longest:,} tokens were learned, and the context here is the {limit}")
     if (asked := session.config.num_ctx) is not None and asked > room:
-        session.listener.warn(f"--num-ctx {asked:,} is more than the {room:,} tokens that the model was made for: what "
-                              "it says behind them can be worth nothing")
+        session.listener.warn(f"--num-ctx {asked:,} is more than the {limit}: what it says behind them can be worth "
+                              "nothing")
     return asked or min(max(LEAST_CONTEXT, longest), room)
 
 
 def _longest_in_training(session: Session) -> int:
-    """An upper bound of the tokens of training's longest sequence; 0 where the manifest does not tell."""
+    """The tokens of training's longest sequence, or what they are at most; 0 where the manifest does not tell."""
     summary = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
     limit = session.settings_of("prepare").get("max_length", 0)
-    return min(summary.get("longest", limit), limit)  # the longest row is measured before the limit
+    return min(summary.get("longest", limit), limit)  # an older version measured before the limit
 
 
 def with_sampling(checkpoint: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,18 +101,21 @@ class DataFiles:
         Returns:
             The content of data/report.json.
         """
-        statistics, lost = Statistics(), 0
+        statistics, kept, lost = Statistics(), Statistics(), 0
         with ExitStack() as opened:
             outputs = _Outputs(self._folder, opened)
             for batch in decided.spool.read():
                 self._write_batch(batch, decided, outputs)
-                lost += int(_lost(batch)[decided.selection.kept[batch.first:batch.first + batch.size]].sum())
+                used = decided.selection.kept[batch.first:batch.first + batch.size]
+                lost += int(_lost(batch)[used].sum())
                 statistics.add(_measured(batch, self._names[batch.source]), decided.counted(batch))
+                kept.add(_measured(batch, self._names[batch.source], of=""), used)
                 advance(batch.first + batch.size)
         columns, selection = decided.columns, decided.selection
         for_training = selection.kept & ~selection.valid
         write_origins(self._folder, columns.source[for_training], columns.line[for_training])
-        report = self._report(decided, statistics, outputs, config) | {"left_out_answers": lost}
+        report = self._report(decided, statistics, outputs, config) | {
+            "left_out_answers": lost, "turns": kept.turns, "length": kept.length}
         write_json(self._folder / "report.json", report)
         return report
 
@@ -183,9 +186,10 @@ def _lost(batch: Batch) -> np.ndarray:
     return np.maximum(per_row("full_counts") - per_row("counts"), 0)
 
 
-def _measured(batch: Batch, name: str) -> Measured:
-    lengths, lengths_at = batch.lists("full_lengths")
-    spans, spans_at = batch.lists("full_spans")
+def _measured(batch: Batch, name: str, of: str = "full_") -> Measured:
+    """The figures of a batch's rows: without a limit, or, ``of`` nothing, of what is kept of them."""
+    lengths, lengths_at = batch.lists(f"{of}lengths")
+    spans, spans_at = batch.lists(f"{of}spans")
     rows = np.arange(batch.size)
     return Measured(
         lengths=lengths.astype(np.int64), sequence_rows=np.repeat(rows, np.diff(lengths_at)),

@@ -240,12 +240,15 @@ def _preview(session: Session, count: int, kind: str | None, template: Path | No
     session.listener.preview(rows, [names.get(int(mark), "") for mark in marks[:shown]])
 
 
+def _lengths(figures: dict[str, Any]) -> dict[str, int]:
+    return {"turns": figures["turns"],
+            **{name: figures["length"][name] for name in ("shortest", "longest", "p50", "p90", "p99")}}
+
+
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of the report that the manifest keeps."""
     names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
              "kind", "tokens", "trained_tokens")
     before = report["before_the_limit"]
-    length = before["length"]
-    return {**{name: report[name] for name in names}, "turns": before["turns"], "shortest": length["shortest"],
-            "longest": length["longest"], **{p: length[p] for p in ("p50", "p90", "p99")},
+    return {**{name: report[name] for name in names}, **_lengths(report), "before_the_limit": _lengths(before),
             "max_length": before["long"]["max_length"]}

@@ -159,6 +159,12 @@ class Statistics:
         """Length of the shortest row; 0 without rows."""
         return self._shortest[0][0] if self._shortest else 0
 
+    @property
+    def length(self) -> dict[str, Any]:
+        """Tokens per row: ``shortest``, ``mean``, percentiles as ``p50``, and ``longest``."""
+        return {"shortest": self.shortest, "mean": self._total / max(1, self.rows),
+                **{f"p{p}": self.percentile(p) for p in PERCENTILES}, "longest": self.longest}
+
     def percentile(self, p: int) -> int:
         """The length that ``p`` % of the rows do not exceed; 0 without rows."""
         return self._length_at(min(self.rows - 1, self.rows * p // 100)) if self.rows else 0
@@ -242,8 +248,7 @@ class Statistics:
         return {
             "rows": self.rows, "sequences": self.sequences, "turns": self.turns, "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "length": {"shortest": self.shortest, "mean": self._total / max(1, self.rows),
-                       **{f"p{p}": self.percentile(p) for p in PERCENTILES}, "longest": self.longest},
+            "length": self.length,
             "histogram": self.histogram(), "limits": [self.cut(n)._asdict() for n in sorted(limits)], "long": long,
             "scripts": self.scripts(), "longest_rows": _examples(self._longest),
             "shortest_rows": _examples(self._shortest),

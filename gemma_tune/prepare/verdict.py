@@ -216,7 +216,7 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         left_out = counted(report["left_out_answers"], "answer of the rows that are used is",
                            "answers of the rows that are used are")
         listener.warn(f"{left_out} left out: too long to fit into --max-length {session.config.max_length}")
-    longest = min(report["before_the_limit"]["length"]["longest"], session.config.max_length)
+    longest = report["length"]["longest"]
     if (context := context_length(session.model.config)) and longest > context:
         listener.warn(f"there are sequences of up to {longest:,} tokens, and {session.model.id} was made for "
                       f"{context:,}: it can do little or nothing with what comes behind; --max-length {context} limits "

@@ -358,7 +358,8 @@ def test_the_report_has_what_is_documented(prepare):
     assert report().keys() == {
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "files", "formats",
         "kind", "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "asked_on_both_sides", "sequences",
-        "tokens", "trained_tokens", "left_out_answers", "unread", "white_space_left_out", "rows_of_several_sequences", "before_the_limit"}
+        "tokens", "trained_tokens", "left_out_answers", "unread", "white_space_left_out", "rows_of_several_sequences",
+        "before_the_limit", "turns", "length"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",
         "longest_rows", "shortest_rows"}
@@ -370,12 +371,25 @@ def test_the_report_has_what_is_documented(prepare):
 
 def test_the_figures_in_the_manifest_are_those_of_the_report(prepare):
     summary = prepare(write_rows(Path("rows.jsonl"), varied()))["summary"]
-    figures, length = report(), report()["before_the_limit"]["length"]
+    figures = report()
     same = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
             "tokens", "trained_tokens")
     assert {name: summary[name] for name in same} == {name: figures[name] for name in same}
-    assert [summary[name] for name in ("shortest", "longest", "p50", "p90", "p99")] == [
-        length[name] for name in ("shortest", "longest", "p50", "p90", "p99")]
+    for told, source in ((summary, figures), (summary["before_the_limit"], figures["before_the_limit"])):
+        assert told["turns"] == source["turns"]
+        assert all(told[name] == source["length"][name] for name in ("shortest", "longest", "p50", "p90", "p99"))
+
+
+def test_rows_that_were_left_out_are_in_the_figures_before_the_limit_alone(prepare):
+    long = row("long", "word " * 200)
+    summary = prepare(write_rows(Path("rows.jsonl"), [*(row(f"number {n}") for n in range(9)), long]),
+                      "--max-length", 128, "--max-rejected", 1)["summary"]
+    before = summary["before_the_limit"]
+    assert summary["rejected_by_reason"] == {"too_long": 1}
+    kept = [len(s.ids) for side in ("train", "valid") for s in sequences(side)]
+    assert summary["longest"] == summary["p99"] == max(kept) < 128 < before["longest"] == before["p99"]
+    assert (summary["turns"], before["turns"]) == (18, 20)
+    assert summary["tokens"] == sum(kept)
 
 
 # --- tokens depend on more than the rows

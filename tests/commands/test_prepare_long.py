@@ -365,6 +365,11 @@ def test_rows_that_are_longer_than_the_model_was_made_for_are_told(cli, tiny, tm
     assert result.code == 0, result.err
     assert "tiny-gemma was made for 1,024: it can do little or nothing with what comes behind; --max-length 1024" in result.err
     assert "was made for" not in cli("prepare", tmp_path / "long.jsonl", "--max-length", 1024, "--on-long", "truncate").err
+    # Nor of a row that is left out, as it is longer than the limit itself.
+    longer = [row("a", "word " * 2000), *(row(f"number {n}") for n in range(9))]
+    write_rows(tmp_path / "longer.jsonl", longer)
+    left_out = cli("prepare", tmp_path / "longer.jsonl", "--max-length", 1500, "--max-rejected", 1)
+    assert left_out.code == 0 and "was made for" not in left_out.err
 
 
 def test_a_table_of_positions_ends_somewhere(cli, tmp_path):

@@ -25,12 +25,12 @@ from support.listener import Said
 
 
 def told(merged: Path, run: Path, prepared: dict[str, Any] | None = None, listener: Listener | None = None,
-         **settings: Any) -> Target:
+         known: int | None = None, **settings: Any) -> Target:
     """``target_for`` with these settings, in a run whose manifest says this of ``prepare``."""
     manifest = Manifest({"name": "tiny-gemma"}, {"prepare": prepared} if prepared else {})
     session = Session(RunDir(run, "tiny-gemma"), BaseModel("tiny", "tiny-gemma", "directory", merged, None, "", {}),
                       resolve(ExportConfig, settings), listener or Listener(), manifest)
-    return target_for(session, merged, load_format(merged, "gemma3_text"))
+    return target_for(session, merged, load_format(merged, "gemma3_text"), known)
 
 
 @pytest.fixture
@@ -73,6 +73,18 @@ def test_a_context_that_the_model_was_not_made_for_is_told(merged, tmp_path):
         said = Said()
         assert told(merged, tmp_path, listener=said, num_ctx=asked).parameters["num_ctx"] == asked
         assert len(said.warnings) == warnings and all("--num-ctx 5,000 is more than the 1,024 tokens" in w for w in said.warnings)
+
+
+@pytest.mark.parametrize(("known", "said"), [
+    (None, "rows of up to 2,048 tokens were learned, and the context here is the 1,024 tokens that the model was made for"),
+    (512, "the context here is the 512 tokens that llama.cpp computes as in training")])
+def test_rows_that_are_longer_than_the_context_are_told_with_the_reason(merged, tmp_path, known, said):
+    change(merged / "config.json", max_position_embeddings=1024)
+    prepared = {"config": {"max_length": {"value": 2048, "from": "default"}}, "summary": {"longest": 2048}}
+    listener = Said()
+    told(merged, tmp_path, prepared, listener, known)
+    [warning] = listener.warnings
+    assert said in warning and ("llama.cpp" in warning) == bool(known)
 
 
 def test_given_parameters_win_over_the_models_own(merged, tmp_path):

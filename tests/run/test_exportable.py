@@ -115,4 +115,4 @@ def test_a_bos_of_the_template_and_a_window_that_llama_cpp_does_not_know(cli, mo
                                                          {"role": "assistant", "content": f"the {n}"}]} for n in range(8)])
     for args in (("prepare", long), ("train", *QUICK, "--force"), ("merge", "--no-check")):
         assert cli(*args).code == 0
-    assert "llama.cpp computes no more than 100 as in training" in cli("export-ollama", "--quant", "f16", "--no-measure").err
+    assert "the context here is the 100 tokens that llama.cpp computes as in training" in cli("export-ollama", "--quant", "f16", "--no-measure").err

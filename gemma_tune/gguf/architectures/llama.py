@@ -101,7 +101,7 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
                         whole.num_hidden_layers, heads, whole.num_key_value_heads, tied=whole.tie_word_embeddings,
                         # Old checkpoints store what follows from the configuration.
                         left_out=lambda name: name.endswith(".rotary_emb.inv_freq"),
-                        context=context_length(whole))
+                        context=shorter_context(whole, context_length(whole)))
 
 
 MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}
@@ -195,6 +195,11 @@ def context_length(config: Any) -> int:
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) and (kinds is None or "sliding_attention" in kinds)
     return min(config.max_position_embeddings, config.sliding_window) if slides else config.max_position_embeddings
+
+
+def shorter_context(config: Any, known: int) -> int | None:
+    """The context that llama.cpp computes as Transformers does, where that is shorter than the model's own."""
+    return known if known < config.max_position_embeddings else None
 
 
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
-from gemma_tune.gguf.architectures.llama import context_length, tokenizer_kind
+from gemma_tune.gguf.architectures.llama import context_length, shorter_context, tokenizer_kind
 from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.PHI3
@@ -36,7 +36,8 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
         known = min(known, rope["original_max_position_embeddings"])
     return Architecture(gguf.MODEL_ARCH_NAMES[_ARCH], _tensors(whole, dim), partial(_metadata, whole),
                         tokenizer_kind(path.parent), whole.vocab_size, whole.num_hidden_layers, heads,
-                        whole.num_key_value_heads, tied=whole.tie_word_embeddings, context=known)
+                        whole.num_key_value_heads, tied=whole.tie_word_embeddings,
+                        context=shorter_context(whole, known))
 
 
 MAKERS = {"phi3": _make}

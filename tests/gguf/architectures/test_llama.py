@@ -215,6 +215,13 @@ def test_a_sliding_window_limits_the_context(llama: Any) -> None:
     assert read_gguf_metadata(llama("mistral-yarn").gguf)["llama.context_length"] == 256
 
 
+def test_of_long_and_short_divisors_the_context_of_the_short_ones_counts() -> None:
+    config = {"model_type": "phi3", "original_max_position_embeddings": 4096, "hidden_size": 64, "num_attention_heads": 4,
+              "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}
+    assert architecture(config | {"max_position_embeddings": 131072}).context == 4096
+    assert architecture(config | {"max_position_embeddings": 4096}).context is None
+
+
 def test_released_configurations() -> None:
     """Keys as in Qwen/Qwen2.5-0.5B-Instruct, HuggingFaceTB/SmolLM2-135M-Instruct, mistralai/Mistral-7B-Instruct-v0.1."""
     qwen = architecture({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
@@ -229,6 +236,7 @@ def test_released_configurations() -> None:
     assert len(smol.tensors) == 3 + 30 * 9
     old = architecture({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768})
     assert old.left_out("model.layers.0.self_attn.rotary_emb.inv_freq") and not old.tied
+    assert (qwen.context, smol.context, old.context) == (None, None, 4096), "where it is shorter than the model's own"
 
 
 def architecture(config: dict[str, Any]) -> Any:
