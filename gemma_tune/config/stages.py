@@ -77,7 +77,7 @@ class PrepareConfig(StageConfig):
                            choices=("all", "last"))
     chat_template: str | None = option(None, "Chat template to train with in place of the model's own, as for a base "
                                              "model that has none: `alpaca`, `chatml`, or a Jinja file. The tuned "
-                                             "model has it from then on.", auto="the model's own", files=True,
+                                             "model has it from then on.", auto="the model's own",
                                        group="advanced")
     thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
                                    "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "

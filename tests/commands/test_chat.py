@@ -818,6 +818,7 @@ def test_sigterm_ends_with_its_code_also_when_the_load_ends_meanwhile(monkeypatc
 
     monkeypatch.setattr(loop.Talk, "run", ended)
     monkeypatch.setattr(loop, "end_at_once", leave)
+    monkeypatch.setattr(loop, "end_all", lambda: None)  # of the tests themselves nothing ends
     for answers in ([True, False, False], [False, False, False]):
         said = iter(answers)
         conversation.answering = Ending(lambda: None)
