@@ -60,7 +60,7 @@ _SHORTER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q
 # Matrices that stay unquantised: small beside the others, and what they compute is added to every layer.
 _LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj|ffn_gate_inp\.weight")
 # What stays in 32 bits, as llama.cpp reads it in no other type: norms, and convolutions of a few numbers a row.
-_EXACT = re.compile(r"_norm\.weight$|ssm_conv1d\.weight$")
+_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv)\.weight$")
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _PROGRAM = "llama-quantize"
 

@@ -70,13 +70,19 @@ def test_all_stages(cli, tmp_path, name):
     assert result.json["summary"]["check_divergence"] < 0.25 * result.json["summary"]["check_adapter_effect"] + 5e-3
 
 
-def test_a_layer_with_a_state_comes_through_an_export(cli, tmp_path):
-    """Qwen 3.5: what was trained is in the GGUF, for which llama.cpp answers alike in each number format."""
-    model = tmp_path / "qwen"
-    tokenizer = tokenizer_with_turns("qwen35")
-    text = TEXT | MIXING | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, num_hidden_layers=4, head_dim=32,
-                                eos_token_id=tokenizer.eos_token_id, pad_token_id=0, layer_types=None)
-    save_random(T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE)), tokenizer, model)
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2"])
+def test_a_layer_with_a_state_comes_through_an_export(cli, tmp_path, kind):
+    """What was trained is in the GGUF, with which llama.cpp answers alike in each number format."""
+    model = tmp_path / "model"
+    tokenizer = tokenizer_with_turns("qwen35" if kind == "qwen 3.5" else "llama-bpe")
+    text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=0, num_hidden_layers=4)
+    if kind == "qwen 3.5":
+        text |= MIXING | dict(head_dim=32, layer_types=None)
+        network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
+    else:
+        network = T.Lfm2ForCausalLM(T.Lfm2Config(**text | dict(full_attn_idxs=[1, 3], block_multiple_of=32)))
+    save_random(network, tokenizer, model)
     for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
                  ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
                  ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):

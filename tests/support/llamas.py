@@ -71,6 +71,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                       "max_position_embeddings": 1024, "sliding_window": 4096}, "gpt-4o"),
     "qwen3.5": ("qwen3_5_text", {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
                                  "linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": True}, "qwen35"),
+    "qwen3.5 alike": ("qwen3_5_text", {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+                                       "linear_num_value_heads": 2, "linear_value_head_dim": 16}, "qwen35"),
+    "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 
 

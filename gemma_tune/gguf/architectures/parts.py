@@ -44,6 +44,10 @@ class Change:
 # Gemma 1 to 3 scale by 1 + weight, llama.cpp by the stored weight.
 PLUS_ONE = Change(lambda values: values + np.float32(1), lambda values: values - np.float32(1))
 
+# The kernels of a convolution over single channels: (rows, 1, width) in the checkpoint, (rows, width) in the GGUF.
+FLAT = Change(lambda values: values.reshape(len(values), -1), lambda values: values.reshape(len(values), 1, -1),
+              one_way=True)
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -15,7 +15,16 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, canonical, differing
-from gemma_tune.gguf.architectures.parts import PLUS_ONE, SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import (
+    FLAT,
+    PLUS_ONE,
+    SIZES,
+    Architecture,
+    Change,
+    TensorSpec,
+    complete,
+    refuse,
+)
 
 _ARCH = gguf.MODEL_ARCH.QWEN35
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -115,7 +124,7 @@ class _Order:
     """
 
     def __init__(self, keys: int, values: int):
-        self._of_key, self._values = np.arange(values).reshape(keys, -1), values
+        self._of_key = np.arange(values).reshape(keys, -1)
         self._same = keys == values
 
     def _indices(self, dim: int, before: int = 0) -> np.ndarray:
@@ -141,7 +150,9 @@ class _Order:
 
     def kernels(self, dim: int, before: int) -> Change:
         """Of a convolution, (rows, 1, width) in the checkpoint and (rows, width) in the GGUF."""
-        taken = np.arange(before + self._values * dim) if self._same else self._indices(dim, before)
+        if self._same:
+            return FLAT
+        taken = self._indices(dim, before)
         back = np.argsort(taken)
         return Change(lambda values: values.reshape(len(values), -1)[taken],
                       lambda values: values[back].reshape(len(values), 1, -1), rows=len(taken), one_way=True)
