@@ -161,7 +161,7 @@ def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[
 
 
 def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[PreparedRow, Outcome]],
-               limited: bool) -> list[Question]:
+               limited: bool = False) -> list[Question]:
     """Prompts of the rows, from all over them, as long as those in training; of the example its own before them.
 
     Args:
