@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gemma_tune.answers.prompts import Prompt
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.export.parity_report import COLUMNS, KNOWN, LLAMA_CPP, OLLAMA, Check
 from gemma_tune.gguf.vocabulary.runs import looks_for_spaces
 
@@ -44,6 +45,17 @@ LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
     SPACES: (COLUMNS, "this file's vocabulary looks for spaces in the text, which Hugging Face's tokenizer merges"),
     "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
 }
+
+
+EDGES = "this tokenizer takes the white space beside its special tokens with them, which llama.cpp keeps"
+
+
+def loses_edges(chat: ChatFormat, prompt: Prompt) -> bool:
+    """Whether a tokenizer takes white space at the edge of a text for a part of the special token beside it (Phi-4's,
+    of tokens that can do so)."""
+    special = [token for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
+    padded = any(turn["content"] != turn["content"].strip() for turn in prompt.messages)
+    return padded and any(token.lstrip or token.rstrip for token in special)
 
 
 def limit(name: str, ggufs: Iterable[Path]) -> tuple[tuple[str, ...], str]:

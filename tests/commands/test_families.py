@@ -15,7 +15,7 @@ from gemma_tune.models.load import after_product, load_model
 from gemma_tune.models.placement import Placement
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
-from support.llamas import save_random, tokenizer_with_turns
+from support.llamas import TURNS, save_random, tokenizer_with_turns
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
@@ -91,6 +91,29 @@ def test_a_layer_with_a_state_comes_through_an_export(cli, tmp_path, kind):
     shown = result.json["summary"]["quants"]
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
+
+
+def test_special_tokens_that_take_white_space_with_them_are_a_known_limit(cli, tmp_path):
+    """Phi-4's: of a turn without any at its edges nothing differs, and the report says where something does."""
+    tokenizer = tokenizer_with_turns("gpt-4o")
+    tokenizer.chat_template = TURNS.replace("\n", "")
+    config = T.Phi3Config(**TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, pad_token_id=0,
+                                        eos_token_id=tokenizer.eos_token_id))
+    save_random(T.Phi3ForCausalLM(config), tokenizer, tmp_path / "phi")
+    content = json.loads((tmp_path / "phi/tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        if token["content"] in ("<turn>", "<done>"):
+            token |= {"lstrip": True, "rstrip": True}
+    (tmp_path / "phi/tokenizer.json").write_text(json.dumps(content))
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", tmp_path / "phi"),
+                 ("train", "--max-steps", 1, "--samples", 0), ("merge", "--no-check"),
+                 ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    report = [line for line in Path("runs/phi/ollama/report.md").read_text().splitlines() if line.startswith("| ")]
+    limits = {line.split("|")[1].strip() for line in report if "which llama.cpp keeps" in line}
+    assert limits == {"padded white space", "padded system", "code", "padded wide spaces"}
+    assert not any("differs" in line for line in report)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
