@@ -162,4 +162,6 @@ def _placed(session: Session, which: str) -> Placement:
 
 def _format(session: Session, checkpoint: Path) -> ChatFormat:
     named = session.chat_template() if checkpoint == session.model.path else None
+    if named and (trained := session.run.adapter / named.name).is_file():  # both are asked in the same words
+        named = trained
     return load_format(checkpoint, session.model.config["model_type"], template=named)

@@ -15,7 +15,7 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.encoding.templates import named_template
+from gemma_tune.encoding.templates import OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
@@ -100,7 +100,7 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
         return
     model, converter = session.model, request.settings("export-ollama").converter
     named = request.settings("prepare").chat_template
-    template = named_template(named) if named else session.chat_template()
+    template = None if named == OWN else named_template(named) if named else session.chat_template()
     chat = load_format(model.path, model.config["model_type"], template=template)
     try:
         refuse_unexportable(model, chat, converter=converter is not None)

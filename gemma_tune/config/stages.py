@@ -76,9 +76,9 @@ class PrepareConfig(StageConfig):
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     chat_template: str | None = option(None, "Chat template to train with in place of the model's own, as for a base "
-                                             "model that has none: `alpaca`, `chatml`, or a Jinja file. The tuned "
-                                             "model has it from then on.", auto="the model's own",
-                                       group="advanced")
+                                             "model that has none: `alpaca`, `chatml`, or a Jinja file. The run "
+                                             "and the tuned model have it from then on; `own` takes it back.",
+                                       auto="the model's own", group="advanced")
     thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
                                    "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "
                                    "keeps the choice.", choices=("auto", "on", "off"), group="advanced")

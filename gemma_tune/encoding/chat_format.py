@@ -68,7 +68,8 @@ class ChatFormat:
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")
-        self.template_origin = "the model's own" if template is None else "the one that was named"
+        self._is_named = template is not None
+        self.template_origin = "the one that was named" if self._is_named else "the model's own"
         if template is not None:
             tokenizer.chat_template = template
         if not tokenizer.chat_template:
@@ -76,8 +77,9 @@ class ChatFormat:
             self.template_origin = f"gemma-tune's for {model_type}: this base model has none"
         if not tokenizer.chat_template:
             raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
-                            "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one: "
-                            f"gemma-tune prepare --chat-template {' or '.join(NAMED)}, or a Jinja file")
+                            "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one, "
+                            "beside your data and --model: gemma-tune prepare … --chat-template "
+                            f"{' or '.join(NAMED)}, or a Jinja file")
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
@@ -87,9 +89,10 @@ class ChatFormat:
         self._labeller = Labeller(tokenizer)
         self._compiled = _compiled(self.template)
         self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
-        self.folds_system = self._takes_thoughts_out = False
+        self.folds_system = self._takes_thoughts_out = self._opens_thoughts = False
         self.folds_system = not self._shows_system()
         self._takes_thoughts_out = takes_thoughts_out(self.render)
+        self._opens_thoughts = self._takes_thoughts_out and bool(opened_thought(self.render([QUESTION], prompt=True)))
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
@@ -108,14 +111,10 @@ class ChatFormat:
         vars(self).update(state)
         self._compiled = _compiled(self.template)
 
-    def has_unthought(self, messages: Messages) -> bool:
+    def has_unthought(self, messages: Messages, train_on: str = "all") -> bool:
         """Whether an answer without reasoning is to be learned behind a thought that the prompt begins."""
         return self._opens_thoughts and any(
-            "reasoning_content" not in apart(messages[n]) for n in _learned_turns(messages, "all"))
-
-    @cached_property
-    def _opens_thoughts(self) -> bool:
-        return self._takes_thoughts_out and bool(opened_thought(self.render([QUESTION], prompt=True)))
+            "reasoning_content" not in apart(messages[n], True) for n in _learned_turns(messages, train_on))
 
     @cached_property
     def terminator(self) -> str:
@@ -292,7 +291,9 @@ class ChatFormat:
 
         For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
         """
-        turns = [_plain(apart(message) if self._takes_thoughts_out else message) for message in messages]
+        if self._takes_thoughts_out:
+            messages = [apart(message, self._opens_thoughts) for message in messages]
+        turns = [_plain(message) for message in messages]
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
             return turns
         system, first, *rest = turns
@@ -314,15 +315,35 @@ class ChatFormat:
         except FormatError as e:
             raise _unusable(e) from e
         try:
-            tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")[2]
+            head, _, tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")
         except FormatError as e:
             raise UserError(str(e), "such a model cannot be trained faithfully; use one whose chat template has no "
                                     "such case") from e
         if special := self._special_ids(tail):
+            if self._is_named:
+                self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
             return special[0]
         raise UserError("the chat template does not end an assistant's turn with a special token, so a model trained "
                         "on it could never stop", "use a model whose template marks the end of a turn, or another "
                         f"template: --chat-template {ENDING_WITH_EOS} ends it with the tokenizer's end of text")
+
+    def _refuse_misfit(self, head: str, behind: str, prompt: str) -> None:
+        """Find out that a template that people brought along is made for such a model.
+
+        Args:
+            head, behind: what the answer to learn would begin with, and end with before its special token.
+
+        Raises:
+            UserError: the answer would have marks in it that are meant to stand around it.
+        """
+        if head.strip() and prompt == self.render([QUESTION]):
+            raise UserError(f"the chat template does not ask for an answer (add_generation_prompt), so that each would "
+                            f"begin with {head!r}", "let it end with what stands before an answer where "
+                                                    "add_generation_prompt is true")
+        if behind.strip():
+            raise UserError(f"the chat template writes {behind.strip()!r} behind an answer, which is no special token "
+                            "of this model: it would be a part of each answer",
+                            f"use a template that is made for its vocabulary, or --chat-template {ENDING_WITH_EOS}")
 
     def _find_calls_end(self) -> int | None:
         """The special token that ends a turn with tool calls, as far as the template has these.

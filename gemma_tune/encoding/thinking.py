@@ -84,15 +84,18 @@ def takes_thoughts_out(render: Callable[[Sequence[dict[str, Any]]], str]) -> boo
         return False
 
 
-def apart(turn: dict[str, Any]) -> dict[str, Any]:
+def apart(turn: dict[str, Any], opened: bool) -> dict[str, Any]:
     """An assistant's turn whose text begins with a thought, with that under its own key; others as they are.
 
-    A prompt that opens the thought is answered without its beginning.
+    Args:
+        opened: whether prompts open the thought, so that an answer can be without its beginning.
     """
-    thought, end, said = turn["content"].rpartition(_END)
+    text = turn["content"].lstrip()
+    thought, end, said = text.removeprefix(_BEGIN).partition(_END)
     if not end or turn["role"] != "assistant" or "reasoning_content" in turn:
         return turn
-    thought = thought.lstrip().removeprefix(_BEGIN)
+    if not (opened or text.startswith(_BEGIN)) or _BEGIN in thought or _END in said:  # it talks about such marks
+        return turn
     return {**turn, "content": said.lstrip("\n"), **({"reasoning_content": thought} if thought.strip() else {})}
 
 

@@ -13,7 +13,12 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.refusals import require_readable
+from gemma_tune.base.words import near
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.templates import NAMED
+
+_TEMPLATES = (f"gemma-tune prepare --chat-template takes {', '.join(NAMED)}, or a file with a Jinja template, such as "
+              "a chat_template.jinja")
 
 
 def quiet_libraries() -> None:
@@ -55,11 +60,11 @@ def read_template(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        raise UserError(f"the chat template {path} cannot be read: {getattr(e, 'strerror', None) or 'it is no text'}",
-                        "name a file with a Jinja template, such as a chat_template.jinja") from e
+        why = getattr(e, "strerror", None) or "it is no text"
+        meant = near(path.name.lower(), NAMED)
+        raise UserError(f"the chat template {path} cannot be read: {why}{meant}", _TEMPLATES) from e
     if "{" not in text:
-        raise UserError(f"{path} is no chat template: there is no Jinja in it",
-                        "name a file with a Jinja template, such as a chat_template.jinja")
+        raise UserError(f"{path} is no chat template: there is no Jinja in it", _TEMPLATES)
     return text
 
 

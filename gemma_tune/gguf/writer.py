@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,7 @@ from gemma_tune.gguf.vocabulary.parts import Vocabulary, write_vocabulary
 
 CHUNK_ELEMENTS = 4 * 1024 * 1024  # rows read at a time: 16 MiB as float32, and a few times that while quantising
 CALIBRATED_ELEMENTS = 4 * CHUNK_ELEMENTS  # column by column, so that many rows at a time save most of the steps
+_OF_PHI3 = ("<s>", "</s>", "<unk>", "<|endoftext|>")
 METADATA_MARGIN = 1024 * 1024  # bytes allowed for metadata besides the vocabulary
 
 _SAMPLING = {
@@ -215,7 +217,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(partial, model.name)
         stack.callback(writer.close)
         _add_tensor_infos(writer, plan)  # before the metadata, which counts parameters
-        _add_general(writer, name)
+        _add_general(writer, _safe_name(name, model, vocab))
         model.metadata(writer)
         writer.add_file_type(FILE_TYPES[quant])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -332,6 +334,15 @@ def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[PlannedTensor]) -> Non
         # The number type is a formality: with `raw_dtype` given it only says that the shape counts elements.
         writer.add_tensor_info(tensor.spec.name, tensor.spec.shape, np.dtype(np.float32), tensor.nbytes,
                                tensor.choice.type)
+
+
+def _safe_name(name: str, model: Architecture, vocab: Vocabulary) -> str:
+    """A name by which llama.cpp knows what the special tokens do: of a model that is called Phi-3 they take the white
+    space behind them, and it does not load one that lacks any of them (``llama-vocab.cpp``)."""
+    called = re.search(r"phi-?3", name, re.IGNORECASE)
+    if called and not set(_OF_PHI3) <= set(vocab.tokens):
+        return re.sub(r"(?i)phi-?3", "Phi 3", name)
+    return f"{name} (Phi-3)" if model.name == "phi3" and vocab.model == "llama" and not called else name
 
 
 def _add_general(writer: gguf.GGUFWriter, name: str) -> None:

@@ -152,8 +152,8 @@ def _is_named(trained_on: Any, model: BaseModel) -> bool:
     """Whether what an adapter says of its base can be this local one: it was called so, or lay elsewhere."""
     if not isinstance(trained_on, str) or trained_on in ("", model.id):
         return True
-    there = Path(trained_on).expanduser()
-    return there.name == model.id or there.is_dir() and there.samefile(model.path)
+    there = os.path.expanduser(trained_on)
+    return Path(there).name == model.id or os.path.isdir(there) and os.path.samefile(there, model.path)
 
 
 def _compare_vocabularies(session: Session, adapter: Adapter, plan: MergePlan) -> None:

@@ -194,7 +194,7 @@ class Judge:
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
         judged.noticed.mended.update(example.mended)
-        judged.noticed.unthought += self.chat.has_unthought(example.messages)
+        judged.noticed.unthought += self.chat.has_unthought(example.messages, self.config.train_on)
         return example.as_row()
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:

@@ -24,7 +24,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.labels import IGNORE_INDEX
-from gemma_tune.encoding.templates import NAMED, named_template
+from gemma_tune.encoding.templates import NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
@@ -58,7 +58,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
         if preview:
             _preview(session, preview, kept.summary.get("kind"), session.chat_template())
         return kept
-    session = _as_before(session)
+    session = _with_template(_as_before(session))
     sources, held_out = _sources(session)
     named = session.config.chat_template
     template = named_template(named) if named else None
@@ -87,7 +87,7 @@ def _warn_of_stopped(session: Session) -> None:
     if marker and has_other_rows(run, marker):
         saved = whole(run.checkpoints)[-1].name
         session.listener.warn(f"a training that was stopped ({saved}) cannot go on with these data: prepare those that "
-                              f"it began with to finish it, or start anew: {command('train', run.root, '--force')}")
+                              f"it began with to finish it, or start anew, as {command('status', run.root)} says")
 
 
 def _refuse_base(session: Session) -> None:
@@ -121,6 +121,19 @@ def _as_before(session: Session) -> Session:
     if others := {name: value for name, value in changes.items() if name != "data"}:
         session.listener.note(f"settings as before: {in_words(others)}")
     return replace(session, resolved=session.resolved.but(changes, before))
+
+
+def _with_template(session: Session) -> Session:
+    """The chat template belongs to the model, and stays when other data are named."""
+    record = session.manifest.stages.get("prepare", {"config": {}})["config"]
+    before = session.settings_of("prepare").get("chat_template")
+    if session.config.chat_template == OWN:
+        return replace(session, resolved=session.resolved.but({"chat_template": None}, record))
+    if not before or "chat_template" in session.given or not session.config.data:
+        return session
+    session.listener.note(f"chat template: {before}, as before; --chat-template {OWN} is the model's")
+    kept = before if before in NAMED else session.run.found(before)
+    return replace(session, resolved=session.resolved.but({"chat_template": kept}, record))
 
 
 def _without_its_files(session: Session) -> StageReport | None:

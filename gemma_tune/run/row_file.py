@@ -68,7 +68,8 @@ class RowFile:
         name = self.found(session, named)
         try:
             self.require(name)
-            return find_sources([name], session.run.inputs, listener, prepared_as(session).delimiter_sign)
+            return find_sources([name], session.run.inputs, listener, prepared_as(session).delimiter_sign,
+                                plain=session.settings_of("prepare").get("format") == "text")
         except UserError as e:
             if self.setting in session.given:
                 raise
@@ -85,7 +86,7 @@ class RowFile:
             raise UserError(f"--{self.setting} reads no standard input, as {self.again} that is repeated reads the "
                             "rows again", "save them to a file, and name that")
         if name and not name.startswith(PREFIX):  # the Hub is asked when the rows are needed
-            find_sources([name], Path())
+            find_sources([name], Path(), plain=True)  # as which a run may have been prepared
 
     def rows(self, session: Session, named: str, encoder: Encoder, most: int, seed: int = 0,
              ) -> tuple[list[Usable], int]:

@@ -21,10 +21,10 @@ from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, require_inputs, run_stage
+from gemma_tune.run.stage import Finished, StageReport, locked, require_inputs, run_stage
 from gemma_tune.run.stopped import step_of, unfinished
 from gemma_tune.train import processes
-from gemma_tune.train.aside import forget, put_back
+from gemma_tune.train.aside import forget, is_aside, put_back
 from gemma_tune.train.going_on import (
     as_before,
     as_finished,
@@ -89,10 +89,21 @@ def train(session: Session, go_on: bool = False) -> StageReport:
 
     report = run_stage(session, "train", partial(_train, go_on=go_on), elsewhere=start, unfinished=has_more,
                        long_work=_took_long, instead=instead)
-    forget(session.run, report.summary["training_id"])
+    _after(session, report)
     if go_on and report.status == "up-to-date":
         session.listener.note("--continue goes on where more --epochs or --max-steps are asked for than there were")
     return report
+
+
+def _after(session: Session, report: StageReport) -> None:
+    """What a training that was killed had set aside comes back, and goes where another one has taken its place."""
+    training = report.summary.get("training_id")
+    if training is None or not is_aside(session.run):
+        return
+    with locked(session, "train"):
+        if report.status == "up-to-date":
+            put_back(session.run, session.manifest, session.listener)
+        forget(session.run, training)
 
 
 def _took_long(summary: Mapping[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ def chats(tmp_path) -> Path:
 
 def test_a_base_model_gets_a_template_that_stays_with_what_is_trained(cli, base, chats):
     refused = cli("prepare", chats, "--model", base)
-    assert refused.code == 2 and "gemma-tune prepare --chat-template alpaca or chatml" in " ".join(refused.err.split())
+    assert refused.code == 2 and "beside your data and --model: gemma-tune prepare … --chat-template alpaca or chatml" in " ".join(refused.err.split())
     for args in (("prepare", chats, "--model", base, "--chat-template", "alpaca"),
                  ("train", "--max-steps", 40, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
                  ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
@@ -72,13 +72,29 @@ def test_a_models_own_template_is_replaced_where_that_is_wanted(cli, tiny, chats
     assert cli("prepare", chats, "--model", tiny, "--chat-template", "mine.jinja", "--preview", 1).code == 0
     assert json.loads(Path("runs/tiny-gemma/manifest.json").read_text())["stages"]["prepare"]["config"]["chat_template"] == {
         "value": "../../mine.jinja", "from": "flag"}
-    assert cli("prepare", chats, "--json").json["status"] == "done", "its own again"
+    other = write_rows(tmp_path / "other.jsonl", rows(14)[2:])
+    kept = cli("prepare", other, "--json")
+    assert kept.json["status"] == "done" and "chat template: ../../mine.jinja, as before" in kept.err, "whatever the data"
+    assert Path("runs/tiny-gemma/data/chat_template.jinja").exists()
+    assert cli("prepare", other, "--chat-template", "own", "--json").json["status"] == "done"
     assert not Path("runs/tiny-gemma/data/chat_template.jinja").exists()
+
+
+def test_a_template_of_another_model_is_refused_before_its_marks_are_learned(cli, base, chats, tmp_path):
+    for name, template, said in (
+            ("marks", TURNS.replace("<done>", "<|end|>").replace("{% endfor %}", "{{ eos_token }}{% endfor %}"),
+             "writes '<|end|>' behind an answer, which is no special token of this model"),
+            ("silent", TURNS.replace("{% if add_generation_prompt %}<turn>assistant\n{% endif %}", ""),
+             "does not ask for an answer (add_generation_prompt), so that each would begin with '<turn>assistant\\n'")):
+        (tmp_path / name).write_text(template)
+        result = cli("prepare", chats, "--model", base, "--chat-template", name)
+        assert result.code == 2 and said in " ".join(result.err.split()), result.err
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("gone.jinja", None, "gone.jinja"), ("words.jinja", b"hello", "there is no Jinja in it"), ("bytes.jinja", b"\xff\xfe{", "it is no text"),
     ("broken.jinja", b"{% for %}", "the model's chat template cannot be used"),
+    ("Alpaca", None, "did you mean `alpaca`?"),
     ("chatml", None, "does not end an assistant's turn with a special token")])
 def test_what_cannot_be_used_is_told(cli, base, chats, tmp_path, name, content, said):
     if content is not None:

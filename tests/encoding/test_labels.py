@@ -592,7 +592,7 @@ def test_thoughts_that_the_template_takes_out_of_answers_are_learned(template, e
     chat = ChatFormat(byte_tokenizer((*DEEPSEEK, *CHATML), template, others=QWEN_WORDS), "qwen2")
     between = unthought or "\n</think>\n\n"
     for turn in (assistant("a", reasoning_content="r"), assistant("a", reasoning_content="\nr\n"),
-                 assistant("<think>\nr\n</think>\n\na"), assistant("r\n</think>\n\na")):
+                 assistant("<think>\nr\n</think>\n\na"), *([] if begun else [assistant("r\n</think>\n\na")])):
         sequences = chat.encode([user("q"), turn, user("q2"), assistant("a2")])
         answers = [f"{begun}r{between}a{end}", f"{unthought}a2{end}"]
         assert learned(chat, sequences) == [[answer] for answer in answers]
@@ -604,6 +604,16 @@ def test_thoughts_that_the_template_takes_out_of_answers_are_learned(template, e
     assert learned(chat, chat.encode([user("q"), assistant("a")])) == [[f"{unthought}a{end}"]]
     with pytest.raises(FormatError, match="thinking is off"):
         ChatFormat(chat.tokenizer, "qwen2", thinking="off").encode([user("q"), assistant("<think>\nr\n</think>\n\na")])
+
+
+def test_an_answer_that_talks_about_marks_of_thoughts_is_not_taken_apart():
+    chat = ChatFormat(byte_tokenizer(DEEPSEEK, LATER_R1, others=QWEN_WORDS), "qwen2")
+    for text in ("Close it with </think> and go on.", "x <think>deep</think> y", "<think>r</think>Then </think> again."):
+        with pytest.raises(FormatError, match="leaves out a part of the answer"):
+            chat.encode([user("q"), assistant(text)])
+    last = ChatFormat(byte_tokenizer(DEEPSEEK, R1, others=QWEN_WORDS), "qwen2")
+    talk = [user("q"), assistant("a"), user("q2"), assistant("a2", reasoning_content="r")]
+    assert last.has_unthought(talk) and not last.has_unthought(talk, "last"), "of which the first answer is not learned"
 
 
 def test_a_template_that_writes_thoughts_somewhere_does_so_itself():

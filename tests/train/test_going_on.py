@@ -325,3 +325,30 @@ def test_one_that_can_go_on_has_its_place_until_it_ends(cli, steady, monkeypatch
         assert cli("train", *OTHER).code == 130
     assert cli("train").code == 0 and summary_of()["resumed_from_step"] == 2
     assert not aside.exists() and b"seed: 5" in (steady / "train.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_what_is_set_aside_survives_an_end_amid_coming_back(cli, steady, monkeypatch, moves):
+    """Whoever ends the command between two of the moves: the next one brings back the rest, and removes nothing."""
+    from gemma_tune.train import aside
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    before = left_by_the_training(steady)
+    rename, done = aside._rename, []
+
+    def ends(path, place):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(rename(path, place))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaTrainer, "_save_checkpoint", fails)
+        patch.setattr("gemma_tune.train.stage.put_back", lambda *_: None)
+        assert cli("train", *OTHER).code == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(aside, "_rename", ends)
+        assert cli("train", "--seed", 7, "--force").code == 130 and len(done) == moves
+    kept = cli("train", "--json")
+    assert kept.code == 0 and kept.json["status"] == "up-to-date", "which brings back what it finds"
+    assert left_by_the_training(steady) == before
+    assert not [*(steady / "training_checkpoints").glob("finished-*")]

@@ -211,7 +211,7 @@ class Formats:
         else:
             others: list[Problem] = []
             other = preference.worse(value, others)
-            worse = conversation(other.messages, others, other.key, mended=None if mended is None else [])
+            worse = conversation(other.messages, others, other.key, mended=mended)
             problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
@@ -220,7 +220,7 @@ class Formats:
             raise RowError(list(dict.fromkeys(problems)))
         return Example("preference", messages, declared or None, None,
                        unread.of_row(value, "preference", self.columns, draft.messages), rejected, good,
-                       tuple(mended or ()))
+                       tuple(dict.fromkeys(mended or ())))
 
     def _format(self, row: Fields) -> str:
         if self.name == "columns":

@@ -165,8 +165,13 @@ def _turn(number: int, message: Any, problems: list[Problem], answered: bool) ->
     if message.keys() not in PLAIN:
         _extras(number, message, turn, problems, answered)
     _content(number, content, turn, problems)
-    if "reasoning_content" in turn and turn["content"].lstrip().startswith(_THINK[0]):
+    begins = turn["content"].lstrip().startswith(_THINK[0])
+    if "reasoning_content" in turn and begins:
         _reasoning_once(number, turn, problems)
+    elif answered and role == "assistant" and begins and _THINK[1] not in turn["content"]:
+        problems.append(Problem("reasoning", f"turn {number} begins a thought ({_THINK[0]}) that does not end",
+                                "leave the row out, as it seems to be cut off, or end the thought with "
+                                f"{_THINK[1]}"))
     return turn
 
 

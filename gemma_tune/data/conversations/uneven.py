@@ -21,7 +21,7 @@ _BETWEEN = "\n\n"
 def evened(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[list[Turn], list[int], tuple[str, ...]]:
     """The turns alternating as far as that can be had without making anything up.
 
-    What belongs to tools stays as it is, and so do neighbours of which one is learned and the other is not.
+    Neighbours of which one is learned and the other is not stay as they are, and so does one with a thought of its own.
 
     Args:
         numbers: of the turns in their row.
@@ -53,11 +53,12 @@ def evened(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[list[Turn], l
 
 
 def _belong_together(before: Turn, turn: Turn) -> bool:
-    plain = not any(key in one for one in (before, turn) for key in ("tool_calls", "tool_call_id"))
+    plain = "tool_calls" not in before  # behind which its results are awaited
     return (plain and before["role"] == turn["role"] in ("user", "assistant")
             and before.get("train") == turn.get("train") and "reasoning_content" not in turn)
 
 
 def _as_one(before: Turn, turn: Turn) -> Turn:
     texts = [text for text in (before["content"], turn["content"]) if not blank(text)]
-    return before | {"content": _BETWEEN.join(texts)}
+    calls = {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
+    return before | {"content": _BETWEEN.join(texts)} | calls

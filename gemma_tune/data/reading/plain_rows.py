@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
-from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, Block, Row, Source
+from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, TEXT, Block, Row, Source
 from gemma_tune.data.reading.text import TextFile
+
+_OPENING = 1 << 16  # characters of a file that show what it is
+
+
+def has_rows(path: Path, encoding: str | None) -> bool:
+    """Whether a file of this name holds rows nevertheless: its first line is JSON, or only begins some."""
+    try:
+        head = next(iter(TextFile(Source(f"{path}", path, TEXT, encoding=encoding), _OPENING)), "")
+    except UserError:  # which is told where it is read
+        return False
+    first = next((line.strip() for line in head.removeprefix("\ufeff").splitlines() if line.strip()), "")
+    cut_off = len(first) >= _OPENING // 2 and first.startswith(('{"', "[{"))
+    if first in ("{", "[", "[{") or cut_off:
+        return True
+    try:
+        return isinstance(strict_json.loads(first), (dict, list))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

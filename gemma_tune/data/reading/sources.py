@@ -24,7 +24,6 @@ from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TEXT, TSV, Block, Row, Source
-from gemma_tune.data.reading.text import compression
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
 
@@ -68,10 +67,10 @@ def source_of(path: Path, name: str | None = None, delimiter: str | None = None,
     Args:
         delimiter: the sign between the columns of a table; what has no known ending then is one.
         encoding: of a text, by a name that Python has for it.
-        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin as JSON does.
+        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin with JSON.
     """
     kind = kind_of(path, plain and not delimiter) or (CSV if delimiter else JSON)
-    if kind == TEXT and not compression(path) and head_of(path).lstrip(_MARGIN)[:1] in (b"{", b"["):
+    if kind == TEXT and plain_rows.has_rows(path, encoding):
         kind = JSON
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   delimiter if kind in (CSV, TSV) else None, encoding)
@@ -267,7 +266,7 @@ def _stdin(keep: Path, how: How) -> Source:
                                                            "rows.jsonl`")
             if problem := _pointer("standard input", head):
                 raise problem
-            path = keep / f"stdin-{digest[:12]}{_ending(head, how.delimiter)}"
+            path = keep / f"stdin-{digest[:12]}{_ending(head, how)}"
             put_in_place(fresh, path)
     return source_of(path, PIPED, *how)
 
@@ -286,12 +285,14 @@ _MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow
           b"\x28\xb5\x2f\xfd": ".jsonl.zst"}
 
 
-def _ending(head: bytes, delimiter: str | None) -> str:
+def _ending(head: bytes, how: How) -> str:
     """The name's end for content that begins like this."""
     for magic, ending in _MAGIC.items():
         if head.startswith(magic):
             return ending
+    if how.plain:
+        return ".txt"
     first = head.lstrip(_MARGIN).split(b"\n", 1)[0]
-    if first[:1] not in (b"{", b"[") and any(sign in first for sign in (delimiter or ",;\t|").encode()):
+    if first[:1] not in (b"{", b"[") and any(sign in first for sign in (how.delimiter or ",;\t|").encode()):
         return ".tsv" if b"\t" in first else ".csv"
     return ".jsonl"

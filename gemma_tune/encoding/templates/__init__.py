@@ -21,6 +21,7 @@ _FILES = {
 # For ``prepare --chat-template``: one ends answers with the tokenizer's end of text, the other with a token of its own.
 ENDING_WITH_EOS = "alpaca"
 NAMED = (ENDING_WITH_EOS, "chatml")
+OWN = "own"  # the model's, again
 
 
 def named_template(name: str) -> Path:

@@ -706,6 +706,13 @@ def test_reasoning_that_is_there_twice_and_differs_is_refused(said):
     assert code == "reasoning" and reason.startswith("turn 2 has reasoning under a key of its own, and another one in its text")
 
 
+def test_a_thought_that_was_cut_off_is_no_answer():
+    [(code, reason)] = problems({"messages": [USER, answer("<think>\nOkay, so first let me")]})
+    assert (code, reason) == ("reasoning", "turn 2 begins a thought (<think>) that does not end")
+    assert messages({"messages": [USER, answer("<think>so</think>b")]})[1] == answer("<think>so</think>b")
+    assert messages({"messages": [user("<think> what is that?"), ANSWER]})[0] == user("<think> what is that?")
+
+
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff \n", "\u3164", "\u2060\u00ad"])
 def test_a_text_in_which_there_is_nothing_to_see_is_empty(text):
     assert problems({"messages": [USER, answer(text)]}) == [("empty_turn", "turn 2 (assistant) is empty")]

@@ -28,6 +28,8 @@ def mended(*turns):
      [user("a"), assistant("b\n\nc", train=False), user("d"), assistant("e")], (JOINED,)),
     ([user("a"), assistant("b", reasoning_content="r"), assistant("c")], [user("a"), assistant("b\n\nc", reasoning_content="r")],
      (JOINED,)),
+    ([user("a"), assistant("look"), call("weather"), result("rain"), assistant("c")],
+     [user("a"), call("weather", "look"), result("rain"), assistant("c")], (JOINED,)),
     ([user("a"), user("b"), call("weather"), result("rain"), assistant("c")],
      [user("a\n\nb"), call("weather"), result("rain"), assistant("c")], (JOINED,)),
 ])

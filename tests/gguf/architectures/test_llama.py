@@ -178,6 +178,16 @@ def test_the_same_keys_and_tensors_as_llama_cpps_converter(llama: Any, reference
         np.testing.assert_allclose(data, reference[tensor], rtol=2e-7 if tensor.endswith("ssm_a") else 0, err_msg=tensor)
 
 
+def test_a_name_by_which_llama_cpp_knows_special_tokens_is_only_given_to_a_model_that_has_them(llama: Any, tmp_path: Path) -> None:
+    made, named = llama("phi4"), {}
+    for name in ("My Phi-3", "llama-better-than-phi3", "phi"):
+        out = tmp_path / "m.gguf"
+        write_gguf(made.folder, out, "f32", name=name, chat_template=TEMPLATE, eot_token_id=made.done)
+        named[name] = read_gguf_metadata(out)["general.name"]
+        assert LlamaCpp(out).tokenize("a") == made.tokenizer("a", add_special_tokens=False).input_ids
+    assert named == {"My Phi-3": "My Phi 3", "llama-better-than-phi3": "llama-better-than-Phi 3", "phi": "phi"}
+
+
 # ---- tensors and settings ------------------------------------------------------------------------------------------
 
 
