@@ -172,7 +172,8 @@ def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, ti
     told = cli("prepare", data, "--train-on", "last", "--json")
     assert told.code == 0
     [warning] = [text for text in told.json["warnings"] if "stopped" in text]
-    assert "a training that was stopped (checkpoint-3) cannot go on with these data" in warning and "--force" in warning
+    assert "a training that was stopped (checkpoint-3) cannot go on with these data" in warning
+    assert "or start anew, as gemma-tune status --run runs/tiny-gemma says" in warning
     for refused in (cli("train", *LONG), cli("train", "--dry-run"), cli("run", "--run", "runs/tiny-gemma")):
         assert refused.code == 2
         assert "holds an interrupted training on other data than are prepared now: it cannot go on with these" in refused.err
