@@ -16,6 +16,7 @@ from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import StoredTensor, open_tensors
 from gemma_tune.models.load import attention_of
 from gemma_tune.models.placement import Placement
+from gemma_tune.models.towers import without_towers
 
 _ELEMENTS = 1 << 22  # of an embedding that are read at a time
 
@@ -53,7 +54,7 @@ class LayerwiseModel:
         self._canonical = canonical
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = attention_of(config.model_type, towers=config.get_text_config() is not config)
-        with init_empty_weights(include_buffers=False):
+        with without_towers(config), init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=placement.dtype, attn_implementation=attention,
                 trust_remote_code=False)

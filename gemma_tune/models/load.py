@@ -18,6 +18,7 @@ from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
+from gemma_tune.models.towers import without_towers
 from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     refuse_embedded_adapter(checkpoint)
     quiet_libraries()
     with keeping_garbage():
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     extra: dict[str, Any] = {}
     if four_bit:
         from transformers import BitsAndBytesConfig
@@ -104,9 +105,11 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         extra["device_map"] = placement.device
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True, **extra)
+        whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        with without_towers(whole):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True, **extra)
         if not four_bit and shards == 1:
             model = model.to(placement.device)
         with_decoder(model)
@@ -125,7 +128,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
             raise out_of_memory(e) from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
-    # Transformers takes the text model out of some multimodal checkpoints, whose towers are left over then.
+    # The towers of a multimodal checkpoint are left over.
     unfit = [(kind, key) for kind, key in unfit_keys(info) if not (kind == "unexpected" and TOWERS.search(key))]
     if problems := [f"{kind} keys: {key}" for kind, key in unfit]:
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",

@@ -157,7 +157,9 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Pr
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    from gemma_tune.models.towers import without_towers
+
+    with without_towers(config), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention,
                                                     trust_remote_code=False)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gemma_tune.answers.lengths import rows_that_fit
 from gemma_tune.models.load import after_product, load_model
 from gemma_tune.models.placement import Placement
+from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
 from support.llamas import TURNS, save_random, tokenizer_with_turns
@@ -24,6 +25,8 @@ MIXING = dict(layer_types=["linear_attention", "full_attention"], linear_num_val
               linear_key_head_dim=8, linear_value_head_dim=8)
 GEMMA4 = dict(num_hidden_layers=4, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2, global_head_dim=32,
               hidden_size_per_layer_input=16, num_kv_shared_layers=2)
+GEMMA3N = dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, sliding_window=16,
+               hidden_size_per_layer_input=16, laurel_rank=8, activation_sparsity_pattern=[0.9] + [0.0] * 3)
 TOWER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16, intermediate_size_mlp=96, no_rope_layers=[1, 0])
 GRANITE = dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, layer_types=["mamba", "attention"],
@@ -38,6 +41,11 @@ def config_of(name: str, text: dict):
         own = text | GEMMA4 | {"vocab_size_per_layer_input": text["vocab_size"]}
         return (T.Gemma4Config(text_config=own, vision_config=TOWER | dict(intermediate_size=32, num_key_value_heads=2, head_dim=16),
                                audio_config=TOWER), T.Gemma4ForConditionalGeneration)
+    if name == "gemma 3n with an eye":  # which transformers builds of another package, that is not here
+        own = text | GEMMA3N | {"vocab_size_per_layer_input": text["vocab_size"]}
+        beyond = dict(vocab_size=4, vocab_offset=text["vocab_size"])
+        config = T.Gemma3nConfig(text_config=own, vision_config=beyond | dict(hidden_size=8), audio_config=beyond | dict(hidden_size=8))
+        return config, made_without_towers
     if name == "llama 4 with an eye":
         eye = TOWER | dict(intermediate_size=128, image_size=28, patch_size=14, vision_output_dim=32, projector_input_dim=32,
                            projector_output_dim=32, pixel_shuffle_ratio=0.5)
@@ -55,7 +63,12 @@ def make(name: str, folder: Path) -> None:
     save_random(kind(config), tokenizer, folder)
 
 
-@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "llama 4 with an eye", "dense granite hybrid",
+def made_without_towers(config):
+    with without_towers(config):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "llama 4 with an eye", "dense granite hybrid",
                                   "mamba 2", "gemma4-small"])
 def test_all_stages(cli, tmp_path, name):
     """In the type by default, which can be bf16."""

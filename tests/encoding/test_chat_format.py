@@ -169,6 +169,7 @@ def test_exactly_one_bos(chat, messages):
 @conversations()
 def test_our_gemma_template_writes_what_gemma_3s_does(messages):
     tokenizer, ours, theirs = gemma_tokenizer(TURNS, None), family_template("gemma3"), trl_template("gemma3")
+    assert family_template("gemma3n") == ours
     for part, prompt in ((messages, False), (messages[:-1], True), (messages[:-2], False)):
         expected = render(tokenizer, theirs, part, prompt) if part else None
         assert part == [] or render(tokenizer, ours, part, prompt) == expected

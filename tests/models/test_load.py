@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
+from support.gemmas import make_family
 
 
 def elements_copied(work) -> list[int]:
@@ -87,3 +89,15 @@ def test_the_hint_names_the_package_that_is_missing(tiny, monkeypatch, error, fo
     with pytest.raises(UserError, match="this needs a package") as raised:
         load_model(tiny, Placement("cpu", torch.float32, "test"), four_bit=four_bit)
     assert raised.value.hint == hint
+
+
+def test_a_tower_is_not_loaded(tmp_path):
+    """The text's logits are the whole model's, which others can load afterwards."""
+    make_family("gemma3", tmp_path)
+    model = load_model(tmp_path, Placement("cpu", torch.float32, "test"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours, theirs = ({name for name, _ in network.named_parameters()} for network in (model, whole))
+    assert ours == {name for name in theirs if "vision_tower" not in name} != theirs
+    with torch.inference_mode():
+        logits = [network(input_ids=torch.arange(10, 50).reshape(2, 20)).logits for network in (model, whole)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)

@@ -7,12 +7,14 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-# Gemma 1, 2 and 3 share their turn markers; Gemma 4 has its own. Keys are `model_type` values of config.json.
+# Gemma 1, 2, 3 and 3n share their turn markers; Gemma 4 has its own. Keys are `model_type` values of config.json.
 _FILES = {
     "gemma": "gemma.jinja",
     "gemma2": "gemma.jinja",
     "gemma3": "gemma.jinja",
     "gemma3_text": "gemma.jinja",
+    "gemma3n": "gemma.jinja",
+    "gemma3n_text": "gemma.jinja",
     "gemma4": "gemma4.jinja",
     "gemma4_text": "gemma4.jinja",
     "gemma4_unified": "gemma4.jinja",
