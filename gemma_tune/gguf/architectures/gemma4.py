@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of
-from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, not_written_here, refuse
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 UNROTATED = 1e30  # divides an angle into nothing: llama.cpp rotates every dimension of a head, each by its own factor
@@ -25,6 +25,8 @@ def gemma4(config: Mapping[str, Any], path: Path) -> Architecture:
     """
     whole = complete(config, path)
     text = whole.get_text_config()
+    if getattr(text, "enable_moe_block", False):
+        raise not_written_here(path, "a Gemma 4 with experts (enable_moe_block)")
     refuse(path, _problems(text))
     tensors = (_rope_factors(text), *named(gguf.MODEL_ARCH.GEMMA4, text, _shapes(text), None, _is_unused(text)))
     return Architecture("gemma4", tensors, lambda writer: _add(text, writer), "gemma4", text.vocab_size,
@@ -36,8 +38,6 @@ MAKERS = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unifi
 
 
 def _problems(text: Any) -> list[str]:
-    if getattr(text, "enable_moe_block", False):
-        return ["enable_moe_block is true: experts are not written here"]
     found = differing(text, attention_bias=False, hidden_activation=ACTIVATION)
     if text.use_bidirectional_attention == "all":
         found.append("use_bidirectional_attention is 'all' and llama.cpp attends to what came before")

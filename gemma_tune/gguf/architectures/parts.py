@@ -137,6 +137,11 @@ def complete(config: Mapping[str, Any], path: Path) -> Any:
                         [f"{path}: {error}"]) from error
 
 
+def not_written_here(path: Path, found: str) -> UserError:
+    """The error for what only llama.cpp's converter writes; ``found``: what the configuration describes."""
+    return UserError(f"{path} describes {found}, which cannot be written as GGUF here.", CONVERTER)
+
+
 def refuse(path: Path, problems: list[str]) -> None:
     """Raise the problems that a configuration has, if any.
 

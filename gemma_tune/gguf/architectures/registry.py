@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.errors import UserError
-from gemma_tune.gguf.architectures.parts import CONVERTER, Architecture, Maker
+from gemma_tune.gguf.architectures.parts import Architecture, Maker, not_written_here
 
 
 def architecture_of(config: Mapping[str, Any], path: Path) -> Architecture:
@@ -27,5 +26,5 @@ def architecture_of(config: Mapping[str, Any], path: Path) -> Architecture:
     maker = makers.get(config.get("model_type", ""))
     if maker is None:
         found = ", ".join(config.get("architectures") or ()) or config.get("model_type") or "none"
-        raise UserError(f"{path} describes the architecture {found}, which cannot be written as GGUF here.", CONVERTER)
+        raise not_written_here(path, f"the architecture {found}")
     return maker(config, path)

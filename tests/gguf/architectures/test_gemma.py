@@ -26,6 +26,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.gguf import types as gguf_types
+from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.converter import convert_with
@@ -253,8 +254,6 @@ DIFFERENT = [
     ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
     ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types isn't 1 sliding layers"),
     ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar is 16"),
-    ("gemma4-large", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
-     "enable_moe_block is true"),
     ("gemma4-large", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
     ("gemma4-large", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
     ("gemma4-small", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
@@ -275,10 +274,19 @@ def test_what_llama_cpp_would_compute_differently_is_refused(
     assert any(message in problem for problem in error.value.problems), error.value.problems
 
 
-def test_other_architectures_say_how_to_convert_them() -> None:
-    with pytest.raises(UserError, match="Gemma3nForConditionalGeneration, which cannot be written") as error:
-        architecture_of({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}, Path("c"))
+OTHERS = [
+    ({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}, "the architecture Gemma3nForConditionalGeneration"),
+    ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
+     "a Gemma 4 with experts"),
+]
+
+
+@pytest.mark.parametrize(("config", "named"), OTHERS)
+def test_what_the_converter_alone_writes_says_so(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"{named}.*, which cannot be written as GGUF here") as error:
+        architecture_of(config, Path("c"))
     assert "--converter PATH" in (error.value.hint or "")
+    assert not isinstance(error.value, NotInLlamaCpp)  # which the converter would not be asked about
 
 
 def test_of_a_multimodal_repository_only_the_text_part_is_written(editable: Any, family: Any, tmp_path: Path) -> None:
