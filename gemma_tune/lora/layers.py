@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Towers that a text fine-tune must not touch, by the names transformers gives them.
-TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|multimodal|embed_vision|embed_audio)")
+TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)")
 
 
 # Linear layers whose product alone is not what their model computes with: transformers reads the weight itself, past

@@ -17,6 +17,7 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted
 from gemma_tune.models.licence import base_licence, licence_note
+from gemma_tune.models.towers import auto_class
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
@@ -201,12 +202,13 @@ def card_in_repository(card: str, repo_id: str) -> str:
 
 def _usage(session: Session) -> str:
     where = getattr(session.config, "push", None) or session.run.merged.name
+    kind = auto_class(session.model.config.get("model_type", "")).__name__
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
 name = {json.dumps(where)}{_WHERE}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+model = {kind}.from_pretrained(name, dtype="auto")
 messages = [{{"role": "user", "content": "Hello!"}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -16,7 +16,7 @@ from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import StoredTensor, open_tensors
 from gemma_tune.models.load import attention_of
 from gemma_tune.models.placement import Placement
-from gemma_tune.models.towers import without_towers
+from gemma_tune.models.towers import auto_class, without_towers
 
 _ELEMENTS = 1 << 22  # of an embedding that are read at a time
 
@@ -48,14 +48,14 @@ class LayerwiseModel:
     def __init__(self, checkpoint: Path, placement: Placement, canonical: Callable[[str], str]):
         with keeping_garbage():
             from accelerate import init_empty_weights
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoConfig
         self.device, self.dtype = torch.device(placement.device), placement.dtype
         self._stored = {canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()}
         self._canonical = canonical
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = attention_of(config.model_type, towers=config.get_text_config() is not config)
         with without_towers(config), init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
+            self.model = auto_class(config.model_type).from_config(
                 config, dtype=placement.dtype, attn_implementation=attention,
                 trust_remote_code=False)
         self.model.eval().requires_grad_(False)

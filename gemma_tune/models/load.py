@@ -18,7 +18,7 @@ from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import refuse_untrainable
-from gemma_tune.models.towers import without_towers
+from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     refuse_embedded_adapter(checkpoint)
     quiet_libraries()
     with keeping_garbage():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     extra: dict[str, Any] = {}
     if four_bit:
         from transformers import BitsAndBytesConfig
@@ -107,7 +107,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         with without_towers(whole):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(whole.model_type).from_pretrained(
                 checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra)
         if not four_bit and shards == 1:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.base.machine import keeping_garbage
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -20,8 +22,9 @@ def without_towers(config: PreTrainedConfig) -> Iterator[None]:
     The names of all other modules stay as they are, and so those of an adapter for the whole model. Families with a
     class of their own for the text model leave their towers out by themselves.
     """
-    from torch import nn
-    from transformers import AutoModel
+    with keeping_garbage():
+        from torch import nn
+        from transformers import AutoModel
 
     towers = {type(part) for name in _OF_TOWERS if (part := getattr(config, name, None)) is not None}
     made = AutoModel.from_config
@@ -34,3 +37,15 @@ def without_towers(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         del AutoModel.from_config  # and with it what hid the inherited one
+
+
+def auto_class(model_type: str) -> Any:
+    """Transformers' class that loads a family to write text, by ``model_type`` of its config.json; of those that run
+    with their towers only, the class for pictures and text."""
+    with keeping_garbage():
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto import modeling_auto as auto
+
+    only_whole = (model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+                  and model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return AutoModelForImageTextToText if only_whole else AutoModelForCausalLM

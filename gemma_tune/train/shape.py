@@ -155,16 +155,15 @@ def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedCo
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from gemma_tune.models.towers import without_towers
+    from gemma_tune.models.towers import auto_class, without_towers
 
     with without_towers(config), torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention,
-                                                    trust_remote_code=False)
+            return auto_class(config.model_type).from_config(config, dtype=dtype, attn_implementation=attention,
+                                                  trust_remote_code=False)
         except KeyError:  # a family with a fixed list of attentions, such as Falcon
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:

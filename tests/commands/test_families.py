@@ -27,6 +27,9 @@ GEMMA4 = dict(num_hidden_layers=4, sliding_window=16, layer_types=["sliding_atte
               hidden_size_per_layer_input=16, num_kv_shared_layers=2)
 GEMMA3N = dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, sliding_window=16,
                hidden_size_per_layer_input=16, laurel_rank=8, activation_sparsity_pattern=[0.9] + [0.0] * 3)
+ROTATED = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
+PIXTRAL = dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+               patch_size=14)
 TOWER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16, intermediate_size_mlp=96, no_rope_layers=[1, 0])
 GRANITE = dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, layer_types=["mamba", "attention"],
@@ -46,6 +49,13 @@ def config_of(name: str, text: dict):
         beyond = dict(vocab_size=4, vocab_offset=text["vocab_size"])
         config = T.Gemma3nConfig(text_config=own, vision_config=beyond | dict(hidden_size=8), audio_config=beyond | dict(hidden_size=8))
         return config, made_without_towers
+    if name == "mistral small 3.2":
+        return T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL), T.Mistral3ForConditionalGeneration
+    if name == "qwen 2.5 with an eye":
+        return (T.Qwen2_5_VLConfig(text_config=text | ROTATED, vision_config=EYE | dict(fullatt_block_indexes=[0])),
+                T.Qwen2_5_VLForConditionalGeneration)
+    if name == "qwen 3 with an eye":
+        return T.Qwen3VLConfig(text_config=text | ROTATED, vision_config=EYE | dict(deepstack_visual_indexes=[0])), T.Qwen3VLForConditionalGeneration
     if name == "llama 4 with an eye":
         eye = TOWER | dict(intermediate_size=128, image_size=28, patch_size=14, vision_output_dim=32, projector_input_dim=32,
                            projector_output_dim=32, pixel_shuffle_ratio=0.5)
@@ -63,12 +73,16 @@ def make(name: str, folder: Path) -> None:
     save_random(kind(config), tokenizer, folder)
 
 
+# Families that transformers runs with their towers only.
+ONLY_WHOLE = dict.fromkeys(("mistral small 3.2", "qwen 2.5 with an eye", "qwen 3 with an eye"), "AutoModelForImageTextToText")
+
+
 def made_without_towers(config):
     with without_towers(config):
         return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "llama 4 with an eye", "dense granite hybrid",
+@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "mistral small 3.2", "qwen 2.5 with an eye", "qwen 3 with an eye", "llama 4 with an eye", "dense granite hybrid",
                                   "mamba 2", "gemma4-small"])
 def test_all_stages(cli, tmp_path, name):
     """In the type by default, which can be bf16."""
@@ -80,19 +94,22 @@ def test_all_stages(cli, tmp_path, name):
                  ("eval", "--max-new-tokens", 3), ("chat", "--use", "adapter", "--input", "asked.jsonl", "-n", 3), ("merge",)):
         result = cli(*args, "--json", "--quiet")
         assert result.code == 0, (args, result.err)
+    assert ONLY_WHOLE.get(name, "AutoModelForCausalLM") in (Path(result.json["artifacts"]["merged"]) / "README.md").read_text()
     assert result.json["summary"]["check_divergence"] < 0.25 * result.json["summary"]["check_adapter_effect"] + 5e-3
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2"])
-def test_a_layer_with_a_state_comes_through_an_export(cli, tmp_path, kind):
-    """What was trained is in the GGUF, with which llama.cpp answers alike in each number format."""
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2"])
+def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
+    """Of layers with a state, and of a text part without a class of its own: llama.cpp answers alike in each number format."""
     model = tmp_path / "model"
-    tokenizer = tokenizer_with_turns("qwen35" if kind == "qwen 3.5" else "llama-bpe")
+    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe"}.get(kind, "tekken"))
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0, num_hidden_layers=4)
     if kind == "qwen 3.5":
         text |= MIXING | dict(head_dim=32, layer_types=None)
         network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
+    elif kind == "mistral small 3.2":
+        network = T.Mistral3ForConditionalGeneration(T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL))
     else:
         network = T.Lfm2ForCausalLM(T.Lfm2Config(**text | dict(full_attn_idxs=[1, 3], block_multiple_of=32)))
     save_random(network, tokenizer, model)

@@ -31,6 +31,7 @@ ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"], "us
 
 def base(folder: Path, source: str = "hub", **more: Any) -> BaseModel:
     folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
     model_id = more.pop("id", "google/tiny-gemma" if source == "hub" else "tiny-gemma")
     return BaseModel(model_id, "tiny-gemma", source, folder, COMMIT if source == "hub" else None, "f" * 64, {}, **more)
 

@@ -49,6 +49,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
         "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8]}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+EYE = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+       "image_size": 28, "patch_size": 14}
 # model_type, settings, llama.cpp's pre-tokenizer
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "smollm2": ("llama", {"tie_word_embeddings": True}, "smollm"),
@@ -56,6 +59,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "smaug-bpe"),
     "mistral": ("mistral", {"sliding_window": 128, "head_dim": 24, "rope_parameters": LINEAR}, "tekken"),
     "mistral-yarn": ("mistral", {"sliding_window": None, "rope_parameters": YARN}, "gpt-2"),
+    "ministral3": ("ministral3", {"head_dim": 32, "rope_parameters": MINISTRAL, "tie_word_embeddings": True}, "tekken"),
+    "ministral3 with an eye": ("mistral3", {"model_type": "ministral3", "head_dim": 24, "rope_parameters": MINISTRAL}, "tekken"),
+    "mistral small 3": ("mistral3", {"model_type": "mistral", "sliding_window": None, "head_dim": 24}, "tekken"),
     "qwen2": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.6}}, "qwen2"),
     "qwen3": ("qwen3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "head_dim": 32,
                         "tie_word_embeddings": True}, "qwen2"),
@@ -109,15 +115,18 @@ def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
         the model in float32, and the tokenizer, both as Transformers loads them.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     model_type, settings, cut = MODELS[name]
     tokenizer = byte_level_tokenizer(cut)
-    config = CONFIG_MAPPING[model_type](**{
+    text = {
         "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **settings})
-    network = AutoModelForCausalLM.from_config(config)
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **settings}
+    with_eye = model_type == "mistral3"
+    kind = AutoModelForImageTextToText if with_eye else AutoModelForCausalLM
+    network = kind.from_config(CONFIG_MAPPING[model_type](**(
+        {"text_config": text, "vision_config": EYE, "tie_word_embeddings": False} if with_eye else text)))
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -125,7 +134,7 @@ def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
     network.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Loaded again, as the frequencies of the rotation were rounded to bf16 too.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return kind.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 # A chat template of turns with a beginning and an end, and a BOS before all.

