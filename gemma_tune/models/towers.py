@@ -24,19 +24,24 @@ def without_towers(config: PreTrainedConfig) -> Iterator[None]:
     """
     with keeping_garbage():
         from torch import nn
-        from transformers import AutoModel
-
+        from transformers import AutoModel, PreTrainedModel
     towers = {type(part) for name in _OF_TOWERS if (part := getattr(config, name, None)) is not None}
-    made = AutoModel.from_config
 
-    def from_config(config: PreTrainedConfig, *args: Any, **settings: Any) -> Any:
-        return nn.Module() if type(config) in towers else made(config, *args, **settings)
+    def absent(made: Any) -> Any:
+        def make(kind: type, config: PreTrainedConfig, *args: Any, **settings: Any) -> Any:
+            return nn.Module() if type(config) in towers else made(kind, config, *args, **settings)
 
-    AutoModel.from_config = from_config
+        return classmethod(make)
+
+    by_itself = vars(PreTrainedModel)["_from_config"]
+    # A family asks the one or the other for its towers. The first is inherited, so hidden and found again.
+    AutoModel.from_config = absent(AutoModel.from_config.__func__)
+    PreTrainedModel._from_config = absent(by_itself.__func__)
     try:
         yield
     finally:
-        del AutoModel.from_config  # and with it what hid the inherited one
+        del AutoModel.from_config
+        PreTrainedModel._from_config = by_itself
 
 
 def auto_class(model_type: str) -> Any:

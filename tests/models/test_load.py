@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
+from gemma_tune.models.towers import auto_class, without_towers
 from support.gemmas import make_family
 
 
@@ -101,3 +103,16 @@ def test_a_tower_is_not_loaded(tmp_path):
     with torch.inference_mode():
         logits = [network(input_ids=torch.arange(10, 50).reshape(2, 20)).logits for network in (model, whole)]
     torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])  # which ask their tower's own class, and AutoModel
+def test_families_without_a_class_for_their_text_leave_their_tower_out(kind):
+    config = getattr(transformers, f"{kind}Config")()
+    for of_text in (config.text_config, config.vision_config):
+        of_text.update({"num_hidden_layers": 1, "depth": 1})
+    with torch.device("meta"):
+        with without_towers(config):
+            ours = auto_class(config.model_type).from_config(config)
+        whole = auto_class(config.model_type).from_config(config)
+    parameters = [{name for name, _ in model.named_parameters()} for model in (ours, whole)]
+    assert parameters[0] == {name for name in parameters[1] if ".visual." not in name} != parameters[1]
