@@ -123,6 +123,12 @@ def differing(text: Any, **fixed: Any) -> list[str]:
             if (found := getattr(text, key, value)) != value and (found or value)]
 
 
+def unusual_heads(text: Any) -> list[str]:
+    """Heads of another length than llama.cpp works out from the hidden size, where it reads no key for it."""
+    usual = text.hidden_size // text.num_attention_heads
+    return [] if getattr(text, "head_dim", None) is None else differing(text, head_dim=usual)
+
+
 def _sliding_problems(name: str, text: Any) -> list[str]:
     """Whether every so-manieth layer attends to everything and the others to a window."""
     period = SWA_PERIOD[name]

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.base.strict_json import object_in
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unusual_heads
 from gemma_tune.gguf.architectures.parts import (
     SIZES,
     Architecture,
@@ -67,12 +67,6 @@ def _unrotated(config: Any) -> list[str]:
     return [*found, *differing(config, use_sliding_window=False)]
 
 
-def _usual_heads(config: Any) -> list[str]:
-    """Heads whose length llama.cpp works out from the hidden size."""
-    dim = config.hidden_size // config.num_attention_heads
-    return [] if (getattr(config, "head_dim", None) or dim) == dim else differing(config, head_dim=dim)
-
-
 def _mistral3(config: Any) -> list[str]:
     """Small 3.1 and 3.2, and Ministral 3: llama.cpp works the factor of YaRN's attention out of ``mscale_all_dim``, and
     takes ``mscale`` for 1."""
@@ -97,9 +91,9 @@ _KINDS = {
     "smollm3": _Kind(gguf.MODEL_ARCH.SMOLLM3, True, _llama_biases, problems=_unrotated),
     "granite": _Kind(gguf.MODEL_ARCH.GRANITE, True, _llama_biases, scales=_GRANITE),
     "olmo2": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
-                   norms_of="row", norms_behind=True, problems=_usual_heads),
+                   norms_of="row", norms_behind=True, problems=unusual_heads),
     "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms_behind=True,
-                     problems=_usual_heads),
+                     problems=unusual_heads),
 }
 
 

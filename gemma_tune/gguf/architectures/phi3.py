@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unusual_heads
 from gemma_tune.gguf.architectures.llama import context_length, shorter_context, tokenizer_kind
 from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
 
@@ -26,9 +26,7 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     heads, rope = whole.num_attention_heads, whole.rope_parameters
     dim = whole.hidden_size // heads
-    own = getattr(whole, "head_dim", None)
-    other_heads = differing(whole, head_dim=dim) if own not in (None, dim) else []
-    refuse(path, [*differing(whole, hidden_act="silu"), *other_heads, *_rope_problems(rope)])
+    refuse(path, [*differing(whole, hidden_act="silu"), *unusual_heads(whole), *_rope_problems(rope)])
     # By how long a context is, llama.cpp takes the short or the long divisors for all of it, Transformers by how long a
     # text is: both take the short ones here.
     known = context_length(whole)

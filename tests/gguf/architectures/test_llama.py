@@ -268,6 +268,9 @@ DIFFERENT = [
     ("ministral3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "llama_4_scaling_beta is missing"),
     ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "without YaRN"),
     ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+    *((kind, {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
+      "head_dim is 32 and llama.cpp computes with 16")
+      for kind in ("olmo2", "phi3", "lfm2")),
 ]
 
 
