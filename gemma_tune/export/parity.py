@@ -8,7 +8,8 @@ tokenizer adds the BOS. What cannot be checked here says so, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.left_out import kinds_in
-from gemma_tune.export.parity_cases import EDGES, built_in, limit, loses_edges
+from gemma_tune.export.parity_cases import Limit, built_in, limit_of
 from gemma_tune.export.parity_report import (
     COLUMNS,
     DIFFERS,
@@ -79,8 +80,8 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
         listener.progress("comparing with llama.cpp", n, len(ggufs))
     greedy = {label: _agreement(merged_model, chat, asked, given) for label, given in answers_of.items()}
     cases = [Case(name, 0, dict.fromkeys(COLUMNS, refused[name])) if name in refused else
-             _case(name, len(expected[name]), {label: checks[name] for label, checks in found.items()}, ggufs.values(),
-                   loses_edges(chat, prompts[name]))
+             _case(name, len(expected[name]), {label: checks[name] for label, checks in found.items()},
+                   partial(limit_of, name, prompts[name].messages, chat, ggufs.values()))
              for name in prompts]
     return Parity(engine_name(), cases, greedy, "" if asked else "the merged model is not loaded")
 
@@ -168,16 +169,14 @@ def _token(chat: ChatFormat, ids: Sequence[int], n: int) -> str:
     return f"id {ids[n]}" if token is None else repr(token)
 
 
-def _case(name: str, tokens: int, by_file: Mapping[str, Mapping[str, Check]], ggufs: Iterable[Path],
-          edges: bool) -> Case:
+def _case(name: str, tokens: int, by_file: Mapping[str, Mapping[str, Check]],
+          limit_of_it: Callable[[], Limit | None]) -> Case:
     checks = {column: _together({label: checks[column] for label, checks in by_file.items()}) for column in COLUMNS}
-    differs = any(check.state == DIFFERS for check in checks.values())
-    limited, reason = limit(name, ggufs) if differs else ((), "")
-    if differs and edges:
-        limited, reason = COLUMNS, EDGES
-    return Case(name, tokens, {column: Check(KNOWN, f"{reason} ({check.detail})")
-                               if check.state == DIFFERS and column in limited else check
-                               for column, check in checks.items()})
+    differing = [column for column, check in checks.items() if check.state == DIFFERS]
+    limit = limit_of_it() if differing else None  # which can take a look at the files
+    known = {column: Check(KNOWN, f"{limit.reason} ({checks[column].detail})") for column in differing
+             if limit and column in limit.columns}
+    return Case(name, tokens, checks | known)
 
 
 def _together(checks: Mapping[str, Check]) -> Check:

@@ -6,8 +6,9 @@ difference is seen, and seen to end; it is not the fault of an export.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -16,6 +17,8 @@ from gemma_tune.gguf.vocabulary.runs import looks_for_spaces
 
 _CODE = 'def mean(xs):\n\t"""Of xs."""\n\tif not xs:\n\t\treturn {}  # {{ empty }}\n\n\n    return sum(xs) / len(xs)\n'
 _EMOJI = "👩‍👩‍👧 🇩🇪🇯🇵 👍🏽 ✌️ 1️⃣ 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🙂"
+
+Messages = Sequence[Mapping[str, Any]]
 
 SPACES = "40 spaces in a row"
 
@@ -38,43 +41,55 @@ _TALKS: dict[str, tuple[str | None, ...]] = {
     "runs of white space": (None, "a" + "\n" * 40 + "b" + "\t" * 35 + "c\r\n\r\n \n\n\t  \t\t\n" + " " * 7 + "d"),
     "other digits": (None, "½ cup, point ①, x²"),
 }
-# Name, the columns that may differ, and why.
-LIMITS: dict[str, tuple[tuple[str, ...], str]] = {
-    "padded wide spaces": ((LLAMA_CPP,), "llama.cpp's template engine trims ASCII white space only"),
-    "accents apart": (COLUMNS, "llama.cpp does not put letters and accents together (NFC) as this tokenizer does"),
-    SPACES: (COLUMNS, "this file's vocabulary looks for spaces in the text, which Hugging Face's tokenizer merges"),
-    "other digits": (COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
+
+
+class Limit(NamedTuple):
+    """The columns in which a conversation may differ, and why."""
+
+    columns: tuple[str, ...]
+    reason: str
+
+
+LIMITS = {
+    "padded wide spaces": Limit((LLAMA_CPP,), "llama.cpp's template engine trims ASCII white space only"),
+    "accents apart": Limit(COLUMNS, "llama.cpp does not put letters and accents together (NFC) as this tokenizer does"),
+    SPACES: Limit(COLUMNS,
+                  "this file's vocabulary looks for spaces in the text, which Hugging Face's tokenizer merges"),
+    "other digits": Limit(COLUMNS, "llama.cpp takes digits such as ½ apart from the space before them"),
 }
+_EDGES = Limit(COLUMNS,
+               "this tokenizer takes the white space beside its special tokens with them, which llama.cpp keeps")
 
 
-EDGES = "this tokenizer takes the white space beside its special tokens with them, which llama.cpp keeps"
+def limit_of(name: str, messages: Messages, chat: ChatFormat, ggufs: Iterable[Path]) -> Limit | None:
+    """What may differ in these files of a conversation; None where it has to be equal.
+
+    Args:
+        name: of a built-in conversation, or any other.
+    """
+    if _loses_edges(chat, messages):
+        return _EDGES
+    if name == SPACES and not any(map(looks_for_spaces, ggufs)):
+        return None
+    return LIMITS.get(name)
 
 
-def loses_edges(chat: ChatFormat, prompt: Prompt) -> bool:
-    """Whether a tokenizer takes white space at the edge of a text for a part of the special token beside it (Phi-4's,
+def _loses_edges(chat: ChatFormat, messages: Messages) -> bool:
+    """Whether the tokenizer takes white space at the edge of a text for a part of the special token beside it (Phi-4's,
     of tokens that can do so)."""
     special = [token for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
-    padded = any(turn["content"] != turn["content"].strip() for turn in prompt.messages)
+    padded = any((turn.get("content") or "") != (turn.get("content") or "").strip() for turn in messages)
     return padded and any(token.lstrip or token.rstrip for token in special)
 
 
-def limit(name: str, ggufs: Iterable[Path]) -> tuple[tuple[str, ...], str]:
-    """The columns in which a conversation may differ in these files, and why; none where it has to be equal."""
-    if name == SPACES and not any(map(looks_for_spaces, ggufs)):
-        return (), ""
-    return LIMITS.get(name, ((), ""))
-
-
-def known(name: str, ggufs: Iterable[Path], detail: str, *, in_text: bool) -> Check | None:
+def known(limit: Limit | None, detail: str, *, in_text: bool) -> Check | None:
     """The check of a prompt that an Ollama server makes otherwise, if that is a limit of llama.cpp, which it may run.
 
     Args:
-        ggufs: what the server runs.
         in_text: the text is another, and not the number of tokens alone.
     """
-    limited, reason = limit(name, ggufs)
-    of_templates = bool(limited) and OLLAMA not in limited  # else of the tokenizer
-    return Check(KNOWN, f"{reason} ({detail})") if limited and in_text == of_templates else None
+    of_templates = limit is not None and OLLAMA not in limit.columns  # else of the tokenizer
+    return Check(KNOWN, f"{limit.reason} ({detail})") if limit and in_text == of_templates else None
 
 
 def built_in() -> dict[str, Prompt]:

@@ -19,7 +19,7 @@ from typing import Any
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
-from gemma_tune.export.parity_cases import known
+from gemma_tune.export.parity_cases import Limit, known, limit_of
 from gemma_tune.export.parity_report import DIFFERS, EQUAL, KNOWN, OLLAMA, UNCHECKED, Case, Check, Served
 from gemma_tune.export.target import Target
 from gemma_tune.ollama import client as ollama
@@ -39,15 +39,17 @@ class Wanted:
 
     Args:
         is_kept: whether another text is that of training but for what Ollama changes in tools and calls.
+        limit: what may differ in a model's files.
     """
 
     prompt: Prompt
     text: str
     tokens: int
     is_kept: Callable[[str], bool]
+    limit: Callable[[], Limit | None]
 
 
-def wanted(chat: ChatFormat, target: Target, prompt: Prompt) -> Wanted | Check:
+def wanted(chat: ChatFormat, target: Target, ggufs: Sequence[Path], name: str, prompt: Prompt) -> Wanted | Check:
     """What the server is to make of a prompt, or the check where nothing can be said of that."""
     messages, system = prompt.messages, target.system
     if system is not None and messages[0]["role"] != "system":
@@ -59,7 +61,8 @@ def wanted(chat: ChatFormat, target: Target, prompt: Prompt) -> Wanted | Check:
     try:
         text, count = chat.prompt_text(messages, prompt.tools), len(chat.prompt_ids(messages, tools=prompt.tools))
         return Wanted(prompt, text, count,
-                      partial(is_known, messages=messages, tools=prompt.tools, trained=chat.prompt_text))
+                      partial(is_known, messages=messages, tools=prompt.tools, trained=chat.prompt_text),
+                      partial(limit_of, name, messages, chat, ggufs))
     except FormatError as e:
         return Check(UNCHECKED, f"not for this template: {e}")
 
@@ -70,7 +73,6 @@ class Asked:
 
     Args:
         count: whether tokens are to be counted as well.
-        ggufs: the model's file.
         num_ctx: room that the prompts need, if it is more than the model has; another context makes the server load it
             again.
         shows, counts: whether the server shows prompts, and counts the tokens of whole ones; None as long as that is
@@ -81,7 +83,6 @@ class Asked:
     target: Target
     bos: str
     count: bool = True
-    ggufs: Sequence[Path] = ()
     num_ctx: int | None = None
     shows: bool | None = None
     counts: bool | None = None
@@ -90,7 +91,7 @@ class Asked:
     def __post_init__(self) -> None:
         self.think = ollama.thinking_of(self.server, self.target.name, self.target.chat)
 
-    def check(self, name: str, want: Wanted) -> Check:
+    def check(self, want: Wanted) -> Check:
         """How the server reads one prompt.
 
         Raises:
@@ -99,9 +100,9 @@ class Asked:
         about_tools = bool(want.prompt.tools) or any(
             turn["role"] == "tool" or turn.get("tool_calls") for turn in want.prompt.messages)
         try:
-            check = self._text(name, want)
+            check = self._text(want)
             if check.state in (EQUAL, UNCHECKED) and self.count:
-                check = self._counted(name, want, check)
+                check = self._counted(want, check)
         except ollama.Refused as e:
             if e.status != 400:
                 raise
@@ -121,7 +122,7 @@ class Asked:
         return how(self.server, self.target.name, prompt.messages, PATIENCE, think=self.think, tools=prompt.tools,
                    num_ctx=self.num_ctx)
 
-    def _text(self, name: str, want: Wanted) -> Check:
+    def _text(self, want: Wanted) -> Check:
         text = self._ask(ollama.rendered_prompt, want.prompt) if self.shows is not False else None
         self.shows = text is not None
         if text is None:
@@ -133,9 +134,9 @@ class Asked:
             return Check(KNOWN, KEPT_NOTE)
         n = next((n for n, (a, b) in enumerate(zip(want.text, text)) if a != b), min(len(want.text), len(text)))
         detail = f"from character {n + 1} on {text[n:n + _SHOWN]!r} instead of {want.text[n:n + _SHOWN]!r}"
-        return known(name, self.ggufs, detail, in_text=True) or Check(DIFFERS, detail)
+        return known(want.limit(), detail, in_text=True) or Check(DIFFERS, detail)
 
-    def _counted(self, name: str, want: Wanted, of_text: Check) -> Check:
+    def _counted(self, want: Wanted, of_text: Check) -> Check:
         """The check of a text together with the number of tokens."""
         if self.counts is None:
             self.counts = self._counts_whole_prompts()
@@ -144,7 +145,7 @@ class Asked:
             return Check(EQUAL, "text alone") if of_text.state == EQUAL else of_text
         if tokens != want.tokens:
             detail = f"{tokens} tokens instead of {want.tokens}: the server seems to have a tokenizer of its own"
-            return known(name, self.ggufs, detail, in_text=False) or Check(DIFFERS, detail)
+            return known(want.limit(), detail, in_text=False) or Check(DIFFERS, detail)
         return Check(EQUAL, "number of tokens alone") if of_text.state == UNCHECKED else of_text
 
     def _counts_whole_prompts(self) -> bool:
@@ -169,9 +170,9 @@ def ask_server(server: Server, target: Target, chat: ChatFormat, prompts: Mappin
     Raises:
         WorkFailed: no answer in time, or an error that is not about a single prompt.
     """
-    wants = {name: wanted(chat, target, prompt) for name, prompt in prompts.items()}
+    wants = {name: wanted(chat, target, ggufs, name, prompt) for name, prompt in prompts.items()}
     longest = 1 + max((want.tokens for want in wants.values() if isinstance(want, Wanted)), default=0)
-    asked = Asked(server, target, chat.tokenizer.bos_token or "", count, ggufs,
+    asked = Asked(server, target, chat.tokenizer.bos_token or "", count,
                   num_ctx=longest if longest > target.parameters.get("num_ctx", longest) else None)
     progress = partial(listener.progress, f"asking Ollama {server.version} how it reads prompts")
     cases, deadline = [], None
@@ -182,7 +183,7 @@ def ask_server(server: Server, target: Target, chat: ChatFormat, prompts: Mappin
             cases.append(Case(name, want.tokens, {OLLAMA: Check(
                 UNCHECKED, f"the server took more than {MOST_SECONDS:.0f} seconds for the prompts before")}))
         else:
-            cases.append(Case(name, want.tokens, {OLLAMA: asked.check(name, want)}))
+            cases.append(Case(name, want.tokens, {OLLAMA: asked.check(want)}))
             deadline = deadline or time.monotonic() + MOST_SECONDS
         progress(n, len(wants))
     return Served(server.version, target.name, asked.shows is True, asked.untold), cases

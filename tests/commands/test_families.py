@@ -16,7 +16,7 @@ from gemma_tune.models.placement import Placement
 from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
-from support.llamas import TURNS, save_random, tokenizer_with_turns
+from support.llamas import make_stripping_phi, save_random, tokenizer_with_turns
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
@@ -125,16 +125,7 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
 
 def test_special_tokens_that_take_white_space_with_them_are_a_known_limit(cli, tmp_path):
     """Phi-4's: of a turn without any at its edges nothing differs, and the report says where something does."""
-    tokenizer = tokenizer_with_turns("gpt-4o")
-    tokenizer.chat_template = TURNS.replace("\n", "")
-    config = T.Phi3Config(**TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, pad_token_id=0,
-                                        eos_token_id=tokenizer.eos_token_id))
-    save_random(T.Phi3ForCausalLM(config), tokenizer, tmp_path / "phi")
-    content = json.loads((tmp_path / "phi/tokenizer.json").read_text())
-    for token in content["added_tokens"]:
-        if token["content"] in ("<turn>", "<done>"):
-            token |= {"lstrip": True, "rstrip": True}
-    (tmp_path / "phi/tokenizer.json").write_text(json.dumps(content))
+    make_stripping_phi(tmp_path / "phi")
     for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", tmp_path / "phi"),
                  ("train", "--max-steps", 1, "--samples", 0), ("merge", "--no-check"),
                  ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):

@@ -22,8 +22,8 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.export.parity import _ollama_texts, verify
-from gemma_tune.export.parity_cases import LIMITS, SPACES, limit
+from gemma_tune.export.parity import _ollama_texts, prompts_of, verify
+from gemma_tune.export.parity_cases import LIMITS, SPACES, limit_of
 from gemma_tune.export.parity_report import Agreement, Case, Check, Parity
 from gemma_tune.gguf import engine
 from gemma_tune.gguf.engine import Engine, EngineRefused
@@ -144,9 +144,13 @@ def test_long_runs_of_spaces_are_a_limit_of_vocabularies_that_look_for_them(expo
     """As llama.cpp's converter writes them, for a family that is not written here."""
     monkeypatch.setattr(sentencepiece, "merged_runs", lambda *_: {})
     other = export(exported.checkpoint, tmp_path / "m.gguf")
-    assert limit(SPACES, [exported.gguf]) == ((), "")
-    assert limit(SPACES, [exported.gguf, other.gguf]) == LIMITS[SPACES]
-    assert limit("other digits", []) == LIMITS["other digits"] and limit("emoji", [other.gguf]) == ((), "")
+
+    def limit(name, *ggufs):
+        return limit_of(name, prompts_of([])[name].messages, exported.chat, ggufs)
+
+    assert limit(SPACES, exported.gguf) is None
+    assert limit(SPACES, exported.gguf, other.gguf) == LIMITS[SPACES]
+    assert limit("other digits") == LIMITS["other digits"] and limit("emoji", other.gguf) is None
 
 
 def test_a_line_break_too_many_is_found_in_the_column_that_has_it(exported, tmp_path, go_cache):

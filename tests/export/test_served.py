@@ -21,6 +21,7 @@ from gemma_tune.export.target import Target
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.ollama.client import Server, create_model
 from gemma_tune.ollama.template import chat_for
+from support.llamas import make_stripping_phi
 from support.ollama import LoopbackOllama, by_template
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}]
@@ -134,6 +135,22 @@ def test_a_template_engine_that_trims_ascii_only_is_a_known_limit(model, go_cach
         _, checks = asked()
     assert checks["padded wide spaces"].state == "known limit"
     assert "trims ASCII white space only (from character" in checks["padded wide spaces"].detail
+
+
+def test_special_tokens_that_take_white_space_with_them_are_a_known_limit(tmp_path, go_cache):
+    """Phi-4's: the server counts what llama.cpp keeps; also of a SYSTEM that the prompts themselves do not hold."""
+    make_stripping_phi(tmp_path / "phi")
+    chat, gguf = load_format(tmp_path / "phi", "phi3"), tmp_path / "m.gguf"
+    write_gguf(tmp_path / "phi", gguf, "f16", name="m", chat_template=chat.template, eot_token_id=chat.terminator_id)
+    phi = Model(gguf, chat, Target("m", chat_for(chat.template), {"num_ctx": 512}, None, None))
+    with running(phi) as (_, asked):
+        _, checks = asked()
+    assert {name for name, check in checks.items() if "which llama.cpp keeps (" in check.detail} == {
+        "padded white space", "padded system", "code", "padded wide spaces"}
+    assert "differs" not in {check.state for check in checks.values()}
+    with running(phi, target=replace(phi.target, system="Be brief. \n")) as (_, asked):
+        _, checks = asked({"plain": talk("Hi")})
+    assert checks["plain"].state == "known limit"
 
 
 def test_it_is_asked_to_think_or_not_as_in_training(model, go_cache):

@@ -163,3 +163,20 @@ def save_random(model: Any, tokenizer: Any, folder: Path | None = None) -> Any:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return model
+
+
+def make_stripping_phi(folder: Path) -> None:
+    """Save a random Phi-3 whose special tokens take the white space beside them with them, as Phi-4's can."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    tokenizer = tokenizer_with_turns("gpt-4o")
+    tokenizer.chat_template = TURNS.replace("\n", "").replace("{{ bos_token }}", "")
+    config = Phi3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                        max_position_embeddings=512, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                        pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    save_random(Phi3ForCausalLM(config), tokenizer, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        if token["content"] in ("<turn>", "<done>"):
+            token |= {"lstrip": True, "rstrip": True}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
