@@ -24,14 +24,14 @@ from gemma_tune.export.files import ExportSource, source_of, write_file
 from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.same_files import SameFiles, same_files
 from gemma_tune.export.target import Target, parse_parameters
-from gemma_tune.export.worth import conclusion, gained, said_against, smallest_sound
+from gemma_tune.export.worth import conclusion, file_to_take, gained, said_against, with_file_to_take
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import COARSE, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes
 from gemma_tune.run.directory import command
-from gemma_tune.run.earlier_exports import advice, earlier_formats, leftover_modelfiles, still_good
+from gemma_tune.run.earlier_exports import advice, earlier_formats, leftover_modelfiles, still_good, with_formats
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, run_stage
 
@@ -60,8 +60,7 @@ def export(session: Session) -> ExportReport:
             raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
                             f"make them again: {command('export-ollama', session.run.root, '--force')}")
         quants = stage.summary["quants"]
-        kept = {name: value for name, value in stage.summary.items() if name not in _OF_ALL}
-        stage = replace(stage, summary=kept | _of_all(quants, _earlier(session, quants)))
+        stage = replace(stage, summary=with_formats(stage.summary, quants, _earlier(session, quants)))
     return deploy(session, stage, server, source)
 
 
@@ -221,26 +220,28 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
     _show(session, figures, checks)
     if concluded:
         session.listener.note(concluded)
-    summary = _of_one(figures) | ({"different_in_ollama": list(limits)} if limits else {})
-    summary |= _of_all(figures, earlier)
-    return Finished({**outputs, "export_report": report}, {**summary, "quants": dict(figures), **checks.summary},
-                    fresh)
+    summary = {**({"different_in_ollama": list(limits)} if limits else {}), **checks.summary}
+    return Finished({**outputs, "export_report": report}, _summary(summary, figures, earlier), fresh)
 
 
 def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
     """The last export with other Modelfiles."""
     outputs, fresh = _results(modelfiles, same.files, same.figures)
     figures = {quant: {**item, "ollama_name": modelfiles[quant].name} for quant, item in same.figures.items()}
-    kept = {name: value for name, value in same.summary.items() if name not in _OF_ONE + _OF_ALL}
     return Finished({**outputs, "export_report": session.run.ollama / _REPORT},
-                    {**_of_one(figures), **_of_all(figures, _earlier(session, figures)), **kept, "quants": figures},
-                    fresh, same.settings)
+                    _summary(same.summary, figures, _earlier(session, figures)), fresh, same.settings)
+
+
+def _summary(other: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]],
+             earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of all formats, and what follows from them, with what is known beside them."""
+    return with_formats(with_file_to_take(other, figures), figures, earlier) | {"quants": dict(figures)}
 
 
 def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
              figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Path], dict[Path, Path]]:
     """The files with the Modelfiles beside them, by their names in the manifest; and where what is new lies now."""
-    main = _to_take(figures)
+    main = file_to_take(figures)
     outputs: dict[str, Path] = {}
     fresh: dict[Path, Path] = {}
     for quant, path in files.items():
@@ -250,29 +251,6 @@ def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
         outputs["gguf" if quant == main else f"gguf_{quant}"] = gguf
         modelfiles[quant].write(outputs, fresh, quant == main)
     return outputs, fresh
-
-
-def _to_take(figures: Mapping[str, Any]) -> str:
-    """Of the formats that were made the smallest that was measured to be sound, else the first."""
-    return smallest_sound(figures) or next(iter(figures))
-
-
-# What the summary has of the format to take, and what it has of all formats, those of earlier exports too.
-_OF_ONE = ("quant", "gguf_bytes", "ollama_name", "check_largest_error", "check_largest_error_tensor", "loses")
-_OF_ALL = ("recommended", "earlier")
-
-
-def _of_one(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    quant = _to_take(figures)
-    main = figures[quant]
-    found = {"quant": quant, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
-    found |= {f"check_{name}": main[name] for name in ("largest_error", "largest_error_tensor") if name in main}
-    return found | ({"loses": main["loses"]} if "loses" in main else {})
-
-
-def _of_all(figures: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    best = smallest_sound({**figures, **still_good(earlier)})
-    return ({"recommended": best} if best else {}) | ({"earlier": dict(earlier)} if earlier else {})
 
 
 def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:

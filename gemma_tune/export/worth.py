@@ -14,6 +14,7 @@ from typing import Any
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, Loss
+from gemma_tune.run.earlier_exports import smallest_sound
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import OUTSIDE
 
@@ -28,6 +29,9 @@ PART_OF_GENERAL = 0.10
 # What to try where these lose too much: the next of their kind, and from the old formats at once eight bits.
 _FINER = {"q4_k_m": "q5_k_m", "q5_k_m": "q6_k"}
 _KEPT = {VALIDATION: "what was learned", GENERAL: "what the model knew before"}
+# What the summary has of the figures of the file to take, where that has them.
+_OF_FILE = {"check_largest_error": "largest_error", "check_largest_error_tensor": "largest_error_tensor",
+            "loses": "loses"}
 LEAST = math.log(1.05)  # a loss that is never marked, so that a training which gained little marks no sound format
 
 
@@ -84,15 +88,18 @@ def said_against(quant: str, losses: Mapping[str, Mapping[str, Loss]], gain: flo
     return " and ".join(said) or None
 
 
-def smallest_sound(figures: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The smallest format against which nothing is to be said; None where there is none, or nothing was measured.
+def file_to_take(figures: Mapping[str, Any]) -> str:
+    """Of the formats that an export made the smallest that was measured to be sound, else the first."""
+    return smallest_sound(figures) or next(iter(figures))
 
-    Args:
-        figures: by number format, as the manifest keeps them.
-    """
-    sound = [quant for quant, found in figures.items() if "loses" not in found
-             and ("perplexity" in found or "general_perplexity" in found)]
-    return min(sound, key=lambda quant: figures[quant]["bytes"], default=None)
+
+def with_file_to_take(summary: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """An export's summary with the figures of the file to take, in place of those of another."""
+    quant = file_to_take(figures)
+    main = figures[quant]
+    found = {"quant": quant, "gguf_bytes": main["bytes"], "ollama_name": main["ollama_name"]}
+    found |= {name: main[figure] for name, figure in _OF_FILE.items() if figure in main}
+    return found | {name: value for name, value in summary.items() if name not in {*found, *_OF_FILE}}
 
 
 def finer_than(quants: Collection[str]) -> str:

@@ -1,4 +1,5 @@
-"""Files that an earlier export left beside those of the last one, and whether they are of the same merged model."""
+"""Files that an earlier export left beside those of the last one, whether they are of the same merged model, and which
+of all the files is recommended."""
 
 from __future__ import annotations
 
@@ -62,6 +63,26 @@ def _recorded(manifest: Manifest) -> dict[str, dict[str, Any]]:
 def still_good(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Of the files of earlier exports those of the merged model that the run has now."""
     return {quant: item for quant, item in earlier.items() if item.get("stale") is False}
+
+
+def smallest_sound(figures: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The smallest format against which nothing is to be said; None where there is none, or nothing was measured.
+
+    Args:
+        figures: by number format, as the manifest keeps them.
+    """
+    sound = [quant for quant, found in figures.items() if "loses" not in found
+             and ("perplexity" in found or "general_perplexity" in found)]
+    return min(sound, key=lambda quant: figures[quant]["bytes"], default=None)
+
+
+def with_formats(summary: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]],
+                 earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """An export's summary with the format that is recommended of all that lie there, and with what earlier exports
+    left, in place of what it says of both."""
+    best = smallest_sound({**figures, **still_good(earlier)})
+    kept = {name: value for name, value in summary.items() if name not in ("recommended", "earlier")}
+    return kept | ({"recommended": best} if best else {}) | ({"earlier": dict(earlier)} if earlier else {})
 
 
 def leftover_modelfiles(run: RunDir, current: Iterable[Path]) -> list[str]:
