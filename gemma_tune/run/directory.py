@@ -16,7 +16,7 @@ from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
-FINISHED = "finished-"  # before a training's id, see RunDir.finished
+_FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
         "*_sft_adapter", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml",
@@ -92,7 +92,7 @@ class RunDir:
     def finished(self, training: str | None) -> Path | None:
         """Where checkpoint and logs of the finished training with this id lie while another one takes its place; None
         without an id."""
-        return self.checkpoints / f"{FINISHED}{training}" if training and training.isalnum() else None
+        return self.checkpoints / f"{_FINISHED}{training}" if training and training.isalnum() else None
 
     def log_of(self, training: str | None) -> Path:
         """The log of the finished training with this id."""
@@ -193,6 +193,12 @@ class RunDir:
         if name.startswith("gemma_tune:"):
             return f"{PACKAGE / name.removeprefix('gemma_tune:')}"
         return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.root.resolve() / name))
+
+
+def set_aside_in(checkpoints: Path) -> list[Path]:
+    """What lies in a run's checkpoints of finished trainings while others take their place, see
+    :meth:`RunDir.finished`."""
+    return sorted(checkpoints.glob(f"{_FINISHED}*"))
 
 
 def no_run(root: Path, *flags: str) -> UserError:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gemma_tune.base.files import fresh_path, os_errors, remove
 from gemma_tune.base.listener import Listener
-from gemma_tune.run.directory import FINISHED, RunDir
+from gemma_tune.run.directory import RunDir, set_aside_in
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.stopped import unfinished
 from gemma_tune.train.checkpoints import BEST, clear, last_of
@@ -29,7 +29,7 @@ def set_aside(run: RunDir, manifest: Manifest) -> None:
         with os_errors(aside):
             _move([path for path in (checkpoint, run.checkpoints / BEST, *_logs(run)) if path], aside)
             (aside / _WHOLE).touch()
-    for other in run.checkpoints.glob(f"{FINISHED}*"):
+    for other in set_aside_in(run.checkpoints):
         if other != aside:
             remove(other)
     remove(run.samples)
@@ -64,12 +64,12 @@ def _clear_failed(run: RunDir, listener: Listener) -> None:
 
 def is_aside(run: RunDir) -> bool:
     """Whether something is set aside, as after a training that was killed."""
-    return any(run.checkpoints.glob(f"{FINISHED}*"))
+    return bool(set_aside_in(run.checkpoints))
 
 
 def forget(run: RunDir, training: str) -> None:
     """Remove what trainings left whose place the recorded one, ``training``, has taken."""
-    for aside in run.checkpoints.glob(f"{FINISHED}*"):
+    for aside in set_aside_in(run.checkpoints):
         if aside != run.finished(training):
             remove(aside)
 

@@ -16,7 +16,7 @@ from gemma_tune.base.files import follow_umask, remove, sha256_file, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.settings import as_flags, same_result
 from gemma_tune.config.stages import AUTO, TrainConfig
-from gemma_tune.run.directory import FINISHED, RunDir, command
+from gemma_tune.run.directory import RunDir, command, set_aside_in
 from gemma_tune.run.stopped import MARKER, checkpoints_in, read_marker, step_of, whole
 from gemma_tune.train.method import learns_from
 
@@ -157,7 +157,7 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
 
 def last_of(folder: Path, trainings: Collection[str], listener: Listener) -> Path | None:
     """The newest whole checkpoint of these trainings; None where there is none any more. Damaged ones are told of."""
-    aside = [path for place in folder.glob(f"{FINISHED}*") for path in whole(place)]  # see train/aside.py
+    aside = [path for place in set_aside_in(folder) for path in whole(place)]
     for checkpoint in sorted([*whole(folder), *aside], key=step_of, reverse=True):
         marker = read_marker(checkpoint)
         if marker is None or marker["id"] not in trainings:
