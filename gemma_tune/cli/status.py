@@ -119,7 +119,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     next_step: str | None = command("chat", root, *(["--merged"] if not_needed else []))
     rows, note = [], None
     for stage in reversed(STAGES):
-        state, resume = _interrupted(paths, manifest) if stage == "train" else (None, None)
+        state, resume = _interrupted(paths, manifest, look) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage, look)
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
@@ -229,14 +229,14 @@ def _read_once() -> Look:
     return lambda run, path, item: read(run, path)
 
 
-def _interrupted(run: RunDir, manifest: Manifest) -> tuple[State | None, str | None]:
+def _interrupted(run: RunDir, manifest: Manifest, look: Look) -> tuple[State | None, str | None]:
     """A training that was stopped after the last one that is recorded, and the command that finishes it, or starts anew
     where it cannot be finished."""
     marker = unfinished(run.checkpoints, manifest.finished_trainings)
     if marker is None:
         return None, None
     saved = f"{whole(run.checkpoints)[-1].name} is saved"
-    if has_other_rows(run, marker):
+    if has_other_rows(run, manifest, marker, look):
         return (State("interrupted", f"{saved}, of other data than are prepared now: it cannot go on with these"),
                 command_to_start_anew(run, marker, manifest.kind))
     return (State("interrupted", saved),

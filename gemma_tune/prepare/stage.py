@@ -35,10 +35,10 @@ from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refus
 from gemma_tune.run.directory import command
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
-from gemma_tune.run.manifest import JUDGED, PAIRS
+from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage, state_of
-from gemma_tune.run.stopped import has_other_rows, unfinished, whole
+from gemma_tune.run.stopped import SEQUENCES, has_other_rows, rows_of, unfinished, whole
 
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
@@ -82,9 +82,9 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
 
 def _warn_of_stopped(session: Session) -> None:
     """A training that was stopped goes on with the data that it began with alone."""
-    run = session.run
-    marker = unfinished(run.checkpoints, session.manifest.finished_trainings)
-    if marker and has_other_rows(run, marker):
+    run, manifest = session.run, read_manifest(session.run.root) or session.manifest
+    marker = unfinished(run.checkpoints, manifest.finished_trainings)
+    if marker and has_other_rows(run, manifest, marker):
         saved = whole(run.checkpoints)[-1].name
         session.listener.warn(f"a training that was stopped ({saved}) cannot go on with these data: prepare those that "
                               f"it began with to finish it, or start anew, as {command('status', run.root)} says")
@@ -209,6 +209,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out))
         report, tools = work.write(decided), work.findings.noticed.tools
+        sequences = rows_of(folder / run.tokens.name)
         if template:
             shutil.copyfile(template, folder / run.chat_template.name)
     run.refused_rows.unlink(missing_ok=True)
@@ -217,7 +218,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report, **({"chat_template": run.chat_template} if template else {})}
-    return Finished(outputs, _summary(report) | {"tool_rows": tools,
+    return Finished(outputs, _summary(report) | {"tool_rows": tools, SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
 

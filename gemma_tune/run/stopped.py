@@ -8,9 +8,12 @@ from typing import Any
 
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.strict_json import object_in
-from gemma_tune.run.directory import RunDir
+from gemma_tune.run.directory import RunDir, describe
+from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.stage import Look
 
 MARKER = "complete.json"
+SEQUENCES = "train_sequences_sha256"  # in the summary of `prepare`: see rows_of
 
 
 def whole(folder: Path) -> list[Path]:
@@ -48,15 +51,27 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def has_other_rows(run: RunDir, marker: Mapping[str, Any]) -> bool:
+def has_other_rows(run: RunDir, manifest: Manifest, marker: Mapping[str, Any], look: Look = describe) -> bool:
     """Whether the training that was stopped learned from other rows than are prepared now, so that it cannot go on;
-    what an older version saved does not tell."""
+    what an older version saved does not tell.
+
+    Args:
+        look: see ``run.stage.state_of``: what it finds unchanged is not read for this.
+    """
     try:
-        return bool(marker.get("rows")) and marker["rows"] != rows_of(run.tokens)
+        return bool(marker.get("rows")) and marker["rows"] != (_recorded(run, manifest, look) or rows_of(run.tokens))
     except OSError:
         return False
 
 
 def rows_of(tokens: Path) -> str:
-    """Fingerprint of the sequences that are trained on."""
+    """Fingerprint of the sequences that are trained on; all of them are read."""
     return sha256_file(tokens / "train.arrow")
+
+
+def _recorded(run: RunDir, manifest: Manifest, look: Look) -> str | None:
+    """The same from the manifest, where what was prepared lies there as it was; an older version recorded none."""
+    prepared = manifest.stages.get("prepare", {"summary": {}, "outputs": {}})
+    rows, tokens = prepared["summary"].get(SEQUENCES), prepared["outputs"].get("tokens")
+    unchanged = rows and tokens and look(run, run.tokens, tokens)["sha256"] == tokens["sha256"]
+    return rows if unchanged else None

@@ -98,7 +98,7 @@ def as_before(session: Session, go_on: bool = False, writes: bool = True,
         UserError: the interrupted training cannot go on with the data of now, and is not to start anew either.
     """
     waiting = unfinished(session.run.checkpoints, session.manifest.finished_trainings)
-    if waiting and has_other_rows(session.run, waiting):
+    if waiting and has_other_rows(session.run, session.manifest, waiting):
         if not session.force:
             raise learned_from_other_rows(session.run, waiting, session.manifest.kind)
         waiting = None

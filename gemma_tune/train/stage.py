@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import fresh_path, remove, sha256_file
+from gemma_tune.base.files import fresh_path, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
 from gemma_tune.config.settings import NOT_GIVEN
@@ -22,7 +22,7 @@ from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, require_inputs, run_stage
-from gemma_tune.run.stopped import step_of, unfinished
+from gemma_tune.run.stopped import rows_of, step_of, unfinished
 from gemma_tune.train import processes
 from gemma_tune.train.aside import forget, is_aside, put_back
 from gemma_tune.train.going_on import (
@@ -181,8 +181,7 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     train_rows, valid_rows = (sizes_of(rows, session.config) for rows in prepared_sequences(session))
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows))
     config, run, listener = session.config, session.run, session.listener
-    tokens = sha256_file(session.inputs["tokens"] / "train.arrow")
-    content = session.model.fingerprint, tokens, chat_format_of(session).template
+    content = session.model.fingerprint, rows_of(session.inputs["tokens"]), chat_format_of(session).template
     begun = begin(session, content, len(train_rows), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")

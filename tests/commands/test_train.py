@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma_tune.base import files
+from gemma_tune.run import stopped
 from support.command import QUICK, rows, write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
 
@@ -194,6 +196,39 @@ def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, 
     assert "cannot go on" not in cli("prepare", data).err
     result = cli("train", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2
+
+
+def test_a_stopped_training_s_rows_are_not_read_to_tell_whether_they_are_those_of_now(cli, tiny, tmp_path, monkeypatch):
+    """Whatever their number: their sum is in the manifest, and counts where they lie as they were prepared."""
+    data, other = (write_rows(tmp_path / f"{n}.jsonl", rows(n)) for n in (12, 13))
+    assert cli("prepare", data, "--model", tiny).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *QUICK).code == 130
+    sequences = Path("runs/tiny-gemma/data/tokens/train.arrow")
+
+    def state(*flags, reads: bool = False) -> str:
+        read = files.sha256_file
+        with monkeypatch.context() as patch:
+            for module in (files, stopped):
+                patch.setattr(module, "sha256_file", lambda path: read(path) if reads or path.name != sequences.name else
+                              pytest.fail(f"{path} is read"))
+            return cli("status", *flags, "--json").json["stages"]["train"]["state"]
+
+    assert state() == "interrupted: checkpoint-2 is saved"
+    assert cli("prepare", other).code == 0
+    assert "it cannot go on with these" in state()
+    assert cli("prepare", data).code == 0 and "cannot go on" not in state()
+    content, times = sequences.read_bytes(), sequences.stat()
+    sequences.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "it cannot go on with these" in state(reads=True), "changed by hand"
+    os.utime(sequences, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "cannot go on" not in state() and "it cannot go on with these" in state("--verify", reads=True)
+    run = Path("runs/tiny-gemma/manifest.json")
+    manifest = json.loads(run.read_text())
+    manifest["stages"]["prepare"]["summary"].pop(stopped.SEQUENCES)
+    run.write_text(json.dumps(manifest))
+    assert "it cannot go on with these" in state(reads=True), "of an older version they are read"
 
 
 def test_new_data_of_another_kind_take_a_stopped_training_s_method_away(cli, tiny, tmp_path, monkeypatch):
