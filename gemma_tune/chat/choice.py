@@ -15,7 +15,7 @@ from gemma_tune.base.words import near, size_in_bytes
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command, describe
-from gemma_tune.run.earlier_exports import earlier_formats, still_good
+from gemma_tune.run.earlier_exports import still_good, summary_now
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import State, require_output, require_unharmed, state_of
 
@@ -105,7 +105,7 @@ def figures_of(session: Session) -> Mapping[str, Any]:
     Raises:
         UserError: neither the last export made one of that format, nor is an earlier one of the same merged model.
     """
-    summary, quant = session.manifest.stages["export-ollama"]["summary"], session.config.quant
+    summary, quant = _summary(session), session.config.quant
     if quant is None:
         return summary
     there: Mapping[str, Mapping[str, Any]] = summary.get("quants", {})
@@ -124,8 +124,9 @@ def figures_of(session: Session) -> Mapping[str, Any]:
 
 def _earlier(session: Session) -> Mapping[str, Mapping[str, Any]]:
     """By number format, the files of earlier exports that can answer as those of the last one."""
-    quants: Mapping[str, Mapping[str, Any]] = _summary(session).get("quants", {})
-    found = still_good(earlier_formats(session.run, session.manifest, quants))
+    summary = _summary(session)
+    quants: Mapping[str, Mapping[str, Any]] = summary.get("quants", {})
+    found = still_good(summary.get("earlier", {}))
     if session.config.use != "ollama":
         return found
     taken = {figures["ollama_name"] for figures in quants.values()}  # a later export's model has the name by now
@@ -152,8 +153,7 @@ def _best_format(session: Session) -> str | None:
 
 
 def _summary(session: Session) -> Mapping[str, Any]:
-    summary: Mapping[str, Any] = session.manifest.stages.get("export-ollama", {}).get("summary", {})
-    return summary
+    return summary_now(session.run, session.manifest)
 
 
 def _loses(session: Session) -> str:

@@ -49,6 +49,9 @@ def show_status(found: Any) -> None:
     if found.unread:
         screen.prose(Text(f"not read, though time stamps changed, as in a copy: {', '.join(found.unread)}; "
                           "`gemma-tune status --verify` compares their content", style="dim"))
+    for quant, again in found.gone.items():
+        screen.prose(Text(f"! {quant} was recommended, and its file is gone; to make it again: {again}",
+                          style="yellow"))
     if found.base_damage:
         screen.error(found.base_damage)
     screen.err.print(f"next: {found.next_step or found.note}", markup=False)

@@ -22,7 +22,7 @@ from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
-from gemma_tune.run.earlier_exports import earlier_formats
+from gemma_tune.run.earlier_exports import gone, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.session import refuse_other_id
@@ -47,7 +47,8 @@ class StageFigures:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left.
+    """A run's stages: ``rows`` are (stage, state, ended, artifacts); ``earlier`` is what earlier exports left, and
+    ``gone`` the format that was recommended of them and is gone, with the command that makes it again.
 
     ``next_step`` is a command; where none helps it is None, and ``note`` says what to do. ``base_damage`` is what is
     wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is step and
@@ -67,6 +68,7 @@ class RunStatus:
     size: int = 0
     unread: tuple[str, ...] = ()
     note: str | None = None
+    gone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def damaged(self) -> bool:
@@ -77,7 +79,7 @@ class RunStatus:
         """For ``--json``."""
         return {"run": str(self.root), "model": self.model, "next": self.next_step, "note": self.note,
                 "in_use_by": self.in_use_by,
-                "earlier_exports": self.earlier,
+                "earlier_exports": self.earlier, "gone_exports": self.gone,
                 "base_damage": self.base_damage.message if self.base_damage else None,
                 "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
                 "bytes": self.size, "unread": list(self.unread),
@@ -115,7 +117,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
     look = _read_once() if verify else _read_small(unread)
     figures, best = {}, _best(paths, manifest)
-    earlier: dict[str, Any] = {}
+    exported = summary_now(paths, manifest)
+    earlier = exported.get("earlier", {})
     next_step: str | None = command("chat", root, *(["--merged"] if not_needed else []))
     rows, note = [], None
     for stage in reversed(STAGES):
@@ -124,11 +127,11 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         so_far = best_so_far(paths.metrics) if state.status == "interrupted" else None
-        figures[stage] = _figures(stage, record, best, so_far)
+        summary = exported if stage == "export-ollama" else record.get("summary", {})
+        figures[stage] = _figures(stage, {**record, "summary": summary}, best, so_far)
         if stage == "train":
             where += _settings_files(paths, record)
-        if stage == "export-ollama" and record:
-            earlier = earlier_formats(paths, manifest, record["summary"].get("quants", {}))
+        if stage == "export-ollama":
             where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if item['stale'] else ''}"
                              for item in earlier.values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
@@ -142,7 +145,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         next_step, note = None, f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread), note)
+                     tuple(unread), note, gone(paths, manifest))
 
 
 def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
@@ -157,9 +160,9 @@ def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
 def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | None,
              so_far: tuple[int, float] | None) -> StageFigures:
     """For people and programs; ``best`` is of the recorded training, and ``so_far`` of one that was interrupted."""
-    summary = record.get("summary", {})
+    summary = record["summary"]
     lines = stage_lines(stage, summary)
-    if stage == "train" and record and best and best[0] != summary.get("kept_step", best[0]):
+    if stage == "train" and summary and best and best[0] != summary.get("kept_step", best[0]):
         lines.append(f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
     if so_far:
         lines.append(f"lowest validation loss so far: {so_far[1]:.3f} at step {so_far[0]:,}")

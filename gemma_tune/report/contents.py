@@ -19,7 +19,7 @@ from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.report import charts, tables
 from gemma_tune.run.directory import RunDir
-from gemma_tune.run.earlier_exports import still_good
+from gemma_tune.run.earlier_exports import still_good, summary_now
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.stage import superseded
 
@@ -32,6 +32,8 @@ def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
     """Everything that the page's template asks for, by name."""
     old = superseded(manifest)  # what they tell is of another adapter than the one that the page is about
     summaries = {name: stage["summary"] for name, stage in manifest.stages.items() if name not in old}
+    if "export-ollama" in summaries:
+        summaries["export-ollama"] = summary_now(run, manifest)
     settings = {name: {key: entry.get("value") for key, entry in stage["config"].items()}
                 for name, stage in manifest.stages.items()}
     answers = _answers(run, summaries)

@@ -32,7 +32,8 @@ def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> d
     found, beginning = {}, f"{run.model_name}-"
     for path in sorted(run.ollama.glob("*.gguf")):
         quant = path.stem.removeprefix(beginning)
-        if quant in {*quants} or path.name.startswith("."):
+        # One that was removed just now, or leads nowhere, is none.
+        if quant in {*quants} or path.name.startswith(".") or not path.is_file():
             continue
         size = path.stat().st_size
         figures = known.get(quant, {})
@@ -58,6 +59,24 @@ def _recorded(manifest: Manifest) -> dict[str, dict[str, Any]]:
         item = made.get(figures.get("file"), {})
         last[quant] = {**figures, **common, **{name: item[name] for name in ("sha256", "stamp") if name in item}}
     return {**summary.get("earlier", {}), **last}
+
+
+def summary_now(run: RunDir, manifest: Manifest) -> dict[str, Any]:
+    """The summary of the last export, as far as it is about files of earlier ones by what lies there now: one that was
+    removed since is not recommended."""
+    summary = manifest.stages.get("export-ollama", {"summary": {}})["summary"]
+    figures = summary.get("quants", {})
+    return with_formats(summary, figures, earlier_formats(run, manifest, figures)) if summary else {}
+
+
+def gone(run: RunDir, manifest: Manifest) -> dict[str, str]:
+    """The number format that was recommended, where that was of an earlier export whose file is gone, and the command
+    that makes it again."""
+    summary = manifest.stages.get("export-ollama", {"summary": {}})["summary"]
+    best, figures = summary.get("recommended"), summary.get("quants", {})
+    if best is None or best in {**figures, **earlier_formats(run, manifest, figures)}:
+        return {}
+    return {best: _again(run, [*figures, best])}
 
 
 def still_good(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -96,11 +115,16 @@ def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Itera
     if not stale:
         return None
     files = [earlier[quant]["file"] for quant in stale]
-    labels = list(dict.fromkeys([*current, *stale]))
-    formats, sizes = ([label for label in labels if (label in QUANTS) == named] for named in (True, False))
-    again = command("export-ollama", run.root, *(["--quant", ",".join(formats)] if formats else []),
-                    *(["--size", sizes[0]] if sizes else []))
+    again = _again(run, [*current, *stale])
     remove = shlex.join(["rm", *(str(run.ollama / name) for name in files)])
     return (f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} of an earlier merged model: make "
             f"{'it' if len(files) == 1 else 'them'} again ({again}), or remove {'it' if len(files) == 1 else 'them'} "
             f"({remove})")
+
+
+def _again(run: RunDir, labels: Iterable[str]) -> str:
+    """The command that makes files of these number formats and sizes."""
+    once = [*dict.fromkeys(labels)]
+    formats, sizes = ([label for label in once if (label in QUANTS) == named] for named in (True, False))
+    return command("export-ollama", run.root, *(["--quant", ",".join(formats)] if formats else []),
+                   *(["--size", sizes[0]] if sizes else []))

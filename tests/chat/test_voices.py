@@ -293,7 +293,7 @@ def test_ollama_is_asked_to_think_as_in_training(trained, monkeypatch, choice):
         ollama.models["tiny-gemma-tuned:latest"] = {"template": "{{ .Prompt }}", "parameters": {}}
         monkeypatch.setenv("OLLAMA_HOST", ollama.url)
         session = open_session("chat", trained, use="ollama")
-        session.manifest.stages["export-ollama"] = {"summary": {"ollama_name": "tiny-gemma-tuned"}}
+        session.manifest.stages["export-ollama"] = {"summary": {"ollama_name": "tiny-gemma-tuned"}, "inputs": {}, "outputs": {}}
         session.run.merged.mkdir(exist_ok=True)
         (session.run.merged / "chat_template.jinja").write_text(with_thinking("{{ enable_thinking }}", choice))
         open_ollama(session).ask(question("a"), ChatConfig(max_new_tokens=50)).finish()
@@ -332,12 +332,11 @@ def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what
     def answering(**settings) -> str:
         return choice.exported(open_session("chat", trained, **settings)).name
 
-    with_summary(lambda summary: summary.pop("recommended", None))
     assert answering() == "tiny-gemma-q4_0.gguf", "the one that was asked for first"
     with_summary(lambda summary: summary["quants"]["q4_0"].update(loses="loses 35% of what was learned"))
     assert chosen().name == "adapter" and "the GGUF loses 35% of what was learned" in chosen().reason
     assert chosen(use="gguf").name == "gguf"
-    with_summary(lambda summary: summary.update(recommended="q8_0"))
+    with_summary(lambda summary: summary["quants"]["q8_0"].update(perplexity=10.0))
     assert chosen().name == "gguf" and answering() == "tiny-gemma-q8_0.gguf"
     assert chosen(quant="q4_0").name == "gguf" and answering(quant="q4_0") == "tiny-gemma-q4_0.gguf"
     assert answering(quant="q8_0", use="gguf") == "tiny-gemma-q8_0.gguf"

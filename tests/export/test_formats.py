@@ -13,6 +13,8 @@ import pytest
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat import choice
 from gemma_tune.export.quant_loss import Loss
+from gemma_tune.report.page import write_report
+from gemma_tune.run.directory import RunDir
 from gemma_tune.run.session import open_session
 from support.command import MANIFEST_SCHEMA
 from support.ollama import LoopbackOllama
@@ -237,6 +239,27 @@ def test_a_good_file_of_an_earlier_export_stays_the_recommended_one(measured, cl
     assert answering() == "tiny-gemma-f16.gguf"
     again = measured("--quant", "q4_0,f16", "--json")
     assert again.json["status"] == "up-to-date" and again.json["summary"]["recommended"] == "f16"
+
+
+def test_a_file_that_was_removed_is_not_recommended_and_status_says_what_makes_it_again(measured, cli, merged, monkeypatch):
+    monkeypatch.setattr(choice, "find_engine", lambda: "xllamacpp 1")
+    assert measured("--quant", "q8_0").code == 0 and measured("--quant", "q4_0,f16").code == 0
+    before = cli("status", "--json")
+    assert before.json["stages"]["export-ollama"]["summary"]["recommended"] == "q8_0" and before.json["gone_exports"] == {}
+    (OLLAMA / "tiny-gemma-q8_0.gguf").unlink()
+    (OLLAMA / "tiny-gemma-q5_1.gguf").symlink_to("nowhere")
+    after = cli("status", "--json")
+    again = "gemma-tune export-ollama --run runs/tiny-gemma --quant q4_0,f16,q8_0"
+    said = " ".join(after.err.split())
+    assert after.code == 0 and f"! q8_0 was recommended, and its file is gone; to make it again: {again}" in said
+    assert after.json["gone_exports"] == {"q8_0": again}
+    assert after.json["earlier_exports"] == {}
+    summary = after.json["stages"]["export-ollama"]["summary"]
+    assert summary["recommended"] == "f16" and "earlier" not in summary and "tiny-gemma-tuned:f16, recommended" in said
+    assert "q8_0" not in write_report(RunDir(merged, "tiny-gemma")).read_text()
+    (OLLAMA / "tiny-gemma-q5_1.gguf").unlink()
+    assert cli(*again.split()[1:], "--no-verify").code == 0
+    assert cli("status", "--json").json["gone_exports"] == {}
 
 
 def test_a_bad_export_leads_to_the_good_file_that_is_there(measured, cli, merged):

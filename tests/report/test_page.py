@@ -193,8 +193,12 @@ def test_a_good_file_of_an_earlier_export_is_among_the_formats(tmp_path):
     run = finished_run(tmp_path / "run", "Is the margin falling?")
     content = json.loads(run.manifest.read_text())
     summary = content["stages"]["export-ollama"]["summary"]
-    left = {"file": "x.gguf", "bytes": 270 * 10**6, "merged": "m", "perplexity": 20.0, "f16_perplexity": 16.0}
-    summary |= {"recommended": "q5_1", "earlier": {"q5_1": left | {"stale": False}, "q5_0": left | {"stale": True}}}
+    content["stages"]["merge"]["outputs"]["merged"] = {"path": "tiny-gemma_lora_merged", "sha256": "m", "stamp": "s"}
+    left = {"bytes": 3, "perplexity": 20.0, "f16_perplexity": 16.0, "stale": False}
+    summary["earlier"] = {"q5_1": left | {"merged": "m"}, "q5_0": left | {"merged": "another"}, "q4_1": left | {"merged": "m"}}
+    for quant in ("q5_1", "q5_0"):
+        run.ollama.mkdir(exist_ok=True)
+        (run.ollama / f"{run.model_name}-{quant}.gguf").write_bytes(b"abc")
     run.manifest.write_text(json.dumps(content))
     found = Page(write_report(run)).text
-    assert "q5_1 ★" in found and "+25.00 %" in found and "q5_0" not in found
+    assert "q5_1 ★" in found and "+25.00 %" in found and "q5_0" not in found and "q4_1" not in found

@@ -58,7 +58,7 @@ def finished_run(root: Path, text: str = "Is the margin falling?", name: str = "
                        "tasks": {"arc_easy": {"acc": {"base": [0.41, 0.02], "tuned": [0.43, 0.02]}}}}, questions=3),
         "merge": stage({"check_same_answers": 4, "check_prompts": 4, "check_divergence": 5e-5}),
         "export-ollama": stage({"quants": quants, "f16_perplexity": 18.8, "f16_general_perplexity": 16.7,
-                                "recommended": "q5_k_m",
+                                "recommended": "q4_k_m",
                                 "parity": {"ok": True, "engine": text, "ids": {"llama.cpp": counts, "Ollama": counts},
                                            "greedy": {"q8_0": {"answers": 4, "whole": 4, "tokens": 128,
                                                                "leading": 128}}}}, quant=["q8_0", "q4_0"])}
