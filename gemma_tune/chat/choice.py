@@ -15,7 +15,7 @@ from gemma_tune.base.words import near, size_in_bytes
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command, describe
-from gemma_tune.run.earlier_exports import still_good, summary_now
+from gemma_tune.run.earlier_exports import of_this_model, still_good, summary_now
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import State, require_output, require_unharmed, state_of
 
@@ -126,9 +126,9 @@ def _earlier(session: Session) -> Mapping[str, Mapping[str, Any]]:
     """By number format, the files of earlier exports that can answer as those of the last one."""
     summary = _summary(session)
     quants: Mapping[str, Mapping[str, Any]] = summary.get("quants", {})
+    if session.config.use != "ollama":  # what Ollama is told is no matter of other engines
+        return of_this_model(summary.get("earlier", {}))
     found = still_good(summary.get("earlier", {}))
-    if session.config.use != "ollama":
-        return found
     taken = {figures["ollama_name"] for figures in quants.values()}  # a later export's model has the name by now
     return {quant: item for quant, item in found.items() if item.get("ollama_name", "") not in {*taken, ""}}
 

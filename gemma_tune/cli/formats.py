@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma_tune.base.words import size_text
+from gemma_tune.run.earlier_exports import remark
 
 OF_THE_FIRST = ("quant", "gguf_bytes", "ollama_name", "check_largest_error", "loses")  # figures that each format has
 
@@ -22,8 +23,8 @@ def format_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         said = [size_text(figures["bytes"]), *_measured(figures, summary)]
         yield quant, ", ".join([*said, *_marks(figures), figures["ollama_name"], *best.get(quant, [])])
     for quant, figures in summary.get("earlier", {}).items():
-        age = {None: "not recorded by any export", True: "from an earlier export, of an earlier merged model: stale",
-               False: "from an earlier export"}[figures["stale"]]
+        age = "not recorded by any export" if figures["stale"] is None else "from an earlier export"
+        age += f", {why}: stale" if (why := remark(figures)) else ""
         yield quant, ", ".join([size_text(figures["bytes"]), *_measured(figures, figures), *_marks(figures), age,
                                 *best.get(quant, [])])
 

@@ -22,7 +22,7 @@ from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
-from gemma_tune.run.earlier_exports import gone, summary_now
+from gemma_tune.run.earlier_exports import gone, remark, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.session import refuse_other_id
@@ -132,7 +132,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         if stage == "train":
             where += _settings_files(paths, record)
         if stage == "export-ollama":
-            where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if item['stale'] else ''}"
+            where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if remark(item) else ''}"
                              for item in earlier.values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))

@@ -28,6 +28,7 @@ from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.measure.general import measuring_rows_of
 from gemma_tune.measure.likelihood import Wanted, wanted_of
+from gemma_tune.run.earlier_exports import remark
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
@@ -279,10 +280,9 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
     lines += [line for quant, figure in figures.items() if "loses" in figure
               for line in ("", f"**{quant} {figure['loses']}**: choose a format of more bits.")]
     lines += ["", f"{conclusion}."] if conclusion else []
-    if earlier:
+    if recorded := [item for item in (earlier or {}).values() if item["stale"] is not None]:
         lines += ["", "From earlier exports: " + ", ".join(
-            f"{item['file']} ({'of an earlier merged model' if item['stale'] else 'of this merged model'})"
-            for item in earlier.values() if item["stale"] is not None) + "."]
+            f"{item['file']} ({remark(item) or 'of this merged model'})" for item in recorded) + "."]
     if checks.merged:
         lines += ["", checks.merged]
     if checks.parity:

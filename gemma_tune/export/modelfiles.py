@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gemma_tune.base.files import fresh_path
 from gemma_tune.export.deploy import model_names
 from gemma_tune.export.target import Target
 from gemma_tune.ollama.modelfile import render_modelfile
+from gemma_tune.run.earlier_exports import TOLD
 from gemma_tune.run.session import Session
 
 
@@ -24,12 +27,19 @@ class Told:
         quant: the number format.
         folder: where the Modelfiles are.
         content: of the Modelfile.
+        digest: of what it says beside names, which is the same of all formats.
     """
 
     name: str
     quant: str
     folder: Path
     content: bytes
+    digest: str
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """What the manifest has of it among the format's figures."""
+        return {"ollama_name": self.name, TOLD: self.digest}
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -51,12 +61,12 @@ def modelfiles_of(session: Session, target: Target, quants: tuple[str, ...]) -> 
     Raises:
         UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
     """
-    folder = session.run.ollama
+    render = partial(render_modelfile, chat=target.chat, parameters=target.parameters, system=target.system,
+                     license_text=target.license)
+    digest = hashlib.sha256(render("any.gguf").encode()).hexdigest()
     found = {}
     for quant, name in model_names(target.name, quants).items():
-        text = render_modelfile(
-            f"{session.run.model_name}-{quant}.gguf", target.chat, parameters=target.parameters, system=target.system,
-            license_text=target.license, comment_lines=[f"{session.model.id}, fine-tuned with gemma-tune",
-                                                        f"ollama create {name} -f Modelfile-{quant}"])
-        found[quant] = Told(name, quant, folder, text.encode())
+        text = render(f"{session.run.model_name}-{quant}.gguf", comment_lines=[
+            f"{session.model.id}, fine-tuned with gemma-tune", f"ollama create {name} -f Modelfile-{quant}"])
+        found[quant] = Told(name, quant, session.run.ollama, text.encode(), digest)
     return found

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,11 +204,11 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
     """Write what stands beside the files, and give all of it to the manifest."""
     run = session.run
     for quant, path in files.items():
-        figures[quant].update({"file": path.name.removeprefix(NEW), "ollama_name": modelfiles[quant].name,
+        figures[quant].update({"file": path.name.removeprefix(NEW), **modelfiles[quant].figures,
                                **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
     outputs, fresh = _results(modelfiles, files, figures)
-    earlier = _earlier(session, files)
+    earlier = _earlier(session, figures)
     left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
@@ -227,7 +227,7 @@ def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], 
 def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
     """The last export with other Modelfiles."""
     outputs, fresh = _results(modelfiles, same.files, same.figures)
-    figures = {quant: {**item, "ollama_name": modelfiles[quant].name} for quant, item in same.figures.items()}
+    figures = {quant: {**item, **modelfiles[quant].figures} for quant, item in same.figures.items()}
     return Finished({**outputs, "export_report": session.run.ollama / _REPORT},
                     _summary(same.summary, figures, _earlier(session, figures)), fresh, same.settings)
 
@@ -253,10 +253,10 @@ def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
     return outputs, fresh
 
 
-def _earlier(session: Session, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What earlier exports left; what to do about files of an earlier merged model is said."""
-    earlier = earlier_formats(session.run, session.manifest, quants)
-    if told := advice(session.run, earlier, quants):
+def _earlier(session: Session, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What earlier exports left; what to do about files that are not of now is said."""
+    earlier = earlier_formats(session.run, session.manifest, figures)
+    if told := advice(session.run, earlier, figures):
         session.listener.warn(told)
     return earlier
 

@@ -1,5 +1,5 @@
-"""Files that an earlier export left beside those of the last one, whether they are of the same merged model, and which
-of all the files is recommended."""
+"""Files that an earlier export left beside those of the last one, whether they are of the same merged model and of the
+same settings for Ollama, and which of all the files is recommended."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from gemma_tune.config.stages import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
 
+# Of a format's figures: a digest of what its Modelfile says but for the file's name, see `export.modelfiles`. The file
+# itself has the chat template and the settings of sampling in it.
+TOLD = "told_sha256"
 # Of a format's figures; those of f16 were measured on the same rows.
 _KEPT = ("file", "bytes", "ollama_name", "loses", "perplexity", "general_perplexity", "f16_perplexity",
-         "f16_general_perplexity", "sha256", "stamp")
+         "f16_general_perplexity", "sha256", "stamp", TOLD)
 
 
-def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> dict[str, dict[str, Any]]:
+def earlier_formats(run: RunDir, manifest: Manifest,
+                    quants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What lies in the run's ollama/ from earlier exports, by number format, for the manifest.
 
     Args:
-        quants: the formats that are exported now.
+        quants: the figures of the formats that are exported now.
 
     Returns:
         For each file: its name and size, ``merged``, the sha256 of the merged model that it was made from, and
-        ``stale``: whether that is another one by now. Both are None of a file that no export recorded.
+        ``stale``: whether that is another one by now. Both are None of a file that no export recorded. One of this
+        merged model has ``other_settings`` where its Modelfile says other things than those of now.
     """
     known = _recorded(manifest)
     current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")
+    told = next((figures[TOLD] for figures in quants.values() if TOLD in figures), None)
     found, beginning = {}, f"{run.model_name}-"
     for path in sorted(run.ollama.glob("*.gguf")):
         quant = path.stem.removeprefix(beginning)
@@ -39,10 +45,13 @@ def earlier_formats(run: RunDir, manifest: Manifest, quants: Iterable[str]) -> d
         figures = known.get(quant, {})
         if figures.get("bytes", size) != size:  # another one by now
             figures = {}
-        merged = figures.get("merged")
+        merged, before = figures.get("merged"), figures.get(TOLD)
+        stale = None if merged is None else merged != current
         kept = {key: figures[key] for key in _KEPT if key in figures}
-        found[quant] = {**kept, "file": path.name, "bytes": size, "merged": merged,
-                        "stale": None if merged is None else merged != current}
+        found[quant] = {**kept, "file": path.name, "bytes": size, "merged": merged, "stale": stale}
+        # What an older version exported does not tell.
+        if stale is False and None not in (before, told) and before != told:
+            found[quant]["other_settings"] = True
     return found
 
 
@@ -79,9 +88,21 @@ def gone(run: RunDir, manifest: Manifest) -> dict[str, str]:
     return {best: _again(run, [*figures, best])}
 
 
-def still_good(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def of_this_model(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Of the files of earlier exports those of the merged model that the run has now."""
     return {quant: item for quant, item in earlier.items() if item.get("stale") is False}
+
+
+def still_good(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of these files those that are what an export would make now: of which Ollama is told the same, too."""
+    return {quant: item for quant, item in of_this_model(earlier).items() if not item.get("other_settings")}
+
+
+def remark(item: Mapping[str, Any]) -> str:
+    """What is to be known of a file of an earlier export before it is used; empty for nothing."""
+    if item["stale"]:
+        return "of an earlier merged model"
+    return "of other settings for Ollama" if item.get("other_settings") else ""
 
 
 def smallest_sound(figures: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -110,15 +131,13 @@ def leftover_modelfiles(run: RunDir, current: Iterable[Path]) -> list[str]:
 
 
 def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Iterable[str]) -> str | None:
-    """What to do about files of an earlier merged model; None if there are none."""
-    stale = [quant for quant, figures in earlier.items() if figures["stale"]]
-    if not stale:
+    """What to do about files that are not what an export would make now; None if there are none."""
+    old = {quant: f"{item['file']} is {remark(item)}" for quant, item in earlier.items() if remark(item)}
+    if not old:
         return None
-    files = [earlier[quant]["file"] for quant in stale]
-    again = _again(run, [*current, *stale])
-    remove = shlex.join(["rm", *(str(run.ollama / name) for name in files)])
-    return (f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} of an earlier merged model: make "
-            f"{'it' if len(files) == 1 else 'them'} again ({again}), or remove {'it' if len(files) == 1 else 'them'} "
+    them = "it" if len(old) == 1 else "them"
+    remove = shlex.join(["rm", *(str(run.ollama / earlier[quant]["file"]) for quant in old)])
+    return (f"{', '.join(old.values())}: make {them} again ({_again(run, [*current, *old])}), or remove {them} "
             f"({remove})")
 
 

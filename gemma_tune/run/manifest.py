@@ -42,7 +42,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
 _TEXTS = ("training_id", "method", "kind", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
-          "recommended", "sha256", "stamp", "train_sequences_sha256")
+          "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256")
 _LISTS = ("earlier_trainings",)
 _LARGEST = 1e300
 

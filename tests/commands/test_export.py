@@ -367,7 +367,8 @@ def test_what_ollama_alone_is_told_leaves_the_files_as_they_are(cli, merged):
     assert (read["system"], read["parameters"]["num_ctx"], read["parameters"]["seed"]) == ("Count.", 512, 5)
     assert told.json["summary"]["quants"]["q4_0"]["ollama_name"] == "mine:q4_0"
     for quant, figures in first.json["summary"]["quants"].items():
-        assert {**told.json["summary"]["quants"][quant], "ollama_name": ""} == {**figures, "ollama_name": ""}
+        now, other = told.json["summary"]["quants"][quant], {"ollama_name": "", "told_sha256": ""}
+        assert {**now, **other} == {**figures, **other} and now["told_sha256"] != figures["told_sha256"]
     assert told.json["summary"]["parity"] == first.json["summary"]["parity"]
     assert told.json["artifacts"].keys() == first.json["artifacts"].keys()
     assert cli("status", "--verify", "--json").json["stages"]["export-ollama"]["state"] == "done"

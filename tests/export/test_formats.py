@@ -241,6 +241,38 @@ def test_a_good_file_of_an_earlier_export_stays_the_recommended_one(measured, cl
     assert again.json["status"] == "up-to-date" and again.json["summary"]["recommended"] == "f16"
 
 
+@pytest.mark.parametrize(("flags", "others"), [
+    (("--parameter", "temperature=0.1"), True), (("--system", "Be brief."), True), (("--num-ctx", "512"), True),
+    (("--name", "another"), False), (("--no-measure",), False)])
+def test_a_file_of_which_ollama_was_told_other_things_is_not_of_now(measured, cli, merged, monkeypatch, flags, others):
+    """Its Modelfile says them still, and the file itself the settings of sampling."""
+    monkeypatch.setattr(choice, "find_engine", lambda: "xllamacpp 1")
+    assert measured("--quant", "q8_0").code == 0
+    later = measured("--quant", "q4_0", *flags, "--json")
+    assert later.code == 0, later.err
+    summary, said = later.json["summary"], " ".join(later.err.split())
+    assert (summary.get("recommended") != "q8_0") == others == ("other_settings" in summary["earlier"]["q8_0"])
+    assert summary["earlier"]["q8_0"]["stale"] is False
+    again = "gemma-tune export-ollama --run runs/tiny-gemma --quant q4_0,q8_0"
+    advice = (f"tiny-gemma-q8_0.gguf is of other settings for Ollama: make it again ({again}), or remove it "
+              f"(rm {OLLAMA}/tiny-gemma-q8_0.gguf)")
+    assert (advice in said) == ("from an earlier export, of other settings for Ollama: stale" in said) == others
+    now = cli("status", "--json")
+    assert ("ollama/tiny-gemma-q8_0.gguf (stale)" in "".join(now.err.split("\n")) or not others)
+    assert (now.json["stages"]["export-ollama"]["summary"].get("recommended") != "q8_0") == others
+    remark = "of other settings for Ollama" if others else "of this merged model"
+    assert f"tiny-gemma-q8_0.gguf ({remark})" in (OLLAMA / "report.md").read_text()
+    jsonschema.validate(json.loads((merged / "manifest.json").read_text()), MANIFEST_SCHEMA)
+
+    # llama.cpp is asked by `chat` with its own settings.
+    assert choice.exported(open_session("chat", merged, quant="q8_0")).name == "tiny-gemma-q8_0.gguf"
+    if others:
+        with pytest.raises(UserError, match="made no q8_0"):
+            choice.figures_of(open_session("chat", merged, use="ollama", quant="q8_0"))
+        assert cli(*again.split()[1:], "--no-verify").code == 0
+        assert "earlier" not in json.loads((merged / "manifest.json").read_text())["stages"]["export-ollama"]["summary"]
+
+
 def test_a_file_that_was_removed_is_not_recommended_and_status_says_what_makes_it_again(measured, cli, merged, monkeypatch):
     monkeypatch.setattr(choice, "find_engine", lambda: "xllamacpp 1")
     assert measured("--quant", "q8_0").code == 0 and measured("--quant", "q4_0,f16").code == 0
