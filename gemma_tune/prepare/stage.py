@@ -21,6 +21,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.reading.names import How
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.labels import IGNORE_INDEX
@@ -162,10 +163,10 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     if config.valid == STDIN and STDIN in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
     valid = [config.valid] if isinstance(config.valid, str) else []
+    how = How(config.delimiter_sign, config.encoding, config.format == "text")
     # What is piped is copied into the run, which nobody else may work on meanwhile.
     with locked(session, "prepare") if STDIN in (*names, *valid) else contextlib.nullcontext():
-        sources, held_out = (find_sources(some, run.inputs, listener, config.delimiter_sign, some is valid,
-                                          config.encoding, config.format == "text") for some in (names, valid))
+        sources, held_out = (find_sources(some, run.inputs, listener, how, some is valid) for some in (names, valid))
     known = {source.path.resolve() for source in sources}
     if twice := [source.name for source in held_out if source.path.resolve() in known]:
         raise UserError(f"{', '.join(twice)} is named for training and for validation",

@@ -15,7 +15,7 @@ from pathlib import Path
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, TEXTS, describes_data, kind_of
+from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, TEXTS, UNSAID, How, describes_data, kind_of
 
 CHECK = "check the path; `gemma-tune prepare --help` shows an example"
 # How the parts of a dataset are called, as `datasets` has it.
@@ -24,19 +24,19 @@ _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid",
 _NAMED = 5  # files that a message names
 
 
-def data_files(folder: Path, keep: Path, listener: Listener, held_out: bool = False, plain: bool = False) -> list[Path]:
+def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, held_out: bool = False) -> list[Path]:
     """The data files below a directory, in the order of their names.
 
     Args:
         keep: a directory that is no data, see :func:`is_run`.
+        how: what was said of the files.
         held_out: they are for validation, so that of a dataset with splits those files are taken.
-        plain: see :func:`kind_of`.
 
     Raises:
         UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant.
     """
     there = sorted(_below(folder, keep))
-    data = [path for path in there if kind_of(path, plain) and not describes_data(path)]
+    data = [path for path in there if kind_of(path, how) and not describes_data(path)]
     if not data:
         texts = any(path.suffix.lower() in TEXTS for path in there)
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from gemma_tune.data.reading.text import compression
@@ -22,16 +23,31 @@ _RECORD = re.compile(rb'\{"file": ?".*?", ?"line": ?\d+, ?"(?:code|same_as)": ?"
 _OPENING = 10_000  # bytes of a line that show what it is
 
 
-def kind_of(path: Path, plain: bool = False) -> str | None:
-    """The kind of source that a name promises; None for one that promises none.
+class How(NamedTuple):
+    """What people have said of the files.
 
     Args:
-        plain: whether plain text is to be learned, as which the names of texts then count.
+        delimiter: the sign between the columns of a table; what has no known ending then is one.
+        encoding: of a text, by a name that Python has for it.
+        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin with JSON.
     """
+
+    delimiter: str | None = None
+    encoding: str | None = None
+    plain: bool = False
+
+
+UNSAID = How()
+
+
+def kind_of(path: Path, how: How = UNSAID) -> str | None:
+    """The kind of source that a name promises; None for one that promises none."""
     if compression(path):
         path = path.with_suffix("")
     ending = path.suffix.lower()
-    return TEXT if plain and ending in TEXTS else KINDS.get(ending)
+    if how.plain and ending in TEXTS:
+        return CSV if how.delimiter else TEXT
+    return KINDS.get(ending)
 
 
 def describes_data(path: Path) -> bool:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from gemma_tune import samples
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
@@ -22,7 +22,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
-from gemma_tune.data.reading.names import describes_data, kind_of
+from gemma_tune.data.reading.names import UNSAID, How, describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TEXT, TSV, Block, Row, Source
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
@@ -52,33 +52,17 @@ def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = N
 _HEAD = 4096  # bytes of standard input from which its kind is told
 
 
-class How(NamedTuple):
-    """What people have said of the files: the sign between the columns of tables, and the encoding of texts."""
-
-    delimiter: str | None = None
-    encoding: str | None = None
-    plain: bool = False
-
-
-def source_of(path: Path, name: str | None = None, delimiter: str | None = None,
-              encoding: str | None = None, plain: bool = False) -> Source:
-    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
-
-    Args:
-        delimiter: the sign between the columns of a table; what has no known ending then is one.
-        encoding: of a text, by a name that Python has for it.
-        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin with JSON.
-    """
-    kind = kind_of(path, plain and not delimiter) or (CSV if delimiter else JSON)
-    if kind == TEXT and plain_rows.has_rows(path, encoding):
+def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
+    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
+    kind = kind_of(path, how) or (CSV if how.delimiter else JSON)
+    if kind == TEXT and plain_rows.has_rows(path, how.encoding):
         kind = JSON
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
-                  delimiter if kind in (CSV, TSV) else None, encoding)
+                  how.delimiter if kind in (CSV, TSV) else None, how.encoding)
 
 
-def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None,
-                 delimiter: str | None = None, held_out: bool = False, encoding: str | None = None,
-                 plain: bool = False) -> list[Source]:
+def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = None, how: How = UNSAID,
+                 held_out: bool = False) -> list[Source]:
     """The sources that names stand for, in their order, each file once.
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
@@ -88,14 +72,14 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
             files of datasets. Only made when needed.
-        delimiter, encoding, plain: see :func:`source_of`.
+        how: what was said of the files.
         held_out: they are for validation: of a directory with splits, those files are taken.
 
     Raises:
         UserError: every name that leads to nothing, all together. Standard input is read, and the Hub asked, only if
             all files are there.
     """
-    listener, how = listener or Listener(), How(delimiter, encoding, plain)
+    listener = listener or Listener()
     found, problems = _on_disk(names, keep, listener, how, held_out)
     if not problems:
         found = [_elsewhere(f, keep, listener, how, problems) if isinstance(f, str) else f for f in found]
@@ -107,20 +91,20 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     return list(once.values())
 
 
-def require_files(names: Sequence[str], held_out: Sequence[str] = (), delimiter: str | None = None,
-                  plain: bool = False) -> None:
+def require_files(names: Sequence[str], held_out: Sequence[str] = (), how: How = UNSAID) -> None:
     """Find out what is wrong with files, before a model is looked for, which can mean a download.
 
     Args:
         names: as in :func:`find_sources`; standard input and the Hub are left for later.
         held_out: those for validation.
+        how: what was said of the files.
 
     Raises:
         UserError: every name that leads to nothing, all together.
     """
     nowhere = Path(os.devnull)  # nothing is kept
     problems = [problem for some in (names, held_out)
-                for problem in _on_disk(some, nowhere, Listener(), How(delimiter, None, plain), some is held_out)[1]]
+                for problem in _on_disk(some, nowhere, Listener(), how, some is held_out)[1]]
     if problems:
         raise _together(problems)
 
@@ -136,8 +120,7 @@ def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, hel
             found.append(name)
             continue
         try:
-            found += [source_of(path, None, *how)
-                      for path in _files(built_in(name), keep, listener, held_out, how.plain)]
+            found += [source_of(path, None, how) for path in _files(built_in(name), keep, listener, how, held_out)]
         except UserError as e:
             problems.append(e)
     return found, problems
@@ -188,7 +171,7 @@ def _together(problems: Sequence[UserError]) -> UserError:
     return error
 
 
-def _files(name: str, keep: Path, listener: Listener, held_out: bool, plain: bool) -> list[Path]:
+def _files(name: str, keep: Path, listener: Listener, how: How, held_out: bool) -> list[Path]:
     """A file, or the files of a directory or a glob.
 
     Raises:
@@ -198,12 +181,12 @@ def _files(name: str, keep: Path, listener: Listener, held_out: bool, plain: boo
     if not name:
         raise UserError("a data file's name is empty", CHECK)
     if os.path.isdir(path):
-        paths = data_files(path, keep, listener, held_out, plain)
+        paths = data_files(path, keep, listener, how, held_out)
     elif not os.path.exists(path) and glob.has_magic(name):
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
         written = [m for m in matches if any(is_run(folder, keep) for folder in m.parents)]
         matches = [m for m in matches if m not in written]
-        paths = [m for m in matches if kind_of(m, plain) and not describes_data(m)] or matches
+        paths = [m for m in matches if kind_of(m, how) and not describes_data(m)] or matches
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
@@ -268,7 +251,7 @@ def _stdin(keep: Path, how: How) -> Source:
                 raise problem
             path = keep / f"stdin-{digest[:12]}{_ending(head, how)}"
             put_in_place(fresh, path)
-    return source_of(path, PIPED, *how)
+    return source_of(path, PIPED, how)
 
 
 def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:

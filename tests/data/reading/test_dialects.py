@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.listener import Listener
+from gemma_tune.data.reading.names import How
 from gemma_tune.data.reading.sources import find_sources, read_blocks, source_of
 from support.listener import Said
 
@@ -24,7 +25,7 @@ same_examples = settings(derandomize=True, database=None, deadline=None, max_exa
 def read(content: str | bytes, name: str, said: Listener | None = None, delimiter: str | None = None) -> list[Any]:
     """Values of a table's rows, or their errors; how much is read at once must not matter."""
     Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    source = source_of(Path(name), delimiter=delimiter)
+    source = source_of(Path(name), how=How(delimiter))
     found = [[row.error or row.value for block in read_blocks(source, size, said) for row in block.rows()]
              for size in (7, 1 << 20)]
     assert found[0] == found[1]
@@ -156,7 +157,7 @@ def test_a_delimiter_can_be_named():
     assert read("q^a\nx, y^z;\n", "rows.csv", delimiter="^") == [{"q": "x, y", "a": "z;"}]
     assert read('q\ta\n"x\ty\n', "notes.txt", delimiter="\t") == [{"q": '"x', "a": "y"}]
     Path("rows.jsonl").write_text("{}")
-    [rows, notes] = find_sources(["rows.jsonl", "notes.txt"], Path("keep"), delimiter="\t")
+    [rows, notes] = find_sources(["rows.jsonl", "notes.txt"], Path("keep"), how=How("\t"))
     assert (rows.kind, rows.delimiter, notes.kind, notes.delimiter) == ("jsonl-or-json", None, "csv", "\t")
     with pytest.raises(UserError, match=r"(?m)^rows.csv:1: the header has no ';' between its columns: 'q,a'$") as caught:
         read("q,a\nx,y\n", "rows.csv", delimiter=";")

@@ -9,6 +9,7 @@ import pytest
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading import plain_rows
+from gemma_tune.data.reading.names import How
 from gemma_tune.data.reading.sources import find_sources, read_blocks
 from support.command import QUICK
 
@@ -16,7 +17,7 @@ BOOK = "Once upon a time.\r\n\r\nThere was a {text}.\r\n"
 
 
 def texts(*names, keep):
-    return [(row.file.rsplit("/", 1)[-1], row.line, row.value) for source in find_sources([*map(str, names)], keep, plain=True)
+    return [(row.file.rsplit("/", 1)[-1], row.line, row.value) for source in find_sources([*map(str, names)], keep, how=How(plain=True))
             for block in read_blocks(source) for row in block.rows()]
 
 

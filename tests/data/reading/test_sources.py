@@ -28,6 +28,7 @@ from pyarrow import parquet
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.data.reading import json_rows, json_window
+from gemma_tune.data.reading.names import How
 from gemma_tune.data.reading.sources import Row, Source, find_sources, read_blocks, source_of
 from gemma_tune.data.reading.text import east_asian
 from support.hub import LoopbackHub
@@ -777,7 +778,7 @@ def test_text_in_the_encoding_that_is_named(monkeypatch, tmp_path, encoding, tex
     monkeypatch.chdir(tmp_path)
     name = "rows.csv.gz" if zipped else "rows.csv"
     Path(name).write_bytes(gzip.compress(text.encode(encoding)) if zipped else text.encode(encoding))
-    [source] = find_sources([name], Path("keep"), encoding=encoding)
+    [source] = find_sources([name], Path("keep"), how=How(encoding=encoding))
     [row] = [row for block in read_blocks(source, size) for row in block.rows()]
     head, line = (part.split(",") for part in text.strip().split("\n"))
     assert (row.line, row.value) == (2, dict(zip(head, line)))
@@ -789,11 +790,11 @@ def test_an_encoding_that_is_not_the_files(monkeypatch, tmp_path):
     text = "问题,回答\n什么是自由现金流？,经营现金流减去资本支出。\n"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         Path("rows.csv").write_bytes(text.encode(encoding))
-        [row] = [row for block in read_blocks(source_of(Path("rows.csv"), encoding="gb18030")) for row in block.rows()]
+        [row] = [row for block in read_blocks(source_of(Path("rows.csv"), how=How(encoding="gb18030"))) for row in block.rows()]
         assert row.value == {"问题": "什么是自由现金流？", "回答": "经营现金流减去资本支出。"}
     Path("rows.csv").write_bytes(text.encode("gb18030") + "Tür".encode("cp1252") + b",\xff\xff\n")
     with pytest.raises(UserError, match=r"rows.csv:3: not gb18030 text \(byte 0xff\) at offset") as raised:
-        list(read_blocks(source_of(Path("rows.csv"), encoding="gb18030")))
+        list(read_blocks(source_of(Path("rows.csv"), how=How(encoding="gb18030"))))
     assert raised.value.hint == "name another one with --encoding, or leave it out for UTF-8"
 
 
