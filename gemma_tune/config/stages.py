@@ -445,7 +445,7 @@ class ExportConfig(StageConfig):
                                  auto="at least 4096 and the longest length in training", group="advanced")
     calibration: bool | str = option("rows", "Round to eight bits and fewer by what the matrices are multiplied with "
                                              "on the rows of this file, which is any that `prepare` reads or plain "
-                                             "text (.txt), or with `rows` on those of the training.",
+                                             "text (.txt, .md), or with `rows` on those of the training.",
                                      off="Round each weight by itself.", group="data")
     measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True,
                            group="speed")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +17,10 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.reading.names import is_text
 from gemma_tune.data.reading.rows import JSON
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
-from gemma_tune.data.reading.text import TextFile, compression
+from gemma_tune.data.reading.text import TextFile
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 
@@ -38,12 +38,12 @@ class Usable:
 
 
 def rows_of(source: Source, listener: Listener) -> Iterator[Row]:
-    """The rows of a file, unchecked; of a text file (.txt) its passages.
+    """The rows of a file, unchecked; of a plain text (.txt, .md) its passages.
 
     Raises:
         UserError: it cannot be read.
     """
-    if source.kind == JSON and _is_text(source.path):
+    if source.kind == JSON and is_text(source.path):
         line = 1
         for piece in TextFile(source, _PASSAGE):
             if piece.strip():
@@ -52,10 +52,6 @@ def rows_of(source: Source, listener: Listener) -> Iterator[Row]:
         return
     for block in read_blocks(source, listener=listener):
         yield from block.rows()
-
-
-def _is_text(path: Path) -> bool:
-    return (path.with_suffix("") if compression(path) else path).suffix.lower() == ".txt"
 
 
 def sampled(items: Iterable[T], most: int, seed: int = 0) -> list[T]:

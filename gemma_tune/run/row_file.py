@@ -1,4 +1,4 @@
-"""A file of rows that a setting names, beside the run's own data: any that ``prepare`` reads, or plain text (.txt)."""
+"""A file of rows that a setting names, beside the run's own data: any that ``prepare`` reads, or plain text."""
 
 from __future__ import annotations
 

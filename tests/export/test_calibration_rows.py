@@ -83,16 +83,17 @@ def test_a_file_is_read_as_prepare_reads_it_and_laid_out_by_the_runs_template(ro
     assert said.startswith(f"{len(expected)} tokens of {name} and ")
 
 
-def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch):
+@pytest.mark.parametrize("name", ["long.txt.gz", "long.md.gz"])
+def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch, name):
     monkeypatch.setattr(usable, "_PASSAGE", 100)
     text = "".join(f"Line {n} of a long text.\n" for n in range(12))
-    with gzip.open("long.txt.gz", "wt", encoding="utf-8") as file:
+    with gzip.open(name, "wt", encoding="utf-8") as file:
         file.write(text)
-    own, _, said = rows_of("long.txt.gz")
+    own, _, said = rows_of(name)
     assert len(own) == -(-len(text) // 100)
     parts = {chat.tokenizer.decode(row, skip_special_tokens=True) for row in own}
     assert parts == {text[start:start + 100] for start in range(0, len(text), 100)}
-    assert "of long.txt.gz and" in said
+    assert f"of {name} and" in said
 
 
 def test_rows_come_from_all_over_a_long_file(rows_of, monkeypatch):
@@ -122,7 +123,7 @@ def test_a_few_rows_that_cannot_be_used_are_left_out_and_said(trained, chat, mon
     ("marks.txt", "A text with <end_of_turn> in it.", "1 of 1 row of marks.txt cannot be used", "marks.txt:1: "),
     ("empty.txt", " \n", "empty.txt holds no rows", None),
     ("zip.txt", "PK\x03\x04\0\0", "zip.txt", None),
-    ("rows.md", "# Only words", "rows.md is plain text", None)])
+    ("rows.log", "# Only words", "rows.log is plain text", None)])
 def test_a_file_that_cannot_be_used_is_refused_with_its_lines(rows_of, name, content, message, problem):
     Path(name).write_text(content)
     refused = refusal(rows_of, name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, TEXTS, UNSAID, How, describes_data, kind_of
+from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, UNSAID, How, describes_data, is_text, kind_of
 
 CHECK = "check the path; `gemma-tune prepare --help` shows an example"
 # How the parts of a dataset are called, as `datasets` has it.
@@ -38,9 +38,8 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     there = sorted(_below(folder, keep))
     data = [path for path in there if kind_of(path, how) and not describes_data(path)]
     if not data:
-        texts = any(path.suffix.lower() in TEXTS for path in there)
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
-                        AS_TEXT if texts else "name the files, or another directory")
+                        AS_TEXT if any(map(is_text, there)) else "name the files, or another directory")
     taken, others = _of_split(folder, data, held_out)
     listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data)}")
     if others and not held_out:

@@ -10,7 +10,7 @@ from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from gemma_tune.data.reading.text import compression
 
 KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET, ".arrow": ARROW}
-TEXTS = (".txt", ".md", ".text")
+_TEXTS = (".txt", ".md", ".text")
 AS_TEXT = ('plain text is learned with --format text, each file as one text, or from rows such as {"text": "…"}, one '
            "on each line of a .jsonl file; a table in a .txt file is read with --delimiter")
 SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, and beside its splits
@@ -42,12 +42,18 @@ UNSAID = How()
 
 def kind_of(path: Path, how: How = UNSAID) -> str | None:
     """The kind of source that a name promises; None for one that promises none."""
-    if compression(path):
-        path = path.with_suffix("")
-    ending = path.suffix.lower()
-    if how.plain and ending in TEXTS:
+    if how.plain and is_text(path):
         return CSV if how.delimiter else TEXT
-    return KINDS.get(ending)
+    return KINDS.get(_ending(path))
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file has the name of a plain text, packed or not."""
+    return _ending(path) in _TEXTS
+
+
+def _ending(path: Path) -> str:
+    return (path.with_suffix("") if compression(path) else path).suffix.lower()
 
 
 def describes_data(path: Path) -> bool:
