@@ -182,8 +182,8 @@ class Formats:
                                         "call the columns `prompt` and `completion`, or leave the mark out"))
         else:
             draft = _READERS[format](value, problems)
-        mended: list[str] | None = [] if self.mends else None
-        messages = conversation(draft.messages, problems, draft.key, mended=mended)
+        mended: list[str] = []
+        messages = self._turns(draft, problems, mended)
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
         if not _MEDIA.isdisjoint(value) and (media := [key for key in _MEDIA if value.get(key)]):
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
@@ -191,7 +191,11 @@ class Formats:
         if problems:
             raise RowError(problems)
         return Example(format, messages, declared or None, None,
-                       unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended or ()))
+                       unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended))
+
+    def _turns(self, draft: layouts.Draft, problems: list[Problem], mended: list[str]) -> list[Turn]:
+        """The checked turns of a draft; ``mended`` takes what was done about those that do not alternate."""
+        return conversation(draft.messages, problems, draft.key, mended=mended if self.mends else None)
 
     def _as_pair(self, row: Fields) -> Fields:
         """With the columns of a pair under the names that are known, where ``--columns`` names them."""
@@ -203,15 +207,15 @@ class Formats:
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
         draft = preference.better(value, problems)
-        mended: list[str] | None = [] if self.mends else None
-        messages = conversation(draft.messages, problems, draft.key, mended=mended)
+        mended: list[str] = []
+        messages = self._turns(draft, problems, mended)
         rejected, good = None, marks.is_good(value)
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
         else:
             others: list[Problem] = []
             other = preference.worse(value, others)
-            worse = conversation(other.messages, others, other.key, mended=mended)
+            worse = self._turns(other, others, mended)
             problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
@@ -220,7 +224,7 @@ class Formats:
             raise RowError(list(dict.fromkeys(problems)))
         return Example("preference", messages, declared or None, None,
                        unread.of_row(value, "preference", self.columns, draft.messages), rejected, good,
-                       tuple(dict.fromkeys(mended or ())))
+                       tuple(dict.fromkeys(mended)))
 
     def _format(self, row: Fields) -> str:
         if self.name == "columns":

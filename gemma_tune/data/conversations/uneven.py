@@ -8,6 +8,7 @@ from typing import Any
 from gemma_tune.data.conversations.problems import blank
 
 Turn = dict[str, Any]
+Numbered = tuple[Turn, int]  # a turn, and its number in the row
 JOINED, OPENING, UNANSWERED = "joined", "opening", "unanswered"
 # What was done, as a report counts it in rows.
 IN_WORDS = {
@@ -29,27 +30,40 @@ def evened(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[list[Turn], l
     Returns:
         turns, their numbers, and what was done, of the keys of ``IN_WORDS``.
     """
-    left = list(zip(turns, numbers, strict=True))
-    done = []
-    head = [pair for pair in left[:1] if pair[0]["role"] == "system"]
-    rest = left[len(head):]
-    if rest and any(turn["role"] == "user" for turn, _ in rest):
-        first = next(n for n, (turn, _) in enumerate(rest) if turn["role"] == "user")
-        if first and all(turn["role"] == "assistant" and "tool_calls" not in turn for turn, _ in rest[:first]):
-            rest, done = rest[first:], [OPENING]
-    if any(turn["role"] == "assistant" for turn, _ in rest):
-        while rest[-1][0]["role"] == "user":
-            rest.pop()
-            done.append(UNANSWERED)
-    joined: list[tuple[Turn, int]] = []
-    for turn, number in rest:
-        if joined and _belong_together(joined[-1][0], turn):
-            joined[-1] = (_as_one(joined[-1][0], turn), number)
-            done.append(JOINED)
+    pairs = list(zip(turns, numbers, strict=True))
+    head = [pair for pair in pairs[:1] if pair[0]["role"] == "system"]
+    kept, done = pairs[len(head):], []
+    for name, step in _STEPS.items():
+        changed = step(kept)
+        if len(changed) < len(kept):
+            kept, done = changed, [*done, name]
+    kept = [*head, *kept]
+    return [turn for turn, _ in kept], [number for _, number in kept], tuple(done)
+
+
+def _without_opening(turns: list[Numbered]) -> list[Numbered]:
+    first = next((n for n, (turn, _) in enumerate(turns) if turn["role"] == "user"), 0)
+    said = all(turn["role"] == "assistant" and "tool_calls" not in turn for turn, _ in turns[:first])
+    return turns[first:] if said else turns
+
+
+def _without_unanswered(turns: list[Numbered]) -> list[Numbered]:
+    last = max((n for n, (turn, _) in enumerate(turns) if turn["role"] != "user"), default=-1)
+    answered = any(turn["role"] == "assistant" for turn, _ in turns)
+    return turns[:last + 1] if answered else turns
+
+
+def _joined(turns: list[Numbered]) -> list[Numbered]:
+    kept: list[Numbered] = []
+    for turn, number in turns:
+        if kept and _belong_together(kept[-1][0], turn):
+            kept[-1] = (_as_one(kept[-1][0], turn), number)
         else:
-            joined.append((turn, number))
-    kept = [*head, *joined]
-    return [turn for turn, _ in kept], [number for _, number in kept], tuple(dict.fromkeys(done))
+            kept.append((turn, number))
+    return kept
+
+
+_STEPS = {OPENING: _without_opening, UNANSWERED: _without_unanswered, JOINED: _joined}  # in this order
 
 
 def _belong_together(before: Turn, turn: Turn) -> bool:
