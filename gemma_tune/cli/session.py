@@ -360,7 +360,7 @@ def _require_data(config: Any) -> None:
     from gemma_tune.data.reading.sources import require_files
 
     require_files(config.data, [config.valid] if isinstance(config.valid, str) else (),
-                  How(config.delimiter_sign, config.encoding, config.format == "text"))
+                  How(config.delimiter_sign, config.encoding, config.format))
 
 
 def in_processes(request: Request) -> Request:

@@ -47,12 +47,13 @@ class PrepareConfig(StageConfig):
     section: ClassVar[str] = "prepare"
     group: ClassVar[str] = "data"
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
-                                       ".gz and .zst), directories, globs, `-` for standard input, or "
-                                       "hf:org/name[/config][:split][@revision], or example:finance and example:pairs, "
-                                       "which are built in. Without any, what the run was prepared from before, else "
-                                       "example:finance.",
+                                       ".gz and .zst; .txt and .md as plain text), directories, globs, `-` for "
+                                       "standard input, or hf:org/name[/config][:split][@revision], or example:finance "
+                                       "and example:pairs, which are built in. Without any, what the run was prepared "
+                                       "from before, else example:finance.",
                                    files=True)  # which are judged by what lies there
-    format: str | None = option(None, "Format of the rows.", choices=FORMATS, auto="detected, row by row")
+    format: str | None = option(None, "Format of the rows; `text` takes all of the data for plain text, also files "
+                                      "of other names than .txt and .md.", choices=FORMATS, auto="detected, row by row")
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
                                           "user=question,assistant=answer,system=persona,context=passage "
                                           "(put below the question), the column of a list of turns: "

@@ -17,8 +17,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
-from gemma_tune.data.reading.names import is_text
-from gemma_tune.data.reading.rows import JSON
+from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
 from gemma_tune.data.reading.text import TextFile
 from gemma_tune.encoding.chat_format import FormatError
@@ -43,7 +42,7 @@ def rows_of(source: Source, listener: Listener) -> Iterator[Row]:
     Raises:
         UserError: it cannot be read.
     """
-    if source.kind == JSON and is_text(source.path):
+    if source.kind == TEXT:
         line = 1
         for piece in TextFile(source, _PASSAGE):
             if piece.strip():

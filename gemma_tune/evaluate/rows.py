@@ -170,8 +170,9 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
     count = session.config.questions
     chats = [(example, outcome) for example, outcome in rows if "messages" in example]
     if texts := len(rows) - len(chats):
-        said = counted(texts, "row of plain text has", "rows of plain text have")
-        session.listener.note(f"{said} no question to ask: their loss alone is measured")
+        said = counted(texts, "row of plain text has no question to ask: its loss alone is",
+                       "rows of plain text have no question to ask: their loss alone is")
+        session.listener.note(f"{said} measured")
     if len(chats) > count:
         chats = [chats[n] for n in np.linspace(0, len(chats) - 1, count).round().astype(int)]
     found = [Question(prompt_of(example), reference_of(chat, outcome)) for example, outcome in chats]

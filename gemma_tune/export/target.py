@@ -176,7 +176,8 @@ def constant_system(*files: Path) -> str | None:
     """The system prompt that every conversation in these files of prepared rows opens with.
 
     White space around it does not count; that of the first is kept. None if one has another or has none, or there is no
-    conversation. Reads line by line: the files can be larger than memory. One that is missing has no rows.
+    conversation; plain texts are none. Reads line by line: the files can be larger than memory. One that is missing has
+    no rows.
     """
     found: str | None = None
     for path in files:
@@ -184,9 +185,10 @@ def constant_system(*files: Path) -> str | None:
             continue
         with open(path, "rb") as lines:
             for line in lines:
-                if not line.strip():
+                row = json.loads(line) if line.strip() else {"text": ""}
+                if "text" in row:
                     continue
-                system = _system_of(json.loads(line))
+                system = _system_of(row)
                 if not system or (found is not None and system.strip() != found.strip()):
                     return None
                 found = found or system

@@ -97,7 +97,7 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
         if figures.get("eval_accuracy_after") is not None:
             yield "Held-out pairs", f"{figures['eval_accuracy_after']:.0%} won by the chosen answer"
     elif figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
-        yield ("Loss on held-out conversations", f"{figures['eval_loss_before']:.3f} before training, "
+        yield (f"Loss on held-out {_unit(session)}s", f"{figures['eval_loss_before']:.3f} before training, "
                f"{figures['eval_loss_after']:.3f} after (nats per token that is learned)")
 
 
@@ -141,10 +141,16 @@ def _rows(session: Session, record: Mapping[str, Any]) -> str | None:
                                for name in ("train_rows", "valid_rows")):
         return None
     figures = prepared["summary"]
-    what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), "conversation")
+    what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), _unit(session))
     several = "pairs of answers" if what.startswith("pair") else None
     counts = f"{counted(figures['train_rows'], what, several)}, {figures['valid_rows']:,} more held out"
     return f"{counts}; {figures['trained_tokens']:,} tokens learned" if "trained_tokens" in figures else counts
+
+
+def _unit(session: Session) -> str:
+    """What a row of data that is no preference is called."""
+    prepared = session.manifest.stages.get("prepare", {"summary": {}})
+    return "row" if prepared["summary"].get("text_rows") else "conversation"
 
 
 def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

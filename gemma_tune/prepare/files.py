@@ -51,6 +51,7 @@ class _Outputs:
         self.lines = {side: opened.enter_context((folder / f"{side}.jsonl").open("wb")) for side in SIDES}
         self.tokens = {side: opened.enter_context(TokenWriter(folder / "tokens" / f"{side}.arrow")) for side in SIDES}
         self.duplicates = opened.enter_context((folder / "duplicates.jsonl").open("wb"))
+        self.of_texts = 0  # learned tokens of plain texts
 
     def total(self, name: str) -> int:
         """The sum of a count of both sides' tokens."""
@@ -128,6 +129,8 @@ class DataFiles:
                 side = SIDES[int(selection.valid[at])]
                 outputs.lines[side].write(texts[n])
                 outputs.tokens[side].add(sequences[n], answers[n])
+                if columns.text[at]:
+                    outputs.of_texts += sum(int(spans[1::2].sum() - spans[::2].sum()) for _, spans in sequences[n])
             elif columns.usable[at]:
                 outputs.duplicates.write(json_bytes({
                     **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),
@@ -162,7 +165,7 @@ class DataFiles:
             "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "sequences": outputs.total("sequences"), "tokens": outputs.total("tokens"),
-            "trained_tokens": trained, "before_the_limit": before,
+            "trained_tokens": trained, "trained_tokens_of_texts": outputs.of_texts, "before_the_limit": before,
         }
 
 

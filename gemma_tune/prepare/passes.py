@@ -71,7 +71,7 @@ class Passes:
         usable = np.diff(batch.lists("lengths")[1]) > 0
         self.findings.add(judged, source, int(usable.sum()))
         self.gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable,
-                          source < self.held_out)
+                          source < self.held_out, batch.numbers("turns") == 0)
 
     def long_rows(self) -> str | None:
         """What the limit of the length costs, before anything else is decided about the rows."""

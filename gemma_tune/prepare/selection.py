@@ -21,6 +21,7 @@ class Columns:
         line: int64.
         usable: False for a row that is too long.
         held_out: True for rows of files that were named for validation.
+        text: True for plain texts, False for conversations.
     """
 
     conversation: np.ndarray
@@ -29,6 +30,7 @@ class Columns:
     line: np.ndarray
     usable: np.ndarray
     held_out: np.ndarray
+    text: np.ndarray
 
 
 class Gathered:
@@ -38,19 +40,19 @@ class Gathered:
         self._parts: list[tuple[np.ndarray, ...]] = []
 
     def add(self, conversation: np.ndarray, prompt: np.ndarray, source: int, line: np.ndarray, usable: np.ndarray,
-            held_out: bool) -> None:
+            held_out: bool, text: np.ndarray) -> None:
         """The rows of one block."""
         rows = len(line)
         # Copies: the arrays of a block are views of its whole memory.
         self._parts.append((conversation.copy(), prompt.copy(), np.full(rows, source, np.int32), line.copy(),
-                            usable.copy(), np.full(rows, held_out)))
+                            usable.copy(), np.full(rows, held_out), text.copy()))
 
     def columns(self) -> Columns:
         """All rows."""
         if not self._parts:
             empty = np.zeros(0, np.int64)
             return Columns(np.zeros((0, 2), np.uint64), empty.astype(np.uint64), empty, empty, empty.astype(bool),
-                           empty.astype(bool))
+                           empty.astype(bool), empty.astype(bool))
         columns = Columns(*(np.concatenate(part) for part in zip(*self._parts)))
         self._parts = []
         return columns
@@ -82,7 +84,8 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
     """Duplicates, the split and prompts that repeat.
 
     Args:
-        valid: share or number of validation rows; without effect if some rows are held out by file.
+        valid: share or number of validation rows; without effect if some rows are held out by file. Of plain texts and
+            of conversations the share is taken of each, so that neither is left out of either side by chance.
         keep_duplicates: keep exact repetitions.
         nearly: from a mask of rows to the index of the earlier row that each nearly repeats, -1 for none.
         by_default: nobody chose the share, so that it gives more than it says of a few rows.
@@ -105,9 +108,10 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
     if columns.held_out.any():
         side = columns.held_out.copy()
     elif valid:
-        rows = int(kept.sum())
-        bounds = (fewest_valid(rows), most_valid(rows)) if by_default else (0, None)
-        side[kept] = choose_valid(columns.prompt[kept], valid, *bounds)
+        for some in (kept & columns.text, kept & ~columns.text) if valid < 1 else (kept,):
+            rows = int(some.sum())
+            bounds = (fewest_valid(rows), most_valid(rows)) if by_default else (0, None)
+            side[some] = choose_valid(columns.prompt[some], valid, *bounds)
     both = np.isin(columns.prompt[kept & ~side], columns.prompt[kept & side])
     return Selection(same_as, near, side, kept, _conflicts(columns, kept), int(both.sum()))
 

@@ -163,7 +163,7 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     if config.valid == STDIN and STDIN in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
     valid = [config.valid] if isinstance(config.valid, str) else []
-    how = How(config.delimiter_sign, config.encoding, config.format == "text")
+    how = How(config.delimiter_sign, config.encoding, config.format)
     # What is piped is copied into the run, which nobody else may work on meanwhile.
     with locked(session, "prepare") if STDIN in (*names, *valid) else contextlib.nullcontext():
         sources, held_out = (find_sources(some, run.inputs, listener, how, some is valid) for some in (names, valid))
@@ -219,7 +219,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
                "data_report": run.data_report, **({"chat_template": run.chat_template} if template else {})}
-    return Finished(outputs, _summary(report) | {"tool_rows": tools, SEQUENCES: sequences,
+    return Finished(outputs, _summary(report) | {"tool_rows": tools, "text_rows": report["formats"].get("text", 0),
+                                                 SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
 

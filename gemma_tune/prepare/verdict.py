@@ -226,6 +226,9 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":
         listener.note(f"{counted(report['valid_rows'], 'row is', 'rows are')} kept for validation, as there are few: "
                       "its loss says little about others; --valid sets another number")
+    if 0 < (learned := report["trained_tokens_of_texts"]) < report["trained_tokens"]:
+        listener.note(f"plain text makes {learned / report['trained_tokens']:.0%} of the tokens that are learned, "
+                      "conversations the others")
     marks = report.get("marks")
     if report["kind"] == JUDGED and marks and not all(marks.values()):
         missing = next(name for name, rows in marks.items() if not rows)

@@ -34,10 +34,10 @@ STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 _DIGESTS = ("sha256", "stamp")
 # What stages, `status` and the summary at the end read of figures that were recorded before.
 _TABLES = {"quants": ("bytes", "ollama_name"), "earlier": ("bytes", "stale")}
-_NUMBERS = ("longest", "max_length", "tool_rows", "eval_loss_before", "eval_loss_after", "train_loss_first",
-            "train_loss_last", "kept_step", "tokens_per_second", "training_seconds", "bytes", "perplexity",
-            "divergence", "same_token", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "steps",
-            "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
+_NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before", "eval_loss_after",
+            "train_loss_first", "train_loss_last", "kept_step", "tokens_per_second", "training_seconds", "bytes",
+            "perplexity", "divergence", "same_token", "f16_perplexity", "general_perplexity", "f16_general_perplexity",
+            "steps", "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")

@@ -69,7 +69,8 @@ class RowFile:
         name = self.found(session, named)
         try:
             self.require(name)
-            how = How(prepared_as(session).delimiter_sign, None, session.settings_of("prepare").get("format") == "text")
+            texts = session.settings_of("prepare").get("format") == "text"
+            how = How(prepared_as(session).delimiter_sign, format="text" if texts else None)
             return find_sources([name], session.run.inputs, listener, how)
         except UserError as e:
             if self.setting in session.given:
@@ -87,7 +88,7 @@ class RowFile:
             raise UserError(f"--{self.setting} reads no standard input, as {self.again} that is repeated reads the "
                             "rows again", "save them to a file, and name that")
         if name and not name.startswith(PREFIX):  # the Hub is asked when the rows are needed
-            find_sources([name], Path(), how=How(plain=True))  # as which a run may have been prepared
+            find_sources([name], Path(), how=How(format="text"))  # as which a run may have been prepared
 
     def rows(self, session: Session, named: str, encoder: Encoder, most: int, seed: int = 0,
              ) -> tuple[list[Usable], int]:

@@ -275,7 +275,7 @@ def columns_of(files: list[list[Row]], held_out: int) -> Columns:
     gathered = Gathered()
     for n, rows in enumerate(files):
         gathered.add(np.array([r.conversation for r in rows], np.uint64), np.array([r.prompt for r in rows], np.uint64),
-                     n, np.arange(1, len(rows) + 1), np.array([r.usable for r in rows]), n < held_out)
+                     n, np.arange(1, len(rows) + 1), np.array([r.usable for r in rows]), n < held_out, np.zeros(len(rows), bool))
     return gathered.columns()
 
 

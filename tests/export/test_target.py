@@ -163,7 +163,8 @@ def conversation(*system: str) -> dict[str, Any]:
     ([conversation("S"), conversation()], [], None),
     ([conversation(), conversation("S")], [], None),
     ([conversation("")], [], None),
-    ([conversation("S"), {"text": "plain"}], [], None),
+    ([{"text": "plain"}, conversation("S"), {"text": "plain"}], [], "S"),
+    ([{"text": "plain"}], [], None),
     ([conversation()], [conversation()], None),
     ([], [], None),
 ])  # fmt: skip

@@ -100,7 +100,7 @@ _REASONS = {
     "prompt-completion": "`prompt` and `completion`",
     "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
                 "text keeps it as it is",
-    "text": "`text` and no column of questions or answers",
+    "text": "`text` and no column of questions or answers; a file of plain text is one such row",
 }
 _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
     "preference": preference.chosen,

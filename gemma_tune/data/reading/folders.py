@@ -15,7 +15,17 @@ from pathlib import Path
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.data.reading.names import AS_TEXT, KINDS, SAVED, UNSAID, How, describes_data, is_text, kind_of
+from gemma_tune.data.reading.names import (
+    AS_TEXT,
+    KINDS,
+    SAVED,
+    UNSAID,
+    How,
+    data_among,
+    describes_data,
+    is_about_data,
+    is_text,
+)
 
 CHECK = "check the path; `gemma-tune prepare --help` shows an example"
 # How the parts of a dataset are called, as `datasets` has it.
@@ -36,7 +46,7 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
         UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant.
     """
     there = sorted(_below(folder, keep))
-    data = [path for path in there if kind_of(path, how) and not describes_data(path)]
+    data = data_among(there, how)
     if not data:
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
                         AS_TEXT if any(map(is_text, there)) else "name the files, or another directory")
@@ -107,11 +117,13 @@ def is_run(folder: Path, keep: Path) -> bool:
 
 
 def passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
-    """What is said of files that are no data by their names."""
+    """What is said of files that are no data by their names, or are texts beside some."""
     others = [path for path in there if path not in set(taken)]
+    texts = [path for path in others if is_text(path) and not is_about_data(path)]
+    learned = f"; texts beside data are learned where they are named, such as {texts[0]}" if texts else ""
     endings = ", ".join(sorted({path.name if describes_data(path) else path.suffix or "without an ending"
                                 for path in others})[:5])
-    return f"; {counted(len(others), 'other')} passed over ({endings})" if others else ""
+    return f"; {counted(len(others), 'other')} passed over ({endings}){learned}" if others else ""
 
 
 # --- splits

@@ -18,7 +18,7 @@ from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.json_window import ONE_LIST, REPAIR, Window
 from gemma_tune.data.reading.names import AS_TEXT, kind_of
-from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, PIPED, Block, Row, Source
+from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, PIPED, TEXT, Block, Row, Source
 from gemma_tune.data.reading.text import TextFile
 
 _LONG = 1 << 20  # a longer first line is looked at piece by piece
@@ -85,7 +85,7 @@ def blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
 
 def _refuse_plain_text(source: Source, size: int) -> None:
     """A file whose name promises no rows, and in which no line begins like one: to repair each of them helps nobody."""
-    if source.name != PIPED and kind_of(source.path):
+    if source.name != PIPED and kind_of(source.path) not in (None, TEXT):
         return
     window = Window(TextFile(source, size), source.name)
     if not window.skip_blank() or window.text[window.at] in "{[":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ from gemma_tune.data.reading.text import compression
 
 KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".parquet": PARQUET, ".arrow": ARROW}
 _TEXTS = (".txt", ".md", ".text")
-AS_TEXT = ('plain text is learned with --format text, each file as one text, or from rows such as {"text": "…"}, one '
-           "on each line of a .jsonl file; a table in a .txt file is read with --delimiter")
+AS_TEXT = ("plain text is learned from files that are named .txt or .md, each as one text, unless another --format is "
+           'named; under other names with --format text, if all of the data is text, or as rows such as {"text": "…"}, '
+           "one on each line of a .jsonl file; a table in a .txt file is read with --delimiter")
 SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, and beside its splits
 # Files that describe a dataset, in its repository or beside what `datasets` has saved.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", DICT)
+_ABOUT = ("readme", "license", "licence")  # how texts begin that lie beside data to describe it
 
 # What `prepare` leaves out, and why; also beside no manifest, where it refused the rows.
 LEFT_OUT = ("rejected.jsonl", "duplicates.jsonl")
@@ -29,27 +32,48 @@ class How(NamedTuple):
     Args:
         delimiter: the sign between the columns of a table; what has no known ending then is one.
         encoding: of a text, by a name that Python has for it.
-        plain: whether plain text is to be learned: a file that is named as one is, if it does not begin with JSON.
+        format: of the rows (``--format``). Where it is open, or that of plain text, a file that is named as a text is
+            one, if it does not begin with JSON.
     """
 
     delimiter: str | None = None
     encoding: str | None = None
-    plain: bool = False
+    format: str | None = None
+
+    @property
+    def all_text(self) -> bool:
+        """Whether all of the data is plain text."""
+        return self.format == _TEXT_FORMAT
 
 
 UNSAID = How()
+_TEXT_FORMAT = "text"
 
 
 def kind_of(path: Path, how: How = UNSAID) -> str | None:
     """The kind of source that a name promises; None for one that promises none."""
-    if how.plain and is_text(path):
-        return CSV if how.delimiter else TEXT
+    if is_text(path) and not how.delimiter and how.format in (None, _TEXT_FORMAT):
+        return TEXT
     return KINDS.get(_ending(path))
 
 
 def is_text(path: Path) -> bool:
     """Whether a file has the name of a plain text, packed or not."""
     return _ending(path) in _TEXTS
+
+
+def data_among(paths: Sequence[Path], how: How) -> list[Path]:
+    """The data among files that were found together. Where some hold rows, a text is most likely about them, and is
+    left alone unless all of the data is to be text."""
+    named = [path for path in paths if kind_of(path, how) and not describes_data(path)]
+    if how.all_text:
+        return named
+    return [path for path in named if not is_text(path)] or [path for path in named if not is_about_data(path)]
+
+
+def is_about_data(path: Path) -> bool:
+    """Whether a text has the name of one that describes what lies beside it."""
+    return path.name.lower().startswith(_ABOUT)
 
 
 def _ending(path: Path) -> str:

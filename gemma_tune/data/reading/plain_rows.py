@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +12,44 @@ from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, TEXT, Block, Row, Sourc
 from gemma_tune.data.reading.text import TextFile
 
 _OPENING = 1 << 16  # characters of a file that show what it is
+_SIGNS = "\t;|,"  # between the columns of a table
+_LEAST_LINES, _LOOKED_AT = 3, 20  # lines that have them; fewer may be alike by chance
 
 
-def has_rows(path: Path, encoding: str | None) -> bool:
-    """Whether a file of this name holds rows nevertheless: its first line is JSON, or only begins some."""
+def opening(path: Path, encoding: str | None) -> list[str]:
+    """The first lines of a file that has the name of a text, without empty ones; the last of them may be cut off."""
     try:
         head = next(iter(TextFile(Source(f"{path}", path, TEXT, encoding=encoding), _OPENING)), "")
     except UserError:  # which is told where it is read
-        return False
-    first = next((line.strip() for line in head.removeprefix("\ufeff").splitlines() if line.strip()), "")
+        return []
+    return [line.strip() for line in head.removeprefix("\ufeff").splitlines() if line.strip()]
+
+
+def has_rows(lines: Sequence[str]) -> bool:
+    """Whether a file that begins like this holds rows, whatever its name: the first line is JSON, or begins some, or
+    half of the lines are JSON."""
+    first, looked_at = lines[0] if lines else "", lines[:_LOOKED_AT]
     cut_off = len(first) >= _OPENING // 2 and first.startswith(('{"', "[{"))
-    if first in ("{", "[", "[{") or cut_off:
+    if first in ("{", "[", "[{") or cut_off or _is_json(first):
         return True
+    return 0 < len(looked_at) <= 2 * sum(map(_is_json, looked_at))
+
+
+def _is_json(line: str) -> bool:
     try:
-        return isinstance(strict_json.loads(first), (dict, list))
+        return isinstance(strict_json.loads(line), (dict, list))
     except ValueError:
         return False
+
+
+def as_in_a_table(lines: Sequence[str]) -> str | None:
+    """The sign that all of a file's first lines have equally often, as those of a table have; None if there is none.
+
+    Sentences may share a sign by chance, so one but the tab counts only where the first line could be names of columns.
+    """
+    signs = _SIGNS if lines and " " not in lines[0] else "\t"
+    numbers = {sign: {line.count(sign) for line in lines[:_LOOKED_AT]} for sign in signs if len(lines) >= _LEAST_LINES}
+    return next((sign for sign, found in numbers.items() if len(found) == 1 and 0 not in found), None)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows, table_rows
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
-from gemma_tune.data.reading.names import UNSAID, How, describes_data, kind_of
+from gemma_tune.data.reading.names import UNSAID, How, data_among, describes_data, kind_of
 from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TEXT, TSV, Block, Row, Source
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
@@ -53,10 +53,21 @@ _HEAD = 4096  # bytes of standard input from which its kind is told
 
 
 def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
-    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON."""
-    kind = kind_of(path, how) or (CSV if how.delimiter else JSON)
-    if kind == TEXT and plain_rows.has_rows(path, how.encoding):
-        kind = JSON
+    """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
+
+    Raises:
+        UserError: it has the name of a text, and may be a table.
+    """
+    kind = kind_of(path, how) or (CSV if how.delimiter else TEXT if how.all_text else JSON)
+    if kind == TEXT:
+        opening = plain_rows.opening(path, how.encoding)
+        if plain_rows.has_rows(opening):
+            kind = JSON
+        elif not how.all_text and (sign := plain_rows.as_in_a_table(opening)):
+            signs = "tabs" if sign == "\t" else sign
+            raise UserError(f"{path} may be a table: each of its first lines has as many {signs} as the others",
+                            "if it is one, name it .csv or .tsv, or use --delimiter; if it is plain text, use --format "
+                            'text, or make it a row {"text": "…"} of a .jsonl file')
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   how.delimiter if kind in (CSV, TSV) else None, how.encoding)
 
@@ -186,7 +197,7 @@ def _files(name: str, keep: Path, listener: Listener, how: How, held_out: bool) 
         matches = sorted(Path(m) for m in glob.glob(os.path.expanduser(name), recursive=True) if os.path.isfile(m))
         written = [m for m in matches if any(is_run(folder, keep) for folder in m.parents)]
         matches = [m for m in matches if m not in written]
-        paths = [m for m in matches if kind_of(m, how) and not describes_data(m)] or matches
+        paths = data_among(matches, how) or matches
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
@@ -273,7 +284,7 @@ def _ending(head: bytes, how: How) -> str:
     for magic, ending in _MAGIC.items():
         if head.startswith(magic):
             return ending
-    if how.plain:
+    if how.all_text:
         return ".txt"
     first = head.lstrip(_MARGIN).split(b"\n", 1)[0]
     if first[:1] not in (b"{", b"[") and any(sign in first for sign in (how.delimiter or ",;\t|").encode()):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.data.reading.sources import find_sources, read_blocks, source_of
+from gemma_tune.data.reading.names import How
+from gemma_tune.data.reading.sources import Row, find_sources, read_blocks, source_of
 from support.command import rows, write_rows
 from support.listener import Said
 
@@ -32,6 +34,11 @@ def refused(*names: str) -> UserError:
         [values(name) for name in found(*names)]
     assert caught.value.hint and caught.value.exit_code == BAD_INPUT
     return caught.value
+
+
+def rows_of(name: str, how: How) -> Iterator[Row]:
+    [source] = find_sources([name], Path("keep"), how=how)
+    return (row for block in read_blocks(source) for row in block.rows())
 
 
 def values(name: str, size: int = 1 << 20) -> list[Any]:
@@ -243,12 +250,49 @@ def test_git_lfs_pointers_are_told_from_data(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["Once upon a time.\nThe end.\n", "\n# Notes\n\n- one, two\n", "- {\"a\": 1}\n"])
-@pytest.mark.parametrize("name", ["book.txt", "book.md", "book"])
-def test_plain_text_is_told_from_rows(text, name):
-    touch(name, text=text)
-    error = refused(name)
-    assert error.message == f"{name} is plain text, and has no rows"
-    assert '{"text": "…"}' in error.hint and "--delimiter" in error.hint
+def test_plain_text_is_told_from_rows(text):
+    touch("book", "book.txt", "book.md", text=text)
+    error = refused("book")
+    assert error.message == "book is plain text, and has no rows"
+    assert all(way in error.hint for way in (".txt or .md", "--format text", '{"text": "…"}', "--delimiter"))
+    for name, how in (("book.txt", How()), ("book.md", How()), ("book", How(format="text"))):
+        assert [row.value for row in rows_of(name, how)] == [{"text": text}]
+    [source] = find_sources(["book.txt"], Path("keep"), how=How(format="messages"))
+    with pytest.raises(UserError, match="is plain text, and has no rows"):
+        list(read_blocks(source))
+
+
+@pytest.mark.parametrize(("text", "sign", "name_of"), [
+    ("How are you?\tFine, thanks.\nAnd you?\tFine.\nBye.\tBye.\n", "\t", "tabs"), ("question,answer\nWhy, oh why?\n1,2\n", ",", ","),
+    ("q;a\n1;2\n3;4\n", ";", ";")])
+def test_what_may_be_a_table_is_not_taken_for_a_text(text, sign, name_of):
+    touch("d/rows.txt", text=text)
+    for name in ("d/rows.txt", "d"):
+        error = refused(name)
+        assert error.message.startswith(f"d/rows.txt may be a table: each of its first lines has as many {name_of} as the others")
+        assert "--delimiter" in error.hint and "--format text" in error.hint
+    assert [row.value for row in rows_of("d/rows.txt", How(format="text"))] == [{"text": text}]
+    assert len([*rows_of("d/rows.txt", How(sign))]) == 2
+
+
+@pytest.mark.parametrize("text", ["Roses are red, violets blue,\nsugar is sweet, and so on,\nand on, and on,\n", "a,b\n1,2\n",
+                                  "\ttabs before\n\ta line\n\tare code\n", '{"a": 1}, and so on\n{"a": 1}\nplain\n'])
+def test_sentences_are_no_table(text):
+    touch("a.txt", text=text)
+    assert [row.value for row in rows_of("a.txt", How())] == [{"text": text}]
+
+
+def test_texts_beside_data_are_left_to_be_named():
+    touch("d/a.jsonl")
+    touch("d/README.md", "d/notes.txt", "only/b.md", "only/LICENSE.txt", "about/README.md", text="Words.\n")
+    said = Said()
+    assert found("d", "only", said=said) == ["d/a.jsonl", "only/b.md"]
+    assert said.notes == ["d: 1 data file; 2 others passed over (.md, .txt); texts beside data are learned where they are "
+                          "named, such as d/notes.txt", "only: 1 data file; 1 other passed over (.txt)"]
+    assert found("d/*") == ["d/a.jsonl"] and found("d/*.md") == ["d/README.md"]
+    assert found("d", "d/notes.txt") == ["d/a.jsonl", "d/notes.txt"]
+    assert found("d", how=How(format="text")) == ["d/README.md", "d/a.jsonl", "d/notes.txt"]
+    assert ".txt or .md" in refused("about").hint
 
 
 def test_rows_in_a_file_of_another_name_are_rows():
@@ -256,8 +300,6 @@ def test_rows_in_a_file_of_another_name_are_rows():
     assert values("rows.txt") == rows(3)
     touch("mixed.txt", text='a comment\n{"a": 1}\n')
     assert values("mixed.txt") == ["a comment", {"a": 1}]
-    touch("d/book.txt")
-    assert '{"text": "…"}' in refused("d").hint
 
 
 def test_standard_input_may_be_plain_text(monkeypatch):

@@ -11,13 +11,16 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading import plain_rows
 from gemma_tune.data.reading.names import How
 from gemma_tune.data.reading.sources import find_sources, read_blocks
-from support.command import QUICK
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.encoding.tokens import open_tokens
+from gemma_tune.train import samples
+from support.command import QUICK, rows, write_rows
 
 BOOK = "Once upon a time.\r\n\r\nThere was a {text}.\r\n"
 
 
 def texts(*names, keep):
-    return [(row.file.rsplit("/", 1)[-1], row.line, row.value) for source in find_sources([*map(str, names)], keep, how=How(plain=True))
+    return [(row.file.rsplit("/", 1)[-1], row.line, row.value) for source in find_sources([*map(str, names)], keep, how=How(format="text"))
             for block in read_blocks(source) for row in block.rows()]
 
 
@@ -60,12 +63,58 @@ def test_what_a_run_of_texts_is_measured_on_is_read_as_it_was_prepared(cli, tiny
     assert "had 1 of 1 row itself" in " ".join(cli("eval", "--data", "b.txt").err.split()).replace("1 of one", "1 of 1")
 
 
-def test_without_being_asked_for_a_text_is_not_learned(tmp_path):
-    (tmp_path / "book.txt").write_bytes(BOOK.encode())
-    [source] = find_sources([str(tmp_path / "book.txt")], tmp_path / "k")
-    with pytest.raises(UserError, match="is plain text") as e:
-        [*read_blocks(source)]
-    assert "--format text" in e.value.hint
+def test_notes_and_conversations_are_learned_together(cli, tiny, tmp_path):
+    """Each file by its kind, with the counts of each, and both kinds on either side of the validation."""
+    (tmp_path / "notes").mkdir()
+    for n in range(6):
+        (tmp_path / f"notes/{n}.md").write_text(f"Note {n}. " + "the shells and the sea " * 10)
+    write_rows(tmp_path / "chats.jsonl", rows(20))
+    done = cli("prepare", "notes", "chats.jsonl", "--model", tiny, "--json")
+    assert done.code == 0, done.err
+    said = " ".join(done.err.split())
+    assert ": 6 rows" in said and ": 20 rows" in said and "plain text makes" in said
+    data = tmp_path / "runs/tiny-gemma/data"
+    sides = [[json.loads(line) for line in (data / f"{side}.jsonl").read_text().splitlines()] for side in ("train", "valid")]
+    assert [("text" in row) for row in sides[1]].count(True) == 1 and len(sides[1]) == 4
+    assert sorted(row["text"][:7] for side in sides for row in side if "text" in row) == [f"Note {n}." for n in range(6)]
+    chat = load_format(tiny, "gemma3_text")
+    for row, tokens in zip(sides[0], open_tokens(data / "tokens/train.arrow"), strict=True):
+        expected = chat.encode_text(row["text"]) if "text" in row else chat.encode(row["messages"])[0]
+        assert (tokens["input_ids"].tolist(), tokens["labels"].tolist()) == (expected.ids.tolist(), expected.labels)
+    report = json.loads((data / "report.json").read_text())
+    texts = sum(chat.encode_text(row["text"]).trained for side in sides for row in side if "text" in row)
+    assert report["formats"] == {"text": 6, "messages": 20} and report["trained_tokens_of_texts"] == texts
+    assert done.json["summary"]["text_rows"] == 6
+
+
+def test_of_a_run_of_both_the_next_stages_know_what_is_what(cli, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "SHARE", 100)  # of a training that is over in a moment
+    for n in range(6):
+        (tmp_path / f"{n}.md").write_text(f"Note {n}. " + "the shells and the sea " * 10)
+    write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": "system", "content": "Count."}, *row["messages"]]} for row in rows(20)])
+    for args in (("prepare", "*.md", "chats.jsonl", "--model", tiny), ("train", *QUICK, "--samples", 2), ("merge", "--no-check"),
+                 ("export-ollama", "--no-verify", "--no-measure", "--quant", "f16")):
+        done = cli(*args)
+        assert done.code == 0, done.err
+    run = tmp_path / "runs/tiny-gemma"
+    asked = [json.loads(line)["begins"][:4] for line in (run / "logs/samples.jsonl").read_text().splitlines()]
+    assert asked == ["Note", "Say "] * 2
+    assert "Data | 22 rows, 4 more held out" in (run / "tiny-gemma_lora_merged/README.md").read_text()
+    assert 'SYSTEM """Count."""' in (run / "ollama/Modelfile").read_text()
+    compared = cli("eval", "--json")
+    assert compared.code == 0, compared.err
+    assert "1 row of plain text has no question to ask: its loss alone is measured" in " ".join(compared.err.split())
+    assert compared.json["summary"]["questions"] == 3 and compared.json["summary"]["measures"]["loss"]["rows"] == 4
+
+
+def test_texts_and_pairs_of_answers_are_not_learned_together(cli, tiny, tmp_path):
+    (tmp_path / "note.md").write_text("Only words.")
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(6)])
+    refused = cli("prepare", "note.md", "pairs.jsonl", "--model", tiny, "--json")
+    assert refused.code == 2
+    error = refused.json["error"]
+    assert error["problems"] == ["1 row to answer like, the first at note.md:1", "6 pairs of answers, the first at pairs.jsonl:1"]
+    assert "--take chosen" in error["hint"] and "a run of its own" in error["hint"]
 
 
 def test_a_text_without_end_is_refused(tmp_path, monkeypatch):
