@@ -31,6 +31,15 @@ def model_name(model_id: str) -> str:
     return name
 
 
+def last_name(data: str) -> str:
+    """What data are called where it is no matter in which directory they lie: of a path its last part.
+
+    >>> last_name("../chats/"), last_name("hf:org/name:train")
+    ('chats', 'hf:org/name:train')
+    """
+    return data if data.startswith("hf:") else re.split(r"[/\\]", data.rstrip("/\\"))[-1] or data
+
+
 # Control characters and marks that turn the direction of writing: they would change the terminal, not be read on it.
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f"
 _UNSEEN = re.compile(f"[{_CONTROL}\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.words import counted, size_text, span
+from gemma_tune.base.words import counted, last_name, size_text, span
 from gemma_tune.cli.formats import format_lines
 from gemma_tune.cli.screen import figure
 from gemma_tune.run.directory import RunDir
@@ -29,6 +29,8 @@ def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
     if None not in (s.get("train_rows"), s.get("valid_rows")):
         what = {PAIRS: " pairs", JUDGED: " judged answers"}.get(s.get("kind", ""), "")
         yield f"{s['train_rows']:,}{what} for training, {s['valid_rows']:,} for validation"
+    yield from (f"{d['rows']:,} of {d['of']:,} rows of {d['data']} drawn" for d in s.get("drawn") or ()
+                if d["rows"] < d["of"])
     left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
             if s.get(key)]
     yield ", ".join(left)
@@ -98,7 +100,7 @@ def data_of(run: RunDir, record: Mapping[str, Any]) -> str:
     names = record.get("config", {}).get("data", {}).get("value") or []
     if not names:
         return EXAMPLE
-    first = names[0] if names[0].startswith("hf:") else os.path.basename(os.path.normpath(names[0])) or names[0]
+    first = last_name(names[0])
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
 
 

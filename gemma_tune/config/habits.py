@@ -48,7 +48,7 @@ _ELSEWHERE = {
     "gemma-tune eval --data": "test",
     "gemma-tune merge --push": "push_to_hub hub_model_id push_to_hub_model_id",
     "gemma-tune export-ollama --quant": "outtype quantization_method export_quantization_bit",
-    "head -n N FILE.jsonl | gemma-tune prepare -": "max_samples max_train_samples num_samples train_samples",
+    "gemma-tune prepare --max-samples": "max_samples max_train_samples num_samples train_samples",
     "--run": "output_dir adapter_path out_dir save_path export_dir save_dir",
     "--force": "overwrite_output_dir overwrite_cache",
 }

@@ -85,6 +85,9 @@ class PrepareConfig(StageConfig):
                                    "keeps the choice.", choices=("auto", "on", "off"), group="advanced")
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
                                 least=0.0, group="common")
+    max_samples: int | None = option(None, "Most rows of each DATA (a directory or a quoted glob is one): of a larger "
+                                           "one so many are drawn from all over it, before anything is checked. Files "
+                                           "of --valid stay whole.", least=1, auto="all rows")
     max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS, group="common")
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
@@ -93,8 +96,8 @@ class PrepareConfig(StageConfig):
                                       "`reject`, or `mend`: neighbouring turns of one role become one, and what stands "
                                       "before the first question and after the last answer is left out.",
                             choices=("reject", "mend"))
-    seed: int = option(42, "Seed of the split between training and validation.", least=0, most=LARGEST_SEED,
-                       group="advanced")
+    seed: int = option(42, "Seed of the split between training and validation, and of what --max-samples draws.",
+                       least=0, most=LARGEST_SEED, group="advanced")
     duplicates: str = option("drop", "What happens to a conversation that was there before; what is dropped is listed "
                                      "in data/duplicates.jsonl.", choices=("drop", "keep"))
     near_duplicates: bool = option(False, "Also drop conversations that are nearly the same as an earlier one.")

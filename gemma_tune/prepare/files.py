@@ -17,6 +17,7 @@ from gemma_tune.base.words import counted, opening
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.encoding.origins import write_origins
 from gemma_tune.encoding.tokens import TokenWriter
+from gemma_tune.prepare.drawing import Drawing
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Rejected
 from gemma_tune.prepare.selection import Columns, Selection
@@ -33,6 +34,7 @@ class Decided:
     """All rows after the first pass, and what was decided about each of them."""
 
     spool: Spool
+    drawing: Drawing
     findings: Findings
     columns: Columns
     selection: Selection
@@ -153,6 +155,7 @@ class DataFiles:
             "rows": findings.rows, "train_rows": tokens["train"].rows, "valid_rows": tokens["valid"].rows,
             "rejected_rows": findings.rejected, "duplicate_rows": int(dropped.sum()),
             "near_duplicate_rows": int(selection.near.sum()),
+            "drawn": decided.drawing.as_list(),
             "files": [{"file": name, "rows": findings.by_source[n]} for n, name in enumerate(self._names)],
             "formats": dict(findings.noticed.formats), "kind": findings.kind,
             **({"marks": {name: outputs.total(name) for name in ("good", "bad")}} if findings.kind == JUDGED else {}),

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_tune.base.machine import cores
 from gemma_tune.data.reading.sources import Source, read_blocks
+from gemma_tune.prepare.drawing import Drawing, draw
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
@@ -38,6 +39,7 @@ class Passes:
             repeats one of theirs is the duplicate.
         held_out: number of the files that are held out.
         spool: the rows between the passes.
+        drawing: which rows are taken at all.
         gathered: a few numbers of each row of the spool.
         findings: about all rows.
     """
@@ -48,15 +50,16 @@ class Passes:
     judge: Judge
     files: DataFiles
     spool: Spool
+    drawing: Drawing
     gathered: Gathered = field(default_factory=Gathered)
     findings: Findings = field(default_factory=Findings)
 
     def check(self) -> None:
-        """The first pass: every row is checked, encoded and counted."""
+        """The first pass: every row that is taken is checked, encoded and counted."""
         before = np.cumsum([0, *(source.size or 0 for source in self.sources)])
         total = int(before[-1])
         blocks = ((number, block) for number, source in enumerate(self.sources)
-                  for block in read_blocks(source, _BLOCK, self.session.listener))
+                  for block in self.drawing.of(source, read_blocks(source, _BLOCK, self.session.listener)))
         for number, block, judged in judged_blocks(blocks, self.judge, _processes(self.sources, total)):
             done = before[number] + block.done * (before[number + 1] - before[number])
             self.session.listener.progress("checking rows", round(done), total)
@@ -83,7 +86,7 @@ class Passes:
         selection = select(columns, 0.0 if self.held_out else config.valid, config.duplicates == "keep",
                            self._nearly if config.near_duplicates else None,
                            self.session.resolved.origins["valid"] == "default")
-        return Decided(self.spool, self.findings, columns, selection)
+        return Decided(self.spool, self.drawing, self.findings, columns, selection)
 
     def _nearly(self, candidates: np.ndarray) -> np.ndarray:
         """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
@@ -114,10 +117,11 @@ def _processes(sources: Sequence[Source], total: int) -> int:
 def passes(session: Session, sources: Sequence[Source], held_out: Sequence[Source], judge: Judge,
            folder: Path) -> Iterator[Passes]:
     """Lend the passes over these rows into a new directory of data; what lies between the two is deleted after it."""
-    ordered = [*held_out, *sources]
+    ordered, config = [*held_out, *sources], session.config
+    drawing = draw(sources, config.max_samples, config.seed, _BLOCK, session.listener)
     with DataFiles(folder, [source.name for source in ordered]) as files:
         spool = Spool(folder / "spool")
         try:
-            yield Passes(session, ordered, len(held_out), judge, files, spool)
+            yield Passes(session, ordered, len(held_out), judge, files, spool, drawing)
         finally:
             spool.close()

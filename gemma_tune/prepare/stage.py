@@ -1,7 +1,8 @@
 """``prepare``: the user's rows become checked conversations and their tokens, split into training and validation.
 
-Every input row ends up in exactly one of train.jsonl, valid.jsonl, rejected.jsonl and duplicates.jsonl; nothing is cut
-or dropped in silence. Two passes with constant memory (see ``passes``) do it. The files are replaced together.
+Every input row (with --max-samples, every one that is drawn) ends up in exactly one of train.jsonl, valid.jsonl,
+rejected.jsonl and duplicates.jsonl; nothing is cut or dropped in silence. Two passes with constant memory (see
+``passes``) do it. The files are replaced together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
+from gemma_tune.base.words import last_name
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.names import How
@@ -266,5 +268,6 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
     names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
              "kind", "tokens", "trained_tokens")
     before = report["before_the_limit"]
-    return {**{name: report[name] for name in names}, **_lengths(report), "before_the_limit": _lengths(before),
-            "max_length": before["long"]["max_length"]}
+    drawn = [{**part, "data": last_name(part["data"])} for part in report["drawn"]]  # no paths but relative ones
+    return {**{name: report[name] for name in names}, "drawn": drawn, **_lengths(report),
+            "before_the_limit": _lengths(before), "max_length": before["long"]["max_length"]}

@@ -9,12 +9,12 @@ import contextlib
 import datetime as dt
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.words import last_name
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.report import charts, tables
@@ -68,14 +68,12 @@ def _data(run: RunDir) -> dict[str, Any] | None:
             **{key: found[key] for key in ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows",
                                            "tokens", "trained_tokens", "rejected_by_reason", "formats")},
             "kind": found.get("kind"),
-            "files": [{"name": _last(item["file"]), "rows": item["rows"]} for item in found["files"]],
+            "drawn": [{"name": last_name(part["data"]), "rows": part["rows"], "of": part["of"]}
+                      for part in found.get("drawn", ()) if part["rows"] < part["of"]],
+            "files": [{"name": last_name(item["file"]), "rows": item["rows"]} for item in found["files"]],
             "scripts": before["scripts"], "length": before["length"],
             "chart": charts.lengths_chart(before["histogram"])}
     return None
-
-
-def _last(name: str) -> str:
-    return name if name.startswith("hf:") else re.split(r"[/\\]", name)[-1]
 
 
 @contextlib.contextmanager

@@ -23,10 +23,7 @@ class ArrowBlock(Block):
     stream: bytes
 
     def rows(self) -> Iterator[Row]:
-        import pyarrow as pa
-
-        with pa.ipc.open_stream(self.stream) as reader:
-            table = reader.read_all()
+        table = self._table()
         plain = {field.name: convert for field in table.schema if (convert := _plain(field.type))}
         for number, (value, error) in enumerate(_values(table), start=self.first):
             for name, convert in plain.items():
@@ -36,6 +33,15 @@ class ArrowBlock(Block):
                 except _NotText as e:  # a picture, say; it only matters if the column is one to learn from
                     value[name] = {"not text": f"{e}"}
             yield Row(self.file, number, value, error)
+
+    def count(self) -> int:
+        return self._table().num_rows
+
+    def _table(self) -> Any:
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(self.stream) as reader:
+            return reader.read_all()
 
 
 def _values(table: Any) -> Iterator[tuple[dict[str, Any], str | None]]:

@@ -45,6 +45,9 @@ class LinesBlock(Block):
                 # Files that were put one behind another keep their byte order marks.
                 yield _row(self.file, number, line.removeprefix("\ufeff"), line)
 
+    def count(self) -> int:
+        return sum(1 for line in self.text.split("\n") if line.strip())
+
 
 @dataclass(frozen=True)
 class ElementsBlock(Block):
@@ -56,6 +59,9 @@ class ElementsBlock(Block):
     def rows(self) -> Iterator[Row]:
         for line, text in self.elements:
             yield _row(self.file, line, text, text)
+
+    def count(self) -> int:
+        return len(self.elements)
 
 
 def _row(file: str, line: int, text: str, raw: str) -> Row:

@@ -62,6 +62,9 @@ class TextBlock(Block):
         if self.text.strip():
             yield Row(self.file, 1, {"text": self.text})
 
+    def count(self) -> int:
+        return 1 if self.text.strip() else 0
+
 
 def blocks(source: Source, size: int = BLOCK) -> Iterator[Block]:
     """The file's one row.

@@ -44,6 +44,7 @@ class Source:
         size: of the file in bytes; None on the Hub.
         delimiter: the sign between the columns of a table, where it was named.
         encoding: of a text, where it was named; else it is UTF-8, or UTF-16 with a byte order mark.
+        argument: the name that it was found by, as people gave it: that of a directory is one of all files below it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     size: int | None = None
     delimiter: str | None = None
     encoding: str | None = None
+    argument: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,25 @@ class Block:
     def rows(self) -> Iterator[Row]:
         """The rows in order. A row that cannot be read has an ``error``; nothing is raised."""
         raise NotImplementedError
+
+    def count(self) -> int:
+        """How many rows there are; none of them is parsed for it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PickedBlock(Block):
+    """Some rows of a block: those at these positions, which count from 0 and rise."""
+
+    block: Block
+    at: tuple[int, ...]
+
+    def rows(self) -> Iterator[Row]:
+        picked = set(self.at)
+        return (row for n, row in enumerate(self.block.rows()) if n in picked)
+
+    def count(self) -> int:
+        return len(self.at)
 
 
 def repeated(names: Sequence[str]) -> str | None:

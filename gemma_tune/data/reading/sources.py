@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -131,7 +132,8 @@ def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, hel
             found.append(name)
             continue
         try:
-            found += [source_of(path, None, how) for path in _files(built_in(name), keep, listener, how, held_out)]
+            found += [replace(source_of(path, None, how), argument=name)
+                      for path in _files(built_in(name), keep, listener, how, held_out)]
         except UserError as e:
             problems.append(e)
     return found, problems
@@ -167,7 +169,8 @@ def as_typed(path: str) -> str:
 def _elsewhere(name: str, keep: Path, listener: Listener, how: How,
                problems: list[UserError]) -> Source | None:
     try:
-        return _stdin(keep, how) if name == STDIN else hub_rows.find(name, keep, listener)
+        found = _stdin(keep, how) if name == STDIN else hub_rows.find(name, keep, listener)
+        return replace(found, argument=name)
     except UserError as e:
         problems.append(e)
     return None

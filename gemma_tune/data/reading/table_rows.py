@@ -34,6 +34,9 @@ class TableBlock(Block):
             # one holds turns or tools as JSON is for the format to tell.
             yield Row(self.file, line, {name: cell for name, cell in zip(self.header, cells) if name})
 
+    def count(self) -> int:
+        return len(self.records)
+
 
 def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = None) -> Iterator[TableBlock]:
     """All rows of a CSV or TSV file, by the first row's column names; memory is bounded.

@@ -470,7 +470,7 @@ def test_names_of_files(tree):
     assert found("notes.txt", "./one.jsonl") == [("notes.txt", "jsonl-or-json"), ("one.jsonl", "jsonl-or-json")]
     assert found() == []
     [source] = find_sources(["one.jsonl"], Path("keep"))
-    assert source == Source("one.jsonl", Path("one.jsonl"), "jsonl-or-json", 2)
+    assert source == Source("one.jsonl", Path("one.jsonl"), "jsonl-or-json", 2, argument="one.jsonl")
     assert not Path("keep").exists()
 
 
