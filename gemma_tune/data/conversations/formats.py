@@ -73,7 +73,10 @@ _CONTEXTS = ("context", "passage", "输入", "背景")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
-_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS))
+# Who says it: the row is one turn of a conversation whose others stand in rows of their own.
+_SPEAKERS = ("role", "speaker")
+_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS,
+                              *_SPEAKERS))
 _REQUIRED = ("user", "assistant", "turns")  # what a row of named columns cannot lack
 _MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
@@ -292,6 +295,8 @@ def _unknown(row: Fields) -> Problem:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "")
         return Problem("unknown_format", reason, f"use --columns {shlex.quote(named)}")
+    if (turn := _one_turn(row, reason)) is not None:
+        return turn
     if any(len(name.split()) > _WORDS_OF_A_NAME for name in row):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")
@@ -345,6 +350,18 @@ def _beside_text(row: Fields) -> Problem | None:
     return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
                                      "the text alone is learned",
                    f"use --columns {named}, or --format text to learn the text alone")
+
+
+def _one_turn(row: Fields, reason: str) -> Problem | None:
+    """What to do about a row that is a single turn, as tables and trees of conversations have them."""
+    speaker, said = _column(row, _SPEAKERS), _column(row, ("content", "text", "value", "utterance", "message"))
+    if speaker is None or said is None:
+        return None
+    alone = "; or use --format text to learn each text by itself" if said == "text" else ""
+    return Problem("unknown_format", f"{reason}; with `{speaker}` and `{said}` it seems to be one turn of a "
+                                     "conversation",
+                   'put all turns of a conversation into one row: {"messages": [{"role": "user", "content": "…"}, …]}'
+                   f"{alone}")
 
 
 _REMARK = re.compile(r"\([^()]*\)\Z")  # behind a name, such as (required)

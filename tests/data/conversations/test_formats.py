@@ -589,6 +589,17 @@ def test_columns_of_other_names_get_the_whole_command(row, fix):
     assert problem.code == "unknown_format" and problem.fix == fix
 
 
+@pytest.mark.parametrize("row, alone", [
+    ({"message_id": "1", "parent_id": None, "text": "Sky?", "role": "prompter", "lang": "en"}, True),  # OpenAssistant's trees
+    ({"speaker": "Ann", "text": "Sky?"}, True), ({"conversation_id": 7, "role": "user", "content": "Sky?"}, False)])
+def test_a_row_that_is_one_turn_is_not_learned_as_a_text_of_its_own(row, alone):
+    [problem] = found(row)
+    assert "it seems to be one turn of a conversation" in problem.reason and "into one row" in problem.fix
+    assert ("--format text" in problem.fix) == alone
+    if alone:
+        assert read(row, "text").text == "Sky?" and read({**row, "role": None, "speaker": None}).format == "text"
+
+
 def test_names_that_are_the_first_row_of_the_data_are_told():
     [problem] = found({"What is 3 plus 11?": "What is 3 plus 12?", "3 plus 11 is 14.": "3 plus 12 is 15."})
     assert "put a line with names above it" in problem.fix
