@@ -51,8 +51,20 @@ class Names:
         return renamed
 
 
-_SPEAKERS = ("speaker", "author", "sender", "who", "type", "name", "user", "agent")
-_SAYINGS = ("utterance", "text", "message", "body", "msg", "say", "said", "data")
+_SPEAKERS = ("speaker", "author", "sender", "who", "type", "name", "user", "agent", "角色", "说话人", "发言人", "身份")
+_SAYINGS = ("utterance", "text", "message", "body", "msg", "say", "said", "data", "内容", "文本")
+_CLEARLY = frozenset(("speaker", "author", "sender", "who", "role", "from", *_SPEAKERS[-4:]))
+# Keys of what is no turn, but a question together with its answer (Firefly, XTuner).
+_EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"),
+              ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("query", "response"),
+              ("human", "gpt"), ("user", "bot"), ("问题", "答案"), ("问题", "回答"), ("用户", "助手"))
+# What roles are called elsewhere: nobody can be sure of it, so they have to be named.
+_PERHAPS = {
+    **dict.fromkeys(("prompter", "customer", "client", "caller", "player"), "user"),
+    **dict.fromkeys(("用户", "人类", "客户", "顾客", "提问者", "问"), "user"),
+    **dict.fromkeys(("bot", "chatbot", "agent", "llm", "answer"), "assistant"),
+    **dict.fromkeys(("助手", "助理", "客服", "机器人", "模型", "答"), "assistant"), "系统": "system"}
+_MOST_NAMES = 8  # of roles; more are no roles
 
 
 def suggested_keys(turn: Mapping[str, Any]) -> str | None:
@@ -75,8 +87,12 @@ def _likely_keys(turn: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def spoken_by(turn: Mapping[str, Any]) -> str | None:
     """What ``--turn-keys`` would be where names of both keys say clearly that this is a turn of a dialog."""
     role, said = ((key or "").lower() for key in _likely_keys(turn))
-    speaks = role in ("speaker", "author", "sender", "who", "role", "from")
-    return suggested_keys(turn) if speaks and said in _SAYINGS else None
+    return suggested_keys(turn) if role in _CLEARLY and said in _SAYINGS else None
+
+
+def exchange(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The keys of a question and of its answer that stand in the place of one turn."""
+    return next((keys for keys in _EXCHANGES if all(isinstance(turn.get(key), str) for key in keys)), None)
 
 
 def suggested_turns(row: Mapping[str, Any]) -> str | None:
@@ -85,11 +101,18 @@ def suggested_turns(row: Mapping[str, Any]) -> str | None:
                  and isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)), None)
 
 
-def role_fix(name: Any) -> str:
-    """What to do about a role that nobody knows."""
-    if not isinstance(name, str) or not name or not _sayable(name):
-        return "rename the role"
-    return f"name it with --roles {name}=assistant (or user, system, tool), or rename the role"
+def role_fix(name: str, unknown: Mapping[str, str | None]) -> str:
+    """What to do about a role that nobody knows: one option that names all of a conversation's.
+
+    Args:
+        unknown: by name the role that it means, where that is known.
+    """
+    names = {name: role or _PERHAPS.get(name.lower(), "ROLE") for name, role in unknown.items() if _sayable(name)}
+    if not names or len(names) > _MOST_NAMES:
+        return f"write `{unknown[name]}`" if unknown[name] else "rename the role"
+    named = ",".join(f"{name}={role}" for name, role in names.items())
+    which = ", each ROLE being user, assistant, system or tool" if "=ROLE" in named else ""
+    return f"{'name it' if len(names) == 1 else 'name them'} with --roles {named}{which}, or rename the role"
 
 
 def _sayable(name: str) -> bool:

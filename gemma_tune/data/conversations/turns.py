@@ -15,7 +15,7 @@ from typing import Any
 from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
-from gemma_tune.data.conversations.names import role_fix, suggested_keys
+from gemma_tune.data.conversations.names import exchange, role_fix, suggested_keys
 from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
 from gemma_tune.data.conversations.uneven import evened
 
@@ -52,7 +52,7 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
         problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
                                                "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
         return []
-    turns = [_turn(number, message, problems, answered) for number, message in enumerate(messages, start=1)]
+    turns = [_turn(number, messages, problems, answered) for number in range(1, len(messages) + 1)]
     known = [turn for turn in turns if turn is not None]
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
         known, numbers = _with_calls(known, messages)
@@ -139,22 +139,16 @@ def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
     return found
 
 
-def _turn(number: int, message: Any, problems: list[Problem], answered: bool) -> Turn | None:
+def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answered: bool) -> Turn | None:
+    message = messages[number - 1]
     if not isinstance(message, dict):
         problems.append(Problem("not_an_object", f"turn {number} is {kind(message)}, not an object",
                                 'write {"role": "user", "content": "…"}'))
         return None
-    name = message.get("role")
-    name = message.get("from") if name is None else name
+    name = _named(message)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        if name is None and (named := suggested_keys(message)):
-            problems.append(Problem("unknown_role", f"turn {number} has no `role`, but {_keys(message)}",
-                                    f"name its keys: --turn-keys {named}"))
-            return None
-        meant = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-        problems.append(Problem("unknown_role", f"turn {number} has the role {quoted(name)}; known are system, user, "
-                                                "assistant, tool", f"write `{meant}`" if meant else role_fix(name)))
+        problems.append(_no_role(number, message, messages))
         return None
     content = message.get("content")
     content = message.get("value") if content is None else content
@@ -173,6 +167,33 @@ def _turn(number: int, message: Any, problems: list[Problem], answered: bool) ->
                                 "leave the row out, as it seems to be cut off, or end the thought with "
                                 f"{_THINK[1]}"))
     return turn
+
+
+def _named(message: Turn) -> Any:
+    """What a turn says that its role is."""
+    name = message.get("role")
+    return message.get("from") if name is None else name
+
+
+_LOOKED_AT = 50  # turns of a conversation in which names of roles are looked for
+
+
+def _no_role(number: int, message: Turn, messages: Sequence[Any]) -> Problem:
+    """What is wrong with a turn that has no role, or one that nobody knows."""
+    name, code = _named(message), "unknown_role"
+    if name is None and (both := exchange(message)):
+        return Problem(code, f"turn {number} has no `role`, but a question and its answer: {_keys(message)}",
+                       f'write it as two turns: {{"role": "user", "content": …}} with `{both[0]}`, and {{"role": '
+                       f'"assistant", "content": …}} with `{both[1]}`')
+    if name is None and (named := suggested_keys(message)):
+        return Problem(code, f"turn {number} has no `role`, but {_keys(message)}",
+                       f"name its keys: --turn-keys {named}")
+    reason = f"turn {number} has the role {quoted(name)}; known are system, user, assistant, tool"
+    if not isinstance(name, str):
+        return Problem(code, reason, "rename the role")
+    others = (_named(turn) for turn in messages[:_LOOKED_AT] if isinstance(turn, dict))
+    return Problem(code, reason, role_fix(name, {other: ROLES.get(other.strip().lower()) for other in (*others, name)
+                                                 if isinstance(other, str) and other not in ROLES}))
 
 
 def _keys(message: Turn) -> str:

@@ -184,7 +184,7 @@ def test_pictures_beside_the_text_are_refused():
 
 
 @pytest.mark.parametrize("name, role", [("developer", "system"), ("human", "user"), ("model", "assistant"),
-                                        ("gpt", "assistant"), ("User", None), ("ASSISTANT", None), (" user", None)])
+                                        ("gpt", "assistant"), (" user", None), ("ASSISTANT ", None)])
 def test_names_of_roles(name, role):
     turns = [{"role": name, "content": "x"}, user("a"), answer("b")]
     with pytest.raises(RowError) as caught:

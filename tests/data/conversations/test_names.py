@@ -85,6 +85,36 @@ def test_roles_and_keys_that_the_user_names():
 
 def test_messages_about_names_say_how_to_give_them():
     [problem, *_] = problems({"messages": [{"role": "kunde", "content": "Sky?"}, answer("Blue.")]})
-    assert "'kunde'" in problem.reason and "--roles kunde=" in problem.fix
+    assert "'kunde'" in problem.reason
+    assert problem.fix == "name it with --roles kunde=ROLE, each ROLE being user, assistant, system or tool, or rename the role"
     [problem, *_] = problems({"messages": [{"speaker": "user", "utterance": "Sky?"}, {"speaker": "assistant", "utterance": "B"}]})
     assert "--turn-keys role=speaker,content=utterance" in problem.fix
+
+
+@pytest.mark.parametrize(("names", "option"), [
+    (("用户", "助手"), "用户=user,助手=assistant"), (("User", "Assistant"), "User=user,Assistant=assistant"),
+    (("customer", "Agent"), "customer=user,Agent=assistant"), (("prompter", "gpt"), "prompter=user"),
+    (("Ann", "bot"), "Ann=ROLE,bot=assistant")])
+def test_one_option_names_all_roles_of_a_conversation_and_none_the_wrong_way_round(names, option):
+    row = {"conversations": [{"from": names[0], "value": "Sky?"}, {"from": names[1], "value": "Blue."}]}
+    for problem in problems(row):
+        assert f"--roles {option}" in problem.fix and ("ROLE being" in problem.fix) == ("=ROLE" in option)
+    roles = dict(part.split("=") for part in option.replace("ROLE", "user").split(","))
+    assert read(row, roles=roles).messages == TURNS, "and it reads them"
+
+
+def test_chinese_turns_get_the_whole_command():
+    row = {"对话": [{"角色": "用户", "内容": "Sky?"}, {"角色": "助手", "内容": "Blue."}]}
+    [problem] = problems(row)
+    assert problem.fix == "use --columns turns=对话 --turn-keys role=角色,content=内容, and --roles for roles of other names"
+    how = {"columns": {"turns": "对话"}, "turn_keys": {"role": "角色", "content": "内容"}}
+    [problem, _] = problems(row, **how)
+    assert "--roles 用户=user,助手=assistant" in problem.fix
+    assert read(row, **how, roles={"用户": "user", "助手": "assistant"}).messages == TURNS
+
+
+@pytest.mark.parametrize("keys", [("human", "assistant"), ("input", "output"), ("问题", "答案")])
+def test_an_exchange_in_the_place_of_a_turn_is_not_taken_for_a_turn_with_other_keys(keys):
+    [problem] = problems({"conversation": [dict(zip(keys, ("Sky?", "Blue.")))]})
+    assert "a question and its answer" in problem.reason and "--turn-keys" not in problem.fix
+    assert f"with `{keys[0]}`, and" in problem.fix and f"with `{keys[1]}`" in problem.fix
