@@ -393,7 +393,7 @@ def test_a_home_that_does_not_exist_is_part_of_the_name(refused):
     (b"\x1f\x8b\x08\xff" * 5, "bad.jsonl:1: not UTF-8 text (byte 0x8b)"),
     (json.dumps(row()).encode() + b'\n{"instruction": "caf\xe9"}', "bad.jsonl:2: not UTF-8 text (byte 0xe9)"),
     (codecs.BOM_UTF8 + b'\n\n"\xe9"', "bad.jsonl:3: not UTF-8 text (byte 0xe9)"),
-    (json.dumps(row()).encode("utf-16-le")[:-1], "bad.jsonl is a binary file"),
+    (json.dumps(row()).encode("utf-16-le")[:-1], "bad.jsonl seems to be UTF-16 text without its byte order mark"),
     (b'[\n{"messages": []},\n{"messages" []}\n]', "bad.jsonl:3: not valid JSON: Expecting ':' delimiter at column 13"),
     (b'[\n{"a": 1}\n{"a": 2}]', "bad.jsonl:3: not valid JSON: expected ',' or ']'"),
     (b'[\n{"a": 1},\n{"a": 2}', "bad.jsonl:3: not valid JSON: expected ',' or ']'"),

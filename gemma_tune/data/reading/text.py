@@ -7,6 +7,7 @@ compressed.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import itertools
 import shlex
@@ -27,6 +28,8 @@ _NAME = "name its encoding to `prepare`, which seems to be --encoding {}"
 _CONVERT = "or save it as UTF-8 (Excel calls that `CSV UTF-8`): iconv -f {} -t utf-8 {} > {}"
 _SURE = 8  # characters of several bytes after which what is good UTF-8 is no other encoding
 _SAMPLE = 4096  # bytes on both sides of the first one that is no UTF-8
+_ASCII = 0.01  # of the characters of a table or of JSON, whatever the language
+_NULS = 0.25  # of the bytes of UTF-16 that happens to be UTF-8, as English is
 _BESIDE = 0.6  # of the bytes above 127 that have another one beside them
 # Python's names of encodings, and iconv's. Traditional characters before simplified ones, whose code has all of them.
 _EAST_ASIAN = {"big5": "BIG5", "gb18030": "GB18030", "cp932": "CP932", "cp949": "CP949", "euc_jp": "EUC-JP"}
@@ -133,6 +136,24 @@ def east_asian(sample: bytes) -> str | None:
     return _EAST_ASIAN.get(best.encoding) if best else None
 
 
+def _utf16(head: bytes) -> str | None:
+    """Which UTF-16 a file without a byte order mark begins with; None for what is hardly any text.
+
+    The wrong one makes characters as well, but next to none of ASCII, which tables and JSON cannot do without. A NUL
+    in what is else UTF-8 makes none of them.
+    """
+    with contextlib.suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        if head.count(0) < _NULS * len(head):
+            return None
+    for encoding in ("utf-16-le", "utf-16-be"):
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
+        signs = sum(char.isascii() for char in text)
+        if signs >= _ASCII * len(text) > 0 and all(char.isprintable() or char in "\r\n\t" for char in text):
+            return encoding
+    return None
+
+
 class _Damaged(Exception):
     pass
 
@@ -202,6 +223,9 @@ class _Decoder:
         return self._binary(self._offset + len(text[:at].encode(self.encoding))) if at >= 0 else None
 
     def _binary(self, at: int) -> UserError:
+        if wide := _utf16(self.head):
+            return UserError(f"{self.name} seems to be UTF-16 text without its byte order mark",
+                             f"{_NAME.format(wide)}, or save it as UTF-8")
         return UserError(f"{self.name} is a binary file (byte {at})", hint_by_content(self.head) or _UTF8_HINT)
 
     def _undecodable(self, e: UnicodeDecodeError, good: str) -> UserError:

@@ -239,6 +239,8 @@ PAD = '{"a": "' + "é" * 3000 + '"}\n'  # the fault lies behind what is looked a
     (PAD.encode() + b'"\0"\xff', f"rows.jsonl is a binary file (byte {6000 + 10 + 1})"),
     (codecs.BOM_UTF16_LE + "😀\0".encode("utf-16-le"), "rows.jsonl is a binary file (byte 6)"),
     (TEXT.encode("utf-32"), "rows.jsonl is UTF-32 text, not UTF-8"),
+    ('{"a": "é 中 😀"}\n'.encode("utf-16-le"), "rows.jsonl seems to be UTF-16 text without its byte order mark"),
+    ("问题,答案\n天是什么颜色的？,蓝的。\n".encode("utf-16-be"), "rows.jsonl seems to be UTF-16 text without its byte order mark"),
 ])
 def test_what_is_no_text(content, message):
     assert read(content) == message
@@ -254,6 +256,16 @@ def test_the_hint_says_what_the_file_is(content, hint):
     with pytest.raises(UserError) as caught:
         rows_of(write(content))
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_is_read_with_the_name_that_is_proposed(encoding):
+    Path("rows.csv").write_bytes("问题,答案\n天是什么颜色的？,蓝的。\n".encode(encoding))
+    with pytest.raises(UserError) as caught:
+        list(read_blocks(source_of(Path("rows.csv"))))
+    assert f"--encoding {encoding}, or" in caught.value.hint
+    [row] = [row for block in read_blocks(source_of(Path("rows.csv"), encoding=encoding)) for row in block.rows()]
+    assert row.value == {"问题": "天是什么颜色的？", "答案": "蓝的。"}
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.GZ", "rows.jsonl.zst", "rows.json.zstd", "two.jsonl.gz", "two.jsonl.zst"])
