@@ -222,8 +222,9 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
                                 "export the text as UTF-8 again"))
 
 
-_NO_TEXT = {"image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
-            "input_file"}
+_NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
+            "input_file")
+_OF_TOOLS = ("tool_use", "tool_result")  # Anthropic's
 _REPORTED = object()  # in place of a content whose problem is already in the list
 
 
@@ -241,11 +242,19 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
             problems.append(Problem(
                 "not_text", f"the content of turn {number} is a list whose part {position} is "
                             f"{'a bare text' if isinstance(part, str) else f'{what}, not text'}",
-                "text alone is learned: leave the part out, or the row" if sort in _NO_TEXT else
-                'write each part as {"type": "text", "text": "…"}, or the content as one text'))
+                _part_fix(sort)))
             return _REPORTED
         texts.append(text)
     return "\n".join(texts)
+
+
+def _part_fix(sort: Any) -> str:
+    """What to do about a part of that type, which is no text."""
+    if sort in _NO_TEXT:
+        return "text alone is learned: leave the part out, or the row"
+    if sort in _OF_TOOLS:
+        return "write a call as `tool_calls` of the assistant's turn, and its result as a turn of the role `tool`"
+    return 'write each part as {"type": "text", "text": "…"}, or the content as one text'
 
 
 def _as_json(value: Any) -> Any:

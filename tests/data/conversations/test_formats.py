@@ -611,6 +611,14 @@ def test_an_image_is_not_asked_to_become_a_text():
         assert "text alone is learned" in problem.fix
 
 
+def test_parts_of_tools_and_of_no_known_type_say_what_to_write():
+    for part, fix in (({"type": "tool_use", "id": "t", "name": "f", "input": {}}, "write a call as `tool_calls`"),
+                      ({"type": "tool_result", "tool_use_id": "t", "content": "r"}, "a turn of the role `tool`"),
+                      ({"type": ["text"], "text": "a"}, "write each part as"), ({"type": {}}, "write each part as")):
+        [problem] = found({"messages": [user("a"), {"role": "assistant", "content": [{"type": "text", "text": "b"}, part]}]})
+        assert problem.code == "not_text" and fix in problem.fix
+
+
 def test_answers_of_several_turns():
     prompt, calls = [user("a"), answer("b"), user("c")], [CALL, RESULT, answer("d")]
     example = read({"chosen": [*prompt, *calls], "rejected": [*prompt, answer("e"), user("f"), answer("g")], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]})
