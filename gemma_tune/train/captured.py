@@ -10,8 +10,9 @@ All graphs share one pool of memory, as no two of them run at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +32,13 @@ MOST_TOO_LARGE = 3  # shapes without memory, after which no other is tried
 
 
 class Body(Protocol):
-    """What a captured step computes, of numbers that are copied to the device in one go."""
+    """What a captured step computes, of numbers that are copied to the device in one go.
+
+    Attributes:
+        model: that computes it.
+    """
+
+    model: Any
 
     def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
         """Rows of a piece on the CPU, tokens of the longest, and trained positions."""
@@ -262,7 +269,7 @@ class CapturedSteps:
     def _made(self, bucket: Bucket) -> _Captured:
         inputs = torch.zeros(self.body.size(bucket), dtype=torch.int32, device=self.gradients.device)
         self.body.prepare(bucket)
-        with capturing(self.pool.handle) as graph:
+        with _learning(self.body.model, self.backward), capturing(self.pool.handle) as graph:
             loss = self.body.loss(inputs, bucket, self._weights)
             if self.backward:
                 loss.backward()
@@ -283,3 +290,16 @@ class CapturedSteps:
         how = "go one kernel at a time" if self.instead is None else "are padded again"
         self.listener.note(f"steps cannot be captured here and {how}: {problem}")
         self.forget()
+
+
+@contextlib.contextmanager
+def _learning(model: Any, learns: bool) -> Iterator[None]:
+    """With gradients and dropout, or without both, while the context lasts: an evaluation that comes before the first
+    step has the training's largest shape captured."""
+    was_training = model.training
+    model.train(learns)
+    try:
+        with torch.set_grad_enabled(learns):
+            yield
+    finally:
+        model.train(was_training)

@@ -20,6 +20,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from support.another_device import THERE, computing_there, there
 from support.gemmas import FAMILIES, make_family
+from support.graphs import Graph, install
 from support.llamas import make_llama
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -271,6 +272,23 @@ def test_padding_is_no_text_that_a_penalty_is_about(model, chat, on_cpu, monkeyp
     ids, logits = torch.tensor([[5, 5, 6], [5, 5, 6]]), torch.zeros(2, 8)
     logits[:, 5], logits[:, 7] = 1.0, 0.9
     assert masked(ids, logits).tolist() == [5, 7]
+
+
+@pytest.mark.parametrize("chosen", [dict(temperature=0.0), dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.3)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_that_are_replayed_write_what_generate_writes(family, tmp_path, monkeypatch, chosen):
+    """Past the windows, into the next turn, and where the conversation is taken back."""
+    install(monkeypatch, decoding)
+    model = make_family(family, tmp_path)
+    arguments, turn = sampling_arguments(model, chosen), list(range(40, 75))
+    for new in ([50, 61, 72], [90] * 9, [33] * 30):
+        answers = []
+        for answer in (theirs, ours):
+            torch.manual_seed(3)
+            answers.append(answer(model, [turn], stops=(), arguments=arguments, **({"capture": True} if answer is ours else {})))
+        assert answers[0] == answers[1]
+        turn = [*turn, *answers[0][0], *new]
+    assert Graph.replays > 60 and model not in decoding._given_up, decoding._given_up.get(model)
 
 
 # --- what it does not know, and what fails ------------------------------------------------------------------------

@@ -1,14 +1,7 @@
-"""The memory of captured steps, with a double of PyTorch's captures: it keeps count of pools, and runs out of memory.
-
-As in PyTorch a pool is given up with the last of its graphs, and whoever captures into it then meets an assertion.
-"""
+"""The memory of captured steps, with a double of PyTorch's captures that keeps count of pools, and runs out of memory."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import weakref
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,39 +15,10 @@ from gemma_tune.train.captured import MOST_TOO_LARGE, CapturedSteps, LearnedToke
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.loss import IGNORE_INDEX
+from support.graphs import Captures, install
 from support.listener import Said
 
 LENGTHS = 16, 32, 64
-
-
-class Graph:
-    replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-class Captures:
-    """Attributes: ``pools``, the graphs that live in each by its handle; ``order``, the handles captured into."""
-
-    def __init__(self):
-        self.pools: Counter = Counter()
-        self.order: list[int] = []
-        self.handles = 0
-
-    def handle(self) -> int:
-        self.handles += 1
-        return self.handles
-
-    @contextlib.contextmanager
-    def capturing(self, handle):
-        if handle in self.pools and not self.pools[handle]:
-            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
-        graph = Graph()
-        yield graph
-        self.pools[handle] += 1
-        self.order.append(handle)
-        weakref.finalize(graph, self.pools.subtract, {handle: 1})
 
 
 class Body(LearnedTokens):
@@ -65,7 +29,7 @@ class Body(LearnedTokens):
     """
 
     def __init__(self, limit: int = 1000, wrong: bool = False):
-        super().__init__(None)
+        super().__init__(torch.nn.Module())
         self.limit, self.wrong, self.made = limit, wrong, []
 
     def prepare(self, bucket: Bucket) -> None:
@@ -87,13 +51,7 @@ def part(length: int) -> dict:
 
 @pytest.fixture
 def cuda(monkeypatch) -> Captures:
-    found = Captures()
-    monkeypatch.setattr(captured, "capturing", found.capturing)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, gc.collect)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    return found
+    return install(monkeypatch, captured)
 
 
 def steps_of(body: Body, pool: Pool | None = None, lengths=LENGTHS, **how) -> tuple[CapturedSteps, Said]:

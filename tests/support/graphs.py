@@ -1,0 +1,148 @@
+"""CUDA graphs without a GPU: what a capture records is the list of operations, and a replay does them again.
+
+As on a GPU nothing is computed by a capture itself; a replay reads and writes the tensors that the capture saw, where they
+are then, in the modes (gradients, dropout) that were on when it was captured; and whatever looks at a number breaks a
+capture off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "aten.equal")
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what was changed that was there before
+        self.own: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(name in str(func) for name in LOOKS):
+            raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
+        for tensor in _changed(func, args, kwargs):
+            if _memory(tensor) not in self.own and _memory(tensor) not in self.before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.before[_memory(tensor)] = whole, whole.clone()
+        out = func(*args, **kwargs)
+        known = {_memory(t) for t in _tensors((args, kwargs))}
+        made = [t for t in _tensors(out) if _memory(t) not in known]
+        self.own |= {_memory(t) for t in made}
+        self.calls.append((func, args, kwargs, out if made else None))
+        return out
+
+    def undo(self) -> None:
+        for whole, copy in self.before.values():
+            whole.copy_(copy)
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += _tensors(given)
+    return found
+
+
+class Graph:
+    """What was captured.
+
+    Attributes:
+        replays: how often any was replayed.
+    """
+
+    replays = 0
+
+    def __init__(self, calls: list[tuple[Any, Any, Any, Any]], pool: int):
+        self._calls, self._pool = calls, pool
+
+    @property
+    def names(self) -> list[str]:
+        """Of the operations."""
+        return [str(func) for func, *_ in self._calls]
+
+    def pool(self) -> int:
+        return self._pool
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self._calls:
+            found = func(*args, **kwargs)
+            if out is None:
+                continue
+            for there, new in zip(_tensors(out), _tensors(found), strict=True):
+                if _memory(there) != _memory(new):
+                    there.copy_(new)
+        Graph.replays += 1
+
+
+class Captures:
+    """In place of :func:`gemma_tune.base.capturing.capturing` and of PyTorch's pools.
+
+    As in PyTorch a pool is given up with the last of its graphs, and whoever captures into it then meets an assertion.
+
+    Attributes:
+        pools: the graphs that live in each by its handle.
+        order: the handles captured into, and ``names`` the operations that were, one after the other.
+    """
+
+    def __init__(self) -> None:
+        self.pools: Counter = Counter()
+        self.order: list[int] = []
+        self.names: list[list[str]] = []
+        self.handles = 0
+
+    def handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    @contextlib.contextmanager
+    def capturing(self, pool: int | None = None) -> Iterator[Graph]:
+        handle = self.handle() if pool is None else pool
+        if handle in self.pools and not self.pools[handle]:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
+        recording = _Recording()
+        graph = Graph(recording.calls, handle)
+        try:
+            with recording, mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+                yield graph
+        finally:
+            recording.undo()
+        self.pools[handle] += 1
+        self.order.append(handle)
+        self.names.append(graph.names)
+        weakref.finalize(graph, self.pools.subtract, {handle: 1})
+
+
+def install(monkeypatch: Any, *modules: Any) -> Captures:
+    """Let these modules capture with this double."""
+    found, Graph.replays = Captures(), 0
+    for module in modules:
+        monkeypatch.setattr(module, "capturing", found.capturing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, gc.collect)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    return found

@@ -1,0 +1,78 @@
+"""Whole trainings as a GPU does them: captured and replayed steps, gradients at fixed places, figures that are read late,
+a fused optimiser that leaves steps out, and rounded copies of the adapter. What a GPU computes is done by a double."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands.test_preferences import log
+from train.test_captured_units import same_figures, trained_eagerly
+
+from gemma_tune.train import captured, elementwise, first_batch, job, kernels, trainer
+from gemma_tune.train.gradients import Gradients
+from gemma_tune.train.late import LateFigures
+from support import graphs
+from support.graphs import Captures, Graph
+
+
+class Late(LateFigures):
+    """One step late, without an event that a GPU would tell of."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._wait_for = 0
+
+    def read(self, everything: bool = False):
+        self._wait_for = 1
+        try:
+            return super().read(everything)
+        finally:
+            self._wait_for = 0
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> Captures:
+    """Trainings as on a GPU, from here on."""
+    found = graphs.install(monkeypatch, captured)
+    made, arguments = trainer.GemmaTrainer.__init__, job._arguments
+
+    def init(self, *args, **how):
+        made(self, *args, **how)
+        self.waits, self.figures = False, Late(torch.device("cpu"))
+        self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, True)
+
+    def fused(*args, **how):
+        made = arguments(*args, **how)
+        made.optim = "adamw_torch_fused"
+        return made
+
+    operations = SimpleNamespace(RMSNorm=elementwise.RMSNorm, Rotation=elementwise.Rotation)
+    monkeypatch.setattr(kernels, "_operations", lambda device: operations)
+    monkeypatch.setattr(trainer.GemmaTrainer, "__init__", init)
+    monkeypatch.setattr(job, "_arguments", fused)
+    monkeypatch.setattr(first_batch.FirstBatch, "_why_not_captured", lambda self: None)
+    return found
+
+
+@pytest.mark.parametrize("flags", [("--method", "sft"), (), ("--method", "kto")], ids=["sft", "dpo", "kto"])
+def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, flags):
+    """An evaluation comes before the first step, and has the training's largest shape captured."""
+    command = trained_eagerly(cli, tiny, tmp_path, 4, flags)
+    expected = log()
+    assert expected[0]["step"] == 0
+    request.getfixturevalue("as_on_a_gpu")
+    result = cli(*command)
+    assert result.code == 0, result.err
+    assert "cannot be captured" not in result.err and Graph.replays > 10
+    same_figures(expected, log())
+
+
+def test_a_step_has_its_dropout_and_an_evaluation_none(cli, tiny, data, as_on_a_gpu, monkeypatch):
+    made, learns = captured.CapturedSteps._made, []
+    monkeypatch.setattr(captured.CapturedSteps, "_made", lambda self, bucket: learns.append(self.backward) or made(self, bucket))
+    assert cli("prepare", data, "--model", tiny, "--valid", 4).code == 0
+    assert cli("train", "--epochs", 4, "--rank", 4, "--dtype", "fp32", "--dropout", 0.2, "--samples", 0).code == 0
+    assert set(learns) == {True, False}
+    assert [any("bernoulli" in name for name in names) for names in as_on_a_gpu.names] == learns
