@@ -8,6 +8,7 @@ import torch
 from gemma_tune.train import cuda_attention as attention
 from gemma_tune.train.cuda_attention import CANDIDATES, Kind, Shape, choose, choose_for, fastest_attention_or
 
+MILLISECONDS = attention._milliseconds
 CPU = torch.device("cpu")
 PLAIN = Shape(2, 4, 2, 24, 16, 16, torch.float32, None, CPU)
 
@@ -53,6 +54,39 @@ def test_no_candidate_is_no_choice(monkeypatch):
 
     monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": broken, "math": broken})
     assert choose(PLAIN, 0.25).name is None
+
+
+@pytest.mark.parametrize(("calling", "waits"), [(0.002, 0.002 * 5 * 1.5), (3.0, 0.2)], ids=["slow kernel", "call that waits"])
+def test_a_gpu_is_kept_waiting_for_python_and_never_for_long(monkeypatch, calling, waits):
+    """The kernel takes a second; Windows gives up a GPU that computes one for two."""
+    now, slept, slow = [0.0], [], [0.0]
+
+    def run():
+        now[0] += calling
+        slow[0] += 1.0  # of the GPU
+
+    def synchronize():
+        now[0] += slow[0]
+        slow[0] = 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = slow[0]
+
+        def synchronize(self):
+            synchronize()
+
+        def elapsed_time(self, other):
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: now[0])
+    for name, double in (("synchronize", synchronize), ("Event", Event), ("_sleep", slept.append)):
+        monkeypatch.setattr(torch.cuda, name, double)
+    assert MILLISECONDS(run) == pytest.approx(1000)
+    assert slept == [pytest.approx(waits * 2e9, abs=1)]
 
 
 class Module:
