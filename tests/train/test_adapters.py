@@ -104,17 +104,37 @@ def test_adapters_in_bf16_are_about_as_exact_as_the_librarys(device):
         assert relative(ours[name], expected) < min(8e-3, 3 * relative(theirs[name], expected) + 4e-3), name
 
 
-def test_a_4_bit_layer(device):
+def four_bit(device: str, dtype: torch.dtype) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
-    base = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
-    base.weight = bnb.nn.Params4bit((torch.randn(64, 64) / 8).bfloat16(), requires_grad=False, quant_type="nf4")
-    model = adapted(base=base.to(device)).to(device)
-    x = torch.randn(2, 5, 64).bfloat16().to(device)
+    base = bnb.nn.Linear4bit(64, 64, compute_dtype=dtype, quant_type="nf4")
+    base.weight = bnb.nn.Params4bit((torch.randn(64, 64) / 8).to(dtype), requires_grad=False, quant_type="nf4")
+    base.bias.data = base.bias.data.to(dtype)
+    return adapted(base=base.to(device)).to(device)
+
+
+def test_a_4_bit_layer(device):
+    model, x = four_bit(device, torch.bfloat16), torch.randn(2, 5, 64).bfloat16().to(device)
     theirs = results(model, x)
     with fast_layers(model) as counts:
         assert counts["adapters"] == 1
         ours = results(model, x)
     assert all(relative(ours[n], t) < 1e-2 for n, t in theirs.items())
+
+
+@pytest.mark.parametrize("kind", [four_bit, lambda device, dtype: adapted(dtype, base=nn.Linear(64, 64).to(dtype)).to(device)],
+                         ids=["4 bits", "16 bits"])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_fp16_whose_norms_hand_on_fp32(device, monkeypatch, kind, narrow):
+    """As LayerNorm does under autocast on a GPU, there without Triton's kernels as well."""
+    if not narrow:
+        monkeypatch.setattr(kernels, "_operations", lambda device: elementwise)
+    model, x = kind(device, torch.float16), torch.randn(2, 5, 64).to(device)
+    with torch.autocast(device, dtype=torch.float16):
+        theirs = results(model, x)
+        with fast_layers(model) as counts:
+            assert counts["adapters"] == 1
+            ours = results(model, x)
+    assert all(relative(ours[n], t) < 5e-3 for n, t in theirs.items())
 
 
 def test_a_step_of_the_optimiser_is_seen_without_being_told(device):
