@@ -17,11 +17,12 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
-from gemma_tune.models.quantised import refuse_untrainable
+from gemma_tune.models.quantised import in_four_bits, refuse_untrainable
 from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -112,6 +113,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                 trust_remote_code=False, output_loading_info=True, **extra)
         if not four_bit and shards == 1:
             model = model.to(placement.device)
+        if in_four_bits(config):
+            _compute_in(model, placement.dtype)
         with_decoder(model)
         # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
         # layout without a backward pass, whose return rounds the scales.
@@ -134,6 +137,21 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
                         problems[:20])
     return model
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """transformers leaves a checkpoint that is in 4 bits in the types that it was stored in, whatever is asked for."""
+    import torch
+
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
 
 
 def _row_after_row(head: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -22,13 +22,21 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
     Of a multimodal model the text model's own counts as well: Transformers takes it, and imports what it names.
     """
-    text = config.get("text_config") or {}
-    found = config.get("quantization_config") or text.get("quantization_config")
+    found = _settings(config)
     if not found:
         return "mlx" if config.get("quantization") else None
     if not isinstance(found, Mapping):
         return str(found)
     return str(found.get("quant_method") or ("mlx" if "group_size" in found else BITSANDBYTES))
+
+
+def in_four_bits(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's linear layers are those of ``--qlora`` already."""
+    return quantisation(config) == BITSANDBYTES and not _settings(config).get("load_in_8bit")
+
+
+def _settings(config: Mapping[str, Any]) -> Any:
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
 
 
 def sixteen_bit(model: BaseModel) -> str | None:

@@ -178,8 +178,8 @@ def _adapted(layer: Any, original: Callable, ours: Callable, x: torch.Tensor, *a
 
 def _fused(layer: Any, dense: Callable[[], torch.Tensor], rounded: Callable | None, x: torch.Tensor) -> torch.Tensor:
     name, weight = layer.active_adapters[0], layer.get_base_layer().weight
-    # Under autocast a norm may hand on fp32. A 4-bit weight is stored as whole numbers.
-    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype if weight.is_floating_point() else weight.quant_state.dtype)
+    # Under autocast a norm may hand on fp32. What a 4-bit weight is stored as says nothing.
+    rows = x.reshape(-1, x.shape[-1]).to(getattr(weight, "quant_state", weight).dtype)
     dropout = layer.lora_dropout[name]
     dropped = rows if isinstance(dropout, torch.nn.Identity) or not layer.training else dropout(rows)
     given = rows, dropped, dense, layer.get_base_layer().bias, *_factors(layer)

@@ -97,6 +97,25 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(cli, trained, tiny
     assert "bitsandbytes (Linux" not in raised.value.hint
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_it_computes_in_the_type_that_was_chosen(four_bit, dtype):
+    """A GPU without bf16 trains in fp32 on what was stored in bf16."""
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import Placement
+
+    model = load_model(four_bit, Placement("cpu", dtype, ""))
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert len(layers) == 14 and {p.dtype for p in model.parameters()} == {torch.uint8, dtype}
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, out: seen.extend([given[0].dtype, module.compute_dtype, out.dtype]))
+    ids = torch.arange(3, 30)[None]
+    logits = model(input_ids=ids).logits
+    assert set(seen) == {dtype} == {logits.dtype} and {layer.weight.quant_state.dtype for layer in layers} == {dtype}
+    exact = load_model(four_bit, Placement("cpu", torch.float32, ""))(input_ids=ids).logits
+    assert (logits.float() - exact).norm() < 0.03 * exact.norm()
+
+
 def test_prepare_says_what_merge_will_need(cli, four_bit, data):
     result = cli("prepare", data, "--model", four_bit)
     assert result.code == 0, result.err
