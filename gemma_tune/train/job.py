@@ -21,6 +21,7 @@ from gemma_tune.lora.layers import described_adapter, lora_config, not_adapted, 
 from gemma_tune.lora.load import import_peft
 from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.placement import Placement, available, best_device
+from gemma_tune.models.quantised import in_four_bits
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
@@ -140,11 +141,12 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
     # Processes on a CPU share its memory; each has a GPU to itself.
     share = processes.place().local_count if placement.device == "cpu" else 1
     room, sequences = available(placement.device) // share, sequences_of_a_row(session.config)
-    if before and session.config.micro_batch is None:
-        kept = choose(shape, replace(session.config, micro_batch=before), longest, placement.device, room, sequences)
+    config = replace(session.config, qlora=session.config.qlora or in_four_bits(session.model.config))
+    if before and config.micro_batch is None:
+        kept = choose(shape, replace(config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
             return shape, kept
-    return shape, choose(shape, session.config, longest, placement.device, room, sequences)
+    return shape, choose(shape, config, longest, placement.device, room, sequences)
 
 
 def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) -> None:

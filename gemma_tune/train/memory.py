@@ -63,6 +63,7 @@ class BatchChoice:
         fits: ``memory`` is within the share of ``available`` that may be used.
         reason: why so, in words.
         per_row: sequences of each conversation; a pair has two.
+        four_bit: the base is in 4 bits.
     """
 
     micro_batch: int
@@ -72,6 +73,7 @@ class BatchChoice:
     fits: bool
     reason: str
     per_row: int = 1
+    four_bit: bool = False
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
@@ -119,7 +121,8 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     """The most conversations at once that fit; activations are recomputed only if not even one fits otherwise.
 
     Args:
-        config: ``micro_batch`` and ``activation_checkpointing`` are kept where the user set them.
+        config: ``micro_batch`` and ``activation_checkpointing`` are kept where the user set them; ``qlora`` also
+            stands for a checkpoint that is in 4 bits.
         longest: tokens of the longest row.
         room: bytes that there are.
         per_row: sequences of each conversation; a pair has two.
@@ -130,7 +133,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards)
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
-                             per_row)
+                             per_row, config.qlora)
         first = first or choice
         if choice.fits:
             break
@@ -184,7 +187,7 @@ def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     ways = []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
-    if not config.qlora and memory.weights > memory.total / 4 and best_device() != "mps":
+    if not choice.four_bit and memory.weights > memory.total / 4 and best_device() != "mps":
         ways.append("--qlora keeps the weights in 4 bits")
     if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:
         shorter = max(64, int(longest * (room - fixed) / (memory.activations + memory.working)) // 64 * 64)

@@ -19,7 +19,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import lora_config, target_modules
 from gemma_tune.models import placement
 from gemma_tune.models.placement import USABLE
-from gemma_tune.train import kernels
+from gemma_tune.train import job, kernels
 from gemma_tune.train import memory as memory_module
 from gemma_tune.train import shape as model_shape
 from gemma_tune.train.kernels import fast_layers
@@ -175,6 +175,26 @@ def test_the_most_conversations_that_fit_and_recomputing_only_when_needed(batch,
     assert choice.fits == bool(plain or recomputed)
     assert choice.checkpointing == (not plain)
     assert choice.micro_batch == max(plain or recomputed or [1])
+
+
+@pytest.mark.parametrize(("flag", "stored", "four_bit"), [
+    (False, None, False), (True, None, True), (False, {"quant_method": "bitsandbytes", "load_in_4bit": True}, True),
+    (False, {"quant_method": "bitsandbytes", "load_in_8bit": True}, False)], ids=str)
+def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(monkeypatch, flag, stored, four_bit):
+    """A GPU that holds it and not the 16-bit model: no word of --qlora either."""
+    config = TrainConfig(batch_size=1, qlora=flag, activation_checkpointing=False)
+    needs = [estimate(FAKE, 1, 500, checkpointing=False, four_bit=packed, device="cuda").total for packed in (True, False)]
+    monkeypatch.setattr(job, "shape_of", lambda *_: FAKE)
+    monkeypatch.setattr(memory_module, "best_device", lambda: "cuda")
+    for text in (False, True):
+        monkeypatch.setattr(job, "available", lambda device: sum(needs) / 2 / USABLE)
+        found = {"quantization_config": stored} if stored else {}
+        session = SimpleNamespace(config=config, model=SimpleNamespace(path=None, config={"text_config": found} if text else found))
+        choice = job.fit(session, 500, placement.Placement("cuda", torch.bfloat16, ""))[1]
+        assert choice.fits == four_bit and choice.memory.total == needs[not four_bit]
+        monkeypatch.setattr(job, "available", lambda device: 10**9)
+        choice = job.fit(session, 500, placement.Placement("cuda", torch.bfloat16, ""))[1]
+        assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == (not four_bit)
 
 
 @same_examples(100)
