@@ -68,6 +68,7 @@ class PreferenceTrainer(GemmaTrainer):
         self._sums, self._evaluated = (torch.zeros(len(SUMS), device=self.accelerator.device) for _ in range(2))
         self.captured_divergence: CapturedSteps | None = None
         self._ratios = torch.zeros((), device=self.accelerator.device)  # log-ratios of answers to other prompts
+        self._measured = False  # whether that is known for the batch that is worked on
         self._mean = 1, 1  # units of the step, and tokens of good answers in it
         self._first: float | None = None  # log-probability of a chosen answer's token before the first step
         self._told = False
@@ -158,11 +159,19 @@ class PreferenceTrainer(GemmaTrainer):
         """Of what compares answers, and of the tokens of good ones."""
         return 1 / max(1, count), self.preference.imitation / self._mean[1]
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """See :meth:`GemmaTrainer.training_step`."""
+        self._measured = False
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _piecewise_step(self, model, inputs, count: int) -> None:
-        if self.settings.method == "kto":
+        # Once for a batch: where this one runs out of memory and tries again, other processes may not, and they measure
+        # together.
+        if self.settings.method == "kto" and not self._measured:
             with self.evaluating():
                 self._measure_divergence([inputs])
             self.model.train()
+            self._measured = True
         before = self._sums.clone()
         try:
             super()._piecewise_step(model, inputs, count)

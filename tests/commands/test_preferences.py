@@ -256,6 +256,30 @@ def test_memory_that_runs_out_halves_the_piece(cli, prepared, monkeypatch):
     assert result.json["summary"]["train_loss_last"] == pytest.approx(expected["train_loss_last"], rel=1e-4)
 
 
+def test_processes_measure_together_once_for_a_batch(cli, prepared, monkeypatch):
+    """KTO's z: where one of them runs out of memory and begins a batch again, the others would not hear of it."""
+    step, piecewise, measured, failed = GemmaTrainer.training_step, GemmaTrainer._piecewise_step, [], []
+    measure = PreferenceTrainer._measure_divergence
+
+    def full(self, model, inputs, count):
+        piecewise(self, model, inputs, count)
+        if self.micro_batch > 1:
+            failed.append(self.micro_batch)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def counted(self, *given):
+        before = len(measured)
+        done = step(self, *given)
+        assert len(measured) == before + 1
+        return done
+
+    monkeypatch.setattr(GemmaTrainer, "_piecewise_step", full)
+    monkeypatch.setattr(GemmaTrainer, "training_step", counted)
+    monkeypatch.setattr(PreferenceTrainer, "_measure_divergence", lambda self, *given: measured.append(1) or measure(self, *given))
+    result = cli("train", *FLAGS, "--method", "kto", "--max-steps", 3)
+    assert result.code == 0 and failed == [4, 2] and len(measured) > 4, result.err
+
+
 @pytest.mark.parametrize(("method", "strategy"), [("dpo", "ddp"), ("kto", "ddp"), ("dpo", "fsdp")])
 def test_two_processes_learn_the_same(cli, prepared, method, strategy):
     together = shutil.copytree(prepared, prepared.with_name("together"))
