@@ -15,12 +15,11 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.encoding.templates import OWN, named_template
-from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.stage import ExportReport, check_target
 from gemma_tune.merge.base import require_base
+from gemma_tune.prepare.stage import chat_format
 from gemma_tune.report.page import write_report
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.exportable import refuse_unexportable
@@ -99,9 +98,7 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
     if "export-ollama" in session.manifest.stages:
         return
     model, converter = session.model, request.settings("export-ollama").converter
-    named = request.settings("prepare").chat_template
-    template = None if named == OWN else named_template(named) if named else session.chat_template()
-    chat = load_format(model.path, model.config["model_type"], template=template)
+    chat = chat_format(session)
     try:
         refuse_unexportable(model, chat, converter=converter is not None)
     except UserError as e:

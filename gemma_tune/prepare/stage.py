@@ -20,6 +20,7 @@ import numpy as np
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import last_name
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
@@ -63,8 +64,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
         return kept
     session = _with_template(_as_before(session))
     sources, held_out = _sources(session)
-    named = session.config.chat_template
-    template = named_template(named) if named else None
+    named, template = session.config.chat_template, named_template(session.config.chat_template)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
@@ -81,6 +81,20 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     if preview:
         _preview(session, preview, report.summary.get("kind"), template)
     return report
+
+
+def chat_format(session: Session) -> ChatFormat:
+    """What :func:`prepare` would make of this session's conversations; nothing is said or written.
+
+    Raises:
+        UserError: as of :func:`gemma_tune.encoding.tokenizer.load_format`.
+    """
+    session = _with_template(_as_before(replace(session, listener=Listener())))
+    return _loaded(session, named_template(session.config.chat_template))
+
+
+def _loaded(session: Session, template: Path | None) -> ChatFormat:
+    return load_format(session.model.path, session.model.config["model_type"], session.config.thinking, template)
 
 
 def _warn_of_stopped(session: Session) -> None:
@@ -117,8 +131,8 @@ def _as_before(session: Session) -> Session:
     changes["data"] = tuple(session.run.found(name) for name in before["data"]["value"])
     if isinstance(changes.get("valid"), str):
         changes["valid"] = session.run.found(changes["valid"])
-    if (template := changes.get("chat_template")) and template not in NAMED:
-        changes["chat_template"] = session.run.found(template)
+    if template := changes.get("chat_template"):
+        changes["chat_template"] = _found(session, template)
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
     if others := {name: value for name, value in changes.items() if name != "data"}:
@@ -135,8 +149,15 @@ def _with_template(session: Session) -> Session:
     if not before or "chat_template" in session.given or not session.config.data:
         return session
     session.listener.note(f"chat template: {before}, as before; --chat-template {OWN} is the model's")
-    kept = before if before in NAMED else session.run.found(before)
-    return replace(session, resolved=session.resolved.but({"chat_template": kept}, record))
+    return replace(session, resolved=session.resolved.but({"chat_template": _found(session, before)}, record))
+
+
+def _found(session: Session, template: str) -> str:
+    """A chat template that was recorded, as one names it now: where its file is gone, the run's own copy."""
+    if template in NAMED:
+        return template
+    place, copy = session.run.found(template), session.run.chat_template
+    return str(copy) if copy.exists() and not os.path.exists(place) else place
 
 
 def _without_its_files(session: Session) -> StageReport | None:
@@ -199,7 +220,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
              foretell: bool) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
-    chat = load_format(session.model.path, session.model.config["model_type"], config.thinking, template)
+    chat = _loaded(session, template)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     if foretell:
         _foretell_export(session, chat)
@@ -244,7 +265,7 @@ def _foretell_export(session: Session, chat: ChatFormat) -> None:
 
 def _preview(session: Session, count: int, kind: str | None, template: Path | None) -> None:
     """The first training sequences as training sees them, of pairs both: text in pieces, each learned or not."""
-    chat = load_format(session.model.path, session.model.config["model_type"], session.config.thinking, template)
+    chat = _loaded(session, template)
     sequences = open_tokens(session.run.tokens / "train.arrow")
     marks = answers_of(sequences)
     names = _ANSWERS.get(kind, {})

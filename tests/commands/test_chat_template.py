@@ -64,6 +64,12 @@ def test_a_file_is_known_by_its_content_and_the_run_has_a_copy(cli, base, chats,
     assert cli("prepare", "--json").json["status"] == "up-to-date", "as where data are gone"
     assert cli("train", "--max-steps", 1, "--samples", 0).code == 0
     assert "=== " in Path("runs/plain/plain_lora_adapter/chat_template.jinja").read_text()
+    other = cli("prepare", write_rows(tmp_path / "other.jsonl", rows(14)[2:]), "--json")
+    assert other.code == 0 and other.json["status"] == "done", other.err
+    assert "chat template: ../../mine.jinja, as before" in other.err, "of which the run has a copy"
+    assert Path("runs/plain/data/chat_template.jinja").read_text() == "{# mine #}" + OWN
+    assert cli("prepare", "--json").json["status"] == "up-to-date"
+    assert cli("status", "--json").json["stages"]["prepare"]["state"] == "done"
 
 
 def test_a_models_own_template_is_replaced_where_that_is_wanted(cli, tiny, chats, tmp_path):

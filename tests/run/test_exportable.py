@@ -66,6 +66,17 @@ def test_it_is_told_when_data_are_prepared_and_refused_by_a_whole_run(cli, model
     assert "for later" not in cli("prepare", conversations).err, "nothing new"
 
 
+def test_a_whole_run_looks_at_the_template_that_it_will_prepare_with(cli, model, conversations, tmp_path):
+    base, mine = model("qwen2"), tmp_path / "mine.jinja"
+    mine.write_text(TURNS)
+    assert cli("prepare", conversations, "--model", base, "--chat-template", mine).code == 0
+    mine.write_text(ODD)
+    for again in ((), (conversations,)):
+        whole = cli("run", *again)
+        assert whole.code == 2 and "`run` ends with an export, which will not take m: " in whole.err, again
+        assert ODD not in Path("runs/m/data/chat_template.jinja").read_text(), "nothing was prepared"
+
+
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
     base = model("qwen2", model_type="stablelm", architectures=["StableLmForCausalLM"])
     result = cli("prepare", conversations, "--model", base, "--json")

@@ -26,8 +26,10 @@ NAMED = (ENDING_WITH_EOS, "chatml")
 OWN = "own"  # the model's, again
 
 
-def named_template(name: str) -> Path:
-    """The Jinja file that ``--chat-template`` means: one of ``NAMED``, or the user's own."""
+def named_template(name: str | None) -> Path | None:
+    """The Jinja file that ``--chat-template`` means: one of ``NAMED``, or the user's own; None for the model's."""
+    if name in (None, OWN):
+        return None
     return Path(__file__).with_name(f"{name}.jinja") if name in NAMED else Path(os.path.expanduser(name))
 
 
