@@ -59,11 +59,12 @@ class HubError(UserError):
         kind: ``bad_id``, ``no_token``, ``bad_token``, ``licence``, ``token_scope``, ``not_found``,
             ``revision_not_found``, ``offline``, ``disk_full``, ``quota``, ``server``, ``bad_repo`` or ``cache``.
         detail: the library's exception in its own words, for ``--debug``.
+        unseen: nobody has said that there is such a repository; the name may have been meant otherwise.
     """
 
-    def __init__(self, kind: str, message: str, hint: str, detail: str = ""):
+    def __init__(self, kind: str, message: str, hint: str, detail: str = "", *, unseen: bool = False):
         super().__init__(message, hint)
-        self.kind, self.detail = kind, redact(detail)
+        self.kind, self.detail, self.unseen = kind, redact(detail), unseen
         if kind in ("offline", "disk_full", "quota", "server"):  # nothing was wrong with the input
             self.exit_code = WORK_FAILED
 
@@ -230,6 +231,8 @@ _FAILURES = {  # case: kind, message, hint
     "bad repo": ("bad_repo", "{id} {why}", "choose another model, or see {page}"),
 }
 
+_UNSEEN = ("bad id", "not visible", "not found", "forbidden", "unreachable")
+
 
 def hub_error(case: str, request: Request, why: str = "") -> HubError:
     """Fill in a case's message and hint."""
@@ -245,7 +248,7 @@ def hub_error(case: str, request: Request, why: str = "") -> HubError:
         "mirror": "HF_ENDPOINT is set: check it" if os.environ.get("HF_ENDPOINT") else
                   f"where {request.endpoint} is blocked, set HF_ENDPOINT to a mirror that you trust",
     }
-    return HubError(kind, message.format(**words), hint.format(**words))
+    return HubError(kind, message.format(**words), hint.format(**words), unseen=case in _UNSEEN)
 
 
 def explained(request: Request, work: Callable[[], T]) -> T:

@@ -30,10 +30,10 @@ from gemma_tune.base.files import (
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.lora.config import refuse_embedded_adapter
+from gemma_tune.models.nearby import SUFFIX, is_model, is_path, meant, written_otherwise
 from gemma_tune.models.whole import conversion, refuse_damaged_copy
 
 DEMO = "demo"
-SUFFIX = ".gguf"
 _CHECK = "check the path given to --model"
 _PARTS = "split.count"  # how many files a GGUF was divided into
 _PROJECTOR = "mmproj"  # how GGUF files of what sees pictures are called, which lie beside a model's
@@ -90,34 +90,30 @@ def locate(model_id: str, revision: str | None, listener: Listener,
         known: the manifest's record of the same model, which saves reading unchanged weights again.
 
     Raises:
-        UserError: not found, no access, not a usable checkpoint; hub failures are told apart.
+        UserError: not found, no access, not a usable checkpoint; hub failures are told apart. A name that the hub may
+            not have is also told not to be a directory, with the models here that are called nearly so.
     """
     path = Path(os.path.expanduser(model_id))
-    if model_id == DEMO and not _is_model(path):
+    if model_id == DEMO and not is_model(path):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener, known), listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
     if os.path.exists(path):
         return _from_file(model_id, path, listener, known)
-    if path.suffix.lower() == SUFFIX:
-        raise UserError(f"there is no file {model_id}", _CHECK)
     if is_path(model_id):
-        raise UserError(f"there is no directory {model_id}", _CHECK)
+        what = "file" if path.suffix.lower() == SUFFIX else "directory"
+        raise UserError(f"there is no {what} {model_id}", meant(path) or _CHECK + written_otherwise(model_id))
     if "/" not in model_id and nearest(model_id.lower(), [DEMO], least=0.7):
         raise UserError(f"there is no model {model_id}", f"did you mean --model {DEMO}?")
-    return _from_hub(model_id, revision, listener, weights)
+    from gemma_tune.hub.access import HubError
 
-
-def is_path(model_id: str) -> bool:
-    """Whether a ``--model`` is a file or directory by its looks, whether there is one or not."""
-    looks_local = os.path.isabs(os.path.expanduser(model_id)) or model_id.startswith((".", "~"))
-    return (looks_local or model_id.endswith(("/", os.sep)) or Path(model_id).suffix.lower() == SUFFIX
-            or model_id.count("/") > 1 and "://" not in model_id)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a directory holds what it is called after, and not only something else of that name."""
-    return os.path.isdir(folder) and (os.path.exists(folder / "config.json") or any(folder.glob(f"*{SUFFIX}")))
+    try:
+        return _from_hub(model_id, revision, listener, weights)
+    except HubError as e:
+        if known or not e.unseen or "://" in model_id:
+            raise
+        hint = f"{near} otherwise {e.hint}" if (near := meant(path)) else e.hint
+        raise HubError(e.kind, f"{e.message}, and there is no directory {model_id} here", hint, e.detail) from None
 
 
 def split_revision(model_id: str) -> tuple[str, str | None]:

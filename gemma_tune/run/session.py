@@ -30,8 +30,9 @@ from gemma_tune.config.settings import (
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
 from gemma_tune.lora.files import how_to_name_base, named_base
+from gemma_tune.models.nearby import is_path
 from gemma_tune.models.quantised import quantisation
-from gemma_tune.models.source import BaseModel, is_path, locate, recorded_id, split_revision
+from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
 from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
 from gemma_tune.run.foreign import refuse_occupied
 from gemma_tune.run.lock import finish_killed

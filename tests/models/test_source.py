@@ -284,6 +284,63 @@ def test_names_that_cannot_be_paths(cli, data, model):
     assert "Error:" in done.err and "unexpected" not in done.err
 
 
+@pytest.mark.parametrize(("model", "said", "hint"), [
+    ("./modles/my-model", "there is no directory ./modles/my-model", "did you mean models/my-model?"),
+    ("{here}/models/my-modle", "there is no directory {here}/models/my-modle", "did you mean {here}/models/my-model?"),
+    (".\\Models\\My-Model", "there is no directory .\\Models\\My-Model", "did you mean models/my-model?"),
+    ("C:/models/other", "there is no directory C:/models/other", "this system writes paths with / and without drives"),
+    ("models/mine.gguf", "there is no file models/mine.gguf", "did you mean models/mien.gguf?"),
+    ("~/my-mdel", "there is no directory ~/my-mdel", "did you mean {here}/my-model or {here}/models?"),
+    ("models/empty-one/", "there is no directory models/empty-one/", "check the path given to --model"),
+    ("my-models/x y", "'my-models/x y' is not a model id, and there is no directory my-models/x y here", "organisation/name")])
+def test_a_path_that_leads_nowhere_is_told_from_a_hub(cli, tiny, data, tmp_path, monkeypatch, model, said, hint):
+    (tmp_path / "models" / "empty-ones").mkdir(parents=True)
+    (tmp_path / "models" / "mien.gguf").write_bytes(b"GGUF")
+    for place in ("models/my-model", "my-model"):
+        (tmp_path / place).symlink_to(tiny)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = cli("prepare", data, "--model", model.format(here=tmp_path), "--run", "r")
+    assert result.code == 2 and said.format(here=tmp_path) in result.err, result.err
+    assert hint.format(here=tmp_path) in result.err and "reached" not in result.err
+
+
+@pytest.mark.parametrize(("state", "token", "asks"), [("unreachable", None, "check the connection"), ("missing", None, "log in with"),
+                                                      ("missing", "hf_valid", "check the spelling"), ("forbidden", None, "unset HF_HUB_OFFLINE")])
+def test_what_the_hub_does_not_have_may_be_a_directory_with_a_typo(cli, tiny, data, tmp_path, monkeypatch, state, token, asks):
+    Path("models").mkdir()
+    Path("models/my-model").symlink_to(tiny)
+    with LoopbackHub() as hub:
+        hub.add_token("hf_valid")
+        hub.isolate(monkeypatch, tmp_path / "home", token=token)
+        if state == "unreachable":
+            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        if state == "forbidden":
+            monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        near = cli("prepare", data, "--model", "models/my-modle", "--run", "r", "--json")
+        other = cli("prepare", data, "--model", "acme/chat", "--run", "r", "--json")
+    assert "models/my-modle" in near.json["error"]["message"]
+    for result, model in ((near, "models/my-modle"), (other, "acme/chat")):
+        assert f", and there is no directory {model} here" in result.json["error"]["message"], result.err
+        assert asks in result.json["error"]["hint"]
+    assert near.json["error"]["hint"].startswith("did you mean models/my-model? otherwise ")
+    assert "did you mean" not in other.json["error"]["hint"]
+
+
+def test_no_directory_is_missed_where_the_hub_has_such_a_repository(cli, tiny, data, tmp_path, monkeypatch):
+    with LoopbackHub() as hub:
+        hub.add_repo("models/my-modle", tiny, gated=True)
+        hub.isolate(monkeypatch, tmp_path / "home")
+        gated = cli("prepare", data, "--model", "models/my-modle")
+        hub.add_repo("acme/chat", tiny)
+        assert cli("prepare", data, "--model", "acme/chat").code == 0
+        shutil.rmtree(tmp_path / "home")
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        known = cli("prepare", data, "--force", "--run", "runs/chat")
+    assert "is gated" in gated.err and "there is no directory" not in gated.err
+    assert "acme/chat could not be downloaded" in known.err and "there is no directory" not in known.err
+
+
 def test_files_that_are_no_model(cli, data, tmp_path):
     cases = {
         "no-such-dir/": "there is no directory",
