@@ -31,6 +31,10 @@ class Endless(TemplateRuntimeError):
     """A template that makes more of a conversation than anybody needs."""
 
 
+class Slow(UserError):
+    """A template that takes longer than anybody waits."""
+
+
 class Bounded:
     """A compiled template whose rendering ends.
 
@@ -48,7 +52,7 @@ class Bounded:
 
         Raises:
             jinja2.TemplateError: the template refuses it, or makes too much of it (:class:`Endless`).
-            UserError: it takes too long.
+            Slow: it takes too long.
         """
         self._environment.budget.begin()
         try:
@@ -67,9 +71,7 @@ class _Budget:
     def tick(self, _: None) -> str:
         """What each turn of a loop begins with, as a filter: these are called without Jinja's checks."""
         if time.monotonic() > self.end:
-            # So would every other conversation: it is no row's fault.
-            raise UserError(f"the model's chat template cannot be used: it takes more than {MOST_SECONDS:g} seconds",
-                            "mend its chat_template.jinja, or use another model")
+            raise Slow(f"it takes more than {MOST_SECONDS:g} seconds", "mend the chat template, or use another model")
         return ""
 
     def spend(self, size: int) -> None:

@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.bounds import Slow
 from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
 from gemma_tune.encoding.left_out import (
     CALL,
@@ -30,7 +33,7 @@ from gemma_tune.encoding.left_out import (
     refuse_lost_question,
 )
 from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
-from gemma_tune.encoding.rendering import compiled
+from gemma_tune.encoding.rendering import compiled, line_of
 from gemma_tune.encoding.templates import ENDING_WITH_EOS, NAMED, family_template
 from gemma_tune.encoding.thinking import (
     NO_REASONING,
@@ -56,6 +59,7 @@ class ChatFormat:
         other_stop_ids: ids that end an answer by the model's generation settings (Llama 3 has three).
         thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is.
         template: Jinja source in the place of the tokenizer's own.
+        named: what that is called in messages, such as its file.
 
     Raises:
         UserError: no template known, several of which none is `default`, one that does not end an assistant's turn, one
@@ -63,13 +67,14 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto",
-                 template: str | None = None):
+                 template: str | None = None, named: str = "that was named"):
         self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")
         self._is_named = template is not None
         self.template_origin = "the one that was named" if self._is_named else "the model's own"
+        self._called = f"the chat template {named}" if self._is_named else "the model's chat template"
         if template is not None:
             tokenizer.chat_template = template
         if not tokenizer.chat_template:
@@ -87,7 +92,10 @@ class ChatFormat:
         tokenizer.chat_template = with_thinking(tokenizer.chat_template, thinking)
         self.template: str = tokenizer.chat_template
         self._labeller = Labeller(tokenizer)
-        self._compiled = _compiled(self.template)
+        try:
+            self._compiled = compiled(self.template)
+        except TemplateError as e:
+            raise self._unusable(e) from e
         self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
         self.folds_system = self._takes_thoughts_out = self._opens_thoughts = False
         self.folds_system = not self._shows_system()
@@ -109,7 +117,7 @@ class ChatFormat:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._compiled = _compiled(self.template)
+        self._compiled = compiled(self.template)
 
     def has_unthought(self, messages: Messages, train_on: str = "all") -> bool:
         """Whether an answer without reasoning is to be learned behind a thought that the prompt begins."""
@@ -274,13 +282,13 @@ class ChatFormat:
 
     def _render(self, turns: Messages, tools: Tools = None, prompt: bool = False) -> str:
         """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
-        from jinja2 import TemplateError
-
         if not turns:
             raise FormatError("the chat template refuses it: nothing stands before the assistant's turn")
         try:
             return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
                                          **self._variables)
+        except Slow as e:  # so would every other conversation: it is no row's fault
+            raise self._unusable(e) from e
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                 RecursionError) as e:
             with_tools = bool(tools) or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
@@ -313,17 +321,16 @@ class ChatFormat:
         try:
             prompt, full = self.render([question], prompt=True), self.render([question, answer])
         except FormatError as e:
-            raise _unusable(e) from e
+            raise self._unusable(e.__cause__ or e) from e
         try:
             head, _, tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")
         except FormatError as e:
-            raise UserError(str(e), "such a model cannot be trained faithfully; use one whose chat template has no "
-                                    "such case") from e
+            raise self._unusable(e) from e
         if special := self._special_ids(tail):
             if self._is_named:
                 self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
             return special[0]
-        raise UserError("the chat template does not end an assistant's turn with a special token, so a model trained "
+        raise UserError(f"{self._called} does not end an assistant's turn with a special token, so a model trained "
                         "on it could never stop", "use a model whose template marks the end of a turn, or another "
                         f"template: --chat-template {ENDING_WITH_EOS} ends it with the tokenizer's end of text")
 
@@ -337,13 +344,19 @@ class ChatFormat:
             UserError: the answer would have marks in it that are meant to stand around it.
         """
         if head.strip() and prompt == self.render([QUESTION]):
-            raise UserError(f"the chat template does not ask for an answer (add_generation_prompt), so that each would "
+            raise UserError(f"{self._called} does not ask for an answer (add_generation_prompt), so that each would "
                             f"begin with {head!r}", "let it end with what stands before an answer where "
                                                     "add_generation_prompt is true")
         if behind.strip():
-            raise UserError(f"the chat template writes {behind.strip()!r} behind an answer, which is no special token "
+            raise UserError(f"{self._called} writes {behind.strip()!r} behind an answer, which is no special token "
                             "of this model: it would be a part of each answer",
                             f"use a template that is made for its vocabulary, or --chat-template {ENDING_WITH_EOS}")
+
+    def _unusable(self, error: BaseException) -> UserError:
+        line = line_of(error)
+        mend = "mend it, or use another" if self._is_named else "mend its chat_template.jinja, or give it another"
+        return UserError(f"{self._called} cannot be used: {f'line {line}: ' if line else ''}{error}",
+                         f"{mend}: gemma-tune prepare … --chat-template {', '.join(NAMED)} or a Jinja file")
 
     def _find_calls_end(self) -> int | None:
         """The special token that ends a turn with tool calls, as far as the template has these.
@@ -364,20 +377,6 @@ class ChatFormat:
         """The special tokens in a text, less those that stand for white space."""
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return [i for i in self._labeller.ids(text) if i in special and self.tokenizer.decode([i]).strip()]
-
-
-def _compiled(template: str) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return compiled(template)
-    except TemplateError as e:
-        raise _unusable(e) from e
-
-
-def _unusable(error: Exception) -> UserError:
-    return UserError(f"the model's chat template cannot be used: {error}",
-                     "mend its chat_template.jinja, or use another model")
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

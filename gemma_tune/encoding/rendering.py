@@ -6,6 +6,7 @@ What training rendered, what the GGUF carries and what Ollama's TEMPLATE is deri
 from __future__ import annotations
 
 import functools
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +25,9 @@ def compiled(template: str) -> Bounded:
     from gemma_tune.encoding.bounds import Bounded
 
     return Bounded(_compile_jinja_template("").environment, template)
+
+
+def line_of(error: BaseException) -> int | None:
+    """The line of a template that an exception of its compilation or rendering comes from; None where none is known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return getattr(error, "lineno", None) or (lines[-1] if lines else None)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,14 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.refusals import require_readable
-from gemma_tune.base.words import near
+from gemma_tune.base.words import near, nearest
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.templates import NAMED
+from gemma_tune.encoding.templates import NAMED, shown
 
 _TEMPLATES = (f"gemma-tune prepare --chat-template takes {', '.join(NAMED)}, or a file with a Jinja template, such as "
               "a chat_template.jinja")
+
+_OF_GO = re.compile(r"\{\{-?\s*(?:(?:if|range|with|else|end|define|template)\b|[.$][A-Za-z])")
 
 
 def quiet_libraries() -> None:
@@ -46,8 +52,10 @@ def load_format(checkpoint: Path, model_type: str, thinking: str = "auto", templ
         UserError: no tokenizer there, a file that cannot be read, no chat template for it, or one that cannot switch
             thinking on.
     """
-    own = None if template is None else read_template(template)
-    return ChatFormat(load_tokenizer(checkpoint), model_type, _stop_ids(checkpoint), thinking, own)
+    tokenizer, stop_ids = load_tokenizer(checkpoint), _stop_ids(checkpoint)
+    if template is None:
+        return ChatFormat(tokenizer, model_type, stop_ids, thinking)
+    return ChatFormat(tokenizer, model_type, stop_ids, thinking, read_template(template), shown(template))
 
 
 def read_template(path: Path) -> str:
@@ -61,11 +69,28 @@ def read_template(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or "it is no text"
-        meant = near(path.name.lower(), NAMED)
-        raise UserError(f"the chat template {path} cannot be read: {why}{meant}", _TEMPLATES) from e
+        raise UserError(f"the chat template {path} cannot be read: {why}{_meant(path)}", _TEMPLATES) from e
     if "{" not in text:
         raise UserError(f"{path} is no chat template: there is no Jinja in it", _TEMPLATES)
+    if "{%" not in text and _OF_GO.search(text):
+        raise UserError(f"{path} is no Jinja, but a template of Go's, as Ollama has them", _TEMPLATES)
+    with contextlib.suppress(ValueError, RecursionError):
+        inside = "chat_template" in json.loads(text)
+        name = shlex.quote(str(path))
+        raise UserError(f"{path} is JSON, and no chat template" + (", though it holds one" if inside else ""),
+                        f"save that by itself: jq -r .chat_template {name} > chat_template.jinja" if inside else
+                        _TEMPLATES)
     return text
+
+
+def _meant(path: Path) -> str:
+    """The end of a message about a template that cannot be read: a name of ours, or a file beside it or in it."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.jinja"))
+        return f"; did you mean {inside[0]}?" if inside else ""
+    beside = {file.name: str(file) for file in path.parent.glob("*.jinja")}
+    return near(path.name.lower(), NAMED) or "".join(f"; did you mean {beside[name]}?"
+                                                     for name in nearest(path.name, beside))
 
 
 @loading("the tokenizer")

@@ -99,11 +99,28 @@ def test_a_template_of_another_model_is_refused_before_its_marks_are_learned(cli
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("gone.jinja", None, "gone.jinja"), ("words.jinja", b"hello", "there is no Jinja in it"), ("bytes.jinja", b"\xff\xfe{", "it is no text"),
-    ("broken.jinja", b"{% for %}", "the model's chat template cannot be used"),
+    ("broken.jinja", b"{{ bos_token }}\n{% for %}", "the chat template broken.jinja cannot be used: line 2: Expected an expression"),
+    ("typo.jinja", b"\n\n{% for m in messages %}{{ m.contents + eos_token }}{% endfor %}",
+     "the chat template typo.jinja cannot be used: line 3: 'dict object' has no attribute 'contents'"),
+    ("stern.jinja", b"{% for m in messages %}\n{{ raise_exception('no') }}{% endfor %}", "stern.jinja cannot be used: line 2: no"),
+    ("odd.jinja", b"{% for m in messages %}{{ loop.length }}{{ m.content + eos_token }}{% endfor %}", "odd.jinja cannot be used: the chat template is not prefix-consistent"),
+    ("ollama.jinja", b"{{ if .System }}{{ .System }}{{ end }}", "ollama.jinja is no Jinja, but a template of Go's"),
+    ("tokenizer_config.json", b'{"chat_template": "{% for m in messages %}"}', "jq -r .chat_template tokenizer_config.json > chat_template.jinja"),
+    ("plain", None, "Is a directory; did you mean plain/chat_template.jinja?"), ("seperate.jinja", None, "did you mean separate.jinja?"),
     ("Alpaca", None, "did you mean `alpaca`?"),
     ("chatml", None, "does not end an assistant's turn with a special token")])
 def test_what_cannot_be_used_is_told(cli, base, chats, tmp_path, name, content, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
+    for place in ("separate.jinja", "plain/chat_template.jinja"):
+        (tmp_path / place).write_text(OWN)
     result = cli("prepare", chats, "--model", base, "--chat-template", name)
-    assert result.code == 2 and said in " ".join(result.err.split()) and "Hint:" in result.err
+    assert result.code == 2 and said in " ".join(result.err.split()) and "Hint:" in result.err, result.err
+    assert "the model's chat template" not in result.err
+
+
+def test_the_models_own_broken_template_is_told_with_its_line(cli, base, chats):
+    (base / "chat_template.jinja").write_text("{{ bos_token }}\n\n{% for m in messages %}{{ m.contents + eos_token }}{% endfor %}")
+    result = cli("prepare", chats, "--model", base)
+    assert result.code == 2 and "the model's chat template cannot be used: line 3: 'dict object' has no attribute 'contents'" in result.err
+    assert "mend its chat_template.jinja, or give it another: gemma-tune prepare … --chat-template" in result.err

@@ -75,4 +75,4 @@ def test_a_model_whose_template_loops_ends_the_command(tiny, tmp_path, cli, data
     shutil.copytree(tiny, model)
     (model / "chat_template.jinja").write_text(BOMBS["loops"])
     result = cli("prepare", data, "--model", model)
-    assert result.code == 2 and "the model's chat template cannot be used: it takes more than 0.05 seconds" in result.err
+    assert result.code == 2 and "the model's chat template cannot be used: line 1: it takes more than 0.05 seconds" in result.err

@@ -33,6 +33,11 @@ def named_template(name: str | None) -> Path | None:
     return Path(__file__).with_name(f"{name}.jinja") if name in NAMED else Path(os.path.expanduser(name))
 
 
+def shown(template: Path) -> str:
+    """What people call a template's file."""
+    return template.stem if template == named_template(template.stem) else str(template)
+
+
 def family_template(model_type: str) -> str | None:
     """The family's chat template (Jinja source), or None for other families."""
     name = _FILES.get(model_type)
