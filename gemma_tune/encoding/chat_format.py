@@ -11,6 +11,7 @@ a conversation becomes several sequences, each with the prompt that the model wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import counted
 from gemma_tune.encoding.bounds import Slow
 from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
 from gemma_tune.encoding.left_out import (
@@ -47,6 +49,7 @@ from gemma_tune.encoding.thinking import (
 )
 from gemma_tune.encoding.white_space import REASONING, divided, written_margins
 
+_MARK = re.compile(r"<\|?\w+\|?>")
 _MOST_MARGINS = 1000  # kinds of white space around texts that are remembered
 
 
@@ -75,6 +78,7 @@ class ChatFormat:
         self._is_named = template is not None
         self.template_origin = "the one that was named" if self._is_named else "the model's own"
         self._called = f"the chat template {named}" if self._is_named else "the model's chat template"
+        self._has_own = bool(tokenizer.chat_template or family_template(model_type))
         if template is not None:
             tokenizer.chat_template = template
         if not tokenizer.chat_template:
@@ -83,8 +87,7 @@ class ChatFormat:
         if not tokenizer.chat_template:
             raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
                             "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one, "
-                            "beside your data and --model: gemma-tune prepare … --chat-template "
-                            f"{' or '.join(NAMED)}, or a Jinja file")
+                            f"beside your data and --model: gemma-tune prepare … --chat-template {self._fitting()}")
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
@@ -330,9 +333,26 @@ class ChatFormat:
             if self._is_named:
                 self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
             return special[0]
-        raise UserError(f"{self._called} does not end an assistant's turn with a special token, so a model trained "
-                        "on it could never stop", "use a model whose template marks the end of a turn, or another "
-                        f"template: --chat-template {ENDING_WITH_EOS} ends it with the tokenizer's end of text")
+        raise self._endless(tail)
+
+    def _endless(self, tail: str) -> UserError:
+        """What to say of a template that writes ``tail``, in which no token is special, behind an answer."""
+        mark, eos = next(iter(tail.split()), ""), self.tokenizer.eos_token
+        what = (f"ends an assistant's turn with {mark!r}, which is no special token of this model but "
+                f"{counted(len(self._labeller.ids(mark)), 'token')} of text"
+                if mark else "does not end an assistant's turn with a special token")
+        own = "leave --chat-template out, as this model has a template; or " if self._is_named and self._has_own else ""
+        other = (f"use --chat-template {ENDING_WITH_EOS}, or a Jinja file that writes eos_token behind an answer: both "
+                 f"end it with this tokenizer's {eos}; or " if eos else "")
+        fit = f"vocabulary has {mark}" if mark and self._is_named else "template marks the end of a turn"
+        return UserError(f"{self._called} {what}, so a model trained on it could never stop",
+                         f"{own}{other}train another model, one whose {fit}")
+
+    @cached_property
+    def marks_of_others(self) -> list[str]:
+        """What a named template writes like a special token, and is none of this model: several tokens of text."""
+        marks = dict.fromkeys(_MARK.findall(self.render([QUESTION], prompt=True))) if self._is_named else ()
+        return [mark for mark in marks if len(self._labeller.ids(mark)) > 1]
 
     def _refuse_misfit(self, head: str, behind: str, prompt: str) -> None:
         """Find out that a template that people brought along is made for such a model.
@@ -356,7 +376,13 @@ class ChatFormat:
         line = line_of(error)
         mend = "mend it, or use another" if self._is_named else "mend its chat_template.jinja, or give it another"
         return UserError(f"{self._called} cannot be used: {f'line {line}: ' if line else ''}{error}",
-                         f"{mend}: gemma-tune prepare … --chat-template {', '.join(NAMED)} or a Jinja file")
+                         f"{mend}: gemma-tune prepare … --chat-template {self._fitting()}")
+
+    def _fitting(self) -> str:
+        """What `--chat-template` can be for this tokenizer."""
+        names = [name for name, end in NAMED.items() if (end or self.tokenizer.eos_token) in
+                 self.tokenizer.added_tokens_encoder]
+        return ", ".join([*names, "or a Jinja file"]) if names else "FILE, with Jinja in it"
 
     def _find_calls_end(self) -> int | None:
         """The special token that ends a turn with tool calls, as far as the template has these.

@@ -222,6 +222,9 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     refuse_foreign_in_data(run)
     chat = _loaded(session, template)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    if marks := chat.marks_of_others:
+        listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
+                      "several tokens of text each time")
     if foretell:
         _foretell_export(session, chat)
     judge = Judge(chat, config)

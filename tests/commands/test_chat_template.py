@@ -33,7 +33,7 @@ def chats(tmp_path) -> Path:
 
 def test_a_base_model_gets_a_template_that_stays_with_what_is_trained(cli, base, chats):
     refused = cli("prepare", chats, "--model", base)
-    assert refused.code == 2 and "beside your data and --model: gemma-tune prepare … --chat-template alpaca or chatml" in " ".join(refused.err.split())
+    assert refused.code == 2 and "beside your data and --model: gemma-tune prepare … --chat-template alpaca, or a Jinja file" in " ".join(refused.err.split())
     for args in (("prepare", chats, "--model", base, "--chat-template", "alpaca"),
                  ("train", "--max-steps", 40, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
                  ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
@@ -106,17 +106,45 @@ def test_a_template_of_another_model_is_refused_before_its_marks_are_learned(cli
     ("odd.jinja", b"{% for m in messages %}{{ loop.length }}{{ m.content + eos_token }}{% endfor %}", "odd.jinja cannot be used: the chat template is not prefix-consistent"),
     ("ollama.jinja", b"{{ if .System }}{{ .System }}{{ end }}", "ollama.jinja is no Jinja, but a template of Go's"),
     ("tokenizer_config.json", b'{"chat_template": "{% for m in messages %}"}', "jq -r .chat_template tokenizer_config.json > chat_template.jinja"),
-    ("plain", None, "Is a directory; did you mean plain/chat_template.jinja?"), ("seperate.jinja", None, "did you mean separate.jinja?"),
+    ("checkpoint", None, "Is a directory; did you mean checkpoint/chat_template.jinja?"), ("seperate.jinja", None, "did you mean separate.jinja?"),
     ("Alpaca", None, "did you mean `alpaca`?"),
-    ("chatml", None, "does not end an assistant's turn with a special token")])
+    ("chatml", None, "the chat template chatml ends an assistant's turn with '<|im_end|>', which is no special token of this model but 9 tokens "
+     "of text, so a model trained on it could never stop Hint: use --chat-template alpaca, or a Jinja file that writes eos_token behind an "
+     "answer: both end it with this tokenizer's <|endoftext|>; or train another model, one whose vocabulary has <|im_end|>"),
+    ("silent.jinja", b"{% for m in messages %}{{ m.content }}{% endfor %}", "silent.jinja does not end an assistant's turn with a special token")])
 def test_what_cannot_be_used_is_told(cli, base, chats, tmp_path, name, content, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    for place in ("separate.jinja", "plain/chat_template.jinja"):
+    (tmp_path / "checkpoint").mkdir()
+    for place in ("separate.jinja", "checkpoint/chat_template.jinja"):
         (tmp_path / place).write_text(OWN)
     result = cli("prepare", chats, "--model", base, "--chat-template", name)
     assert result.code == 2 and said in " ".join(result.err.split()) and "Hint:" in result.err, result.err
     assert "the model's chat template" not in result.err
+
+
+def test_chatml_is_proposed_to_a_vocabulary_with_its_tokens(cli, base, chats):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    refused = cli("prepare", chats, "--model", base)
+    assert "--chat-template alpaca, chatml, or a Jinja file" in refused.err
+    assert cli("prepare", chats, "--model", base, "--chat-template", "chatml").code == 0
+
+
+def test_a_model_that_has_a_template_is_not_given_another_for_nothing(cli, tiny, chats):
+    result = cli("prepare", chats, "--model", tiny, "--chat-template", "chatml")
+    assert result.code == 2 and "Hint: leave --chat-template out, as this model has a template; or use --chat-template alpaca" in result.err
+
+
+def test_marks_that_are_no_tokens_are_told_where_a_template_can_be_learned_all_the_same(cli, base, chats, tmp_path):
+    (tmp_path / "marks.jinja").write_text("{% for m in messages %}{{ '<|bot|>' if m.role == 'assistant' else '<|user|>' }}{{ m.content }}"
+                                          "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}")
+    said = "the chat template writes <|user|> and <|bot|>, which this model's vocabulary does not have: several tokens of text each time"
+    assert said in (result := cli("prepare", chats, "--model", base, "--chat-template", "marks.jinja", "--json")).json["warnings"], result.err
+    assert not cli("prepare", chats, "--model", base, "--chat-template", "alpaca", "--json").json["warnings"]
 
 
 def test_the_models_own_broken_template_is_told_with_its_line(cli, base, chats):

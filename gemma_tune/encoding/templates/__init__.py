@@ -20,9 +20,9 @@ _FILES = {
     "gemma4_unified": "gemma4.jinja",
     "gemma4_unified_text": "gemma4.jinja",
 }
-# For ``prepare --chat-template``: one ends answers with the tokenizer's end of text, the other with a token of its own.
+# For ``prepare --chat-template``, and what ends an answer: None is the tokenizer's end of text.
 ENDING_WITH_EOS = "alpaca"
-NAMED = (ENDING_WITH_EOS, "chatml")
+NAMED: dict[str, str | None] = {ENDING_WITH_EOS: None, "chatml": "<|im_end|>"}
 OWN = "own"  # the model's, again
 
 
