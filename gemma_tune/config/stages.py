@@ -80,8 +80,9 @@ class PrepareConfig(StageConfig):
                                              "model that has none: `alpaca`, `chatml`, or a Jinja file. The run "
                                              "and the tuned model have it from then on; `own` takes it back.",
                                        auto="the model's own", group="advanced")
-    thinking: str = option("auto", "Whether the prompts ask for reasoning, where the chat template knows a switch "
-                                   "for it (`enable_thinking`); `auto` leaves it to the template. The tuned model "
+    thinking: str = option("auto", "Whether the prompts ask for reasoning: by the chat template's switch "
+                                   "(`enable_thinking`), or, for models that always think, by a thought that each "
+                                   "prompt begins, or an empty one; `auto` leaves it to the template. The tuned model "
                                    "keeps the choice.", choices=("auto", "on", "off"), group="advanced")
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
                                 least=0.0, group="common")

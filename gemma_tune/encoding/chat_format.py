@@ -38,10 +38,13 @@ from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, cho
 from gemma_tune.encoding.rendering import compiled, line_of
 from gemma_tune.encoding.templates import ENDING_WITH_EOS, NAMED, family_template
 from gemma_tune.encoding.thinking import (
-    NO_REASONING,
     answer_after,
     apart,
+    closed_thought,
+    ended,
     first_difference,
+    has_switch,
+    no_reasoning,
     opened_thought,
     takes_thoughts_out,
     with_thinking,
@@ -92,20 +95,27 @@ class ChatFormat:
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
             self._choose_template(tokenizer.chat_template)
-        tokenizer.chat_template = with_thinking(tokenizer.chat_template, thinking)
-        self.template: str = tokenizer.chat_template
         self._labeller = Labeller(tokenizer)
-        try:
-            self._compiled = compiled(self.template)
-        except TemplateError as e:
-            raise self._unusable(e) from e
+        self._use(with_thinking(tokenizer.chat_template, thinking))
         self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
-        self.folds_system = self._takes_thoughts_out = self._opens_thoughts = False
+        self.folds_system = self._takes_thoughts_out = self._opens_thoughts = self._begins_thoughts = False
         self.folds_system = not self._shows_system()
         self._takes_thoughts_out = takes_thoughts_out(self.render)
-        self._opens_thoughts = self._takes_thoughts_out and bool(opened_thought(self.render([QUESTION], prompt=True)))
+        if thinking != "auto" and not has_switch(self.template):
+            self._use(ended(self.template, thinking, self.render([QUESTION], prompt=True), self._takes_thoughts_out))
+        if self._takes_thoughts_out:
+            prompt = self.render([QUESTION], prompt=True)
+            self._opens_thoughts = bool(opened_thought(prompt))
+            self._begins_thoughts = self._opens_thoughts or closed_thought(prompt)
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
+
+    def _use(self, template: str) -> None:
+        self.tokenizer.chat_template = self.template = template
+        try:
+            self._compiled = compiled(template)
+        except TemplateError as e:
+            raise self._unusable(e) from e
 
     def _choose_template(self, templates: dict[str, str]) -> None:
         name = chosen(templates, self._variables)
@@ -263,11 +273,11 @@ class ChatFormat:
     def _turn(self, turns: Messages, tools: Tools) -> tuple[str, str, str]:
         """Prompt and answer of the last turn, up to its end, and the special token that ends it."""
         turn = turns[-1]
-        if self.thinking == "off" and "reasoning_content" in turn:
-            raise FormatError(NO_REASONING)
         prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
         answer = answer_after(prompt, full, self._takes_thoughts_out)
         if self._takes_thoughts_out:
+            if "reasoning_content" in turn and closed_thought(prompt):
+                raise no_reasoning()
             answer = written_thought(prompt, turn.get("reasoning_content", "")) + answer
         marks = {self.terminator}
         if "tool_calls" in turn and self.calls_end_id is not None:
@@ -277,6 +287,8 @@ class ChatFormat:
             raise FormatError(f"the answer would be learned without its end ({self.terminator})")
         answer = answer[:end + len(mark)]
         refuse_lost_answer(turn, opened_thought(prompt) + answer)
+        if self.thinking == "off" and "reasoning_content" in turn:
+            raise no_reasoning("answers without reasoning are to be learned")
         return prompt, answer, mark
 
     @cached_property
@@ -303,7 +315,7 @@ class ChatFormat:
         For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
         """
         if self._takes_thoughts_out:
-            messages = [apart(message, self._opens_thoughts) for message in messages]
+            messages = [apart(message, self._begins_thoughts) for message in messages]
         turns = [_plain(message) for message in messages]
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
             return turns

@@ -27,11 +27,12 @@ class FormatError(Exception):
         about_tools: the template has no place for the tools, calls or results of the conversation, or not for all of
             them. The text cannot tell: it may quote the conversation.
         about_reasoning: it has no place for reasoning under a key of its own.
+        fix: what to do about it, where these do not say it.
     """
 
-    def __init__(self, reason: str, *, about_tools: bool = False, about_reasoning: bool = False):
+    def __init__(self, reason: str, *, about_tools: bool = False, about_reasoning: bool = False, fix: str = ""):
         super().__init__(reason)
-        self.about_tools, self.about_reasoning = about_tools, about_reasoning
+        self.about_tools, self.about_reasoning, self.fix = about_tools, about_reasoning, fix
 
 
 @dataclass(frozen=True, eq=False)

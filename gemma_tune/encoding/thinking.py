@@ -10,9 +10,12 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.labels import FormatError
 from gemma_tune.encoding.left_out import QUESTION
 
-NO_REASONING = "the prompt asks for an answer without reasoning (thinking is off), and this one has some"
 # Put in front of a template, so that the choice is saved with it and holds wherever the model is used.
+_SWITCH = "enable_thinking"
 _CHOICE = "{{%- if enable_thinking is not defined -%}}{{%- set enable_thinking = {} -%}}{{%- endif -%}}"
+# Put behind a template without a switch: what its prompts end with.
+_ENDING = "{{%- if add_generation_prompt -%}}{{{{- '{}' -}}}}{{%- endif -%}}"
+_ENDED = re.compile(re.escape(_ENDING.format("*")).replace(r"\*", r"((?:<think>|</think>|\\n)+)") + r"\Z")
 _EMPTY_AT_END = re.compile(r"(<\|channel>thought\s*<channel\|>|<think>\s*</think>)\s*\Z")
 _OPEN_AT_END = re.compile(r"(<\|channel>thought|<think>)\s*\Z")
 _OPENED = re.compile(r"<\|channel>|<think>")
@@ -20,29 +23,60 @@ _BEGIN, _END = "<think>", "</think>"
 _WORDS = "gemma reasoning"
 
 
+def no_reasoning(why: str = "the prompt asks for an answer without reasoning") -> FormatError:
+    """The error for an answer with reasoning where there is to be none."""
+    return FormatError(f"{why} (thinking is off), and this one has some",
+                       fix="prepare with --thinking on, or remove the reasoning from the turn")
+
+
 def with_thinking(template: str, thinking: str) -> str:
-    """The template with a choice in front, in place of an earlier one.
+    """The template with a choice in front, in place of an earlier one, where it has the switch.
 
     Args:
         thinking: ``on``, ``off``, or ``auto``, which leaves it as it is.
-
-    Raises:
-        UserError: ``on`` for a template without a switch.
     """
     if thinking == "auto":
         return template
     for earlier in ("true", "false"):
         template = template.removeprefix(_CHOICE.format(earlier))
-    if "enable_thinking" in template:
-        return _CHOICE.format("true" if thinking == "on" else "false") + template
+    template = _ENDED.sub("", template)
+    return _CHOICE.format("true" if thinking == "on" else "false") + template if has_switch(template) else template
+
+
+def has_switch(template: str) -> bool:
+    """Whether a request can choose how prompts ask for reasoning."""
+    return _SWITCH in template
+
+
+def ended(template: str, thinking: str, prompt: str, always: bool) -> str:
+    """A template without a switch whose prompts begin a thought, or end with an empty one, as a switch would have it.
+
+    Args:
+        thinking: ``on`` or ``off``.
+        prompt: as it is now.
+        always: whether its model thinks where the prompt does not say so, see :func:`takes_thoughts_out`.
+
+    Raises:
+        UserError: ``on`` for a template that knows of no thoughts.
+    """
+    opened = opened_thought(prompt).startswith(_BEGIN)
     if thinking == "on":
-        raise UserError("this model's chat template has no switch for thinking, so it cannot be turned on",
-                        "leave --thinking out, or use a model that thinks, such as Gemma 4 or Qwen 3")
-    return template
+        if not opened and not always:
+            raise UserError(f"this model's chat template has no switch for thinking ({_SWITCH}), so it cannot be "
+                            "turned on", "leave --thinking out: reasoning of the rows is learned where the template "
+                            "has a place for it; or use a model with the switch, such as Gemma 4 or Qwen 3")
+        more = "" if opened else f"{_BEGIN}\n"
+    elif opened:
+        more = written_thought(prompt, "")
+    else:
+        more = f"{_BEGIN}\n\n{_END}\n\n" if always else ""
+    return template + _ENDING.format(more.replace("\n", "\\n")) if more else template
 
 
 def choice_in(template: str) -> bool | None:
-    """The choice that :func:`with_thinking` put in front; None without one."""
+    """The choice that :func:`with_thinking` put in front, or :func:`ended` behind; None without one."""
+    if found := _ENDED.search(template):
+        return _END not in found[1]
     return next((value == "true" for value in ("true", "false") if template.startswith(_CHOICE.format(value))), None)
 
 
@@ -56,10 +90,15 @@ def settled(template: str, thinking: bool | None) -> str:
         thinking: how the template's switch stands where nobody sets it; None without a switch.
     """
     choice = choice_in(template)
-    if thinking is None or (choice is None and thinking):
+    if thinking is None or (choice is None and thinking) or not has_switch(template):
         return template
     value = "true" if thinking else "false"
     return "{%- set enable_thinking = " + value + " -%}" + template.removeprefix(_CHOICE.format(value))
+
+
+def closed_thought(prompt: str) -> bool:
+    """Whether a prompt ends with an empty thought, by which the model is told not to think."""
+    return bool(_EMPTY_AT_END.search(prompt))
 
 
 def opened_thought(prompt: str) -> str:
@@ -88,7 +127,7 @@ def apart(turn: dict[str, Any], opened: bool) -> dict[str, Any]:
     """An assistant's turn whose text begins with a thought, with that under its own key; others as they are.
 
     Args:
-        opened: whether prompts open the thought, so that an answer can be without its beginning.
+        opened: whether prompts begin the thought, so that an answer can be without its beginning.
     """
     text = turn["content"].lstrip()
     thought, end, said = text.removeprefix(_BEGIN).partition(_END)
@@ -130,7 +169,7 @@ def answer_after(prompt: str, full: str, bare: bool = False) -> str:
         answer = full[empty.start():]
         if not _OPENED.match(answer):
             return answer
-        raise FormatError(NO_REASONING)
+        raise no_reasoning()
     opened = "; the prompt opens a thought, and this answer begins without" if opened_thought(prompt) else ""
     raise FormatError(first_difference(prompt, full) + opened)
 

@@ -97,8 +97,9 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
         turns = read_turns(jinja)
-        notes, think = _compare(jinja, turns), _thinking(jinja)
-        turns, more, tools_missing = _extended(jinja, turns, think, choice_in(chat_template_jinja))
+        choice = choice_in(chat_template_jinja)
+        notes, think = _compare(jinja, turns), False if choice is False else _thinking(jinja)
+        turns, more, tools_missing = _extended(jinja, turns, think, choice)
         notes += more
         ending = turns.assistant[1].strip()
         if not ending:
@@ -110,7 +111,7 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         ) from error
     if "strftime_now(" in chat_template_jinja:
         notes += ("The template prints the date; Ollama has no dates, so the day of the export stays in the prompt.",)
-    if think is False and choice_in(chat_template_jinja) is None:
+    if think is False and choice is None:
         notes += (_WITHOUT_THINKING,)
     stop = stop if stop and stop in ending else ending
     return OllamaChat(template_text(turns), (stop,), default_system=turns.default_system, family=family, notes=notes,

@@ -199,7 +199,7 @@ class Judge:
 
     def _kept(self, row: Row, example: PreparedRow, outcome: Outcome | FormatError, judged: Judged) -> Kept | None:
         if isinstance(outcome, FormatError):
-            fix = "change the conversation so that the chat template takes it"
+            fix = outcome.fix or "change the conversation so that the chat template takes it"
             if outcome.about_reasoning:
                 fix = ("remove the reasoning from the turn, write it into its text as <think>…</think> to have it "
                        "learned as such, or use a model whose chat template has reasoning")

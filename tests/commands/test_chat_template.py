@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from support.command import rows, write_rows
 from support.llamas import TURNS, save_random, tokenizer_with_turns
 
+# As QwQ's: thoughts are taken out of answers, and each prompt begins one.
+ALWAYS = ("{% for m in messages %}{{ '<turn>' + m.role + '\n' + m.content.split('</think>')[-1].lstrip('\n') + '<done>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<turn>assistant\n<think>\n' }}{% endif %}")
 OWN = TURNS.replace("<turn>", "=== ")
 
 
@@ -152,3 +155,23 @@ def test_the_models_own_broken_template_is_told_with_its_line(cli, base, chats):
     result = cli("prepare", chats, "--model", base)
     assert result.code == 2 and "the model's chat template cannot be used: line 3: 'dict object' has no attribute 'contents'" in result.err
     assert "mend its chat_template.jinja, or give it another: gemma-tune prepare … --chat-template" in result.err
+
+
+def test_a_model_that_always_thinks_is_told_not_to_from_training_to_gguf(cli, base, tmp_path):
+    (base / "chat_template.jinja").write_text(ALWAYS)
+    reasoned = [{"messages": [{"role": "user", "content": f"Why {n}?"}, {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nSo."}]} for n in range(2)]
+    chats = write_rows(tmp_path / "rows.jsonl", [*rows(12), *reasoned])
+    with_thoughts = cli("prepare", chats, "--model", base, "--thinking", "on", "--run", "on", "--json")
+    assert with_thoughts.code == 0 and with_thoughts.json["summary"]["rejected_rows"] == 0, with_thoughts.err
+    for args in (("prepare", chats, "--model", base, "--thinking", "off"), ("train", "--max-steps", 1, "--samples", 0),
+                 ("merge",), ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
+        result = cli(*args, "--json")
+        assert result.code == 0, (args, result.err)
+        if args[0] == "prepare":
+            assert result.json["summary"]["rejected_rows"] == 2
+    rejected = [json.loads(line) for line in Path("runs/plain/data/rejected.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in rejected} == {"the prompt asks for an answer without reasoning (thinking is off), and this one has some"}
+    assert {row["fix"] for row in rejected} == {"prepare with --thinking on, or remove the reasoning from the turn"}
+    assert "<think>\\n\\n</think>\\n\\n" in Path("runs/plain/ollama/Modelfile").read_text()
+    prompts = [line.split(" | ") for line in Path("runs/plain/ollama/report.md").read_text().splitlines() if "| template only |" in line]
+    assert len(prompts) > 10 and {llama_cpp for _, _, llama_cpp, _ in prompts} == {"equal"}

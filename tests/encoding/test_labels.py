@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.labels import IGNORE_INDEX, Draft, Labeller
+from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.encoding.tokenizer import load_format
 from support.models import TURNS
 from support.templates import (
@@ -602,8 +603,44 @@ def test_thoughts_that_the_template_takes_out_of_answers_are_learned(template, e
         assert chat.has_unthought([user("q"), turn, user("q2"), assistant("a2")]) == bool(unthought)
         assert not chat.has_unthought([user("q"), turn])
     assert learned(chat, chat.encode([user("q"), assistant("a")])) == [[f"{unthought}a{end}"]]
-    with pytest.raises(FormatError, match="thinking is off"):
-        ChatFormat(chat.tokenizer, "qwen2", thinking="off").encode([user("q"), assistant("<think>\nr\n</think>\n\na")])
+
+
+@pytest.mark.parametrize(("template", "end", "begun"), [
+    (R1, DEEPSEEK[2], "<think>\n"), (QWQ, "<|im_end|>", "<think>\n"), (LATER_R1, DEEPSEEK[2], ""),
+    (QWQ.replace("<think>\n'", "<think>'"), "<|im_end|>", "<think>")])
+def test_models_that_always_think_have_no_switch_and_prompts_that_say_it_all_the_same(template, end, begun):
+    """On, each prompt begins a thought; off, each ends with an empty one, behind which answers are learned."""
+    def chat_with(thinking: str, template: str = template) -> ChatFormat:
+        return ChatFormat(byte_tokenizer((*DEEPSEEK, *CHATML), template, others=QWEN_WORDS), "qwen2", thinking=thinking)
+
+    auto, on, off = (chat_with(thinking) for thinking in ("auto", "on", "off"))
+    prompts = [chat.render([user("q"), assistant("a"), user("q2")], prompt=True) for chat in (auto, on, off)]
+    bare = prompts[0].removesuffix(begun)
+    assert prompts[1] == bare + (begun or "<think>\n") and (on.template == template) == bool(begun)
+    assert prompts[2] == bare + ("<think></think>" if begun == "<think>" else "<think>\n\n</think>\n\n")
+    assert learned(off, off.encode([user("q"), assistant("a"), user("q2"), assistant("a2")])) == [[f"a{end}"], [f"a2{end}"]]
+    assert not off.has_unthought([user("q"), assistant("a")]) and on.has_unthought([user("q"), assistant("a")])
+    reasoned = [assistant("a", reasoning_content="r"), assistant("<think>\nr\n</think>\n\na"), assistant("r</think>a")]
+    for turn in reasoned:
+        [[answer]] = learned(on, on.encode([user("q"), turn]))
+        assert answer.startswith("r") and answer.endswith(f"a{end}")
+        for chat in (off, chat_with("auto", off.template)):
+            with pytest.raises(FormatError, match="asks for an answer without reasoning .thinking is off.") as e:
+                chat.encode([user("q"), turn])
+            assert "--thinking on" in e.value.fix
+    assert chat_with("off", off.template).template == off.template == chat_with("off", on.template).template
+    assert chat_with("on", off.template).template == on.template
+    assert (choice_in(off.template), choice_in(on.template)) == (False, None if begun else True)
+
+
+def test_thinking_off_is_not_said_to_be_asked_for_where_nothing_asks():
+    turns = [user("q"), assistant("a", reasoning_content="It rhymes.")]
+    with pytest.raises(FormatError, match="the chat template leaves out the reasoning of the answer") as e:
+        chat_of("gemma-3", "off").encode(turns)
+    assert e.value.about_reasoning
+    chat = ChatFormat(byte_tokenizer(CHATML, trl_template("lfm2_2_5"), others=QWEN_WORDS), "lfm2", thinking="off")
+    with pytest.raises(FormatError, match=r"answers without reasoning are to be learned \(thinking is off\), and this one has some"):
+        chat.encode(turns)
 
 
 def test_an_answer_that_talks_about_marks_of_thoughts_is_not_taken_apart():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gemma_tune.encoding.thinking import with_thinking
+from gemma_tune.encoding.thinking import ended, settled, with_thinking
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.capabilities import tell_capabilities
 from gemma_tune.ollama.client import Server, create_model
@@ -170,6 +170,20 @@ def test_a_prompt_that_begins_to_think_has_marks_by_which_the_end_is_found(go_ca
     assert chat.capabilities == {"thinking"}
     [text] = go_template.render(chat.template, [REASONED[0]])
     assert text == hugging_face(template, REASONED[0]) and text.endswith("<think>\n")
+
+
+@pytest.mark.parametrize("opens", [True, False])
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_prompts_of_models_that_always_think_say_what_training_chose(thinking, opens, go_cache):
+    template = trl_template("deepseek_r1_distill")
+    template = template if opens else template.replace("<｜Assistant｜><think>\\n'}}", "<｜Assistant｜>'}}")
+    chosen = ended(template, thinking, hugging_face(template, [user("a")]), True)
+    chat = chat_for(chosen)
+    assert chat.capabilities == ({"thinking"} if thinking == "on" else set())
+    assert chat.think == (None if thinking == "on" else False) and settled(chosen, chat.think) == chosen
+    for talk in ([user("a")], [user("a"), assistant("b"), user("d")]):
+        [text] = go_template.render(chat.template, [talk])
+        assert text == hugging_face(chosen, talk) and text.endswith("<think>\n" if thinking == "on" else "<think>\n\n</think>\n\n")
 
 
 def test_a_system_message_between_turns(go_cache):
