@@ -254,14 +254,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
 def _foretell_export(session: Session, chat: ChatFormat) -> None:
     """Say now what would be found out in the end."""
     try:
-        refuse_unexportable(session.model, chat, vocabulary=False)
+        refuse_unexportable(session.model, chat)
     except UserError as e:
         why = ": ".join([e.message.rstrip("."), *(["; ".join(e.problems)] if e.problems else [])])
         if e.hint == CONVERTER:
             session.listener.note("for later: `export-ollama` takes this model with llama.cpp's converter alone "
                                   f"(--converter PATH): {why}")
         else:
-            session.listener.warn(f"for later: `export-ollama` will not take this model: {why}")
+            mend = f". {e.hint[:1].upper()}{e.hint[1:]}" if e.hint else ""
+            session.listener.warn(f"for later: `export-ollama` will not take this model: {why}{mend}")
 
 
 # --- what is shown

@@ -13,13 +13,11 @@ from gemma_tune.models.source import BaseModel
 from gemma_tune.ollama.template import chat_for
 
 
-def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool = False,
-                        vocabulary: bool = True) -> None:
+def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool = False) -> None:
     """What ``export-ollama`` would refuse later.
 
     Args:
         converter: whether llama.cpp's own will be used where a model cannot be written here.
-        vocabulary: whether to look at that too, which takes seconds.
 
     Raises:
         UserError: the chat template has no form for Ollama, or the model or its tokenizer none in a GGUF.
@@ -28,10 +26,10 @@ def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool =
     if quantisation(model.config) is not None:  # of that the 16-bit model is exported
         return
     try:
-        if vocabulary and not converter:
-            parts_of(model.path)
-        else:
+        if converter:
             architecture_of(model.config, model.path / "config.json")
+        else:
+            parts_of(model.path)
     except NotInLlamaCpp:  # which no converter can do anything about
         raise
     except UserError:

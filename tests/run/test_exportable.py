@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gemma_tune.gguf.reader import GgufFile
 from support.command import QUICK, rows, write_rows
-from support.llamas import TURNS, make_llama
+from support.llamas import BYTES, TURNS, make_llama
 from support.modelfile import parse_modelfile
 
 # The first turn is opened otherwise, which no TEMPLATE does.
@@ -75,6 +76,24 @@ def test_a_whole_run_looks_at_the_template_that_it_will_prepare_with(cli, model,
         whole = cli("run", *again)
         assert whole.code == 2 and "`run` ends with an export, which will not take m: " in whole.err, again
         assert ODD not in Path("runs/m/data/chat_template.jinja").read_text(), "nothing was prepared"
+
+
+def test_a_tokenizer_that_no_gguf_can_hold_is_told_when_data_are_prepared(cli, tiny, model, conversations, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "mine")
+    (base / "tokenizer.model").unlink()
+    prepared = cli("prepare", conversations, "--model", base, "--json")
+    [told] = [text for text in prepared.json["warnings"] if "export-ollama" in text]
+    assert prepared.code == 0 and "for later: `export-ollama` will not take this model: " in told
+    assert "tokenizer.model is missing" in told and "Copy tokenizer.model from the base model's repository" in told
+    assert "export-ollama" not in " ".join(cli("prepare", "--json", "--run", "runs/mine").json["warnings"]), "nothing new"
+    # What the converter could write, from any model: one of the words that llama.cpp does not cut so.
+    other = model("olmo2")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTES]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    prepared = cli("prepare", conversations, "--model", other)
+    assert prepared.code == 0 and "takes this model with llama.cpp's converter alone (--converter PATH): " in prepared.err
+    assert "llama.cpp has no pre-tokenizer that cuts as" in prepared.err
 
 
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
