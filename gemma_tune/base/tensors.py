@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.refusals import require_readable, unreadable
 from gemma_tune.base.strict_json import object_in, whole_object
+from gemma_tune.base.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,7 @@ _SIZES = {**READABLE, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4,
           "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LARGEST_FILE = 1 << 63  # bytes; and no dimension is larger
+_SHOWN = 20  # problems
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -116,8 +118,9 @@ def open_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     single, index = checkpoint / SINGLE, checkpoint / INDEX
     listed = {} if single.is_file() else _read_index(index)
     tensors: dict[str, StoredTensor] = {}
-    problems = []
-    for shard in sorted(set(listed.values())) or [SINGLE]:
+    problems: list[str] = []
+    shards = sorted(set(listed.values())) or [SINGLE]
+    for shard in sorted(shards, key=lambda name: (checkpoint / name).exists()):  # what is missing is told first
         try:
             held = {tensor.name: tensor for tensor in read_header(checkpoint / shard)}
         except UserError as error:
@@ -129,7 +132,9 @@ def open_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
         problems += [f"{path} holds {name}, which {INDEX} doesn't list there" for name in sorted(found - expected)]
         tensors |= held
     if problems:
-        raise UserError(f"The weights in {checkpoint} are not whole.", "Merge or download the model again.", problems)
+        more = [f"… and {len(problems) - _SHOWN:,} more"] if problems[_SHOWN:] else []
+        raise UserError(f"The weights in {checkpoint} are not whole.", "Merge or download the model again.",
+                        problems[:_SHOWN] + more)
     return tensors
 
 
@@ -161,7 +166,9 @@ def read_header(path: Path) -> list[StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            if size < 8:
+                raise ValueError(f"it has only {counted(size, 'byte')}")
+            if length > min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"its header of {length} bytes is longer than the file")
             entries = whole_object(file.read(length))
         tensors = sorted(((*_span(name, entry), name) for name, entry in entries.items() if name != "__metadata__"))
@@ -170,6 +177,8 @@ def read_header(path: Path) -> list[StoredTensor]:
                 for name, entry in entries.items() if name != "__metadata__"]
     except PermissionError as error:
         raise unreadable(path) from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing", "Merge or download the model again.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}", "Merge or download the model again.") from error
 

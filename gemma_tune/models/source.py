@@ -28,6 +28,7 @@ from gemma_tune.base.files import (
     unfinished,
 )
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.models.nearby import SUFFIX, is_model, is_path, meant, written_otherwise
@@ -140,7 +141,8 @@ def cached_copies(record: Mapping[str, Any]) -> list[Path]:
 
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     """The ``--model`` value that leads to a manifest's model again, seen from the current directory."""
-    return str(root / record["path"]) if record.get("path") else record["id"]
+    place = record.get("path")
+    return os.path.relpath(os.path.normpath(root.resolve() / place)) if place else record["id"]
 
 
 def with_weights(model: BaseModel, listener: Listener) -> BaseModel:
@@ -178,13 +180,17 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
     if made_from and made_from["sha256"] == _demo_sha256() and not (known and known["source"] == "local"):
         return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
     refuse_special(path)
+    _refuse_dangling(path)
     model_config(path)
     _refuse_pointers(path)
     refuse_embedded_adapter(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"{path} has no *.safetensors weights",
                         "other weight files are not loaded, as they can run code; convert them to safetensors")
-    files = fingerprint(path, (known or {}).get("files"), CHECKPOINT_FILES)
+    before = (known or {}).get("files")
+    files = fingerprint(path, before, CHECKPOINT_FILES)
+    if files != before:
+        open_tensors(path)  # says what is not whole, before anything is made for such a model
     absolute = path.resolve()
     names = [made_from["source"] if made_from else absolute.name, absolute.name]
     name = known["id"] if known and known["id"] in names else names[0]
@@ -208,6 +214,13 @@ def _gguf_inside(folder: Path) -> Path | None:
         raise UserError(f"{folder} has no config.json, but {len(found)} GGUF files: "
                         f"{', '.join(path.name for path in found)}", f"name one: --model {shlex.quote(str(found[0]))}")
     return found[0] if found else None
+
+
+def _refuse_dangling(checkpoint: Path) -> None:
+    gone = sorted(path.name for path in checkpoint.iterdir() if path.is_symlink() and not path.exists())
+    if gone:
+        raise UserError(f"{checkpoint} holds links that lead nowhere: {', '.join(gone)}", "copy the model again with "
+                        "what its links lead to, as with cp -rL")
 
 
 def _refuse_pointers(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from gemma_tune.base import checkpoint
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.tensors import read_header
 from gemma_tune.lora.files import read_config
 from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
@@ -376,12 +377,53 @@ def copy_with(model: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def without_a_shard(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    names = [tensor.name for tensor in read_header(weights)]
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    listed = dict.fromkeys(names, "model-00001-of-00002.safetensors") | {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+
+
+def other_index(folder: Path) -> None:
+    without_a_shard(folder)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
+        [f"layer.{n}" for n in range(30)], "model-00001-of-00002.safetensors")}))
+
+
+def linked(folder: Path) -> None:
+    """As a copy of a folder in Hugging Face's cache."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (cut_short, "model.safetensors can't be read: its header puts "), (emptied, "model.safetensors can't be read: it has only 0 bytes"),
+    (without_a_shard, "model-00002-of-00002.safetensors is missing"), (other_index, "… and "),
+    (linked, "damaged holds links that lead nowhere: model.safetensors\nHint: copy the model again with what its links lead to, as with cp -rL")])
+def test_weights_that_are_not_whole_are_told_before_anything_is_prepared(cli, tiny, data, tmp_path, damage, said):
+    damage(Path(shutil.copytree(tiny, tmp_path / "damaged")))
+    result = cli("prepare", data, "--model", "damaged")
+    assert result.code == 2 and said in result.err, result.err
+    assert len(result.err.splitlines()) < 30 and not Path("runs").exists()
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_path):
     folder = copy_with(tiny, tmp_path / "short", num_hidden_layers=3, layer_types=["sliding_attention"] * 3)
     assert cli("prepare", data, "--model", folder).code == 0
     result = cli("train", *QUICK)
     assert result.code == 2
-    assert "does not fit its config.json" in result.err and "missing keys: model.layers.2." in result.err
+    assert "Error: short does not fit its config.json" in result.err and "missing keys: model.layers.2." in result.err
 
 
 def test_a_model_without_a_template_of_an_unknown_family_is_refused(cli, tiny, data, tmp_path):
