@@ -32,6 +32,7 @@ from gemma_tune.encoding.templates import NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
+from gemma_tune.models.known import known_config, other_task
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
@@ -87,8 +88,9 @@ def chat_format(session: Session) -> ChatFormat:
     """What :func:`prepare` would make of this session's conversations; nothing is said or written.
 
     Raises:
-        UserError: as of :func:`gemma_tune.encoding.tokenizer.load_format`.
+        UserError: as of :func:`gemma_tune.encoding.tokenizer.load_format`, or transformers does not run the model.
     """
+    known_config(session.model.path)
     session = _with_template(_as_before(replace(session, listener=Listener())))
     return _loaded(session, named_template(session.config.chat_template))
 
@@ -220,11 +222,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
              foretell: bool) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
+    saved_as = other_task(known_config(session.model.path))
     chat = _loaded(session, template)
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
     if marks := chat.marks_of_others:
         listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
                       "several tokens of text each time")
+    if saved_as:
+        listener.warn(f"{session.model.id} was saved as a {saved_as}, which writes no text: is it the model that is "
+                      "meant?")
     if foretell:
         _foretell_export(session, chat)
     judge = Judge(chat, config)

@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory
-from gemma_tune.base.words import first_line
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import lora_config, target_modules
@@ -126,30 +124,22 @@ def _attention_width(config: PretrainedConfig) -> int:
 
 def _without_weights(checkpoint: Path, dtype: torch.dtype) -> tuple[PretrainedConfig, PreTrainedModel]:
     """The text model's configuration, and the model on the meta device."""
-    from transformers import AttentionInterface, AutoConfig
+    from transformers import AttentionInterface
 
-    from gemma_tune.encoding.tokenizer import quiet_libraries
-    from gemma_tune.models.load import missing_package, needs_eager_attention, with_decoder
+    from gemma_tune.models.known import known_config, needs_package, no_model
+    from gemma_tune.models.load import needs_eager_attention, with_decoder
 
-    quiet_libraries()
+    config, path = known_config(checkpoint), checkpoint / "config.json"
     AttentionInterface.register(_ATTENTION, _counted_attention)
     try:
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = "eager" if needs_eager_attention(config.model_type) else _ATTENTION
         model = with_decoder(_on_meta(config, dtype, attention))
     except ImportError as e:
-        raise UserError(f"{checkpoint / 'config.json'} describes a model that needs a package: {first_line(e)}",
-                        missing_package(e)) from e
+        raise needs_package(path, e) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as its values can miss each other
         if is_out_of_memory(e):
             raise
-        if "for this kind of AutoModel" in str(e):
-            raise UserError(f"{checkpoint / 'config.json'}: transformers runs no text model by itself of the family "
-                            f"{config.model_type}, so it cannot be trained here",
-                            "use a model of another family, such as Gemma, Llama or Qwen") from e
-        raise UserError(f"{checkpoint / 'config.json'} describes no model that can be trained: {first_line(e)}",
-                        "use a causal language model that the installed transformers knows, or: pip install --upgrade "
-                        "transformers") from e
+        raise no_model(path, e) from e
     return config.get_text_config(), model
 
 

@@ -426,6 +426,23 @@ def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_pat
     assert "Error: short does not fit its config.json" in result.err and "missing keys: model.layers.2." in result.err
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"model_type": "gemma9"}, "does not know models of the family gemma9"),
+    ({"model_type": "t5"}, "transformers runs no text model by itself of the family t5"),
+    ({"hidden_size": None}, "config.json describes no model that can be trained: Validation error for field 'hidden_size'")])
+@pytest.mark.parametrize("command", ["prepare", "run"])
+def test_a_model_that_transformers_does_not_run_is_refused_before_the_data_are_read(cli, tiny, data, tmp_path, command, changes, said):
+    result = cli(command, data, "--model", copy_with(tiny, tmp_path / "other", **changes))
+    assert result.code == 2 and said in result.err and "Hint:" in result.err, result.err
+    assert "checking rows" not in result.err and "chat template" not in result.err
+
+
+def test_a_model_for_embeddings_is_told_apart(cli, tiny, data, tmp_path):
+    folder = copy_with(tiny, tmp_path / "other", architectures=["Gemma3TextModel"])
+    assert "other was saved as a Gemma3TextModel, which writes no text: is it the model that is meant?" in cli("prepare", data, "--model", folder).err
+    assert "writes no text" not in cli("prepare", data, "--model", tiny).err
+
+
 def test_a_model_without_a_template_of_an_unknown_family_is_refused(cli, tiny, data, tmp_path):
     folder = copy_with(tiny, tmp_path / "other", model_type="llama")
     result = cli("prepare", data, "--model", folder)
