@@ -11,6 +11,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.load import missing_package
+from gemma_tune.models.towers import auto_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,10 +24,10 @@ def known_config(checkpoint: Path) -> PretrainedConfig:
     """config.json as transformers reads it.
 
     Raises:
-        UserError: a family that it does not know, or runs no text model of; values that do not go together.
+        UserError: a family that it does not know, or has no causal language model of; values that do not go together.
     """
     with keeping_garbage():
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, __version__
+        from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     quiet_libraries()
     path, said = checkpoint / "config.json", read_config(checkpoint)
@@ -41,8 +42,8 @@ def known_config(checkpoint: Path) -> PretrainedConfig:
         raise needs_package(path, e) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as its values can miss each other
         raise no_model(path, e) from e
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{path}: transformers runs no text model by itself of the family {family}, so it cannot be "
+    if type(config) not in auto_class(config.model_type)._model_mapping:
+        raise UserError(f"{path}: transformers has no causal language model of the family {family}, so it cannot be "
                         "trained here", _OTHERS)
     return config
 

@@ -428,7 +428,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_pat
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model_type": "gemma9"}, "does not know models of the family gemma9"),
-    ({"model_type": "t5"}, "transformers runs no text model by itself of the family t5"),
+    ({"model_type": "t5"}, "transformers has no causal language model of the family t5"),
     ({"hidden_size": None}, "config.json describes no model that can be trained: Validation error for field 'hidden_size'")])
 @pytest.mark.parametrize("command", ["prepare", "run"])
 def test_a_model_that_transformers_does_not_run_is_refused_before_the_data_are_read(cli, tiny, data, tmp_path, command, changes, said):

@@ -144,7 +144,7 @@ def test_a_model_whose_code_looks_at_values_gets_a_rough_estimate(tiny, monkeypa
     ({"model_type": "martian"}, "does not know models of the family martian"),
     ({"model_type": "martian", "auto_map": {"AutoConfig": "a.B"}}, "it needs code of its own (auto_map), which is not run"),
     ({"model_type": "llama", "hidden_size": None}, "config.json describes no model that can be trained: Validation error for field 'hidden_size': TypeError"),
-    ({"model_type": "clip"}, "transformers runs no text model by itself of the family clip")])
+    ({"model_type": "clip"}, "transformers has no causal language model of the family clip")])
 def test_a_model_that_transformers_does_not_know(tmp_path, config, said):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as raised:

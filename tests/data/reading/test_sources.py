@@ -264,7 +264,7 @@ def test_utf_16_without_its_mark_is_read_with_the_name_that_is_proposed(encoding
     with pytest.raises(UserError) as caught:
         list(read_blocks(source_of(Path("rows.csv"))))
     assert f"--encoding {encoding}, or" in caught.value.hint
-    [row] = [row for block in read_blocks(source_of(Path("rows.csv"), encoding=encoding)) for row in block.rows()]
+    [row] = [row for block in read_blocks(source_of(Path("rows.csv"), how=How(encoding=encoding))) for row in block.rows()]
     assert row.value == {"问题": "天是什么颜色的？", "答案": "蓝的。"}
 
 
