@@ -279,6 +279,27 @@ def _found(row: Fields) -> str:
 
 
 _WORDS_OF_A_NAME = 3  # more of them make a sentence
+_ENDS = (".", "?", "!", "。", "？", "！")  # of sentences
+_IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _is_sentence(name: str) -> bool:
+    """Whether what should be a column's name is a text, as in a table whose first row names nothing."""
+    return len(name.split()) > _WORDS_OF_A_NAME or name.strip().endswith(_ENDS)
+
+
+def _nested(row: Fields) -> str | None:
+    """The column that holds a row, or a list of rows inside, as jq names them: ``record`` or ``data.train[]``."""
+    for key, value in row.items():
+        if not isinstance(value, dict) or not _IDENTIFIER.fullmatch(key):
+            continue
+        if _detected(value):
+            return key
+        for name, rows in value.items():
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and _IDENTIFIER.fullmatch(name) and (
+                    not layouts.is_conversation(rows)):
+                return f"{key}.{name}[]"
+    return None
 
 
 def _unknown(row: Fields) -> Problem:
@@ -297,7 +318,10 @@ def _unknown(row: Fields) -> Problem:
         return Problem("unknown_format", reason, f"use --columns {shlex.quote(named)}")
     if (turn := _one_turn(row, reason)) is not None:
         return turn
-    if any(len(name.split()) > _WORDS_OF_A_NAME for name in row):
+    if where := _nested(row):
+        return Problem("unknown_format", f"{reason}; what can be learned from is further inside, in `{where}`",
+                       f"put that alone into a file: jq -c '.{where}' FILE.json > rows.jsonl")
+    if any(map(_is_sentence, row)):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "

@@ -605,6 +605,24 @@ def test_names_that_are_the_first_row_of_the_data_are_told():
     assert "put a line with names above it" in problem.fix
 
 
+@pytest.mark.parametrize("names", [("What is a bond?", "A loan."), ("什么是债券？", "债券是一种借款凭证。")])
+def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
+    [problem] = found(dict.fromkeys(names, "x"))
+    assert "put a line with names above it" in problem.fix
+    [problem] = found(dict.fromkeys(("Frage", "Antwort (de)"), "x"))
+    assert "above it" not in problem.fix
+
+
+def test_rows_further_inside_an_object_are_told_with_the_command():
+    [problem] = found({"version": "1", "data": {"train": [{"q": "a", "r": "b"}], "test": [{"q": "a", "r": "b"}]}})
+    assert "further inside, in `data.train[]`" in problem.reason and "jq -c '.data.train[]' FILE.json > rows.jsonl" in problem.fix
+    [problem] = found({"id": 1, "record": {"messages": [user("a"), answer("b")]}})
+    assert "jq -c '.record' FILE.json > rows.jsonl" in problem.fix
+    for inside in ({"it's": [{"q": "a"}], "numbers": [1]}, {"turns": [user("a"), answer("b")]}):
+        [problem] = found({"data": inside})
+        assert "jq" not in problem.fix
+
+
 def test_an_image_is_not_asked_to_become_a_text():
     for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}):
         [problem] = found({"messages": [{"role": "user", "content": [part]}, answer("b")]})
