@@ -52,7 +52,8 @@ class Chosen:
     """The rows to compare on.
 
     Args:
-        sequences: what is predicted, and ``row_of`` (n,), the number of the row that each belongs to.
+        sequences: what is predicted, and ``row_of`` (n,), the number of the row that each belongs to; of a single text
+            its pieces count as rows, or chance would have nothing to draw.
         rows: how many rows are measured, and ``there``, how many there are.
         questions: those that are answered.
         preferences: better and worse answers, of rows that hold such; of these ``sequences`` are the better ones.
@@ -107,6 +108,8 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
     if not (sequences or questions or preferences and preferences.sequences):
         raise UserError("nothing in the rows can be predicted or asked", "name others with --data FILE")
     measured = len(examples) if preferences else len(set(row_of))
+    if len(rows) == 1 and "text" in rows[0][0]:
+        row_of = [*range(len(sequences))]
     return Chosen(sequences, np.array(row_of, np.int64), measured, there, questions, preferences)
 
 

@@ -31,13 +31,18 @@ _GROUPS = 5  # examples of prompts with several answers
 
 @dataclass(frozen=True)
 class Decided:
-    """All rows after the first pass, and what was decided about each of them."""
+    """All rows after the first pass, and what was decided about each of them.
+
+    Args:
+        ends: of each text whose end is kept aside the number of its own row, and of that with the end.
+    """
 
     spool: Spool
     drawing: Drawing
     findings: Findings
     columns: Columns
     selection: Selection
+    ends: Sequence[tuple[int, int]] = ()
 
     def counted(self, batch: Batch) -> np.ndarray:
         """The rows that the figures are about: those that are used, and those that are only too long for it."""
@@ -133,7 +138,7 @@ class DataFiles:
                 outputs.tokens[side].add(sequences[n], answers[n])
                 if columns.text[at]:
                     outputs.of_texts += sum(int(spans[1::2].sum() - spans[::2].sum()) for _, spans in sequences[n])
-            elif columns.usable[at]:
+            elif selection.same_as[at] >= 0:
                 outputs.duplicates.write(json_bytes({
                     **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),
                     "kind": "near" if selection.near[at] else "exact", "row": json.loads(texts[n])}))
@@ -167,6 +172,8 @@ class DataFiles:
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,
+            "ends_held_out": [{**self._place(columns, own), "from_line": int(columns.line[end])}
+                              for own, end in decided.ends],
             "sequences": outputs.total("sequences"), "tokens": outputs.total("tokens"),
             "trained_tokens": trained, "trained_tokens_of_texts": outputs.of_texts, "before_the_limit": before,
         }

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -179,6 +179,12 @@ class Judge:
         judged.kept = batch_of(kept) if kept else None
         return judged
 
+    def texts(self, rows: Sequence[Row]) -> bytes:
+        """Parts of texts that have been judged before, as :attr:`Judged.kept` has rows."""
+        outcomes = self.encoder.encode([row.value for row in rows])
+        return batch_of([self._kept(row, row.value, outcome, Judged(None, []))
+                         for row, outcome in zip(rows, outcomes, strict=True)])
+
     def _example(self, row: Row, judged: Judged) -> PreparedRow:
         example = self.formats.example_of(row)
         judged.noticed.formats[example.format] += 1
@@ -220,7 +226,7 @@ class Judge:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
         if not outcome.kept:
-            judged.rejected.append(Rejected(row, (self._too_long(outcome, kind),)))
+            judged.rejected.append(Rejected(row, (self._too_long(outcome, kind, example),)))
         text = json_bytes(example)
         written = self._written(row, example, judged)
         texts = [example["text"]] if "text" in example else [
@@ -248,7 +254,8 @@ class Judge:
         found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
         return f"{row.file}:{row.line}: {found}"
 
-    def _too_long(self, outcome: Outcome, kind: str) -> Problem:
+    def _too_long(self, outcome: Outcome, kind: str, example: PreparedRow) -> Problem:
+        noun = "text" if "text" in example else "conversation"
         if kind == PAIRS:
             why = {"split": ", and a pair cannot be divided",
                    "truncate": ", and up to there the answers are not two that differ"}.get(self.config.on_long, "")
@@ -258,9 +265,9 @@ class Judge:
         if self.config.on_long in ("split", "truncate"):
             what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
             return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
-                                     f"and {what}", f"use --max-length {outcome.longest}, or shorten the conversation")
+                                     f"and {what}", f"use --max-length {outcome.longest}, or shorten the {noun}")
         return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
-                       f"use --max-length {outcome.longest} or --on-long split, or shorten the conversation")
+                       f"use --max-length {outcome.longest} or --on-long split, or shorten the {noun}")
 
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.

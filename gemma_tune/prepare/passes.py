@@ -6,6 +6,7 @@ rows, writes them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.machine import cores
-from gemma_tune.data.reading.sources import Source, read_blocks
+from gemma_tune.data.reading.rows import TEXT
+from gemma_tune.data.reading.sources import Row, Source, read_blocks
 from gemma_tune.prepare.drawing import Drawing, draw
+from gemma_tune.prepare.ends import divided
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
 from gemma_tune.prepare.near import NearIndex
-from gemma_tune.prepare.selection import Gathered, select
-from gemma_tune.prepare.spool import Spool
+from gemma_tune.prepare.selection import Columns, Gathered, select
+from gemma_tune.prepare.spool import Batch, Spool
 from gemma_tune.run.session import Session
 
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
@@ -71,22 +74,54 @@ class Passes:
             self.findings.add(judged, source, 0)
             return
         batch = self.spool.add(judged.kept, source)
+        self.findings.add(judged, source, self._gather(batch, source))
+
+    def _gather(self, batch: Batch, source: int) -> int:
+        """Keep the numbers of a batch's rows. Returns how many of them are usable."""
         usable = np.diff(batch.lists("lengths")[1]) > 0
-        self.findings.add(judged, source, int(usable.sum()))
         self.gathered.add(batch.hashes(), batch.numbers("prompt"), source, batch.numbers("line"), usable,
-                          source < self.held_out, batch.numbers("turns") == 0)
+                          source < self.held_out, _text_tokens(batch))
+        return int(usable.sum())
 
     def long_rows(self) -> str | None:
         """What the limit of the length costs, before anything else is decided about the rows."""
         return self.files.long_rows(self.spool, self.session.config)
 
     def decide(self) -> Decided:
-        """Which rows are kept, and on which side."""
+        """Which rows are kept, and on which side. Of texts whose end is kept aside, both parts become rows."""
         config, columns = self.session.config, self.gathered.columns()
         selection = select(columns, 0.0 if self.held_out else config.valid, config.duplicates == "keep",
                            self._nearly if config.near_duplicates else None,
                            self.session.resolved.origins["valid"] == "default")
-        return Decided(self.spool, self.drawing, self.findings, columns, selection)
+        if not selection.ends.any():
+            return Decided(self.spool, self.drawing, self.findings, columns, selection)
+        ends = self._divide(columns, np.flatnonzero(selection.ends))
+        columns, selection = columns.and_more(self.gathered.columns()), selection.with_ends()
+        return Decided(self.spool, self.drawing, self.findings, columns, selection, ends)
+
+    def _divide(self, columns: Columns, whole: np.ndarray) -> list[tuple[int, int]]:
+        """Add the beginning and the end of each of these rows, which are texts, as rows behind all others.
+
+        Returns:
+            Of each the number of its own row and of its end's.
+        """
+        ends = []
+        for own, text in zip(whole.tolist(), [*self._texts(whole)], strict=True):
+            number, line = int(columns.source[own]), int(columns.line[own])
+            source, parts = self.sources[number], divided(text, self.session.config.valid)
+            below = line + parts[0].count("\n") if source.kind == TEXT else line
+            rows = [Row(source.name, at, {"text": part}) for at, part in zip((line, below), parts, strict=True)]
+            self._gather(self.spool.add(self.judge.texts(rows), number), number)
+            self.findings.count_one_more(number)
+            ends.append((own, self.spool.size - 1))
+        return ends
+
+    def _texts(self, rows: np.ndarray) -> Iterator[str]:
+        """The texts of these rows, in their order."""
+        for batch in self.spool.read():
+            if len(at := rows[(rows >= batch.first) & (rows < batch.first + batch.size)] - batch.first):
+                lines = batch.bytes_of("text")
+                yield from (json.loads(lines[n])["text"] for n in at)
 
     def _nearly(self, candidates: np.ndarray) -> np.ndarray:
         """Looks for near-duplicates with the signatures in the spool, see :func:`selection.select`."""
@@ -104,6 +139,12 @@ class Passes:
         """The second pass: every row goes into its file. Returns the content of data/report.json."""
         return self.files.write(decided, self.session.config, lambda rows: self.session.listener.progress(
             "writing rows", rows, self.spool.size))
+
+
+def _text_tokens(batch: Batch) -> np.ndarray:
+    """Of each row the tokens of a plain text (int32), which is one sequence; 0 of a conversation."""
+    lengths, at = batch.lists("full_lengths")
+    return np.where(batch.numbers("turns") == 0, lengths[at[:-1]], 0)
 
 
 def _processes(sources: Sequence[Source], total: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from gemma_tune.prepare.ends import are_few, have_an_end
 from gemma_tune.prepare.split import choose_valid, fewest_valid, most_valid
 
 
@@ -21,7 +22,7 @@ class Columns:
         line: int64.
         usable: False for a row that is too long.
         held_out: True for rows of files that were named for validation.
-        text: True for plain texts, False for conversations.
+        text: tokens of a plain text, int32; 0 for a conversation.
     """
 
     conversation: np.ndarray
@@ -31,6 +32,10 @@ class Columns:
     usable: np.ndarray
     held_out: np.ndarray
     text: np.ndarray
+
+    def and_more(self, later: Columns) -> Columns:
+        """These rows and those behind them."""
+        return Columns(*(np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)))
 
 
 class Gathered:
@@ -52,7 +57,7 @@ class Gathered:
         if not self._parts:
             empty = np.zeros(0, np.int64)
             return Columns(np.zeros((0, 2), np.uint64), empty.astype(np.uint64), empty, empty, empty.astype(bool),
-                           empty.astype(bool), empty.astype(bool))
+                           empty.astype(bool), empty.astype(np.int32))
         columns = Columns(*(np.concatenate(part) for part in zip(*self._parts)))
         self._parts = []
         return columns
@@ -67,6 +72,7 @@ class Selection:
         near: True where it is only nearly the same.
         valid: True for validation; only meaningful where :attr:`kept`.
         kept: True for rows in train.jsonl or valid.jsonl.
+        ends: True for kept texts that are to be divided: the beginning is learned, and the end for validation.
         conflicts: groups of kept rows (indices) with the same prompt and different answers.
         asked_on_both_sides: kept training rows whose prompt is also one of validation.
     """
@@ -75,8 +81,18 @@ class Selection:
     near: np.ndarray
     valid: np.ndarray
     kept: np.ndarray
+    ends: np.ndarray
     conflicts: list[np.ndarray] = field(default_factory=list)
     asked_on_both_sides: int = 0
+
+    def with_ends(self) -> Selection:
+        """Where the beginning and the end of each text of :attr:`ends` stand, in turn, behind all other rows: these are
+        used in its place."""
+        parts = 2 * int(self.ends.sum())
+        new = np.ones(parts, bool)
+        return replace(self, same_as=np.append(self.same_as, np.full(parts, -1, np.int64)),
+                       near=np.append(self.near, ~new), kept=np.append(self.kept & ~self.ends, new),
+                       valid=np.append(self.valid, np.arange(parts) % 2 == 1), ends=np.append(self.ends, ~new))
 
 
 def select(columns: Columns, valid: float, keep_duplicates: bool,
@@ -85,7 +101,8 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
 
     Args:
         valid: share or number of validation rows; without effect if some rows are held out by file. Of plain texts and
-            of conversations the share is taken of each, so that neither is left out of either side by chance.
+            of conversations the share is taken of each, so that neither is left out of either side by chance; of a few
+            texts it is taken of their ends.
         keep_duplicates: keep exact repetitions.
         nearly: from a mask of rows to the index of the earlier row that each nearly repeats, -1 for none.
         by_default: nobody chose the share, so that it gives more than it says of a few rows.
@@ -104,16 +121,21 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
         same_as[repeats] = found[same_as[repeats]]
         same_as[near] = found[near]
     kept = columns.usable & (same_as < 0)
-    side = np.zeros(rows, bool)
-    if columns.held_out.any():
-        side = columns.held_out.copy()
-    elif valid:
-        for some in (kept & columns.text, kept & ~columns.text) if valid < 1 else (kept,):
-            rows = int(some.sum())
-            bounds = (fewest_valid(rows), most_valid(rows)) if by_default else (0, None)
-            side[some] = choose_valid(columns.prompt[some], valid, *bounds)
+    side, ends = columns.held_out.copy(), np.zeros(rows, bool)
+    if not side.any():
+        texts = kept & (columns.text > 0)
+        if valid < 1 and are_few(len(np.unique(columns.prompt[texts])), valid):
+            ends = texts & have_an_end(columns.text, valid)
+        whole = (kept & ~texts, texts & ~ends.any()) if valid < 1 else (kept,)
+        for some in whole if valid else ():
+            side[some] = _chosen(columns.prompt[some], valid, by_default)
     both = np.isin(columns.prompt[kept & ~side], columns.prompt[kept & side])
-    return Selection(same_as, near, side, kept, _conflicts(columns, kept), int(both.sum()))
+    return Selection(same_as, near, side, kept, ends, _conflicts(columns, kept), int(both.sum()))
+
+
+def _chosen(prompt: np.ndarray, valid: float, by_default: bool) -> np.ndarray:
+    rows = len(prompt)
+    return choose_valid(prompt, valid, *((fewest_valid(rows), most_valid(rows)) if by_default else (0, None)))
 
 
 def _first_of_same(conversation: np.ndarray, usable: np.ndarray) -> np.ndarray:

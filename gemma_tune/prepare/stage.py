@@ -1,8 +1,9 @@
 """``prepare``: the user's rows become checked conversations and their tokens, split into training and validation.
 
 Every input row (with --max-samples, every one that is drawn) ends up in exactly one of train.jsonl, valid.jsonl,
-rejected.jsonl and duplicates.jsonl; nothing is cut or dropped in silence. Two passes with constant memory (see
-``passes``) do it. The files are replaced together.
+rejected.jsonl and duplicates.jsonl, or with its beginning in the first and its end in the second (see ``ends``);
+nothing is cut or dropped in silence. Two passes with constant memory (see ``passes``) do it. The files are replaced
+together.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +17,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import chat_for, tools_are_lost
+from gemma_tune.prepare.ends import SHORTEST
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
@@ -221,8 +222,10 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         listener.warn(f"there are sequences of up to {longest:,} tokens, and {session.model.id} was made for "
                       f"{context:,}: it can do little or nothing with what comes behind; --max-length {context} limits "
                       "them")
-    if not report["valid_rows"] and session.config.valid:
-        listener.warn("no rows for validation: that needs two different prompts at least")
+    if ends := report["ends_held_out"]:
+        listener.note(_about_ends(ends, session.config.valid))
+    elif not report["valid_rows"] and session.config.valid:
+        listener.warn(f"no rows for validation: {_why_none(decided, session.config.valid)}")
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":
         listener.note(f"{counted(report['valid_rows'], 'row is', 'rows are')} kept for validation, as there are few: "
                       "its loss says little about others; --valid sets another number")
@@ -237,3 +240,20 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         left_out = counted(report["duplicate_rows"], "duplicate is left out; it is",
                            "duplicates are left out; they are")
         listener.note(f"{left_out} listed in {session.run.duplicate_rows}")
+
+
+def _about_ends(ends: Sequence[Mapping[str, Any]], share: float) -> str:
+    """Which parts of texts are kept aside."""
+    places = [f"from {end['file']}:{end['from_line']} on" if end["from_line"] > end["line"] else
+              f"of {end['file']}:{end['line']}" for end in ends]
+    if len(places) == 1:
+        return f"no text can be kept aside whole: the last {share:.0%} is for validation, {places[0]}"
+    return f"there are too few texts to keep one aside whole: the last {share:.0%} of each is for validation, " + (
+        f"{', '.join(places[:-1])} and {places[-1]}")
+
+
+def _why_none(decided: Decided, share: float) -> str:
+    if (decided.columns.text[decided.selection.kept] > 0).all():
+        return (f"that needs a second text, or one whose last {share:.0%} has {SHORTEST} tokens; a larger share, or a "
+                "file, is named with --valid")
+    return "that needs two different prompts at least"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tune.base.errors import BAD_INPUT
-from gemma_tune.data.conversations.formats import Formats, RowError
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.prepare.judge import kind_of
 from support.command import invoke
-from support.prepared import SIDES, alpaca, check_files, read, row, same_examples, talk, with_template
+from support.prepared import SIDES, alpaca, check_files, read, report, row, same_examples, talk, with_template
 from support.templates import TOOLS, assistant, call, result, user
 
 ANY = Path("any/data")
@@ -112,9 +116,10 @@ def test_every_row_ends_up_in_exactly_one_file(model, content, newline, args):
     summary = run(model, "any.jsonl", *args)
     by_line = {n: value_of(line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
     if summary is None:
-        assert any(map(is_preference, by_line.values())) and "--take" not in args, "there is a row that can be used"
+        assert len(kinds(by_line.values(), args)) > 1, "there is a row that can be used"
         return
-    assert summary["rows"] == len(by_line)
+    divided = len(report(ANY)["ends_held_out"])
+    assert summary["rows"] == len(by_line) + divided
     gone = [record for side in ("rejected", "duplicates") for record in read(side, ANY)]
     assert all(record["file"] == "any.jsonl" for record in gone)
     for record in read("rejected", ANY):
@@ -124,27 +129,35 @@ def test_every_row_ends_up_in_exactly_one_file(model, content, newline, args):
         assert record["row"] == example(by_line[record["line"]], args)
         same = example(by_line[int(record["same_as"].partition(":")[2])], args)
         assert record["kind"] == "near" or same == record["row"]
-    # What is left is there as it was, in the order of the file on either side.
+    # What is left is there as it was, in the order of the file on either side; of a text that is divided, behind the others, a
+    # part is on each.
     expected = [json.dumps(example(value, args), sort_keys=True) for value in left]
-    found = {side: [json.dumps(r, sort_keys=True) for r in read(side, ANY)] for side in SIDES[:2]}
-    assert Counter(expected) == Counter(found["train"] + found["valid"])
+    sides = {side: read(side, ANY) for side in SIDES[:2]}
+    parts = [[side.pop()["text"] for _ in range(divided)] for side in sides.values()]
+    whole = [json.dumps({"text": begin + end}) for begin, end in zip(*parts, strict=True)]
+    found = {side: [json.dumps(r, sort_keys=True) for r in of_side] for side, of_side in sides.items()}
+    assert Counter(expected) == Counter(found["train"] + found["valid"] + whole)
     for side, of_side in found.items():
         assert of_side == [value for value in expected if value in of_side], side
 
 
-def is_preference(value: Any) -> bool:
-    """Whether a row is a pair or a judged answer, which are not prepared together with conversations."""
-    try:
-        found = Formats().example(value)
-    except RowError:
-        return False
-    return found.rejected is not None or found.good is not None
+def formats(args: tuple[Any, ...]) -> Formats:
+    columns = {"user": "question", "assistant": "answer", "system": "system"} if "--columns" in args else {}
+    return Formats(None, columns, "chosen" if "--take" in args else None)
+
+
+def kinds(found: Iterable[Any], args: tuple[Any, ...]) -> set[str]:
+    """What is learned from rows, those that cannot be read left out; one run learns from one kind."""
+    there = set()
+    for value in found:
+        with contextlib.suppress(RowError):
+            there.add(kind_of(formats(args).example(value).as_row()))
+    return there
 
 
 def example(value: Any, args: tuple[Any, ...]) -> Any:
     """A row as train.jsonl has it, by the module that knows the formats."""
-    columns = {"user": "question", "assistant": "answer", "system": "system"} if "--columns" in args else {}
-    found = Formats(None, columns, "chosen" if "--take" in args else None).example(value)
+    found = formats(args).example(value)
     if found.text is not None:
         return {"text": found.text}
     return {"messages": found.messages} | ({"tools": found.tools} if found.tools else {})
@@ -158,7 +171,7 @@ def test_every_element_of_an_array_ends_up_in_exactly_one_file(model, content, i
     elements = value_of(Path("any.json").read_text(encoding="utf-8"))
     if summary is None or not isinstance(elements, list):
         return
-    assert summary["rows"] == len(elements)
+    assert summary["rows"] == len(elements) + len(report(ANY)["ends_held_out"])
     assert Counter(json.dumps(r["row"]) for r in read("rejected", ANY)) <= Counter(map(json.dumps, elements))
 
 
