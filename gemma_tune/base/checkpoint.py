@@ -14,6 +14,8 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+# Lower-case patterns for the files that a tokenizer cannot be without: it has one of them at least.
+VOCABULARY = ("tokenizer.json", "tokenizer.model*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
            "max_position_embeddings", "n_positions")
 _BY_LAYER = ("intermediate_size",)  # which can be a list of one for each layer: Gemma 3n

@@ -9,14 +9,16 @@ import os
 import re
 import shlex
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.checkpoint import generation_settings
+from gemma_tune.base.checkpoint import VOCABULARY, generation_settings
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.refusals import require_readable
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import near, nearest
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.templates import NAMED, shown
@@ -101,6 +103,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
         UserError: there is none that can be loaded.
     """
     require_readable(checkpoint)
+    # Without any, transformers makes one of its own for some families, which knows no words.
+    if checkpoint.is_dir() and not any(fnmatchcase(path.name.lower(), pattern) for path in checkpoint.iterdir()
+                                       for pattern in VOCABULARY):
+        raise UserError(f"{checkpoint} has no tokenizer: neither tokenizer.json nor another file of a vocabulary",
+                        "copy the tokenizer files of the base model into it")
     with keeping_garbage():
         from transformers import AutoTokenizer
 
@@ -109,13 +116,23 @@ def load_tokenizer(checkpoint: Path) -> Any:
         with keeping_garbage():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # noqa: BLE001 - the tokenizers library raises nothing more particular for a damaged file
-        raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {e}",
+        raise UserError(f"{checkpoint} has no tokenizer that can be loaded: {_broken(checkpoint) or e}",
                         "copy the tokenizer files of the base model into it") from e
     # Where its files lie on this machine would be saved with it.
     for name, value in [*tokenizer.init_kwargs.items()]:
         if name.endswith("_file") and isinstance(value, str):
             del tokenizer.init_kwargs[name]
     return tokenizer
+
+
+def _broken(checkpoint: Path) -> str:
+    """Which file of a tokenizer is no JSON object, and why; empty where each is one."""
+    for path in sorted({*checkpoint.glob("*token*.json"), *checkpoint.glob("vocab.json")}):
+        try:
+            object_in(path)
+        except (OSError, ValueError) as e:
+            return f"{path.name}: {e}"
+    return ""
 
 
 def _stop_ids(checkpoint: Path) -> list[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
-from gemma_tune.base.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_tune.base.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VOCABULARY
 from gemma_tune.base.files import put_in_place, unfinished
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import gigabytes
@@ -40,8 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 # Lower-case patterns for names at the top of a repository; its folders hold other formats (onnx/, original/, …), but
 # for the one with further chat templates.
-_VOCABULARY = ("tokenizer.json", "tokenizer.model*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
-_WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *_VOCABULARY,
+_WANTED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *VOCABULARY,
            "tokenizer*.json", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
            "*processor_config.json", "license*", "licence*", "notice*", "use_policy*", "readme.md")
 # Pickles and Python files run code when they are loaded; "consolidated" holds the same weights a second time.
@@ -233,7 +232,7 @@ def _missing(snapshot: Path, weights: bool = True) -> list[str]:
         return ["everything"]
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # false for a link whose target is gone
     lacking = [] if "config.json" in names else ["config.json"]
-    if not any(_matches(name, _VOCABULARY) for name in names):
+    if not any(_matches(name, VOCABULARY) for name in names):
         lacking.append("the tokenizer")
     if not weights or "model.safetensors" in names:
         return lacking

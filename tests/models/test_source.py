@@ -418,6 +418,20 @@ def test_weights_that_are_not_whole_are_told_before_anything_is_prepared(cli, ti
     assert len(result.err.splitlines()) < 30 and not Path("runs").exists()
 
 
+@pytest.mark.parametrize(("files", "said"), [
+    ({"tokenizer.json": None, "tokenizer.model": None}, "other has no tokenizer: neither tokenizer.json nor another file of a vocabulary"),
+    ({"tokenizer.json": "{"}, "other has no tokenizer that can be loaded: tokenizer.json: Expecting property name"),
+    ({"tokenizer_config.json": "[]"}, "other has no tokenizer that can be loaded: tokenizer_config.json: it holds no object")])
+def test_a_tokenizer_that_is_not_there_or_damaged_is_told_by_its_file(cli, tiny, data, tmp_path, files, said):
+    folder = copy_with(tiny, tmp_path / "other")
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+    result = cli("prepare", data, "--model", "other")
+    assert result.code == 2 and said in result.err and "copy the tokenizer files of the base model into it" in result.err, result.err
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(cli, tiny, data, tmp_path):
     folder = copy_with(tiny, tmp_path / "short", num_hidden_layers=3, layer_types=["sliding_attention"] * 3)
     assert cli("prepare", data, "--model", folder).code == 0
