@@ -109,4 +109,12 @@ def generation_settings(checkpoint: Path) -> dict[str, Any]:
 def unfit_keys(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     """``missing``, ``unexpected`` or ``mismatched``, and the tensor, from what Transformers says of its loading."""
     return [(kind, key) for kind in ("missing", "unexpected", "mismatched")
-            for key in sorted(map(str, info[f"{kind}_keys"]))]
+            for key in sorted(map(_key, info[f"{kind}_keys"]))]
+
+
+def _key(entry: str | tuple[str, Any, Any]) -> str:
+    """A tensor's name; of one that does not fit, with both shapes."""
+    if isinstance(entry, str):
+        return entry
+    name, stored, wanted = entry
+    return f"{name} has shape {tuple(stored)}, config.json asks for {tuple(wanted)}"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_SHOWN = 20  # problems
+
 
 def needs_eager_attention(model_type: str) -> bool:
     """Gemma 2 caps its attention logits, which SDPA cannot do; what GPT-OSS and others do beside it, neither."""
@@ -110,7 +112,9 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         with without_towers(whole):
             model, info = auto_class(whole.model_type).from_pretrained(
                 checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, **extra)
+                trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by their names and shapes
+                **extra)
         if not four_bit and shards == 1:
             model = model.to(placement.device)
         if in_four_bits(config):
@@ -134,8 +138,9 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     # The towers of a multimodal checkpoint are left over.
     unfit = [(kind, key) for kind, key in unfit_keys(info) if not (kind == "unexpected" and TOWERS.search(key))]
     if problems := [f"{kind} keys: {key}" for kind, key in unfit]:
+        more = [f"… and {len(problems) - _SHOWN:,} more"] if problems[_SHOWN:] else []
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
-                        problems[:20])
+                        problems[:_SHOWN] + more)
     return model
 
 

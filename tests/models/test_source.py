@@ -457,6 +457,15 @@ def test_a_model_for_embeddings_is_told_apart(cli, tiny, data, tmp_path):
     assert "writes no text" not in cli("prepare", data, "--model", tiny).err
 
 
+def test_weights_of_other_shapes_than_the_configs_are_told_with_both(cli, tiny, data, tmp_path):
+    folder = copy_with(tiny, tmp_path / "narrow", hidden_size=32)
+    assert cli("prepare", data, "--model", folder).code == 0
+    result = cli("train", *QUICK)
+    assert result.code == 2 and "Error: narrow does not fit its config.json" in result.err
+    assert "  - … and " in result.err
+    assert "mismatched keys: model.layers.0.mlp.down_proj.weight has shape (64, 128), config.json asks for (32, 128)" in result.err
+
+
 def test_a_model_without_a_template_of_an_unknown_family_is_refused(cli, tiny, data, tmp_path):
     folder = copy_with(tiny, tmp_path / "other", model_type="llama")
     result = cli("prepare", data, "--model", folder)
