@@ -19,6 +19,7 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model*", "*.model", "vocab*", "*.tikt
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size",
            "max_position_embeddings", "n_positions")
 _BY_LAYER = ("intermediate_size",)  # which can be a list of one for each layer: Gemma 3n
+_NAMED = 3  # models that a hint names
 _LARGEST = 1 << 40  # no model has as many of anything; PyTorch counts in 64 bits
 
 MOST_LAYERS = 10_000
@@ -78,11 +79,26 @@ def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
 def _instead(folder: Path) -> str:
     """What to do with a directory that is taken for a checkpoint."""
     name = shlex.quote(str(folder))
-    if (folder / "adapter_config.json").is_file():
-        return f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return (f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base; to "
+                f"train it further: `gemma-tune train DATA --model {_base_of(folder)} --from-adapter {name}`")
     if (folder / "manifest.json").is_file():
         return f"it is a run: `gemma-tune status --run {name}` shows how it goes on, and where its models are"
+    # Of a folder in Hugging Face's cache, the model is in snapshots/.
+    inside = [*sorted(folder.glob("*/config.json")), *sorted(folder.glob("snapshots/*/config.json"))]
+    if inside:
+        names = [shlex.quote(str(path.parent)) for path in inside[:_NAMED]]
+        return f"name the model in it: --model {' or '.join(names)}{' or another' if inside[_NAMED:] else ''}"
     return "name a directory that has config.json, *.safetensors and tokenizer files"
+
+
+def _base_of(adapter: Path) -> str:
+    """What an adapter's configuration calls its base, as one types it; BASE where it does not say."""
+    try:
+        base = object_in(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        base = None
+    return shlex.quote(base) if base and isinstance(base, str) else "BASE"
 
 
 def context_length(config: Mapping[str, Any]) -> int:

@@ -520,6 +520,19 @@ def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
         (tmp_path / name / file).write_text("{}")
         result = cli("prepare", data, "--model", name, "--run", "r")
         assert result.code == 2 and advice in result.err, result.err
+    assert "gemma-tune train DATA --model BASE --from-adapter adapter" in cli("prepare", data, "--model", "adapter", "--run", "r").err
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/chat model"}))
+    assert "--model 'acme/chat model' --from-adapter adapter" in cli("prepare", data, "--model", "adapter", "--run", "r").err
+
+
+def test_a_directory_of_models_is_told_which_there_are(cli, tiny, data, tmp_path):
+    for place in ("models/one", "cached/snapshots/0123abc", *(f"many/m{n}" for n in range(5))):
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(tiny / "config.json", tmp_path / place)
+    for model, advice in (("models", "--model models/one\n"), ("cached", "--model cached/snapshots/0123abc\n"),
+                          ("many", "--model many/m0 or many/m1 or many/m2 or another\n")):
+        result = cli("prepare", data, "--model", model, "--run", "r")
+        assert result.code == 2 and f"Hint: name the model in it: {advice}" in result.err, result.err
 
 
 def test_a_pipe_in_a_model_or_an_adapter(tiny, tmp_path, cli, data):
