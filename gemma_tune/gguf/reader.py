@@ -26,6 +26,7 @@ from gemma_tune.gguf.types import dequantise, nbytes
 _PAIRS_AT = 24  # bytes of the header before the metadata
 _MOST_DIMENSIONS = 4
 _BROKEN = "Copy or download it again."
+_FAULTS = (struct.error, ValueError, KeyError, OverflowError)  # of a file whose bytes are no metadata
 _SCALARS = {
     GGUFValueType.UINT8: "u1", GGUFValueType.INT8: "i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "?",
@@ -80,8 +81,8 @@ class GgufFile:
                 self.tensors = _read_infos(data, at, tensors, self.metadata.get(Keys.General.ALIGNMENT))
         except OSError as e:
             raise UserError(f"{path} can't be read: {e.strerror or e}.", "Check the path.") from e
-        except (struct.error, ValueError, KeyError, OverflowError) as e:
-            raise UserError(f"{path} is not a whole GGUF file: {e}.", _BROKEN) from e
+        except _FAULTS as e:
+            raise _not_whole(path, e) from e
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows ``start`` to ``stop`` of a tensor as float32 (rows, columns).
@@ -145,15 +146,21 @@ def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[
             return _read_pairs(data, _PAIRS_AT, _counts(path, data)[1], keys)[0]
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.") from error
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error}.", _BROKEN) from error
+    except _FAULTS as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> UserError:
+    why = "it ends in the middle of its metadata" if isinstance(error, struct.error) else error
+    return UserError(f"{path} is not a whole GGUF file: {why}.", _BROKEN)
 
 
 def _counts(path: Path, data: mmap.mmap) -> tuple[int, int]:
     """Numbers of tensors and of key-value pairs."""
     magic, version, tensors, pairs = struct.unpack_from("<IIQQ", data, 0)
     if magic != GGUF_MAGIC or version not in (2, 3):
-        raise UserError(f"{path} is not a little-endian GGUF file of version 2 or 3.", _BROKEN)
+        raise UserError(f"{path} is not a little-endian GGUF file of version 2 or 3.",
+                        f"{_BROKEN} Older files are made anew with llama.cpp's converter.")
     return tensors, pairs
 
 

@@ -40,6 +40,31 @@ WHOLE = "copy or download the file again"
 REPOSITORY = "name the model's Hugging Face repository instead of its GGUF file"
 
 
+# What other files than models say they are (`general.type`, in older ones the architecture), and what to name instead.
+_ITS_MODEL = "name the model's own file, which is another one"
+_OTHERS = {
+    "mmproj": ("a projector of pictures or sounds", _ITS_MODEL), "clip": ("a projector of pictures", _ITS_MODEL),
+    "adapter": ("a LoRA adapter", "name the model that it was made for; an adapter to go on from is one of PEFT's: "
+                                  "gemma-tune train --from-adapter DIR"),
+    "imatrix": ("statistics to quantise by", _ITS_MODEL), "vocab": ("a vocabulary alone", _ITS_MODEL),
+}
+
+
+def refuse_other_kinds(file: GgufFile) -> None:
+    """Refuse a file that says that it is no model, or that says nothing.
+
+    Raises:
+        UserError: what it is.
+    """
+    says = [file.metadata.get(key) for key in (Keys.General.TYPE, Keys.General.ARCHITECTURE)]
+    if not isinstance(says[1], str):
+        raise UserError(f"{file.path} does not say which model it is ({Keys.General.ARCHITECTURE} is missing)",
+                        f"{WHOLE}; or {REPOSITORY}")
+    if other := next((kind for kind in says if kind in _OTHERS), None if file.tensors else "vocab"):
+        what, instead = _OTHERS[other]
+        raise UserError(f"{file.path} holds no model, but {what}", instead)
+
+
 def refuse_damage(file: GgufFile) -> None:
     """Refuse a file whose numbers do not fit its tensors: the loader makes up what it does not find.
 
@@ -186,6 +211,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
     quiet_libraries()
     file = GgufFile(gguf)
+    refuse_other_kinds(file)
     refuse_damage(file)
     alone = folder / gguf.name  # the loader mixes in the tokenizer files that lie beside a GGUF
     try:
@@ -198,12 +224,14 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()), read_once():
             model, info = AutoModelForCausalLM.from_pretrained(
                 **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
-                output_loading_info=True)
+                ignore_mismatched_sizes=True, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as e:  # noqa: BLE001 - in as many ways as a file's numbers can miss its tensors
         if is_out_of_memory(e):
             raise
-        raise UserError(f"{gguf} cannot be dequantised: {first_line(e)}", f"{WHOLE}; or {REPOSITORY}") from e
+        unknown = "is not supported yet" in str(e)
+        other = "; of a new family: pip install --upgrade transformers" if unknown else f"; or {WHOLE}"
+        raise UserError(f"{gguf} cannot be dequantised: {first_line(e)}", f"{REPOSITORY}{other}") from e
     (folder / gguf.name).unlink(missing_ok=True)
     mend(model, tokenizer, file)
     refuse_what_is_left_out(model, info, file)

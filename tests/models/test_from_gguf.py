@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from gemma_tune.base.errors import UserError
@@ -129,3 +130,51 @@ def test_a_gguf_in_parts_is_refused_before_it_is_read(cli, data, name, model, jo
     assert result.code == 2, result.err
     assert f"{name} is one of 3 files that are a model together" in result.err
     assert f"llama-gguf-split --merge {joined}" in " ".join(result.err.split())
+
+
+def written(path: Path, architecture: str, kind: str | None = None, tensors: int = 1) -> Path:
+    """A GGUF with a matrix or none."""
+    writer = gguf.GGUFWriter(path, architecture)
+    if kind:
+        writer.add_type(kind)
+    for n in range(tensors):
+        writer.add_tensor(f"blk.{n}.attn_q.weight", np.zeros((8, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("architecture", "kind", "tensors", "said", "hint"), [
+    ("clip", "mmproj", 1, "holds no model, but a projector of pictures or sounds", "the model's own file"),
+    ("clip", None, 1, "holds no model, but a projector of pictures", "the model's own file"),
+    ("gemma3", "adapter", 1, "holds no model, but a LoRA adapter", "gemma-tune train --from-adapter DIR"),
+    ("imatrix", "imatrix", 1, "holds no model, but statistics to quantise by", "the model's own file"),
+    ("gemma3", None, 0, "holds no model, but a vocabulary alone", "the model's own file"),
+    ("gemma9", None, 1, "cannot be dequantised: GGUF model with architecture gemma9", "pip install --upgrade transformers")])
+def test_other_files_than_models_are_told_apart(tmp_path, opened, architecture, kind, tensors, said, hint):
+    path = written(tmp_path / "some.gguf", architecture, kind, tensors)
+    with pytest.raises(UserError, match=f"some.gguf {said}") as error:
+        from_gguf.dequantised(path, "a" * 64, Listener())
+    assert hint in error.value.hint and "download" not in error.value.hint
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"GGUF\3\0\0", "is not a whole GGUF file: it ends in the middle of its metadata"),
+    (b"GGUF\3\0\0\0" + bytes(8) + b"\5" + bytes(7), "is not a whole GGUF file: it ends in the middle of its metadata"),
+    (b"GGUF\3\0\0\0" + bytes(16), r"some.gguf does not say which model it is \(general.architecture is missing\)")])
+def test_where_a_file_is_cut_off_is_said_in_words(tmp_path, content, said):
+    (tmp_path / "some.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        from_gguf.dequantised(tmp_path / "some.gguf", "a" * 64, Listener())
+    assert "ownload" in error.value.hint and "checkpoints" not in error.value.message
+
+
+def test_shapes_that_do_not_fit_are_told_by_their_names(whole):
+    data = whole.read_bytes()
+    at = data.index(b"gemma3.feed_forward_length") + len(b"gemma3.feed_forward_length") + 4
+    whole.write_bytes(data[:at] + struct.pack("<I", struct.unpack_from("<I", data, at)[0] * 2) + data[at + 4:])
+    with pytest.raises(UserError, match="does not hold the tensors of a whole model of its kind") as error:
+        from_gguf.dequantised(whole, "a" * 64, Listener())
+    assert "mismatched: model.layers.0.mlp.down_proj.weight has shape (64, 128), config.json asks for (64, 256)" in error.value.problems
