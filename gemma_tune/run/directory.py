@@ -19,8 +19,8 @@ NEXT_MANIFEST = ".next-manifest.json"
 _FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
-        "*_sft_adapter", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json", "train.yaml",
-        "tune.yaml", "tune.json")
+        "*_sft_adapter", "*_start_adapter_*", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json",
+        "train.yaml", "tune.yaml", "tune.json")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 
@@ -112,6 +112,14 @@ class RunDir:
     def sft_adapter(self) -> Path:
         """The adapter that a preference training went on from, which was the run's before."""
         return self.root / f"{self.model_name}_sft_adapter"
+
+    def start_adapter(self, content: str) -> Path:
+        """A copy of an adapter of the run that a training went on from and replaced; ``content`` is its sha256."""
+        return self.root / f"{self.model_name}_start_adapter_{content[:12]}"
+
+    def start_adapters(self) -> list[Path]:
+        """All such copies."""
+        return sorted(self.root.glob(f"{self.model_name}_start_adapter_*"))
 
     @property
     def reference(self) -> Path:

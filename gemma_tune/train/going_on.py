@@ -280,8 +280,8 @@ def continuation(session: Session, rows: int) -> Continuation:
     state, config = state_of(run, manifest, "train"), session.config
     if state.status == "stale":
         raise UserError(f"--continue goes on with the same data and base model, but {state.reason}",
-                        "leave --continue out to start anew; or start from a copy of the adapter: "
-                        f"cp -r {run.adapter} COPY, then gemma-tune train --from-adapter COPY")
+                        "leave --continue out to start anew; or start from the adapter: "
+                        + command("train", run.root, "--from-adapter", str(run.adapter)))
     summary, before = manifest.stages["train"]["summary"], _recorded(session)
     done, total = _done(session), total_steps(rows, config)
     problems = difference(before, config.as_dict(), MAY_CHANGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.lora.start import FILES, misfit, settings_of, untrainable
 from gemma_tune.models.source import split_revision
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import locked
+from gemma_tune.run.stage import locked, other_settings
 
 PREFERENCES = ("dpo", "kto", "orpo")
 NONE = "none"  # starts from zero again, where an adapter was named before
@@ -34,7 +35,8 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     """The session with what the adapter that it starts from brings along, and that adapter's files as inputs.
 
     Without ``--from-adapter`` it is the one of the interrupted training, or of the run's last one. A training that
-    learns preferences goes on from the adapter that has learned answers, of which it keeps a copy.
+    learns preferences goes on from the adapter that has learned answers. Of the run's own adapter, which the new one
+    will replace, it keeps a copy and starts from that; repeated, it starts from the same copy.
 
     Args:
         waiting: settings of an interrupted training.
@@ -48,7 +50,10 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     if named == NONE:
         return _but(session, from_adapter=None), {}
     before = (waiting or session.settings_of("train")).get("from_adapter")
-    own = not (named or waiting) and _learned_answers(session)
+    own = _is_the_run_s(session, named) if named else not waiting and _learned_answers(session)
+    again = bool(own and named) and not (waiting or session.force) and _began_with_copy(session, before)
+    if again:
+        named, own = before, False
     if own:
         folder, kept = _own(session, writes)
     elif not (named or before) or not (named or waiting) and _is_own(session, before):
@@ -63,9 +68,11 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
         raise _with_shapes(session, adapter, problems)
     began = "the training began with" if go_on or waiting else "starting from"
     as_before = "" if named or own or go_on or waiting else ", as before"
+    session = _but(session, from_adapter=kept, **brought)
+    if again and not go_on:
+        _refuse_twice(session)
     session.listener.note(f"{began} the adapter {kept}{as_before}: {in_words(brought)}")
-    return _but(session, from_adapter=kept, **brought), {f"{_INPUT}_{name.split('.')[0]}": folder / name
-                                                         for name in FILES}
+    return session, {f"{_INPUT}_{name.split('.')[0]}": folder / name for name in FILES}
 
 
 def _learned_answers(session: Session) -> bool:
@@ -76,6 +83,41 @@ def _learned_answers(session: Session) -> bool:
             and session.settings_of("train").get("method", "sft") in ("sft", AUTO))
 
 
+def _is_the_run_s(session: Session, named: str) -> bool:
+    """Whether it is the run's own adapter that is named."""
+    place = next((path for path in _places(session, named) if path.is_dir()), None)
+    return place is not None and place.resolve() == session.run.adapter.resolve()
+
+
+def _began_with_copy(session: Session, before: str | None) -> bool:
+    """Whether the last training learned from the same data by the same method, and began with a copy of the adapter
+    that the run had then: the same command once more is no other training."""
+    record, run = session.manifest.stages.get("train"), session.run
+    copies = {run.relative(path) for path in (run.sft_adapter, *run.start_adapters())}
+    return (record is not None and "prepare" in session.manifest.stages and before in copies
+            and _same_data(session, record) and session.settings_of("train").get("method") == session.config.method)
+
+
+def _refuse_twice(session: Session) -> None:
+    """Where the run's own adapter has learned from these data already, other settings can mean several things.
+
+    Raises:
+        UserError: settings are others than then.
+    """
+    record, run = session.manifest.stages["train"], session.run
+    if changed := other_settings(record, session.config):
+        raise UserError(f"{run.adapter} has learned from these data already, and other settings are asked for now "
+                        f"({'; '.join(changed)})",
+                        "to go on from its end: --continue with more --epochs; to learn them anew from "
+                        f"{session.config.from_adapter}, where it began: leave --from-adapter out; to learn them a "
+                        "second time: --force")
+
+
+def _same_data(session: Session, record: Mapping[str, Any]) -> bool:
+    tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
+    return bool(tokens == record["inputs"].get("tokens", {}).get("sha256"))
+
+
 def warn_of_what_is_replaced(session: Session) -> None:
     """What a training of preferences learned is not gone on from by one of other data, or with another method, unless
     it is named; and that one takes its place."""
@@ -83,28 +125,29 @@ def warn_of_what_is_replaced(session: Session) -> None:
     method = session.settings_of("train").get("method")
     if record is None or method not in PREFERENCES or "from_adapter" in session.given:
         return
-    tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
-    if tokens == record["inputs"].get("tokens", {}).get("sha256") and method == session.config.method:
+    if _same_data(session, record) and method == session.config.method:
         return
     start, adapter = session.config.from_adapter, session.run.adapter
     session.listener.warn(f"what the last training learned ({method}) is replaced: this one ({session.config.method}) "
-                          f"starts from {start or 'the base model'}; to go on from it instead: cp -r {adapter} COPY, "
-                          "then train with --from-adapter COPY")
+                          f"starts from {start or 'the base model'}; to go on from it instead: --from-adapter "
+                          f"{shlex.quote(str(adapter))}")
 
 
 def _own(session: Session, writes: bool) -> tuple[Path, str]:
     """A copy of the run's adapter, which the training will replace."""
-    run = session.run
-    kept = run.relative(run.sft_adapter)
+    run, content = session.run, fingerprint(session.run.adapter)["sha256"]
+    answers = _learned_answers(session)
+    copy = run.sft_adapter if answers else run.start_adapter(content)
+    kept = run.relative(copy)
     if not writes:
         return run.adapter, kept
     with locked(session, "train"), os_errors(run.root):
-        if not run.sft_adapter.is_dir() or (
-                fingerprint(run.sft_adapter)["sha256"] != fingerprint(run.adapter)["sha256"]):
-            with replacing_directory(run.sft_adapter) as folder:
+        if not copy.is_dir() or fingerprint(copy)["sha256"] != content:
+            with replacing_directory(copy) as folder:
                 shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
-    session.listener.note(f"the run's adapter has learned answers, and is what is trained on; a copy stays in {kept}")
-    return run.sft_adapter, kept
+    learned = " has learned answers, and" if answers else ""
+    session.listener.note(f"the run's adapter{learned} is what is trained on; a copy stays in {kept}")
+    return copy, kept
 
 
 def _is_own(session: Session, before: str) -> bool:
@@ -125,8 +168,7 @@ def _but(session: Session, from_adapter: str | None, **brought: Any) -> Session:
 
 def _located(session: Session, named: str) -> tuple[Path, str]:
     """Its directory, and what the manifest calls it: a path relative to the run, or ``hf:ID@COMMIT``."""
-    # As a manifest, or a file of settings made from it, has it.
-    for path in (Path(os.path.expanduser(named)), session.run.root / named):
+    for path in _places(session, named):
         if path.is_dir():
             if inside := sorted(path.glob("*_lora_adapter/adapter_config.json")):
                 raise UserError(f"{path} is a run, and no adapter",
@@ -147,6 +189,11 @@ def _located(session: Session, named: str) -> tuple[Path, str]:
     return Path(found.path), f"{_HUB}{found.id}@{found.revision}"
 
 
+def _places(session: Session, named: str) -> tuple[Path, Path]:
+    """Where it can lie: from here, or as a manifest, or a file of settings made from it, has it."""
+    return Path(os.path.expanduser(named)), session.run.root / named
+
+
 def _no_directory(session: Session, named: str) -> UserError:
     """What to say of a path where nothing lies: one that a run or its ``train.yaml`` has begins at the run, and leads
     elsewhere when that was copied or moved alone."""
@@ -161,9 +208,8 @@ def _no_directory(session: Session, named: str) -> UserError:
 
 
 def _refuse_replaced(session: Session, folder: Path) -> None:
-    """What this training itself will replace cannot be what it starts from, as an interrupted one needs it again."""
-    run, place = session.run, folder.resolve()
-    if place == run.adapter.resolve() or place.is_relative_to(run.checkpoints.resolve()):
+    """Checkpoints, which this training will remove, cannot be what it starts from, as an interrupted one needs it."""
+    if folder.resolve().is_relative_to(session.run.checkpoints.resolve()):
         raise UserError(f"{folder} is this run's own, and the training would replace it",
                         "to train longer on the same data: --continue with more --epochs; else start from a copy: "
                         f"cp -r {folder} ELSEWHERE, then --from-adapter ELSEWHERE")

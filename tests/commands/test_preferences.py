@@ -322,7 +322,7 @@ def test_pairs_and_judged_answers_go_all_the_way(cli, tiny, tmp_path):
 
 
 def test_what_preferences_were_learned_is_not_replaced_in_silence(cli, prepared, tmp_path):
-    """By those of other data, by another method, or by answers; a copy of the adapter goes on instead."""
+    """By those of other data, by another method, or by answers; to go on from the adapter it is named."""
     said = "what the last training learned (dpo) is replaced: this one ({}) starts from {}"
     quick = ("--rank", 4, "--dtype", "fp32", "--max-steps", 3, "--samples", 0)
     assert cli("train", *quick, "--method", "sft").code == 0
@@ -332,13 +332,51 @@ def test_what_preferences_were_learned_is_not_replaced_in_silence(cli, prepared,
     assert cli("prepare", write_rows(tmp_path / "judged.jsonl", judged())).code == 0
     [told] = [text for text in cli("train", *quick, "--dry-run", "--json").json["warnings"] if "replaced" in text]
     assert told.startswith(said.format("kto", "tiny-gemma_sft_adapter")), told
-    shown = f"cp -r {RUN}/tiny-gemma_lora_adapter COPY, then train with --from-adapter COPY"
-    assert told.endswith(shown)
+    own = f"{RUN}/tiny-gemma_lora_adapter"
+    assert told.endswith(f"to go on from it instead: --from-adapter {own}")
     before = adapter_bytes(prepared)
-    shutil.copytree(prepared / "tiny-gemma_lora_adapter", "COPY")
-    result = cli("train", *quick, "--from-adapter", "COPY", "--json")
+    result = cli("train", *quick, "--from-adapter", own, "--json")
     assert result.code == 0 and not any("replaced" in text for text in result.json["warnings"]), result.err
-    assert Path("COPY/adapter_model.safetensors").read_bytes() == before != adapter_bytes(prepared)
+    [copy] = prepared.glob("tiny-gemma_start_adapter_*")
+    assert (copy / "adapter_model.safetensors").read_bytes() == before != adapter_bytes(prepared)
+
+
+def test_it_goes_on_from_the_run_s_own_adapter_and_keeps_what_that_was(cli, prepared, tmp_path, monkeypatch):
+    """The adapter stays whole until the new one is; the manifest names the copy, from which a repetition starts."""
+    quick = ("--rank", 4, "--dtype", "fp32", "--max-steps", 3, "--samples", 0, "--save-steps", 1)
+    own = ("--from-adapter", prepared / "tiny-gemma_lora_adapter")
+    assert cli("train", *quick, "--method", "dpo").code == 0
+    first = adapter_bytes(prepared)
+    planned = cli("train", *quick, "--method", "dpo", *own, "--dry-run")
+    assert planned.code == 0 and not [*prepared.glob("*_start_adapter_*")], planned.err
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        stopped = cli("train", *quick, "--method", "dpo", *own)
+    assert stopped.code == 130 and adapter_bytes(prepared) == first, stopped.err
+    [copy] = prepared.glob("tiny-gemma_start_adapter_*")
+    assert f"--from-adapter {copy}" in stopped.err and (copy / "adapter_model.safetensors").read_bytes() == first
+    assert cli("merge", "--no-check").code == 0, "the finished adapter is the run's as long as no other is"
+    assert cli("status", "--json").json["next"].endswith(f"--from-adapter {copy} --samples 0")
+    result = cli("train", *quick, "--method", "dpo", *own, "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2, result.err
+    assert log()[0]["eval_loss"] == pytest.approx(math.log(2), rel=1e-5), "the reference is what it started from"
+    second = adapter_bytes(prepared)
+    record = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]
+    assert record["config"]["from_adapter"]["value"] == copy.name
+    [weights] = [item for item in record["inputs"].values() if item["path"].endswith("adapter_model.safetensors")]
+    assert weights["path"] == f"{copy.name}/adapter_model.safetensors"
+    assert cli("status", "--json").json["stages"]["train"]["state"] == "done"
+
+    assert cli("train", *quick, "--method", "dpo", *own, "--json").json["status"] == "up-to-date"
+    refused = cli("train", *quick, "--method", "dpo", *own, "--max-steps", 4)
+    assert refused.code == 2 and "has learned from these data already" in refused.err and adapter_bytes(prepared) == second
+    assert cli("train", "--continue", *own, "--max-steps", 4).code == 0
+    assert cli("train", *quick, "--method", "dpo", "--force").code == 0
+    assert adapter_bytes(prepared) == second, "it starts from the copy again"
+    assert cli("train", *quick, "--method", "dpo", *own, "--force").code == 0
+    third = {(path / "adapter_model.safetensors").read_bytes() for path in prepared.glob("tiny-gemma_start_adapter_*")}
+    assert third == {first, second} and adapter_bytes(prepared) not in third
+    assert cli("train", "--method", "sft", *quick, "--from-adapter", "none", "--force").code == 0
 
 
 def test_answers_after_preferences_are_learned_from_the_base_and_that_is_said(cli, prepared, tmp_path):

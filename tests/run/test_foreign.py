@@ -38,7 +38,8 @@ def test_a_directory_that_is_no_run_and_has_data_is_not_made_one(cli, tiny, proj
 
 @pytest.mark.parametrize("occupied", ["report.md", "tiny-gemma_lora_adapter/adapter_config.json", "ollama/Modelfile", "train.yaml",
                                       "tiny-gemma_lora_merged/config.json", "logs/metrics.jsonl", "rejected.jsonl", "tune.json",
-                                      "tiny-gemma_sft_adapter/notes.txt", "data/.hidden.jsonl", "data/.git/HEAD"])
+                                      "tiny-gemma_sft_adapter/notes.txt", "tiny-gemma_start_adapter_0a/notes.txt",
+                                      "data/.hidden.jsonl", "data/.git/HEAD"])
 def test_other_results_have_their_places_too(cli, tiny, data, tmp_path, occupied):
     place = tmp_path / "proj" / occupied
     place.parent.mkdir(parents=True)

@@ -167,7 +167,7 @@ def test_all_that_does_not_fit_is_told_before_any_work(cli, prepared, tiny, tmp_
 
 @pytest.mark.parametrize(("name", "said"), [
     ("nowhere", "there is no directory nowhere"), ("a/b/c", "there is no directory a/b/c"),
-    (str(ADAPTER), "is this run's own, and the training would replace it")])
+    ("runs/tiny-gemma/training_checkpoints", "is this run's own, and the training would replace it")])
 def test_places_that_cannot_be(cli, trained, name, said):
     result = cli("train", "--from-adapter", name)
     assert result.code == 2 and said in result.err and "Traceback" not in result.err
