@@ -132,6 +132,7 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
             task = "measuring the loss of " + ", ".join(files)
             losses = measure(model.given_away(), texts, files, architecture,
                              on_progress=partial(session.listener.progress, task))
+            unchecked += _not_finite([text for text, rows in texts.items() if rows], files, losses)
     return ExportChecks(losses, parity, tuple(unchecked), _merged(session))
 
 
@@ -177,6 +178,16 @@ def _texts(session: Session, source: ExportSource) -> tuple[dict[str, list[Wante
     rows, reason = validation_rows(session)
     general = wanted_of(measuring_rows_of(source.chat))
     return {VALIDATION: [] if rows is None else wanted_of(rows, TOKENS), GENERAL: general}, reason
+
+
+def _not_finite(texts: Sequence[str], files: Mapping[str, Path],
+                losses: Mapping[str, Mapping[str, Loss]]) -> list[str]:
+    """What could not be measured, as nothing finite is predicted."""
+    if any(text not in losses for text in texts):
+        return [f"{_LOSS}: the merged model in {REFERENCE}, with which they are compared, predicts nothing finite; "
+                "some of its weights may be beyond the range of that"]
+    lacking = [quant for quant in files if any(quant not in found for found in losses.values())]
+    return [f"{_LOSS}: {', '.join(lacking)} predicts nothing finite"] if lacking else []
 
 
 def _loaded(session: Session, beside: int) -> tuple[MergedModel | None, str]:

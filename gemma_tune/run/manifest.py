@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemma_tune import __version__
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import os_errors, put_in_place, write_json
 from gemma_tune.base.strict_json import NoObject, object_in
 from gemma_tune.base.versions import library_versions
@@ -88,9 +88,13 @@ class Manifest:
         put_in_place(run.next_manifest, run.manifest)
 
     def _write(self, run: RunDir, path: Path) -> None:
+        content = {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model, "stages": self.stages,
+                   "libraries": library_versions()}
+        if problems := list(_problems(content)):
+            raise WorkFailed(f"{path} is not written: it could not be read again", "please report this; what was "
+                             "finished before is untouched", problems)
         with os_errors(run.root):
-            write_json(path, {"schema": SCHEMA, "gemma_tune": __version__, "model": self.model,
-                              "stages": self.stages, "libraries": library_versions()})
+            write_json(path, content)
 
 
 def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jsonschema
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat import choice
@@ -138,6 +140,37 @@ def test_without_validation_rows_general_text_is_measured(cli, merged):
     assert summary["recommended"] == "q8_0"
     assert "keeps what the model knew before (what was learned is not measured)" in " ".join(result.err.split())
     assert "number formats, on general text" in result.err
+
+
+def test_a_model_beyond_the_range_of_f16_is_exported_without_that_yardstick(cli, tiny, data, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "large")
+    [file] = base.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    for args in (("prepare", data, "--model", base, "--valid", 3), ("train", "--max-steps", 1, "--samples", 0),
+                 ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    result = cli("export-ollama", "--no-verify", "--quant", "q8_0", "--json")
+    assert result.code == 0, result.err
+    [said] = result.json["summary"]["unchecked"]
+    assert "in f16, with which they are compared, predicts nothing finite" in said and "nan" not in result.err
+    assert "loses" not in result.json["summary"] and "recommended" not in result.json["summary"]
+    assert cli("status", "--json").json["stages"]["export-ollama"]["state"] == "done"
+
+
+def test_figures_that_could_not_be_read_again_are_not_recorded(cli, export, merged, monkeypatch):
+    """A run stays as it was, whatever goes wrong."""
+    from gemma_tune.export import checks
+
+    assert export("--quant", "q8_0").code == 0
+    before = (merged / "manifest.json").read_bytes(), sorted(path.name for path in OLLAMA.iterdir())
+    monkeypatch.setattr(checks, "measure", lambda *args, **more: {
+        "validation": {"f16": Loss(math.nan, 0.0, 1.0, 9), "q4_0": Loss(1.0, 0.0, 1.0, 9)}})
+    result = cli("export-ollama", "--no-verify", "--quant", "q4_0")
+    assert result.code == 1 and "could not be read again" in result.err and "f16_perplexity: nan is no number" in result.err
+    assert ((merged / "manifest.json").read_bytes(), sorted(path.name for path in OLLAMA.iterdir())) == before
+    assert cli("status", "--json").json["stages"]["export-ollama"]["state"] == "done"
 
 
 @pytest.mark.parametrize(("tried", "next_one"), [

@@ -145,6 +145,24 @@ def test_several_texts_are_measured_while_a_files_weights_are_in(checkpoint, fil
     assert quant_loss.measure(loaded(checkpoint), {"nothing": []}, wanted, architecture(checkpoint)) == {}
 
 
+def test_what_predicts_nothing_finite_has_no_figures(checkpoint, files, tmp_path):
+    """A format by itself; where it is f16, with which all are compared, none has."""
+    wanted = {"q8_0": files["q8_0"]}
+    texts = {"rows": wanted_of(rows())}
+    broken = tmp_path / "broken.gguf"
+    shutil.copyfile(wanted["q8_0"], broken)
+    reader = gguf.GGUFReader(broken, "r+")
+    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = np.nan
+    del reader
+    found = quant_loss.measure(loaded(checkpoint), texts, {**wanted, "q4_0": broken}, architecture(checkpoint))
+    assert list(found["rows"]) == ["f16", "q8_0"]
+    model = loaded(checkpoint)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    assert quant_loss.measure(model, texts, wanted, architecture(checkpoint)) == {}
+    assert quant_loss._perplexity(1e4) == float("inf")
+
+
 def test_entries_that_are_not_kept_count_as_one(checkpoint, files, monkeypatch):
     monkeypatch.setattr(quant_loss, "_KEPT", 100)
     monkeypatch.setattr(likelihood, "_LOGITS", 383 * 5)  # five positions at a time
