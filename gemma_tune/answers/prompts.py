@@ -6,11 +6,15 @@ import bisect
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from gemma_tune.base.errors import UserError
+
+Read = TypeVar("Read")
 LOOKED_AT = 100  # rows of each file that are looked at for prompts
 TEXT_TOKENS = 32  # of a plain text, as the beginning that a model continues
 
@@ -68,11 +72,31 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Prompts of a file of prepared rows, one after the other: such a file can be larger than memory."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                yield prompt_of(json.loads(line))
+    """Prompts of a file of prepared rows, one after the other.
+
+    Raises:
+        UserError: see :func:`prepared_rows`.
+    """
+    return prepared_rows(path, prompt_of)
+
+
+def prepared_rows(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> Iterator[Read]:
+    """What ``read`` makes of each line of a run's train.jsonl or valid.jsonl: such a file can be larger than memory.
+
+    Raises:
+        UserError: a line that ``prepare`` did not write so.
+    """
+    with open(path, "rb") as lines:
+        for n, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = read(json.loads(line.decode()))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{path}:{n} was changed: it is no row as `prepare` writes them",
+                                f"prepare the data again: gemma-tune prepare --run {shlex.quote(str(path.parents[1]))} "
+                                "--force") from e
+            yield found
 
 
 def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.answers.prompts import prepared_rows
 from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError
@@ -178,27 +179,26 @@ def constant_system(*files: Path) -> str | None:
     White space around it does not count; that of the first is kept. None if one has another or has none, or there is no
     conversation; plain texts are none. Reads line by line: the files can be larger than memory. One that is missing has
     no rows.
+
+    Raises:
+        UserError: a line that ``prepare`` did not write so.
     """
     found: str | None = None
-    for path in files:
-        if not path.exists():
-            continue
-        with open(path, "rb") as lines:
-            for line in lines:
-                row = json.loads(line) if line.strip() else {"text": ""}
-                if "text" in row:
-                    continue
-                system = _system_of(row)
-                if not system or (found is not None and system.strip() != found.strip()):
-                    return None
-                found = found or system
+    there = (path for path in files if path.exists())
+    for system in chain.from_iterable(chain.from_iterable(prepared_rows(path, _systems) for path in there)):
+        if not system or (found is not None and system.strip() != found.strip()):
+            return None
+        found = found or system
     return found
 
 
-def _system_of(row: Mapping[str, Any]) -> str | None:
+def _systems(row: Mapping[str, Any]) -> list[str | None]:
+    """The system prompt of a row, None where a conversation has none; of a plain text, nothing."""
+    if "text" in row:
+        return []
     first = next(iter(row.get("messages") or ()), {})
     content = first.get("content") if first.get("role") == "system" else None
-    return content if isinstance(content, str) else None
+    return [content if isinstance(content, str) else None]
 
 
 def licence_text(merged: Path, base: BaseModel) -> str | None:

@@ -276,6 +276,18 @@ def test_another_architecture_needs_llama_cpps_converter(export, merged, monkeyp
     assert metadata["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
 
 
+@pytest.mark.parametrize("bad", ["{broken", "[1]", '{"messages": ["x"]}', '{"messages": {"a": 1}}', "[" * 100_000])
+def test_rows_that_were_changed_by_hand_are_named(cli, export, merged, bad):
+    """Their system prompt becomes SYSTEM, and they are prompts to compare with."""
+    row = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (merged / "data/train.jsonl").write_text(f"{json.dumps(row)}\n\n{bad}\n")
+    (merged / "data/valid.jsonl").write_text(f"{json.dumps(row)}\n")
+    for result in (export("--quant", "f16"), cli("export-ollama", "--system", "T", "--quant", "f16")):
+        assert result.code == 2 and "runs/tiny-gemma/data/train.jsonl:3 was changed" in result.err, result.err
+        assert "gemma-tune prepare --run runs/tiny-gemma --force" in " ".join(result.err.split())
+    assert not [*(merged / "ollama").glob("*")]
+
+
 def test_missing_and_stale_stages_are_told(export, trained):
     result = export("--run", trained)
     assert result.code == 2
