@@ -40,7 +40,7 @@ def ollama_host(env: Mapping[str, str]) -> str:
         raise UserError(f"OLLAMA_HOST={place_of(value)}: {scheme} is not http or https")
     address, _, path = rest.partition("/")
     host, port = _split_address(address, default_port)
-    if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host):
+    if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host) or not _is_host(host):
         raise UserError(f"OLLAMA_HOST={place_of(value)} is not an address", _NO_LOGIN if "@" in value else
                         "For example: OLLAMA_HOST=127.0.0.1:11434")
     return f"{scheme}://{host}:{port}" + (f"/{path.rstrip('/')}" if path.strip("/") else "")
@@ -53,6 +53,15 @@ def _split_address(address: str, default_port: str) -> tuple[str, str]:
     if not re.fullmatch(r"[+-]?[0-9]+", port) or not 0 <= int(port) <= 65535:
         port = default_port
     return _connectable(host or "127.0.0.1"), str(int(port))
+
+
+def _is_host(host: str) -> bool:
+    """Whether a host's name can be looked up: its parts have 1 to 63 letters."""
+    try:
+        host.encode("idna")
+        return bool(httpx.URL(f"http://{host}").host)
+    except (UnicodeError, httpx.InvalidURL):
+        return False
 
 
 def _connectable(host: str) -> str:

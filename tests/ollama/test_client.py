@@ -94,7 +94,7 @@ def test_ollama_host(value, url):
     assert ollama_host({} if value is None else {"OLLAMA_HOST": value}) == url
 
 
-@pytest.mark.parametrize("value", ["ftp://x", "a b", "1:2:3", "fe80::1%eth0", "http://user@host:1"])
+@pytest.mark.parametrize("value", ["ftp://x", "a b", "1:2:3", "fe80::1%eth0", "http://user@host:1", "a..b", "..", "x" * 64, "xn--", "ä..b"])
 def test_ollama_host_that_is_no_address(value):
     with pytest.raises(UserError, match="OLLAMA_HOST"):
         ollama_host({"OLLAMA_HOST": value})
