@@ -149,7 +149,8 @@ def _better(session: Session, stage: StageReport) -> str:
 def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: str) -> None:
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
-                        session.listener.progress, sha256)
+                        session.listener.progress, sha256,
+                        again=command("export-ollama", session.run.root, "--force"))
     tell_capabilities(server, target.name, target.chat, session.listener)
 
 

@@ -59,12 +59,14 @@ def create_model(
     license_text: str | None = None,
     on_progress: Progress = lambda status, done, total: None,
     sha256: str | None = None,
+    again: str | None = None,
 ) -> None:
     """Uploads the file, unless the server has it, and makes a model of it under this name.
 
     Args:
         on_progress: gets a status, and bytes done and in all where they are known (else 0, 0).
         sha256: of the file when it was written, where that is known.
+        again: the command that writes it again.
 
     Raises:
         UserError: a bad name or parameter, no such file, or one whose content has changed since.
@@ -77,7 +79,7 @@ def create_model(
     digest, size = _digest(gguf, on_progress)
     if sha256 is not None and digest != f"sha256:{sha256}":
         raise UserError(f"{gguf} is damaged: its content is another than when it was exported",
-                        "make it again: gemma-tune export-ollama --force")
+                        f"make it again: {again}" if again else None)
     request["files"] = {re.sub(r"[\\:]", "_", gguf.name): digest}
     with client_of(server.url, PATIENCE) as client, talking_to(server.url):
         if not _has_blob(client, digest):

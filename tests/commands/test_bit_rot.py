@@ -65,7 +65,7 @@ def test_a_damaged_gguf_is_not_given_to_ollama(export, merged):
     with LoopbackOllama() as server:
         result = export("--host", server.url)
         assert result.code == 2
-        assert "tiny-gemma-q8_0.gguf is damaged" in result.err and "export-ollama --force" in result.err
+        assert "tiny-gemma-q8_0.gguf is damaged" in result.err and "export-ollama --run runs/tiny-gemma --force" in result.err
         assert not server.models
         assert not [path for path in server.paths() if path.startswith("POST /api/blobs")]
 
