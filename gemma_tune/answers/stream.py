@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_tune.answers import decoding
 from gemma_tune.answers.generation import BROKEN, Answer, finite_logits, prompt_ids, room_for_answer
+from gemma_tune.base.machine import is_out_of_memory, no_memory
 from gemma_tune.encoding.chat_format import ChatFormat, Messages, Tools
 
 
@@ -161,6 +162,16 @@ class Stream(Streaming):
         super().__init__(Pieces(chat), len(self._ids))
 
     def _make(self) -> None:
+        try:
+            self._answer()
+            return
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            problem = no_memory(e, "a shorter conversation, or a lower --max-new-tokens, needs less")
+        raise problem  # outside the handler, whose traceback keeps alive what the model was computing
+
+    def _answer(self) -> None:
         import torch
 
         with torch.inference_mode(), self._state():

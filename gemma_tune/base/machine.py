@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from gemma_tune.base.errors import INTERRUPTED
+from gemma_tune.base.errors import INTERRUPTED, UserError
+from gemma_tune.base.words import first_line
 
 # How often a thread of GNU OpenMP looks whether the others are done before it sleeps. By itself it looks as long as
 # other programs want the processor: beside two of them on two cores the demo trained at 14 tokens/s, not 222, with
@@ -218,3 +219,13 @@ def occupy_standard_streams() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))
+
+
+def no_memory(error: BaseException, advice: str) -> UserError:
+    """What to say where memory ran out.
+
+    Args:
+        advice: what needs less; without the GPU's memory there is the computer's, which is said where it was that.
+    """
+    without = "; or without the GPU: the same with CUDA_VISIBLE_DEVICES=-1 in the environment"
+    return UserError(f"out of memory: {first_line(error)}", advice + (without if "CUDA" in str(error) else ""))

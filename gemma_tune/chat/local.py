@@ -20,14 +20,14 @@ from gemma_tune.answers.lengths import by_length, rows_that_fit
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.machine import is_out_of_memory, no_memory
 from gemma_tune.chat.voice import sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.lora.fold import fold
 from gemma_tune.lora.load import add_adapter
-from gemma_tune.models.load import load_model, out_of_memory
+from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, available, choose_placement
 from gemma_tune.run.session import Session
 
@@ -90,7 +90,7 @@ class LocalVoice:
             if not is_out_of_memory(e):
                 raise
             if len(encoded) == 1:
-                return [out_of_memory(e)]
+                return [no_memory(e, "a lower --max-new-tokens needs less")]
         half = len(encoded) // 2
         return self._together(encoded[:half], config) + self._together(encoded[half:], config)
 

@@ -17,7 +17,15 @@ import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
-from gemma_tune.base.machine import Terminated, end_at_once, noting_ctrl_c, occupy_standard_streams, terminable
+from gemma_tune.base.machine import (
+    Terminated,
+    end_at_once,
+    is_out_of_memory,
+    no_memory,
+    noting_ctrl_c,
+    occupy_standard_streams,
+    terminable,
+)
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, live, screen
 from gemma_tune.cli.options import with_refusals
@@ -247,7 +255,10 @@ def _was_ended(e: BaseException | None) -> bool:
 
 
 def _refused_by_system(e: Exception) -> UserError | None:
-    """A path that the system does not let be used, wherever that showed; None for all other errors."""
+    """A path that the system does not let be used, or memory that it does not have, wherever that showed; None for all
+    other errors."""
+    if is_out_of_memory(e):
+        return no_memory(e, "close other programs, or take a smaller model")
     if isinstance(e, OSError) and e.filename is not None and e.errno in _OF_PATHS:
         name = str(e.filename)
         return UserError(f"{name if len(name) <= _LONGEST_NAME else name[:60] + '…'} cannot be used: {e.strerror}",

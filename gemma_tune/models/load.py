@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
-from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
+from gemma_tune.base.machine import is_out_of_memory, keeping_garbage, no_memory
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -132,7 +132,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                         missing_package(e, four_bit=four_bit)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
-            raise out_of_memory(e) from e
+            raise no_memory(e, "close other programs, or take a smaller model; train --qlora keeps it in 4 bits") from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
     # The towers of a multimodal checkpoint are left over.
@@ -176,7 +176,7 @@ def _cut_out(tensor: Any) -> bool:
 
 
 def out_of_memory(error: Exception) -> UserError:
-    """The advice for a model or batch that does not fit."""
+    """The advice for a batch of a training that does not fit."""
     return UserError(f"out of memory: {first_line(error)}",
                      "use --micro-batch 1, --activation-checkpointing, --qlora, or a smaller model")
 

@@ -347,10 +347,26 @@ def test_an_answer_that_nobody_reads_can_be_finished(model, chat):
 def test_a_failure_in_the_thread_reaches_the_reader(model, chat):
     def at(step: int) -> None:
         if step == 3:
-            raise MemoryError("no more")
+            raise OSError("no more")
 
     script(model, [ids_of(chat, "x")], at)
     stream = Stream(model, chat, question("a"), 500, GREEDY)
     assert "".join(stream) == "xx", "the reader's loop ends"
-    with pytest.raises(MemoryError, match="no more"):
+    with pytest.raises(OSError, match="no more"):
         stream.finish()
+
+
+@pytest.mark.parametrize(("error", "on_gpu"), [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+                                               (MemoryError(), False)], ids=["gpu", "cpu"])
+def test_memory_that_runs_out_amid_an_answer_is_no_fault_of_ours(model, chat, error, on_gpu):
+    """A conversation goes on after it, with a shorter question."""
+    def at(step: int) -> None:
+        if step == 3:
+            raise error
+
+    script(model, [ids_of(chat, "x")], at)
+    stream = Stream(model, chat, question("a"), 500, GREEDY)
+    assert "".join(stream) == "xx"
+    with pytest.raises(UserError, match="out of memory: (CUDA|MemoryError)") as raised:
+        stream.finish()
+    assert "--max-new-tokens" in raised.value.hint and ("CUDA_VISIBLE_DEVICES=-1" in raised.value.hint) == on_gpu

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import Gemma3ForCausalLM
 
 from gemma_tune.answers.generation import Answer, greedy_answers
 from gemma_tune.answers.stream import Stream
@@ -161,6 +163,20 @@ def test_a_prompt_beyond_the_context_is_an_error_and_the_others_are_answered(cli
 
 
 # --- which model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "where"), [(("chat", "--prompt", "a"), "generate"), (("chat", "--prompt", "a"), "to"),
+                                                (("eval", "--force"), "generate")], ids=["answer", "weights", "eval"])
+def test_a_gpu_without_the_memory_is_told_by_options_that_there_are(cli, fluent, monkeypatch, command, where):
+    """A model that --qlora trained on it may not fit in 16 bits."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Gemma3ForCausalLM, where, full)
+    result = cli(*command)
+    assert result.code == 2 and "Error: out of memory: CUDA out of memory" in result.err, result.err
+    hint = result.err.split("Hint: ")[1]
+    assert "CUDA_VISIBLE_DEVICES=-1" in hint and "--micro-batch" not in hint and "--debug" not in hint
 
 
 def test_base_gives_the_untuned_models_answer(cli, fluent, talkative):

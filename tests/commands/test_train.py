@@ -661,7 +661,8 @@ def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch)
     monkeypatch.setattr(Gemma3ForCausalLM, "to", full)
     result = cli("train", *QUICK)
     assert result.code == 2
-    assert "out of memory" in result.err and "--activation-checkpointing" in result.err
+    assert "out of memory" in result.err and "train --qlora keeps it in 4 bits" in result.err
+    assert "--micro-batch" not in result.err, "which does not make weights smaller"
 
 
 # --- settings that leave the result as it is
