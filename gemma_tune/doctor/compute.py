@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gemma_tune.base.words import first_line, gigabytes
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding
-from gemma_tune.models.placement import available, best_device, choose_placement
+from gemma_tune.models.placement import available, best_device, choose_placement, unserved_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,9 @@ def devices() -> Iterator[Finding]:
                                       f"{'' if torch.version.cuda else ': it was built without CUDA'}", _REINSTALL)
     placement = choose_placement("auto")
     chosen = names[0] if placement.device == "cuda" else {"mps": "Apple's GPU", "cpu": "the CPU"}[placement.device]
-    others = f"; {len(names)} GPUs, `--num-processes {len(names)}` trains on all" if len(names) > 1 else ""
-    yield Finding("device", OK, f"{chosen}; {placement.reason}{others}")
+    others = (f"; {len(names)} GPUs, `--num-processes {len(names)}` trains on all"
+              if len(names) > 1 and placement.device == "cuda" else "")
+    yield Finding("device", LOOK if unserved_gpu() else OK, f"{chosen}; {placement.reason}{others}")
 
 
 def arithmetic() -> Iterator[Finding]:

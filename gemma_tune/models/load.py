@@ -106,6 +106,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model. The name alone
         # becomes the GPU of this process; in a mapping it would be the first one for the threads that load.
         extra["device_map"] = placement.device
+    if placement.device == "cpu" and (four_bit or in_four_bits(config)):  # else they go to a GPU, if there is any
+        extra["device_map"] = {"": "cpu"}
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)

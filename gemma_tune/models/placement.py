@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,32 @@ def best_device() -> str:
     """``cuda``, ``mps`` or ``cpu``: the fastest there is."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available() and not unserved_gpu():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@functools.cache
+def unserved_gpu() -> str:
+    """What a GPU is that the installed PyTorch has no code for, such as a GTX 1080, and what has; empty where it has.
+
+    PyTorch calls such a GPU available, and fails at its first kernel.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.cuda is None:  # AMD's have other names
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    built = [(kind, int("".join(filter(str.isdigit, number))))
+             for kind, _, number in (arch.partition("_") for arch in torch.cuda.get_arch_list())]
+    # Code of a generation runs on what came later in it; `compute` is compiled by the driver for whatever came later.
+    if not built or any(code <= 10 * major + minor and (kind == "compute" or code // 10 == major)
+                        for kind, code in built):
+        return ""
+    newer = 10 * major + minor > max(code for _, code in built)
+    other = "--upgrade torch" if newer else "torch --index-url https://download.pytorch.org/whl/cu126, from 5.0 on"
+    return (f"the {torch.cuda.get_device_name()} is not used: PyTorch {torch.__version__} has no code for its compute "
+            f"capability, {major}.{minor}; another build does: pip install --force-reinstall {other}")
 
 
 def wide(numbers: torch.Tensor) -> torch.Tensor:
@@ -49,9 +75,14 @@ def choose_placement(dtype: str, device: str | None = None) -> Placement:
     Raises:
         UserError: a type that the device does not have.
     """
+    found = _placement(dtype, device or best_device())
+    unserved = unserved_gpu() if found.device == "cpu" and device is None else ""
+    return replace(found, reason=f"{found.reason}; {unserved}") if unserved else found
+
+
+def _placement(dtype: str, device: str) -> Placement:
     import torch
 
-    device = device or best_device()
     # Metal has bf16 since macOS 14.
     lacks_bf16 = device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
     if dtype != "auto":

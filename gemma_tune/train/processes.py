@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.models.placement import best_device
 
 if TYPE_CHECKING:
     from gemma_tune.config.stages import TrainConfig
@@ -97,8 +98,8 @@ def join(show: Callable[[UserError], None]) -> None:
 
     if LAUNCHER in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
-    here = place()
-    if torch.cuda.is_available():
+    here, on_gpus = place(), best_device() == "cuda"
+    if on_gpus:
         if here.local_count > torch.cuda.device_count():
             raise UserError(f"{here.local_count} processes were asked for, and there are {torch.cuda.device_count()} "
                             "GPUs; each process needs its own", f"use --num-processes {torch.cuda.device_count()}")
@@ -111,7 +112,7 @@ def join(show: Callable[[UserError], None]) -> None:
                         "leave --num-processes out")
     forget_accelerate()
     # gloo beside NCCL: small agreements stay on the CPU and do not wait for the GPU.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     store, rank, count = next(distributed.rendezvous("env://", timeout=PATIENCE))
     distributed.init_process_group(backend, store=distributed.PrefixStore("group", store), rank=rank,
                                    world_size=count, timeout=PATIENCE)

@@ -63,3 +63,30 @@ def test_apples_gpu_computes_in_bf16_where_its_system_does(monkeypatch, new, dty
     else:
         with pytest.raises(UserError, match="older"):
             placement.choose_placement("bf16")
+
+
+# Compute capabilities, and what PyTorch 2.13 is built for: with CUDA 13.0, with 12.6, and for what was compiled by hand.
+NEW, OLD, BY_HAND = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", "sm_80 compute_80"
+
+
+@pytest.mark.parametrize(("capability", "built", "served"), [
+    ((6, 1), NEW, False), ((7, 0), NEW, False), ((6, 1), OLD, True), ((7, 5), NEW, True), ((8, 9), NEW, True), ((9, 0), NEW, True),
+    ((12, 0), NEW, True), ((12, 0), OLD, False), ((12, 0), BY_HAND, True), ((7, 5), BY_HAND, False), ((10, 3), "sm_100a", True)], ids=str)
+def test_a_gpu_for_which_pytorch_has_no_code_is_not_taken(monkeypatch, capability, built, served):
+    """PyTorch calls it available."""
+    for name, value in {"is_available": True, "get_device_capability": capability, "get_device_name": "GTX 1080",
+                        "get_arch_list": built.split(), "device_count": 1, "is_bf16_supported": False}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **how: value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(placement, "unserved_gpu", placement.unserved_gpu.__wrapped__)
+    from gemma_tune.doctor import compute
+
+    monkeypatch.setattr(compute, "unserved_gpu", placement.unserved_gpu)
+    for dtype in ("auto", "fp32"):
+        chosen = placement.choose_placement(dtype)
+        assert chosen.device == ("cuda" if served else "cpu")
+        assert ("the GTX 1080 is not used" in chosen.reason) == (not served)
+        assert served or ("whl/cu126" in chosen.reason) == (capability < (12, 0))
+    [finding] = compute.devices()
+    assert finding.state == ("ok" if served else "look") and finding.found.startswith("GTX 1080" if served else "the CPU")
