@@ -15,7 +15,8 @@ from gemma_tune.prepare.ends import are_few, divided
 from support.command import rows, write_rows
 from support.prepared import DATA, format_of, read, report, same_examples, sequences
 
-WORDS = ["the", "shells", "and", "the", "sea", "were", "quiet", "when", "she", "walked", "along", "the", "water", "under", "a", "grey", "sky"]
+WORDS = ["the", "shells", "and", "the", "sea", "were", "quiet", "when", "she", "walked",
+         "along", "the", "water", "under", "a", "grey", "sky"]
 
 
 def book(seed: int = 0, paragraphs: int = 40, between: str = "\n\n") -> str:
