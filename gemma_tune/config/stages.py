@@ -77,8 +77,9 @@ class PrepareConfig(StageConfig):
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     chat_template: str | None = option(None, "Chat template to train with in place of the model's own, as for a base "
-                                             "model that has none: `alpaca`, `chatml`, or a Jinja file. The run "
-                                             "and the tuned model have it from then on; `own` takes it back.",
+                                             "model that has none: `alpaca`, `chatml`, `completion` (a prompt is "
+                                             "continued as it stands), or a Jinja file. The run and the tuned model "
+                                             "have it from then on; `own` takes it back.",
                                        auto="the model's own", group="advanced")
     thinking: str = option("auto", "Whether the prompts ask for reasoning: by the chat template's switch "
                                    "(`enable_thinking`), or, for models that always think, by a thought that each "

@@ -36,7 +36,7 @@ from gemma_tune.encoding.left_out import (
 )
 from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
 from gemma_tune.encoding.rendering import compiled, line_of
-from gemma_tune.encoding.templates import ENDING_WITH_EOS, NAMED, family_template
+from gemma_tune.encoding.templates import ENDING_WITH_EOS, FOR_TURNS, family_template
 from gemma_tune.encoding.thinking import (
     answer_after,
     apart,
@@ -56,6 +56,10 @@ _MARK = re.compile(r"<\|?\w+\|?>")
 _MOST_MARGINS = 1000  # kinds of white space around texts that are remembered
 
 
+class NoTemplate(UserError):
+    """A base model that has no chat template, and was given none."""
+
+
 class ChatFormat:
     """A tokenizer with the chat template that is used everywhere: training, chat, merge and export.
 
@@ -68,7 +72,8 @@ class ChatFormat:
         named: what that is called in messages, such as its file.
 
     Raises:
-        UserError: no template known, several of which none is `default`, one that does not end an assistant's turn, one
+        NoTemplate: the tokenizer has none, and none is known for the family.
+        UserError: several templates of which none is `default`, one that does not end an assistant's turn, one
             without a switch for thinking where it is to be on, or a tokenizer of the slow kind.
     """
 
@@ -88,9 +93,10 @@ class ChatFormat:
             tokenizer.chat_template = family_template(model_type)
             self.template_origin = f"gemma-tune's for {model_type}: this base model has none"
         if not tokenizer.chat_template:
-            raise UserError(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
-                            "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one, "
-                            f"beside your data and --model: gemma-tune prepare … --chat-template {self._fitting()}")
+            raise NoTemplate(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
+                             "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one, "
+                             f"beside your data and --model: gemma-tune prepare … --chat-template {self._fitting()}; "
+                             "plain text alone, of .txt and .md files or with --format text, needs none")
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
@@ -392,7 +398,7 @@ class ChatFormat:
 
     def _fitting(self) -> str:
         """What `--chat-template` can be for this tokenizer."""
-        names = [name for name, end in NAMED.items() if (end or self.tokenizer.eos_token) in
+        names = [name for name, end in FOR_TURNS.items() if (end or self.tokenizer.eos_token) in
                  self.tokenizer.added_tokens_encoder]
         return ", ".join([*names, "or a Jinja file"]) if names else "FILE, with Jinja in it"
 

@@ -35,7 +35,8 @@ def read_turns(jinja: Jinja) -> Turns:
     user_after = _turn_end(jinja, talk(FIRST), first_end)
     reply_after = _turn_end(jinja, talk(FIRST, REPLY), to_second)
     user_before = without(to_second, reply_after)
-    if not lead.endswith(user_before) or not user_before:
+    # With nothing before a user's turn, what stands before the first one would not be known from an opening.
+    if not lead.endswith(user_before) or lead and not user_before:
         raise Unlike("later user turns are not written like the first")
     turns = Turns(
         user=(user_before, user_after),

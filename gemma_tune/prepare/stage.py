@@ -25,11 +25,12 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import last_name
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.names import How
+from gemma_tune.data.reading.names import TEXT_FORMAT, How
+from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
-from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
 from gemma_tune.encoding.labels import IGNORE_INDEX
-from gemma_tune.encoding.templates import NAMED, OWN, named_template
+from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
@@ -81,7 +82,8 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out, template, foretell), inputs)
     _warn_of_stopped(session)
     if preview:
-        _preview(session, preview, report.summary.get("kind"), template)
+        kept = session.run.chat_template if "chat_template" in report.artifacts else None
+        _preview(session, preview, report.summary.get("kind"), kept)
     return report
 
 
@@ -93,7 +95,10 @@ def chat_format(session: Session) -> ChatFormat:
     """
     known_config(session.model.path)
     session = _with_template(_as_before(replace(session, listener=Listener())))
-    return _loaded(session, named_template(session.config.chat_template))
+    try:
+        return _loaded(session, named_template(session.config.chat_template))
+    except NoTemplate:  # which is for `prepare` to refuse, unless all of the data is plain text
+        return _loaded(session, named_template(COMPLETION))
 
 
 def _loaded(session: Session, template: Path | None) -> ChatFormat:
@@ -224,8 +229,17 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
     saved_as = other_task(known_config(session.model.path))
-    chat = _loaded(session, template)
-    listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    try:
+        chat = _loaded(session, template)
+        origin = chat.template_origin
+    except NoTemplate:
+        if not _is_all_text(config, [*sources, *held_out]):
+            raise
+        config, template = replace(config, format=TEXT_FORMAT), named_template(COMPLETION)
+        chat = _loaded(session, template)
+        origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt is continued as "
+                  "it stands, also in `chat` and in Ollama")
+    listener.note(f"chat template: {origin}; an answer ends with {chat.terminator}")
     if marks := chat.marks_of_others:
         listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
                       "several tokens of text each time")
@@ -256,6 +270,11 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                                  SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
+
+
+def _is_all_text(config: PrepareConfig, sources: Sequence[Source]) -> bool:
+    """Whether no conversation can be among the rows."""
+    return config.format == TEXT_FORMAT or all(source.kind == TEXT for source in sources)
 
 
 def _foretell_export(session: Session, chat: ChatFormat) -> None:

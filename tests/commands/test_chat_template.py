@@ -53,6 +53,52 @@ def test_a_base_model_gets_a_template_that_stays_with_what_is_trained(cli, base,
     assert cli("chat", "--base", "--prompt", "Say number 3.", "-n", 3).code == 0, "which is asked in the same words"
 
 
+@pytest.fixture
+def book(tmp_path) -> Path:
+    (tmp_path / "book.txt").write_text("The number is 3, no more. " * 200)
+    return tmp_path / "book.txt"
+
+
+def test_plain_text_needs_no_template_and_its_model_continues_prompts(cli, base, book):
+    for args in (("prepare", book, "--model", base, "--on-long", "split", "--max-length", 128, "--preview", 1),
+                 ("train", "--max-steps", 40, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
+                 ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
+        result = cli(*args)
+        assert result.code == 0, (args, result.err)
+        if args[0] == "prepare":
+            said = " ".join(result.err.split())
+            assert "chat template: `completion`, as plain has none and plain text needs none: a prompt is continued" in said
+            assert "⟦The number is 3" in said and "will not take this model" not in said
+    run = Path("runs/plain")
+    assert 'eq .Role "user" }}{{ .Content }}{{' in (run / "ollama/Modelfile").read_text()
+    for use in ("adapter", "merged", "gguf"):
+        answer = cli("chat", "--prompt", "The number is 3, no more. The number", "--use", use, "-n", 8, "--json")
+        assert answer.json["answer"].startswith(" is 3, no"), use
+    assert cli("chat", "--base", "--prompt", "The number", "-n", 3).code == 0
+    again = cli("prepare", "--preview", 1)
+    assert again.code == 0 and "up to date" in again.err and "⟦The number is 3" in again.err
+
+
+def test_what_may_be_a_conversation_needs_a_template_all_the_same(cli, base, book, chats, tmp_path):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"The number is {n}. " * 20} for n in range(8)])
+    for data in ((chats,), (book, chats), (texts,)):
+        refused = cli("prepare", *data, "--model", base, "--on-long", "split")
+        said = " ".join(refused.err.split())
+        assert refused.code == 2 and "plain text alone, of .txt and .md files or with --format text, needs none" in said
+    assert cli("prepare", texts, "--model", base, "--format", "text").code == 0
+    refused = cli("prepare", chats)
+    assert refused.code == 2 and "--chat-template alpaca or chatml" in " ".join(refused.err.split()), "texts before are no reason"
+    assert cli("prepare", chats, "--chat-template", "completion").code == 0, "where it is asked for"
+
+
+def test_run_takes_plain_text_for_a_base_model_to_its_end(cli, base, book):
+    Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\nexport-ollama: {verify: false, measure: false}\n")
+    done = cli("run", book, "--model", base, "--on-long", "split", "--max-length", 128, "--max-steps", 2,
+               "--config", "quick.yaml", "--json")
+    assert done.code == 0, done.err
+    assert list(done.json["stages"]) == ["prepare", "train", "eval", "merge", "export-ollama"]
+
+
 def test_a_file_is_known_by_its_content_and_the_run_has_a_copy(cli, base, chats, tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text(OWN)

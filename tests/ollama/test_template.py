@@ -156,6 +156,15 @@ def test_go_renders_what_hugging_face_renders(name, go_render):
         assert got == hugging_face(template, messages), case
 
 
+def test_a_prompt_that_is_continued_as_it_stands_is_one_in_ollama(go_render):
+    template = source("own completion")
+    chat = chat_for(template, eos_token="</s>")
+    assert chat.stops == ("</s>",)
+    for case, got, messages in zip(CONVERSATIONS, go_render(chat, list(CONVERSATIONS.values())), CONVERSATIONS.values(), strict=True):
+        assert got == hugging_face(template, messages, eos_token="</s>"), case
+    assert go_render(chat, [talk("Once upon a ")]) == ["Once upon a "]
+
+
 def test_go_renders_the_goldens(go_render):
     chat = chat_for(trl_template("gemma3"))
     rendered = go_render(chat, [CONVERSATIONS[name] for name in GEMMA3_GOLDENS])
@@ -326,7 +335,8 @@ def test_an_eos_token_in_the_template_must_be_given():
     [
         ("{{ messages | length }}", "a message is missing"),
         ("{{ raise_exception('only for agents') }}", "only for agents"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not written like the first"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "nothing marks the end"),
+        ("Talk: {% for m in messages %}{{ m.content }}<end>{% endfor %}", "not written like the first"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + ASK, "nothing marks the end"),
         ("{% for m in messages %}<u>{{ bos_token + m.content }}</u>{% endfor %}", "BOS between turns"),
         ("{% for m in messages %}<u>{{ loop.index }}{{ m.content }}</u>{% endfor %}", "like the first"),

@@ -18,6 +18,7 @@ AS_TEXT = ("plain text is learned from files that are named .txt or .md, each as
 SAVED, DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, and beside its splits
 # Files that describe a dataset, in its repository or beside what `datasets` has saved.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", DICT)
+TEXT_FORMAT = "text"  # of the rows, where all of the data is plain text
 _ABOUT = ("readme", "license", "licence")  # how texts begin that lie beside data to describe it
 
 # What `prepare` leaves out, and why; also beside no manifest, where it refused the rows.
@@ -43,16 +44,15 @@ class How(NamedTuple):
     @property
     def all_text(self) -> bool:
         """Whether all of the data is plain text."""
-        return self.format == _TEXT_FORMAT
+        return self.format == TEXT_FORMAT
 
 
 UNSAID = How()
-_TEXT_FORMAT = "text"
 
 
 def kind_of(path: Path, how: How = UNSAID) -> str | None:
     """The kind of source that a name promises; None for one that promises none."""
-    if is_text(path) and not how.delimiter and how.format in (None, _TEXT_FORMAT):
+    if is_text(path) and not how.delimiter and how.format in (None, TEXT_FORMAT):
         return TEXT
     return KINDS.get(_ending(path))
 

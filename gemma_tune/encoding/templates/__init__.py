@@ -20,9 +20,11 @@ _FILES = {
     "gemma4_unified": "gemma4.jinja",
     "gemma4_unified_text": "gemma4.jinja",
 }
-# For ``prepare --chat-template``, and what ends an answer: None is the tokenizer's end of text.
-ENDING_WITH_EOS = "alpaca"
-NAMED: dict[str, str | None] = {ENDING_WITH_EOS: None, "chatml": "<|im_end|>"}
+# For ``prepare --chat-template``, and what ends an answer: None is the tokenizer's end of text. With the last one a prompt
+# is continued as it stands, which suits a model of plain text.
+ENDING_WITH_EOS, COMPLETION = "alpaca", "completion"
+FOR_TURNS: dict[str, str | None] = {ENDING_WITH_EOS: None, "chatml": "<|im_end|>"}
+NAMED = (*FOR_TURNS, COMPLETION)
 OWN = "own"  # the model's, again
 
 
