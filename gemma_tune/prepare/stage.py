@@ -231,21 +231,14 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     saved_as = other_task(known_config(session.model.path))
     try:
         chat = _loaded(session, template)
-        origin = chat.template_origin
     except NoTemplate:
         if not _is_all_text(config, [*sources, *held_out]):
             raise
         config, template = replace(config, format=TEXT_FORMAT), named_template(COMPLETION)
         chat = _loaded(session, template)
-        origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt is continued as "
-                  "it stands, also in `chat` and in Ollama")
-    listener.note(f"chat template: {origin}; an answer ends with {chat.terminator}")
-    if marks := chat.marks_of_others:
-        listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
-                      "several tokens of text each time")
-    if saved_as:
-        listener.warn(f"{session.model.id} was saved as a {saved_as}, which writes no text: is it the model that is "
-                      "meant?")
+        chat.template_origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt is "
+                                "continued as it stands, also in `chat` and in Ollama")
+    _tell_of_model(session, chat, saved_as)
     if foretell:
         _foretell_export(session, chat)
     judge = Judge(chat, config)
@@ -270,6 +263,18 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                                  SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
+
+
+def _tell_of_model(session: Session, chat: ChatFormat, saved_as: str | None) -> None:
+    """Its chat template, and what may be wrong with either."""
+    listener = session.listener
+    listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    if marks := chat.marks_of_others:
+        listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
+                      "several tokens of text each time")
+    if saved_as:
+        listener.warn(f"{session.model.id} was saved as a {saved_as}, which writes no text: is it the model that is "
+                      "meant?")
 
 
 def _is_all_text(config: PrepareConfig, sources: Sequence[Source]) -> bool:

@@ -20,8 +20,8 @@ _FILES = {
     "gemma4_unified": "gemma4.jinja",
     "gemma4_unified_text": "gemma4.jinja",
 }
-# For ``prepare --chat-template``, and what ends an answer: None is the tokenizer's end of text. With the last one a prompt
-# is continued as it stands, which suits a model of plain text.
+# For ``prepare --chat-template``, and what ends an answer: None is the tokenizer's end of text. With the last one a
+# prompt is continued as it stands, which suits a model of plain text.
 ENDING_WITH_EOS, COMPLETION = "alpaca", "completion"
 FOR_TURNS: dict[str, str | None] = {ENDING_WITH_EOS: None, "chatml": "<|im_end|>"}
 NAMED = (*FOR_TURNS, COMPLETION)
