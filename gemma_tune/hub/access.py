@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -95,9 +96,7 @@ class Request:
 def request_for(model_id: str, revision: str | None) -> Request:
     request = to_hub(model_id, revision)
     if not MODEL_ID.fullmatch(model_id):
-        link = re.match(r"(?:https?://)?[^/\s]+\.[a-z]+/([\w.-]+/[\w.-]+)", model_id)
-        raise hub_error("bad id", request, f"use the id alone: `--model {link[1]}`" if link else _near(model_id) or
-                       "an id is organisation/name, like google/gemma-3-270m-it; a local model is its folder's path")
+        raise hub_error("bad id", request, _instead(model_id))
     if revision is not None and _BAD_REVISION.search(revision):
         raise hub_error("bad revision", request)
     return request
@@ -128,6 +127,21 @@ def require_home(request: Request, cache: Path) -> None:
         raise hub_error("no home", request, str(cache))
 
 
+def _instead(text: str) -> str:
+    """What to write for what is no id."""
+    name, _, revision = text.partition("@")
+    if revision and MODEL_ID.fullmatch(name):
+        return f"a revision is named by itself: --model {name} --revision {revision}"
+    # In a web address, as data of the Hub are named, as a folder of its cache is called.
+    found = (re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", text) or re.fullmatch(r"models--([\w.-]+?--[\w.-]+)", text)
+             or "ollama.com/" not in text and re.match(r"(?:https?://)?[^/\s]+\.[a-z]+/([\w.-]+/[\w.-]+)", text))
+    if found:
+        return f"use the id alone: `--model {found[1].replace('--', '/')}`"
+    ways = [_near(text) or f"{_ID}; a local model is its folder's path"]
+    ways += [_OF_OLLAMA.format(shlex.quote(text))] if ":" in text and "://" not in text else []
+    return " otherwise ".join(ways) if ways[0].endswith("?") else "; ".join(ways)
+
+
 def _near(text: str) -> str:
     """``did you mean …`` for a misspelt Gemma id; empty when nothing is near or the id is a known one."""
     names = {name.lower(): known for known in _KNOWN for name in (known, known.split("/")[1])}
@@ -152,6 +166,8 @@ def token_for(request: Request) -> str | None:
     from huggingface_hub.utils import get_token_to_send
 
     token = get_token_to_send(None)
+    if token and token[0] == token[-1] and token[0] in "'\"":
+        raise hub_error("bad token", request, "it stands in quotes, which are a part of it")
     if token and not re.fullmatch(r"[!-~]+", token):
         raise hub_error("bad token", request, "it contains spaces or characters that no token has")
     return token
@@ -190,6 +206,8 @@ def quietly() -> Iterator[None]:
 
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN; `--model demo` needs no account"
 _AGAIN = "run the same command again: files that are complete are kept"
+_ID = "an id is organisation/name, like google/gemma-3-270m-it"
+_OF_OLLAMA = "of a model in Ollama, `ollama show --modelfile {}` names the GGUF file, which --model takes"
 _FAILURES = {  # case: kind, message, hint
     "bad endpoint": ("offline", "HF_ENDPOINT is not a web address: {endpoint}",
                      "write it like https://huggingface.co, or unset HF_ENDPOINT"),
@@ -199,9 +217,9 @@ _FAILURES = {  # case: kind, message, hint
     "no revision": ("revision_not_found", "{id} has no revision {revision!r}",
                     "choose one from {page}/tree/main, or leave it away for `main`"),
     "gated": ("no_token", "{id} is gated: it needs an account that accepted its licence, and no token is set",
-              f"accept the licence at {{page}}, then {_LOGIN}"),
+              f"{{unread}}accept the licence at {{page}}, then {_LOGIN}"),
     "not visible": ("no_token", "{id} cannot be seen without a login: it is gated, private or misspelt",
-                    f"{{near}}check {{page}}, then {_LOGIN}"),
+                    f"{{near}}{{unread}}check {{page}}, then {_LOGIN}"),
     "bad token": ("bad_token", "the Hugging Face token of {origin} is not valid, so {id} cannot be had: {why}",
                   "{remedy}; tokens are made at {endpoint}/settings/tokens"),
     "licence": ("licence", "{id} needs its licence accepted by the account that the token belongs to",
@@ -231,6 +249,9 @@ _FAILURES = {  # case: kind, message, hint
     "bad repo": ("bad_repo", "{id} {why}", "choose another model, or see {page}"),
 }
 
+# As people and other programs call a token, but the library does not.
+_UNREAD = ("HUGGINGFACE_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HUGGINGFACE_API_KEY",
+           "HF_API_TOKEN", "HF_API_KEY", "HUGGING_FACE_TOKEN", "HF_ACCESS_TOKEN")
 _UNSEEN = ("bad id", "not visible", "not found", "forbidden", "unreachable")
 
 
@@ -239,16 +260,26 @@ def hub_error(case: str, request: Request, why: str = "") -> HubError:
     kind, message, hint = request.failures.get(case) or _FAILURES[case]
     variable = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
     near = _near(request.id)
+    bare = "" if near or "/" in request.id else f"{_ID}; {_OF_OLLAMA.format(request.id)}; else "
     words = {
         "id": request.id, "revision": request.revision or "main", "endpoint": request.endpoint, "why": why,
         "page": f"{request.endpoint}/{request.id}", "cache": request.cache, "origin": variable or "the login",
-        "near": f"{near} otherwise " if near else "",
+        "near": f"{near} otherwise " if near else bare, "unread": _unread(),
         "remedy": f"correct or unset {variable}, which wins over the login" if variable else
                   "run `hf auth login --force`",
         "mirror": "HF_ENDPOINT is set: check it" if os.environ.get("HF_ENDPOINT") else
                   f"where {request.endpoint} is blocked, set HF_ENDPOINT to a mirror that you trust",
     }
     return HubError(kind, message.format(**words), hint.format(**words), unseen=case in _UNSEEN)
+
+
+def _unread() -> str:
+    """The beginning of a hint to log in, where somebody has, in a way that the library does not see."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return "HF_HUB_DISABLE_IMPLICIT_TOKEN keeps the login from being used: unset it; "
+    return next((f"{name} is set, and is not read: call it HF_TOKEN; " for name in _UNREAD if os.environ.get(name)), "")
 
 
 def explained(request: Request, work: Callable[[], T]) -> T:

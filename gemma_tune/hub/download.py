@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -87,13 +88,13 @@ class _Kind:
     Attributes:
         called: in messages.
         wants: whether a file of the repository is needed, by its name.
-        fault: why a repository with these files is of no use; None if it is.
+        fault: why a repository of that id with these files is of no use; None if it is.
         missing: what a snapshot lacks to be whole, with or without weights; empty when it is.
     """
 
     called: str
     wants: Callable[[str], bool]
-    fault: Callable[[list[str]], str | None]
+    fault: Callable[[str, list[str]], str | None]
     missing: Callable[[Path, bool], list[str]]
 
 
@@ -150,7 +151,7 @@ def _look_up(request: Request, kind: _Kind) -> tuple[str, list[_File]]:
         raise hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
     files = [_File(one.rfilename, (one.lfs.size if one.lfs else one.size) or 0,
                    one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or ()]
-    if fault := kind.fault([file.name for file in files]):
+    if fault := kind.fault(request.id, [file.name for file in files]):
         raise hub_error("bad repo", request, fault)
     return info.sha, sorted((file for file in files if kind.wants(file.name)), key=lambda file: file.name)
 
@@ -165,17 +166,19 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
-def _fault(names: list[str]) -> str | None:
+def _fault(model_id: str, names: list[str]) -> str | None:
     """Why a repository with these files cannot be trained, known before anything large is downloaded."""
     if any(_is_wanted(name) and name.endswith(".safetensors") for name in names):
         return None if "config.json" in names else "has no config.json, so it is not a Hugging Face model"
     if ADAPTER_CONFIG in names:
-        return "is a LoRA adapter; `--model` takes the model that it was made for"
+        return ("is a LoRA adapter: --model takes the model that it was made for, and `train --from-adapter "
+                f"{model_id}` goes on from it")
     if any(_matches(name, _PICKLED) for name in names):
         return "has its weights only as pickle files (.bin, .pt, …), which can run code when they are loaded; " \
                "gemma-tune reads safetensors only"
-    if any(_matches(name, ("*.gguf",)) for name in names):
-        return "has only GGUF files; `--model FILE.gguf` takes one that you downloaded"
+    if gguf := [name for name in names if _matches(name, ("*.gguf",))]:
+        return (f"has only GGUF files: `hf download {model_id} {shlex.quote(gguf[0])} --local-dir .` brings one here, "
+                "for --model FILE")
     return "has no safetensors weights"
 
 
@@ -241,7 +244,7 @@ def _missing(snapshot: Path, weights: bool = True) -> list[str]:
     return lacking + ([] if any(_is_wanted(name) and name.endswith(".safetensors") for name in names) else ["weights"])
 
 
-def _adapter_fault(names: list[str]) -> str | None:
+def _adapter_fault(_: str, names: list[str]) -> str | None:
     if ADAPTER_CONFIG not in names:
         return f"is no PEFT adapter: it has no {ADAPTER_CONFIG}"
     if ADAPTER_WEIGHTS in names:

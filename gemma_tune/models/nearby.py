@@ -11,6 +11,8 @@ from gemma_tune.base.words import nearest
 
 SUFFIX = ".gguf"
 _MOST = 2  # names that a message proposes
+_LINK = re.compile(r"\w+://|(www\.)?(hf\.co|huggingface\.co)/")
+_OF_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/(\S+\.gguf)", re.IGNORECASE | re.ASCII)
 _OF_WINDOWS = re.compile(r"[A-Za-z]:/|.*\\")
 
 
@@ -18,11 +20,13 @@ def is_path(model_id: str) -> bool:
     """Whether a ``--model`` is a file or directory by its looks, whether there is one or not."""
     looks_local = os.path.isabs(os.path.expanduser(model_id)) or model_id.startswith((".", "~"))
     return (looks_local or model_id.endswith(("/", os.sep)) or Path(model_id).suffix.lower() == SUFFIX
-            or bool(_OF_WINDOWS.match(model_id)) or model_id.count("/") > 1 and "://" not in model_id)
+            or bool(_OF_WINDOWS.match(model_id)) or model_id.count("/") > 1 and not _LINK.match(model_id))
 
 
 def written_otherwise(model_id: str) -> str:
-    """The end of a hint about a path as Windows has them, on a system with others; else empty."""
+    """The end of a hint about what looks like a file at the Hub, or, on a system with other paths, Windows' own."""
+    if found := _OF_HUB.fullmatch(model_id):
+        return f"; a file at the Hub is downloaded first: hf download {found[1]} {shlex.quote(found[2])} --local-dir ."
     return ("; this system writes paths with / and without drives, such as /mnt/c/models/gemma"
             if os.name != "nt" and _OF_WINDOWS.match(model_id) else "")
 

@@ -492,11 +492,27 @@ def test_a_wrong_token_of_the_login(hub, folder, visit, tmp_path):
 
 def test_a_token_that_no_header_can_carry(hub, folder, visit):
     hub.add_repo(ID, folder)
-    for token in (BAD + "…", BAD[:20] + " " + BAD[20:]):
+    for token, why in ((BAD + "…", "spaces or characters"), (BAD[:20] + " " + BAD[20:], "spaces or characters"), (f"'{BAD}'", "it stands in quotes")):
         visit(token)
         error = failure()
-        assert error.kind == "bad_token" and token not in error.message + error.hint + error.detail
+        assert error.kind == "bad_token" and token not in error.message + error.hint + error.detail and why in error.message
     assert not hub.requests
+
+
+@pytest.mark.parametrize(("variable", "said"), [
+    ("HUGGINGFACE_TOKEN", "HUGGINGFACE_TOKEN is set, and is not read: call it HF_TOKEN; "), ("HF_API_KEY", "HF_API_KEY is set"),
+    ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_DISABLE_IMPLICIT_TOKEN keeps the login from being used: unset it; ")])
+def test_a_token_that_the_library_does_not_see_is_told(hub, folder, visit, monkeypatch, variable, said):
+    from huggingface_hub import constants
+
+    hub.add_repo(ID, folder, gated=True)
+    hub.add_repo("someone/private", folder, private=True)
+    for model_id in (ID, "someone/private"):
+        assert said not in failure(model_id).hint
+    visit(**{variable: GOOD})
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", "IMPLICIT" in variable)
+    for model_id in (ID, "someone/private"):
+        assert said in failure(model_id).hint and "hf auth login" in failure(model_id).hint
 
 
 def test_the_login_is_used(hub, folder, visit, tmp_path):
@@ -543,6 +559,14 @@ def test_not_found_with_a_token(hub, folder, visit):
     assert fetch_model("someone/private").id == "someone/private"
 
 
+def test_a_name_of_ollamas_is_told_how_its_file_is_found(hub, visit):
+    file = "of a model in Ollama, `ollama show --modelfile {}` names the GGUF file, which --model takes"
+    for name in ("llama3.2", "phi4:14b", "gemma3:270m"):
+        assert file.format(name) in failure(name).hint
+    assert "an id is organisation/name" in failure("llama3.2").hint and "?;" not in failure("gemma3:270m").hint
+    assert "library" not in failure("https://ollama.com/library/gemma3").hint
+
+
 # ---- other failures --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model_id", ["", "a b", "a/b/c", "../x", "./runs", "/abs/path", "google/", "gemma3:270m",
@@ -555,6 +579,9 @@ def test_what_is_no_id(visit, hub, model_id):
 def test_a_pasted_link_gives_the_id(visit):
     for link in ("https://huggingface.co/google/gemma-3-1b-it", "huggingface.co/google/gemma-3-1b-it/tree/main"):
         assert "--model google/gemma-3-1b-it`" in failure(link).hint
+    for name in ("hf.co/acme/chat-GGUF:Q8_0", "hf:acme/chat-GGUF", "models--acme--chat-GGUF"):
+        assert failure(name).hint == "use the id alone: `--model acme/chat-GGUF`"
+    assert failure(f"{ID}@v2").hint == f"a revision is named by itself: --model {ID} --revision v2"
     assert "did you mean google/gemma-3-270m" in failure("gemma3:270m").hint
     assert "did you mean google/gemma-3-1b-" in failure("gemma3:1b").hint
 
@@ -572,8 +599,8 @@ def test_revisions_that_are_not_there(hub, folder, visit):
 
 @pytest.mark.parametrize(("names", "says"), [
     (["config.json", "pytorch_model.bin"], "pickle"),
-    (["config.json", "model.gguf"], "GGUF"),
-    (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter"),
+    (["config.json", "model.gguf"], f"only GGUF files: `hf download {ID} model.gguf --local-dir .` brings one here"),
+    (["adapter_config.json", "adapter_model.safetensors"], f"LoRA adapter: --model takes the model that it was made for, and `train --from-adapter {ID}`"),
     (["model.safetensors"], "config.json"),
     (["config.json", "onnx/model.safetensors"], "no safetensors"),
     ([], "no safetensors"),

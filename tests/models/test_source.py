@@ -292,6 +292,8 @@ def test_names_that_cannot_be_paths(cli, data, model):
     ("C:/models/other", "there is no directory C:/models/other", "this system writes paths with / and without drives"),
     ("models/mine.gguf", "there is no file models/mine.gguf", "did you mean models/mien.gguf?"),
     ("~/my-mdel", "there is no directory ~/my-mdel", "did you mean {here}/my-model or {here}/models?"),
+    ("acme/chat-GGUF/chat-Q8_0.gguf", "there is no file acme/chat-GGUF/chat-Q8_0.gguf", "hf download acme/chat-GGUF chat-Q8_0.gguf --local-dir ."),
+    ("hf.co/acme/chat/tree", "'hf.co/acme/chat/tree' is not a model id", "use the id alone: `--model acme/chat`"),
     ("models/empty-one/", "there is no directory models/empty-one/", "check the path given to --model"),
     ("my-models/x y", "'my-models/x y' is not a model id, and there is no directory my-models/x y here", "organisation/name")])
 def test_a_path_that_leads_nowhere_is_told_from_a_hub(cli, tiny, data, tmp_path, monkeypatch, model, said, hint):
