@@ -236,8 +236,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             raise
         config, template = replace(config, format=TEXT_FORMAT), named_template(COMPLETION)
         chat = _loaded(session, template)
-        chat.template_origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt is "
-                                "continued as it stands, also in `chat` and in Ollama")
+        chat.template_origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt "
+                                "is continued as it stands, also in `chat` and in Ollama")
     _tell_of_model(session, chat, saved_as)
     if foretell:
         _foretell_export(session, chat)
