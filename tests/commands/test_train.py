@@ -948,4 +948,4 @@ def _tight():
     from gemma_tune.config.stages import TrainConfig
 
     parts = SimpleNamespace(total=2**35, activations=0, working=0, weights=2**34)
-    return SimpleNamespace(memory=parts, available=2**33), TrainConfig(), 100
+    return SimpleNamespace(memory=parts, available=2**33, four_bit=False), TrainConfig(), 100
