@@ -124,7 +124,8 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on:
     if config.get("lora_dropout"):
         words.append(f"dropout {_number(config['lora_dropout'])}")
     if isinstance(config.get("target_modules"), list):
-        words.append("on " + ", ".join(map(_code, sorted(config["target_modules"]))))
+        short = {name.rsplit(".", 1)[-1] for name in config["target_modules"]}
+        words.append("on " + ", ".join(map(_code, sorted(short))))
     if config.get("modules_to_save"):
         words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
     if settings.get("qlora"):

@@ -64,11 +64,13 @@ def _name_for_others(model: Any, session: Session) -> None:
     """
     peft_config = model.peft_config["default"]
     names = [name for name, _ in model.get_base_model().named_modules()]
-    short = {name.rsplit(".", 1)[-1] for name in peft_config.target_modules}
-    same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(peft_config.target_modules)
+    # Not those of the configuration, which PEFT makes as short as the model here allows: of one with towers, which are
+    # not loaded, others would adapt these too.
+    chosen = model.base_model.targeted_module_names
+    short = {name.rsplit(".", 1)[-1] for name in chosen}
+    same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(chosen)
     # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
-    peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else
-                                        peft_config.target_modules)
+    peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
 

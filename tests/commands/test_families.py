@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.answers.lengths import rows_that_fit
+from gemma_tune.lora.layers import TOWERS
+from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import after_product, load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.towers import without_towers
@@ -96,6 +100,33 @@ def test_all_stages(cli, tmp_path, name):
         assert result.code == 0, (args, result.err)
     assert ONLY_WHOLE.get(name, "AutoModelForCausalLM") in (Path(result.json["artifacts"]["merged"]) / "README.md").read_text()
     assert result.json["summary"]["check_divergence"] < 0.25 * result.json["summary"]["check_adapter_effect"] + 5e-3
+
+
+@pytest.mark.parametrize("name", ["gemma 4 with an ear", "mistral small 3.2"])  # of towers PEFT cannot adapt the first, and adapts the other
+def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(TEXT, "num_hidden_layers", 4)  # from 20 adapted layers on PEFT shortens the names of all
+    make(name, tmp_path / "model")
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", tmp_path / "model"),
+                 ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0, "--dtype", "fp32"), ("merge", "--no-check")):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    merged = tmp_path / result.json["artifacts"]["merged"]
+    assert "`down_proj`, `gate_proj`, `k_proj`, `o_proj`, " in (merged / "README.md").read_text()
+    [adapter] = merged.parent.glob("*/adapter_config.json")
+    base, whole = (T.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (tmp_path / "model", merged))
+    ids = torch.arange(10, 50).reshape(2, 20)
+    with torch.inference_mode():
+        before = base(input_ids=ids).logits
+        tuned = PeftModel.from_pretrained(base, adapter.parent)
+        logits = [model(input_ids=ids).logits for model in (tuned, whole)]
+    ours = add_adapter(load_model(tmp_path / "model", Placement("cpu", torch.float32, "")), adapter.parent)
+    assert set(tuned.base_model.targeted_module_names) == set(ours.base_model.targeted_module_names)
+    torch.testing.assert_close(logits[0], ours(input_ids=ids).logits, rtol=0, atol=0)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert (logits[0] - before).norm() > 0.1 * before.norm()
+    before = load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(tensor, before[tensor_name]) for tensor_name, tensor in load_file(merged / "model.safetensors").items()
+               if TOWERS.search(tensor_name))
 
 
 @pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2"])
