@@ -18,7 +18,10 @@ from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.layers import left_out, not_adapted, target_modules
 from gemma_tune.lora.start import names_in
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from support.command import rows, write_rows
+from support.gemmas import make_family
 from support.llamas import save_random, tokenizer_with_turns
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -111,6 +114,17 @@ def test_a_start_on_a_layer_that_is_left_out_is_refused_with_the_reason(tmp_path
         names_in(model, read_adapter(tmp_path / "adapter"))
     [problem] = refused.value.problems
     assert problem.startswith("backbone.layers.0.mixer.out_proj is read past an adapter by Mamba's kernels")
+
+
+def test_a_start_on_layers_of_a_tower_is_refused_as_one_on_what_is_not_trained(tmp_path):
+    """They are not loaded, which does not mean that the base has none."""
+    make_family("gemma3", tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(whole, LoraConfig(r=2, target_modules=["layers.0.self_attn.q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError) as refused:
+        names_in(load_model(tmp_path / "base", Placement("cpu", torch.float32, "")), read_adapter(tmp_path / "adapter"))
+    [problem] = refused.value.problems
+    assert "vision_tower" in problem and problem.endswith("is no linear layer of the text model's blocks, which alone are trained here")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "gpt_oss", "gemma3n_text"])
