@@ -86,7 +86,7 @@ class LayerwiseModel:
         head = self.model.get_output_embeddings()
         if head is None:
             return None
-        tied = getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
         name = self.name(head)
         return self.embedding if tied or name not in self._stored else name
 

@@ -65,6 +65,7 @@ def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None
 def _weight(causal_lm: Any) -> torch.Tensor:
     """The whole head (vocabulary, d). As the input embedding too, FSDP has gathered it for the forward pass already."""
     weight = causal_lm.get_output_embeddings().weight
-    if hasattr(weight, "full_tensor") and causal_lm.config.get_text_config().tie_word_embeddings:
+    # Whether they are one is said by the model's own configuration, not by that of its text part.
+    if hasattr(weight, "full_tensor") and getattr(causal_lm.config, "tie_word_embeddings", False):
         weight = causal_lm.get_input_embeddings().weight
     return unsharded(weight)

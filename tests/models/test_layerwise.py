@@ -54,3 +54,14 @@ def test_a_token_to_pad_with_that_no_row_has(pad, tmp_path):
     with torch.no_grad():
         rows = model.start(ROWS)
         torch.testing.assert_close(rows[0].states[0], load_model(tmp_path, FP32).get_input_embeddings().weight[ROWS[0]])
+
+
+def test_a_head_of_its_own_whatever_the_configuration_of_the_text_part_says(tmp_path):
+    make_llama("mistral small 3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, whole = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical), load_model(tmp_path, FP32)
+    assert model.head != model.embedding
+    head = torch.from_numpy(model.stored(model.head).rows())
+    assert torch.equal(head, whole.get_output_embeddings().weight) and not torch.equal(head, whole.get_input_embeddings().weight)

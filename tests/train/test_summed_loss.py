@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from gemma_tune.models.towers import without_towers
 from gemma_tune.train.batches import collate, pieces
 from gemma_tune.train.loss import IGNORE_INDEX
-from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.summed_loss import _weight, install_summed_loss
 from support.command import QUICK
 from support.models import make_tokenizer
 
@@ -87,6 +89,19 @@ def test_the_loss_is_that_of_the_models_own_logits():
     weight = frozen_head(model)
     install_summed_loss(model)
     assert loss_and_gradient(model, weight, collate(rows))[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_shards_it_is_the_head_that_the_model_has(tied):
+    """Whatever the configuration of its text part says."""
+    config = transformers.Gemma3Config(text_config={"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                                    "num_attention_heads": 2, "head_dim": 8}, tie_word_embeddings=False)
+    with without_towers(config):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = tied, not tied
+    words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    words.full_tensor, head.full_tensor = lambda: "words", lambda: "head"  # as sharded tensors have
+    assert _weight(model) == ("words" if tied else "head")
 
 
 def test_without_labels_the_forward_pass_is_the_models_own():
