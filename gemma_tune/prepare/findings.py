@@ -39,13 +39,6 @@ class Findings:
         """What the rows are; there is one kind, see ``verdict.refuse``."""
         return next(iter(self.noticed.kinds), CONVERSATIONS)
 
-    def count_one_more(self, source: int) -> None:
-        """A text has become two rows."""
-        self.rows += 1
-        self.by_source[source] += 1
-        self.noticed.formats["text"] += 1
-        self.noticed.kinds[CONVERSATIONS] += 1
-
     def add(self, judged: Judged, source: int, usable: int) -> None:
         """Count a block of which so many rows are usable."""
         rows = usable + len(judged.rejected)

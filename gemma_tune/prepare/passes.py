@@ -112,7 +112,6 @@ class Passes:
             below = line + parts[0].count("\n") if source.kind == TEXT else line
             rows = [Row(source.name, at, {"text": part}) for at, part in zip((line, below), parts, strict=True)]
             self._gather(self.spool.add(self.judge.texts(rows), number), number)
-            self.findings.count_one_more(number)
             ends.append((own, self.spool.size - 1))
         return ends
 

@@ -70,6 +70,7 @@ def _data(run: RunDir) -> dict[str, Any] | None:
             "kind": found.get("kind"),
             "drawn": [{"name": last_name(part["data"]), "rows": part["rows"], "of": part["of"]}
                       for part in found.get("drawn", ()) if part["rows"] < part["of"]],
+            "ends": len(found.get("ends_held_out", ())),
             "files": [{"name": last_name(item["file"]), "rows": item["rows"]} for item in found["files"]],
             "scripts": before["scripts"], "length": before["length"],
             "chart": charts.lengths_chart(before["histogram"])}

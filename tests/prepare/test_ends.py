@@ -69,7 +69,7 @@ def test_of_one_book_the_end_is_for_validation(prepare, tiny):
         pieces = [s.ids for s in sequences(side)]
         assert [*pieces[0], *(i for piece in pieces[1:] for i in piece[1:])] == whole, "each piece begins with the last token before"
     assert origins_of(DATA, [0]) == ["book.txt:1"]
-    assert done["summary"]["rows"] == 2 and report()["formats"] == {"text": 2}
+    assert done["summary"]["rows"] == 1 and report()["formats"] == {"text": 1} and report()["files"] == [{"file": "book.txt", "rows": 1}]
     assert prepare()["status"] == "up-to-date"
 
 
@@ -100,6 +100,12 @@ def test_a_copy_of_a_text_does_not_learn_what_is_kept_aside(prepare, options):
     assert len(ends) == len(begins) == 1 and begins.pop() + ends.pop() == book()
     duplicates = read("duplicates")
     assert [(row["file"], row["same_as"]) for row in duplicates] == ([] if "keep" in options else [("b.txt", "a.txt:1")])
+
+
+def test_of_drawn_texts_no_more_rows_are_counted_than_were_drawn(prepare):
+    write_rows(Path("texts.jsonl"), [{"text": book(n)} for n in range(9)])
+    summary = prepare("texts.jsonl", "--max-samples", 3, "--on-long", "split", "--max-length", 256)["summary"]
+    assert summary["rows"] == summary["drawn"][0]["rows"] == summary["train_rows"] == summary["valid_rows"] == 3
 
 
 def test_a_text_that_is_too_short_says_what_would_do(prepare):

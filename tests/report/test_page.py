@@ -59,7 +59,8 @@ def test_it_tells_everything_about_a_run(page):
     for said in ("google/gemma-3-270m-it", "4.225 → 2.940", "216 + 24", "18,000 / 30,000", "LoRA, r = 16", "Loss curves",
                  "Base against tuned", "arc_easy", "q5_k_m", "+3.30 %", "22", "毛利率在下降吗？", "467 tokens/s",
                  "gemma-tune prepare ../rows.jsonl", "--learning-rate 0.0002", "gemma-tune export-ollama --quant q8_0,q4_0",
-                 "微调前后的指标", "drawn of 毛利率在下降吗？", "240 / 52,002", "cut off at the limit", "no clear difference", "更好"):
+                 "微调前后的指标", "drawn of 毛利率在下降吗？", "240 / 52,002",
+                 "texts divided between both", "cut off at the limit", "no clear difference", "更好"):
         assert said in found.text, said
     assert "small.jsonl" not in found.text, "taken whole"
     assert found.open == []

@@ -77,7 +77,7 @@ def finished_run(root: Path, text: str = "Is the margin falling?", name: str = "
         "rows": 240, "train_rows": 216, "valid_rows": 24, "rejected_rows": 3, "duplicate_rows": 2, "tokens": 30000,
         "trained_tokens": 18000, "rejected_by_reason": {text: 3}, "formats": {"messages": 240},
         "drawn": [{"data": f"/home/somebody/{text}", "rows": 240, "of": 52002}, {"data": "small.jsonl", "rows": 9, "of": 9}],
-        "files": [{"file": f"/home/somebody/{text}", "rows": 240}],
+        "files": [{"file": f"/home/somebody/{text}", "rows": 240}], "ends_held_out": [{}] * 3,
         "before_the_limit": {"scripts": {"Latin": 0.5, "Han": 0.5}, "length": {"longest": 209},
                              "histogram": [{"from": 84 + 12 * n, "to": 95 + 12 * n, "rows": rows}
                                            for n, rows in enumerate((7, 20, 22, 5, 0, 0, 4, 7, 6, 1))]}}))
