@@ -149,7 +149,7 @@ def _utf16(head: bytes) -> str | None:
     for encoding in ("utf-16-le", "utf-16-be"):
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
         signs = sum(char.isascii() for char in text)
-        if signs >= _ASCII * len(text) > 0 and all(char.isprintable() or char in "\r\n\t" for char in text):
+        if signs >= _ASCII * len(text) > 0 and all(char.isprintable() or char.isspace() for char in text):
             return encoding
     return None
 

@@ -259,6 +259,14 @@ def test_the_hint_says_what_the_file_is(content, hint):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_so_is_text_with_the_wide_spaces_that_chinese_paragraphs_begin_with(encoding):
+    Path("book.txt").write_bytes(("\u3000\u3000今天天气很好，我们去公园散步。\r\n" * 9).encode(encoding))
+    with pytest.raises(UserError, match="UTF-16 text without its byte order mark") as caught:
+        list(read_blocks(source_of(Path("book.txt"))))
+    assert f"--encoding {encoding}, or" in caught.value.hint
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_without_its_mark_is_read_with_the_name_that_is_proposed(encoding):
     Path("rows.csv").write_bytes("问题,答案\n天是什么颜色的？,蓝的。\n".encode(encoding))
     with pytest.raises(UserError) as caught:
