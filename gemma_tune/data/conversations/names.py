@@ -108,7 +108,7 @@ def role_fix(name: str, unknown: Mapping[str, str | None]) -> str:
         unknown: by name the role that it means, where that is known.
     """
     names = {name: role or _PERHAPS.get(name.lower(), "ROLE") for name, role in unknown.items() if _sayable(name)}
-    if not names or len(names) > _MOST_NAMES:
+    if name not in names or len(names) > _MOST_NAMES:
         return f"write `{unknown[name]}`" if unknown[name] else "rename the role"
     named = ",".join(f"{name}={role}" for name, role in names.items())
     which = ", each ROLE being user, assistant, system or tool" if "=ROLE" in named else ""

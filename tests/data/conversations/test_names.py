@@ -103,6 +103,12 @@ def test_one_option_names_all_roles_of_a_conversation_and_none_the_wrong_way_rou
     assert read(row, roles=roles).messages == TURNS, "and it reads them"
 
 
+@pytest.mark.parametrize(("name", "fix"), [("customer service", "rename the role"), (" USER", "write `user`")])
+def test_a_role_that_cannot_be_typed_gets_no_option_that_names_another(name, fix):
+    [first, second] = problems({"messages": [{"role": name, "content": "Sky?"}, {"role": "Agent", "content": "Blue."}]})
+    assert first.fix == fix and "--roles Agent=assistant" in second.fix
+
+
 def test_chinese_turns_get_the_whole_command():
     row = {"对话": [{"角色": "用户", "内容": "Sky?"}, {"角色": "助手", "内容": "Blue."}]}
     [problem] = problems(row)
