@@ -279,13 +279,13 @@ def _found(row: Fields) -> str:
 
 
 _WORDS_OF_A_NAME = 3  # more of them make a sentence
-_ENDS = (".", "?", "!", "。", "？", "！")  # of sentences
+_SENTENCE = re.compile(r"\s.*\.\Z|[?!。？！]\Z", re.DOTALL)  # a point may also end a short word, such as No.
 _IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _is_sentence(name: str) -> bool:
     """Whether what should be a column's name is a text, as in a table whose first row names nothing."""
-    return len(name.split()) > _WORDS_OF_A_NAME or name.strip().endswith(_ENDS)
+    return len(name.split()) > _WORDS_OF_A_NAME or bool(_SENTENCE.search(name.strip()))
 
 
 def _nested(row: Fields) -> str | None:
@@ -319,8 +319,9 @@ def _unknown(row: Fields) -> Problem:
     if (turn := _one_turn(row, reason)) is not None:
         return turn
     if where := _nested(row):
-        return Problem("unknown_format", f"{reason}; what can be learned from is further inside, in `{where}`",
-                       f"put that alone into a file: jq -c '.{where}' FILE.json > rows.jsonl")
+        return Problem("unknown_format", f"{reason}; there are rows further inside, in `{where}`",
+                       "if they are what is to be learned, put them into a file: "
+                       f"jq -c '.{where}' FILE.json > rows.jsonl")
     if any(map(_is_sentence, row)):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")

@@ -609,8 +609,9 @@ def test_names_that_are_the_first_row_of_the_data_are_told():
 def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
     [problem] = found(dict.fromkeys(names, "x"))
     assert "put a line with names above it" in problem.fix
-    [problem] = found(dict.fromkeys(("Frage", "Antwort (de)"), "x"))
-    assert "above it" not in problem.fix
+    for columns in (("Frage", "Antwort (de)"), ("No.", "Titel", "Qty.")):
+        [problem] = found(dict.fromkeys(columns, "x"))
+        assert "above it" not in problem.fix
 
 
 def test_rows_further_inside_an_object_are_told_with_the_command():
@@ -618,6 +619,8 @@ def test_rows_further_inside_an_object_are_told_with_the_command():
     assert "further inside, in `data.train[]`" in problem.reason and "jq -c '.data.train[]' FILE.json > rows.jsonl" in problem.fix
     [problem] = found({"id": 1, "record": {"messages": [user("a"), answer("b")]}})
     assert "jq -c '.record' FILE.json > rows.jsonl" in problem.fix
+    [problem] = found({"title": "a", "meta": {"tags": [{"name": "b"}]}})
+    assert "if they are what is to be learned" in problem.fix, "nobody knows what these are"
     for inside in ({"it's": [{"q": "a"}], "numbers": [1]}, {"turns": [user("a"), answer("b")]}):
         [problem] = found({"data": inside})
         assert "jq" not in problem.fix
