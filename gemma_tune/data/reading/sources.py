@@ -278,8 +278,8 @@ def _copied(source: IO[bytes], target: IO[bytes]) -> tuple[str, bytes]:
     return digest.hexdigest(), head
 
 
-_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow", b"\x1f\x8b": ".jsonl.gz",
-          b"\x28\xb5\x2f\xfd": ".jsonl.zst"}
+_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def _ending(head: bytes, how: How) -> str:
@@ -287,8 +287,9 @@ def _ending(head: bytes, how: How) -> str:
     for magic, ending in _MAGIC.items():
         if head.startswith(magic):
             return ending
-    if how.all_text:
-        return ".txt"
+    packed = next((ending for magic, ending in _PACKED.items() if head.startswith(magic)), "")
+    if how.all_text or packed:
+        return (".txt" if how.all_text else ".jsonl") + packed
     first = head.lstrip(_MARGIN).split(b"\n", 1)[0]
     if first[:1] not in (b"{", b"[") and any(sign in first for sign in (how.delimiter or ",;\t|").encode()):
         return ".tsv" if b"\t" in first else ".csv"

@@ -583,6 +583,14 @@ def test_standard_input_may_be_compressed_or_parquet(piped):
         assert [row.value for row in rows_of(source)] in (VALUES, [{"a": 1}])
 
 
+@pytest.mark.parametrize("packed", [gzip.compress, zstandard.compress])
+def test_standard_input_may_be_a_compressed_text(piped, packed):
+    for content, values in (("Only words.\n", [{"text": "Only words.\n"}]), (TEXT, VALUES)):
+        piped(packed(content.encode()))
+        [source] = find_sources(["-"], Path("keep"), how=How(format="text"))
+        assert [row.value for row in rows_of(source)] == values
+
+
 @pytest.mark.parametrize("content", [b"q,a\n1,2\n", b"\xef\xbb\xbfq;a\n1;2\n", b"q\ta\n1\t2\n"])
 def test_standard_input_may_be_a_table(piped, content):
     piped(content)
