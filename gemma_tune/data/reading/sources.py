@@ -67,8 +67,9 @@ def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
         elif not how.all_text and (sign := plain_rows.as_in_a_table(opening)):
             signs = "tabs" if sign == "\t" else sign
             raise UserError(f"{path} may be a table: each of its first lines has as many {signs} as the others",
-                            "if it is one, name it .csv or .tsv, or use --delimiter; if it is plain text, use --format "
-                            'text, or make it a row {"text": "…"} of a .jsonl file')
+                            "if it is one, name it .csv or .tsv; if it is plain text, make it a row "
+                            '{"text": "…"} of a .jsonl file; `prepare` takes it as it is with --delimiter or with '
+                            "--format text")
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   how.delimiter if kind in (CSV, TSV) else None, how.encoding)
 

@@ -270,7 +270,7 @@ def test_what_may_be_a_table_is_not_taken_for_a_text(text, sign, name_of):
     for name in ("d/rows.txt", "d"):
         error = refused(name)
         assert error.message.startswith(f"d/rows.txt may be a table: each of its first lines has as many {name_of} as the others")
-        assert "--delimiter" in error.hint and "--format text" in error.hint
+        assert "`prepare` takes it as it is with --delimiter or with --format text" in error.hint, "what eval reads has neither"
     assert [row.value for row in rows_of("d/rows.txt", How(format="text"))] == [{"text": text}]
     assert len([*rows_of("d/rows.txt", How(sign))]) == 2
 
