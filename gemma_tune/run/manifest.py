@@ -44,6 +44,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
 _TEXTS = ("training_id", "method", "kind", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256")
 _LISTS = ("earlier_trainings",)
+_DRAWN = {"data": str, "rows": int, "of": int}  # what `drawn` has of each DATA of ``prepare``
 _LARGEST = 1e300
 
 
@@ -226,8 +227,14 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}.{key}: {shown(value)} is no number"
         elif key in _LISTS and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             yield f"{place}.{key}: {shown(value)} is no list of texts"
+        elif key == "drawn" and not (isinstance(value, list) and all(map(_is_drawn, value))):
+            yield f"{place}.{key}: {shown(value)} is no list of what was drawn"
         elif key in _TEXTS and not isinstance(value, str | None):
             yield f"{place}.{key}: {shown(value)} is no text"
+
+
+def _is_drawn(value: Any) -> bool:
+    return isinstance(value, dict) and all(_has(value, kind, key) for key, kind in _DRAWN.items())
 
 
 def _is_number(value: Any) -> bool:
