@@ -247,13 +247,13 @@ def _about_ends(ends: Sequence[Mapping[str, Any]], share: float) -> str:
     places = [f"from {end['file']}:{end['from_line']} on" if end["from_line"] > end["line"] else
               f"of {end['file']}:{end['line']}" for end in ends]
     if len(places) == 1:
-        return f"no text can be kept aside whole: the last {share:.0%} is for validation, {places[0]}"
-    return f"there are too few texts to keep one aside whole: the last {share:.0%} of each is for validation, " + (
+        return f"no text can be kept aside whole: the last {100 * share:g}% is for validation, {places[0]}"
+    return f"there are too few texts to keep one aside whole: the last {100 * share:g}% of each is for validation, " + (
         f"{', '.join(places[:-1])} and {places[-1]}")
 
 
 def _why_none(decided: Decided, share: float) -> str:
-    if (decided.columns.text[decided.selection.kept] > 0).all():
-        return (f"that needs a second text, or one whose last {share:.0%} has {SHORTEST} tokens; a larger share, or a "
-                "file, is named with --valid")
-    return "that needs two different prompts at least"
+    if share < 1 and (decided.columns.text[decided.selection.kept] > 0).all():
+        return (f"that needs a second text, or one whose last {100 * share:g}% has {SHORTEST} tokens; a larger share, "
+                "or a file, is named with --valid")
+    return "that needs two different prompts, or texts, at least"

@@ -117,6 +117,15 @@ def test_a_text_that_is_too_short_says_what_would_do(prepare):
     assert len(read("valid")) == 1
 
 
+def test_the_share_that_was_asked_for_is_said_as_it_is(prepare):
+    Path("book.txt").write_text(book())
+    assert "the last 5.5% is for validation" in prepare("book.txt", "--max-length", 4096, "--valid", 0.055)["err"]
+    for name in ("a.md", "b.md"):
+        Path(name).write_text("The shells and the sea. " * 10)
+    done = prepare("a.md", "b.md", "--duplicates", "keep", "--valid", 1)
+    assert "that needs two different prompts, or texts, at least" in done["err"], "a number of rows is no share"
+
+
 def test_a_text_that_is_too_long_is_called_one(prepare):
     Path("book.txt").write_text(book())
     error = prepare("book.txt", "--max-length", 128, code=2)
