@@ -25,7 +25,9 @@ from gemma_tune.data.reading.names import (
     describes_data,
     is_about_data,
     is_text,
+    kind_of,
 )
+from gemma_tune.data.reading.rows import TEXT
 
 CHECK = "check the path; `gemma-tune prepare --help` shows an example"
 # How the parts of a dataset are called, as `datasets` has it.
@@ -51,7 +53,7 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
                         AS_TEXT if any(map(is_text, there)) else "name the files, or another directory")
     taken, others = _of_split(folder, data, held_out)
-    listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data)}")
+    listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data, how)}")
     if others and not held_out:
         listener.warn(f"{folder}: not trained on, as the names say that they are for validation or tests: "
                       f"{_named(folder, others)}; they are used if they are named, to validate with --valid")
@@ -116,10 +118,10 @@ def is_run(folder: Path, keep: Path) -> bool:
     return folder.resolve() == keep.resolve() or (folder / "manifest.json").exists() and (folder / "data").is_dir()
 
 
-def passed_over(there: Sequence[Path], taken: Sequence[Path]) -> str:
+def passed_over(there: Sequence[Path], taken: Sequence[Path], how: How) -> str:
     """What is said of files that are no data by their names, or are texts beside some."""
     others = [path for path in there if path not in set(taken)]
-    texts = [path for path in others if is_text(path) and not is_about_data(path)]
+    texts = [path for path in others if kind_of(path, how) == TEXT and not is_about_data(path)]
     learned = f"; texts beside data are learned where they are named, such as {texts[0]}" if texts else ""
     endings = ", ".join(sorted({path.name if describes_data(path) else path.suffix or "without an ending"
                                 for path in others})[:5])

@@ -205,7 +205,7 @@ def _files(name: str, keep: Path, listener: Listener, how: How, held_out: bool) 
         if not paths:
             raise UserError(f"no file matches {path}"
                             + (" but what a run wrote, which only counts by its full name" if written else ""), CHECK)
-        listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths)}")
+        listener.note(f"{path}: {counted(len(paths), 'file')}{passed_over(matches, paths, how)}")
     elif not os.path.lexists(path):
         raise _missing(path, held_out)
     else:

@@ -289,6 +289,9 @@ def test_texts_beside_data_are_left_to_be_named():
     assert found("d", "only", said=said) == ["d/a.jsonl", "only/b.md"]
     assert said.notes == ["d: 1 data file; 2 others passed over (.md, .txt); texts beside data are learned where they are "
                           "named, such as d/notes.txt", "only: 1 data file; 1 other passed over (.txt)"]
+    said = Said()
+    assert found("d", said=said, how=How(format="messages")) == ["d/a.jsonl"]
+    assert said.notes == ["d: 1 data file; 2 others passed over (.md, .txt)"], "of that format a text holds none, named or not"
     assert found("d/*") == ["d/a.jsonl"] and found("d/*.md") == ["d/README.md"]
     assert found("d", "d/notes.txt") == ["d/a.jsonl", "d/notes.txt"]
     assert found("d", how=How(format="text")) == ["d/README.md", "d/a.jsonl", "d/notes.txt"]
