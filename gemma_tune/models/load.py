@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,26 +89,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig
-    extra: dict[str, Any] = {}
-    if four_bit:
-        from transformers import BitsAndBytesConfig
-
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=placement.dtype,
-            # Gemma 3n writes into two of its weights; the head is never quantised.
-            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
-               if config.get("model_type", "").startswith("gemma3n") else {}))
-    if shards > 1:
-        from transformers.distributed import DistributedConfig
-
-        extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    if placement.device == "cuda" and not four_bit and shards == 1:
-        # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model. The name alone
-        # becomes the GPU of this process; in a mapping it would be the first one for the threads that load.
-        extra["device_map"] = placement.device
-    if placement.device == "cpu" and (four_bit or in_four_bits(config)):  # else they go to a GPU, if there is any
-        extra["device_map"] = {"": "cpu"}
+    extra = _where_and_how(config, placement, four_bit, shards)
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
@@ -137,13 +119,47 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
             raise no_memory(e, "close other programs, or take a smaller model; train --qlora keeps it in 4 bits") from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
+    _refuse_unfit(checkpoint, info)
+    return model
+
+
+def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of the device, of four bits and of shards."""
+    extra: dict[str, Any] = {}
+    if four_bit:
+        from transformers import BitsAndBytesConfig
+
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=placement.dtype,
+            # Gemma 3n writes into two of its weights; the head is never quantised.
+            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
+               if config.get("model_type", "").startswith("gemma3n") else {}))
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        extra["distributed_config"] = DistributedConfig(fsdp_size=shards)
+    if placement.device == "cuda" and not four_bit and shards == 1:
+        # The weights go straight to the GPU. With one device for all, nothing is hooked onto the model. The name alone
+        # becomes the GPU of this process; in a mapping it would be the first one for the threads that load.
+        extra["device_map"] = placement.device
+    if placement.device == "cpu" and (four_bit or in_four_bits(config)):  # else they go to a GPU, if there is any
+        extra["device_map"] = {"": "cpu"}
+    return extra
+
+
+def _refuse_unfit(checkpoint: Path, info: Mapping[str, Any]) -> None:
+    """Refuse weights that are missing, left over or of another shape, as ``from_pretrained`` tells them.
+
+    Raises:
+        UserError: the first of them, and how many more.
+    """
     # The towers of a multimodal checkpoint are left over.
     unfit = [(kind, key) for kind, key in unfit_keys(info) if not (kind == "unexpected" and TOWERS.search(key))]
     if problems := [f"{kind} keys: {key}" for kind, key in unfit]:
         more = [f"… and {len(problems) - _SHOWN:,} more"] if problems[_SHOWN:] else []
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
                         problems[:_SHOWN] + more)
-    return model
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -186,12 +186,18 @@ def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, ti
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
 
 
-def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, monkeypatch):
+def stopped_with_other_data(cli, tiny, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Stops a training after two steps; returns the data that it learns from, and others."""
     data, other = (write_rows(tmp_path / f"{n}.jsonl", rows(n)) for n in (12, 13))
     assert cli("prepare", data, "--model", tiny).code == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert cli("train", *QUICK).code == 130
+    return data, other
+
+
+def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, monkeypatch):
+    data, other = stopped_with_other_data(cli, tiny, tmp_path, monkeypatch)
     assert "cannot go on" in cli("prepare", other).err
     assert "cannot go on" not in cli("prepare", data).err
     result = cli("train", "--json")
@@ -200,11 +206,7 @@ def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, 
 
 def test_a_stopped_training_s_rows_are_not_read_to_tell_whether_they_are_those_of_now(cli, tiny, tmp_path, monkeypatch):
     """Whatever their number: their sum is in the manifest, and counts where they lie as they were prepared."""
-    data, other = (write_rows(tmp_path / f"{n}.jsonl", rows(n)) for n in (12, 13))
-    assert cli("prepare", data, "--model", tiny).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *QUICK).code == 130
+    data, other = stopped_with_other_data(cli, tiny, tmp_path, monkeypatch)
     sequences = Path("runs/tiny-gemma/data/tokens/train.arrow")
 
     def state(*flags, reads: bool = False) -> str:
