@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,15 +183,20 @@ def constant_system(*files: Path) -> str | None:
         UserError: a line that ``prepare`` did not write so.
     """
     found: str | None = None
-    there = (path for path in files if path.exists())
-    for system in chain.from_iterable(chain.from_iterable(prepared_rows(path, _systems) for path in there)):
+    for system in _systems(path for path in files if path.exists()):
         if not system or (found is not None and system.strip() != found.strip()):
             return None
         found = found or system
     return found
 
 
-def _systems(row: Mapping[str, Any]) -> list[str | None]:
+def _systems(files: Iterable[Path]) -> Iterator[str | None]:
+    for path in files:
+        for found in prepared_rows(path, _systems_of):
+            yield from found
+
+
+def _systems_of(row: Mapping[str, Any]) -> list[str | None]:
     """The system prompt of a row, None where a conversation has none; of a plain text, nothing."""
     if "text" in row:
         return []
