@@ -154,7 +154,7 @@ def test_published_formats_in_one_run(tool_model):
     done = prepared(tool_model, "alpaca.json", "sharegpt.json", "openai.jsonl", "glaive.jsonl", "dolly.jsonl", "--valid", 0,
                     "--max-rejected", 0)
     assert report()["formats"] == {"alpaca": 3, "sharegpt": 2, "messages": 1}
-    assert "· format: alpaca (rows have `instruction` and `output`, or Dolly's `response`): 3 rows" in done["err"]
+    assert "· format: alpaca (rows have `instruction` and `output`, or Dolly's `response`, or what" in done["err"]
     end, ask = "<|im_end|>", '<tool_call>\n{"name": "get_current_weather", "arguments": '
     texts = learned(format_of(tool_model))
     assert texts[:3] == [["Telegram" + end]] * 2 + [["It is short." + end, "You're welcome!" + end]]

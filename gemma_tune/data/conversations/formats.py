@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.data.conversations import layouts, marks, preference, tools, unread
+from gemma_tune.data.conversations import layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, spoken_by, suggested_turns
@@ -96,10 +96,10 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
 }
 _REASONS = {
     "preference": "`chosen` and `rejected` or another pair of answers, or one answer with a mark of good or bad",
-    "messages": "a list `messages`",
+    "messages": "a list `messages`, or the turns of UltraChat, BELLE or MOSS",
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
     "gemini": "a list `contents` with `parts`",
-    "alpaca": "`instruction` and `output`, or Dolly's `response`",
+    "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",
     "prompt-completion": "`prompt` and `completion`",
     "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
                 "text keeps it as it is",
@@ -165,6 +165,20 @@ class Formats:
             raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
                                                      f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
+        value, own = (value, {}) if self.name is not None or self._is_named(value) else shapes.shaped(value)
+        try:
+            return self._read(value)
+        except RowError as error:
+            if not own:
+                raise
+            raise shapes.called(error, own) from None
+
+    def _is_named(self, row: Fields) -> bool:
+        """Whether ``--columns`` says how the row is read."""
+        return any(name in row for name in self.columns.values())
+
+    def _read(self, value: Fields) -> Example:
+        """The checked example of a row in a known format."""
         value = self._names.applied(self._as_pair(value))
         if self.name in (None, "preference") and (problem := marks.unclear(value)):
             raise RowError([problem])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
 from gemma_tune.data.conversations.learned import MARKS
+from gemma_tune.data.conversations.names import exchange
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
 from gemma_tune.data.conversations.turns import ROLES
 
@@ -76,6 +77,33 @@ def turn_list(value: Any) -> Any:
     return found if turns else value
 
 
+def turns_in(value: Any) -> Any:
+    """A list of turns, also one of questions together with their answers (Firefly, ms-swift, XTuner), each of which
+    becomes two turns; anything else as it is.
+
+    What else stands beside a question stays with its turn; a mark of what is learned goes with the answer, and the
+    system prompt of the first becomes a turn.
+    """
+    found = strict_json.list_in(value)
+    if not isinstance(found, list) or not found or not all(
+            isinstance(both, dict) and both.keys().isdisjoint(("role", "from")) and exchange(both) for both in found):
+        return turn_list(value)
+    first, *others = found
+    system = first.get("system")
+    turns = [{"role": "system", "content": system}] if isinstance(system, str) else []
+    if turns:
+        first = {key: said for key, said in first.items() if key != "system"}
+    return turns + [turn for both in (first, *others) for turn in _two_turns(both)]
+
+
+def _two_turns(both: Mapping[str, Any]) -> list[dict[str, Any]]:
+    keys = exchange(both)
+    question, answer = both[keys[0]], both[keys[1]]
+    beside = {key: value for key, value in both.items() if key not in keys}
+    marks = {key: beside.pop(key) for key in MARKS if key in beside}
+    return [beside | user(question), marks | assistant(answer)]
+
+
 def is_conversation(value: Any) -> bool:
     """Whether a row is nothing but its list of turns."""
     return isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn)
@@ -119,13 +147,13 @@ def declared(row: Mapping[str, Any]) -> Any:
 
 def messages(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """OpenAI: ``messages``, ``tools``."""
-    return Draft(with_system(turn_list(row["messages"]), row, problems), tools=declared(row))
+    return Draft(with_system(turns_in(row["messages"]), row, problems), tools=declared(row))
 
 
 def sharegpt(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``conversations`` (or ``conversation``) with ``from`` and ``value``; ``system``, ``tools``."""
     key = "conversations" if row.get("conversations") is not None or "conversation" not in row else "conversation"
-    return Draft(with_system(turn_list(row.get(key)), row, problems), key, declared(row))
+    return Draft(with_system(turns_in(row.get(key)), row, problems), key, declared(row))
 
 
 def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
@@ -220,7 +248,7 @@ def is_history(value: Any) -> bool:
 
 def _named_turns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
     key, tools = names["turns"], row.get(names["tools"]) if "tools" in names else declared(row)
-    turns = strict_json.list_in(row.get(key))
+    turns = turns_in(strict_json.list_in(row.get(key)))
     if "system" in names:
         return Draft(with_system(turns, {"system": row.get(names["system"])}, problems), key, tools)
     return Draft(with_system(turns, row, problems), key, tools)

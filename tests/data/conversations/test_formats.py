@@ -577,7 +577,7 @@ def found(row: Any) -> tuple[Problem, ...]:
 
 
 @pytest.mark.parametrize(("row", "fix"), [
-    ({"指令": "a", "输入": "b", "输出": "c"}, "use --columns 'user=指令,assistant=输出,context=输入'"),
+    ({"指令": "a", "背景": "b", "回答": "c"}, "use --columns 'user=指令,assistant=回答,context=背景'"),
     ({"问题（必填）": "a", "答案": "b"}, "use --columns 'user=问题（必填）,assistant=答案'"),
     ({"ｑｕｅｓｔｉｏｎ ": "a", "answer": "b"}, "use --columns 'user=ｑｕｅｓｔｉｏｎ ,assistant=answer'"),
     ({"dialog": [{"speaker": "customer", "text": "hi"}, {"speaker": "agent", "text": "yo"}]},
@@ -712,7 +712,7 @@ def test_every_format_of_the_settings_is_known():
             if other is not row and name != "columns" and other is not ALPACA and (name != "text" or "text" not in other):
                 with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
                     formats.example(other)
-    assert Formats().describe("messages") == "messages (rows have a list `messages`)"
+    assert Formats().describe("messages") == "messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS)"
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 
 

@@ -120,7 +120,7 @@ def test_chinese_turns_get_the_whole_command():
 
 
 @pytest.mark.parametrize("keys", [("human", "assistant"), ("input", "output"), ("问题", "答案")])
-def test_an_exchange_in_the_place_of_a_turn_is_not_taken_for_a_turn_with_other_keys(keys):
-    [problem] = problems({"conversation": [dict(zip(keys, ("Sky?", "Blue.")))]})
+def test_an_exchange_among_turns_is_not_taken_for_a_turn_with_other_keys(keys):
+    [problem] = problems({"conversation": [dict(zip(keys, ("Sky?", "Blue."))), *TURNS]})
     assert "a question and its answer" in problem.reason and "--turn-keys" not in problem.fix
     assert f"with `{keys[0]}`, and" in problem.fix and f"with `{keys[1]}`" in problem.fix

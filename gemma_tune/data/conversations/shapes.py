@@ -1,0 +1,165 @@
+"""Rows of well-known data sets that have shapes of their own, as rows of the formats that are known.
+
+Each shape is told by columns that nothing else has together, so that nobody has to be asked what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.problems import Problem, RowError, several
+
+Fields = Mapping[str, Any]
+
+
+class Shaped(NamedTuple):
+    """A row under names that are known.
+
+    Args:
+        row: with all that it had, but for what became part of a known column.
+        own: what known columns are called in the file, for messages: ``{"output": "target"}``.
+    """
+
+    row: Fields
+    own: Mapping[str, str]
+
+
+def shaped(row: Fields) -> Shaped:
+    """The row in a known format where it has one of the shapes, else as it is.
+
+    Raises:
+        RowError: it has such a shape, and cannot be learned from.
+    """
+    for columns, shape in _SHAPES:
+        if columns <= row.keys() and (found := shape(row)) is not None:
+            return found
+    return Shaped(row, {})
+
+
+def called(error: RowError, own: Mapping[str, str]) -> RowError:
+    """The same problems, with the names that columns have in the file."""
+    return RowError(Problem(p.code, _named(p.reason, own), _named(p.fix, own)) for p in error.problems)
+
+
+def _named(text: str, own: Mapping[str, str]) -> str:
+    return re.sub("`([^`]*)`", lambda found: f"`{own.get(found[1], found[1])}`", text)
+
+
+def _renamed(row: Fields, names: Mapping[str, str]) -> Shaped | None:
+    """With columns that hold texts under other names, unless one of those is taken."""
+    if not names.keys().isdisjoint(name for name in row if row[name] is not None and name not in names.values()):
+        return None
+    if not all(isinstance(row[own], (str, int, type(None))) for own in names.values() if own in row):
+        return None
+    there = {own: name for name, own in names.items()}
+    return Shaped({there.get(key, key): value for key, value in row.items() if key in there or key not in names},
+                  names)
+
+
+def _firefly(row: Fields) -> Shaped | None:
+    """``kind``, ``input``, ``target``: the kind of task is no part of it."""
+    return _renamed(row, {"instruction": "input", "output": "target"})
+
+
+def _swift(row: Fields) -> Shaped | None:
+    """ms-swift's ``query`` and ``response``, perhaps with ``system`` and ``history``."""
+    if any(row.get(name) is not None for name in ("prompt", "input", "question", "context", "passage", "chosen",
+                                                  "rejected", "rejected_response", "messages", "conversations")):
+        return None
+    return _renamed(row, {"instruction": "query", "output": "response"})
+
+
+def _chinese(row: Fields) -> Shaped | None:
+    """Alpaca's columns in Chinese."""
+    return _renamed(row, {"instruction": "指令", "input": "输入", "output": "输出"})
+
+
+def _squad(row: Fields) -> Shaped | None:
+    """SQuAD, CMRC and DRCD: a question about a text, and the passages of it that answer the question."""
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, dict) and "answer_start" in answers else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or "instruction" in row:
+        return None
+    if not texts:
+        raise RowError([Problem("empty_turn", "`answers` is empty: this question cannot be answered from its text",
+                                "leave the row out, or write into `answers` what the model is to say then")])
+    distinct = list(dict.fromkeys(texts))
+    if problem := several("`answers`", distinct):
+        raise RowError([problem])
+    rest = {key: value for key, value in row.items() if key not in ("question", "answers")}
+    return Shaped({"instruction": row["question"], "output": distinct[0], **rest},
+                  {"instruction": "question", "output": "answers"})
+
+
+def _ultrachat(row: Fields) -> Shaped | None:
+    """Texts of user and assistant in turn, the user's first."""
+    texts = strict_json.list_in(row["data"])
+    if not row.keys() <= {"id", "data"} or not isinstance(texts, list) or len(texts) < 2 or not all(
+            isinstance(text, str) for text in texts):
+        return None
+    return Shaped({"messages": [{"role": ("user", "assistant")[n % 2], "content": text}
+                                for n, text in enumerate(texts)],
+                   **{key: value for key, value in row.items() if key != "data"}}, {"messages": "data"})
+
+
+_BELLE = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant)[:：]")
+
+
+def _belle(row: Fields) -> Shaped | None:
+    """BELLE's conversations: all turns but the last answer in one text, which ends with ``Assistant:``."""
+    text = row["instruction"]
+    if not isinstance(text, str) or not text.lstrip().startswith(("Human:", "Human：")) or row.get("input"):
+        return None
+    _, *pieces = _BELLE.split(text)
+    names, said = pieces[::2], pieces[1::2]
+    if names != ["Human", "Assistant"] * (len(names) // 2) or said[-1].strip():
+        return None
+    turns = [{"role": "user" if name == "Human" else "assistant", "content": words.strip()}
+             for name, words in zip(names, [*said[:-1], ""], strict=True)]
+    turns[-1]["content"] = row["output"]
+    rest = {key: value for key, value in row.items() if key not in ("instruction", "input", "output")}
+    return Shaped({"messages": turns, **rest}, {"messages": "instruction"})
+
+
+_MOSS = re.compile(r"\A\s*<\|[^|]*\|>:? ?|\s*<eo[a-z]>\s*\Z")
+_PLUGINS = ("Inner Thoughts", "Commands", "Tool Responses")
+
+
+def _moss(row: Fields) -> Shaped | None:
+    """MOSS: ``turn_1``, ``turn_2``, … with ``Human`` and ``MOSS``, in the marks of its own template."""
+    chat = row["chat"]
+    exchanges = [chat.get(f"turn_{n}") for n in range(1, len(chat) + 1)] if isinstance(chat, dict) else []
+    if not exchanges or not all(isinstance(one, dict) and isinstance(one.get("Human"), str)
+                                and isinstance(one.get("MOSS"), str) for one in exchanges):
+        return None
+    if used := next(_used(exchanges), None):
+        raise RowError([Problem("tool_order", f"{used} uses a plugin of MOSS, which is written in a way of its own",
+                                "leave the row out, or write the calls as `messages` with `tool_calls` and turns of "
+                                "the role `tool`")])
+    turns = [{"role": role, "content": _MOSS.sub("", one[name])} for one in exchanges
+             for role, name in (("user", "Human"), ("assistant", "MOSS"))]
+    if isinstance(told := row.get("meta_instruction"), str) and told.strip():
+        turns.insert(0, {"role": "system", "content": told.strip()})
+    rest = {key: value for key, value in row.items() if key not in ("chat", "meta_instruction")}
+    return Shaped({"messages": turns, **rest}, {"messages": "chat"})
+
+
+def _used(exchanges: list[dict[str, Any]]) -> Iterator[str]:
+    for number, one in enumerate(exchanges, start=1):
+        for name in _PLUGINS:
+            if _MOSS.sub("", str(one.get(name) or "None")).strip() not in ("", "None"):
+                yield f"`{name}` of `turn_{number}`"
+
+
+_SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = (
+    (frozenset(("kind", "input", "target")), _firefly),
+    (frozenset(("query", "response")), _swift),
+    (frozenset(("指令", "输出")), _chinese),
+    (frozenset(("question", "context", "answers")), _squad),
+    (frozenset(("data",)), _ultrachat),
+    (frozenset(("instruction", "output")), _belle),
+    (frozenset(("chat",)), _moss),
+)

@@ -1,0 +1,107 @@
+"""Rows of well-known data sets in shapes of their own: read as what they say, or refused with what to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from support.rows import answer, user
+
+TURNS = [user("Sky?"), answer("Blue.")]
+FOUR = [user("Hi"), answer("Hello"), *TURNS]
+
+
+def moss(said, **others):
+    return {"Human": f"<|Human|>: {said[0]}<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+            "Commands": "<|Commands|>: None<eoc>\n", "Tool Responses": "<|Results|>: None<eor>\n",
+            "MOSS": f"<|MOSS|>: {said[1]}<eom>\n", **others}
+
+
+MOSS = {"conversation_id": 7, "chat": {"turn_1": moss(("Hi", "Hello")), "turn_2": moss(("Sky?", "Blue."))}}
+SQUAD = {"id": "5", "context": "The sky is blue.", "question": "Sky?", "answers": {"text": ["blue"], "answer_start": [11]}}
+
+READ = {
+    "firefly": ({"kind": "QA", "input": "Sky?", "target": "Blue."}, TURNS, ["kind"]),
+    "firefly-conversation": ({"conversation_id": 1, "conversation": [
+        {"human": "Hi", "assistant": "Hello"}, {"human": "Sky?", "assistant": "Blue."}]}, FOUR, ["conversation_id"]),
+    "ms-swift-sharegpt": ({"system": "Be brief.", "conversation": [{"human": "Sky?", "assistant": "Blue."}]},
+                          [{"role": "system", "content": "Be brief."}, *TURNS], []),
+    "in-messages": ({"messages": [{"user": "Sky?", "assistant": "Blue."}]}, TURNS, []),
+    "in-a-table": ({"conversations": json.dumps([{"human": "Sky?", "assistant": "Blue."}])}, TURNS, []),
+    "xtuner": ({"conversation": [{"system": "Be brief.", "input": "Hi", "output": "Hello"},
+                                 {"input": "Sky?", "output": "Blue."}]},
+               [{"role": "system", "content": "Be brief."}, *FOUR], []),
+    "marked": ({"conversation": [{"human": "Hi", "assistant": "Hello", "loss": False},
+                                 {"human": "Sky?", "assistant": "Blue.", "source": "x"}]},
+               [user("Hi"), answer("Hello", train=False), *TURNS], ["source"]),
+    "ultrachat": ({"id": "0", "data": ["Hi", "Hello", "Sky?", "Blue."]}, FOUR, ["id"]),
+    "ms-swift": ({"query": "Sky?", "response": "Blue.", "history": [["Hi", "Hello"]]}, FOUR, []),
+    "ms-swift-system": ({"system": "Be brief.", "query": "Sky?", "response": "Blue.", "source": "x"},
+                        [{"role": "system", "content": "Be brief."}, *TURNS], ["source"]),
+    "belle": ({"instruction": "Human:Hi\nAssistant:Hello\nHuman:Sky?\nAssistant:", "input": "", "output": "Blue."},
+              FOUR, []),
+    "moss": (MOSS | {"meta_instruction": "Be brief.\n"}, [{"role": "system", "content": "Be brief."}, *FOUR],
+             ["conversation_id"]),
+    "squad": (SQUAD, [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
+    "squad-agreed": (SQUAD | {"answers": {"text": ["blue", "blue"], "answer_start": [11, 11]}},
+                     [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
+    "chinese": ({"指令": "Who?", "输入": "Ann sings.", "输出": "Ann."}, [user("Who?\n\nAnn sings."), answer("Ann.")], []),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_it_is_read_and_what_is_left_is_named(name):
+    row, messages, unread = READ[name]
+    example = Formats().example(row)
+    assert example.messages == messages and [one.name for one in example.unread] == unread
+
+
+REFUSED = {
+    "no-answer": (SQUAD | {"answers": {"text": [], "answer_start": []}}, "`answers` is empty"),
+    "several": (SQUAD | {"answers": {"text": ["blue", "is blue"], "answer_start": [11, 8]}}, "`answers` is a list of 2"),
+    "plugin": ({"chat": {"turn_1": moss(("Hi", "Hello"), Commands='<|Commands|>: Search("sky")<eoc>\n')}},
+               "`Commands` of `turn_1` uses a plugin"),
+    "empty-target": ({"kind": "QA", "input": "Sky?", "target": " "}, "turn 2 (assistant) is empty"),
+    "history": ({"query": "Sky?", "response": "Blue.", "history": ["Hi"]}, "`history` is not a list of pairs"),
+    "own-name": ({"query": "Sky?", "response": 4, "history": [["Hi", 4.5]]}, "an answer in `history`"),
+    "odd": ({"id": "0", "data": ["Hi", "Hello", "Sky?"]}, "there is no answer to learn"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_its_own_names(name):
+    row, reason = REFUSED[name]
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert reason in caught.value.problems[0].reason
+
+
+def test_a_problem_has_the_columns_own_name():
+    with pytest.raises(RowError) as caught:
+        Formats().example({"指令": "Sky?", "输出": "Blue.", "输入": "[{'role': 'user'}]"})
+    assert "`输入`" in caught.value.problems[0].reason and "`input`" not in caught.value.problems[0].reason
+
+
+@pytest.mark.parametrize("row", [
+    {"kind": "QA", "input": "Sky?", "target": "Blue.", "output": "Red."},
+    {"query": "Sky?", "response": "Blue.", "context": "A text."}, {"query": "Sky?", "response": "Blue.", "input": "x"},
+    {"data": ["Hi", "Hello"], "label": 1}, {"data": ["one"]}, {"question": "q", "context": "c", "answers": ["a", "b"]},
+    {"chat": {"turn_1": {"Human": "Hi"}}}])
+def test_what_only_looks_like_it_is_still_asked_about(row):
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert caught.value.code == "unknown_format"
+
+
+def test_a_text_that_speaks_of_assistants_is_no_conversation():
+    row = {"instruction": "Human: the word, in Latin?\nAssistant: is it a noun?", "output": "homo"}
+    assert Formats().example(row).messages == [user(row["instruction"]), answer("homo")]
+
+
+def test_what_is_named_goes_before_what_is_known():
+    row = {"kind": "Translate.", "input": "Sky?", "target": "Himmel?"}
+    named = Formats(columns={"user": "input", "assistant": "target", "system": "kind"})
+    assert named.example(row).messages == [{"role": "system", "content": "Translate."}, user("Sky?"), answer("Himmel?")]
