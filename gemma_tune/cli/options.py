@@ -64,11 +64,6 @@ def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
     return ",".join(values).lower() if values else None
 
 
-def _number_or_word(value: Optional[str]) -> Any:
-    """A whole number where a text is one; what else it may be, the setting knows."""
-    return int(value) if value and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()) else value
-
-
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"]
     if field.metadata["choices"]:
@@ -125,7 +120,8 @@ TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 ChatTemplate = Annotated[Optional[str], _of(c.PrepareConfig, "chat_template")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
 Valid = Annotated[Optional[str], _of(c.PrepareConfig, "valid")]
-MaxSamples = Annotated[Optional[int], _of(c.PrepareConfig, "max_samples", metavar="N")]
+MaxSamples = Annotated[Optional[list[str]], _of(c.PrepareConfig, "max_samples", metavar="N|NAME=N|NAME=N%",
+                                                callback=_joined)]
 MaxLength = Annotated[Optional[int], _of(c.PrepareConfig, "max_length")]
 OnLong = Annotated[Optional[str], _of(c.PrepareConfig, "on_long")]
 Duplicates = Annotated[Optional[str], _of(c.PrepareConfig, "duplicates")]
@@ -154,8 +150,7 @@ RsLora = Annotated[Optional[bool], _of(c.TrainConfig, "rslora", "--rslora/--no-r
 Dora = Annotated[Optional[bool], _of(c.TrainConfig, "dora", "--dora/--no-dora")]
 TargetModules = Annotated[Optional[list[str]], _of(c.TrainConfig, "target_modules", callback=_joined)]
 LearningRate = Annotated[Optional[float], _of(c.TrainConfig, "learning_rate", "--learning-rate", "--lr")]
-BatchSize = Annotated[Optional[str], _of(c.TrainConfig, "batch_size", "--batch-size", "-b", metavar="N",
-                                              callback=_number_or_word)]
+BatchSize = Annotated[Optional[str], _of(c.TrainConfig, "batch_size", "--batch-size", "-b", metavar="N")]
 Accumulation = Annotated[Optional[int], _of(c.TrainConfig, "accumulation")]
 NumProcesses = Annotated[Optional[int], _of(c.TrainConfig, "num_processes")]
 Strategy = Annotated[Optional[str], _of(c.TrainConfig, "strategy")]

@@ -233,11 +233,16 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 _SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 
 
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+
+
 def converted(kind: Any, value: Any) -> Any:
     """A value of the command line or of YAML as a setting of this type holds it, or as it is where that fails."""
     kinds, _ = _kinds(kind)
     if tuple in kinds:
         return _listed(_item(kind), value)
+    if {int, str} <= kinds and isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
+        return int(value)  # what else the text may be, the setting knows
     # YAML 1.1 reads 2e-4 (without a dot) as text.
     if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
@@ -254,7 +259,7 @@ def _listed(item: type, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     if item is int:  # as a command line has them, which are texts
-        return tuple(int(v) if isinstance(v, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", v) else v for v in value)
+        return tuple(int(v) if isinstance(v, str) and _WHOLE.fullmatch(v) else v for v in value)
     return tuple(converted(item, v) for v in value)
 
 

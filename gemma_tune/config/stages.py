@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gemma_tune.base.words import is_text_encoding, near, shown, size_in_bytes
+from gemma_tune.config.most_rows import Most, most_rows, problems_of
 from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
 
@@ -87,9 +88,10 @@ class PrepareConfig(StageConfig):
                                    "keeps the choice.", choices=("auto", "on", "off"), group="advanced")
     valid: float | str = option(0.1, "Validation data: a share of the rows below 1, a number of rows, or a file.",
                                 least=0.0, group="common")
-    max_samples: int | None = option(None, "Most rows of each DATA (a directory or a quoted glob is one): of a larger "
-                                           "one so many are drawn from all over it, before anything is checked. Files "
-                                           "of --valid stay whole.", least=1, auto="all rows")
+    max_samples: int | str | None = option(None, "Most rows of each DATA (a directory or a quoted glob is one): of a "
+                                                 "larger one so many are drawn from all over it, before anything is "
+                                                 "checked. NAME=N is for one DATA, NAME=20% its share of all rows that "
+                                                 "are taken. Files of --valid stay whole.", least=1, auto="all rows")
     max_length: int = option(2048, "Longest sequence in tokens.", least=16, most=MOST_TOKENS, group="common")
     on_long: str = option("drop", "What happens to a longer conversation: `drop` rejects it with its length, `split` "
                                   "divides it between turns, `truncate` cuts it (and the last answer may lose its "
@@ -128,6 +130,11 @@ class PrepareConfig(StageConfig):
         return _pairs(self.turn_keys)
 
     @property
+    def most_rows(self) -> dict[str | None, Most]:
+        """``--max-samples`` as a mapping: ``{None: 1000, "general.jsonl": Fraction(1, 5)}``."""
+        return most_rows(self.max_samples) or {}
+
+    @property
     def delimiter_sign(self) -> str | None:
         """``--delimiter`` as the sign that it means."""
         return _TABS.get(self.delimiter.lower(), self.delimiter) if self.delimiter is not None else None
@@ -148,6 +155,8 @@ class PrepareConfig(StageConfig):
                 {"user", "assistant"} <= roles or {"chosen", "rejected"} <= roles):
             problems.append("columns: both `user=…` and `assistant=…` are needed, or `turns=…`")
         problems += self._name_problems()
+        if isinstance(self.max_samples, str):
+            problems += problems_of(most_rows(self.max_samples), shown(self.max_samples))
         if self.format == "columns" and not self.columns:
             problems.append("format: `columns` needs --columns user=…,assistant=…")
         if (sign := self.delimiter_sign) is not None and (len(sign) != 1 or sign.isalnum() or sign in '"\r\n\0'):

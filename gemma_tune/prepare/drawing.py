@@ -7,16 +7,20 @@ the memory small however many are drawn, and their number exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, last_name, near
+from gemma_tune.config.most_rows import Most, as_text
 from gemma_tune.data.reading.rows import PIPED, Block, PickedBlock
 from gemma_tune.data.reading.sources import STDIN, Source, as_typed, read_blocks
 
@@ -70,37 +74,113 @@ class Drawing:
         return [asdict(drawn) for drawn in self.arguments]
 
 
-def draw(sources: Sequence[Source], most: int | None, seed: int, size: int, listener: Listener) -> Drawing:
+def draw(sources: Sequence[Source], most: Mapping[str | None, Most], seed: int, size: int,
+         listener: Listener) -> Drawing:
     """Draw at most so many rows of each DATA argument, each with the same chance.
 
-    What is drawn of an argument depends on the seed and on its own rows alone, whatever is named beside it; a larger
+    Which rows an argument's are depends on the seed and on its own rows alone, whatever is named beside it; a larger
     number takes all rows that a smaller one takes, and rows that are added behind the others move few of them.
 
     Args:
         sources: those of an argument stand together.
-        most: None draws nothing.
+        most: see ``config.most_rows``; where it is empty, nothing is drawn.
         size: see :func:`read_blocks`.
 
     Raises:
-        UserError: a source cannot be read.
+        UserError: a source cannot be read, or what is named in ``most`` is none of the arguments.
     """
-    if most is None:
+    limits = limits_of(sources, most)
+    if not any(limits.values()):
         return Drawing()
     counts = list(_counted(sources, size, listener))
+    groups = [list(group) for _, group in groupby(range(len(sources)), lambda n: sources[n].argument)]
+    asked = [limits[sources[numbers[0]].argument] for numbers in groups]
+    has = [sum(counts[n] for n in numbers) for numbers in groups]
+    takes = numbers_of(asked, has)
     positions, arguments = {}, []
-    for argument, group in groupby(range(len(sources)), lambda n: sources[n].argument):
-        numbers = list(group)
-        rows = sum(counts[n] for n in numbers)
-        arguments.append(Drawn(_called(argument), min(rows, most), rows))
-        if rows <= most:
+    for numbers, limit, rows, take in zip(groups, asked, has, takes, strict=True):
+        arguments.append(Drawn(_called(sources[numbers[0]].argument), take, rows))
+        _tell(arguments[-1], limit, sum(takes), most, listener)
+        if take == rows:
             continue
-        listener.note(f"{arguments[-1]} (--max-samples {most})")
-        taken, first = _smallest(np.random.default_rng(seed).random(rows), most), 0
+        taken, first = _smallest(np.random.default_rng(seed).random(rows), take), 0
         for n in numbers:
             here = slice(*np.searchsorted(taken, (first, first + counts[n])))
             positions[sources[n].path] = taken[here] - first
             first += counts[n]
     return Drawing(positions, tuple(arguments))
+
+
+def limits_of(sources: Sequence[Source], most: Mapping[str | None, Most]) -> dict[str, Most | None]:
+    """What is asked for of each DATA argument, by its name; None where all of it is taken.
+
+    Raises:
+        UserError: a name is that of none of them, or of several; or shares leave no room for the others.
+    """
+    limits: dict[str, Most | None] = {source.argument: most.get(None) for source in sources}
+    for name, limit in most.items():
+        if name is not None:
+            limits[meant(name, sources)] = limit
+    shares = [limit for limit in limits.values() if isinstance(limit, Fraction)]
+    if shares and (sum(shares) == 1) != (len(shares) == len(limits)):
+        raise UserError("--max-samples: the shares of all DATA are 100% together, and those of some are less",
+                        "write a share of one of two, such as general.jsonl=20%: the other makes the rest")
+    return limits
+
+
+def meant(name: str, sources: Sequence[Source]) -> str:
+    """The DATA argument that has a name, or whose path ends with it.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    paths: dict[str, list[Path]] = {}
+    for source in sources:
+        paths.setdefault(source.argument, []).append(source.path)
+    if name in paths:
+        return name
+    end = _parts(name)
+    ends = {argument for argument, files in paths.items()
+            if any(parts[-len(end):] == end for parts in _called_as(argument, files))}
+    if len(ends) == 1:
+        return ends.pop()
+    there = ", ".join(map(_called, paths))
+    if ends:
+        raise UserError(f"--max-samples: {name} may be {' or '.join(sorted(ends))}", "write more of its path")
+    meant_by = near(name, map(last_name, paths))
+    raise UserError(f"--max-samples: {name} is not among the DATA{meant_by}", f"name one of {there}, or its last part")
+
+
+def _called_as(argument: str, files: Sequence[Path]) -> list[tuple[str, ...]]:
+    """The parts of an argument's path; and those of its file, where it is one: standard input and a built-in example
+    are called otherwise, and recorded as that."""
+    return [_parts(argument), *(path.parts for path in files if len(files) == 1)]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return Path(os.path.expanduser(name)).parts
+
+
+def numbers_of(limits: Sequence[Most | None], rows: Sequence[int]) -> list[int]:
+    """How many rows are taken of each, where shares are of all that are taken together.
+
+    >>> numbers_of([None, Fraction(1, 5)], [800, 10_000]), numbers_of([Fraction(4, 5), Fraction(1, 5)], [1000, 100])
+    ([800, 200], [400, 100])
+    """
+    others = sum(has if limit is None else min(has, limit) for limit, has in zip(limits, rows, strict=True)
+                 if not isinstance(limit, Fraction))
+    left = 1 - sum(limit for limit in limits if isinstance(limit, Fraction))
+    whole = Fraction(others) / left if left else min(has / limit for limit, has in zip(limits, rows, strict=True))
+    return [has if limit is None else min(has, max(1, round(limit * whole)) if isinstance(limit, Fraction) else limit)
+            for limit, has in zip(limits, rows, strict=True)]
+
+
+def _tell(drawn: Drawn, limit: Most | None, whole: int, most: Mapping[str | None, Most], listener: Listener) -> None:
+    if isinstance(limit, Fraction) and drawn.rows == drawn.of and drawn.rows + 1 < limit * whole:
+        listener.warn(f"{drawn.data}: all of its {counted(drawn.of, 'row')} make {drawn.rows / whole:.1%} of what is "
+                      f"taken, less than the share of {float(limit):.0%}")
+    elif drawn.rows < drawn.of:
+        listener.note(f"{drawn} (--max-samples {as_text(most.items())})")
 
 
 def _called(argument: str) -> str:

@@ -158,7 +158,7 @@ def passes(session: Session, sources: Sequence[Source], held_out: Sequence[Sourc
            folder: Path) -> Iterator[Passes]:
     """Lend the passes over these rows into a new directory of data; what lies between the two is deleted after it."""
     ordered, config = [*held_out, *sources], session.config
-    drawing = draw(sources, config.max_samples, config.seed, _BLOCK, session.listener)
+    drawing = draw(sources, config.most_rows, config.seed, _BLOCK, session.listener)
     with DataFiles(folder, [source.name for source in ordered]) as files:
         spool = Spool(folder / "spool")
         try:

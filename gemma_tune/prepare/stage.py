@@ -23,6 +23,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import last_name
+from gemma_tune.config.most_rows import as_text
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.names import TEXT_FORMAT, How
@@ -36,6 +37,7 @@ from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.known import known_config, other_task
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
+from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
@@ -67,6 +69,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
         return kept
     session = _with_template(_as_before(session))
     sources, held_out = _sources(session)
+    limits_of(sources, session.config.most_rows)
     named, template = session.config.chat_template, named_template(session.config.chat_template)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
@@ -215,11 +218,23 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
         return session.run.relative(copy if name == "-" and copy else Path(os.path.expanduser(built_in(name))))
 
     config = session.config
+    data, most = tuple(map(kept, config.data)), config.max_samples
+    if isinstance(most, str):
+        most = as_text((name and _end_of(kept(meant(name, sources)), data), rows)
+                       for name, rows in config.most_rows.items())
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
     template = config.chat_template
     if template and template not in NAMED:
         template = session.run.relative(named_template(template))
-    return replace(config, data=tuple(kept(name) for name in config.data), valid=valid, chat_template=template)
+    return replace(config, data=data, valid=valid, max_samples=most, chat_template=template)
+
+
+def _end_of(name: str, names: Sequence[str]) -> str:
+    """As much of the end of a path as none of the others has."""
+    parts = Path(name).parts
+    ends = (parts[-length:] for length in range(1, len(parts)))
+    alone = (end for end in ends if sum(Path(other).parts[-len(end):] == end for other in names) == 1)
+    return str(Path(*next(alone, parts)))
 
 
 # --- the two passes

@@ -219,13 +219,14 @@ def test_another_number_prepares_anew_and_so_does_none(tiny):
     assert "drawn" not in invoke("status", "--run", "runs/tiny-gemma").err
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "0.5", "many"])
+@pytest.mark.parametrize("value", ["0", "-1", "0.5", "many", "20%", "a.jsonl=0", "a.jsonl=-1", "a.jsonl=120%", "a.jsonl=",
+                                   "a.jsonl=5,a.jsonl=6", "=5"])
 def test_what_is_no_number_of_rows_is_refused(cli, tiny, value):
     write_rows(Path("a.jsonl"), [row()])
     for command in ("prepare", "run"):
         result = cli(command, "a.jsonl", "--model", tiny, f"--max-samples={value}")
         assert result.code == 2 and "Hint" in result.err and not Path("runs").exists()
-        assert ("max_samples: " if value in ("0", "-1") else "--max-samples") in result.err
+        assert "max_samples: " in result.err
 
 
 def test_the_manifest_tells_no_directories(tiny, tmp_path):
@@ -234,3 +235,82 @@ def test_the_manifest_tells_no_directories(tiny, tmp_path):
     done = prepared(tiny, path, "--max-samples", 10)
     assert done["summary"]["drawn"] == [{"data": "a.jsonl", "rows": 10, "of": COUNT}]
     assert f"{path}: 10 of 200 rows drawn" in said(done), "the message tells which of several files of one name it is"
+
+
+# --- of one DATA, and by shares
+
+def three() -> None:
+    write_rows(Path("mine.jsonl"), numbered(80, "m"))
+    write_rows(Path("general.jsonl"), numbered(500, "g"))
+    write_rows(Path("more.jsonl"), numbered(30, "x"))
+
+
+@pytest.mark.parametrize(("most", "taken"), [
+    ("general.jsonl=15", (80, 15, 30)), ("25,general.jsonl=300", (25, 300, 25)), ("general.jsonl=15,mine.jsonl=7", (7, 15, 30)),
+    ("general.jsonl=20%", (80, 28, 30)), ("25,general.jsonl=50%", (25, 50, 25)), ("general.jsonl=12.5%,mine.jsonl=40", (40, 10, 30)),
+    ("general.jsonl=50%,mine.jsonl=40%,more.jsonl=10%", (80, 100, 20)), ("./general.jsonl=15", (80, 15, 30))])
+def test_so_many_of_one_or_its_share_of_all_that_are_taken(prepare, most, taken):
+    three()
+    done = prepare("mine.jsonl", "general.jsonl", "more.jsonl", "--max-samples", most, "--valid", 0)
+    drawn = {part["data"]: (part["rows"], part["of"]) for part in done["summary"]["drawn"]}
+    assert drawn == {"mine.jsonl": (taken[0], 80), "general.jsonl": (taken[1], 500), "more.jsonl": (taken[2], 30)}
+    assert tuple(len(numbers(name=name)) for name in "mgx") == taken, "what is reported is what is there"
+    first = numbers(name="g")
+    prepare("general.jsonl", "--max-samples", taken[1], "--valid", 0)
+    assert numbers(name="g") == first, "the same rows, whatever stands beside them"
+
+
+def test_a_share_that_cannot_be_had_is_said(prepare):
+    three()
+    done = prepare("mine.jsonl", "more.jsonl", "--max-samples", "more.jsonl=60%", "--valid", 0)
+    assert "more.jsonl: all of its 30 rows make 27.3% of what is taken, less than the share of 60%" in said(done)
+
+
+def test_names_are_kept_without_directories_and_mean_the_same_again(tiny, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "a.jsonl", numbered(60, folder))
+    args = [tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl", "example:pairs", "--take", "chosen",
+            "--max-samples", "two/a.jsonl=5", "--max-samples", "example:pairs=3", "--valid", "0"]
+    done = prepared(tiny, *args)
+    assert [part["rows"] for part in done["summary"]["drawn"]] == [60, 5, 3]
+    recorded = json.loads(Path("runs/tiny-gemma/manifest.json").read_text())["stages"]["prepare"]["config"]["max_samples"]
+    assert recorded == {"value": "two/a.jsonl=5,pairs.jsonl=3", "from": "flag"}
+    again = invoke("prepare", "--model", tiny, "--json")
+    assert again.json["status"] == "up-to-date", again.err
+    again = invoke("prepare", "--model", tiny, "--json", "--force")
+    assert [part["rows"] for part in again.json["summary"]["drawn"]] == [60, 5, 3], again.err
+
+
+def test_standard_input_by_its_name(tiny):
+    three()
+    args = ("prepare", "mine.jsonl", "-", "--model", tiny, "--max-samples", "-=20%", "--valid", "0", "--json")
+    done = invoke(*args, stdin=Path("general.jsonl").read_text())
+    assert [part["rows"] for part in done.json["summary"]["drawn"]] == [80, 20], done.err
+    again = invoke("prepare", "--model", tiny, "--json", "--force")
+    assert [part["rows"] for part in again.json["summary"]["drawn"]] == [80, 20], again.err
+
+
+@pytest.mark.parametrize(("most", "reason"), [
+    ("genral.jsonl=5", "genral.jsonl is not among the DATA; did you mean `general.jsonl`?"),
+    ("general.jsonl=60%,mine.jsonl=40%", "the shares of all DATA are 100% together"),
+    ("general.jsonl=60%,mine.jsonl=20%,more.jsonl=10%", "the shares of all DATA are 100% together"),
+    ("a.jsonl=5", "a.jsonl may be one/a.jsonl or two/a.jsonl")])
+def test_names_that_mean_nothing_and_shares_that_do_not_go_together(cli, tiny, most, reason):
+    three()
+    for folder in (Path("one"), Path("two")):
+        folder.mkdir()
+        write_rows(folder / "a.jsonl", numbered(60, folder.name))
+    data = ["mine.jsonl", "general.jsonl", "more.jsonl", *(["one/a.jsonl", "two/a.jsonl"] if "a.jsonl may" in reason else [])]
+    result = cli("prepare", *data, "--model", tiny, "--max-samples", most)
+    assert result.code == 2 and reason in " ".join(result.err.split()) and "Hint" in result.err
+
+
+def test_settings_in_a_file(prepare):
+    three()
+    Path("s.yaml").write_text("prepare:\n  max_samples: general.jsonl=20%\n")
+    done = prepare("mine.jsonl", "general.jsonl", "--config", "s.yaml", "--valid", 0)
+    assert [part["rows"] for part in done["summary"]["drawn"]] == [80, 20]
+    Path("s.yaml").write_text("prepare:\n  max_samples: 10\n")
+    done = prepare("mine.jsonl", "general.jsonl", "--config", "s.yaml", "--valid", 0)
+    assert [part["rows"] for part in done["summary"]["drawn"]] == [10, 10]
