@@ -367,11 +367,11 @@ class Request:
 
 def _require_data(config: Any) -> None:
     """See :func:`gemma_tune.data.reading.sources.require_files`."""
-    from gemma_tune.data.reading.names import How
+    from gemma_tune.data.reading.names import how_of
     from gemma_tune.data.reading.sources import require_files
 
     require_files(config.data, [config.valid] if isinstance(config.valid, str) else (),
-                  How(config.delimiter_sign, config.encoding, config.format))
+                  how_of(config))
 
 
 def in_processes(request: Request) -> Request:

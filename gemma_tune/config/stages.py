@@ -50,7 +50,8 @@ class PrepareConfig(StageConfig):
     data: tuple[str, ...] = option((), "What to learn from: files (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also "
                                        ".gz and .zst; .txt and .md as plain text), directories, globs, `-` for "
                                        "standard input, or hf:org/name[/config][:split][@revision], or example:finance "
-                                       "and example:pairs, which are built in. Without any, what the run was prepared "
+                                       "and example:pairs, which are built in, or an entry of LLaMA-Factory's "
+                                       "dataset_info.json:NAME. Without any, what the run was prepared "
                                        "from before, else example:finance.",
                                    files=True)  # which are judged by what lies there
     format: str | None = option(None, "Format of the rows; `text` takes all of the data for plain text, also files "

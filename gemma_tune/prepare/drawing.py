@@ -100,7 +100,8 @@ def draw(sources: Sequence[Source], most: Mapping[str | None, Most], seed: int, 
     positions, arguments = {}, []
     for numbers, limit, rows, take in zip(groups, asked, has, takes, strict=True):
         arguments.append(Drawn(_called(sources[numbers[0]].argument), take, rows))
-        _tell(arguments[-1], limit, sum(takes), most, listener)
+        described = sources[numbers[0]].described
+        _tell(arguments[-1], limit, sum(takes), most, described.samples if described else None, listener)
         if take == rows:
             continue
         taken, first = _smallest(np.random.default_rng(seed).random(rows), take), 0
@@ -117,7 +118,10 @@ def limits_of(sources: Sequence[Source], most: Mapping[str | None, Most]) -> dic
     Raises:
         UserError: a name is that of none of them, or of several; or shares leave no room for the others.
     """
-    limits: dict[str, Most | None] = {source.argument: most.get(None) for source in sources}
+    limits: dict[str, Most | None] = {}
+    for source in sources:
+        each = [rows for rows in (most.get(None), source.described and source.described.samples) if rows]
+        limits[source.argument] = min(each, default=None)
     for name, limit in most.items():
         if name is not None:
             limits[meant(name, sources)] = limit
@@ -175,7 +179,20 @@ def numbers_of(limits: Sequence[Most | None], rows: Sequence[int]) -> list[int]:
             for limit, has in zip(limits, rows, strict=True)]
 
 
-def _tell(drawn: Drawn, limit: Most | None, whole: int, most: Mapping[str | None, Most], listener: Listener) -> None:
+def _tell(drawn: Drawn, limit: Most | None, whole: int, most: Mapping[str | None, Most], samples: int | None,
+          listener: Listener) -> None:
+    """What is drawn, and why it is that.
+
+    Args:
+        samples: number that a description of the data asks for.
+    """
+    if samples and samples == limit:
+        if drawn.of < samples:
+            listener.warn(f"{drawn.data}: its description asks for {samples:,} samples of its {drawn.of:,}: each is "
+                          "taken once")
+        elif drawn.rows < drawn.of:
+            listener.note(f"{drawn} (`num_samples` of its description)")
+        return
     if isinstance(limit, Fraction) and drawn.rows == drawn.of and drawn.rows + 1 < limit * whole:
         listener.warn(f"{drawn.data}: all of its {counted(drawn.of, 'row')} make {drawn.rows / whole:.1%} of what is "
                       f"taken, less than the share of {float(limit):.0%}")

@@ -26,7 +26,8 @@ from gemma_tune.base.words import last_name
 from gemma_tune.config.most_rows import as_text
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.reading.names import TEXT_FORMAT, How
+from gemma_tune.data.reading.dataset_info import file_of
+from gemma_tune.data.reading.names import TEXT_FORMAT, how_of
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
@@ -75,6 +76,8 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
+    described = {source.described.file for source in sources + held_out if source.described}
+    inputs |= {f"description_{n}": path for n, path in enumerate(sorted(described))}
     if template and named not in NAMED:
         read_template(template)
         inputs["chat_template"] = template
@@ -181,7 +184,7 @@ def _without_its_files(session: Session) -> StageReport | None:
     named = (*before["data"], before["valid"], before.get("chat_template"))
     places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")
               and name not in NAMED]
-    gone = [place for place in places if not os.path.exists(place)]
+    gone = [place for place in map(file_of, places) if not os.path.exists(place)]
     same = record["summary"].get("encoding") == encoding_key(record["base"])
     if not gone or not same or state_of(session.run, session.manifest, "prepare").status != "done":
         return None
@@ -197,7 +200,7 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     if config.valid == STDIN and STDIN in names:
         raise UserError("standard input is named for training and for validation", "save one of them to a file")
     valid = [config.valid] if isinstance(config.valid, str) else []
-    how = How(config.delimiter_sign, config.encoding, config.format)
+    how = how_of(config)
     # What is piped is copied into the run, which nobody else may work on meanwhile.
     with locked(session, "prepare") if STDIN in (*names, *valid) else contextlib.nullcontext():
         sources, held_out = (find_sources(some, run.inputs, listener, how, some is valid) for some in (names, valid))

@@ -11,7 +11,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.data.reading.hub_rows import PREFIX
-from gemma_tune.data.reading.names import TEXT_FORMAT, How
+from gemma_tune.data.reading.names import TEXT_FORMAT, How, how_of
 from gemma_tune.data.reading.sources import STDIN, Row, Source, built_in, find_sources
 from gemma_tune.data.usable import Usable, rows_of, sampled, usable
 from gemma_tune.encoding.sequences import Encoder
@@ -70,7 +70,7 @@ class RowFile:
         try:
             self.require(name)
             texts = session.settings_of("prepare").get("format") == TEXT_FORMAT
-            how = How(prepared_as(session).delimiter_sign, format=TEXT_FORMAT if texts else None)
+            how = how_of(prepared_as(session))._replace(encoding=None, format=TEXT_FORMAT if texts else None)
             return find_sources([name], session.run.inputs, listener, how)
         except UserError as e:
             if self.setting in session.given:
@@ -88,7 +88,8 @@ class RowFile:
             raise UserError(f"--{self.setting} reads no standard input, as {self.again} that is repeated reads the "
                             "rows again", "save them to a file, and name that")
         if name and not name.startswith(PREFIX):  # the Hub is asked when the rows are needed
-            find_sources([name], Path(), how=How(format=TEXT_FORMAT))  # as which a run may have been prepared
+            # As which a run may have been prepared, and with options that say how its rows are read.
+            find_sources([name], Path(), how=How(format=TEXT_FORMAT, read_by=("--format",)))
 
     def rows(self, session: Session, named: str, encoder: Encoder, most: int, seed: int = 0,
              ) -> tuple[list[Usable], int]:

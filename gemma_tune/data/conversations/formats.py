@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.data.conversations import layouts, marks, preference, shapes, tools, unread
+from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.rendered import is_rendered, rendered
 from gemma_tune.data.conversations.turns import Turn, conversation
-from gemma_tune.data.reading.rows import Row
+from gemma_tune.data.reading.rows import Description, Row
 
 Fields = Mapping[str, Any]
 
@@ -151,7 +151,16 @@ class Formats:
         if row.error:
             code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
             raise RowError([Problem(code, row.error, "repair the line, or leave it out")])
-        return self.example(row.value)
+        return self.example(row.value) if row.described is None else self._described(row.value, row.described)
+
+    def _described(self, value: Any, description: Description) -> Example:
+        """The checked example of a row that is read as an entry says, whatever the others are."""
+        formats = Formats("text" if described.is_text(description) else None, None, self.take, mends=self.mends)
+        value, own = described.as_described(value, description)
+        try:
+            return formats.example(value)
+        except RowError as error:
+            raise shapes.called(error, own) from None
 
     def example(self, value: Any) -> Example:
         """The checked example of one row.

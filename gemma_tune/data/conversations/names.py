@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 
-_LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "preferred",
+_LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "preferred",
           "preferred_output", "history", "chat_history", "contents")
 
 

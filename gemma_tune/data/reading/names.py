@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.reading.rows import ARROW, CSV, JSON, PARQUET, TEXT, TSV
 from gemma_tune.data.reading.text import compression
 
@@ -35,11 +36,13 @@ class How(NamedTuple):
         encoding: of a text, by a name that Python has for it.
         format: of the rows (``--format``). Where it is open, or that of plain text, a file that is named as a text is
             one, if it does not begin with JSON.
+        read_by: the options that say how rows are read, beside which no description of them counts.
     """
 
     delimiter: str | None = None
     encoding: str | None = None
     format: str | None = None
+    read_by: tuple[str, ...] = ()
 
     @property
     def all_text(self) -> bool:
@@ -48,6 +51,13 @@ class How(NamedTuple):
 
 
 UNSAID = How()
+
+
+def how_of(config: PrepareConfig) -> How:
+    """What the settings of `prepare` say of the files."""
+    named = {"--format": config.format, "--columns": config.columns, "--roles": config.roles,
+             "--turn-keys": config.turn_keys}
+    return How(config.delimiter_sign, config.encoding, config.format, tuple(name for name in named if named[name]))
 
 
 def kind_of(path: Path, how: How = UNSAID) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,31 @@ MAX_ROW = 1 << 26
 
 
 @dataclass(frozen=True)
+class Description:
+    """How the rows of a data set are read, by an entry of LLaMA-Factory's ``dataset_info.json``.
+
+    Args:
+        name: of the entry.
+        file: where it stands.
+        formatting: ``alpaca`` or ``sharegpt``.
+        columns: LLaMA-Factory's name of each column that is read, and the row's own.
+        tags: their names of the keys and roles of turns, and the row's own.
+        samples: most rows that are taken; None for all.
+    """
+
+    name: str
+    file: Path
+    formatting: str
+    columns: tuple[tuple[str, str], ...]
+    tags: tuple[tuple[str, str], ...]
+    samples: int | None = None
+
+    def __str__(self) -> str:
+        columns = ", ".join(f"{key}={column}" for key, column in self.columns)
+        return f"as the entry `{self.name}` of {self.file} says: {self.formatting} with {columns}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One row as it stands in a file. ``error`` says why it could not be read; ``value`` is then its raw text.
 
@@ -24,12 +49,14 @@ class Row:
         line: where the row begins, from 1 on: a line of a text file, the number of the row in Parquet, in Arrow, on the
             Hub and in a JSON list that is written on one line.
         value: what JSON can hold.
+        described: what is said about the rows of its source.
     """
 
     file: str
     line: int
     value: Any
     error: str | None = None
+    described: Description | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +72,7 @@ class Source:
         delimiter: the sign between the columns of a table, where it was named.
         encoding: of a text, where it was named; else it is UTF-8, or UTF-16 with a byte order mark.
         argument: the name that it was found by, as people gave it: that of a directory is one of all files below it.
+        described: what an entry of a ``dataset_info.json`` says about its rows.
     """
 
     name: str
@@ -54,6 +82,7 @@ class Source:
     delimiter: str | None = None
     encoding: str | None = None
     argument: str = ""
+    described: Description | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +120,20 @@ class PickedBlock(Block):
 
     def count(self) -> int:
         return len(self.at)
+
+
+@dataclass(frozen=True)
+class DescribedBlock(Block):
+    """A block whose rows are read as a description says."""
+
+    block: Block
+    described: Description
+
+    def rows(self) -> Iterator[Row]:
+        return (replace(row, described=self.described) for row in self.block.rows())
+
+    def count(self) -> int:
+        return self.block.count()
 
 
 def repeated(names: Sequence[str]) -> str | None:

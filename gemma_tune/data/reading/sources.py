@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from gemma_tune import samples
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
@@ -22,9 +22,25 @@ from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows, table_rows
+from gemma_tune.data.reading.dataset_info import INFO, Beside, entry_of, split_name
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import UNSAID, How, data_among, describes_data, kind_of
-from gemma_tune.data.reading.rows import ARROW, BLOCK, CSV, HUB, JSON, PARQUET, PIPED, TEXT, TSV, Block, Row, Source
+from gemma_tune.data.reading.rows import (
+    ARROW,
+    BLOCK,
+    CSV,
+    HUB,
+    JSON,
+    PARQUET,
+    PIPED,
+    TEXT,
+    TSV,
+    Block,
+    DescribedBlock,
+    Description,
+    Row,
+    Source,
+)
 
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
 
@@ -45,9 +61,11 @@ def read_blocks(source: Source, size: int = BLOCK, listener: Listener | None = N
         UserError: nothing in the source can be read, or not to its end: empty, binary, neither UTF-8 nor UTF-16,
             damaged, or a broken JSON document.
     """
-    if source.kind in (CSV, TSV):
-        return table_rows.csv_blocks(source, size, listener)
-    return _READERS[source.kind](source, size)
+    table = source.kind in (CSV, TSV)
+    blocks = table_rows.csv_blocks(source, size, listener) if table else _READERS[source.kind](source, size)
+    if source.described is None:
+        return blocks
+    return (DescribedBlock(block.file, block.done, block, source.described) for block in blocks)
 
 
 _HEAD = 4096  # bytes of standard input from which its kind is told
@@ -80,7 +98,7 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
 
     A name is a file; a directory, for all files below it with a known ending, hidden ones and other runs excepted; a
     glob (``**`` goes through directories); ``-`` for standard input; ``example:NAME`` for a built-in example; or
-    ``hf:org/name[/config][:split][@revision]``.
+    ``hf:org/name[/config][:split][@revision]``, or an entry of LLaMA-Factory's file, ``dataset_info.json:NAME``.
 
     Args:
         keep: a directory for what must be there again when the stage is repeated: a copy of standard input, and lock
@@ -95,7 +113,7 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
     listener = listener or Listener()
     found, problems = _on_disk(names, keep, listener, how, held_out)
     if not problems:
-        found = [_elsewhere(f, keep, listener, how, problems) if isinstance(f, str) else f for f in found]
+        found = [_elsewhere(f, keep, listener, how, problems) if isinstance(f, _Later) else f for f in found]
     if problems:
         raise _together(problems)
     once: dict[str, Source] = {}
@@ -122,22 +140,58 @@ def require_files(names: Sequence[str], held_out: Sequence[str] = (), how: How =
         raise _together(problems)
 
 
+class _Later(NamedTuple):
+    """What is to be resolved when all files are there: its name, as people gave it, and where it stands."""
+
+    argument: str
+    data: str
+    described: Description | None = None
+
+
 def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, held_out: bool,
-             ) -> tuple[list[Source | str], list[UserError]]:
-    """Sources of names, and what is wrong with them; a name stays where it is to be resolved when all files are there.
-    """
-    found: list[Source | str] = []
+             ) -> tuple[list[Source | _Later], list[UserError]]:
+    """Sources of names, and what is wrong with them."""
+    found: list[Source | _Later] = []
     problems: list[UserError] = []
+    beside = Beside(listener)
     for name in dict.fromkeys(names):
-        if name == STDIN or name.startswith(hub_rows.PREFIX):
-            found.append(name)
-            continue
         try:
-            found += [replace(source_of(path, None, how), argument=name)
-                      for path in _files(built_in(name), keep, listener, how, held_out)]
+            info = split_name(name)
+            entry = entry_of(*info) if info and (info[1] or info[0].is_file()) else None
+            data, described = entry or (name, None)
+            if described:
+                listener.note(f"{data}: read {described}")
+            if data == STDIN or data.startswith(hub_rows.PREFIX):
+                found.append(_Later(name, data, described))
+                continue
+            paths = _files(built_in(data), keep, listener, how, held_out)
+            sources = [replace(source_of(path, None, how), argument=name, described=described) for path in paths]
+            found += sources if described or name.startswith(EXAMPLE) else _as_described(sources, beside, listener, how)
         except UserError as e:
             problems.append(e)
     return found, problems
+
+
+def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener, how: How) -> list[Source]:
+    """The sources of a name, with what is said about each beside it.
+
+    Raises:
+        UserError: what is said cannot be followed.
+    """
+    read: list[Source] = []
+    for source in sources:
+        if how.read_by:
+            if beside.is_described(source.path):
+                listener.note(f"{source.name}: read as {' and '.join(how.read_by)} says, not as {INFO} does")
+            read.append(source)
+            continue
+        described = beside.description(source.path)
+        if described:
+            listener.note(f"{source.name}: read {described}")
+        # A number of samples is that of the file, and not of its directory.
+        alone = described is not None and described.samples is not None
+        read.append(replace(source, described=described, argument=source.name if alone else source.argument))
+    return sorted(read, key=lambda source: source.argument != sources[0].argument)  # those of one argument together
 
 
 def _missing(path: Path, held_out: bool = False) -> UserError:
@@ -167,11 +221,11 @@ def as_typed(path: str) -> str:
     return names.get(path, path)
 
 
-def _elsewhere(name: str, keep: Path, listener: Listener, how: How,
+def _elsewhere(later: _Later, keep: Path, listener: Listener, how: How,
                problems: list[UserError]) -> Source | None:
     try:
-        found = _stdin(keep, how) if name == STDIN else hub_rows.find(name, keep, listener)
-        return replace(found, argument=name)
+        found = _stdin(keep, how) if later.data == STDIN else hub_rows.find(later.data, keep, listener)
+        return replace(found, argument=later.argument, described=later.described)
     except UserError as e:
         problems.append(e)
     return None
