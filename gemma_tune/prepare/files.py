@@ -44,10 +44,17 @@ class Decided:
     selection: Selection
     ends: Sequence[tuple[int, int]] = ()
 
+    @property
+    def are_texts(self) -> bool:
+        """Whether all rows that are used are plain texts."""
+        return bool((self.columns.text[self.selection.kept] > 0).all())
+
     def counted(self, batch: Batch) -> np.ndarray:
-        """The rows that the figures are about: those that are used, and those that are only too long for it."""
-        rows = slice(batch.first, batch.first + batch.size)
-        return self.selection.kept[rows] | ~self.columns.usable[rows]
+        """The rows that the figures are about: those that are used, and those that are only too long for it. A text
+        that is divided is one row, and its parts, which stand behind all others, are none."""
+        rows, parts = slice(batch.first, batch.first + batch.size), len(self.columns.line) - 2 * len(self.ends)
+        counted = self.selection.kept[rows] | self.selection.ends[rows] | ~self.columns.usable[rows]
+        return counted & (np.arange(rows.start, rows.stop) < parts)
 
 
 class _Outputs:

@@ -266,7 +266,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         with kept_when_refused(work.files, run.refused_rows):
             refuse(work.findings, config, run.refused_rows, work.long_rows)
         decided = work.decide()
-        refuse_empty_sides(decided.selection, config, bool(held_out))
+        refuse_empty_sides(decided.selection, config, bool(held_out), decided.are_texts)
         report, tools = work.write(decided), work.findings.noticed.tools
         sequences = rows_of(folder / run.tokens.name)
         if template:

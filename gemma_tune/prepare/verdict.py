@@ -17,7 +17,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import chat_for, tools_are_lost
-from gemma_tune.prepare.ends import SHORTEST
+from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
@@ -185,8 +185,11 @@ def _refuse_unknown_columns(findings: Findings, config: PrepareConfig) -> None:
                             f"the rows have {', '.join(f'`{c}`' for c in noticed.columns)}")
 
 
-def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool) -> None:
+def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bool, texts: bool) -> None:
     """Stop if nothing is left to train on, or to validate with where that was asked for.
+
+    Args:
+        texts: all rows are plain texts.
 
     Raises:
         UserError: with what to ask for instead.
@@ -200,6 +203,7 @@ def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bo
                         "correct it, or keep a share of the data aside: --valid 0.1")
     if isinstance(config.valid, float) and config.valid >= 1 and config.valid >= train + valid:
         raise UserError(f"--valid {config.valid:g} asks for as many rows as can be used, {train + valid:,}",
+                        "ask for a share: --valid 0.1 keeps the end of each text aside" if texts else
                         "ask for fewer, or for a share: --valid 0.1")
 
 
@@ -224,6 +228,11 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
                       "them")
     if ends := report["ends_held_out"]:
         listener.note(_about_ends(ends, session.config.valid))
+    elif isinstance(session.config.valid, float) and session.config.valid >= 1 and report["valid_rows"] and (
+            are_few(texts := int((decided.columns.text[decided.selection.kept] > 0).sum()), MOST)):
+        aside = int((decided.columns.text[decided.selection.kept & decided.selection.valid] > 0).sum())
+        listener.note(f"--valid {session.config.valid:g} keeps {aside} of {counted(texts, 'text')} aside, whole; a "
+                      "share, such as --valid 0.1, keeps the end of each")
     elif not report["valid_rows"] and session.config.valid:
         listener.warn(f"no rows for validation: {_why_none(decided, session.config.valid)}")
     elif report["valid_rows"] < FEWEST and session.resolved.origins["valid"] == "default":
@@ -253,7 +262,7 @@ def _about_ends(ends: Sequence[Mapping[str, Any]], share: float) -> str:
 
 
 def _why_none(decided: Decided, share: float) -> str:
-    if share < 1 and (decided.columns.text[decided.selection.kept] > 0).all():
+    if share < 1 and decided.are_texts:
         return (f"that needs a second text, or one whose last {100 * share:g}% has {SHORTEST} tokens; a larger share, "
                 "or a file, is named with --valid")
     return "that needs two different prompts, or texts, at least"

@@ -108,6 +108,26 @@ def test_of_drawn_texts_no_more_rows_are_counted_than_were_drawn(prepare):
     assert summary["rows"] == summary["drawn"][0]["rows"] == summary["train_rows"] == summary["valid_rows"] == 3
 
 
+def test_before_the_limit_a_divided_text_is_one_row_as_long_as_it_is(prepare, tiny):
+    write_rows(Path("texts.jsonl"), [{"text": book(n)} for n in range(2)])
+    write_rows(Path("chats.jsonl"), rows(20))
+    prepare("texts.jsonl", "chats.jsonl", "--on-long", "split", "--max-length", 256)
+    before, whole = report()["before_the_limit"], [len(format_of(tiny).encode_text(book(n)).ids) for n in range(2)]
+    assert len(report()["ends_held_out"]) == before["long"]["rows"] == 2
+    assert before["length"]["longest"] == max(whole)
+
+
+def test_a_number_keeps_whole_texts_aside_and_says_what_a_share_does(prepare):
+    write_rows(Path("texts.jsonl"), [{"text": book(n)} for n in range(3)])
+    done = prepare("texts.jsonl", "--on-long", "split", "--max-length", 256, "--valid", 1)
+    assert "--valid 1 keeps 1 of 3 texts aside, whole; a share, such as --valid 0.1, keeps the end of each" in " ".join(done["err"].split())
+    done = prepare("texts.jsonl", "--on-long", "split", "--max-length", 256, "--valid", 0.4)
+    assert "a share, such as" not in done["err"] and len(read("valid")) == 1
+    Path("book.txt").write_text(book())
+    error = prepare("book.txt", "--on-long", "split", "--valid", 1, code=2)
+    assert error["hint"] == "ask for a share: --valid 0.1 keeps the end of each text aside"
+
+
 def test_a_text_that_is_too_short_says_what_would_do(prepare):
     Path("note.md").write_text("The shells and the sea. " * 10)
     done = prepare("note.md")
