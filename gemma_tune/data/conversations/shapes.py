@@ -94,6 +94,19 @@ def _squad(row: Fields) -> Shaped | None:
                   {"instruction": "question", "output": "answers"})
 
 
+_FLAT = ("jq -c '.data[].paragraphs[] | .context as $c | .qas[] | {question, context: $c, answers: {text: "
+         "[.answers[].text], answer_start: [.answers[].answer_start]}}' FILE.json > rows.jsonl")
+
+
+def _squad_file(row: Fields) -> Shaped | None:
+    """SQuAD as its own files have it: all questions about an article in one row."""
+    parts = row["paragraphs"]
+    if isinstance(parts, list) and parts and isinstance(parts[0], dict) and {"context", "qas"} <= parts[0].keys():
+        raise RowError([Problem("unknown_format", "`paragraphs` holds texts with many questions about each, as SQuAD's "
+                                                  "files have them", f"make a row of each question: {_FLAT}")])
+    return None
+
+
 def _ultrachat(row: Fields) -> Shaped | None:
     """Texts of user and assistant in turn, the user's first."""
     texts = strict_json.list_in(row["data"])
@@ -159,6 +172,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("query", "response")), _swift),
     (frozenset(("指令", "输出")), _chinese),
     (frozenset(("question", "context", "answers")), _squad),
+    (frozenset(("paragraphs",)), _squad_file),
     (frozenset(("data",)), _ultrachat),
     (frozenset(("instruction", "output")), _belle),
     (frozenset(("chat",)), _moss),

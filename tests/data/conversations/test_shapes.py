@@ -62,6 +62,8 @@ def test_it_is_read_and_what_is_left_is_named(name):
 REFUSED = {
     "no-answer": (SQUAD | {"answers": {"text": [], "answer_start": []}}, "`answers` is empty"),
     "several": (SQUAD | {"answers": {"text": ["blue", "is blue"], "answer_start": [11, 8]}}, "`answers` is a list of 2"),
+    "squad-file": ({"title": "Sky", "paragraphs": [{"context": "The sky is blue.", "qas": [{"id": "5", "question": "Sky?"}]}]},
+                   "as SQuAD's files have them"),
     "plugin": ({"chat": {"turn_1": moss(("Hi", "Hello"), Commands='<|Commands|>: Search("sky")<eoc>\n')}},
                "`Commands` of `turn_1` uses a plugin"),
     "empty-target": ({"kind": "QA", "input": "Sky?", "target": " "}, "turn 2 (assistant) is empty"),
