@@ -118,6 +118,7 @@ REFUSED = {
     "pair": ({"columns": {"prompt": "q", "chosen": "c", "rejected": "r"}}, "`ranking` is not true"),
     "no-pair": ({"ranking": True}, "`columns` does not name both `chosen` and `rejected`"),
     "no-prompt": ({"columns": {"response": "a"}}, "names no `prompt`"),
+    "ranking": ({"ranking": "false"}, "`ranking` is neither true nor false"),
     "samples": ({"num_samples": "many"}, "`num_samples` is no number of rows"),
     "split": ({"split": "test"}, "its `split` is 'test'"),
     "columns": ({"columns": ["q"]}, "`columns` is no object of names"),
@@ -155,6 +156,18 @@ def test_which_entry_is_meant(cli, tiny):
     assert result.code == 2 and "name one, such as data/dataset_info.json:mine; there are mine, other" in " ".join(result.err.split())
     result = cli("prepare", "data/mine.json", "--model", tiny)
     assert result.code == 2 and "is described by 2 entries of" in result.err and "data/dataset_info.json:mine" in result.err
+
+
+def test_a_file_is_read_in_one_way(cli, tiny, prepare):
+    described({}, alpaca("Sky?", "Blue."), other={"file_name": "mine.json", "columns": {"prompt": "output", "response": "instruction"}})
+    names = ["data/dataset_info.json:mine", "data/dataset_info.json:other"]
+    result = cli("prepare", *names, "--model", tiny)
+    assert result.code == 2 and "data/mine.json is named twice, to be read in two ways" in " ".join(result.err.split())
+    for name in names:
+        prepare(name, "--valid", 0)
+    described({}, alpaca("Sky?", "Blue."))
+    prepare(names[0], "data/mine.json", "--valid", 0)
+    assert [row["messages"] for row in read("train")] == [TURNS]
 
 
 def test_a_single_entry_needs_no_name(prepare):
@@ -254,3 +267,25 @@ def test_to_validate_with(prepare):
     for name in (path, "data/dataset_info.json:mine"):
         prepare("train.jsonl", "--valid", name)
         assert [row["messages"] for row in read("valid")] == [TURNS]
+
+
+def test_several_processes_read_them_so(prepare, monkeypatch):
+    from gemma_tune.prepare import passes
+
+    monkeypatch.setattr(passes, "_processes", lambda sources, total: 2)
+    monkeypatch.setattr(passes, "_BLOCK", 700)
+    prepare(described({"columns": {"prompt": "q", "response": "a"}}, *({"q": f"q{n}", "a": "x"} for n in range(90))),
+            "--valid", 0, "--max-samples", 60)
+    assert len(read("train")) == 60 and not read("rejected")
+
+
+def test_eval_reads_others_as_the_entry_says(cli, tiny):
+    write_rows(Path("train.jsonl"), [alpaca(f"q{n}", "a") for n in range(8)])
+    prepared(tiny, "train.jsonl")
+    assert cli("train", "--max-steps", 1, "--rank", 2, "--dtype", "fp32").code == 0
+    described({"columns": {"prompt": "q", "response": "a"}}, *({"q": f"q{n}", "a": "Blue."} for n in range(3)))
+    for name in ("data/mine.json", "data/dataset_info.json:mine"):
+        result = cli("eval", "--data", name, "--questions", 1, "-n", 2, "--json")
+        assert result.code == 0 and result.json["summary"]["rows"] == 3, result.err
+    again = cli("eval", "--json")
+    assert again.code == 0 and again.json["summary"]["rows"] == 3, again.err

@@ -114,8 +114,9 @@ class Beside:
             folder = Path(os.path.normpath(path.parent / ("." if up == 0 else "..")))
             info = folder / INFO
             names = {f"{inside}", f"{inside.parent}"} - {"."}
-            found = [name for name, entry in (self._at(info) or {}).items()
-                     if isinstance(entry.get("file_name"), str) and os.path.normpath(entry["file_name"]) in names]
+            files = {name: entry.get("file_name") for name, entry in (self._at(info) or {}).items()}
+            found = [name for name, file in files.items()
+                     if isinstance(file, str) and Path(os.path.normpath(file)).as_posix() in names]
             if found:
                 yield from ((info, name) for name in found)
                 return
@@ -124,7 +125,7 @@ class Beside:
     def _at(self, info: Path) -> Mapping[str, Any] | None:
         if info not in self._known:
             try:
-                self._known[info] = _entries(info) if info.is_file() else None
+                self._known[info] = _entries(info) if os.path.isfile(info) else None
             except UserError as e:
                 self._listener.warn(f"{e.message}; it is not looked at")
                 self._known[info] = None
@@ -160,7 +161,8 @@ def _read(path: Path, name: str, entry: Mapping[str, Any], beside: Path | None =
     data = f"{beside}" if beside else _place(path, entry, problems)
     description = _description(path, name, entry, problems, data.startswith("hf:"))
     if problems:
-        more = "; or say how the rows are read, with --format or --columns: then it is not looked at" if beside else ""
+        more = ("; or name only the data that are meant; or say how they are read, with --format or --columns: then it "
+                "is not looked at") if beside else ""
         raise UserError(f"{called} cannot be followed: {'; '.join(problems)}", f"change the entry{more}")
     return Entry(data, description)
 
@@ -212,7 +214,11 @@ def _description(path: Path, name: str, entry: Mapping[str, Any], problems: list
         problems.append("`num_samples` is no number of rows")
         samples = None
     columns = _columns(formatting, entry.get("columns"), problems)
-    _check_kind(formatting, columns, bool(entry.get("ranking")), problems)
+    ranking = entry.get("ranking") or False
+    if not isinstance(ranking, bool):
+        problems.append("`ranking` is neither true nor false")
+    else:
+        _check_kind(formatting, columns, ranking, problems)
     tags = _tags(entry.get("tags"), problems)
     return Description(name, path, formatting, tuple(columns.items()), tuple(tags.items()), samples)
 

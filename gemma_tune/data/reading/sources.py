@@ -118,7 +118,10 @@ def find_sources(names: Sequence[str], keep: Path, listener: Listener | None = N
         raise _together(problems)
     once: dict[str, Source] = {}
     for source in found:
-        once.setdefault(os.path.realpath(source.path), source)
+        first = once.setdefault(os.path.realpath(source.path), source)
+        if first.described != source.described:
+            raise UserError(f"{source.name} is named twice, to be read in two ways: as {first.argument} and as "
+                            f"{source.argument}", "leave one of them out, or give each a file of its own")
     return list(once.values())
 
 
