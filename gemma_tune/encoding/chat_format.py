@@ -5,6 +5,9 @@ that includes the turn, and the difference, up to and including the turn's termi
 write. So the ids in training are those that the model sees when it is asked, and every answer is learned with its
 end (a Gemma whose mask leaves `<end_of_turn>` out never stops).
 
+GLM's templates write nothing behind an answer: the next turn begins with what ends it, `<|user|>` or `<|observation|>`,
+so the model learns to write that.
+
 Where a template writes earlier turns differently once later ones are there (Qwen 3 and Gemma 4 drop their reasoning),
 a conversation becomes several sequences, each with the prompt that the model will be shown.
 """
@@ -25,6 +28,7 @@ from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
 from gemma_tune.encoding.left_out import (
     CALL,
     QUESTION,
+    RESULT,
     TOOLS,
     Messages,
     Tools,
@@ -113,6 +117,7 @@ class ChatFormat:
             prompt = self.render([QUESTION], prompt=True)
             self._opens_thoughts = bool(opened_thought(prompt))
             self._begins_thoughts = self._opens_thoughts or closed_thought(prompt)
+        self._ends_in_next = False  # whether the mark that ends an answer is what the next turn begins with
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
@@ -280,6 +285,9 @@ class ChatFormat:
         """Prompt and answer of the last turn, up to its end, and the special token that ends it."""
         turn = turns[-1]
         prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
+        if self._ends_in_next:
+            calls = "tool_calls" in turn and self.calls_end_id is not None
+            full += self.tokenizer.convert_ids_to_tokens(self.calls_end_id if calls else self.terminator_id)
         answer = answer_after(prompt, full, self._takes_thoughts_out)
         if self._takes_thoughts_out:
             if "reasoning_content" in turn and closed_thought(prompt):
@@ -337,7 +345,7 @@ class ChatFormat:
             return False
 
     def _find_terminator(self) -> int:
-        """The first special token after an answer, read from the template itself."""
+        """The first special token after an answer, or that the next turn begins with; read from the template."""
         question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "gemma"}
         try:
             prompt, full = self.render([question], prompt=True), self.render([question, answer])
@@ -351,7 +359,20 @@ class ChatFormat:
             if self._is_named:
                 self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
             return special[0]
+        if not tail.strip() and (mark := self._beginning_of(question, [question, answer])) is not None:
+            self._ends_in_next = True
+            return mark
         raise self._endless(tail)
+
+    def _beginning_of(self, turn: dict[str, Any], turns: Messages, tools: Tools = None) -> int | None:
+        """The special token with which a turn begins behind others, if it ends answers by the model's own settings."""
+        try:
+            shorter, longer = self._render(turns, tools), self._render([*turns, turn], tools)
+        except FormatError:
+            return None
+        special = self._special_ids(longer.removeprefix(shorter))
+        mark = self.tokenizer.convert_ids_to_tokens(special[0]) if special else None
+        return special[0] if mark and special[0] in self.other_stop_ids and longer.startswith(shorter + mark) else None
 
     def _endless(self, tail: str) -> UserError:
         """What to say of a template that writes ``tail``, in which no token is special, behind an answer."""
@@ -407,6 +428,8 @@ class ChatFormat:
 
         It is the terminator in most templates; Gemma 4 goes on with the results, and its calls end where they begin.
         """
+        if self._ends_in_next:
+            return self._beginning_of(RESULT, [QUESTION, CALL], TOOLS)
         try:
             prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
             answer = answer_after(prompt, full, self._takes_thoughts_out).rstrip()

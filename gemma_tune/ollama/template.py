@@ -80,13 +80,15 @@ FAMILIES = (
 )
 
 
-def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_token: str | None = None) -> OllamaChat:
+def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_token: str | None = None,
+             terminator: str = "") -> OllamaChat:
     """Ollama's settings for the model that was saved with this Jinja template.
 
     Args:
         chat_template_jinja: the template as it was saved with the model.
         family_hint: a name for the messages; it never decides anything.
         eos_token: needed by the few templates that print `eos_token`.
+        terminator: what ends an answer, for templates that leave it to the next turn.
 
     Raises:
         UserError: the template cannot be reproduced in Ollama.
@@ -101,7 +103,7 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         notes, think = _compare(jinja, turns), False if choice is False else _thinking(jinja)
         turns, more, tools_missing = _extended(jinja, turns, think, choice)
         notes += more
-        ending = turns.assistant[1].strip()
+        ending = turns.assistant[1].strip() or terminator
         if not ending:
             raise Unlike("nothing marks the end of an answer")
     except (Unlike, TemplateError) as error:

@@ -14,10 +14,17 @@ from support.models import TURNS
 from support.templates import (
     CHATML,
     GEMMA_4,
+    GLM,
+    GLM4,
     LLAMA,
     SMOLLM2,
+    TOOLS,
     assistant,
+    byte_tokenizer,
+    call,
     gemma_tokenizer,
+    learned,
+    result,
     spans,
     system,
     trl_template,
@@ -452,3 +459,37 @@ def test_every_gemma_that_can_be_exported_has_a_template():
     from gemma_tune.gguf.architectures import gemma, gemma4
 
     assert all(family_template(kind) for kind in (*gemma.MAKERS, *gemma4.MAKERS))
+
+
+def glm(template: str, others: tuple[str, ...] = ()) -> ChatFormat:
+    tokenizer = byte_tokenizer(GLM, template, others=others)
+    return ChatFormat(tokenizer, "glm4", tokenizer.convert_tokens_to_ids(["<eos>", "<|user|>", "<|observation|>"]))
+
+
+def test_where_the_next_turn_begins_with_what_ends_an_answer_that_is_learned():
+    """GLM-4's template writes nothing behind an answer; its model stops by writing who is next."""
+    chat = glm(GLM4)
+    messages = [system("Be brief."), user("Hi"), assistant("Hello"), user("More"), assistant("Yes.")]
+    [whole] = chat.encode(messages)
+    assert chat.terminator == "<|user|>" and spans(chat, whole) == ["\nHello<|user|>", "\nYes.<|user|>"]
+    assert chat.tokenizer.decode(whole.ids) == chat.render(messages) + "<|user|>"
+    for n in (2, 4):
+        prompt = chat.prompt_ids(messages[:n])
+        assert whole.ids[:len(prompt)].tolist() == prompt
+
+
+def test_what_a_model_does_not_stop_at_ends_no_answer():
+    with pytest.raises(UserError, match="could never stop"):
+        ChatFormat(byte_tokenizer(GLM, GLM4), "glm4")
+
+
+def test_calls_end_where_their_results_begin_as_in_trls_training_template():
+    chat = glm(trl_template("glm4moe"), ("<think>", "</think>", "<tool_call>", "</tool_call>"))
+    messages = [user("Hi"), call("weather", city="Köln"), result("sun"), assistant("Sunny."), user("And?"),
+                assistant("Rain.", reasoning_content="hm")]
+    sequences = chat.encode(messages, TOOLS)
+    ends = [text[text.rindex("<|"):] for text in sum(learned(chat, sequences), [])]
+    assert ends == ["<|observation|>", "<|user|>", "<|user|>"]
+    theirs = chat.tokenizer.apply_chat_template(messages, TOOLS, chat_template=trl_template("glm4moe_training"),
+                                                tokenize=False)
+    assert chat.tokenizer.decode(sequences[-1].ids) == theirs
