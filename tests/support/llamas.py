@@ -79,6 +79,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                                  "linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": True}, "qwen35"),
     "qwen3.5 alike": ("qwen3_5_text", {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
                                        "linear_num_value_heads": 2, "linear_value_head_dim": 16}, "qwen35"),
+    "glm": ("glm", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}},
+            "smaug-bpe"),
+    "glm4": ("glm4", {"head_dim": 32}, "smaug-bpe"),
+    "glm4-yarn": ("glm4", {"head_dim": 16, "attention_bias": False, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+                  "smaug-bpe"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

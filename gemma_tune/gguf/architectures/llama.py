@@ -1,5 +1,5 @@
-"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2 and
-EXAONE 4, as tensors and metadata in GGUF."""
+"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2,
+EXAONE 4 and GLM 4, as tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class _Kind:
         biases: the tensors that have a bias, for a configuration.
         fixed: settings that llama.cpp computes in one way only.
         norms_of: what q and k are normed by: each ``head``, all heads together as one ``row``, or nothing.
-        norms_behind: whether attention and MLP are normed behind, not before.
+        norms: of a layer, before or behind attention and MLP.
+        fused: whether the MLP's gate and up are one matrix.
+        partial: whether llama.cpp is told how much of a head is rotated.
         scales: settings with a key of their own, and how it is added.
         problems: what else llama.cpp would compute otherwise.
     """
@@ -46,7 +48,9 @@ class _Kind:
     biases: Callable[[Any], tuple[str, ...]] = lambda config: ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norms_of: str = ""
-    norms_behind: bool = False
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    fused: bool = False
+    partial: bool = False
     scales: Mapping[str, Callable[[gguf.GGUFWriter, float], None]] = field(default_factory=dict)
     problems: Callable[[Any], list[str]] = lambda config: []
 
@@ -78,6 +82,7 @@ def _mistral3(config: Any) -> list[str]:
                       for key, value in (("mscale", 1.0), ("attention_factor", None)) if rope.get(key) != value]
 
 
+_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 _GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
             "embedding_multiplier": gguf.GGUFWriter.add_embedding_scale,
             "residual_multiplier": gguf.GGUFWriter.add_residual_scale,
@@ -91,9 +96,14 @@ _KINDS = {
     "smollm3": _Kind(gguf.MODEL_ARCH.SMOLLM3, True, _llama_biases, problems=_unrotated),
     "granite": _Kind(gguf.MODEL_ARCH.GRANITE, True, _llama_biases, scales=_GRANITE),
     "olmo2": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
-                   norms_of="row", norms_behind=True, problems=unusual_heads),
-    "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms_behind=True,
+                   norms_of="row", norms=_BEHIND, problems=unusual_heads),
+    "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms=_BEHIND,
                      problems=unusual_heads),
+    "glm4": _Kind(gguf.MODEL_ARCH.GLM4, biases=lambda config: _QKV if config.attention_bias else (), partial=True,
+                  norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
+                         "post_mlp_layernorm"), fused=True),
+    "glm": _Kind(gguf.MODEL_ARCH.CHATGLM, biases=lambda config: _QKV if config.attention_bias else (), partial=True,
+                 fused=True),
 }
 
 
@@ -158,12 +168,13 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     normed = {"head": (dim, dim), "row": (queries, keys)}.get(kind.norms_of, ())
     block = {
-        "post_feedforward_layernorm" if kind.norms_behind else "input_layernorm": (hidden,),
+        **dict.fromkeys(kind.norms, (hidden,)),
         "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
         **{f"self_attn.{part}_norm": (size,) for part, size in zip("qk", normed)},
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        **({"mlp.gate_up_proj": (2 * inner, hidden)} if kind.fused else
+           {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}),
+        "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
     parts = {f"{part}.weight": shape for part, shape in block.items()}
     parts |= {f"{part}.bias": block[part][:1] for part in kind.biases(config)}
@@ -208,7 +219,7 @@ def _rope_problems(kind: _Kind, config: Any) -> list[str]:
     known = {"default", "linear", "yarn"} | ({"llama3"} if with_divisors else set())
     found = [] if rope["rope_type"] in known else [
         f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
-    fixed = {"partial_rotary_factor": 1, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+    fixed = ({} if kind.partial else {"partial_rotary_factor": 1}) | {"truncate": True, "beta_fast": 32, "beta_slow": 1}
     return found + [f"{key} is {rope[key]!r} and llama.cpp computes with {value!r}" for key, value in fixed.items()
                     if rope.get(key) not in (None, value)]
 
@@ -235,8 +246,8 @@ def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer
         writer.add_value_length(stated_dim)
     if kind.permuted or kind.arch == gguf.MODEL_ARCH.EXAONE4:
         writer.add_vocab_size(config.vocab_size)
-    if kind.permuted:
-        writer.add_rope_dimension_count(dim)
+    if kind.permuted or kind.partial:
+        writer.add_rope_dimension_count(int(dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     for key, add in kind.scales.items():
         add(writer, float(getattr(config, key)))
     rope = config.rope_parameters
