@@ -84,13 +84,15 @@ def settled(template: str, thinking: bool | None) -> str:
     """The template of a GGUF file: thinking stands as in training, whatever the program that reads the file says.
 
     llama.cpp always gives ``enable_thinking`` a value, by itself true: a choice for where there is none never holds
-    there, and a template that is silent on thinking (Gemma 4) asks for it.
+    there, and a template that is silent on thinking (Gemma 4) asks for it. Where the template writes no turn's
+    reasoning (Hunyuan), llama.cpp takes it for one that cannot think, and says false.
 
     Args:
         thinking: how the template's switch stands where nobody sets it; None without a switch.
     """
     choice = choice_in(template)
-    if thinking is None or (choice is None and thinking) or not has_switch(template):
+    left = choice is None and thinking and "reasoning_content" in template
+    if thinking is None or left or not has_switch(template):
         return template
     value = "true" if thinking else "false"
     return "{%- set enable_thinking = " + value + " -%}" + template.removeprefix(_CHOICE.format(value))

@@ -56,7 +56,7 @@ def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | 
 
     config, settings = read_config(merged), session.config
     laid_out = chat_for(chat.template, config.get("model_type"), eos_token=chat.tokenizer.eos_token,
-                        terminator=chat.terminator)
+                        bos_token=chat.tokenizer.bos_token, terminator=chat.terminator)
     prepared = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
     if told := about_tools(laid_out, prepared.get("tool_rows", 0)):
         laid_out = replace(laid_out, notes=(*laid_out.notes, told))

@@ -11,7 +11,7 @@ from gemma_tune.encoding.rendering import compiled
 Messages = list[dict[str, Any]]
 
 BOS, EOS = "[[bos]]", "[[eos]]"  # stand in for the tokens' texts, so that they can be told from the rest
-LITERAL_BOS = ("<bos>", "<|begin_of_text|>", "<s>")  # templates that spell BOS out
+LITERAL_BOS = ("<bos>", "<|begin_of_text|>", "<s>")  # templates that spell BOS out, and most tokenizers' of it
 SYSTEM, FIRST, REPLY, SECOND = "Zsystem", "Zfirst", "Zreply", "Zsecond"
 SWITCH = "enable_thinking"  # what templates that can think have in common
 
@@ -26,10 +26,12 @@ class Jinja:
     Args:
         source: the template.
         eos_token: for the few templates that print it.
+        bos_token: as the tokenizer has it, for templates that spell it out.
     """
 
-    def __init__(self, source: str, eos_token: str):
+    def __init__(self, source: str, eos_token: str, bos_token: str | None = None):
         self.template, self.eos_token = compiled(source), eos_token
+        self.all_bos = tuple(dict.fromkeys((BOS, *LITERAL_BOS, *([bos_token] if bos_token else []))))
         self.knows_system = self._knows_system()
 
     def __call__(self, messages: Messages, generation: bool = True, **more: Any) -> str:
@@ -46,7 +48,7 @@ class Jinja:
             raise
         except Exception as error:  # whatever a template from the Hub does with a plain conversation
             raise Unlike(f"it fails on a plain conversation ({error})") from error
-        for bos in (BOS, *LITERAL_BOS):
+        for bos in self.all_bos:
             text = text.removeprefix(bos)
         return text
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from jinja2 import TemplateError
 
 from gemma_tune.ollama.probe import (
-    BOS,
     EOS,
     FIRST,
-    LITERAL_BOS,
     REPLY,
     SECOND,
     SYSTEM,
@@ -22,6 +21,8 @@ from gemma_tune.ollama.probe import (
     without,
 )
 from gemma_tune.ollama.turns import Turns
+
+_MARK_AT_END = re.compile(r"<[^<>\s]+>\s*\Z")
 
 
 def read_turns(jinja: Jinja) -> Turns:
@@ -47,7 +48,7 @@ def read_turns(jinja: Jinja) -> Turns:
         **_system_place(jinja, user_before),
     )
     text = repr(turns)
-    if any(bos in text for bos in (BOS, *LITERAL_BOS)):
+    if any(bos in text for bos in jinja.all_bos):
         raise Unlike("it prints BOS between turns, while Ollama has one at the start")
     if jinja.eos_token == EOS and EOS in text:
         raise Unlike("it prints eos_token, which was not given")
@@ -60,9 +61,12 @@ def read_turns(jinja: Jinja) -> Turns:
 
 
 def _turn_end(jinja: Jinja, messages: Messages, followed: str) -> str:
-    """What ends the last message; some templates add EOS where no answer is asked for, which is no part of the turn."""
-    end = split(jinja(messages, generation=False), messages[-1]["content"])[1]
-    return end if followed.startswith(end) else end.removesuffix(jinja.eos_token)
+    """What ends the last message; some templates add EOS where no answer is asked for, and Hunyuan's a mark of its own,
+    which are no part of the turn."""
+    whole = end = split(jinja(messages, generation=False), messages[-1]["content"])[1]
+    while not followed.startswith(end) and _MARK_AT_END.search(end):
+        end = _MARK_AT_END.sub("", end)
+    return end if followed.startswith(end) else whole.removesuffix(jinja.eos_token)
 
 
 def _system_place(jinja: Jinja, user_before: str) -> dict:

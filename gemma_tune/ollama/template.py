@@ -81,13 +81,14 @@ FAMILIES = (
 
 
 def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_token: str | None = None,
-             terminator: str = "") -> OllamaChat:
+             bos_token: str | None = None, terminator: str = "") -> OllamaChat:
     """Ollama's settings for the model that was saved with this Jinja template.
 
     Args:
         chat_template_jinja: the template as it was saved with the model.
         family_hint: a name for the messages; it never decides anything.
         eos_token: needed by the few templates that print `eos_token`.
+        bos_token: the tokenizer's, which Ollama puts before a prompt by itself.
         terminator: what ends an answer, for templates that leave it to the next turn.
 
     Raises:
@@ -95,7 +96,7 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
     """
     family, stop = next(((f, s) for mark, f, s in FAMILIES if mark in chat_template_jinja), ("other", ""))
     try:
-        jinja = Jinja(chat_template_jinja, eos_token or EOS)
+        jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
         turns = read_turns(jinja)

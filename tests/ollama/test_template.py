@@ -15,7 +15,7 @@ from gemma_tune.encoding.thinking import settled, with_thinking
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_text import SPACES
 from gemma_tune.ollama.template import chat_for
-from support.templates import SMOLLM2, trl_template
+from support.templates import GLM4, HUNYUAN, SMOLLM2, trl_template
 
 
 def source(name: str) -> str:
@@ -130,6 +130,7 @@ SMOLLM2_GO = """\
 {{ .Content }}<|im_end|>
 {{ end }}
 {{- end }}{{ "<|im_start|>assistant\\n" }}"""
+HUNYUAN_BOS = "<｜hy_begin▁of▁sentence｜>"
 UNCHANGED = {
     "phi3": "7d395569944328d3",
     "llama3": "305992f4316a947b",
@@ -154,6 +155,17 @@ def test_go_renders_what_hugging_face_renders(name, go_render):
     rendered = go_render(chat_for(template), list(CONVERSATIONS.values()))
     for case, got, messages in zip(CONVERSATIONS, rendered, CONVERSATIONS.values(), strict=True):
         assert got == hugging_face(template, messages), case
+
+
+@pytest.mark.parametrize("template", [GLM4, HUNYUAN], ids=["glm", "hunyuan"])
+def test_marks_of_their_own(template, go_render):
+    """GLM's answers end where the next turn begins; Hunyuan's text of BOS is left to the tokenizer, and what it writes
+    where no answer is asked for is no part of a turn."""
+    chat = chat_for(template, bos_token=HUNYUAN_BOS, terminator="<|user|>")
+    assert chat.stops == ("<|user|>" if template == GLM4 else "<｜hy_place▁holder▁no▁2｜>",)
+    for case, got, messages in zip(CONVERSATIONS, go_render(chat, list(CONVERSATIONS.values())), CONVERSATIONS.values(), strict=True):
+        if template == HUNYUAN or not case.startswith(("every", "nothing")):  # which GLM's template does not trim of all
+            assert got == hugging_face(template, messages).removeprefix(HUNYUAN_BOS), case
 
 
 def test_a_prompt_that_is_continued_as_it_stands_is_one_in_ollama(go_render):
@@ -291,6 +303,12 @@ def test_a_gguf_keeps_to_the_thinking_of_the_training_whatever_llama_cpp_says(na
     for said in (True, False):
         assert hugging_face(fixed, ask, enable_thinking=said) == hugging_face(template, ask)
     assert settled(source("qwen3"), True) == source("qwen3"), "true as llama.cpp has it: the switch stays"
+
+
+def test_a_gguf_says_that_a_model_thinks_where_llama_cpp_takes_it_for_one_that_cannot():
+    """It looks for reasoning in earlier turns, which Hunyuan's template does not write."""
+    ask, fixed = talk("hi"), settled(HUNYUAN, chat_for(HUNYUAN, bos_token=HUNYUAN_BOS).think)
+    assert hugging_face(fixed, ask, enable_thinking=False) == hugging_face(HUNYUAN, ask)
 
 
 # --- what else there is

@@ -72,6 +72,14 @@ GLM4 = """[gMASK]<sop>
 {%- endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
+# As Hunyuan's: it spells BOS out, writes no reasoning, and ends with a mark of its own where no answer is asked for.
+HUNYUAN = """{{- '<｜hy_begin▁of▁sentence｜>' }}
+{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '<｜hy_place▁holder▁no▁3｜>' }}{%- endif %}
+{%- for m in messages %}{%- if m['role'] == 'user' %}{{- '<｜hy_User｜>' + m['content'] }}
+{%- elif m['role'] == 'assistant' %}{%- set c = m['content'] %}{%- if '</think>' in c and not loop.last %}{%- set c = c.split('</think>')[-1] %}{%- endif %}
+{{- '<｜hy_Assistant｜>' + c + '<｜hy_place▁holder▁no▁2｜>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜hy_Assistant｜>' }}{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}{%- else %}{{- '<｜hy_place▁holder▁no▁8｜>' }}{%- endif %}"""
+
 
 def trl_template(name: str) -> str:
     """A template file of the installed trl, which is not imported."""
