@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
 from support.llamas import make_stripping_phi, save_random, tokenizer_with_turns
-from support.templates import GLM, GLM4
+from support.templates import GLM, GLM4, HUNYUAN
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
@@ -130,14 +131,19 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
                if TOWERS.search(tensor_name))
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4"])
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     """Of layers with a state, and of a text part without a class of its own: llama.cpp answers alike in each number format."""
     model = tmp_path / "model"
-    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe"}.get(kind, "tekken"))
+    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2"}.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
         tokenizer.chat_template = GLM4
+    if kind == "hunyuan":
+        marks = re.findall("<｜[^｜]+｜>", HUNYUAN)
+        tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(marks))})
+        tokenizer.add_tokens(["</think>"])
+        tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = HUNYUAN, marks[0], "<｜hy_place▁holder▁no▁2｜>"
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0, num_hidden_layers=4)
     if kind == "qwen 3.5":
@@ -145,6 +151,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
     elif kind == "mistral small 3.2":
         network = T.Mistral3ForConditionalGeneration(T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL))
+    elif kind == "hunyuan":
+        network = T.HunYuanDenseV1ForCausalLM(T.HunYuanDenseV1Config(**text))
     elif kind == "glm 4":
         network = T.Glm4ForCausalLM(T.Glm4Config(**text))
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
@@ -159,6 +167,7 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     shown = result.json["summary"]["quants"]
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
+    assert result.json["warnings"] == [] or kind not in ("glm 4", "hunyuan")  # prompts are the same everywhere
     assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
 
 

@@ -84,6 +84,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4": ("glm4", {"head_dim": 32}, "smaug-bpe"),
     "glm4-yarn": ("glm4", {"head_dim": 16, "attention_bias": False, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
                   "smaug-bpe"),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+                                     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+                                     "eod_token_id": 512}, "qwen2"),
+    "hunyuan-plain": ("hunyuan_v1_dense", {"head_dim": 16, "eod_token_id": 512}, "qwen2"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

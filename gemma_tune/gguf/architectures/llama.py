@@ -1,5 +1,5 @@
 """The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2,
-EXAONE 4 and GLM 4, as tensors and metadata in GGUF."""
+EXAONE 4, GLM 4 and Hunyuan (dense), as tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class _Kind:
         biases: the tensors that have a bias, for a configuration.
         fixed: settings that llama.cpp computes in one way only.
         norms_of: what q and k are normed by: each ``head``, all heads together as one ``row``, or nothing.
+        normed: what these norms are called.
         norms: of a layer, before or behind attention and MLP.
         fused: whether the MLP's gate and up are one matrix.
         partial: whether llama.cpp is told how much of a head is rotated.
@@ -48,6 +49,7 @@ class _Kind:
     biases: Callable[[Any], tuple[str, ...]] = lambda config: ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norms_of: str = ""
+    normed: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     fused: bool = False
     partial: bool = False
@@ -55,6 +57,7 @@ class _Kind:
     problems: Callable[[Any], list[str]] = lambda config: []
 
 
+_STRETCHED = 256 * 1024  # the context of Hunyuan's stretched models, of which some configurations say less
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -99,6 +102,8 @@ _KINDS = {
                    norms_of="row", norms=_BEHIND, problems=unusual_heads),
     "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms=_BEHIND,
                      problems=unusual_heads),
+    "hunyuan_v1_dense": _Kind(gguf.MODEL_ARCH.HUNYUAN_DENSE, fixed={"attention_bias": False}, norms_of="head",
+                              normed=("self_attn.query_layernorm", "self_attn.key_layernorm")),
     "glm4": _Kind(gguf.MODEL_ARCH.GLM4, biases=lambda config: _QKV if config.attention_bias else (), partial=True,
                   norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
                          "post_mlp_layernorm"), fused=True),
@@ -171,7 +176,7 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
         **dict.fromkeys(kind.norms, (hidden,)),
         "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
-        **{f"self_attn.{part}_norm": (size,) for part, size in zip("qk", normed)},
+        **{part: (size,) for part, size in zip(kind.normed, normed)},
         **({"mlp.gate_up_proj": (2 * inner, hidden)} if kind.fused else
            {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}),
         "mlp.down_proj": (hidden, inner),
@@ -192,6 +197,12 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
     if config.rope_parameters["rope_type"] != "llama3":
         return specs
     return (TensorSpec("rope_freqs.weight", (dim // 2,), values=_llama3_divisors(config.rope_parameters, dim)), *specs)
+
+
+def _alpha(kind: _Kind, config: Any) -> float | None:
+    """What Hunyuan's base of the rotation is stretched by, once for all lengths: it calls that dynamic."""
+    rope = config.rope_parameters
+    return rope.get("alpha") if kind.arch == gguf.MODEL_ARCH.HUNYUAN_DENSE and rope["rope_type"] == "dynamic" else None
 
 
 def _llama3_divisors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
@@ -217,7 +228,7 @@ def _rope_problems(kind: _Kind, config: Any) -> list[str]:
     # llama.cpp reads the divisors of Llama 3.1 for some architectures only.
     with_divisors = kind.arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.EXAONE4)
     known = {"default", "linear", "yarn"} | ({"llama3"} if with_divisors else set())
-    found = [] if rope["rope_type"] in known else [
+    found = [] if rope["rope_type"] in known or _alpha(kind, config) else [
         f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
     fixed = ({} if kind.partial else {"partial_rotary_factor": 1}) | {"truncate": True, "beta_fast": 32, "beta_slow": 1}
     return found + [f"{key} is {rope[key]!r} and llama.cpp computes with {value!r}" for key, value in fixed.items()
@@ -238,7 +249,8 @@ def shorter_context(config: Any, known: int) -> int | None:
 
 
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
-    writer.add_context_length(context_length(config))
+    alpha = _alpha(kind, config)
+    writer.add_context_length(_STRETCHED if alpha else context_length(config))
     for key, add_number in SIZES.items():
         add_number(writer, getattr(config, key))
     if stated_dim is not None:
@@ -251,7 +263,11 @@ def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer
     for key, add in kind.scales.items():
         add(writer, float(getattr(config, key)))
     rope = config.rope_parameters
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_rope_freq_base(float(rope["rope_theta"]) * (alpha ** (dim / (dim - 2)) if alpha else 1))
+    if alpha:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_rope_scaling_orig_ctx_len(_STRETCHED)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))

