@@ -88,6 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                                      "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
                                      "eod_token_id": 512}, "qwen2"),
     "hunyuan-plain": ("hunyuan_v1_dense", {"head_dim": 16, "eod_token_id": 512}, "qwen2"),
+    "ernie": ("ernie4_5", {"head_dim": 32, "tie_word_embeddings": True}, "smaug-bpe"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

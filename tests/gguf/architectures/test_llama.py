@@ -135,9 +135,11 @@ from conversion.base import ModelBase, TextModel
 sys.modules["conversion.deepseek"] = types.SimpleNamespace(DeepseekV2Model=TextModel)
 sys.modules["gguf"].MODEL_ARCH.HY_V3 = None  # of another module that does not fit: Hunyuan's mixture of experts
 import conversion.chatglm
+import conversion.ernie
 import conversion.glm
-# These ask for tokens that a small vocabulary has not.
-conversion.glm.Glm4Model.set_vocab = conversion.chatglm.ChatGLMModel.set_vocab = TextModel._set_vocab_gpt2
+# These ask for tokens that a small vocabulary has not, or for SentencePiece's.
+for kind in (conversion.glm.Glm4Model, conversion.chatglm.ChatGLMModel, conversion.ernie.Ernie4_5Model):
+    kind.set_vocab = TextModel._set_vocab_gpt2
 ModelBase.no_mtp = True  # what guesses tokens ahead is no part of these
 for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
     TextModel.get_vocab_base_pre = lambda *_: cut
