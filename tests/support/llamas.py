@@ -89,6 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                                      "eod_token_id": 512}, "qwen2"),
     "hunyuan-plain": ("hunyuan_v1_dense", {"head_dim": 16, "eod_token_id": 512}, "qwen2"),
     "ernie": ("ernie4_5", {"head_dim": 32, "tie_word_embeddings": True}, "smaug-bpe"),
+    "internlm3": ("internlm3", {"head_dim": 32, "rope_parameters": LINEAR}, "gpt-2"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

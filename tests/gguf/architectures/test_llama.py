@@ -137,8 +137,10 @@ sys.modules["gguf"].MODEL_ARCH.HY_V3 = None  # of another module that does not f
 import conversion.chatglm
 import conversion.ernie
 import conversion.glm
+import conversion.internlm
 # These ask for tokens that a small vocabulary has not, or for SentencePiece's.
-for kind in (conversion.glm.Glm4Model, conversion.chatglm.ChatGLMModel, conversion.ernie.Ernie4_5Model):
+for kind in (conversion.glm.Glm4Model, conversion.chatglm.ChatGLMModel, conversion.ernie.Ernie4_5Model,
+             conversion.internlm.InternLM3Model):
     kind.set_vocab = TextModel._set_vocab_gpt2
 ModelBase.no_mtp = True  # what guesses tokens ahead is no part of these
 for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
