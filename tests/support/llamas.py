@@ -90,6 +90,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "hunyuan-plain": ("hunyuan_v1_dense", {"head_dim": 16, "eod_token_id": 512}, "qwen2"),
     "ernie": ("ernie4_5", {"head_dim": 32, "tie_word_embeddings": True}, "smaug-bpe"),
     "internlm3": ("internlm3", {"head_dim": 32, "rope_parameters": LINEAR}, "gpt-2"),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 24, "rope_parameters": {
+        "full_attention": {**YARN, "attention_factor": 1.138629436111989}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        "smaug-bpe"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2,
-EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense) and InternLM 3, as tensors and metadata in GGUF."""
+"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2
+and 3, EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense) and InternLM 3, as tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class _Kind:
         norms: of a layer, before or behind attention and MLP.
         fused: whether the MLP's gate and up are one matrix.
         partial: whether llama.cpp is told how much of a head is rotated.
+        slides: whether it knows which layers attend to a window alone, and that these rotate without stretching.
         scales: settings with a key of their own, and how it is added.
         problems: what else llama.cpp would compute otherwise.
     """
@@ -53,6 +54,7 @@ class _Kind:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     fused: bool = False
     partial: bool = False
+    slides: bool = False
     scales: Mapping[str, Callable[[gguf.GGUFWriter, float], None]] = field(default_factory=dict)
     problems: Callable[[Any], list[str]] = lambda config: []
 
@@ -85,6 +87,16 @@ def _mistral3(config: Any) -> list[str]:
                       for key, value in (("mscale", 1.0), ("attention_factor", None)) if rope.get(key) != value]
 
 
+def _olmo3(config: Any) -> list[str]:
+    """OLMo 3: the layers with a window rotate without stretching, and llama.cpp knows one base for all."""
+    rope, base = config.rope_parameters["sliding_attention"], _rope(config)["rope_theta"]
+    found = unusual_heads(config) + ([] if config.sliding_window else ["sliding_window is missing"])
+    if rope["rope_type"] != "default":
+        found.append(f"rope type {rope['rope_type']!r} of the sliding layers is not one that llama.cpp computes")
+    return found if rope["rope_theta"] == base else [
+        *found, f"rope_theta of the sliding layers is {rope['rope_theta']!r} and llama.cpp computes with {base!r}"]
+
+
 _BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 _GRANITE = {"attention_multiplier": gguf.GGUFWriter.add_attention_scale,
             "embedding_multiplier": gguf.GGUFWriter.add_embedding_scale,
@@ -100,6 +112,8 @@ _KINDS = {
     "granite": _Kind(gguf.MODEL_ARCH.GRANITE, True, _llama_biases, scales=_GRANITE),
     "olmo2": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
                    norms_of="row", norms=_BEHIND, problems=unusual_heads),
+    "olmo3": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
+                   norms_of="row", norms=_BEHIND, slides=True, problems=_olmo3),
     "exaone4": _Kind(gguf.MODEL_ARCH.EXAONE4, fixed={"sliding_window": None}, norms_of="head", norms=_BEHIND,
                      problems=unusual_heads),
     "internlm3": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases),
@@ -134,7 +148,7 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
     return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, text, dim),
                         partial(_metadata, kind, text, dim, stated), tokenizer_kind(path.parent), text.vocab_size,
                         text.num_hidden_layers, heads, text.num_key_value_heads, tied=whole.tie_word_embeddings,
-                        context=shorter_context(text, context_length(text)), **parts)
+                        context=shorter_context(text, _context(kind, text)), **parts)
 
 
 def _text_of_mistral3(config: Mapping[str, Any], path: Path) -> Architecture:
@@ -196,14 +210,19 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
                              change if kind.permuted and (".q_proj." in source or ".k_proj." in source) else None,
                              tied_to=EMBEDDING if source == HEAD else None)
                   for source, shape in shapes.items())
-    if config.rope_parameters["rope_type"] != "llama3":
+    if _rope(config)["rope_type"] != "llama3":
         return specs
-    return (TensorSpec("rope_freqs.weight", (dim // 2,), values=_llama3_divisors(config.rope_parameters, dim)), *specs)
+    return (TensorSpec("rope_freqs.weight", (dim // 2,), values=_llama3_divisors(_rope(config), dim)), *specs)
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """How the layers rotate that attend to everything."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def _alpha(kind: _Kind, config: Any) -> float | None:
     """What Hunyuan's base of the rotation is stretched by, once for all lengths: it calls that dynamic."""
-    rope = config.rope_parameters
+    rope = _rope(config)
     return rope.get("alpha") if kind.arch == gguf.MODEL_ARCH.HUNYUAN_DENSE and rope["rope_type"] == "dynamic" else None
 
 
@@ -226,7 +245,7 @@ def _llama3_divisors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
 
 
 def _rope_problems(kind: _Kind, config: Any) -> list[str]:
-    rope = config.rope_parameters
+    rope = _rope(config)
     # llama.cpp reads the divisors of Llama 3.1 for some architectures only.
     with_divisors = kind.arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.EXAONE4)
     known = {"default", "linear", "yarn"} | ({"llama3"} if with_divisors else set())
@@ -245,6 +264,10 @@ def context_length(config: Any) -> int:
     return min(config.max_position_embeddings, config.sliding_window) if slides else config.max_position_embeddings
 
 
+def _context(kind: _Kind, config: Any) -> int:
+    return config.max_position_embeddings if kind.slides else context_length(config)
+
+
 def shorter_context(config: Any, known: int) -> int | None:
     """The context that llama.cpp computes as Transformers does, where that is shorter than the model's own."""
     return known if known < config.max_position_embeddings else None
@@ -252,7 +275,7 @@ def shorter_context(config: Any, known: int) -> int | None:
 
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
     alpha = _alpha(kind, config)
-    writer.add_context_length(_STRETCHED if alpha else context_length(config))
+    writer.add_context_length(_STRETCHED if alpha else _context(kind, config))
     for key, add_number in SIZES.items():
         add_number(writer, getattr(config, key))
     if stated_dim is not None:
@@ -261,10 +284,14 @@ def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer
     if kind.permuted or kind.arch == gguf.MODEL_ARCH.EXAONE4:
         writer.add_vocab_size(config.vocab_size)
     if kind.permuted or kind.partial:
-        writer.add_rope_dimension_count(int(dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+        writer.add_rope_dimension_count(int(dim * _rope(config).get("partial_rotary_factor", 1.0)))
     for key, add in kind.scales.items():
         add(writer, float(getattr(config, key)))
-    rope = config.rope_parameters
+    if kind.slides:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([each == "sliding_attention" for each in config.layer_types])
+        writer.add_rope_freq_base_swa(float(config.rope_parameters["sliding_attention"]["rope_theta"]))
+    rope = _rope(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]) * (alpha ** (dim / (dim - 2)) if alpha else 1))
     if alpha:
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)

@@ -150,7 +150,8 @@ for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 # What is ours alone: the end of a turn, and that nothing is added around a text, said also where it is llama.cpp's habit.
 OURS = {f"tokenizer.ggml.{key}" for key in ("eot_token_id", "add_bos_token", "add_eos_token", "add_space_prefix")}
-ATTENTION = ("qwen2.rope.scaling.attn_factor", "qwen3.rope.scaling.attn_factor", "qwen2.rope.scaling.yarn_attn_factor")
+ATTENTION = ("qwen2.rope.scaling.attn_factor", "qwen3.rope.scaling.attn_factor", "qwen2.rope.scaling.yarn_attn_factor",
+             "olmo2.rope.scaling.attn_factor", "olmo2.rope.scaling.yarn_attn_factor")
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +187,9 @@ def test_the_same_keys_and_tensors_as_llama_cpps_converter(llama: Any, reference
             "attention.layer_norm_rms_epsilon": pytest.approx((1.5625e-07, 1e-5))}
     # llama.cpp doesn't read the converter's key, and multiplies by ours: 0.1 ln(4) + 1 is its own factor.
     factors = [ours.pop(key, None) or theirs.pop(key, None) for key in ATTENTION]
-    expected = {"qwen2": [1.6 / 1.138629, None, 1.6], "qwen3": [None, 1 / 1.069315, None]}
-    assert factors == pytest.approx(expected.get(name, [None] * 3), abs=1e-5)
+    expected = {"qwen2": [1.6 / 1.138629, None, 1.6, None, None], "qwen3": [None, 1 / 1.069315, None, None, None],
+                "olmo3": [None, None, None, 1.0, 1.138629]}
+    assert factors == pytest.approx(expected.get(name, [None] * 5), abs=1e-5)
     shown = [{key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()
               if key not in OURS} for found in (ours, theirs)]
     assert shown[0] == shown[1]
@@ -284,6 +286,12 @@ DIFFERENT = [
     ("ministral3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "llama_4_scaling_beta is missing"),
     ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "without YaRN"),
     ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+    ("olmo3", {"sliding_window": None}, "sliding_window is missing"),
+    ("olmo3", {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": LINEAR}}, "'linear' of the sliding layers"),
+    ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 2e4}, "full_attention": LINEAR}},
+     "rope_theta of the sliding layers is 20000.0"),
+    ("ernie4_5", {"use_bias": True}, "use_bias is True"),
+    ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
     *((kind, {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
       "head_dim is 32 and llama.cpp computes with 16")
       for kind in ("olmo2", "phi3", "lfm2")),
