@@ -153,6 +153,15 @@ class ChatFormat:
         """The token that ends an assistant's turn, such as ``<end_of_turn>``."""
         return self.tokenizer.convert_ids_to_tokens(self.terminator_id)
 
+    @cached_property
+    def turns_begin_with_bos(self) -> bool:
+        """Whether BOS is in each turn, as in Seed-OSS's; elsewhere there is one, before all."""
+        bos = self.tokenizer.bos_token
+        try:
+            return bool(bos) and self.render([QUESTION, {"role": "assistant", "content": "a"}, QUESTION]).count(bos) > 1
+        except FormatError:
+            return False
+
     @property
     def stop_ids(self) -> list[int]:
         """Token ids that end an answer: the terminators, the end of text, and what else ends the base's."""
@@ -176,7 +185,8 @@ class ChatFormat:
 
     def prompt_text(self, messages: Messages, tools: Tools = None) -> str:
         """The prompt for the next answer, without the BOS that whoever tokenises it puts in front."""
-        return self.render(messages, prompt=True, tools=tools).removeprefix(self.tokenizer.bos_token or "")
+        bos = "" if self.turns_begin_with_bos else self.tokenizer.bos_token or ""
+        return self.render(messages, prompt=True, tools=tools).removeprefix(bos)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Ids of the prompt for the next answer, with exactly one BOS."""

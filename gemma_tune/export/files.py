@@ -72,17 +72,18 @@ def source_of(session: Session) -> ExportSource:
     chat = load_format(merged, session.model.config["model_type"])
     converter = None if config.converter is None else Path(config.converter)
     parts = _parts(merged, converter)
-    if parts is not None and not parts.vocabulary.add_bos and _begins_with_bos(chat):
-        parts = replace(parts, vocabulary=replace(parts.vocabulary, add_bos=True))
+    if parts is not None:
+        parts = replace(parts, vocabulary=replace(parts.vocabulary, add_bos=_adds_bos(parts, chat)))
     target = target_for(session, merged, chat, parts and parts.architecture.context)
     return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target, parts, converter)
 
 
-def _begins_with_bos(chat: ChatFormat) -> bool:
-    """Whether prompts begin with BOS: where the template alone writes it, llama.cpp and Ollama, which leave that to the
-    tokenizer, have to be told."""
+def _adds_bos(parts: Parts, chat: ChatFormat) -> bool:
+    """Whether llama.cpp and Ollama are to put BOS before a prompt: also where the template alone writes it, which they
+    leave to the tokenizer; not where each turn begins with one, which are the template's."""
     bos = chat.tokenizer.bos_token_id
-    return bos is not None and chat.prompt_ids([{"role": "user", "content": "a"}])[:1] == [bos]
+    begins = bos is not None and chat.prompt_ids([{"role": "user", "content": "a"}])[:1] == [bos]
+    return (parts.vocabulary.add_bos or begins) and not chat.turns_begin_with_bos
 
 
 def _parts(merged: Path, converter: Path | None) -> Parts | None:

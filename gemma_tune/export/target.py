@@ -16,7 +16,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import PARAMETERS, TYPE_NAMES
-from gemma_tune.ollama.template import OllamaChat, about_tools, chat_for
+from gemma_tune.ollama.template import OllamaChat, about_tools, layout_of
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
@@ -55,8 +55,7 @@ def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | 
     """
 
     config, settings = read_config(merged), session.config
-    laid_out = chat_for(chat.template, config.get("model_type"), eos_token=chat.tokenizer.eos_token,
-                        bos_token=chat.tokenizer.bos_token, terminator=chat.terminator)
+    laid_out = layout_of(chat, config.get("model_type"))
     prepared = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
     if told := about_tools(laid_out, prepared.get("tool_rows", 0)):
         laid_out = replace(laid_out, notes=(*laid_out.notes, told))

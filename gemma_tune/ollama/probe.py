@@ -27,11 +27,13 @@ class Jinja:
         source: the template.
         eos_token: for the few templates that print it.
         bos_token: as the tokenizer has it, for templates that spell it out.
+        keeps_bos: whether it is a part of the turns, and stays in what is rendered.
     """
 
-    def __init__(self, source: str, eos_token: str, bos_token: str | None = None):
+    def __init__(self, source: str, eos_token: str, bos_token: str | None = None, keeps_bos: bool = False):
         self.template, self.eos_token = compiled(source), eos_token
-        self.all_bos = tuple(dict.fromkeys((BOS, *LITERAL_BOS, *([bos_token] if bos_token else []))))
+        self.bos_token = bos_token if bos_token and keeps_bos else BOS
+        self.all_bos = () if keeps_bos else tuple(dict.fromkeys((BOS, *LITERAL_BOS, bos_token or BOS)))
         self.knows_system = self._knows_system()
 
     def __call__(self, messages: Messages, generation: bool = True, **more: Any) -> str:
@@ -41,7 +43,8 @@ class Jinja:
             TemplateError: the template refuses it.
             Unlike: it fails.
         """
-        names = {"add_generation_prompt": generation, "bos_token": BOS, "eos_token": self.eos_token, **more}
+        names = {"add_generation_prompt": generation, "bos_token": self.bos_token, "eos_token": self.eos_token,
+                 **more}
         try:
             text = self.template.render(messages=messages, **names)
         except TemplateError:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateError
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.go_layout import template_text
 from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
@@ -81,7 +82,7 @@ FAMILIES = (
 
 
 def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_token: str | None = None,
-             bos_token: str | None = None, terminator: str = "") -> OllamaChat:
+             bos_token: str | None = None, terminator: str = "", turns_begin_with_bos: bool = False) -> OllamaChat:
     """Ollama's settings for the model that was saved with this Jinja template.
 
     Args:
@@ -90,13 +91,14 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         eos_token: needed by the few templates that print `eos_token`.
         bos_token: the tokenizer's, which Ollama puts before a prompt by itself.
         terminator: what ends an answer, for templates that leave it to the next turn.
+        turns_begin_with_bos: then the TEMPLATE writes them all, and the GGUF is one whose tokenizer adds none.
 
     Raises:
         UserError: the template cannot be reproduced in Ollama.
     """
     family, stop = next(((f, s) for mark, f, s in FAMILIES if mark in chat_template_jinja), ("other", ""))
     try:
-        jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token)
+        jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token, turns_begin_with_bos)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
         turns = read_turns(jinja)
@@ -120,6 +122,13 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
     return OllamaChat(template_text(turns), (stop,), default_system=turns.default_system, family=family, notes=notes,
                       think=think, tools_missing=tools_missing,
                       gguf_capabilities=_by_words(chat_template_jinja))
+
+
+def layout_of(chat: ChatFormat, family_hint: str | None = None) -> OllamaChat:
+    """As :func:`chat_for`, of a tokenizer with its template."""
+    tokenizer = chat.tokenizer
+    return chat_for(chat.template, family_hint, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token,
+                    terminator=chat.terminator, turns_begin_with_bos=chat.turns_begin_with_bos)
 
 
 def _by_words(source: str) -> frozenset[str]:

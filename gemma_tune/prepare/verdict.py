@@ -16,7 +16,7 @@ from gemma_tune.base.words import counted, near
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.ollama.template import chat_for, tools_are_lost
+from gemma_tune.ollama.template import layout_of, tools_are_lost
 from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
@@ -74,7 +74,7 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
 def _lost_in_ollama(chat: ChatFormat, rows: int) -> str | None:
     """What `export-ollama` will say of rows with tools."""
     try:
-        return tools_are_lost(chat_for(chat.template, eos_token=chat.tokenizer.eos_token), rows)
+        return tools_are_lost(layout_of(chat), rows)
     except UserError:  # the template cannot be exported at all, which is another matter
         return None
 

@@ -10,7 +10,7 @@ from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.writer import parts_of
 from gemma_tune.models.quantised import quantisation
 from gemma_tune.models.source import BaseModel
-from gemma_tune.ollama.template import chat_for
+from gemma_tune.ollama.template import layout_of
 
 
 def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool = False) -> None:
@@ -22,7 +22,7 @@ def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool =
     Raises:
         UserError: the chat template has no form for Ollama, or the model or its tokenizer none in a GGUF.
     """
-    chat_for(chat.template, model.config.get("model_type"), eos_token=chat.tokenizer.eos_token)
+    layout_of(chat, model.config.get("model_type"))
     if quantisation(model.config) is not None:  # of that the 16-bit model is exported
         return
     try:

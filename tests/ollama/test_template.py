@@ -15,7 +15,7 @@ from gemma_tune.encoding.thinking import settled, with_thinking
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_text import SPACES
 from gemma_tune.ollama.template import chat_for
-from support.templates import GLM4, HUNYUAN, SMOLLM2, trl_template
+from support.templates import GLM4, HUNYUAN, SEED, SMOLLM2, trl_template
 
 
 def source(name: str) -> str:
@@ -166,6 +166,15 @@ def test_marks_of_their_own(template, go_render):
     for case, got, messages in zip(CONVERSATIONS, go_render(chat, list(CONVERSATIONS.values())), CONVERSATIONS.values(), strict=True):
         if template == HUNYUAN or not case.startswith(("every", "nothing")):  # which GLM's template does not trim of all
             assert got == hugging_face(template, messages).removeprefix(HUNYUAN_BOS), case
+
+
+def test_where_each_turn_begins_with_bos_the_template_writes_them_all(go_render):
+    with pytest.raises(UserError, match="not written like the first"):
+        chat_for(SEED, bos_token="<seed:bos>")
+    chat = chat_for(SEED, bos_token="<seed:bos>", turns_begin_with_bos=True)
+    assert chat.stops == ("<seed:eos>",)
+    for case, got, messages in zip(CONVERSATIONS, go_render(chat, list(CONVERSATIONS.values())), CONVERSATIONS.values(), strict=True):
+        assert got == hugging_face(SEED, messages), case
 
 
 def test_a_prompt_that_is_continued_as_it_stands_is_one_in_ollama(go_render):

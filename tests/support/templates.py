@@ -80,6 +80,12 @@ HUNYUAN = """{{- '<｜hy_begin▁of▁sentence｜>' }}
 {{- '<｜hy_Assistant｜>' + c + '<｜hy_place▁holder▁no▁2｜>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<｜hy_Assistant｜>' }}{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}{%- else %}{{- '<｜hy_place▁holder▁no▁8｜>' }}{%- endif %}"""
 
+# As Seed-OSS's: BOS begins each turn, EOS ends it, and a thought stands in marks of its own.
+SEED = """{%- for m in messages %}{{- '<seed:bos>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{%- if m.reasoning_content is defined and m.reasoning_content | trim %}{{- '<seed:think>' + m.reasoning_content | trim + '</seed:think>\\n' }}{%- endif %}
+{{- m.content | trim + '<seed:eos>' }}{%- else %}{{- m.content + '<seed:eos>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<seed:bos>assistant\\n' }}{%- endif %}"""
+
 
 def trl_template(name: str) -> str:
     """A template file of the installed trl, which is not imported."""
