@@ -22,7 +22,7 @@ from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
 from support.llamas import make_stripping_phi, save_random, tokenizer_with_turns
-from support.templates import GLM, GLM4, HUNYUAN
+from support.templates import GLM, GLM4, HUNYUAN, SEED
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
@@ -131,11 +131,11 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
                if TOWERS.search(tensor_name))
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan"])
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     """Of layers with a state, and of a text part without a class of its own: llama.cpp answers alike in each number format."""
     model = tmp_path / "model"
-    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2"}.get(kind, "tekken"))
+    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2", "seed-oss": "qwen2"}.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
         tokenizer.chat_template = GLM4
@@ -144,6 +144,10 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(marks))})
         tokenizer.add_tokens(["</think>"])
         tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = HUNYUAN, marks[0], "<｜hy_place▁holder▁no▁2｜>"
+    if kind == "seed-oss":
+        tokenizer.add_special_tokens({"bos_token": "<seed:bos>", "eos_token": "<seed:eos>"})
+        tokenizer.add_tokens(["<seed:think>", "</seed:think>"])
+        tokenizer.chat_template = SEED
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0, num_hidden_layers=4)
     if kind == "qwen 3.5":
@@ -151,6 +155,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
     elif kind == "mistral small 3.2":
         network = T.Mistral3ForConditionalGeneration(T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL))
+    elif kind == "seed-oss":
+        network = T.SeedOssForCausalLM(T.SeedOssConfig(**text))
     elif kind == "hunyuan":
         network = T.HunYuanDenseV1ForCausalLM(T.HunYuanDenseV1Config(**text))
     elif kind == "glm 4":
@@ -164,10 +170,11 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
                  ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):
         result = cli(*args, "--json", "--quiet")
         assert result.code == 0, (args, result.err)
+        if kind in ("glm 4", "hunyuan", "seed-oss"):
+            assert result.json["warnings"] == [], "prepare foresees an export, whose prompts are the same everywhere"
     shown = result.json["summary"]["quants"]
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
-    assert result.json["warnings"] == [] or kind not in ("glm 4", "hunyuan")  # prompts are the same everywhere
     assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
 
 

@@ -93,6 +93,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 24, "rope_parameters": {
         "full_attention": {**YARN, "attention_factor": 1.138629436111989}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
         "smaug-bpe"),
+    "seed-oss": ("seed_oss", {"head_dim": 32}, "qwen2"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
 """The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2
-and 3, EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense) and InternLM 3, as tensors and metadata in GGUF."""
+and 3, EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense), InternLM 3 and Seed-OSS, as tensors and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -118,6 +118,8 @@ _KINDS = {
                      problems=unusual_heads),
     "internlm3": _Kind(gguf.MODEL_ARCH.LLAMA, True, _llama_biases),
     "ernie4_5": _Kind(gguf.MODEL_ARCH.ERNIE4_5, fixed={"use_bias": False}),
+    "seed_oss": _Kind(gguf.MODEL_ARCH.SEED_OSS, biases=lambda config: _QKV if config.attention_bias else (),
+                      fixed={"attention_out_bias": False, "mlp_bias": False}),
     "hunyuan_v1_dense": _Kind(gguf.MODEL_ARCH.HUNYUAN_DENSE, fixed={"attention_bias": False}, norms_of="head",
                               normed=("self_attn.query_layernorm", "self_attn.key_layernorm")),
     "glm4": _Kind(gguf.MODEL_ARCH.GLM4, biases=lambda config: _QKV if config.attention_bias else (), partial=True,
