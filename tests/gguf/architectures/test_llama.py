@@ -38,6 +38,7 @@ from support.llamas import (
     LINEAR,
     LLAMA3,
     LLAMA_3_1,
+    LONG,
     MINISTRAL,
     MODELS,
     TEXTS,
@@ -138,9 +139,10 @@ import conversion.chatglm
 import conversion.ernie
 import conversion.glm
 import conversion.internlm
+import conversion.minicpm
 # These ask for tokens that a small vocabulary has not, or for SentencePiece's.
 for kind in (conversion.glm.Glm4Model, conversion.chatglm.ChatGLMModel, conversion.ernie.Ernie4_5Model,
-             conversion.internlm.InternLM3Model):
+             conversion.internlm.InternLM3Model, conversion.minicpm.MiniCPM3Model):
     kind.set_vocab = TextModel._set_vocab_gpt2
 ModelBase.no_mtp = True  # what guesses tokens ahead is no part of these
 for folder, cut in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -290,6 +292,9 @@ DIFFERENT = [
     ("olmo3", {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": LINEAR}}, "'linear' of the sliding layers"),
     ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 2e4}, "full_attention": LINEAR}},
      "rope_theta of the sliding layers is 20000.0"),
+    ("minicpm3", {"scale_depth": 1.0}, "scale_depth is 1.0 and llama.cpp computes with 1.4"),
+    ("minicpm3", {"q_lora_rank": None}, "q_lora_rank is missing"),
+    ("minicpm3", {"rope_parameters": {**LONG, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}}, "stretched beyond"),
     ("ernie4_5", {"use_bias": True}, "use_bias is True"),
     ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
     *((kind, {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},

@@ -1,0 +1,89 @@
+"""MiniCPM 3 in GGUF: queries, and keys with values, come from a few numbers each (multi-head latent attention).
+
+llama.cpp norms those with the layers' rms_norm_eps, transformers with 1e-6: of released models, whose is 1e-5, a
+small difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, THETA, differing
+from gemma_tune.gguf.architectures.llama import tokenizer_kind
+from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
+
+_ARCH = gguf.MODEL_ARCH.MINICPM3
+_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+
+
+def _make(config: Mapping[str, Any], path: Path) -> Architecture:
+    """Raises:
+        UserError: settings that llama.cpp has no key for and computes differently.
+    """
+    whole = complete(config, path)
+    heads = whole.num_attention_heads
+    fixed = {"hidden_act": "silu", "attention_bias": False, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
+             "v_head_dim": whole.hidden_size // heads, "num_key_value_heads": heads}
+    refuse(path, [*differing(whole, **fixed), *_problems(whole)])
+    return Architecture(gguf.MODEL_ARCH_NAMES[_ARCH], _tensors(whole), partial(_metadata, whole),
+                        tokenizer_kind(path.parent), whole.vocab_size, whole.num_hidden_layers, heads, heads,
+                        tied=whole.tie_word_embeddings)
+
+
+MAKERS = {"minicpm3": _make}
+
+
+def _problems(config: Any) -> list[str]:
+    rope = config.rope_parameters
+    found = [] if config.q_lora_rank else ["q_lora_rank is missing"]
+    if rope["rope_type"] not in ("default", "longrope"):
+        found.append(f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model")
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    if rope["rope_type"] == "longrope" and (original != config.max_position_embeddings or rope.get("attention_factor")):
+        found.append("the rotation is stretched beyond original_max_position_embeddings, for which there is no key")
+    return found
+
+
+def _tensors(config: Any) -> tuple[TensorSpec, ...]:
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    rotated, plain = config.qk_rope_head_dim, config.qk_nope_head_dim
+    block = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_a_proj": (config.q_lora_rank, hidden), "self_attn.q_a_layernorm": (config.q_lora_rank,),
+        "self_attn.q_b_proj": (heads * (plain + rotated), config.q_lora_rank),
+        "self_attn.kv_a_proj_with_mqa": (config.kv_lora_rank + rotated, hidden),
+        "self_attn.kv_a_layernorm": (config.kv_lora_rank,),
+        "self_attn.kv_b_proj": (heads * (plain + config.v_head_dim), config.kv_lora_rank),
+        "self_attn.o_proj": (hidden, heads * config.v_head_dim), "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    shapes = {EMBEDDING: (config.vocab_size, hidden),
+              **{f"model.layers.{i}.{part}.weight": shape for i in range(config.num_hidden_layers)
+                 for part, shape in block.items()},
+              "model.norm.weight": (hidden,), HEAD: (config.vocab_size, hidden)}
+    names = gguf.get_tensor_name_map(_ARCH, config.num_hidden_layers)
+    specs = tuple(TensorSpec(names.get_name(source, (".weight",)), shape, source,
+                             tied_to=EMBEDDING if source == HEAD else None) for source, shape in shapes.items())
+    if config.rope_parameters["rope_type"] != "longrope":
+        return specs
+    factors = {name: np.array(config.rope_parameters[key], np.float32) for name, key in _FACTORS.items()}
+    return (*(TensorSpec(name, values.shape, values=values) for name, values in factors.items()), *specs)
+
+
+def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    for key, add_number in SIZES.items():
+        add_number(writer, getattr(config, key))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    if (theta := config.rope_parameters["rope_theta"]) != THETA:
+        writer.add_rope_freq_base(float(theta))
