@@ -156,6 +156,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
     from gemma_tune.cli.chat.loop import converse
     from gemma_tune.cli.chat.scripts import all_of, one_prompt
 
+    request = Request.of(ctx)
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
     if prompt is not None and input is not None:
@@ -165,7 +166,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
                         'name one: gemma-tune chat --prompt "…"')
     if input not in (None, "-"):
         open_input(input)[0].close()  # before a model is loaded
-    session = Request.of(ctx).open("chat")
+    session = request.open("chat")
     if prompt is None and input is None and screen.stdin_is_terminal() and not json:
         return converse(session)
     conversation = open_conversation(session)

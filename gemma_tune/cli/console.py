@@ -19,6 +19,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
+from gemma_tune.cli.hints import in_run
 from gemma_tune.cli.live import Course, Display, preferences
 from gemma_tune.cli.screen import Text
 
@@ -39,7 +40,7 @@ class ConsoleListener(Listener):
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            screen.prose(Text(f"· {text}", style="dim"))
+            screen.prose(Text(f"· {in_run(text)}", style="dim"))
 
     def detail(self, about: str, text: str) -> None:
         if not screen.is_live():
@@ -62,6 +63,7 @@ class ConsoleListener(Listener):
         screen.err.print(Panel(table, title="training", title_align="left", expand=False))
 
     def warn(self, text: str) -> None:
+        text = in_run(text)
         screen.warnings.append(text)
         screen.prose(Text(f"! {text}", style="yellow"))
 

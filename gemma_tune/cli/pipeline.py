@@ -104,8 +104,8 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
     except UserError as e:
         hint = (e.hint or "").rstrip(".")
         raise UserError(f"`run` ends with an export, which will not take {model.id}: {e.message}",
-                        f"{hint}; or the stages before by themselves: gemma-tune prepare, train, merge", e.problems
-                        ) from e
+                        f"{hint}; or the stages before by themselves: gemma-tune prepare DATA, gemma-tune train, "
+                        "gemma-tune merge", e.problems) from e
 
 
 def write_page(report: StageReport) -> StageReport:

@@ -20,6 +20,7 @@ from rich.table import Table
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import redact, redacted
 from gemma_tune.base.words import json_visible, size_text, visible, without_commands
+from gemma_tune.cli.hints import in_run
 from gemma_tune.train import processes
 
 
@@ -173,13 +174,13 @@ def error(problem: UserError) -> None:
     for line in problem.problems:
         prose(Text(f"  - {line}"))
     if problem.hint:
-        prose(Text.assemble(("Hint: ", "bold cyan"), problem.hint))
+        prose(Text.assemble(("Hint: ", "bold cyan"), in_run(problem.hint)))
 
 
 def error_json(problem: UserError) -> dict[str, Any]:
     """The same for programs; ``kind`` is ``bad_input``, ``in_use``, ``work_failed`` or ``interrupted``."""
-    return {"message": problem.message, "hint": problem.hint, "problems": list(problem.problems),
-            "kind": problem.kind, "exit_code": problem.exit_code}
+    return {"message": problem.message, "hint": problem.hint and in_run(problem.hint),
+            "problems": list(problem.problems), "kind": problem.kind, "exit_code": problem.exit_code}
 
 
 class OutputLost(Exception):

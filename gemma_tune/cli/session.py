@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from gemma_tune.base.machine import (
     terminable,
 )
 from gemma_tune.base.words import as_text
-from gemma_tune.cli import console, help_page, live, screen
+from gemma_tune.cli import console, help_page, hints, live, screen
 from gemma_tune.cli.options import with_refusals
 from gemma_tune.cli.spinner import saying_what_is_loaded
 from gemma_tune.config.habits import meant
@@ -141,6 +142,7 @@ class Command(TyperCommand):
 
     def _invoke(self, ctx: Any, stopped: Callable[[], bool]) -> Any:
         screen.warnings.clear()
+        hints.about()
         try:
             if not self._takes_part(ctx):
                 return None
@@ -321,6 +323,8 @@ class Request:
         """
         config, run, model = (ctx.params.get(name) for name in ("config", "run", "model"))
         file = of_its_run(load_yaml(config), config, run, model) if config else {}
+        named = {name: value or file.get(name) for name, value in (("run", run), ("model", model))}
+        hints.about([text for name, value in named.items() if value for text in (f"--{name}", str(value))])
         return cls(with_refusals(ctx.params), file, tuple(ctx.meta["arguments"]))
 
     def but(self, **options: Any) -> Request:
@@ -352,9 +356,12 @@ class Request:
         if stage == "prepare":
             _require_data(resolve(CONFIGS[stage], asked, self.file.get(stage)).config)
         options = self.options
-        return open_session(stage, options.get("run"), model=options.get("model"), revision=options.get("revision"),
-                            config=self.file, listener=console.ConsoleListener(options["quiet"]),
-                            force=bool(options.get("force")), **asked)
+        session = open_session(stage, options.get("run"), model=options.get("model"), revision=options.get("revision"),
+                               config=self.file, listener=console.ConsoleListener(options["quiet"]),
+                               force=bool(options.get("force")), **asked)
+        if (session.run.root / "manifest.json").exists():  # else its model has to be named, which no run records yet
+            hints.about(["--run", str(session.run.root)])
+        return session
 
     def run(self, stage: str, work: Callable[[Session], Any], **settings: Any) -> Any:
         """Open the session, run the stage, and end its live display whatever happens."""
@@ -433,7 +440,7 @@ def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
     """
     if request.options["data"]:
         raise UserError("--dry-run plans the training of what is prepared, and prepares nothing itself",
-                        f"prepare it first: gemma-tune prepare {' '.join(request.options['data'])}")
+                        f"prepare it first: gemma-tune prepare {shlex.join(request.options['data'])}")
     planned, run = request.run("train", lambda session: (plan(session), session.run.root))
     if not (request.options["quiet"] and request.options["json"]):
         console.plan(planned)

@@ -22,7 +22,6 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 from gemma_tune.lora.patterns import ending
 
-AGAIN = "train again: gemma-tune train --force; or copy the adapter here again"
 _MLX = "adapters.safetensors"  # what mlx-lm calls its adapters, beside an adapter_config.json of its own
 # Settings of PEFT's LoRA that change what an adapter computes in a way that is not merged here.
 _OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -83,6 +82,14 @@ def _numbers_by_name(value: Any, kind: Any) -> bool:
     return isinstance(value, dict) and all(map(kind, value.values()))
 
 
+def how_to_renew(folder: Path) -> str:
+    """What to do about a damaged adapter: one in a run is trained again, one from elsewhere only fetched again."""
+    again = "copy the adapter here again"
+    if not (folder.parent / "manifest.json").is_file():
+        return again
+    return f"train again: gemma-tune train --run {shlex.quote(str(folder.parent))} --force; or {again}"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter folder.
 
@@ -102,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except PermissionError as e:
         raise unreadable(path) from e
     except (OSError, ValueError) as e:
-        raise UserError(f"the adapter {folder} cannot be read: {CONFIG}: {e}", AGAIN) from e
+        raise UserError(f"the adapter {folder} cannot be read: {CONFIG}: {e}", how_to_renew(folder)) from e
     _refuse_mlx(folder, config)
     return config
 
@@ -116,7 +123,8 @@ def usable_config(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     _refuse_other_kinds(folder, config)
     if problems := list(_unusable(config)):
-        raise UserError(f"{folder} cannot be read: {CONFIG} has values that make no sense", AGAIN, problems)
+        raise UserError(f"{folder} cannot be read: {CONFIG} has values that make no sense", how_to_renew(folder),
+                        problems)
     return config
 
 

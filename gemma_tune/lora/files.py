@@ -26,7 +26,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
-from gemma_tune.lora.config import AGAIN, CONFIG, WEIGHTS, read_config, usable_config
+from gemma_tune.lora.config import CONFIG, WEIGHTS, how_to_renew, read_config, usable_config
 from gemma_tune.lora.patterns import ending, refuse_endless
 
 _PREFIX = "base_model.model."
@@ -133,7 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         tensors = {tensor.name: tensor for tensor in read_header(folder / WEIGHTS)}
     except UserError as e:
-        raise UserError(f"the adapter {folder} cannot be read: {e.message}", AGAIN) from e
+        raise UserError(f"the adapter {folder} cannot be read: {e.message}", how_to_renew(folder)) from e
     saved = list(config.get("modules_to_save") or ())
     if config.get("ensure_weight_tying") and any(module.endswith(_EMBEDDINGS) for module in saved):
         saved += _EMBEDDINGS  # PEFT adds the others without naming them
@@ -169,7 +169,7 @@ def read_adapter(folder: Path) -> Adapter:
     refuse_endless(folder, config, parts)
     layers = {layer: _layer(folder, layer, found, config) for layer, found in parts.items()}
     if not layers and not copies:
-        raise UserError(f"{folder} adapts no layer", AGAIN)
+        raise UserError(f"{folder} adapts no layer", how_to_renew(folder))
     return Adapter(folder, layers, copies, base_tensors, config)
 
 
@@ -187,17 +187,18 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
     if config.get("use_dora") and not any(_PARTS[part] == "magnitude" for part in found):
         lost.append("lora_magnitude_vector")
     if lost:
-        raise UserError(f"{folder} lacks {_PREFIX}{layer}.{lost[0]}", AGAIN)
+        raise UserError(f"{folder} lacks {_PREFIX}{layer}.{lost[0]}", how_to_renew(folder))
     a, b = (found[name] for name in names)
     magnitude = next((t for part, t in found.items() if _PARTS[part] == "magnitude"), None)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise UserError(f"{folder}: {layer} has factors of the shapes {a.shape} and {b.shape}, which give no matrix",
                         "only adapters of linear layers and embeddings are merged; see PEFT's merge_and_unload")
     if (rank := _own(config, "rank_pattern", layer, config.get("r", a.shape[0]))) != a.shape[0]:
-        raise UserError(f"{folder}: {CONFIG} gives {layer} the rank {rank}, and its factors have {a.shape[0]}", AGAIN)
+        raise UserError(f"{folder}: {CONFIG} gives {layer} the rank {rank}, and its factors have {a.shape[0]}",
+                        how_to_renew(folder))
     if magnitude and magnitude.shape != (b.shape[0],):
         raise UserError(f"{folder}: the lengths of {layer} have the shape {magnitude.shape}, not {(b.shape[0],)}",
-                        AGAIN)
+                        how_to_renew(folder))
     return Lora(a, b, _scale(config, layer, a.shape[0]), magnitude, embedding)
 
 

@@ -12,7 +12,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
 from gemma_tune.base.words import first_line
-from gemma_tune.lora.config import for_peft
+from gemma_tune.lora.config import for_peft, how_to_renew
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.patterns import refuse_endless
 
@@ -73,7 +73,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         if is_out_of_memory(e):
             raise
         raise UserError(f"the adapter {adapter} does not fit this base model: {first_line(e)}",
-                        "train again: gemma-tune train --force") from e
+                        how_to_renew(adapter)) from e
     if dora:
         settle(tuned)
     return tuned
