@@ -112,7 +112,7 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 
 
 @app.command(cls=Command)
-def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: o.Minutes = None,
+def tune(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, minutes: o.Minutes = None,
          learning_rates: o.LearningRates = None, ranks: o.Ranks = None, valid_sequences: o.ValidSequences = None,
          method: o.Method = None, batch_size: o.BatchSize = None, epochs: o.Epochs = None, dtype: o.Dtype = None,
          qlora: o.QLora = None, seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False,
@@ -134,7 +134,7 @@ def tune(ctx: typer.Context, model: o.Model = None, run: o.Run = None, minutes: 
 
 
 @app.command(cls=Command)
-def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o.Prompt = None,
+def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, prompt: o.Prompt = None,
          input: o.Input = None, system: o.System = None, use: o.Use = None, base: o.Base = None,
          merged: o.Merged = None, quant: o.Answering = None, compare: o.Compare = None,
          temperature: o.Temperature = None, top_p: o.TopP = None, top_k: o.TopK = None,
@@ -180,7 +180,7 @@ def chat(ctx: typer.Context, model: o.Model = None, run: o.Run = None, prompt: o
 
 
 @app.command("eval", cls=Command)
-def evaluate(ctx: typer.Context, model: o.Model = None, run: o.Run = None, data: o.EvalData = None,
+def evaluate(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, data: o.EvalData = None,
              limit: o.Limit = None, questions: o.Questions = None, max_new_tokens: o.EvalTokens = None,
              tasks: o.Tasks = None, seed: o.EvalSeed = None, dtype: o.Dtype = None, force: o.Force = False,
              quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
@@ -226,7 +226,7 @@ def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision =
 
 
 @app.command("export-ollama", cls=Command)
-def export_ollama(ctx: typer.Context, model: o.Model = None, run: o.Run = None, quant: o.Quant = None,
+def export_ollama(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, quant: o.Quant = None,
                   size: o.Size = None, name: o.Name = None, system: o.ExportSystem = None,
                   parameter: o.Parameter = None,
                   num_ctx: o.NumCtx = None, calibration: o.Calibration = None, no_calibration: o.NoCalibration = False,
@@ -284,7 +284,7 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
 
 @app.command(cls=Command)
-def status(ctx: typer.Context, model: o.Model = None, run: o.Run = None, verify: o.VerifyFiles = False,
+def status(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, verify: o.VerifyFiles = False,
            json: o.Json = False, debug: o.Debug = False) -> None:
     """What a run has, with its figures and sizes, what is stale, and what to type next.
 

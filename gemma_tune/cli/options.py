@@ -81,6 +81,9 @@ Model = Annotated[Optional[str], typer.Option(
     "--model", "-m", metavar="MODEL", show_default=False,
     help="Base model: a Hugging Face id, a directory, a GGUF file, or `demo` (needs no account). "
          f"(default: the run's own, else {c.DEFAULT_MODEL})")]
+RunsModel = Annotated[Optional[str], typer.Option(  # of commands that begin no run
+    "--model", "-m", metavar="MODEL", show_default=False,
+    help="The run's model: a Hugging Face id, a directory, a GGUF file, or `demo`. (default: the run's own)")]
 Revision = Annotated[Optional[str], typer.Option(
     "--revision", rich_help_panel="advanced", show_default=False,
     help="Branch, tag or commit of a hub model; the commit it means is recorded. (default: main)")]

@@ -395,7 +395,7 @@ class EvalConfig(StageConfig):
                                 "the run's validation rows.")
     limit: int = option(200, "Rows whose loss is measured, a sample by --seed where there are more, and examples of "
                              "each of --tasks; 0 takes all.", least=0)
-    questions: int = option(10, "Of these rows, how many are answered by the base and the tuned model.", least=1,
+    questions: int = option(10, "How many held-out rows the base and the tuned model answer.", least=1,
                             most=1000)
     max_new_tokens: int = option(128, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
     tasks: tuple[str, ...] = option((), "Benchmarks of lm-evaluation-harness (pip install lm-eval) to run on both "

@@ -9,6 +9,7 @@ import typer
 
 from gemma_tune.cli.commands import app
 from gemma_tune.cli.help_page import GROUPS
+from gemma_tune.config.stages import DEFAULT_MODEL
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -58,3 +59,13 @@ def test_the_program_lists_its_commands(cli, monkeypatch):
     for name in COMMANDS:
         assert re.search(rf"(?m)^  {name}  +\S", text)
     assert "\nJust to see it: gemma-tune run --model demo\n" in text
+
+
+@pytest.mark.parametrize("name", ["tune", "chat", "eval", "export-ollama", "status"])
+def test_a_command_that_begins_no_run_promises_no_model_without_one(cli, name):
+    assert DEFAULT_MODEL not in cli(name, "--help").out
+    assert "there is no run under runs/ yet" in cli(name, *(["--prompt", "hi"] if name == "chat" else [])).err
+
+
+def test_a_run_says_what_is_answered_without_leaning_on_another_option(cli):
+    assert "How many held-out rows the base and the tuned model answer." in " ".join(cli("run", "--help").out.split())
