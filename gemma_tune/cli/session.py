@@ -323,9 +323,22 @@ class Request:
         """
         config, run, model = (ctx.params.get(name) for name in ("config", "run", "model"))
         file = of_its_run(load_yaml(config), config, run, model) if config else {}
-        named = {name: value or file.get(name) for name, value in (("run", run), ("model", model))}
-        hints.about([text for name, value in named.items() if value for text in (f"--{name}", str(value))])
-        return cls(with_refusals(ctx.params), file, tuple(ctx.meta["arguments"]))
+        request = cls(with_refusals(ctx.params), file, tuple(ctx.meta["arguments"]))
+        if request.names:
+            request.hint_at(find_run(*map(request.names.get, ("run", "model"))))
+        return request
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The run, and the model, as far as they are named."""
+        named = {name: self.options.get(name) or self.file.get(name) for name in ("run", "model")}
+        return {name: str(value) for name, value in named.items() if value}
+
+    def hint_at(self, root: Path) -> None:
+        """Let the commands that messages propose be about the run at ``root``."""
+        begun = (root / "manifest.json").exists()
+        hints.about(str(root), () if begun else [text for name, value in self.names.items()
+                                                 for text in (f"--{name}", value)])
 
     def but(self, **options: Any) -> Request:
         """The same request with other options."""
@@ -359,8 +372,7 @@ class Request:
         session = open_session(stage, options.get("run"), model=options.get("model"), revision=options.get("revision"),
                                config=self.file, listener=console.ConsoleListener(options["quiet"]),
                                force=bool(options.get("force")), **asked)
-        if (session.run.root / "manifest.json").exists():  # else its model has to be named, which no run records yet
-            hints.about(["--run", str(session.run.root)])
+        self.hint_at(session.run.root)
         return session
 
     def run(self, stage: str, work: Callable[[Session], Any], **settings: Any) -> Any:

@@ -24,7 +24,7 @@ def elsewhere(trained, tmp_path):
      "first gemma-tune prepare --run 'my run' X, then gemma-tune train --run other"),
 ])
 def test_the_run_is_named_in_each_command_that_names_none(text, named):
-    hints.about(["--run", "my run"])
+    hints.about("my run")
     assert hints.in_run(text) == named
     hints.about()
     assert hints.in_run(text) == text
@@ -35,7 +35,7 @@ def test_the_run_is_named_in_each_command_that_names_none(text, named):
     "see `gemma-tune train --help`", "gemma-tune doctor --debug shows where", "gemma-tune runs lists them",
     "upgrade gemma-tune, or start another run"])
 def test_other_commands_stay(text):
-    hints.about(["--run", "my run"])
+    hints.about("my run")
     assert hints.in_run(text) == text
     hints.about()
 

@@ -36,7 +36,7 @@ def chats(tmp_path) -> Path:
 
 def test_a_base_model_gets_a_template_that_stays_with_what_is_trained(cli, base, chats):
     refused = cli("prepare", chats, "--model", base)
-    assert refused.code == 2 and "beside your data and --model: gemma-tune prepare … --chat-template alpaca, or a Jinja file" in " ".join(refused.err.split())
+    assert refused.code == 2 and f"beside your data and --model: gemma-tune prepare --model {base} … --chat-template alpaca, or a Jinja file" in " ".join(refused.err.split())
     for args in (("prepare", chats, "--model", base, "--chat-template", "alpaca"),
                  ("train", "--max-steps", 40, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
                  ("export-ollama", "--quant", "f16", "--no-create", "--no-measure")):
@@ -200,7 +200,7 @@ def test_the_models_own_broken_template_is_told_with_its_line(cli, base, chats):
     (base / "chat_template.jinja").write_text("{{ bos_token }}\n\n{% for m in messages %}{{ m.contents + eos_token }}{% endfor %}")
     result = cli("prepare", chats, "--model", base)
     assert result.code == 2 and "the model's chat template cannot be used: line 3: 'dict object' has no attribute 'contents'" in result.err
-    assert "mend its chat_template.jinja, or give it another: gemma-tune prepare … --chat-template" in result.err
+    assert f"mend its chat_template.jinja, or give it another: gemma-tune prepare --model {base} … --chat-template" in result.err
 
 
 def test_a_model_that_always_thinks_is_told_not_to_from_training_to_gguf(cli, base, tmp_path):

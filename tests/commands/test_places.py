@@ -54,4 +54,4 @@ def test_an_adapter_that_names_no_place_belongs_to_its_run(cli, trained, tiny, t
     assert "does not say which model it was trained on" in alone.err and "--base ID" in alone.err
     unknown = cli("merge", "--adapter", away, "--run", "other", "--no-check")
     assert unknown.code in (1, 2)
-    assert "away names:" in unknown.err and f"gemma-tune merge --adapter {away} --base ID" in " ".join(unknown.err.split())
+    assert "away names:" in unknown.err and f"gemma-tune merge --run other --adapter {away} --base ID" in " ".join(unknown.err.split())

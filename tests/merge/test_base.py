@@ -119,7 +119,7 @@ def test_it_computes_in_the_type_that_was_chosen(four_bit, dtype):
 def test_prepare_says_what_merge_will_need(cli, four_bit, data):
     result = cli("prepare", data, "--model", four_bit)
     assert result.code == 0, result.err
-    assert f"{NAME} is quantised (bitsandbytes)" in result.err and "gemma-tune merge --base tiny-gemma" in result.err
+    assert f"{NAME} is quantised (bitsandbytes)" in result.err and "gemma-tune merge --run runs/tiny-gemma-bnb-4bit --base tiny-gemma" in result.err
 
 
 def test_the_next_step_of_a_training_names_the_base(run, four_bit, cli):

@@ -88,7 +88,7 @@ def test_a_runs_own_rows_are_no_data_to_prepare(cli, tiny, data, tmp_path):
     assert cli("prepare", data, "--model", tiny).code == 0
     own = tmp_path / "runs/tiny-gemma/data/train.jsonl"
     before = own.read_bytes()
-    assert "`gemma-tune prepare` alone takes the same data as before" in cli("prepare", own).err
+    assert "`gemma-tune prepare --run runs/tiny-gemma` alone takes the same data as before" in cli("prepare", own).err
     assert own.read_bytes() == before
     assert cli("prepare", own, "--model", tiny, "--run", "runs/other").code == 0, "of another run they are"
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_said_and_is_no_error(cli, prepared, monkeypatch):
 def test_data_is_not_prepared_for_it(cli, prepared, data):
     before = files(prepared)
     result = cli("train", data, "--dry-run", "--run", prepared)
-    assert result.code == 2 and f"gemma-tune prepare {data}" in result.err
+    assert result.code == 2 and f"gemma-tune prepare --run {prepared} {data}" in result.err
     assert files(prepared) == before
 
 
