@@ -78,12 +78,12 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
     return names
 
 
-def misfit(adapter: Adapter, problems: list[str]) -> UserError:
-    """The error that lists why no training can start from an adapter here."""
+def misfit(adapter: Adapter, problems: list[str],
+           instead: str = "start from one that was trained on this model's linear layers") -> UserError:
+    """The error that lists why no training can start from an adapter here; ``instead`` is what can be done."""
     more = [f"… and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
     return UserError(f"no training can start here from the adapter {adapter.folder}",
-                     "start from one that was trained on this model's linear layers, or leave --from-adapter out",
-                     problems[:_MOST] + more)
+                     f"{instead}, or from zero: --from-adapter none", problems[:_MOST] + more)
 
 
 def patterns_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     brought = settings_of(adapter)
     if "dropout" in session.given:  # which says nothing of what the adapter computes
         brought["dropout"] = session.config.dropout
-    if problems := [*_contradictions(session, brought), *_other_base(session, adapter), *untrainable(adapter)]:
-        raise _with_shapes(session, adapter, problems)
+    asked = _contradictions(session, brought)
+    if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:
+        raise _with_shapes(session, adapter, problems, asked)
     began = "the training began with" if go_on or waiting else "starting from"
     as_before = "" if named or own or go_on or waiting else ", as before"
     session = _but(session, from_adapter=kept, **brought)
@@ -191,7 +192,7 @@ def _located(session: Session, named: str) -> tuple[Path, str]:
 
 def _places(session: Session, named: str) -> tuple[Path, Path]:
     """Where it can lie: from here, or as a manifest, or a file of settings made from it, has it."""
-    return Path(os.path.expanduser(named)), session.run.root / named
+    return Path(os.path.expanduser(named)), Path(session.run.found(named))
 
 
 def _no_directory(session: Session, named: str) -> UserError:
@@ -215,10 +216,11 @@ def _refuse_replaced(session: Session, folder: Path) -> None:
                         f"cp -r {folder} ELSEWHERE, then --from-adapter ELSEWHERE")
 
 
-def _contradictions(session: Session, brought: Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
-            f"{in_words({name: value})}" for name, value in brought.items()
-            if name in session.given and _asked(session.config, name) not in (None, _plain(value))]
+def _contradictions(session: Session, brought: Mapping[str, Any]) -> dict[str, str]:
+    """By the name of the setting."""
+    return {name: f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
+                  f"{in_words({name: value})}" for name, value in brought.items()
+            if name in session.given and _asked(session.config, name) not in (None, _plain(value))}
 
 
 def _asked(config: Any, name: str) -> Any:
@@ -248,12 +250,20 @@ def _other_base(session: Session, adapter: Adapter) -> list[str]:
     return []
 
 
-def _with_shapes(session: Session, adapter: Adapter, problems: list[str]) -> UserError:
-    """All that is wrong with an adapter: also what only the model tells, which is made for it without its weights."""
+def _with_shapes(session: Session, adapter: Adapter, problems: list[str], asked: Mapping[str, str]) -> UserError:
+    """All that is wrong with an adapter: also what only the model tells, which is made for it without its weights.
+
+    Args:
+        asked: those of the problems that come from settings, see :func:`_contradictions`.
+    """
     from gemma_tune.train.shape import adapted_layers
 
     try:
         adapted_layers(session.model.path, adapter)
     except UserError as e:
         problems += [problem for problem in e.problems if not any(problem.split()[0] == p.split()[0] for p in problems)]
-    return misfit(adapter, problems)
+    if len(problems) > len(asked):
+        return misfit(adapter, problems)
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    return misfit(adapter, problems, f"leave {flags} out, as the adapter brings "
+                                     f"{'it' if len(asked) == 1 else 'them'} along")

@@ -165,6 +165,16 @@ def test_all_that_does_not_fit_is_told_before_any_work(cli, prepared, tiny, tmp_
     assert not (prepared / "logs").exists() and not (prepared / "training_checkpoints").exists()
 
 
+def test_a_rank_that_contradicts_the_adapter_is_told_with_what_works(cli, prepared, tiny, tmp_path):
+    """Without --from-adapter the run starts from the same one as before, so leaving it out would change nothing."""
+    assert cli("train", "--from-adapter", made(tiny, tmp_path / "given"), *FLAGS).code == 0
+    refused = cli("train", "--rank", 8, "--alpha", 9, *FLAGS)
+    assert refused.code == 2 and "no training can start here from the adapter given\n" in refused.err
+    assert "leave --rank, --alpha out, as the adapter brings them along, or from zero: --from-adapter none" in refused.err
+    assert cli("train", *FLAGS, "--dry-run").code == 0
+    assert cli("train", "--rank", 8, "--alpha", 9, "--from-adapter", "none", *FLAGS, "--dry-run").code == 0
+
+
 @pytest.mark.parametrize(("name", "said"), [
     ("nowhere", "there is no directory nowhere"), ("a/b/c", "there is no directory a/b/c"),
     ("runs/tiny-gemma/training_checkpoints", "is this run's own, and the training would replace it")])
