@@ -49,7 +49,8 @@ class TrainingPlan:
         exposures: how often each of them is seen, on average.
         tokens_per_epoch: without padding; ``padding`` is the share that padding adds to them.
         pieces: in how many pieces of ``choice.micro_batch`` a batch goes through the model.
-        seconds: estimated time of all steps and evaluations; ``basis`` says from what.
+        steps_done: those that an earlier part of the training made.
+        seconds: estimated time of the other steps and their evaluations; ``basis`` says from what.
         notes: what people should know about these figures.
         row: what each of them is called.
         device: where it is computed; ``dtype`` in which type, as ``--dtype`` names it.
@@ -78,6 +79,7 @@ class TrainingPlan:
     dtype: str = "fp32"
     method: str = "sft"
     learning_rate: float = 0.0
+    steps_done: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
@@ -90,6 +92,7 @@ class TrainingPlan:
     def as_table(self) -> dict[str, str]:
         """Figures with their names, for people."""
         memory = described(self.choice, self.longest_sequence).removeprefix("memory: ")
+        to_go = f" for the {counted(max(0, self.steps - self.steps_done), 'step')} to go" if self.steps_done else ""
         both = ", both answers together" if self.row == "pair" else ""
         return {
             "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens{both}; "
@@ -101,7 +104,7 @@ class TrainingPlan:
             "training": f"{self.method} on {self.device} in {self.dtype}, learning rate {self.learning_rate:g}",
             "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
             "memory": memory if self.choice.fits else f"does not fit: {memory}",
-            "time": f"about {span(self.seconds)} ({self.basis})",
+            "time": f"about {span(self.seconds)}{to_go} ({self.basis})",
         }
 
 
@@ -151,13 +154,15 @@ def rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Side,
-              valid: Side, *, tokens_per_second: float | None = None, notes: Sequence[str] = ()) -> TrainingPlan:
+              valid: Side, *, tokens_per_second: float | None = None, notes: Sequence[str] = (),
+              steps_done: int = 0) -> TrainingPlan:
     """Put the figures together.
 
     Args:
         tokens_per_second: what an earlier training of this model on this device reached; else a matrix product is
             measured (a third of a second).
         notes: what else people should know.
+        steps_done: of a training that goes on.
     """
     rows = len(train.lengths)
     steps, per_epoch = total_steps(rows, config), steps_per_epoch(rows, config)
@@ -168,6 +173,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
                            _evaluations(steps, per_epoch, valid, config), tokens_per_second)
     if not tokens_per_second and placement.device != "cpu":  # processes on a CPU share what was measured
         seconds /= config.num_processes
+    seconds *= max(0, steps - steps_done) / steps
     return TrainingPlan(
         sequences=rows, longest=int(train.lengths.max()), steps=steps, steps_per_epoch=per_epoch,
         warmup_steps=warmup_steps(steps, config), exposures=epochs + min(1.0, rest * config.effective_batch / rows),
@@ -177,7 +183,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
         notes=(*surprises(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
         longest_sequence=train.longest or int(train.lengths.max()), device=placement.device, dtype=placement.short,
-        method=config.method, learning_rate=config.learning_rate)
+        method=config.method, learning_rate=config.learning_rate, steps_done=steps_done)
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, require_inputs, run_stage
-from gemma_tune.run.stopped import rows_of, step_of, unfinished
+from gemma_tune.run.stopped import rows_of, step_of, unfinished, whole
 from gemma_tune.train import processes
 from gemma_tune.train.aside import forget, is_aside, put_back
 from gemma_tune.train.going_on import (
@@ -127,15 +127,18 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
     shape, choice = fit(session, sizes[0].longest, placement, start=start_folder(session))
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
+    done = 0
     if waiting:
+        done = 0 if session.force else step_of(whole(session.run.checkpoints)[-1]) + waiting.get("steps_before", 0)
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     elif go_on:
         found = continuation(session, len(train_rows.lengths))
+        done = found.done
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})
     same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
         "dtype")) == (placement.device, placement.short)
-    return make_plan(shape, session.config, placement, choice, train_rows, valid_rows, notes=notes,
+    return make_plan(shape, session.config, placement, choice, train_rows, valid_rows, notes=notes, steps_done=done,
                      tokens_per_second=last["summary"].get("tokens_per_second") if same else None)
 
 

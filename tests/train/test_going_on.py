@@ -80,6 +80,19 @@ def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     assert third.code == 0 and third.json["summary"]["steps"] == 7 and len(third.json["summary"]["earlier_trainings"]) == 2, third.err
 
 
+def test_the_plan_tells_the_time_of_the_steps_that_are_left(cli, steady, monkeypatch):
+    anew = cli("train", *STEADY, "--epochs", 3, "--dry-run", "--json").json
+    planned = cli("train", "--continue", "--epochs", 3, "--dry-run", "--json")
+    assert (anew["steps"], anew["steps_done"], planned.json["steps"], planned.json["steps_done"]) == (9, 0, 9, 3)
+    assert planned.json["seconds"] == pytest.approx(anew["seconds"] * 6 / 9)
+    assert "for the 6 steps to go" in " ".join(planned.err.split())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert cli("train", "--continue", "--epochs", 3).code == 130
+    waiting = cli("train", "--continue", "--epochs", 3, "--dry-run", "--json")
+    assert waiting.json["steps_done"] == 5, waiting.err
+
+
 def test_a_continuation_that_is_stopped_again_and_again_ends_as_without(cli, steady, steady_once, monkeypatch):
     """Killed before it saved anything; its checkpoint damaged; interrupted, after which `train` alone goes on."""
     from gemma_tune.train.trainer import GemmaTrainer
