@@ -16,6 +16,7 @@ from gemma_tune.cli.run_figures import small_size
 from gemma_tune.cli.screen import Text
 
 _NARROW = 92  # columns of a terminal in which a stage's results stand below its name
+_NARROW_LIST = 64  # columns in which the same goes for the list of runs
 _NAME = 30  # columns of a run's name that are not folded
 _STYLES = {"done": "green", "missing": "dim", "stale": "yellow", "interrupted": "yellow", "damaged": "red"}
 
@@ -70,6 +71,15 @@ def show_runs(runs: Sequence[Any]) -> None:
     Args:
         runs: each a :class:`gemma_tune.cli.runs.RunLine`.
     """
+    rows = [[Text(run.run), Text(run.model or ""),
+             Text(run.data + (f" ({run.rows:,})" if run.rows is not None else "")),
+             _loss_of(run), Text(small_size(run.bytes)), Text(run.age)] for run in runs]
+    if screen.err.width < _NARROW_LIST:
+        for name, *values in rows:
+            screen.err.print(name)
+            about = Text(", ", overflow="fold", no_wrap=False).join(value for value in values if value)
+            screen.err.print(Padding(about, (0, 0, 0, 2)))
+        return
     table = _table("")
     for column, end in (("run", "left"), ("model", "left"), ("data", "left"), ("loss", "left"), ("size", "right"),
                         ("age", "right")):
@@ -78,14 +88,15 @@ def show_runs(runs: Sequence[Any]) -> None:
         room = max(_NAME, screen.err.width // 3)
         width = min(room, max(cell_len(run.run) for run in runs)) if column == "run" else None
         table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"), width=width)
-    for run in runs:
-        data = run.data + (f" ({run.rows:,})" if run.rows is not None else "")
-        loss = run.problem or run.loss.replace(" loss ", " ") or (f"`{run.stage}` is done" if run.stage else "begun")
-        table.add_row(Text(run.run), Text(run.model or ""), Text(data),
-                      Text(loss + (f"; in use by {run.in_use_by}" if run.in_use_by else ""),
-                           style="red" if run.problem else ""),
-                      Text(small_size(run.bytes)), Text(run.age))
+    for row in rows:
+        table.add_row(*row)
     screen.err.print(table)
+
+
+def _loss_of(run: Any) -> Text:
+    """What a run has come to, or what is wrong with it."""
+    loss = run.problem or run.loss.replace(" loss ", " ") or (f"`{run.stage}` is done" if run.stage else "begun")
+    return Text(loss + (f"; in use by {run.in_use_by}" if run.in_use_by else ""), style="red" if run.problem else "")
 
 
 def _table(title: str) -> Table:

@@ -137,6 +137,20 @@ def test_the_table_of_runs_is_as_wide_as_the_terminal_at_most(monkeypatch, capsy
     assert name[:30] in captured.get() or cell_len(name) > 30
 
 
+@pytest.mark.parametrize("width", [30, 40, 63])
+def test_in_a_narrow_terminal_the_words_of_a_run_stay_whole(monkeypatch, capsys, width):
+    monkeypatch.setattr(screen.err, "_width", width)
+    row = SimpleNamespace(run="runs/lr 1e-3", model="SmolLM2-135M", data="chats.jsonl", rows=34, stage="train",
+                          problem=None, loss="validation loss 2.950 to 0.117", in_use_by="train", bytes=105_000_000, age="now")
+    with screen.err.capture() as captured:
+        show_runs([row])
+    assert max(map(cell_len, captured.get().splitlines())) <= width
+    first, *rest = captured.get().splitlines()
+    assert first == "runs/lr 1e-3"
+    assert " ".join(" ".join(rest).split()) == ("SmolLM2-135M, chats.jsonl (34), validation 2.950 to 0.117; in use by train, "
+                                                "105 MB, now")
+
+
 def test_runs_where_there_are_none(cli):
     empty = cli("runs", "--json")
     assert (empty.code, empty.json) == (0, {"runs": []})
