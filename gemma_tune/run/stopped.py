@@ -45,8 +45,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
         texts = texts and isinstance(marker.get("rows", ""), str)
         counts = all(type(marker.get(name, 0)) is int for name in ("micro_batch", "steps_before"))
         counts = counts and all(v is None or type(v) in (int, float) for v in dict(marker.get("before", {})).values())
-        earlier = all(isinstance(name, str) for name in list(marker.get("earlier", ())))
-        return marker if (texts and counts and earlier and dict(marker["files"]) and dict(marker["settings"])) else None
+        named = all(isinstance(name, str) for name in [*marker.get("earlier", ()), *(marker.get("asked") or ())])
+        return marker if (texts and counts and named and dict(marker["files"]) and dict(marker["settings"])) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -43,6 +43,8 @@ class Training:
         rows: fingerprint of the sequences that it learns from, see ``stopped.rows_of``.
         before: of the finished trainings that it goes on from: ``steps``; and where its own are counted after theirs,
             the other figures that are of all steps.
+        asked: settings that somebody gave; the others follow from data, model and machine, and what finishes it leaves
+            them to these. None where an older version did not say.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Training:
     steps_before: int = 0
     rows: str = ""
     before: Mapping[str, Any] = field(default_factory=dict)
+    asked: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, marker: Mapping[str, Any], key: str, settings: Mapping[str, Any]) -> Training:
@@ -137,7 +140,7 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
         if marker and marker["id"] in finished:
             continue
         if marker and marker["key"] != key:
-            others.append(marker["settings"])
+            others.append(marker)
         elif damage := _damage(checkpoint, marker):
             damaged.append(f"{checkpoint.name}: {damage}")
         else:
@@ -147,9 +150,10 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
         listener.warn(f"damaged checkpoints are passed over ({'; '.join(damaged)}): "
                       + (f"the training goes on from {found.name}" if found else otherwise))
     if others and not found:
-        changed = "; ".join(difference(others[0], settings))
-        finish = (f"finish it: {command_to_finish(folder, others[0])}, or start anew with --force" if changed else
-                  "prepare the data as it was before to finish it, or start anew with --force")
+        before = others[0]["settings"]
+        changed = "; ".join(difference(before, settings))
+        finish = (f"finish it: {command_to_finish(folder, before, others[0].get('asked'))}, or start anew with --force"
+                  if changed else "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
                         f"({changed or 'the data, the base model or gemma-tune changed'})", finish)
     return found
@@ -180,8 +184,14 @@ def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def command_to_finish(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The command line of an interrupted training, whose checkpoints lie in ``folder``."""
+def command_to_finish(folder: Path, settings: Mapping[str, Any], asked: Collection[str] | None) -> str:
+    """The command line of an interrupted training, whose checkpoints lie in ``folder``.
+
+    Args:
+        asked: see :class:`Training`. A setting that is named here counts as given from then on, also for other data.
+    """
+    if asked is not None:
+        settings = {name: value for name, value in settings.items() if name in asked}
     if start := settings.get("from_adapter"):
         settings = {**settings, "from_adapter": RunDir(folder.parent, "").found(start)}
     return command("train", folder.parent, *as_flags(TrainConfig, settings))
@@ -192,7 +202,7 @@ def command_to_start_anew(run: RunDir, marker: Mapping[str, Any], kind: str) -> 
     its method can learn from them."""
     if not learns_from(marker["settings"].get("method", AUTO), kind):
         return command("train", run.root, "--force")
-    return f"{command_to_finish(run.checkpoints, marker['settings'])} --force"
+    return f"{command_to_finish(run.checkpoints, marker['settings'], marker.get('asked'))} --force"
 
 
 def learned_from_other_rows(run: RunDir, marker: Mapping[str, Any], kind: str) -> UserError:

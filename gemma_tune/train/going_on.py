@@ -9,7 +9,7 @@ that are missing, with a fresh optimiser and a schedule of their own.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +121,16 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
         session.listener.note(f"settings of the interrupted training: {in_words(said)}")
     if before:
         before = {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
-        session = replace(session, resolved=session.resolved.but(before, {}))
+        session = replace(session, resolved=session.resolved.but(before, _origins(session, waiting, before)))
     return session
+
+
+def _origins(session: Session, waiting: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, str]]:
+    """Of settings of the interrupted training: what nobody gave for it is not recorded as given, or a later training
+    of other data would have it, too, such as the method."""
+    asked = waiting.get("asked")
+    now = {**session.resolved.origins, "method": "data"}
+    return {name: {"from": "flag" if asked is None or name in asked else now[name]} for name in names}
 
 
 def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> Beginning:
@@ -152,14 +160,15 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
         listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
         training = Training.of(read_marker(checkpoint) or {}, key, settings)
         placement = _placement(session, training.compute, "interrupted")
-        return Beginning(replace(training, compute=_compute(placement)), placement, checkpoint, start)
+        training = replace(training, compute=_compute(placement), asked=_asked(session))
+        return Beginning(training, placement, checkpoint, start)
     return _at_the_end(session, content, rows) if continues else _anew(session, content)
 
 
 def _anew(session: Session, content: Sequence[str]) -> Beginning:
     start, placement = start_folder(session), choose_placement(session.config.dtype)
     return Beginning(Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(),
-                              _compute(placement), rows=content[1]), placement, None, start)
+                              _compute(placement), rows=content[1], asked=_asked(session)), placement, None, start)
 
 
 def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginning:
@@ -172,7 +181,7 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
                         found.before.get("micro_batch", summary.get("micro_batch", 0)),
                         session.manifest.finished_trainings, found.steps_before, content[1],
-                        _figures_before(found, summary))
+                        _figures_before(found, summary), _asked(session))
     return Beginning(training, placement, found.checkpoint, start)
 
 
@@ -190,6 +199,10 @@ def _start(session: Session, steps_before: int) -> Path | None:
 def _key(session: Session, content: Sequence[str], start: Path | None) -> str:
     base, rows, template = content
     return training_key(base, rows, template, session.config.as_dict(), digest_of(start) if start else None)
+
+
+def _asked(session: Session) -> tuple[str, ...]:
+    return tuple(sorted(session.resolved.given))
 
 
 def _compute(placement: Placement) -> str:

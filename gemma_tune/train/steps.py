@@ -85,7 +85,8 @@ def _stopped(session: Session, state: Any) -> Interrupted:
 
 def _finish(session: Session, **other: Any) -> str:
     """The command that goes on with this training, perhaps with other settings that change nothing of its result."""
-    return command_to_finish(session.run.checkpoints, session.config.as_dict() | other)
+    return command_to_finish(session.run.checkpoints, session.config.as_dict() | other,
+                             {*session.resolved.given, *other})
 
 
 def _with_less(session: Session, problem: UserError) -> UserError:

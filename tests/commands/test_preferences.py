@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -230,6 +231,27 @@ def test_it_goes_on_from_what_learned_answers(cli, prepared):
     for stage in ("merge", "chat"):
         flags = ("--no-check",) if stage == "merge" else ("--prompt", "What is a bank?", "--max-new-tokens", 4)
         assert cli(stage, *flags).code == 0
+
+
+@pytest.mark.parametrize("as_shown", [False, True], ids=["the same command", "the command that was shown"])
+def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli, tiny, data, tmp_path, monkeypatch, as_shown):
+    """What followed from the first data, and nobody gave, is not taken for the second."""
+    flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32", "--samples", 0)
+    assert cli("prepare", data, "--model", tiny, "--valid", 2).code == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        stopped = cli("train", *flags, "--json")
+    shown = stopped.json["error"]["hint"].partition(", or: ")[2]
+    assert shown == cli("status", "--json").json["next"] == (
+        "gemma-tune train --run runs/tiny-gemma --rank 4 --epochs 2.0 --dtype fp32 --samples 0")
+    result = cli(*(shlex.split(shown)[1:] if as_shown else ("train",)), "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2, result.err
+    config = json.loads((RUN / "manifest.json").read_text())["stages"]["train"]["config"]
+    assert (config["rank"], config["epochs"]["from"]) == ({"value": 4, "from": "flag"}, "flag")
+    assert (config["method"], config["learning_rate"]["from"]) == ({"value": "sft", "from": "data"}, "family")
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--valid", 4).code == 0
+    plan = cli("train", "--dry-run", "--json")
+    assert (plan.json["method"], plan.json["learning_rate"]) == ("dpo", 5e-5), plan.err
 
 
 def test_chosen_answers_that_become_less_likely_are_told(cli, prepared):
