@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+_broken_off: list[Any] = []  # graphs whose capture failed: PyTorch's allocators may still ask them whose turn it is
+
 
 @contextlib.contextmanager
 def capturing(pool: Any = None) -> Iterator[Any]:
@@ -22,11 +24,30 @@ def capturing(pool: Any = None) -> Iterator[Any]:
     import torch
 
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield graph
-    except Exception as e:
+    except BaseException as e:
         torch.cuda.set_stream(stream)  # a capture that was broken off leaves its own
+        _end(graph, pool)
         if isinstance(e, RuntimeError) and isinstance(e.__context__, RuntimeError):
             raise e.__context__ from None
         raise
+
+
+def _end(graph: Any, pool: Any) -> None:
+    """Tell PyTorch's allocator that a capture is over which CUDA has broken off.
+
+    ``CUDAGraph::capture_end`` raises before it does so (``aten/src/ATen/cuda/CUDAGraph.cpp``). Then the pool stays in
+    use for good, memory is not given back any more when it gets scarce, and ``empty_cache`` ends in an assertion.
+    """
+    import torch
+
+    try:
+        graph.pool()  # which only a graph has whose capture was ended
+    except RuntimeError:
+        _broken_off.append(graph)
+        with contextlib.suppress(RuntimeError, AttributeError):  # it had not begun, or another version of PyTorch
+            torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), pool)

@@ -255,7 +255,7 @@ class CapturedSteps:
         began = time.perf_counter()
         try:
             self._graphs[bucket] = self._made(bucket)
-        except RuntimeError as e:  # whatever cannot be captured
+        except Exception as e:  # noqa: BLE001 - whatever cannot be captured, or a kernel for it not be made
             problem, no_memory = first_line(e), is_out_of_memory(e)
         else:
             self.pool.hold()

@@ -278,7 +278,7 @@ def test_padding_is_no_text_that_a_penalty_is_about(model, chat, on_cpu, monkeyp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_that_are_replayed_write_what_generate_writes(family, tmp_path, monkeypatch, chosen):
     """Past the windows, into the next turn, and where the conversation is taken back."""
-    install(monkeypatch, decoding)
+    install(monkeypatch)
     model = make_family(family, tmp_path)
     arguments, turn = sampling_arguments(model, chosen), list(range(40, 75))
     for new in ([50, 61, 72], [90] * 9, [33] * 30):
@@ -362,6 +362,15 @@ def test_what_cannot_be_captured_goes_on_uncaptured(model, on_cpu, monkeypatch):
     assert ours(model, capture=True) == theirs(model)
     assert "cannot be captured" in decoding._given_up[model]
     assert not decoding.pays(model)
+
+
+def test_a_capture_that_is_broken_off_leaves_nothing_behind(model, monkeypatch):
+    captures, usable = install(monkeypatch), decoding.Decoder._usable
+    monkeypatch.setattr(decoding.Decoder, "_usable", lambda self, logits: usable(self, logits + 0 * logits.sum().item()))
+    assert ours(model, capture=True) == theirs(model)
+    assert "when stream is capturing" in decoding._given_up[model] and not Graph.replays
+    torch.cuda.empty_cache()
+    assert not captures.underway and not sum(captures.pools.values())
 
 
 def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):

@@ -2,7 +2,8 @@
 
 As on a GPU nothing is computed by a capture itself; a replay reads and writes the tensors that the capture saw, where they
 are then, in the modes (gradients, dropout) that were on when it was captured; and whatever looks at a number breaks a
-capture off.
+capture off. What PyTorch keeps of one that was broken off is kept here too: its allocator is not told of the end
+(``CUDAGraph::capture_end``), so that the pool stays in use, and whoever gives memory back meets an assertion.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "aten.equal")
+LOOKS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "aten.equal")  # item: in inference mode
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -36,10 +37,12 @@ class _Recording(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what was changed that was there before
         self.own: set[int] = set()
+        self.broken = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(name in str(func) for name in LOOKS):
+            self.broken = True
             raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
         for tensor in _changed(func, args, kwargs):
             if _memory(tensor) not in self.own and _memory(tensor) not in self.before:
@@ -67,7 +70,7 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 class Graph:
-    """What was captured.
+    """In place of ``torch.cuda.CUDAGraph``.
 
     Attributes:
         replays: how often any was replayed.
@@ -75,7 +78,12 @@ class Graph:
 
     replays = 0
 
-    def __init__(self, calls: list[tuple[Any, Any, Any, Any]], pool: int):
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._pool: int | None = None
+
+    def ended(self, calls: list[tuple[Any, Any, Any, Any]], pool: int) -> None:
+        """A capture went well."""
         self._calls, self._pool = calls, pool
 
     @property
@@ -84,6 +92,8 @@ class Graph:
         return [str(func) for func, *_ in self._calls]
 
     def pool(self) -> int:
+        if self._pool is None:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         return self._pool
 
     @torch.no_grad()
@@ -99,17 +109,19 @@ class Graph:
 
 
 class Captures:
-    """In place of :func:`gemma_tune.base.capturing.capturing` and of PyTorch's pools.
+    """In place of what :func:`gemma_tune.base.capturing.capturing` uses of PyTorch, and of its pools.
 
     As in PyTorch a pool is given up with the last of its graphs, and whoever captures into it then meets an assertion.
 
     Attributes:
-        pools: the graphs that live in each by its handle.
+        pools: the captures that each is in use for, by its handle.
+        underway: handles of captures that the allocator takes to be going on.
         order: the handles captured into, and ``names`` the operations that were, one after the other.
     """
 
     def __init__(self) -> None:
         self.pools: Counter = Counter()
+        self.underway: list[int] = []
         self.order: list[int] = []
         self.names: list[list[str]] = []
         self.handles = 0
@@ -119,30 +131,50 @@ class Captures:
         return self.handles
 
     @contextlib.contextmanager
-    def capturing(self, pool: int | None = None) -> Iterator[Graph]:
+    def graph(self, graph: Graph, pool: int | None = None, capture_error_mode: str = "global") -> Iterator[None]:
+        """In place of ``torch.cuda.graph``."""
+        self.empty_cache()
         handle = self.handle() if pool is None else pool
         if handle in self.pools and not self.pools[handle]:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
+        self.pools[handle] += 1
+        self.underway.append(handle)
         recording = _Recording()
-        graph = Graph(recording.calls, handle)
         try:
             with recording, mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-                yield graph
+                yield
         finally:
             recording.undo()
-        self.pools[handle] += 1
+            if recording.broken:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.end_allocating(0, handle)
+            weakref.finalize(graph, self.release, 0, handle)
+            graph.ended(recording.calls, handle)
         self.order.append(handle)
         self.names.append(graph.names)
-        weakref.finalize(graph, self.pools.subtract, {handle: 1})
+
+    def end_allocating(self, device: int, handle: int) -> None:
+        if handle not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(handle)
+
+    def release(self, device: int, handle: int) -> None:
+        self.pools[handle] -= 1
+
+    def empty_cache(self) -> None:
+        gc.collect()
+        if self.underway:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
 
 
-def install(monkeypatch: Any, *modules: Any) -> Captures:
-    """Let these modules capture with this double."""
+def install(monkeypatch: Any) -> Captures:
+    """Let everything capture with this double from here on."""
     found, Graph.replays = Captures(), 0
-    for module in modules:
-        monkeypatch.setattr(module, "capturing", found.capturing)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, gc.collect)
+    for name, value in {"graph": found.graph, "CUDAGraph": Graph, "graph_pool_handle": found.handle, "synchronize": gc.collect,
+                        "empty_cache": found.empty_cache, "current_device": lambda: 0, "current_stream": lambda: None,
+                        "set_stream": lambda stream: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", found.end_allocating)
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_releasePool", found.release)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     return found

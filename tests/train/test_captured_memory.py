@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from train.test_summed_loss import small
 
-from gemma_tune.train import captured
 from gemma_tune.train.buckets import Bucket, Buckets, Costs
 from gemma_tune.train.captured import MOST_TOO_LARGE, CapturedSteps, LearnedTokens, Pool
 from gemma_tune.train.first_batch import FirstBatch
@@ -22,13 +22,13 @@ LENGTHS = 16, 32, 64
 
 
 class Body(LearnedTokens):
-    """Captures nothing of a model; ``limit`` is the longest shape for which there is memory.
+    """Captures nothing of a model; ``limit`` is the longest shape for which there is memory, ``wrong`` is called in captures.
 
     Attributes:
         made: lengths that were tried, in their order.
     """
 
-    def __init__(self, limit: int = 1000, wrong: bool = False):
+    def __init__(self, limit: int = 1000, wrong: Any = None):
         super().__init__(torch.nn.Module())
         self.limit, self.wrong, self.made = limit, wrong, []
 
@@ -37,7 +37,7 @@ class Body(LearnedTokens):
 
     def loss(self, flat, bucket, weights):
         if self.wrong:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            self.wrong(flat)
         if bucket.length > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return torch.zeros((), requires_grad=True)
@@ -51,7 +51,7 @@ def part(length: int) -> dict:
 
 @pytest.fixture
 def cuda(monkeypatch) -> Captures:
-    return install(monkeypatch, captured)
+    return install(monkeypatch)
 
 
 def steps_of(body: Body, pool: Pool | None = None, lengths=LENGTHS, **how) -> tuple[CapturedSteps, Said]:
@@ -107,11 +107,32 @@ def test_where_several_shapes_find_no_memory_nothing_is_captured_any_more(cuda):
     assert not len(steps.pool)
 
 
-def test_what_cannot_be_captured_is_tried_once(cuda):
-    body = Body(wrong=True)
-    steps, said = steps_of(body)
+def looks(flat: torch.Tensor) -> None:
+    flat.sum().item()
+
+
+def is_unknown(flat: torch.Tensor) -> None:
+    raise ValueError("no such kernel")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(looks, "when stream is capturing"), (is_unknown, "no such kernel")])
+def test_what_cannot_be_captured_is_tried_once(cuda, wrong, said):
+    """Nothing is kept of it, neither where CUDA breaks the capture off nor where Python does; memory can be given back."""
+    body = Body(wrong=wrong)
+    steps, told = steps_of(body)
     assert not any(steps.run(part(length), 1.0) for length in (16, 32, 64))
-    assert body.made == [64] and len(said.notes) == 1 and "when stream is capturing" in said.notes[0]
+    assert body.made == [64] and len(told.notes) == 1 and said in told.notes[0]
+    torch.cuda.empty_cache()
+    assert not cuda.underway and not sum(cuda.pools.values())
+
+
+def test_what_was_captured_stays_where_another_capture_is_broken_off(cuda):
+    body = Body()
+    steps, _ = steps_of(body)
+    others, _ = steps_of(Body(wrong=looks), steps.pool)
+    assert steps.run(part(16), 1.0) and not others.run(part(16), 1.0)
+    assert len(steps.pool) == sum(cuda.pools.values()) == 2
+    assert steps.run(part(32), 1.0) and sum(cuda.pools.values()) == 3
 
 
 @pytest.mark.parametrize(("rope", "told"), [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, True),

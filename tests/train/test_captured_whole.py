@@ -35,7 +35,7 @@ class Late(LateFigures):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> Captures:
     """Trainings as on a GPU, from here on."""
-    found = graphs.install(monkeypatch, captured)
+    found = graphs.install(monkeypatch)
     made, arguments = trainer.GemmaTrainer.__init__, job._arguments
 
     def init(self, *args, **how):
@@ -76,3 +76,17 @@ def test_a_step_has_its_dropout_and_an_evaluation_none(cli, tiny, data, as_on_a_
     assert cli("train", "--epochs", 4, "--rank", 4, "--dtype", "fp32", "--dropout", 0.2, "--samples", 0).code == 0
     assert set(learns) == {True, False}
     assert [any("bernoulli" in name for name in names) for names in as_on_a_gpu.names] == learns
+
+
+def test_a_training_whose_steps_cannot_be_captured_is_the_same(cli, tiny, tmp_path, request, monkeypatch):
+    """Something in the model looks at a number, which CUDA breaks a capture off for."""
+    command = trained_eagerly(cli, tiny, tmp_path, 4, ("--method", "sft"))
+    expected = log()
+    request.getfixturevalue("as_on_a_gpu")
+    loss = captured.LearnedTokens.loss
+    monkeypatch.setattr(captured.LearnedTokens, "loss", lambda *args: loss(*args) * float(args[1].sum().item() > 0))
+    result = cli(*command)
+    assert result.code == 0, result.err
+    assert result.err.count("steps cannot be captured here and go one kernel at a time") == 2  # learning, and evaluating
+    assert not Graph.replays
+    same_figures(expected, log())
