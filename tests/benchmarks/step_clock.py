@@ -33,6 +33,10 @@ class Steps:
         """Count the batches of the step that begins, without waiting for the device."""
         real, positions = 0, 0
         for batch in batches:
+            if "input_ids" not in batch:  # pairs, whose sequences become tensors piece by piece
+                real = real + batch["lengths"].sum()
+                positions += int(batch["lengths"].sum())
+                continue
             ids = batch["input_ids"]
             positions += ids.numel()
             if "lengths" in batch:

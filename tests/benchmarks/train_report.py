@@ -42,8 +42,8 @@ def table(facts: dict[str, Any], contenders: dict[str, Any], options: argparse.N
         f"{options.epochs} epoch(s) in batches of {options.batch_size}, model `{options.model}`. {where}, "
         f"{m['memory_bytes'] / 2**30:.0f} GiB, {m['dtype']}; torch {m['versions']['torch']}, TRL {m['versions']['trl']}. "
         f"At the {limit['gflops_per_second']:,.0f} GFLOP/s measured for the model's matrix products, this takes "
-        f"{limit['seconds'] * options.epochs:.1f} s at least. The held-out loss of the base model is "
-        f"{facts['held_out']['base']:.4f}.", "",
+        f"{limit['seconds'] * options.epochs:.1f} s at least." + (
+            f" The held-out loss of the base model is {facts['held_out']['base']:.4f}." if "held_out" in facts else ""), "",
         "| | conversations/s | real tokens/s | of the matrix limit | peak memory | training loss | held-out loss | whole command |",
         "|---|---|---|---|---|---|---|---|"]
     for name, c in contenders.items():

@@ -222,6 +222,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--qlora", action="store_true", help="with the base in 4 bits")
     parser.add_argument("--max-steps", type=int, help="take so few rows that an epoch has at most so many steps")
     parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside each contender")
+    parser.add_argument("--no-held-out", dest="held_out", action="store_false",
+                        help="without the held-out losses, which take as long as loading the model twice in fp32")
     parser.add_argument("--repeats", type=int, default=1, help="speeds are medians of so many rounds")
     parser.add_argument("--json", metavar="FILE", help="where all figures go")
     parser.add_argument("--folder", help="where to work (default: a temporary directory, deleted at the end)")
@@ -261,11 +263,12 @@ def main() -> None:
                 steady = runs[name][-1].get("steps_seen", {}).get("steady_tokens_per_second")
                 say(f"{name}: {runs[name][-1]['wall_seconds']:.0f} s" + (f", {steady:,.0f} tokens/s" if steady else ""))
     contenders = {name: summarised(done, name, facts, options.epochs) for name, done in runs.items() if done}
-    say("judge: computing the held-out losses")
-    work.job["adapters"] = {name: c["adapter"] for name, c in contenders.items() if c["adapter"]}
-    facts["held_out"] = work.child("judge")["figures"]["losses"]
-    for name in work.job["adapters"]:
-        contenders[name]["held_out_loss"] = facts["held_out"][name]
+    if options.held_out:
+        say("judge: computing the held-out losses")
+        work.job["adapters"] = {name: c["adapter"] for name, c in contenders.items() if c["adapter"]}
+        facts["held_out"] = work.child("judge")["figures"]["losses"]
+        for name in work.job["adapters"]:
+            contenders[name]["held_out_loss"] = facts["held_out"][name]
     if options.json:
         Path(options.json).write_text(json.dumps(facts | {"settings": vars(options), "contenders": contenders}, indent=2))
     print(table(facts, contenders, options))

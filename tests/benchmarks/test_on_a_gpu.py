@@ -1,0 +1,94 @@
+"""The list of what is measured on a GPU, run in a small way: all of it but the figures is the same without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import on_a_gpu  # noqa: E402
+from on_a_gpu_parts import PARTS, Bench, Part, Training  # noqa: E402
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Run parts: the exit status, and the line of each part that was begun."""
+    def run(parts, *more) -> tuple[int, dict[str, dict]]:
+        status = on_a_gpu.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--small",
+                                "--parts", ",".join(part.name for part in parts), *more])
+        lines = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
+        return status, {line["part"]: line for line in lines if line["part"] != "machine"}
+
+    return run
+
+
+def chosen(*names: str) -> list[Part]:
+    return [part for part in PARTS if part.name in names]
+
+
+@pytest.mark.timeout(600)
+def test_parts_are_measured_one_after_the_other(results, tmp_path):
+    status, found = results(chosen("uneven", "preferences", "chat", "contender"))
+    assert status == 0, found
+    assert {name: line["status"] for name, line in found.items()} == {
+        "preferences": "measured", "uneven": "measured", "chat": "measured", "contender": "left out"}
+    assert found["uneven"]["figures"]["padding"] > 0.1 and found["preferences"]["figures"]["kto tokens_per_second"] > 0
+    assert len(found["chat"]["figures"]["base"]["first"]) == 3 and found["chat"]["checks"]["every turn was answered"]
+    said = (tmp_path / "out/summary.txt").read_text()
+    assert said.index("preferences: measured") < said.index("contender: left out") and "in a small way" in said
+
+
+def test_what_fails_or_does_not_end_is_written_down_and_the_others_go_on(results, monkeypatch, capsys):
+    def python(code: str):
+        return lambda bench: bench.run([sys.executable, "-c", code])
+
+    def misses(bench: Bench) -> None:
+        bench.figures["speed"] = 12
+        bench.expect("is fast", False, "slow")
+
+    parts = [Part("wrong", "", python("import sys; sys.exit('no such kernel')"), 30),
+             Part("slow", "", python("import os, time; os.fork(); time.sleep(60)"), 1.0),
+             Part("odd", "", lambda bench: bench.figures["none"], 30), Part("short", "", misses, 30),
+             Part("last", "", lambda bench: bench.expect("holds", True), 30)]
+    monkeypatch.setattr(on_a_gpu, "PARTS", parts)
+    began = time.monotonic()
+    status, found = results(parts)
+    assert status == 1 and time.monotonic() - began < 40
+    assert {name: line["status"] for name, line in found.items()} == {
+        "wrong": "failed", "slow": "too long", "odd": "failed", "short": "missed", "last": "measured"}
+    assert "no such kernel" in found["wrong"]["why"] and "KeyError" in found["odd"]["why"]
+    assert found["short"]["figures"] == {"speed": 12, "is fast: instead": "slow"}
+    assert "MISSED is fast" in capsys.readouterr().out
+
+
+def test_what_the_time_does_not_suffice_for_is_named(results, monkeypatch, capsys):
+    parts = [Part("one", "", lambda bench: time.sleep(1), 30), Part("two", "", lambda bench: None, 30)]
+    monkeypatch.setattr(on_a_gpu, "PARTS", parts)
+    monkeypatch.setattr(on_a_gpu, "GIVE_UP", 1000.0)
+    status, found = results(parts)
+    assert status == 0 and not found and "no time was left for: --parts one,two" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("notes", "held"), [
+    ("· steps are captured in 3 shapes of up to 48 tokens; padding adds 9%", [True, True]),
+    ("· rows are packed: padding 1% instead of 30%, in 80% of the time", [True, True]),
+    ("· steps are captured in 3 shapes\n· steps cannot be captured here and go one kernel at a time: no", [True, False]),
+    ("· layers go one operation at a time, as Triton's kernels do not run here: x\n· steps are captured in 1 shape", [True, False]),
+    ("· steps are not captured: in fp16 the loss scaler has to look", [False, False])])
+def test_a_training_on_a_gpu_has_to_be_captured(tmp_path, notes, held):
+    bench = Bench(tmp_path, None, machine={"cuda": True})
+    bench.found(Training({}, notes, {"steps_seen": {}}), "x")
+    assert list(bench.checks.values()) == held
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(["--parts", "train,none"], "no part none"),
+                                             (["--contender", "a=b"] * 3, "two contenders")])
+def test_what_cannot_be_asked_for(tmp_path, capsys, wrong, said):
+    with pytest.raises(SystemExit):
+        on_a_gpu.parse(["--out", str(tmp_path), *wrong])
+    assert said in capsys.readouterr().err
