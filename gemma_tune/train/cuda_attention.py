@@ -2,8 +2,8 @@
 
 Which one that is differs by length, heads and GPU, cuDNN makes a plan for each new shape, flash takes no head wider
 than 256, and a window excludes several. So candidates are timed, forward and backward, once for each shape that a
-training uses often, and only those count that can compute it and agree with attention in fp32. Any other shape goes
-transformers' way.
+training uses often, and only those count that can compute it, agree with attention in fp32 and can be captured. Any
+other shape goes transformers' way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from gemma_tune.base.capturing import capturing
 from gemma_tune.base.words import first_line
 from gemma_tune.train.attention import plain_causal
 
@@ -193,12 +194,34 @@ def _measured(shape: Shape, scale: float) -> Choice:
         run = functools.partial(_forward_and_backward, attention, inputs, above, scale, shape.window)
         try:
             errors = [_distance(got, wanted) for got, wanted in zip(_first_group(run(), shape), expected)]
-            # NaN compares as false.
-            found[name] = _milliseconds(run) if all(e < TOLERANCE for e in errors) else f"off by {max(errors):.3g}"
+            if not all(e < TOLERANCE for e in errors):  # NaN compares as false
+                found[name] = f"off by {max(errors):.3g}"
+                continue
+            if shape.window and attention is not _varlen and _has_graphs(shape.device):
+                _refuse_uncapturable(attention, inputs, above, scale, shape.window)
+            found[name] = _milliseconds(run)
         except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as e:
             found[name] = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     times = {name: value for name, value in found.items() if not isinstance(value, str)}
     return Choice(min(times, key=times.__getitem__) if times else None, found)
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _refuse_uncapturable(attention: Attention, inputs: list[torch.Tensor], above: torch.Tensor, scale: float,
+                         window: int) -> None:
+    """Capture a candidate by itself, as one with a mask can refuse: on an H100 PyTorch's in fp32 did (torch 2.11), and
+    no step of such a training was captured.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    # As leaves of its own: autograd works on the stream where a leaf was used first.
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with capturing():
+        _forward_and_backward(attention, leaves, above, scale, window)
 
 
 def _random_inputs(shape: Shape) -> tuple[list[torch.Tensor], torch.Tensor]:

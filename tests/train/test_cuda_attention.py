@@ -7,6 +7,7 @@ import torch
 
 from gemma_tune.train import cuda_attention as attention
 from gemma_tune.train.cuda_attention import CANDIDATES, Kind, Shape, choose, choose_for, fastest_attention_or
+from support.graphs import install
 
 MILLISECONDS = attention._milliseconds
 CPU = torch.device("cpu")
@@ -46,6 +47,23 @@ def test_slow_candidates_are_not_tried_where_a_fast_one_works(monkeypatch):
     monkeypatch.setattr(attention, "CANDIDATES", {"cudnn": CANDIDATES["math"], "flash": CANDIDATES["math"],
                                                   "varlen": never, "efficient": never, "math": never})
     assert set(choose(PLAIN, 0.25).measured) == {"cudnn", "flash"}
+
+
+@pytest.mark.parametrize(("window", "chosen"), [(7, "math"), (None, "efficient")])
+def test_a_candidate_with_a_mask_counts_if_it_can_be_captured(monkeypatch, window, chosen):
+    """One that looks at a number is left out, and what PyTorch keeps of its capture with it; the next one is tried."""
+    captures, math = install(monkeypatch), CANDIDATES["math"]
+
+    def looks(q, k, v, scale, window):
+        return math(q, k, v, scale * float(q.sum().item() < 1e9), window)
+
+    monkeypatch.setattr(attention, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(attention, "CANDIDATES", {"efficient": looks, "math": math})
+    found = choose(PLAIN._replace(window=window), 0.25)
+    assert found.name == chosen
+    assert not window or "not permitted when stream is capturing" in found.measured["efficient"]
+    torch.cuda.empty_cache()
+    assert not captures.underway and not sum(captures.pools.values())
 
 
 def test_no_candidate_is_no_choice(monkeypatch):
