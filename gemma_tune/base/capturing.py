@@ -40,7 +40,8 @@ def _end(graph: Any, pool: Any) -> None:
     """Tell PyTorch's allocator that a capture is over which CUDA has broken off.
 
     ``CUDAGraph::capture_end`` raises before it does so (``aten/src/ATen/cuda/CUDAGraph.cpp``). Then the pool stays in
-    use for good, memory is not given back any more when it gets scarce, and ``empty_cache`` ends in an assertion.
+    use for good, memory is not given back any more when it gets scarce, and ``empty_cache`` does nothing or, in some
+    versions, ends in an assertion.
     """
     import torch
 

@@ -56,7 +56,11 @@ def as_on_a_gpu(monkeypatch) -> Captures:
     return found
 
 
-@pytest.mark.parametrize("flags", [("--method", "sft"), (), ("--method", "kto")], ids=["sft", "dpo", "kto"])
+SFT = "--method", "sft"
+
+
+@pytest.mark.parametrize("flags", [SFT, (), ("--method", "kto"), (*SFT, "--qlora"), (*SFT, "--activation-checkpointing")],
+                         ids=["sft", "dpo", "kto", "qlora", "recomputed"])
 def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, flags):
     """An evaluation comes before the first step, and has the training's largest shape captured."""
     command = trained_eagerly(cli, tiny, tmp_path, 4, flags)
@@ -66,6 +70,21 @@ def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, f
     result = cli(*command)
     assert result.code == 0, result.err
     assert "cannot be captured" not in result.err and Graph.replays > 10
+    same_figures(expected, log())
+
+
+def test_a_training_that_goes_on_is_the_same(cli, tiny, tmp_path, request):
+    """What is loaded from a checkpoint goes where captured steps read it: weights, and the state of the optimiser."""
+    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
+    longer = ("train", "--continue", *(word for word in command[1:] if word != "--force"), "--epochs", 6)
+    assert cli(*longer).code == 0
+    expected = log()
+    captures = request.getfixturevalue("as_on_a_gpu")
+    assert cli(*command).code == 0
+    before = len(captures.order)
+    result = cli(*longer)
+    assert result.code == 0, result.err
+    assert "cannot be captured" not in result.err and len(captures.order) > before
     same_figures(expected, log())
 
 
@@ -80,7 +99,7 @@ def test_a_step_has_its_dropout_and_an_evaluation_none(cli, tiny, data, as_on_a_
 
 def test_a_training_whose_steps_cannot_be_captured_is_the_same(cli, tiny, tmp_path, request, monkeypatch):
     """Something in the model looks at a number, which CUDA breaks a capture off for."""
-    command = trained_eagerly(cli, tiny, tmp_path, 4, ("--method", "sft"))
+    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
     expected = log()
     request.getfixturevalue("as_on_a_gpu")
     loss = captured.LearnedTokens.loss
