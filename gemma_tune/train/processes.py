@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.models.placement import best_device
+from gemma_tune.models.placement import best_device, unserved_gpu
 
 if TYPE_CHECKING:
     from gemma_tune.config.stages import TrainConfig
@@ -90,7 +90,7 @@ def join(show: Callable[[UserError], None]) -> None:
         show: shows another process's problem if this one hangs because of it.
 
     Raises:
-        UserError: more processes than GPUs, or GPUs that cannot work together here.
+        UserError: more processes than GPUs, GPUs that cannot work together here, or one that PyTorch has no code for.
     """
     global _store
     import torch
@@ -107,6 +107,10 @@ def join(show: Callable[[UserError], None]) -> None:
             raise UserError("this PyTorch has no NCCL, by which several GPUs work together; on Windows none has",
                             "leave --num-processes out, which trains on one GPU, or train under WSL or Linux")
         torch.cuda.set_device(here.local_rank)
+        unserved_gpu.cache_clear()  # what it said before was of the first one
+        if problem := unserved_gpu():
+            raise UserError(problem, "train with the other GPUs: name their numbers in CUDA_VISIBLE_DEVICES, and give "
+                                     "--num-processes how many they are")
     elif torch.backends.mps.is_available():
         raise UserError("Apple's GPU is a single one, and several processes cannot share it",
                         "leave --num-processes out")

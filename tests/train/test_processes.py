@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.models import placement
 from gemma_tune.train import launch, processes
 from support.command import MANIFEST_SCHEMA, Result, invoke, rows, write_rows
 
@@ -325,6 +326,27 @@ def test_gpus_that_cannot_work_together(monkeypatch):
     with pytest.raises(UserError, match="this PyTorch has no NCCL") as raised:
         processes.join(print)
     assert "WSL" in raised.value.hint
+
+
+def test_a_second_gpu_for_which_pytorch_has_no_code(monkeypatch):
+    """The first one serves; the process that gets the other says so before anything is loaded."""
+    current = []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": current.append,
+                        "get_device_capability": lambda: (6, 1) if current == [1] else (9, 0),
+                        "get_device_name": lambda: "GTX 1080", "get_arch_list": lambda: ["sm_75", "sm_90"]}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: pytest.fail("it met the others"))
+    placement.unserved_gpu.cache_clear()
+    try:
+        with pytest.raises(UserError, match="the GTX 1080 is not used") as raised:
+            processes.join(print)
+    finally:
+        placement.unserved_gpu.cache_clear()
+    assert "CUDA_VISIBLE_DEVICES" in raised.value.hint
 
 
 def test_one_process_takes_one_gpu_of_several_and_says_so(prepared_once, run, cli, monkeypatch):
