@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{part.name}: {part.about}", file=sys.stderr, flush=True)
         found.append(bench.measure(part))
         print(summary(found[-1:]), end="", flush=True)
+    if not options.work:
+        shutil.rmtree(bench.work, ignore_errors=True)
     if left:
         print(f"no time was left for: --parts {','.join(left)}", flush=True)
     return int(any(record["status"] not in ("measured", "left out") for record in found))
