@@ -27,6 +27,8 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
         return "--no-calibration"
     if source.architecture is None:
         return "the converter writes the file"
+    if source.architecture.experts:
+        return "of experts, most of such a model, it is not known what each is multiplied with"
     return "libgguf is not installed" if libgguf is None else ""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_tune.base.errors import WorkFailed
+from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time
@@ -209,8 +210,16 @@ def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Ten
 
 
 def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """The running model's tensors by their ``source``; a multimodal model calls them otherwise, as its files do."""
-    return {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
+    """The running model's tensors by their ``source``; a multimodal model calls them otherwise, as its files do.
+
+    Of matrices that Transformers makes one of, as of experts' gates, they are views of that.
+    """
+    weights = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
+    for spec in architecture.tensors:
+        name, half = in_model(spec.source or "")
+        if spec.source not in weights and name in weights:
+            weights[str(spec.source)] = weights[name] if half is None else weights[name].chunk(2, dim=1)[half]
+    return weights
 
 
 def _round_to_f16(weights: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
@@ -240,6 +249,10 @@ def _put(weights: Mapping[str, torch.Tensor], file: GgufFile, architecture: Arch
 def _put_one(tensor: torch.Tensor, spec: TensorSpec, file: GgufFile, stored: str) -> None:
     import torch
 
+    if len(spec.shape) == 3:
+        for n, part in enumerate(tensor):  # of one expert each
+            part.copy_(torch.from_numpy(file.rows(stored, n * len(part), (n + 1) * len(part))))
+        return
     step = spec.rows_at_a_time(_ELEMENTS)
     for start in range(0, spec.shape[0], step):
         part = tensor[start:start + step]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -13,6 +13,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.compensated import Rounded
+from gemma_tune.gguf.experts import together
 from gemma_tune.gguf.reader import GgufFile
 
 _ELEMENTS = 4 * 1024 * 1024  # compared at a time: 16 MiB as float32, a few times over
@@ -29,6 +30,9 @@ LARGEST_ERROR = {
     Type.Q5_1: (0.034, 32), Type.Q5_0: (0.0631, 16), Type.Q4_1: (0.0685, 16), Type.Q4_0: (0.126, 8),
     Type.Q6_K: (0.055, 32 * 128), Type.Q5_K: (0.13, 32 * 63), Type.Q4_K: (0.24, 16 * 63),
 }  # fmt: skip
+
+# Where a checkpoint holds each tensor: file and name; of experts that are stored apart, of each.
+Shards = Mapping[str, Sequence[tuple[Path, str]]]
 
 # Of a calibrated matrix's output, likewise: plain rounding's error of the weights is the most that it leaves.
 MOST_OF_OUTPUT = {Type.Q8_0: 0.02, Type.Q6_K: 0.05, Type.Q5_1: 0.1, Type.Q5_0: 0.1, Type.Q5_K: 0.1, Type.Q4_1: 0.2,
@@ -56,7 +60,7 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
         WorkFailed: a tensor is missing, unknown or misshapen, or off by more than its type explains.
     """
     file = GgufFile(gguf_path, keys=())
-    shards = {architecture.canonical(name): (path, name) for name, path in _shards(checkpoint).items()}
+    shards = together({architecture.canonical(name): (path, name) for name, path in _shards(checkpoint).items()})
     specs = [spec for spec in architecture.tensors if spec.values is not None or spec.source in shards]
     problems = _missing_and_unknown(file, architecture, specs)
     worst, where = 0.0, ""
@@ -105,7 +109,7 @@ def _missing_and_unknown(file: GgufFile, architecture: Architecture, specs: list
 
 
 def _compared(
-    spec: TensorSpec, file: GgufFile, name: str, shards: Mapping[str, tuple[Path, str]]
+    spec: TensorSpec, file: GgufFile, name: str, shards: Shards
 ) -> tuple[float, float]:
     """Relative error of a tensor, and how its worst block compares to what the type explains (at most 1)."""
     info = file.tensors[name]
@@ -125,7 +129,7 @@ def _compared(
     return (difference / total) ** 0.5 if total else difference ** 0.5, float(excess)
 
 
-def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Mapping[str, tuple[Path, str]],
+def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Shards,
                   rounded: Rounded) -> float:
     """How much of a calibrated matrix's output is off; for the inputs that are known one by one, the worse of both."""
     if rounded.probes is None:
@@ -140,19 +144,33 @@ def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Mapping[s
     return max(rounded.error, float(each.mean()) ** 0.5)
 
 
-def _expected(spec: TensorSpec, shards: Mapping[str, tuple[Path, str]]) -> Iterator[tuple[int, np.ndarray]]:
+def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor's values as they should be: the row that a part begins at, and the part in float32."""
     if spec.values is not None:
         yield 0, spec.values
         return
     from safetensors import safe_open
 
-    path, name = shards[spec.source]
+    if len(spec.shape) == 3:
+        yield from _of_experts(spec, shards[spec.source])
+        return
+    [(path, name)] = shards[spec.source]
     step = spec.rows_at_a_time(_ELEMENTS)
     for start in range(0, spec.shape[0], step):
         # Opened anew each time: what was read of a mapped file counts as memory for as long as it is open.
         with safe_open(path, framework="pt") as f:
             yield start, f.get_slice(name)[start:start + step].float().numpy()
+
+
+def _of_experts(spec: TensorSpec, members: Sequence[tuple[Path, str]]) -> Iterator[tuple[int, np.ndarray]]:
+    """One expert at a time, of one tensor of all or of one for each."""
+    from safetensors import safe_open
+
+    for n in range(spec.shape[0]):
+        path, name = members[n % len(members)]
+        with safe_open(path, framework="pt") as f:
+            stored = f.get_slice(name)
+            yield n * spec.shape[1], stored[n if len(stored.get_shape()) == 3 else slice(None)].float().numpy()
 
 
 def _shards(checkpoint: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Number formats of GGUF files: which type each tensor gets, and values as bytes of a type and back.
 
-The mixes are those of llama.cpp's ``llama-quantize`` without an importance matrix (``src/llama-quant.cpp``), for models
-without experts. A block is a run of 32 or 256 numbers of one row that share a scale.
+The mixes are those of llama.cpp's ``llama-quantize`` without an importance matrix (``src/llama-quant.cpp``). A block is
+a run of 32 or 256 numbers of one row that share a scale.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ _MATRIX = {"q6_k": Type.Q6_K, "q5_k_m": Type.Q5_K, "q4_k_m": Type.Q4_K}
 # Rows that are no whole blocks of 256 take a type with blocks of 32 and as many bits or more.
 _SHORTER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 # Matrices that stay unquantised: small beside the others, and what they compute is added to every layer.
-_LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj|ffn_gate_inp\.weight")
-# What stays in 32 bits, as llama.cpp reads it in no other type: norms, and convolutions of a few numbers a row.
-_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv)\.weight$")
+_LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj")
+# What stays in 32 bits, as llama.cpp reads it in no other type: norms, convolutions of a few numbers a row, and what
+# chooses experts.
+_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv|ffn_gate_inp)\.weight$")
+_DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$")
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _PROGRAM = "llama-quantize"
 
@@ -106,18 +108,26 @@ def _head_type(wanted: Type, columns: int) -> Type:
 
 def _more_bits(quant: str, names: Sequence[str], model: Architecture) -> dict[str, Type]:
     """The tensors to which a mix gives another type than to the rest."""
+    finer = _of_eight_experts(quant, names) if model.experts == 8 else {}
     if quant not in MIXED:
-        return {}
+        return finer
     values = sorted((n for n in names if n.endswith("attn_v.weight")), key=_block_number)
-    downs = sorted((n for n in names if n.endswith("ffn_down.weight")), key=_block_number)
     joined = [n for n in names if n.endswith("attn_qkv.weight")]
-    finer = {name: Type.Q6_K for part, count in ((values, len(values) + len(joined)), (downs, model.layers))
-             for n, name in enumerate(part) if _uses_more_bits(n, count)}
-    finer |= dict.fromkeys(joined, Type.Q5_K if quant == "q4_k_m" else Type.Q6_K)
+    more = {name: Type.Q6_K for n, name in enumerate(values) if _uses_more_bits(n, len(values) + len(joined))}
+    more |= {name: Type.Q6_K for name in names if _DOWN.search(name)
+             and _uses_more_bits(_block_number(name), model.layers)}
+    more |= dict.fromkeys(joined, Type.Q5_K if quant == "q4_k_m" else Type.Q6_K)
     if quant == "q4_k_m" and model.layers == 80 and model.heads != model.kv_heads:
         # Llama and Qwen of 70B: eight heads share each of these rows, so they are small and matter.
-        finer = {name: Type.Q5_K for name in values} | finer
-    return finer
+        more = {name: Type.Q5_K for name in values} | more
+    return more | finer
+
+
+def _of_eight_experts(quant: str, names: Sequence[str]) -> dict[str, Type]:
+    """Beside Mixtral's experts these matrices are small, so that all formats give them more bits."""
+    output = {"attn_output": Type.Q5_K} if quant == "q4_k_m" else {}
+    parts = {"attn_v": Type.Q8_0, "attn_k": Type.Q8_0, **output}
+    return {name: kind for name in names for part, kind in parts.items() if name.endswith(f".{part}.weight")}
 
 
 def _uses_more_bits(n: int, count: int) -> bool:

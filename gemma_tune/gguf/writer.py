@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from gemma_tune.base.words import gigabytes
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.compensated import Rounded, Rounding
+from gemma_tune.gguf.experts import Stack, by_rows, together
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -94,7 +95,7 @@ class PlannedTensor:
     """
 
     spec: TensorSpec
-    stored: StoredTensor | None
+    stored: StoredTensor | Stack | None
     choice: TypeChoice
     rounding: Rounding | None = None
 
@@ -133,7 +134,7 @@ class PlannedTensor:
             yield spec.values
             return
         step = spec.rows_at_a_time(elements or CHUNK_ELEMENTS)
-        for start in range(0, spec.shape[0], step):
+        for start in range(0, spec.rows, step):
             rows = self.stored.rows(start, start + step)
             rows = spec.change.forward(rows) if spec.change else rows
             self._check_values(rows)
@@ -267,25 +268,21 @@ def _plan(model: Architecture, checkpoint: Path, quant: str, types: Mapping[str,
             for (spec, stored), choice in zip(wanted, choices, strict=True)]
 
 
-def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, StoredTensor | None]]:
+def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, StoredTensor | Stack | None]]:
     """What a file of a checkpoint holds, in its order, and where the checkpoint has it.
 
     Raises:
         UserError: something is missing, unknown or misshapen, or cannot be written; all of it together.
     """
-    stored = {model.canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()
-              if not model.left_out(name)}
+    stored = together({model.canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()
+                       if not model.left_out(name)})
     wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
               or not (spec.optional or (spec.tied_to and model.tied))]
     known = {spec.source: spec for spec in wanted if spec.source}
     problems = [f"{name} is missing" for name in known if name not in stored]
-    problems += [f"{stored[name].name} is not a tensor of this model" for name in stored if name not in known]
+    problems += [f"{stored[name][0].name} is not a tensor of this model" for name in stored if name not in known]
     for name in known.keys() & stored.keys():
-        found = stored[name]
-        if _as_matrix(found.shape) != known[name].shape:
-            problems.append(f"{found.name} has shape {found.shape}, config.json asks for {known[name].shape}")
-        if found.dtype not in READABLE:
-            problems.append(f"{found.name} is {found.dtype}, which can't be exported: merge into a 16-bit base")
+        problems += _unfit(stored[name], known[name].shape)
     if problems:
         hint = "Merge again from the original base model."
         raise UserError(f"The weights in {checkpoint} don't fit its config.json.", hint, sorted(problems))
@@ -294,7 +291,22 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
     if not model.own_head and (own := [spec.source for spec in wanted if spec.tied_to]):
         raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
                         "other output head.", "Train without the output head, or with tied embeddings.")
-    return [(spec, stored.get(spec.source or "")) for spec in wanted]
+    return [(spec, by_rows(stored[spec.source], spec.shape) if spec.source else None) for spec in wanted]
+
+
+def _unfit(members: Sequence[StoredTensor], shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with a tensor of ``shape`` in a checkpoint, which can have one for each expert."""
+    problems = []
+    apart = len(shape) == 3 and len(members[0].shape) < 3
+    if apart and len(members) != shape[0]:
+        problems.append(f"{members[0].name} is one of {len(members)} experts, config.json asks for {shape[0]}")
+    for found in members:
+        expected = shape[1:] if apart else shape
+        if _as_matrix(found.shape) != expected:
+            problems.append(f"{found.name} has shape {found.shape}, config.json asks for {expected}")
+        if found.dtype not in READABLE:
+            problems.append(f"{found.name} is {found.dtype}, which can't be exported: merge into a 16-bit base")
+    return problems
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -302,9 +314,9 @@ def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *(n for n in shape[1:-1] if n != 1), *shape[-1:]) if len(shape) > 2 else shape
 
 
-def _same(spec: TensorSpec, stored: Mapping[str, StoredTensor]) -> bool:
+def _same(spec: TensorSpec, stored: Mapping[str, Sequence[StoredTensor]]) -> bool:
     """Whether an explicit output head equals the embedding, bit for bit after conversion; some rows at a time."""
-    one, two = (stored[name] for name in (spec.source or "", spec.tied_to or ""))
+    one, two = (stored[name][0] for name in (spec.source or "", spec.tied_to or ""))
     rows, step = spec.shape[0], spec.rows_at_a_time(CHUNK_ELEMENTS)
     return all(np.array_equal(one.rows(i, i + step), two.rows(i, i + step)) for i in range(0, rows, step))
 

@@ -38,6 +38,7 @@ PIXTRAL = dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_h
                patch_size=14)
 TOWER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16, intermediate_size_mlp=96, no_rope_layers=[1, 0])
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
 GRANITE = dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, layer_types=["mamba", "attention"],
                mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16, logits_scaling=4.0)
 
@@ -68,6 +69,8 @@ def config_of(name: str, text: dict):
         return T.Llama4Config(text_config=text | LLAMA4, vision_config=eye), T.Llama4ForConditionalGeneration
     if name == "dense granite hybrid":
         return T.GraniteMoeHybridConfig(**text | GRANITE), T.GraniteMoeHybridForCausalLM
+    if name == "qwen 3 with experts":
+        return T.Qwen3MoeConfig(**text | MOE), T.Qwen3MoeForCausalLM
     return (T.Mamba2Config(**text | dict(num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)), T.Mamba2ForCausalLM)
 
 
@@ -89,7 +92,7 @@ def made_without_towers(config):
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "mistral small 3.2", "qwen 2.5 with an eye", "qwen 3 with an eye", "llama 4 with an eye", "dense granite hybrid",
-                                  "mamba 2", "gemma4-small"])
+                                  "mamba 2", "gemma4-small", "qwen 3 with experts"])
 def test_all_stages(cli, tmp_path, name):
     """In the type by default, which can be bf16."""
     model = tmp_path / name.replace(" ", "-")
@@ -131,10 +134,27 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
                if TOWERS.search(tensor_name))
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss"])
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss", "qwen 3 with experts",
+                                  "gemma4-experts"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
-    """Of layers with a state, and of a text part without a class of its own: llama.cpp answers alike in each number format."""
+    """Of layers with a state or with experts, and of a text part without a class of its own: llama.cpp answers alike in each
+    number format."""
     model = tmp_path / "model"
+    make_family(kind, model) if kind in FAMILIES else make_exportable(kind, model)
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
+                 ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
+                 ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+        if kind in ("glm 4", "hunyuan", "seed-oss"):
+            assert result.json["warnings"] == [], "prepare foresees an export, whose prompts are the same everywhere"
+    shown = result.json["summary"]["quants"]
+    assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
+    assert shown["q4_k_m"]["largest_error"] < 0.2
+    assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
+
+
+def make_exportable(kind, folder):
     tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2", "seed-oss": "qwen2"}.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
@@ -153,6 +173,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     if kind == "qwen 3.5":
         text |= MIXING | dict(head_dim=32, layer_types=None)
         network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
+    elif kind == "qwen 3 with experts":
+        network = T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**text | MOE))
     elif kind == "mistral small 3.2":
         network = T.Mistral3ForConditionalGeneration(T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL))
     elif kind == "seed-oss":
@@ -164,18 +186,7 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     else:
         network = T.Lfm2ForCausalLM(T.Lfm2Config(**text | dict(full_attn_idxs=[1, 3], block_multiple_of=32)))
-    save_random(network, tokenizer, model)
-    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
-                 ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
-                 ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):
-        result = cli(*args, "--json", "--quiet")
-        assert result.code == 0, (args, result.err)
-        if kind in ("glm 4", "hunyuan", "seed-oss"):
-            assert result.json["warnings"] == [], "prepare foresees an export, whose prompts are the same everywhere"
-    shown = result.json["summary"]["quants"]
-    assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
-    assert shown["q4_k_m"]["largest_error"] < 0.2
-    assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
+    save_random(network, tokenizer, folder)
 
 
 def test_special_tokens_that_take_white_space_with_them_are_a_known_limit(cli, tmp_path):

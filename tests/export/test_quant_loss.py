@@ -19,6 +19,7 @@ from gemma_tune.export import quant_loss
 from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import QUANTS
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.measure import likelihood
@@ -29,7 +30,7 @@ from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest
 from support.gemmas import FAMILIES, make_family
 from support.gguf import make_checkpoint, train_sentencepiece
-from support.llamas import make_llama
+from support.llamas import EXPERTS, make_llama
 
 SIZES = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2)
 
@@ -175,7 +176,7 @@ def test_entries_that_are_not_kept_count_as_one(checkpoint, files, monkeypatch):
     assert 0.8 * whole < found < whole  # lumping entries together never adds to a divergence
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama3", "biases"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama3", "biases", *EXPERTS])
 def test_every_family_is_measured_as_it_computes(family, tmp_path):
     """Names of multimodal models, capped logits, tensors whose rows change places: a file in f16 is the model itself."""
     folder = tmp_path / family
@@ -187,6 +188,21 @@ def test_every_family_is_measured_as_it_computes(family, tmp_path):
     perplexity = torch.exp(-expected.gather(1, labels[:, None]).mean()).item()
     assert found["f16"].perplexity == pytest.approx(perplexity, rel=1e-2)
     assert found["f16"].kl < 1e-6 < found["q4_0"].kl and found["f16"].agreement == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3 with experts", "mixtral", "gemma4-experts"])
+def test_each_expert_is_measured_as_the_file_has_it(family, tmp_path):
+    """Of two matrices of a checkpoint, gate and up, the running model has one."""
+    (make_family if family in FAMILIES else make_llama)(family, tmp_path)
+    model, path = load_model(tmp_path, choose_placement("fp32")), export(tmp_path, tmp_path, "q4_0")
+    measure(model, rows(), {"q4_0": path}, architecture(tmp_path))
+    file = GgufFile(path, keys=())
+    for n, layer in enumerate(model.get_decoder().layers):
+        experts = layer.experts if family in FAMILIES else layer.mlp.experts
+        joined = [part for part in ("gate_up", "gate", "up") if f"blk.{n}.ffn_{part}_exps.weight" in file.tensors]
+        for own, parts in ((experts.gate_up_proj, joined), (experts.down_proj, ["down"])):
+            stored = [file.rows(f"blk.{n}.ffn_{part}_exps.weight").reshape(len(own), -1, own.shape[2]) for part in parts]
+            np.testing.assert_array_equal(own.detach().numpy(), np.concatenate(stored, 1))
 
 
 def test_a_tensor_that_the_running_model_lacks_is_an_error(checkpoint, files):

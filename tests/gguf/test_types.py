@@ -27,8 +27,8 @@ BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type
 ALL = (Type.F32, Type.F16, Type.BF16, *BLOCKS)
 
 
-def model(layers: int, heads: int = 8, kv_heads: int = 4) -> SimpleNamespace:
-    return SimpleNamespace(layers=layers, heads=heads, kv_heads=kv_heads)
+def model(layers: int, heads: int = 8, kv_heads: int = 4, experts: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(layers=layers, heads=heads, kv_heads=kv_heads, experts=experts)
 
 
 def types(quant: str, tensors: dict[str, tuple[int, ...]], **sizes: int) -> dict[str, str]:
@@ -121,6 +121,35 @@ def test_layers_with_more_bits_go_by_their_number_and_by_how_many_there_are():
     assert set(large.values()) == {"Q5_K", "Q6_K"}
     equal = types("q4_k_m", part("attn_v", range(80)), layers=80, heads=64, kv_heads=64)
     assert set(equal.values()) == {"Q4_K", "Q6_K"}
+
+
+def test_experts_get_the_types_of_a_dense_feed_forward_part():
+    """As in llama.cpp, which goes by the number of the block, and leaves what chooses the experts in 32 bits."""
+    def block(n: int) -> dict[str, tuple[int, ...]]:
+        return {f"blk.{n}.{part}.weight": shape for part, shape in {
+            "ffn_down_exps": (4, 64, 256), "ffn_gate_up_exps": (4, 64, 256), "ffn_down": (64, 256), "ffn_gate_inp": (4, 256),
+            "attn_v": (64, 256), "attn_k": (64, 256), "attn_output": (64, 256)}.items()} | {f"blk.{n}.ffn_down_exps.scale": (4,)}
+
+    tensors = {name: shape for n in sorted(range(16), key=str) for name, shape in block(n).items()}
+    found = types("q4_k_m", tensors, layers=16, experts=4)
+    for part in ("ffn_down_exps", "ffn_down", "attn_v"):
+        assert {int(n.split(".")[1]) for n, type in found.items() if f".{part}.weight" in n and type == "Q6_K"} == {
+            0, 1, 4, 7, 10, 13, 14, 15}, part
+    rest = {"ffn_gate_up_exps": "Q4_K", "ffn_gate_inp": "F32", "attn_k": "Q4_K", "attn_output": "Q4_K"}
+    for part, kind in rest.items():
+        assert {type for n, type in found.items() if f".{part}.weight" in n} == {kind}, part
+    assert {type for n, type in found.items() if n.endswith(".scale")} == {"F32"}
+    assert types("f16", block(0), experts=4)["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_beside_eight_experts_attention_gets_more_bits():
+    def attention(quant: str) -> list[str]:
+        return list(types(quant, {f"blk.0.attn_{part}.weight": (64, 256) for part in "qkv"}
+                          | {"blk.0.attn_output.weight": (64, 256)}, experts=8).values())
+
+    assert attention("q4_k_m") == ["Q4_K", "Q8_0", "Q8_0", "Q5_K"]
+    assert attention("q5_k_m") == ["Q5_K", "Q8_0", "Q8_0", "Q5_K"]
+    assert attention("q4_0") == ["Q4_0", "Q8_0", "Q8_0", "Q4_0"] and attention("f16") == ["F16"] * 4
 
 
 def test_small_matrices_of_gemma_4_stay_unquantised():

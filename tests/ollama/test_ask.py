@@ -123,6 +123,7 @@ def test_a_server_that_does_not_show_its_prompts(gguf):
         ("0.5.13", "gemma3_text", "0.6.0"),
         ("v0.19.0", "gemma4", "0.20.0"),
         ("0.6.5", "qwen3", "0.6.6"),
+        ("0.6.5", "qwen3_moe", "0.6.6"),
         ("0.19.0", "gemma4_unified", "0.20.0"),
         ("0.5.4", "llama", "0.5.5"),
         ("0.6.0", "gemma3", None),

@@ -63,6 +63,17 @@ def _gemma4_small(vocab_size: int) -> Any:
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2))
 
 
+def _gemma4_experts(vocab_size: int) -> Any:
+    """As 26B-A4B: experts beside the dense feed-forward part, with pictures."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    text = dict(_TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+                num_global_key_value_heads=1, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                 head_dim=16, position_embedding_size=16)
+    return Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=tower, audio_config=None))
+
+
 def _gemma4_unified(vocab_size: int) -> Any:
     """As the 12B, with pictures; its logits are not capped here."""
     from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
@@ -75,7 +86,7 @@ def _gemma4_unified(vocab_size: int) -> Any:
 
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "gemma": _gemma1, "gemma2": _gemma2, "gemma3": _gemma3, "gemma4-large": _gemma4_large,
-    "gemma4-small": _gemma4_small, "gemma4-unified": _gemma4_unified,
+    "gemma4-small": _gemma4_small, "gemma4-unified": _gemma4_unified, "gemma4-experts": _gemma4_experts,
 }  # fmt: skip
 
 

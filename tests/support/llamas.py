@@ -99,6 +99,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
                               "rope_parameters": LONG | {"short_factor": [1.0, 1.2, 1.6, 2.5], "long_factor": [1.0, 2, 4, 8]}}, "smaug-bpe"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
+# Likewise, of experts; checkpoints have matrices of their own for each.
+EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3 with experts": ("qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32,
+                                         "norm_topk_prob": True}, "qwen2"),
+    "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, "tekken"),
+}
 
 
 def byte_level_tokenizer(name: str) -> Any:
@@ -127,7 +133,7 @@ def byte_level_tokenizer(name: str) -> Any:
 
 
 def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
-    """Save the model ``name`` of `MODELS`, random and in bf16, with its tokenizer; three ids have no token.
+    """Save the model ``name`` of `MODELS` or `EXPERTS`, random and in bf16, with its tokenizer; three ids have no token.
 
     Returns:
         the model in float32, and the tokenizer, both as Transformers loads them.
@@ -135,7 +141,7 @@ def make_llama(name: str, folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    model_type, settings, cut = MODELS[name]
+    model_type, settings, cut = (MODELS | EXPERTS)[name]
     tokenizer = byte_level_tokenizer(cut)
     text = {
         "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

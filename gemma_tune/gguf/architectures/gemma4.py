@@ -1,5 +1,5 @@
-"""Gemma 4, dense: two kinds of layers with head sizes of their own, per-layer embeddings, keys and values that later
-layers share."""
+"""Gemma 4, also with experts: two kinds of layers with head sizes of their own, per-layer embeddings, keys and values
+that later layers share."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from typing import Any
 import gguf
 import numpy as np
 
+from gemma_tune.gguf.architectures import experts
 from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of
-from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, not_written_here, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, refuse
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 UNROTATED = 1e30  # divides an angle into nothing: llama.cpp rotates every dimension of a head, each by its own factor
 
 
 def gemma4(config: Mapping[str, Any], path: Path) -> Architecture:
-    """A dense Gemma 4, text only or the text part of a multimodal model.
+    """A Gemma 4, text only or the text part of a multimodal model.
 
     Raises:
-        UserError: experts, or settings that llama.cpp has no key for.
+        UserError: settings that llama.cpp has no key for.
     """
     whole = complete(config, path)
     text = whole.get_text_config()
-    if getattr(text, "enable_moe_block", False):
-        raise not_written_here(path, "a Gemma 4 with experts (enable_moe_block)")
     refuse(path, _problems(text))
-    tensors = (_rope_factors(text), *named(gguf.MODEL_ARCH.GEMMA4, text, _shapes(text), None, _is_unused(text)))
+    tensors = (_rope_factors(text), *named(gguf.MODEL_ARCH.GEMMA4, text, _shapes(text), None, _is_unused(text)),
+               *experts.scales_of_gemma4(text))
     return Architecture("gemma4", tensors, lambda writer: _add(text, writer), "gemma4", text.vocab_size,
                         text.num_hidden_layers, text.num_attention_heads, _dims(text, 0)[1],
-                        tied=whole.tie_word_embeddings, **parts_of(whole, text))
+                        tied=whole.tie_word_embeddings, experts=experts.count_of_gemma4(text),
+                        **parts_of(whole, text))
 
 
 MAKERS = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), gemma4)
@@ -108,6 +109,7 @@ def _add(text: Any, writer: gguf.GGUFWriter) -> None:
     writer.add_rope_freq_base_swa(text.rope_parameters[SLIDING]["rope_theta"])
     writer.add_rope_dimension_count(full[0])
     writer.add_rope_dimension_count_swa(sliding[0])
+    experts.add_gemma4(text, writer)
     writer.add_final_logit_softcapping(text.final_logit_softcapping or 0.0)  # llama.cpp caps at 30 without the key
 
 
@@ -150,7 +152,8 @@ def _block(text: Any, layer: int) -> dict[str, tuple[int, ...]]:
         **({"per_layer_input_gate": (small, hidden), "per_layer_projection": (hidden, small),
             "post_per_layer_input_norm": (hidden,)} if small else {}),
     }  # fmt: skip
-    return {**{f"{part}.weight": shape for part, shape in weights.items()}, "layer_scalar": (1,)}
+    return {**{f"{part}.weight": shape for part, shape in weights.items()}, **experts.gemma4(text),
+            "layer_scalar": (1,)}
 
 
 def _is_unused(text: Any) -> Any:

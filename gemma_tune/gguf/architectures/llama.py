@@ -1,5 +1,6 @@
-"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral and Ministral 3, Qwen 2, 2.5 and 3 (dense), Granite 3, OLMo 2
-and 3, EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense), InternLM 3 and Seed-OSS, as tensors and metadata in GGUF."""
+"""The Llama type: Llama and SmolLM2, SmolLM3, Mistral, Mixtral and Ministral 3, Qwen 2, 2.5 and 3 (dense, and 3 with
+experts), Granite 3, OLMo 2 and 3, EXAONE 4, GLM 4, Hunyuan and ERNIE 4.5 (dense), InternLM 3 and Seed-OSS, as tensors
+and metadata in GGUF."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.base.strict_json import object_in
+from gemma_tune.gguf.architectures import experts
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unusual_heads
 from gemma_tune.gguf.architectures.parts import (
     SIZES,
@@ -43,6 +45,7 @@ class _Kind:
         slides: whether it knows which layers attend to a window alone, and that these rotate without stretching.
         scales: settings with a key of their own, and how it is added.
         problems: what else llama.cpp would compute otherwise.
+        experts: shapes of what a layer has in the place of its MLP, and what adds the keys of them.
     """
 
     arch: gguf.MODEL_ARCH
@@ -57,6 +60,7 @@ class _Kind:
     slides: bool = False
     scales: Mapping[str, Callable[[gguf.GGUFWriter, float], None]] = field(default_factory=dict)
     problems: Callable[[Any], list[str]] = lambda config: []
+    experts: tuple[Callable[[Any], experts.Shapes], Callable[[Any, gguf.GGUFWriter], None]] | None = None
 
 
 _STRETCHED = 256 * 1024  # the context of Hunyuan's stretched models, of which some configurations say less
@@ -108,6 +112,9 @@ _KINDS = {
     "ministral3": _Kind(gguf.MODEL_ARCH.MISTRAL3, True, problems=_mistral3),
     "qwen2": _Kind(gguf.MODEL_ARCH.QWEN2, biases=lambda config: _QKV),
     "qwen3": _Kind(gguf.MODEL_ARCH.QWEN3, fixed={"attention_bias": False}, norms_of="head"),
+    "qwen3_moe": _Kind(gguf.MODEL_ARCH.QWEN3MOE, fixed={"attention_bias": False}, norms_of="head",
+                       problems=experts.qwen3_moe_problems, experts=(experts.qwen3_moe, experts.add_qwen3_moe)),
+    "mixtral": _Kind(gguf.MODEL_ARCH.LLAMA, True, experts=(experts.mixtral, experts.add_mixtral)),
     "smollm3": _Kind(gguf.MODEL_ARCH.SMOLLM3, True, _llama_biases, problems=_unrotated),
     "granite": _Kind(gguf.MODEL_ARCH.GRANITE, True, _llama_biases, scales=_GRANITE),
     "olmo2": _Kind(gguf.MODEL_ARCH.OLMO2, fixed={"attention_bias": False, "tie_word_embeddings": False},
@@ -150,7 +157,8 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
     return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, text, dim),
                         partial(_metadata, kind, text, dim, stated), tokenizer_kind(path.parent), text.vocab_size,
                         text.num_hidden_layers, heads, text.num_key_value_heads, tied=whole.tie_word_embeddings,
-                        context=shorter_context(text, _context(kind, text)), **parts)
+                        context=shorter_context(text, _context(kind, text)),
+                        experts=text.num_local_experts if kind.experts else 0, **parts)
 
 
 def _text_of_mistral3(config: Mapping[str, Any], path: Path) -> Architecture:
@@ -195,11 +203,10 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
         "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
         **{part: (size,) for part, size in zip(kind.normed, normed)},
-        **({"mlp.gate_up_proj": (2 * inner, hidden)} if kind.fused else
-           {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}),
-        "mlp.down_proj": (hidden, inner),
+        **_mlp(kind, hidden, inner),
     }  # fmt: skip
     parts = {f"{part}.weight": shape for part, shape in block.items()}
+    parts |= kind.experts[0](config) if kind.experts else {}
     parts |= {f"{part}.bias": block[part][:1] for part in kind.biases(config)}
     shapes = {
         EMBEDDING: (config.vocab_size, hidden),
@@ -215,6 +222,14 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
     if _rope(config)["rope_type"] != "llama3":
         return specs
     return (TensorSpec("rope_freqs.weight", (dim // 2,), values=_llama3_divisors(_rope(config), dim)), *specs)
+
+
+def _mlp(kind: _Kind, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """The matrices of an MLP; a kind with experts says itself what it has in its place."""
+    if kind.experts:
+        return {}
+    gates = {"gate_up_proj": 2 * inner} if kind.fused else {"gate_proj": inner, "up_proj": inner}
+    return {**{f"mlp.{part}": (rows, hidden) for part, rows in gates.items()}, "mlp.down_proj": (hidden, inner)}
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
@@ -293,6 +308,8 @@ def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([each == "sliding_attention" for each in config.layer_types])
         writer.add_rope_freq_base_swa(float(config.rope_parameters["sliding_attention"]["rope_theta"]))
+    if kind.experts:
+        kind.experts[1](config, writer)
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]) * (alpha ** (dim / (dim - 2)) if alpha else 1))
     if alpha:

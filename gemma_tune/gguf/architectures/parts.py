@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ class TensorSpec:
 
     Args:
         name: in the GGUF.
-        shape: as in the GGUF: (length,) or (rows, columns). A checkpoint can have dimensions of 1 in it.
-        source: in the checkpoint; None where ``values`` are written.
+        shape: as in the GGUF: (length,), (rows, columns), or (experts, rows, columns). A checkpoint can have dimensions
+            of 1 in it, and a matrix for each expert.
+        source: in the checkpoint; None where ``values`` are written. Of experts it lacks their number.
         change: what happens to the values; None if nothing does.
         tied_to: ``source`` of the tensor that stands in when this one is absent or equal to it.
         values: float32, for what a checkpoint does not hold.
@@ -71,12 +73,17 @@ class TensorSpec:
     values: np.ndarray | None = None
     optional: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Of all experts; of a vector all its numbers."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
     def rows_at_a_time(self, elements: int) -> int:
         """How many rows (of a vector: all its numbers) hold about ``elements`` numbers, in whole groups of rows."""
         if len(self.shape) == 1:
             return self.shape[0]
         group = self.change.rows if self.change else 1
-        return max(1, elements // self.shape[1] // group) * group
+        return max(1, elements // self.shape[-1] // group) * group
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ class Architecture:
         metadata: adds the architecture's own keys to a writer.
         tokenizer: kind of vocabulary: ``sentencepiece``, ``sentencepiece-llama``, ``gemma4`` or ``bpe``.
         vocab_size: rows of the embedding.
-        layers, heads, kv_heads: what llama.cpp's mixes of types go by.
+        layers, heads, kv_heads: what llama.cpp's mixes of types go by,
+        experts: and how many a layer has to choose from; 0 without any.
         tied: whether a missing output head is as it should be.
         own_head: whether llama.cpp reads an output head that isn't the embedding.
         left_out: tells the checkpoint's tensors that are no part of the text model, such as a vision tower.
@@ -111,6 +119,7 @@ class Architecture:
     left_out: Callable[[str], bool] = lambda name: False
     canonical: Callable[[str], str] = lambda name: name
     context: int | None = None
+    experts: int = 0
 
 
 class NotInLlamaCpp(UserError):

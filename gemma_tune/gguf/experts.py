@@ -1,0 +1,65 @@
+"""Experts in a checkpoint: all of a layer in one tensor (experts, rows, columns), or each with a matrix of its own.
+
+A GGUF has the first kind alone, whose rows are those of the second, one expert's below the other's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from gemma_tune.base.tensors import StoredTensor
+
+_ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+_Found = TypeVar("_Found")
+
+
+def together(found: Mapping[str, _Found]) -> dict[str, tuple[_Found, ...]]:
+    """What a checkpoint has by name → by the name without an expert's number, in the order of the experts; where their
+    numbers are not 0, 1, 2, …, by the names as they are."""
+    numbered: dict[str, dict[int, str]] = {}
+    for name in found:
+        if one := _ONE.fullmatch(name):
+            numbered.setdefault(f"{one[1]}.{one[3]}", {})[int(one[2])] = name
+    whole = {name: [members[n] for n in range(len(members))] for name, members in numbered.items()
+             if members.keys() == set(range(len(members))) and name not in found}
+    taken = {name for members in whole.values() for name in members}
+    return {name: (item,) for name, item in found.items() if name not in taken} | {
+        name: tuple(found[member] for member in members) for name, members in whole.items()}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, one below the other.
+
+    Args:
+        members: at least one.
+    """
+
+    members: Sequence[StoredTensor]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of all of them as float32 (stop - start, columns), fewer where there are no more.
+
+        Raises:
+            UserError: as of a single tensor.
+        """
+        size = self.members[0].shape[0]
+        stop = min(stop, size * len(self.members))
+        return np.concatenate([self.members[n].rows(max(0, start - n * size), stop - n * size)
+                               for n in range(start // size, -(-stop // size))])
+
+
+def by_rows(members: Sequence[StoredTensor], shape: tuple[int, ...]) -> StoredTensor | Stack:
+    """What is read row by row of a tensor of ``shape`` in the file, from the checkpoint's one tensor or one for each
+    expert, see :func:`together`."""
+    if len(shape) < 3:
+        return members[0]
+    if len(members[0].shape) < 3:
+        return Stack(members)
+    return replace(members[0], shape=(math.prod(shape[:-1]), shape[-1]))

@@ -1,0 +1,135 @@
+"""Experts on their way into a GGUF: each with a matrix of its own in the checkpoint, or all of a layer in one tensor."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.tensors import open_tensors
+from gemma_tune.gguf import writer
+from gemma_tune.gguf.architectures.registry import architecture_of
+from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.experts import Stack, by_rows, together
+from gemma_tune.gguf.reader import GgufFile
+from support.gemmas import make_family
+from support.llamas import make_llama, save_random, tokenizer_with_turns
+
+APART, IN_ONE = "qwen3 with experts", "gemma4-experts"
+
+
+@pytest.fixture(params=[APART, IN_ONE])
+def checkpoint(request, tmp_path) -> Path:
+    (make_family if request.param == IN_ONE else make_llama)(request.param, tmp_path)
+    return tmp_path
+
+
+def export(folder: Path, quant: str = "f32") -> Path:
+    out = folder / f"{quant}.gguf"
+    writer.write_gguf(folder, out, quant, name="Tiny", chat_template=None, eot_token_id=None)
+    return out
+
+
+def architecture(folder: Path):
+    return architecture_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
+
+
+def edited(folder: Path, change) -> None:
+    """Give the checkpoint's tensors, by name, to a function that changes them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_rows_are_those_of_one_expert_below_the_others(tmp_path):
+    values = torch.arange(3 * 5 * 4, dtype=torch.bfloat16).reshape(3, 5, 4)
+    save_file({"a.experts.w": values, **{f"b.experts.{n}.w": values[n].clone() for n in range(3)}}, tmp_path / "model.safetensors")
+    stored = together(open_tensors(tmp_path))
+    assert {name: len(members) for name, members in stored.items()} == {"a.experts.w": 1, "b.experts.w": 3}
+    whole, stack = by_rows(stored["a.experts.w"], (3, 5, 4)), by_rows(stored["b.experts.w"], (3, 5, 4))
+    assert isinstance(stack, Stack)
+    flat = values.float().numpy().reshape(15, 4)
+    for start, stop in [(0, 15), (0, 1), (4, 6), (3, 12), (5, 10), (9, 15), (14, 99)]:
+        for tensor in (whole, stack):
+            np.testing.assert_array_equal(tensor.rows(start, stop), flat[start:stop], err_msg=str((start, stop)))
+
+
+def test_experts_without_one_of_them_are_not_put_together():
+    names = [f"l.{n}.experts.{e}.w" for n in range(2) for e in range(11) if (n, e) != (1, 3)]
+    found = together(dict(zip(names, names)))
+    assert found["l.0.experts.w"] == tuple(f"l.0.experts.{e}.w" for e in range(11)), "by number, not by letters"
+    assert "l.1.experts.w" not in found and found["l.1.experts.10.w"] == ("l.1.experts.10.w",)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_a_few_rows_at_a_time_give_the_same_file(checkpoint, quant, monkeypatch):
+    whole = export(checkpoint, quant).read_bytes()
+    monkeypatch.setattr(writer, "CHUNK_ELEMENTS", 7 * 64)
+    assert export(checkpoint, quant).read_bytes() == whole
+
+
+def test_writing_holds_no_layers_experts_at_once(tmp_path, monkeypatch):
+    tokenizer = tokenizer_with_turns()
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), hidden_size=256, moe_intermediate_size=256, num_experts=48, num_hidden_layers=1,
+                            num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, norm_topk_prob=True)
+    save_random(Qwen3MoeForCausalLM(config), tokenizer, tmp_path)
+    monkeypatch.setattr(writer, "CHUNK_ELEMENTS", 256 * 256)
+    export(tmp_path)  # what is loaded once
+    tracemalloc.start()
+    try:
+        size = GgufFile(export(tmp_path, "q8_0"), keys=()).tensors["blk.0.ffn_up_exps.weight"].nbytes
+        assert tracemalloc.get_traced_memory()[1] < size < 4 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("quant", ["f16", "q4_k_m"])
+def test_the_check_sees_experts_that_changed_places(checkpoint, quant):
+    path = export(checkpoint, quant)
+    error, _ = worst_error(checkpoint, path, architecture(checkpoint))
+    assert error < (1e-3 if quant == "f16" else 0.1)
+
+    def swap(tensors):
+        if (name := "model.language_model.layers.1.experts.down_proj") in tensors:
+            tensors[name] = tensors[name][[1, 0, 2, 3]].contiguous()
+        else:
+            one, two = (f"model.layers.1.mlp.experts.{n}.down_proj.weight" for n in range(2))
+            tensors[one], tensors[two] = tensors[two], tensors[one]
+
+    edited(checkpoint, swap)
+    with pytest.raises(WorkFailed) as failed:
+        worst_error(checkpoint, path, architecture(checkpoint))
+    [problem] = failed.value.problems
+    assert problem.startswith("blk.1.ffn_down_exps.weight: off by")
+
+
+def problems_of(folder: Path) -> list[str]:
+    with pytest.raises(UserError, match="don't fit its config.json") as refused:
+        export(folder)
+    return list(refused.value.problems)
+
+
+def test_experts_that_do_not_fit_are_named(tmp_path):
+    make_llama(APART, tmp_path)
+    part = "model.layers.0.mlp.experts.{}.up_proj.weight"
+    edited(tmp_path, lambda tensors: tensors.pop(part.format(5)))
+    assert problems_of(tmp_path) == [f"{part.format(0)} is one of 5 experts, config.json asks for 6"]
+    edited(tmp_path, lambda tensors: tensors.pop(part.format(2)))
+    assert f"{part.format(4)} is not a tensor of this model" in problems_of(tmp_path)
+    assert "model.layers.0.mlp.experts.up_proj.weight is missing" in problems_of(tmp_path)
+    edited(tmp_path, lambda tensors: tensors.update({part.format(n): torch.zeros(16 if n == 4 else 32, 64) for n in range(6)}))
+    assert problems_of(tmp_path) == [f"{part.format(4)} has shape (16, 64), config.json asks for (32, 64)"]
+
+
+def test_a_tensor_of_too_few_experts_is_named(tmp_path):
+    make_family(IN_ONE, tmp_path)
+    name = "model.language_model.layers.2.experts.gate_up_proj"
+    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name][:3].clone()}))
+    assert problems_of(tmp_path) == [f"{name} has shape (3, 64, 64), config.json asks for (4, 64, 64)"]
