@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import nearest
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.experts import count_of, not_adapted_of, routers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -26,11 +27,13 @@ _READ_BESIDE = ("correction_coefs",)
 # Mamba's kernels read the weight of this layer, past an adapter: PEFT refuses it of most (tuners_utils), and of the
 # last three transformers hands it to a fused kernel in training.
 _OF_MAMBA = "out_proj"
+_CHOOSES = "chooses the experts, and is left as it was trained (--target-modules can name it)"
 _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2")
 
 
 def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
-    """Full names of the linear layers to adapt: those of the text model, or the ones whose last name is wanted.
+    """Full names of the linear layers to adapt: those of the text model but for what chooses experts, or the ones whose
+    last name is wanted.
 
     Raises:
         UserError: names that match nothing, with the names there are, or that cannot be adapted.
@@ -45,8 +48,10 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     if unknown := [w for w in wanted if w not in leaves]:
         guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
         raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
-                        f"its linear layers are {', '.join(leaves)}")
-    chosen = sorted(name for name in linear if not wanted or _leaf(name) in wanted)
+                        f"its linear layers are {', '.join(leaves)}"
+                        + ("; its experts are none of them, and are not adapted here" if count_of(model) else ""))
+    unasked = linear - routers(model)
+    chosen = sorted(name for name in linear if _leaf(name) in wanted) if wanted else sorted(unasked)
     if not chosen:
         raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
     return chosen
@@ -78,14 +83,14 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Args:
         wanted: the last names that were asked for; none means all.
     """
-    out = left_out(model)
+    out = left_out(model) | ({} if wanted else dict.fromkeys(sorted(routers(model)), _CHOOSES))
     there, not_there = Counter(map(_leaf, _linear(model))), Counter(map(_leaf, out))
     said = []
     for leaf, reason in _by_leaf(out).items():
         places = "" if not_there[leaf] == there[leaf] else f" in {not_there[leaf]} of {there[leaf]} places"
         if not wanted or leaf in wanted:
             said.append(f"{leaf} is not adapted{places}: it {reason}")
-    return said
+    return [*said, *filter(None, [not_adapted_of(model)])]
 
 
 def _by_leaf(out: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.lora.config import CONFIG, WEIGHTS
+from gemma_tune.lora.experts import routers
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import TOWERS, left_out, target_modules, trained_weights
 from gemma_tune.lora.names import found_among
@@ -58,7 +59,7 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
             them are listed.
     """
     named = dict(model.named_modules())
-    trainable, out = set(target_modules(model, ())), left_out(model)
+    trainable, out = {*target_modules(model, ()), *routers(model)}, left_out(model)
     names, problems = {}, []
     for layer, lora in adapter.layers.items():
         found = found_among(named, layer)

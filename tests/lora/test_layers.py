@@ -45,11 +45,13 @@ FAMILIES = {
     "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"], n_mamba_heads=8, mamba_headdim=16, mamba_d_state=16, chunk_size=16,
                    mamba_ngroups=1, adapter_rank=4, num_mem_blocks=1, attention_head_dim=16, num_key_value_heads=4),
+    "gemma4_text": dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"], global_head_dim=32, num_experts=4,
+                        enable_moe_block=True, top_k_experts=2, moe_intermediate_size=32, hidden_size_per_layer_input=0),
     "qwen3": {},
 }
 OUT = {"qwen3_moe": ["down_proj", "gate_proj", "up_proj"], "deepseek_v3": ["down_proj", "gate_proj", "up_proj"], "qwen2_moe": [],
        "llama4_text": ["router"], "mamba2": ["out_proj"], "granitemoehybrid": ["out_proj"],
-       "bamba": ["out_proj"], "zamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
+       "gemma4_text": [], "bamba": ["out_proj"], "zamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
 
 
 def make(family: str, folder: Path | None = None):
@@ -76,6 +78,36 @@ def test_what_is_named_is_what_peft_adapts(family):
     found = sorted(name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
                    for name, _ in adapted.named_modules() if name.endswith(".lora_A.default"))
     assert found == chosen and not adapted.peft_config["default"].target_parameters
+
+
+def test_of_experts_the_router_is_adapted_only_where_it_is_named(tmp_path):
+    model = make("gemma4_text")
+    every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert leaves(target_modules(model, ())) == every
+    named = target_modules(model, ["proj"])
+    assert named == [f"model.layers.{n}.router.proj" for n in range(2)]
+    router, experts = not_adapted(model, ())
+    assert router.startswith("proj is not adapted: it chooses the experts, and is left as it was trained")
+    share = 2 * 4 * 3 * 64 * 32 / sum(p.numel() for p in model.parameters())
+    assert experts.startswith(f"the 4 experts of each layer, {share:.0%} of the weights, are not adapted")
+    assert not_adapted(model, ["proj"]) == [experts]
+    # An adapter from elsewhere can have it, and is trained further.
+    get_peft_model(deepcopy(model), LoraConfig(r=2, target_modules=[*every, "proj"])).save_pretrained(tmp_path)
+    assert {*named} < {*names_in(model, read_adapter(tmp_path)).values()}
+
+
+def test_experts_are_said_where_they_are_asked_for():
+    model = make("gpt_oss")
+    assert [said.split(",")[0] for said in not_adapted(model, ())] == ["the 4 experts of each layer"]
+    with pytest.raises(UserError) as refused:
+        target_modules(model, ["q_proj", "gate_up_proj"])
+    assert "names what the model does not have: gate_up_proj" in refused.value.message
+    assert refused.value.hint.endswith("its experts are none of them, and are not adapted here")
+    dense = make("qwen3")
+    assert not_adapted(dense, ()) == []
+    with pytest.raises(UserError) as refused:
+        target_modules(dense, ["gate_up_proj"])
+    assert "experts" not in refused.value.hint
 
 
 def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name():
@@ -127,7 +159,7 @@ def test_a_start_on_layers_of_a_tower_is_refused_as_one_on_what_is_not_trained(t
     assert "vision_tower" in problem and problem.endswith("is no linear layer of the text model's blocks, which alone are trained here")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "gpt_oss", "gemma3n_text"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text", "llama4_text", "gpt_oss", "gemma3n_text"])
 def test_it_is_trained_as_plain_peft_computes_it_and_merged(cli, tmp_path, family):
     """From the settings by default to a merged model, in families that broke on the way."""
     make(family, tmp_path / family)
@@ -136,6 +168,7 @@ def test_it_is_trained_as_plain_peft_computes_it_and_merged(cli, tmp_path, famil
                  "last", "--samples", 0, "--json")
     assert result.code == 0, result.err
     assert all(f"{leaf} is not adapted: it " in result.err for leaf in OUT[family])
+    assert ("experts of each layer" in result.err) == (family != "gemma3n_text")
     run = tmp_path / "runs" / family
     base = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32, attn_implementation="eager")
     model = PeftModel.from_pretrained(base, str(run / f"{family}_lora_adapter")).eval()
