@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.strict_json import object_in
+from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.experts import together
@@ -61,7 +62,8 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
     """
     file = GgufFile(gguf_path, keys=())
     shards = together({architecture.canonical(name): (path, name) for name, path in _shards(checkpoint).items()})
-    specs = [spec for spec in architecture.tensors if spec.values is not None or spec.source in shards]
+    specs = [spec for spec in architecture.tensors if spec.values is not None
+             or {spec.source, in_model(spec.source or "")[0]} & shards.keys()]
     problems = _missing_and_unknown(file, architecture, specs)
     worst, where = 0.0, ""
     for spec in specs if not problems else ():
@@ -152,7 +154,7 @@ def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarra
     from safetensors import safe_open
 
     if len(spec.shape) == 3:
-        yield from _of_experts(spec, shards[spec.source])
+        yield from _of_experts(spec, shards)
         return
     [(path, name)] = shards[spec.source]
     step = spec.rows_at_a_time(_ELEMENTS)
@@ -162,15 +164,18 @@ def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarra
             yield start, f.get_slice(name)[start:start + step].float().numpy()
 
 
-def _of_experts(spec: TensorSpec, members: Sequence[tuple[Path, str]]) -> Iterator[tuple[int, np.ndarray]]:
-    """One expert at a time, of one tensor of all or of one for each."""
+def _of_experts(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
+    """One expert at a time, of one tensor of all or of one for each; or half of one that holds two matrices."""
     from safetensors import safe_open
 
+    joined, half = (spec.source, None) if spec.source in shards else in_model(str(spec.source))
+    members, rows = shards[joined], spec.shape[1]
     for n in range(spec.shape[0]):
         path, name = members[n % len(members)]
         with safe_open(path, framework="pt") as f:
             stored = f.get_slice(name)
-            yield n * spec.shape[1], stored[n if len(stored.get_shape()) == 3 else slice(None)].float().numpy()
+            matrix = stored[n if len(stored.get_shape()) == 3 else slice(None)].float().numpy()
+        yield n * rows, matrix if half is None else matrix[half * rows:][:rows]
 
 
 def _shards(checkpoint: Path) -> dict[str, Path]:

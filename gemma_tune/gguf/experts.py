@@ -1,6 +1,7 @@
 """Experts in a checkpoint: all of a layer in one tensor (experts, rows, columns), or each with a matrix of its own.
 
-A GGUF has the first kind alone, whose rows are those of the second, one expert's below the other's.
+A GGUF has the first kind alone, whose rows are those of the second, one expert's below the other's. Gate and up can be
+one matrix in a checkpoint, and two in the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from gemma_tune.base.tensors import StoredTensor
+from gemma_tune.gguf.architectures.experts import in_model
 
 _ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _Found = TypeVar("_Found")
@@ -31,6 +33,30 @@ def together(found: Mapping[str, _Found]) -> dict[str, tuple[_Found, ...]]:
     taken = {name for members in whole.values() for name in members}
     return {name: (item,) for name, item in found.items() if name not in taken} | {
         name: tuple(found[member] for member in members) for name, members in whole.items()}
+
+
+def experts_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape: tuple[int, ...]
+               ) -> Sequence[StoredTensor] | None:
+    """Matrices of ``shape[1:]`` of each expert that are a half of a larger one in the checkpoint, or go by its name.
+
+    Args:
+        stored: see :func:`together`.
+        source: what the checkpoint is asked for, and does not have.
+
+    Returns:
+        None where it has no such tensor either.
+    """
+    name, half = in_model(source)
+    whole = stored.get(name, ())
+    if len(shape) < 3 or len(whole) != 1:
+        return None
+    rows, columns = shape[1:]
+    if whole[0].shape != (shape[0], rows * (1 if half is None else 2), columns):
+        return None
+    size = whole[0].bytes // math.prod(whole[0].shape)
+    starts = (n * whole[0].shape[1] + rows * (half or 0) for n in range(shape[0]))
+    return tuple(replace(whole[0], shape=(rows, columns), offset=whole[0].offset + start * columns * size)
+                 for start in starts)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import replacing
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
 from gemma_tune.base.words import gigabytes
+from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.compensated import Rounded, Rounding
-from gemma_tune.gguf.experts import Stack, by_rows, together
+from gemma_tune.gguf.experts import Stack, by_rows, experts_of, together
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -276,6 +277,10 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
     """
     stored = together({model.canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()
                        if not model.left_out(name)})
+    in_one = {spec.source: experts for spec in model.tensors if spec.source and spec.source not in stored
+              and (experts := experts_of(stored, spec.source, spec.shape))}
+    stored = {name: members for name, members in stored.items()
+              if name not in {in_model(source)[0] for source in in_one}} | in_one
     wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
               or not (spec.optional or (spec.tied_to and model.tied))]
     known = {spec.source: spec for spec in wanted if spec.source}

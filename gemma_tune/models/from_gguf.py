@@ -210,6 +210,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from gemma_tune.gguf.vocabulary.sentencepiece import sentencepiece_model_from_gguf
 
     quiet_libraries()
+    _know_the_width_of_experts()
     file = GgufFile(gguf)
     refuse_other_kinds(file)
     refuse_damage(file)
@@ -239,6 +240,13 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if (sentencepiece := sentencepiece_model_from_gguf(gguf)) is not None:
         (folder / "tokenizer.model").write_bytes(sentencepiece)
+
+
+def _know_the_width_of_experts() -> None:
+    """Transformers' loader has no name for the key, and takes all of Qwen 3's for those of its 30B-A3B."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    GGUF_CONFIG_MAPPING["qwen3_moe"].setdefault("expert_feed_forward_length", "moe_intermediate_size")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import quant_loss
@@ -28,9 +29,9 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest
-from support.gemmas import FAMILIES, make_family
-from support.gguf import make_checkpoint, train_sentencepiece
-from support.llamas import EXPERTS, make_llama
+from support.gemmas import FAMILIES, make_family, write_gemma4_tokenizer
+from support.gguf import LlamaCpp, make_checkpoint, train_sentencepiece
+from support.llamas import EXPERTS, make_llama, save_random, tokenizer_with_turns
 
 SIZES = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2)
 
@@ -203,6 +204,44 @@ def test_each_expert_is_measured_as_the_file_has_it(family, tmp_path):
         for own, parts in ((experts.gate_up_proj, joined), (experts.down_proj, ["down"])):
             stored = [file.rows(f"blk.{n}.ffn_{part}_exps.weight").reshape(len(own), -1, own.shape[2]) for part in parts]
             np.testing.assert_array_equal(own.detach().numpy(), np.concatenate(stored, 1))
+
+
+# Rows of 256, so that the K types are not replaced.
+WIDE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+OF_KIND = {"qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True),
+           "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+           "gemma4_text": dict(num_experts=4, top_k_experts=2, moe_intermediate_size=256, enable_moe_block=True, sliding_window=64,
+                               hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"])}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_llama_cpp_computes_with_experts_of_few_bits_as_is_measured(kind, tmp_path):
+    tokenizer = tokenizer_with_turns()
+    config = CONFIG_MAPPING[kind](vocab_size=600, pad_token_id=0, **WIDE, **OF_KIND[kind])
+    model = save_random(AutoModelForCausalLM.from_config(config), tokenizer).eval()
+    with torch.no_grad():  # so that rounding a little is no other choice of experts
+        for name, parameter in model.named_parameters():
+            parameter.mul_(4 if "router" in name or ".gate." in name else 0.5 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path)
+    (write_gemma4_tokenizer if kind == "gemma4_text" else tokenizer.save_pretrained)(tmp_path)
+    path = export(tmp_path, tmp_path, "q4_k_m")
+    types = {name: info.type.name for name, info in GgufFile(path, keys=()).tensors.items()}
+    assert [types[f"blk.{n}.ffn_down_exps.weight"] for n in range(2)] == ["Q4_K", "Q6_K"]
+    assert types["blk.0.attn_k.weight"] == ("Q8_0" if kind == "mixtral" else "Q4_K")
+    prompts = np.random.default_rng(3).integers(20, 400, (12, 24)).tolist()
+
+    def predicted() -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor(prompts)).logits[:, -1].log_softmax(-1)
+
+    whole, llama_cpp, off = predicted(), LlamaCpp(path, exact=True), []
+    measure(model, rows(), {"q4_k_m": path}, architecture(tmp_path))  # after which the model has the file's numbers
+    for prompt, *expected in zip(prompts, predicted(), whole):
+        for first in llama_cpp.complete(prompt, 1, n_probs=20).get("completion_probabilities", ()):
+            ids, found = zip(*((top["id"], top["logprob"]) for top in first["top_logprobs"]))
+            off.append([(torch.tensor(found) - some[list(ids)]).abs().mean().item() for some in expected])
+    rounded, unrounded = np.median(off, 0)
+    assert len(off) > 5 and rounded < unrounded / 4  # llama.cpp rounds what is multiplied with them to eight bits besides
 
 
 def test_a_tensor_that_the_running_model_lacks_is_an_error(checkpoint, files):

@@ -110,6 +110,31 @@ def test_the_check_sees_experts_that_changed_places(checkpoint, quant):
     assert problem.startswith("blk.1.ffn_down_exps.weight: off by")
 
 
+def test_gate_and_up_in_one_tensor_give_the_same_file(tmp_path):
+    """As Transformers saves a model that it loaded from a GGUF."""
+    make_llama(APART, tmp_path)
+    whole = export(tmp_path, "q8_0").read_bytes()
+    experts = "model.layers.{}.mlp.experts."
+
+    def join(tensors):
+        for n in range(2):
+            gate, up, down = (torch.stack([tensors.pop(f"{experts.format(n)}{e}.{part}_proj.weight") for e in range(6)])
+                              for part in ("gate", "up", "down"))
+            tensors |= {f"{experts.format(n)}gate_up_proj": torch.cat([gate, up], 1), f"{experts.format(n)}down_proj": down}
+
+    edited(tmp_path, join)
+    path = export(tmp_path, "q8_0")
+    assert path.read_bytes() == whole and worst_error(tmp_path, path, architecture(tmp_path))[0] < 0.01
+    name = f"{experts.format(1)}gate_up_proj"
+    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name].flip(1)}))
+    with pytest.raises(WorkFailed) as failed:
+        worst_error(tmp_path, path, architecture(tmp_path))
+    assert [problem.split(":")[0] for problem in failed.value.problems] == [
+        f"blk.1.ffn_{part}_exps.weight" for part in ("gate", "up")]
+    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name][:, :60].clone()}))
+    assert f"{name} is not a tensor of this model" in problems_of(tmp_path)
+
+
 def problems_of(folder: Path) -> list[str]:
     with pytest.raises(UserError, match="don't fit its config.json") as refused:
         export(folder)

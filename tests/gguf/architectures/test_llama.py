@@ -462,7 +462,7 @@ def test_llama_2s_vocabulary_and_its_spaces(tmp_path: Path, scheme: str) -> None
 # ---- bases that come as a GGUF -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+@pytest.mark.parametrize("name", ["smollm2", "mistral", "qwen3 with experts"])
 def test_a_gguf_becomes_a_checkpoint_of_the_same_model(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
