@@ -31,6 +31,7 @@ LOGITS_ON_GPU = 270_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.
 FRAGMENTATION = 1.25
+_LITTLE = 0.25  # of the weights, so that what --qlora saves is no way out
 TOKENIZER = 950  # on a CPU, bytes of the tokenizer for each entry of its vocabulary
 
 
@@ -63,7 +64,8 @@ class BatchChoice:
         fits: ``memory`` is within the share of ``available`` that may be used.
         reason: why so, in words.
         per_row: sequences of each conversation; a pair has two.
-        four_bit: the base is in 4 bits.
+        four_bit: the base is in 4 bits,
+        in_linear: and so much of it at most: those of the weights that are in linear layers, which experts are not.
     """
 
     micro_batch: int
@@ -74,6 +76,7 @@ class BatchChoice:
     reason: str
     per_row: int = 1
     four_bit: bool = False
+    in_linear: float = 1.0
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
@@ -133,7 +136,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards)
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
-                             per_row, config.qlora)
+                             per_row, config.qlora, shape.linear / shape.parameters)
         first = first or choice
         if choice.fits:
             break
@@ -187,7 +190,8 @@ def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     ways = []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
-    if not choice.four_bit and memory.weights > memory.total / 4 and best_device() != "mps":
+    if not choice.four_bit and choice.in_linear > _LITTLE and memory.weights > memory.total / 4 \
+            and best_device() != "mps":
         ways.append("--qlora keeps the weights in 4 bits")
     if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:
         shorter = max(64, int(longest * (room - fixed) / (memory.activations + memory.working)) // 64 * 64)
@@ -214,8 +218,10 @@ def described(choice: BatchChoice, longest: int) -> str:
     adapter = memory.adapter + memory.gradients + memory.optimizer
     at_once = choice.micro_batch * choice.per_row
     recomputed = ", recomputed in the backward pass" if choice.checkpointing else ""
+    little = choice.four_bit and choice.in_linear < _LITTLE
+    packed = f", of which {choice.in_linear:.0%} are in 4 bits" if little else ""
     return (f"memory: about {gigabytes(memory.total)} of {gigabytes(choice.available)} available (weights "
-            f"{gigabytes(memory.weights)}, adapter and optimiser {gigabytes(adapter)}, activations "
+            f"{gigabytes(memory.weights)}{packed}, adapter and optimiser {gigabytes(adapter)}, activations "
             f"{gigabytes(memory.activations + memory.working)} with {at_once} x {longest:,} tokens at once"
             f"{recomputed}, libraries {gigabytes(memory.overhead)})")
 

@@ -199,6 +199,18 @@ def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(monkeypatch, flag, stor
         assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == (not four_bit)
 
 
+def test_of_experts_little_is_in_4_bits_and_it_is_said(monkeypatch):
+    """They are no linear layers: --qlora is no way out for a model that is mostly of them."""
+    monkeypatch.setattr(memory_module, "best_device", lambda: "cuda")
+    config = TrainConfig(batch_size=1)
+    for linear, helps in ((8 * 10**8, True), (7 * 10**7, False)):
+        shape = replace(FAKE, linear=linear)
+        choice = choose(shape, config, 500, "cuda", 10**9)
+        assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == helps
+        said = memory_module.described(choose(shape, replace(config, qlora=True), 500, "cuda", 10**9), 500)
+        assert (", of which 7% are in 4 bits, adapter" in said) != helps and "%" not in memory_module.described(choice, 500)
+
+
 @same_examples(100)
 @given(st.integers(1, 8), st.sampled_from([None, True, False]), st.floats(0.1, 60))
 def test_what_the_user_set_is_kept(micro_batch, checkpointing, gigabytes):
