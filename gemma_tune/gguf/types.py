@@ -61,7 +61,7 @@ _SHORTER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q
 _LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj")
 # What stays in 32 bits, as llama.cpp reads it in no other type: norms, convolutions of a few numbers a row, and what
 # chooses experts.
-_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv|ffn_gate_inp)\.weight$")
+_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv|ffn_gate_inp(_shexp)?)\.weight$")
 _DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$")
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _PROGRAM = "llama-quantize"

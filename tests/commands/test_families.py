@@ -134,7 +134,7 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
                if TOWERS.search(tensor_name))
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss", "qwen 3 with experts",
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss", "qwen 3 with experts", "qwen 3.5 with experts",
                                   "gemma4-experts"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     """Of layers with a state or with experts, and of a text part without a class of its own: llama.cpp answers alike in each
@@ -155,7 +155,7 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
 
 
 def make_exportable(kind, folder):
-    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2", "seed-oss": "qwen2"}.get(kind, "tekken"))
+    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "qwen 3.5 with experts": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2", "seed-oss": "qwen2"}.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
         tokenizer.chat_template = GLM4
@@ -170,8 +170,12 @@ def make_exportable(kind, folder):
         tokenizer.chat_template = SEED
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0, num_hidden_layers=4)
-    if kind == "qwen 3.5":
+    if kind.startswith("qwen 3.5"):
         text |= MIXING | dict(head_dim=32, layer_types=None)
+    if kind == "qwen 3.5 with experts":
+        own = text | MOE | dict(shared_expert_intermediate_size=32)
+        network = T.Qwen3_5MoeForConditionalGeneration(T.Qwen3_5MoeConfig(text_config=own, vision_config=EYE))
+    elif kind == "qwen 3.5":
         network = T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=text, vision_config=EYE))
     elif kind == "qwen 3 with experts":
         network = T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**text | MOE))

@@ -128,14 +128,15 @@ def test_experts_get_the_types_of_a_dense_feed_forward_part():
     def block(n: int) -> dict[str, tuple[int, ...]]:
         return {f"blk.{n}.{part}.weight": shape for part, shape in {
             "ffn_down_exps": (4, 64, 256), "ffn_gate_up_exps": (4, 64, 256), "ffn_down": (64, 256), "ffn_gate_inp": (4, 256),
+            "ffn_down_shexp": (64, 256), "ffn_gate_inp_shexp": (1, 256),
             "attn_v": (64, 256), "attn_k": (64, 256), "attn_output": (64, 256)}.items()} | {f"blk.{n}.ffn_down_exps.scale": (4,)}
 
     tensors = {name: shape for n in sorted(range(16), key=str) for name, shape in block(n).items()}
     found = types("q4_k_m", tensors, layers=16, experts=4)
-    for part in ("ffn_down_exps", "ffn_down", "attn_v"):
+    for part in ("ffn_down_exps", "ffn_down_shexp", "ffn_down", "attn_v"):
         assert {int(n.split(".")[1]) for n, type in found.items() if f".{part}.weight" in n and type == "Q6_K"} == {
             0, 1, 4, 7, 10, 13, 14, 15}, part
-    rest = {"ffn_gate_up_exps": "Q4_K", "ffn_gate_inp": "F32", "attn_k": "Q4_K", "attn_output": "Q4_K"}
+    rest = {"ffn_gate_up_exps": "Q4_K", "ffn_gate_inp": "F32", "ffn_gate_inp_shexp": "F32", "attn_k": "Q4_K", "attn_output": "Q4_K"}
     for part, kind in rest.items():
         assert {type for n, type in found.items() if f".{part}.weight" in n} == {kind}, part
     assert {type for n, type in found.items() if n.endswith(".scale")} == {"F32"}

@@ -103,6 +103,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3 with experts": ("qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32,
                                          "norm_topk_prob": True}, "qwen2"),
+    "qwen3.5 with experts": ("qwen3_5_moe_text", {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2,
+                                                  "linear_num_value_heads": 4, "linear_key_head_dim": 16, "num_experts": 4,
+                                                  "linear_value_head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                                  "shared_expert_intermediate_size": 48}, "qwen35"),
     "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, "tekken"),
 }
 

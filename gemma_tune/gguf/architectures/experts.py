@@ -53,6 +53,22 @@ def add_qwen3_moe(config: Any, writer: gguf.GGUFWriter) -> None:
     add_experts(writer, config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
 
 
+# ---- Qwen 3.5 -------------------------------------------------------------------------------------------------------
+
+
+def qwen35_moe(config: Any) -> Shapes:
+    """With an expert besides that every token meets, as much as a gate of its own says."""
+    hidden, inner = config.hidden_size, config.shared_expert_intermediate_size
+    shared = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return {**qwen3_moe(config), "mlp.shared_expert_gate.weight": (1, hidden),
+            **{f"mlp.shared_expert.{part}.weight": shape for part, shape in shared.items()}}
+
+
+def add_qwen35_moe(config: Any, writer: gguf.GGUFWriter) -> None:
+    add_qwen3_moe(config, writer)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
 # ---- Mixtral --------------------------------------------------------------------------------------------------------
 
 

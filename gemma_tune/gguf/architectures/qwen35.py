@@ -1,4 +1,4 @@
-"""Qwen 3.5 and 3.6 (dense; of multimodal repositories the text model) in GGUF: most layers have linear attention.
+"""Qwen 3.5 and 3.6 (of multimodal repositories the text model) in GGUF: most layers have linear attention.
 
 Such a layer has a state of its own for each of its value heads (Gated DeltaNet, arXiv 2412.06464). Where several of
 them share a key head, llama.cpp expects them in another order: the first of each key head, then the second of each.
@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from gemma_tune.gguf.architectures import experts
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, canonical, differing
 from gemma_tune.gguf.architectures.parts import (
     FLAT,
@@ -26,7 +27,6 @@ from gemma_tune.gguf.architectures.parts import (
     refuse,
 )
 
-_ARCH = gguf.MODEL_ARCH.QWEN35
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _SECTIONS = [11, 11, 10]  # of a rotation in space; in a text all of them turn alike
 # Where pictures are seen, and what guesses several tokens ahead, which no answer depends on.
@@ -40,13 +40,19 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     text = whole.get_text_config()
     refuse(path, _problems(text))
-    return Architecture(gguf.MODEL_ARCH_NAMES[_ARCH], _tensors(text), partial(_metadata, text), "bpe", text.vocab_size,
-                        text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
+    arch = gguf.MODEL_ARCH.QWEN35MOE if _count(text) else gguf.MODEL_ARCH.QWEN35
+    return Architecture(gguf.MODEL_ARCH_NAMES[arch], _tensors(arch, text), partial(_metadata, text), "bpe",
+                        text.vocab_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
                         tied=whole.tie_word_embeddings, canonical=canonical,
-                        left_out=lambda name: name.startswith(_OTHER_PARTS))
+                        left_out=lambda name: name.startswith(_OTHER_PARTS), experts=_count(text))
 
 
-MAKERS = {"qwen3_5": _make, "qwen3_5_text": _make}
+MAKERS = dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _make)
+
+
+def _count(text: Any) -> int:
+    """Experts of a layer; 0 in a dense model."""
+    return getattr(text, "num_experts", 0)
 
 
 def _problems(text: Any) -> list[str]:
@@ -68,8 +74,8 @@ def _interval(text: Any) -> int:
     return list(text.layer_types).index(_FULL) + 1 if _FULL in text.layer_types else text.num_hidden_layers + 1
 
 
-def _tensors(text: Any) -> tuple[TensorSpec, ...]:
-    names = gguf.get_tensor_name_map(_ARCH, text.num_hidden_layers)
+def _tensors(arch: gguf.MODEL_ARCH, text: Any) -> tuple[TensorSpec, ...]:
+    names = gguf.get_tensor_name_map(arch, text.num_hidden_layers)
     hidden = text.hidden_size
     found = [(EMBEDDING, (text.vocab_size, hidden), None), ("model.norm.weight", (hidden,), PLUS_ONE)]
     for n, kind in enumerate(text.layer_types):
@@ -87,10 +93,16 @@ _Parts = dict[str, tuple[tuple[int, ...], Change | None]]
 
 
 def _both(text: Any) -> _Parts:
+    norms: _Parts = {f"{norm}.weight": ((text.hidden_size,), PLUS_ONE)
+                     for norm in ("input_layernorm", "post_attention_layernorm")}
+    shapes = experts.qwen35_moe(text) if _count(text) else _dense(text)
+    return norms | {part: (shape, None) for part, shape in shapes.items()}
+
+
+def _dense(text: Any) -> experts.Shapes:
     hidden, inner = text.hidden_size, text.intermediate_size
-    return {"input_layernorm.weight": ((hidden,), PLUS_ONE), "post_attention_layernorm.weight": ((hidden,), PLUS_ONE),
-            "mlp.gate_proj.weight": ((inner, hidden), None), "mlp.up_proj.weight": ((inner, hidden), None),
-            "mlp.down_proj.weight": ((hidden, inner), None)}
+    return {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner)}
 
 
 def _full(text: Any) -> _Parts:
@@ -168,7 +180,10 @@ class _Order:
 def _metadata(text: Any, writer: gguf.GGUFWriter) -> None:
     writer.add_context_length(text.max_position_embeddings)
     for key, add_number in SIZES.items():
-        add_number(writer, getattr(text, key))
+        if (number := getattr(text, key, None)) is not None:  # of experts, that of a dense part need not be said
+            add_number(writer, number)
+    if _count(text):
+        experts.add_qwen35_moe(text, writer)
     writer.add_key_length(text.head_dim)
     writer.add_value_length(text.head_dim)
     rope = text.rope_parameters
