@@ -28,7 +28,7 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
     if source.architecture is None:
         return "the converter writes the file"
     if source.architecture.experts:
-        return "of experts, most of such a model, it is not known what each is multiplied with"
+        return "what each expert of a mixture is multiplied with is not measured"
     return "libgguf is not installed" if libgguf is None else ""
 
 

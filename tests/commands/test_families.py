@@ -134,8 +134,8 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
                if TOWERS.search(tensor_name))
 
 
-@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss", "qwen 3 with experts", "qwen 3.5 with experts",
-                                  "gemma4-experts"])
+@pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss",
+                                  "qwen 3 with experts", "qwen 3.5 with experts", "gemma4-experts"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     """Of layers with a state or with experts, and of a text part without a class of its own: llama.cpp answers alike in each
     number format."""
@@ -152,6 +152,10 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
     assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
+    if "experts" in kind:
+        sized = cli("export-ollama", "--size", "1MB", "--no-create")
+        assert sized.code == 2 and "rounding is not calibrated: what each expert of a mixture is multiplied with" in sized.err
+        assert "--quant" in sized.err
 
 
 def make_exportable(kind, folder):
