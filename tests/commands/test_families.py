@@ -159,7 +159,9 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
 
 
 def make_exportable(kind, folder):
-    tokenizer = tokenizer_with_turns({"qwen 3.5": "qwen35", "qwen 3.5 with experts": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe", "hunyuan": "qwen2", "seed-oss": "qwen2"}.get(kind, "tekken"))
+    cuts = {"qwen 3.5": "qwen35", "qwen 3.5 with experts": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe",
+            "hunyuan": "qwen2", "seed-oss": "qwen2"}
+    tokenizer = tokenizer_with_turns(cuts.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
         tokenizer.chat_template = GLM4

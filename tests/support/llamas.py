@@ -91,12 +91,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ernie": ("ernie4_5", {"head_dim": 32, "tie_word_embeddings": True}, "smaug-bpe"),
     "internlm3": ("internlm3", {"head_dim": 32, "rope_parameters": LINEAR}, "gpt-2"),
     "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 24, "rope_parameters": {
-        "full_attention": {**YARN, "attention_factor": 1.138629436111989}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+        "full_attention": {**YARN, "attention_factor": 1.138629436111989},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
         "smaug-bpe"),
     "seed-oss": ("seed_oss", {"head_dim": 32}, "qwen2"),
     "minicpm3": ("minicpm3", {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 16,
                               "qk_rope_head_dim": 8, "v_head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-                              "rope_parameters": LONG | {"short_factor": [1.0, 1.2, 1.6, 2.5], "long_factor": [1.0, 2, 4, 8]}}, "smaug-bpe"),
+                              "rope_parameters": LONG | {"short_factor": [1.0, 1.2, 1.6, 2.5],
+                                                         "long_factor": [1.0, 2, 4, 8]}}, "smaug-bpe"),
     "lfm2": ("lfm2", {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 32}, "llama-bpe"),
 }  # fmt: skip
 # Likewise, of experts; checkpoints have matrices of their own for each.

@@ -76,13 +76,18 @@ GLM4 = """[gMASK]<sop>
 HUNYUAN = """{{- '<｜hy_begin▁of▁sentence｜>' }}
 {%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '<｜hy_place▁holder▁no▁3｜>' }}{%- endif %}
 {%- for m in messages %}{%- if m['role'] == 'user' %}{{- '<｜hy_User｜>' + m['content'] }}
-{%- elif m['role'] == 'assistant' %}{%- set c = m['content'] %}{%- if '</think>' in c and not loop.last %}{%- set c = c.split('</think>')[-1] %}{%- endif %}
+{%- elif m['role'] == 'assistant' %}{%- set c = m['content'] %}
+{%- if '</think>' in c and not loop.last %}{%- set c = c.split('</think>')[-1] %}{%- endif %}
 {{- '<｜hy_Assistant｜>' + c + '<｜hy_place▁holder▁no▁2｜>' }}{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<｜hy_Assistant｜>' }}{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}{%- else %}{{- '<｜hy_place▁holder▁no▁8｜>' }}{%- endif %}"""
+{%- if add_generation_prompt %}{{- '<｜hy_Assistant｜>' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}
+{%- else %}{{- '<｜hy_place▁holder▁no▁8｜>' }}{%- endif %}"""
 
 # As Seed-OSS's: BOS begins each turn, EOS ends it, and a thought stands in marks of its own.
 SEED = """{%- for m in messages %}{{- '<seed:bos>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' %}{%- if m.reasoning_content is defined and m.reasoning_content | trim %}{{- '<seed:think>' + m.reasoning_content | trim + '</seed:think>\\n' }}{%- endif %}
+{%- if m.role == 'assistant' %}
+{%- if m.reasoning_content is defined and m.reasoning_content | trim %}
+{{- '<seed:think>' + m.reasoning_content | trim + '</seed:think>\\n' }}{%- endif %}
 {{- m.content | trim + '<seed:eos>' }}{%- else %}{{- m.content + '<seed:eos>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<seed:bos>assistant\\n' }}{%- endif %}"""
 
