@@ -516,7 +516,7 @@ def test_two_models_of_the_same_name_do_not_share_a_run(cli, trained, tmp_path):
 
 
 def test_a_directory_that_is_no_checkpoint_says_what_it_is(cli, data, tmp_path):
-    for name, file, advice in (("adapter", "adapter_config.json", "gemma-tune merge --adapter adapter"),
+    for name, file, advice in (("adapter", "adapter_config.json", "gemma-tune merge --run r --adapter adapter"),
                                ("run", "manifest.json", "gemma-tune status --run run")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
