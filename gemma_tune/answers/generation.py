@@ -132,7 +132,7 @@ def finite_logits(model: Any) -> Any:
 def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
-    return Answer(_whole_characters(chat.tokenizer, kept), len(kept), end is not None)
+    return Answer(chat.said(_whole_characters(chat.tokenizer, kept)), len(kept), end is not None)
 
 
 def _whole_characters(tokenizer: Any, ids: list[int]) -> str:

@@ -22,10 +22,11 @@ class Pieces:
     piece is decoded together with the piece before it, as the text of a token depends on its neighbours (its space).
 
     Args:
-        chat: None where text comes instead of ids.
+        chat: None where the text of an answer comes as it is, instead of ids or what a model wrote.
     """
 
     def __init__(self, chat: ChatFormat | None):
+        self._chat, self._begins = chat, ""  # what was written as long as it is not known to be of the answer's text
         self._decode = chat and chat.tokenizer.decode
         self._stop_ids = set(chat.stop_ids if chat else ())
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -62,9 +63,13 @@ class Pieces:
         self._give()
 
     def say(self, text: str) -> None:
-        """Give out a piece that came as text, of so many tokens as its maker says in the end."""
-        self.text += text
-        self._queue.put(text)
+        """Give out a piece of text, of so many tokens as its maker says in the end where it came as text."""
+        if self._chat and not self.text:
+            self._begins += text
+            text = self._chat.said(self._begins)
+        if text:
+            self.text += text
+            self._queue.put(text)
 
     def end(self) -> None:
         """Nothing follows; the reader's loop ends. Half a character at the end is left out."""
@@ -79,8 +84,7 @@ class Pieces:
         if len(longer) <= len(known) or longer.endswith(BROKEN):
             return
         self._before, self._given = self._given, len(self._ids)
-        self.text += longer[len(known):]
-        self._queue.put(longer[len(known):])
+        self.say(longer[len(known):])
 
 
 class Streaming:

@@ -39,10 +39,10 @@ def sampling(arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
 class LlamaStream(Streaming):
     """An answer of llama.cpp to a prompt of token ids."""
 
-    def __init__(self, engine: Engine, ids: list[int], limit: int, settings: dict[str, Any]):
+    def __init__(self, engine: Engine, chat: ChatFormat, ids: list[int], limit: int, settings: dict[str, Any]):
         self._engine, self._ids, self._limit, self._settings = engine, ids, limit, settings
         self._tokens = 0
-        super().__init__(Pieces(None), len(ids))
+        super().__init__(Pieces(chat), len(ids))
 
     def answer(self) -> Answer:
         return Answer(self._pieces.text, self._tokens, self._pieces.ended)
@@ -73,7 +73,8 @@ class LlamaVoice:
         limit = room_in(self.context, len(ids), config.max_new_tokens,
                         "the room that llama.cpp has here (--use adapter has all of the model's)")
         seed, self._seed = self._seed, None if self._seed is None else self._seed + 1  # another for each answer
-        return LlamaStream(self.engine, ids, limit, sampling(arguments_of(self.own, sampling_of(config)), seed))
+        return LlamaStream(self.engine, self.chat, ids, limit,
+                           sampling(arguments_of(self.own, sampling_of(config)), seed))
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)

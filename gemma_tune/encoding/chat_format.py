@@ -118,6 +118,7 @@ class ChatFormat:
             self._opens_thoughts = bool(opened_thought(prompt))
             self._begins_thoughts = self._opens_thoughts or closed_thought(prompt)
         self._ends_in_next = False  # whether the mark that ends an answer is what the next turn begins with
+        self._lead = ""  # white space that an answer begins with, and that is no part of its text (GLM's line break)
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
@@ -161,6 +162,15 @@ class ChatFormat:
             return bool(bos) and self.render([QUESTION, {"role": "assistant", "content": "a"}, QUESTION]).count(bos) > 1
         except FormatError:
             return False
+
+    def said(self, answer: str) -> str:
+        """An answer's text, without white space that the template itself writes between a prompt and an answer: as a
+        turn of a conversation the text would have it twice.
+
+        Args:
+            answer: what the model wrote, or the first characters of it.
+        """
+        return "" if self._lead.startswith(answer) else answer.removeprefix(self._lead)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -365,27 +375,33 @@ class ChatFormat:
             head, _, tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")
         except FormatError as e:
             raise self._unusable(e) from e
+        self._lead = head if head.isspace() else ""
         if special := self._special_ids(tail):
             if self._is_named:
                 self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
             return special[0]
-        if not tail.strip() and (mark := self._beginning_of(question, [question, answer])) is not None:
-            self._ends_in_next = True
-            return mark
-        raise self._endless(tail)
+        following = None if tail.strip() else self._beginning_of(question, [question, answer])
+        if following is None or following not in self.other_stop_ids:
+            raise self._endless(tail, following)
+        self._ends_in_next = True
+        return following
 
     def _beginning_of(self, turn: dict[str, Any], turns: Messages, tools: Tools = None) -> int | None:
-        """The special token with which a turn begins behind others, if it ends answers by the model's own settings."""
+        """The special token with which a turn begins behind others."""
         try:
             shorter, longer = self._render(turns, tools), self._render([*turns, turn], tools)
         except FormatError:
             return None
         special = self._special_ids(longer.removeprefix(shorter))
-        mark = self.tokenizer.convert_ids_to_tokens(special[0]) if special else None
-        return special[0] if mark and special[0] in self.other_stop_ids and longer.startswith(shorter + mark) else None
+        begins = special and longer.startswith(shorter + self.tokenizer.convert_ids_to_tokens(special[0]))
+        return special[0] if begins else None
 
-    def _endless(self, tail: str) -> UserError:
-        """What to say of a template that writes ``tail``, in which no token is special, behind an answer."""
+    def _endless(self, tail: str, following: int | None) -> UserError:
+        """What to say of a template that writes ``tail``, in which no token is special, behind an answer.
+
+        Args:
+            following: what the next turn begins with, which the model is not known to stop at.
+        """
         mark, eos = next(iter(tail.split()), ""), self.tokenizer.eos_token
         what = (f"ends an assistant's turn with {mark!r}, which is no special token of this model but "
                 f"{counted(len(self._labeller.ids(mark)), 'token')} of text"
@@ -394,6 +410,10 @@ class ChatFormat:
         other = (f"use --chat-template {ENDING_WITH_EOS}, or a Jinja file that writes eos_token behind an answer: both "
                  f"end it with this tokenizer's {eos}; or " if eos else "")
         fit = f"vocabulary has {mark}" if mark and self._is_named else "template marks the end of a turn"
+        if following is not None:
+            begins = self.tokenizer.convert_ids_to_tokens(following)
+            other = (f"if the model stops by writing {begins}, which begins the next turn, add its id {following} to "
+                     f"eos_token_id of generation_config.json; {other}")
         return UserError(f"{self._called} {what}, so a model trained on it could never stop",
                          f"{own}{other}train another model, one whose {fit}")
 
@@ -439,7 +459,8 @@ class ChatFormat:
         It is the terminator in most templates; Gemma 4 goes on with the results, and its calls end where they begin.
         """
         if self._ends_in_next:
-            return self._beginning_of(RESULT, [QUESTION, CALL], TOOLS)
+            found = self._beginning_of(RESULT, [QUESTION, CALL], TOOLS)
+            return found if found in self.other_stop_ids else None
         try:
             prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
             answer = answer_after(prompt, full, self._takes_thoughts_out).rstrip()

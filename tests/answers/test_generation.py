@@ -20,7 +20,7 @@ from gemma_tune.answers.generation import (
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
-from gemma_tune.encoding.chat_format import FormatError
+from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -120,7 +120,7 @@ class Asked:
     """A chat format that notes what is asked of it, and renders the tools on offer as a first turn."""
 
     def __init__(self, chat):
-        self.tokenizer, self.stop_ids, self.asked, self._chat = chat.tokenizer, chat.stop_ids, [], chat
+        self.tokenizer, self.stop_ids, self.said, self.asked, self._chat = chat.tokenizer, chat.stop_ids, chat.said, [], chat
 
     def refuse_left_out(self, messages, tools=None):
         pass
@@ -272,6 +272,27 @@ def test_pieces_add_up_to_the_answer_which_is_the_batchs(model, chat):
     assert greedy_answers(model, chat, [question("a")], 100) == [answer]
 
 
+LEADING = """{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}
+{{ m.content }}<end_of_turn>{% endfor %}{% if add_generation_prompt %}<start_of_turn>model{% endif %}"""
+
+
+@pytest.mark.parametrize("written", ["\nA fox.\nA dog", "\n\nA fox", "A fox", "\n", ""])
+def test_a_line_break_that_the_template_writes_before_an_answer_is_no_text_of_it(model, checkpoint, written):
+    """Else it would stand there twice in the next prompt, as never in training."""
+    chat = ChatFormat(load_format(checkpoint, "gemma3_text").tokenizer, "gemma3_text", template=LEADING)
+    script(model, [[*ids_of(chat, written), chat.terminator_id]])
+    stream = Stream(model, chat, question("a"), 100, GREEDY)
+    pieces, answer = list(stream), stream.finish()
+    assert "".join(pieces) == answer.text == written.removeprefix("\n") and all(pieces)
+    assert answer.tokens == len(ids_of(chat, written))
+    del model.forward
+    script(model, [[*ids_of(chat, written), chat.terminator_id]])
+    assert greedy_answers(model, chat, [question("a")], 100) == [answer]
+    turns = [*question("a"), {"role": "assistant", "content": answer.text}, *question("b")]
+    if written.startswith("\n"):
+        assert chat.prompt_text(turns).startswith(chat.prompt_text(question("a")) + written + chat.terminator)
+
+
 @pytest.mark.parametrize("text", ["今天天气很好", "龘龘龘", "a🦊b😀🦊 c", "Grüße 👩‍👩‍👧 é", "好🦊\n\n龘"])
 def test_characters_of_several_tokens_come_whole(model, chat, text):
     ids = ids_of(chat, text)
@@ -314,7 +335,7 @@ def test_what_ends_an_answer_is_never_shown_even_if_it_is_no_special_token(model
     [end] = ids_of(chat, "z")
     fox = ids_of(chat, "fox")
     plain = SimpleNamespace(tokenizer=chat.tokenizer, prompt_ids=chat.prompt_ids, stop_ids=[1, end],
-                            refuse_left_out=chat.refuse_left_out)
+                            refuse_left_out=chat.refuse_left_out, said=chat.said)
     script(model, [[*fox, end]])
     stream = Stream(model, plain, question("a"), 100, GREEDY)
     assert "".join(stream) == "fox"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from gemma_tune.chat.local import LocalVoice
 from gemma_tune.chat.served import OllamaVoice, open_ollama
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import with_thinking
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine
@@ -183,6 +185,16 @@ def test_llama_streams_the_greedy_answer_also_after_turns_are_taken_back(in_llam
         assert answer.tokens == len(whole.ids)
         anew = voice.engine.stream(ids, 12, temperature=0, top_k=1, cache_prompt=False)
         assert answer.text == "".join(text for text, _, _ in anew)
+
+
+def test_what_llama_writes_before_an_answers_text_is_left_out(chat):
+    class Writing:
+        def stream(self, ids, limit, **settings):
+            yield from (("\n", 1, False), ("A", 2, False), ("\nB", 3, False), ("", 3, True))
+
+    chat = ChatFormat(copy.deepcopy(chat.tokenizer), "gemma3_text", template=chat.template.replace("model\\n'", "model'"))
+    stream = llama.LlamaVoice("in llama.cpp", 512, Writing(), chat, {}).ask(question("a"), GREEDY)
+    assert list(stream) == ["A", "\nB"] and stream.finish() == Answer("A\nB", 3, True)
 
 
 def test_llama_stops_and_ends_by_itself_and_repeats_with_a_seed(in_llama, monkeypatch):

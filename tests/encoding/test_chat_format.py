@@ -479,8 +479,20 @@ def test_where_the_next_turn_begins_with_what_ends_an_answer_that_is_learned():
 
 
 def test_what_a_model_does_not_stop_at_ends_no_answer():
-    with pytest.raises(UserError, match="could never stop"):
-        ChatFormat(byte_tokenizer(GLM, GLM4), "glm4")
+    """Its settings can have been left behind when it was copied."""
+    tokenizer = byte_tokenizer(GLM, GLM4)
+    with pytest.raises(UserError, match="could never stop") as e:
+        ChatFormat(tokenizer, "glm4")
+    mark = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert f"<|user|>, which begins the next turn, add its id {mark} to eos_token_id of generation_config.json" in e.value.hint
+
+
+def test_what_an_answer_begins_with_by_the_template_is_no_text_of_it():
+    for template in (GLM4, GLM4.replace("visible = content.split('</think>')[-1].strip()", "visible = content")):
+        chat = glm(template)
+        messages = [user("Hi"), assistant(chat.said("\nHello")), user("More")]
+        assert chat.prompt_text(messages) == "[gMASK]<sop><|user|>\nHi<|assistant|>\nHello<|user|>\nMore<|assistant|>"
+        assert [chat.said(text) for text in ("", "\n", "\n\na", "a\n")] == ["", "", "\na", "a\n"]
 
 
 def test_calls_end_where_their_results_begin_as_in_trls_training_template():
