@@ -28,7 +28,7 @@ def routers(model: PreTrainedModel) -> set[str]:
 
     count = count_of(model)
     return {name for name, module in model.named_modules() if count and isinstance(module, torch.nn.Linear)
-            and module.out_features == count and ("router" in name.split(".") or name.endswith(".gate"))}
+            and module.out_features == count and not {"router", "gate"}.isdisjoint(name.split("."))}
 
 
 def _of_experts(model: PreTrainedModel) -> list[Parameter]:

@@ -47,11 +47,12 @@ FAMILIES = {
                    mamba_ngroups=1, adapter_rank=4, num_mem_blocks=1, attention_head_dim=16, num_key_value_heads=4),
     "gemma4_text": dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"], global_head_dim=32, num_experts=4,
                         enable_moe_block=True, top_k_experts=2, moe_intermediate_size=32, hidden_size_per_layer_input=0),
+    "hunyuan_v1_moe": dict(num_experts=4, moe_topk=2, pad_token_id=0),
     "qwen3": {},
 }
 OUT = {"qwen3_moe": ["down_proj", "gate_proj", "up_proj"], "deepseek_v3": ["down_proj", "gate_proj", "up_proj"], "qwen2_moe": [],
        "llama4_text": ["router"], "mamba2": ["out_proj"], "granitemoehybrid": ["out_proj"],
-       "gemma4_text": [], "bamba": ["out_proj"], "zamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
+       "gemma4_text": [], "hunyuan_v1_moe": ["down_proj", "gate_proj", "up_proj"], "bamba": ["out_proj"], "zamba2": ["out_proj"], "gpt_oss": [], "gemma3n_text": ["correction_coefs"], "qwen3": []}
 
 
 def make(family: str, folder: Path | None = None):
@@ -94,6 +95,13 @@ def test_of_experts_the_router_is_adapted_only_where_it_is_named(tmp_path):
     # An adapter from elsewhere can have it, and is trained further.
     get_peft_model(deepcopy(model), LoraConfig(r=2, target_modules=[*every, "proj"])).save_pretrained(tmp_path)
     assert {*named} < {*names_in(model, read_adapter(tmp_path)).values()}
+
+
+def test_a_router_inside_a_gate_is_one():
+    model = make("hunyuan_v1_moe")
+    assert leaves(target_modules(model, ())) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert target_modules(model, ["wg"]) == [f"model.layers.{n}.mlp.gate.wg" for n in range(2)]
+    assert [said.split(":")[0] for said in not_adapted(model, ())][-2] == "wg is not adapted"
 
 
 def test_experts_are_said_where_they_are_asked_for():
