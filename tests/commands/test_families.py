@@ -175,7 +175,7 @@ def make_exportable(kind, folder):
         tokenizer.add_tokens(["<seed:think>", "</seed:think>"])
         tokenizer.chat_template = SEED
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=0, num_hidden_layers=4)
+                       pad_token_id=0, num_hidden_layers=4 if kind in ("qwen 3.5", "qwen 3.5 with experts", "lfm2") else 2)
     if kind.startswith("qwen 3.5"):
         text |= MIXING | dict(head_dim=32, layer_types=None)
     if kind == "qwen 3.5 with experts":
