@@ -376,15 +376,15 @@ class ChatFormat:
         except FormatError as e:
             raise self._unusable(e) from e
         self._lead = head if head.isspace() else ""
-        if special := self._special_ids(tail):
-            if self._is_named:
-                self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
-            return special[0]
-        following = None if tail.strip() else self._beginning_of(question, [question, answer])
-        if following is None or following not in self.other_stop_ids:
-            raise self._endless(tail, following)
-        self._ends_in_next = True
-        return following
+        special = self._special_ids(tail)
+        if not special:
+            following = None if tail.strip() else self._beginning_of(question, [question, answer])
+            if following is None or following not in self.other_stop_ids:
+                raise self._endless(tail, following)
+            self._ends_in_next, special = True, [following]
+        if self._is_named:
+            self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
+        return special[0]
 
     def _beginning_of(self, turn: dict[str, Any], turns: Messages, tools: Tools = None) -> int | None:
         """The special token with which a turn begins behind others."""

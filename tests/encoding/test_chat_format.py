@@ -487,6 +487,14 @@ def test_what_a_model_does_not_stop_at_ends_no_answer():
     assert f"<|user|>, which begins the next turn, add its id {mark} to eos_token_id of generation_config.json" in e.value.hint
 
 
+def test_a_named_template_that_asks_for_no_answer_is_refused_also_where_the_next_turn_ends_it():
+    tokenizer = byte_tokenizer(GLM, GLM4)
+    stops = tokenizer.convert_tokens_to_ids(["<eos>", "<|user|>"])
+    assert ChatFormat(tokenizer, "glm4", stops, template=GLM4, named="glm.jinja").terminator == "<|user|>"
+    with pytest.raises(UserError, match="glm.jinja does not ask for an answer"):
+        ChatFormat(tokenizer, "glm4", stops, template=GLM4.replace("add_generation_prompt", "false"), named="glm.jinja")
+
+
 def test_what_an_answer_begins_with_by_the_template_is_no_text_of_it():
     for template in (GLM4, GLM4.replace("visible = content.split('</think>')[-1].strip()", "visible = content")):
         chat = glm(template)
