@@ -14,6 +14,7 @@ from rich.table import Table
 from gemma_tune.cli import screen
 from gemma_tune.cli.run_figures import small_size
 from gemma_tune.cli.screen import Text
+from gemma_tune.run.directory import command
 
 _NARROW = 92  # columns of a terminal in which a stage's results stand below its name
 _NARROW_LIST = 64  # columns in which the same goes for the list of runs
@@ -49,7 +50,7 @@ def show_status(found: Any) -> None:
         screen.err.print(table)
     if found.unread:
         screen.prose(Text(f"not read, though time stamps changed, as in a copy: {', '.join(found.unread)}; "
-                          "`gemma-tune status --verify` compares their content", style="dim"))
+                          f"`{command('status', found.root, '--verify')}` compares their content", style="dim"))
     for quant, again in found.gone.items():
         screen.prose(Text(f"! {quant} was recommended, and its file is gone; to make it again: {again}",
                           style="yellow"))

@@ -71,7 +71,7 @@ def test_what_is_large_is_not_read_for_its_time_stamp(cli, trained, monkeypatch)
         looked = cli("status", "--json")
     assert looked.code == 0, looked.err
     assert looked.json["unread"] == [ADAPTER] and looked.json["stages"]["train"]["state"] == "done"
-    assert "gemma-tune status --verify" in looked.err
+    assert "`gemma-tune status --run runs/tiny-gemma --verify`" in " ".join(looked.err.split()), "status alone is of the newest run"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
