@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, size_in_bytes
+from gemma_tune.config.habits import number_format
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command, describe
@@ -118,7 +119,7 @@ def figures_of(session: Session) -> Mapping[str, Any]:
             raise UserError(made, f"make it: {command('export-ollama', session.run.root, '--quant', formats)}")
         if size_in_bytes(quant):  # of a file that was made for a size
             raise UserError(made, f"make it: {command('export-ollama', session.run.root, '--size', quant.upper())}")
-        raise UserError(f"{made}{near(quant, QUANTS)}", f"formats that there are: {', '.join(QUANTS)}")
+        raise UserError(f"{made}{near(number_format(quant), QUANTS)}", f"formats that there are: {', '.join(QUANTS)}")
     return there[quant]
 
 

@@ -27,7 +27,7 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
 
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``
     is where ``--help`` has it: common, data, speed or advanced. ``counts`` is what a number is of, for one that is too
-    large.
+    large; ``habit`` turns what people write into the choice that they mean, for the error that suggests it.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
 
@@ -291,7 +291,8 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
     least, most, choices = (f.metadata.get(k) for k in ("least", "most", "choices"))
     for single in singles:
         if choices and single not in choices:
-            meant = near(str(single), _of_the_same_number(str(single), choices))
+            word = f.metadata.get("habit", str.lower)(str(single))
+            meant = near(word, _of_the_same_number(word, choices))
             return f"{f.name}: {shown(single)} is not one of {', '.join(choices)}{meant}"
         if isinstance(single, str):  # a setting that takes text as well as a number
             continue

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gemma_tune.base.words import is_text_encoding, near, shown, size_in_bytes
+from gemma_tune.config.habits import number_format
 from gemma_tune.config.most_rows import Most, most_rows, problems_of
 from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
@@ -449,7 +450,8 @@ class ExportConfig(StageConfig):
 
     section: ClassVar[str] = "export-ollama"
     quant: tuple[str, ...] = option((), "Number format of the GGUF's matrices; several with commas, each a file of its "
-                                        "own.", choices=QUANTS, auto="by the model's size", about="formats")
+                                        "own.", choices=QUANTS, auto="by the model's size", about="formats",
+                                    habit=number_format)
     size: str | None = option(None, "Write the best mix of number formats whose file is no larger, such as 250MB.",
                               auto="none", about="formats")
     name: str | None = option(None, "Name of the model in Ollama.", auto="<model name>-tuned")

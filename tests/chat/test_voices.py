@@ -360,7 +360,7 @@ def test_of_several_formats_the_recommended_one_answers_and_none_that_loses_what
     for quant, hint in (("158mb", f"make it: gemma-tune export-ollama --run {trained} --size 158MB"), ("q4", "formats that there are: ")):
         with pytest.raises(UserError) as caught:
             answering(quant=quant)
-        assert caught.value.hint.startswith(hint)
+        assert caught.value.hint.startswith(hint) and caught.value.message.endswith("; did you mean `q4_k_m`?") is (quant == "q4")
     for flags in (("--base",), ("--use", "adapter"), ("--compare",)):
         refused = cli("chat", "--run", trained, "--prompt", "x", "--quant", "q4_0", *flags)
         assert refused.code == 2 and "exclude each other" in refused.err

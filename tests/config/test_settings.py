@@ -242,6 +242,12 @@ def test_a_choice_that_is_nearly_right_gets_a_suggestion():
     for asked, meant in (("q3_k_m", ""), ("q2_k", ""), ("q4_k_s", "; did you mean `q4_k_m`?"), ("q8", "; did you mean `q8_0`?")):
         [other] = problems(ExportConfig, quant=(asked,))
         assert other.endswith(f"q4_1, q4_0{meant}"), "whoever asks for three bits does not want six"
+    for asked, meant in (("q4", "q4_k_m"), ("Q4", "q4_k_m"), ("Q4_K_M", "q4_k_m"), ("q4_k", "q4_k_m"), ("4bit", "q4_k_m"), ("int4", "q4_k_m"),
+                         ("q5", "q5_k_m"), ("Q6_K", "q6_k"), ("q8", "q8_0"), ("int8", "q8_0"), ("8-bit", "q8_0"), ("fp16", "f16"),
+                         ("16", "f16"), ("BF16", "bf16"), ("bfloat16", "bf16"), ("Q5_0", "q5_0")):
+        [other] = problems(ExportConfig, quant=(asked,))
+        assert other.endswith(f"; did you mean `{meant}`?"), other
+    assert problems(TrainConfig, dtype="BF16")[0].endswith("; did you mean `bf16`?")
     assert problem == "dtype: 'bf61' is not one of auto, bf16, fp32, fp16; did you mean `bf16`?"
 
 
