@@ -10,8 +10,8 @@ import re
 from gemma_tune.base.errors import UserError
 
 _NAME_RULE = (
-    "A name is [host/][namespace/]model[:tag]; each part has 1 to 80 characters, starts with a letter, a digit or _, "
-    "and goes on with those, - and . (no . in a namespace)."
+    "A name is [host/][namespace/]model[:tag]; each part has 1 to 80 of the characters a-z, A-Z, 0-9, _, - and . "
+    "(no letters of other scripts or with accents, no spaces), begins with none of - and ., and a namespace has no ."
 )
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _HOST, _NAMESPACE = r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}", r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"

@@ -116,6 +116,7 @@ def test_a_bad_name(name):
     with pytest.raises(UserError, match="is not a name for an Ollama model") as raised:
         validate_model_name(name)
     assert "[host/][namespace/]model[:tag]" in raised.value.hint
+    assert "a-z, A-Z, 0-9" in raised.value.hint and "no letters of other scripts" in raised.value.hint, "é is a letter, too"
 
 
 @pytest.mark.parametrize("name", ["m:cloud", "m:7b-cloud", "me/m:Cloud", "m:local"])
