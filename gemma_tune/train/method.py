@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.config.families import preference_defaults
+from gemma_tune.config.families import family_defaults, preference_defaults
 from gemma_tune.config.settings import in_words
 from gemma_tune.config.stages import AUTO
 from gemma_tune.run.directory import command
@@ -46,9 +46,24 @@ def with_method(session: Session) -> Session:
         free = {name: value for name, value in usual.items() if name not in session.resolved.given}
         values |= free
         reasons += [f"{in_words(free)}: {why}"] if free else []
+    _tell_of_kept_rate(session, method)
     if not values:
         return session
     for reason in reasons:
         session.listener.note(reason)
     origins = {name: {"from": "data" if name == "method" else "method"} for name in values}
     return replace(session, resolved=session.resolved.but(values, origins))
+
+
+def _tell_of_kept_rate(session: Session, method: str) -> None:
+    """Warn of a learning rate that was given for learning answers and is now kept for preferences, or the other way
+    round, as one is many times the other."""
+    before = session.manifest.stages.get("train", {"config": {}})["config"].get("method", {"value": method})["value"]
+    given = session.resolved.given - set(session.given)
+    if "learning_rate" not in given or (before == "sft") == (method == "sft"):
+        return
+    usual = (family_defaults(session.model.config, "train") if method == "sft" else preference_defaults(method))[0]
+    rate, default = session.config.learning_rate, usual["learning_rate"]
+    if rate != default:
+        session.listener.warn(f"the learning rate {rate:g} was given for {before}, and {method} goes on with it; by "
+                              f"default {method} has {default:g} here: --learning-rate {default:g}")

@@ -254,6 +254,19 @@ def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli
     assert (plan.json["method"], plan.json["learning_rate"]) == ("dpo", 5e-5), plan.err
 
 
+def test_a_learning_rate_that_was_given_for_answers_is_a_warning_for_pairs(cli, prepared):
+    """It carries over as every setting does, though it is many times what pairs take."""
+    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    said = "the learning rate 0.005 was given for sft, and dpo goes on with it; by default dpo has 5e-05 here: --learning-rate 5e-05"
+    kept = cli("train", "--method", "dpo", "--dry-run", "--json")
+    assert kept.json["learning_rate"] == 5e-3 and said in kept.json["warnings"], kept.err
+    for flags in (("--method", "dpo", "--learning-rate", 5e-3), ("--method", "dpo", "--learning-rate", 5e-5), ()):
+        assert "was given for" not in cli("train", *flags, "--dry-run").err, "it is given now, or learns as before"
+    assert cli("train", *FLAGS, "--method", "dpo").code == 0
+    assert "was given for dpo, and sft goes on with it" in cli("train", "--method", "sft", "--dry-run").err
+    assert "was given for" not in cli("train", "--method", "orpo", "--dry-run").err
+
+
 def test_chosen_answers_that_become_less_likely_are_told(cli, prepared):
     result = cli("train", *FLAGS, "--learning-rate", 0.05, "--epochs", 6)
     assert "the chosen answers become less likely" in result.err and "--sft-weight 1 holds them" in result.err
