@@ -115,9 +115,19 @@ def worse_at_general_text(measures: dict[str, Any]) -> str | None:
 
 
 def worse_at_the_rows(measures: dict[str, Any]) -> str | None:
-    """The same of the rows that are measured on, which the training was to make likelier."""
+    """The same of the rows that are measured on: of pairs, of the better answers, which a training of preferences may
+    well make less likely while it learns which are better."""
     found = measures.get("loss")
-    if found is None or (low := found["difference"][1]) is None or low <= 0:
+    if found is None or not _rose(found):
         return None
+    why = ("it prefers the better answers by more, as the worse ones fell further; a lower --learning-rate holds them, "
+           "and so does a larger --beta" if "margin" in measures and _rose(measures["margin"]) else
+           "it has not learned what they hold, or was trained on something else")
     return (f"the tuned model predicts these rows worse than the base: loss {found['base'][0]:.3f} -> "
-            f"{found['tuned'][0]:.3f}; it has not learned what they hold, or was trained on something else")
+            f"{found['tuned'][0]:.3f}; {why}")
+
+
+def _rose(measure: dict[str, Any]) -> bool:
+    """Whether a figure is higher than that of the base, by more than chance explains."""
+    low = measure["difference"][1]
+    return low is not None and low > 0

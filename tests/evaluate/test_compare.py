@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gemma_tune.evaluate.compare import _loss_pair
+from gemma_tune.evaluate.compare import _loss_pair, worse_at_the_rows
 from gemma_tune.measure.likelihood import Wanted
 
 
@@ -17,3 +17,14 @@ def test_sequences_of_one_row_count_as_one():
     assert (loss["base"][0], loss["tuned"][0]) == pytest.approx((2, 0.75))
     alone = _loss_pair("", base, tuned, sequences, np.array([4, 4, 4]), 0)["loss"]
     assert alone["rows"] == 1 and alone["base"] == [2, None, None], "of one row there is no interval"
+
+
+def test_better_answers_that_became_less_likely_while_they_are_preferred_are_not_called_not_learned():
+    """As DPO and KTO let happen: what helps is another thing than where nothing was learned."""
+    loss = {"base": [5.269, 5, 6], "tuned": [5.375, 5, 6], "difference": [0.106, 0.082, 0.137]}
+    learned, lost = {"difference": [11.0, 10.2, 11.7]}, {"difference": [-0.5, -1.0, 0.3]}
+    assert "prefers the better answers by more" in worse_at_the_rows({"loss": loss, "margin": learned})
+    assert "a larger --beta" in worse_at_the_rows({"loss": loss, "margin": learned})
+    for measures in ({"loss": loss}, {"loss": loss, "margin": lost}):
+        assert worse_at_the_rows(measures).endswith("it has not learned what they hold, or was trained on something else")
+    assert worse_at_the_rows({"loss": loss | {"difference": [0.1, -0.1, 0.3]}, "margin": learned}) is None
