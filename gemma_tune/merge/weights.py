@@ -92,8 +92,9 @@ def require_space(size: int, folder: Path) -> None:
     """
     free = shutil.disk_usage(folder).free
     if size + _SPARE > free:
-        raise WorkFailed(f"the merged model takes {gigabytes(size)}, and {gigabytes(free)} are free on the disk of "
-                         f"{folder}", "free some space, or work on another disk with --run DIR; nothing was changed")
+        raise WorkFailed(f"the merged model takes {gigabytes(size)}, and {gigabytes(_SPARE)} more for what lies beside "
+                         f"its weights; {gigabytes(free)} are free on the disk of {folder}",
+                         "free some space, or work on another disk with --run DIR; nothing was changed")
 
 
 def write_files(layout: Layout, folder: Path, progress: Any) -> None:

@@ -237,7 +237,7 @@ def test_no_room_on_the_disk_is_told_before(cli, trained, monkeypatch):
     monkeypatch.setattr(merge_weights.shutil, "disk_usage", lambda path: usage._replace(free=100_000_000))
     result = cli("merge")
     assert result.code == 1
-    assert "0.10 GB are free" in result.err and "--run" in result.err
+    assert "and 0.10 GB more for what lies beside its weights; 0.10 GB are free" in " ".join(result.err.split()) and "--run" in result.err
     assert not MERGED.exists()
 
 
