@@ -63,6 +63,9 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
         if refused.errno in FORBIDDEN:
             if refused.filename and os.path.exists(place) and not may_read(Path(place)):
                 raise unreadable(place) from e
+            if refused.errno == errno.EROFS:
+                raise UserError(f"no permission to write {place}: it lies on a read-only file system",
+                                "choose another place with --run DIR") from e
             raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
                                                                "directory's permissions") from e
         if refused.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EBUSY):

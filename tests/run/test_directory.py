@@ -720,7 +720,7 @@ def test_a_full_disk_fails_the_work_and_leaves_what_was_there(cli, tiny, data, t
 @pytest.mark.parametrize("number, words, code", [
     (errno.ENOSPC, "the disk is full", WORK_FAILED), (errno.EDQUOT, "the disk is full", WORK_FAILED),
     (errno.EACCES, "no permission to write", BAD_INPUT), (errno.EPERM, "no permission to write", BAD_INPUT),
-    (errno.EROFS, "no permission to write", BAD_INPUT), (errno.ENOTDIR, "is in the way", BAD_INPUT),
+    (errno.EROFS, "it lies on a read-only file system", BAD_INPUT), (errno.ENOTDIR, "is in the way", BAD_INPUT),
     (errno.EISDIR, "is in the way", BAD_INPUT), (errno.EEXIST, "is in the way", BAD_INPUT),
 ])
 def test_refusals_of_the_operating_system_are_explained(number, words, code):
