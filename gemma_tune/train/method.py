@@ -66,4 +66,4 @@ def _tell_of_kept_rate(session: Session, method: str) -> None:
     rate, default = session.config.learning_rate, usual["learning_rate"]
     if rate != default:
         session.listener.warn(f"the learning rate {rate:g} was given for {before}, and {method} goes on with it; by "
-                              f"default {method} has {default:g} here: --learning-rate {default:g}")
+                              f"default {method} has {default:g} here: `train --learning-rate {default:g}`")

@@ -257,7 +257,7 @@ def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli
 def test_a_learning_rate_that_was_given_for_answers_is_a_warning_for_pairs(cli, prepared):
     """It carries over as every setting does, though it is many times what pairs take."""
     assert cli("train", *FLAGS, "--method", "sft").code == 0
-    said = "the learning rate 0.005 was given for sft, and dpo goes on with it; by default dpo has 5e-05 here: --learning-rate 5e-05"
+    said = "the learning rate 0.005 was given for sft, and dpo goes on with it; by default dpo has 5e-05 here: `train --learning-rate 5e-05`"
     kept = cli("train", "--method", "dpo", "--dry-run", "--json")
     assert kept.json["learning_rate"] == 5e-3 and said in kept.json["warnings"], kept.err
     for flags in (("--method", "dpo", "--learning-rate", 5e-3), ("--method", "dpo", "--learning-rate", 5e-5), ()):
