@@ -174,7 +174,7 @@ class Formats:
             raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
                                                      f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
-        value, own = (value, {}) if self.name is not None or self._is_named(value) else shapes.shaped(value)
+        value, own = shapes.shaped(value) if self._may_be_shaped(value) else (value, {})
         try:
             return self._read(value)
         except RowError as error:
@@ -182,9 +182,11 @@ class Formats:
                 raise
             raise shapes.called(error, own) from None
 
-    def _is_named(self, row: Fields) -> bool:
-        """Whether ``--columns`` says how the row is read."""
-        return any(name in row for name in self.columns.values())
+    def _may_be_shaped(self, row: Fields) -> bool:
+        """Whether neither an option nor the row's own columns say how it is read; BELLE's conversations look like
+        Alpaca's rows."""
+        named = self.name is not None or any(name in row for name in self.columns.values())
+        return not named and _among(row, _filled(row)) in (None, "alpaca")
 
     def _read(self, value: Fields) -> Example:
         """The checked example of a row in a known format."""
@@ -274,12 +276,17 @@ class Formats:
 
 def _detected(row: Fields) -> str | None:
     # Where rows of several formats share a table, the columns of the others are there and empty.
-    filled = {key for key, value in row.items() if value is not None}
-    for keys in (filled, row.keys()) if len(filled) < len(row) else (filled,):
-        for format, has in _HAS.items():
-            if has(row, keys) and (format != "text" or not _is_beside_text(keys)):
-                return format
-    return None
+    return _among(row, _filled(row)) or _among(row, row.keys())
+
+
+def _filled(row: Fields) -> set[str]:
+    return {key for key, value in row.items() if value is not None}
+
+
+def _among(row: Fields, keys: Collection[str]) -> str | None:
+    """The format that a row has by these of its columns."""
+    return next((format for format, has in _HAS.items()
+                 if has(row, keys) and (format != "text" or not _is_beside_text(keys))), None)
 
 
 def _is_beside_text(keys: Collection[str]) -> bool:

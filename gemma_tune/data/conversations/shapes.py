@@ -90,7 +90,7 @@ def _squad(row: Fields) -> Shaped | None:
     if problem := several("`answers`", distinct):
         raise RowError([problem])
     rest = {key: value for key, value in row.items() if key not in ("question", "answers")}
-    return Shaped({"instruction": row["question"], "output": distinct[0], **rest},
+    return Shaped(rest | {"instruction": row["question"], "output": distinct[0]},
                   {"instruction": "question", "output": "answers"})
 
 
@@ -134,7 +134,7 @@ def _belle(row: Fields) -> Shaped | None:
              for name, words in zip(names, [*said[:-1], ""], strict=True)]
     turns[-1]["content"] = row["output"]
     rest = {key: value for key, value in row.items() if key not in ("instruction", "input", "output")}
-    return Shaped({"messages": turns, **rest}, {"messages": "instruction"})
+    return Shaped(rest | {"messages": turns}, {"messages": "instruction"})
 
 
 _MOSS = re.compile(r"\A\s*<\|[^|]*\|>:? ?|\s*<eo[a-z]>\s*\Z")
@@ -157,7 +157,7 @@ def _moss(row: Fields) -> Shaped | None:
     if isinstance(told := row.get("meta_instruction"), str) and told.strip():
         turns.insert(0, {"role": "system", "content": told.strip()})
     rest = {key: value for key, value in row.items() if key not in ("chat", "meta_instruction")}
-    return Shaped({"messages": turns, **rest}, {"messages": "chat"})
+    return Shaped(rest | {"messages": turns}, {"messages": "chat"})
 
 
 def _used(exchanges: list[dict[str, Any]]) -> Iterator[str]:

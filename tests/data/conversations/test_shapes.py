@@ -103,6 +103,28 @@ def test_a_text_that_speaks_of_assistants_is_no_conversation():
     assert Formats().example(row).messages == [user(row["instruction"]), answer("homo")]
 
 
+BELLE = {"instruction": "Human:Sky?\nAssistant:", "output": "Blue."}
+
+
+@pytest.mark.parametrize(("row", "format", "unread"), [
+    (MOSS | {"messages": TURNS}, "messages", ["conversation_id", "chat"]),
+    (MOSS | {"conversations": TURNS}, "sharegpt", ["conversation_id", "chat"]),
+    (BELLE | {"messages": TURNS}, "messages", ["instruction", "output"]),
+    ({"conversation": TURNS, "query": "q", "response": "r"}, "sharegpt", ["query", "response"]),
+    ({"prompt": "Sky?", "completion": "Blue.", "kind": "QA", "input": "i", "target": "t"}, "prompt-completion",
+     ["kind", "input", "target"])])
+def test_a_row_of_a_known_format_is_none_of_them(row, format, unread):
+    example = Formats().example(row)
+    assert (example.format, example.messages, [one.name for one in example.unread]) == (format, TURNS, unread)
+
+
+@pytest.mark.parametrize("row", [BELLE, {"query": "Sky?", "response": "Blue."}, MOSS, SQUAD])
+def test_columns_of_other_rows_that_are_empty_in_a_table_do_not_matter(row):
+    others = ("messages", "conversations", "prompt", "completion", "output")
+    example = Formats().example({**dict.fromkeys(others), **row})
+    assert example.messages == Formats().example(row).messages
+
+
 def test_what_is_named_goes_before_what_is_known():
     row = {"kind": "Translate.", "input": "Sky?", "target": "Himmel?"}
     named = Formats(columns={"user": "input", "assistant": "target", "system": "kind"})
