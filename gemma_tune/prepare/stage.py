@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     sources, held_out = _sources(session)
     limits_of(sources, session.config.most_rows)
     named, template = session.config.chat_template, named_template(session.config.chat_template)
-    session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources + held_out)))
+    session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources, held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
     inputs = {f"data_{n}": source.path for n, source in enumerate(sources)}
     inputs |= {f"valid_{n}": source.path for n, source in enumerate(held_out)}
@@ -211,9 +211,9 @@ def _sources(session: Session) -> tuple[list[Source], list[Source]]:
     return sources, held_out
 
 
-def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
+def _relative(session: Session, sources: Sequence[Source], held_out: Sequence[Source]) -> PrepareConfig:
     """Settings with names relative to the run, so that both can be moved together."""
-    copy = next((source.path for source in sources if source.name == "<stdin>"), None)
+    copy = next((source.path for source in (*sources, *held_out) if source.name == "<stdin>"), None)
 
     def kept(name: str) -> str:
         if name.startswith("hf:"):
@@ -223,7 +223,8 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
     config = session.config
     data, most = tuple(map(kept, config.data)), config.max_samples
     if isinstance(most, str):
-        most = as_text((name and _end_of(kept(meant(name, sources)), data), rows)
+        arguments = {kept(source.argument) for source in sources}
+        most = as_text((name and _end_of(kept(meant(name, sources)), arguments), rows)
                        for name, rows in config.most_rows.items())
     valid = kept(config.valid) if isinstance(config.valid, str) else config.valid
     template = config.chat_template
@@ -232,7 +233,7 @@ def _relative(session: Session, sources: Sequence[Source]) -> PrepareConfig:
     return replace(config, data=data, valid=valid, max_samples=most, chat_template=template)
 
 
-def _end_of(name: str, names: Sequence[str]) -> str:
+def _end_of(name: str, names: Collection[str]) -> str:
     """As much of the end of a path as none of the others has."""
     parts = Path(name).parts
     ends = (parts[-length:] for length in range(1, len(parts)))

@@ -120,6 +120,7 @@ REFUSED = {
     "no-prompt": ({"columns": {"response": "a"}}, "names no `prompt`"),
     "ranking": ({"ranking": "false"}, "`ranking` is neither true nor false"),
     "samples": ({"num_samples": "many"}, "`num_samples` is no number of rows"),
+    "formatting-list": ({"formatting": ["alpaca"]}, "its `formatting` is ['alpaca']"),
     "split": ({"split": "test"}, "its `split` is 'test'"),
     "columns": ({"columns": ["q"]}, "`columns` is no object of names"),
 }
@@ -213,12 +214,36 @@ def test_the_number_of_samples(prepare):
     assert "data/mine.json: 7 of 40 rows drawn (`num_samples` of its description)" in said(done)
     done = prepare("data", "--valid", 0)
     assert {part["data"]: (part["rows"], part["of"]) for part in done["summary"]["drawn"]} == {
-        "data": (30, 30), "mine.json": (7, 40)}
+        "data": (30, 30), "dataset_info.json:mine": (7, 40)}
     done = prepare(path, "--max-samples", "mine.json=9", "--valid", 0)
     assert [part["rows"] for part in done["summary"]["drawn"]] == [9]
     described(columns | {"num_samples": 90})
     done = prepare(path, "--valid", 0)
     assert "asks for 90 samples of its 40: each is taken once" in said(done) and len(read("train")) == 40
+
+
+def test_the_number_of_samples_of_an_entry_for_a_directory(prepare, tiny):
+    described({"num_samples": 7}, name="mine", other={"file_name": "other.jsonl", "num_samples": 5})
+    Path("data", "mine").mkdir()
+    for name in ("mine/1.jsonl", "mine/2.jsonl", "other.jsonl", "plain.jsonl"):
+        write_rows(Path("data", name), [alpaca(f"{name} {n}", "a") for n in range(20)])
+    mine = {"dataset_info.json:mine": (7, 40)}
+    for name, drawn in (("data", mine | {"data": (20, 20), "dataset_info.json:other": (5, 20)}), ("data/mine", mine)):
+        done = prepare(name, "--valid", 0)
+        assert {part["data"]: (part["rows"], part["of"]) for part in done["summary"]["drawn"]} == drawn
+    done = prepare("data", "--max-samples", "other.jsonl=2,dataset_info.json:mine=3", "--valid", 0)
+    assert [part["rows"] for part in done["summary"]["drawn"]] == [20, 3, 2]
+    again = invoke("prepare", "--model", tiny, "--force", "--json")
+    assert again.code == 0 and again.json["summary"]["drawn"] == done["summary"]["drawn"], again.err
+
+
+def test_a_file_of_an_entry_is_in_its_directory_also_in_the_current_one(cli, tiny, monkeypatch):
+    Path("home").mkdir()
+    monkeypatch.setenv("HOME", str(write_rows(Path("home", "x.jsonl"), [alpaca("q", "a")]).parent.resolve()))
+    for name in ("~/x.jsonl", "example:pairs", "hf:org/x", "-"):
+        Path("dataset_info.json").write_text(json.dumps({"mine": {"file_name": name}}))
+        result = cli("prepare", "dataset_info.json:mine", "--model", tiny)
+        assert result.code == 2 and f"there is no file {name}" in result.err
 
 
 def test_a_rejected_row_is_named_by_its_own_columns_and_kept_as_it_is(prepare):

@@ -155,6 +155,14 @@ def test_several_processes_draw_the_same(prepare, small_blocks, monkeypatch):
     assert contents(DATA) == one
 
 
+def test_a_name_that_a_file_for_validation_has_too_is_that_of_the_data(prepare):
+    for folder in ("train", "held"):
+        Path(folder).mkdir()
+        write_rows(Path(folder, "a.jsonl"), numbered(COUNT, folder))
+    done = prepare("train/a.jsonl", "--max-samples", f"a.jsonl={MOST}", "--valid", "held/a.jsonl")
+    assert done["summary"]["drawn"] == [{"data": "a.jsonl", "rows": MOST, "of": COUNT}]
+
+
 # --- what comes after it
 
 def test_only_rows_that_are_drawn_are_checked(prepare):

@@ -185,7 +185,7 @@ def _place(path: Path, entry: Mapping[str, Any], problems: list[str]) -> str:
             if os.path.isabs(inside) or Path(inside).drive or inside.split(os.sep)[0] == os.pardir:
                 problems.append(f"its file {value} is not in the directory of {path.name}; move one of them to the "
                                 "other")
-            return f"{path.parent / inside}"
+            return os.path.join(path.parent, inside)  # ./ included, behind which neither ~ nor hf: means anything
         return ""
     problems.append("it names no data: `file_name` or `hf_hub_url`")
     return ""
@@ -202,7 +202,7 @@ def _description(path: Path, name: str, entry: Mapping[str, Any], problems: list
     formatting = entry.get("formatting") or "alpaca"
     if formatting == "openai":  # whose rows are ShareGPT's by other names
         formatting = "sharegpt"
-    if formatting not in _COLUMNS:
+    if not isinstance(formatting, str) or formatting not in _COLUMNS:
         problems.append(f"its `formatting` is {formatting!r}, and alpaca, sharegpt and openai are known")
         formatting = "alpaca"
     if unknown := [key for key in entry if key not in _KEYS]:

@@ -191,10 +191,11 @@ def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener,
         described = beside.description(source.path)
         if described:
             listener.note(f"{source.name}: read {described}")
-        # A number of samples is that of the file, and not of its directory.
-        alone = described is not None and described.samples is not None
-        read.append(replace(source, described=described, argument=source.name if alone else source.argument))
-    return sorted(read, key=lambda source: source.argument != sources[0].argument)  # those of one argument together
+        # A number of samples is that of the entry, and not of a directory with others in it.
+        counts = len(sources) > 1 and described is not None and described.samples is not None
+        argument = f"{described.file}:{described.name}" if counts else source.argument
+        read.append(replace(source, described=described, argument=argument))
+    return sorted(read, key=lambda source: source.argument)  # those of one argument together
 
 
 def _missing(path: Path, held_out: bool = False) -> UserError:
