@@ -38,8 +38,11 @@ def as_text(most: Iterable[tuple[str | None, Most]]) -> str | int:
 
     >>> as_text([(None, 1000), ("general.jsonl", Fraction(1, 5))]), as_text([(None, 7)])
     ('1000,general.jsonl=20%', 7)
+    >>> as_text([("a", Fraction(33_333_334, 10 ** 8)), ("b", Fraction(1, 10 ** 8))])
+    'a=33.333334%,b=0.000001%'
     """
-    parts = [(name, value if isinstance(value, int) else f"{float(100 * value):g}%") for name, value in most]
+    parts = [(name, value if isinstance(value, int) else f"{float(100 * value):.6f}".rstrip("0").rstrip(".") + "%")
+             for name, value in most]
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1]
     return ",".join(f"{value}" if name is None else f"{name}={value}" for name, value in parts)

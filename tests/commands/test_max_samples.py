@@ -290,6 +290,15 @@ def test_names_are_kept_without_directories_and_mean_the_same_again(tiny, tmp_pa
     assert [part["rows"] for part in again.json["summary"]["drawn"]] == [60, 5, 3], again.err
 
 
+def test_shares_are_recorded_to_their_last_digit(tiny):
+    three()
+    thirds = "mine.jsonl=33.333333%,general.jsonl=33.333333%,more.jsonl=33.333334%"
+    done = prepared(tiny, "mine.jsonl", "general.jsonl", "more.jsonl", "--max-samples", thirds, "--valid", "0")
+    assert [part["rows"] for part in done["summary"]["drawn"]] == [30, 30, 30] and thirds in said(done)
+    again = invoke("prepare", "--model", tiny, "--json", "--force")
+    assert again.code == 0 and again.json["summary"]["drawn"] == done["summary"]["drawn"], again.err
+
+
 def test_standard_input_by_its_name(tiny):
     three()
     args = ("prepare", "mine.jsonl", "-", "--model", tiny, "--max-samples", "-=20%", "--valid", "0", "--json")
