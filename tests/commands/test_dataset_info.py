@@ -246,6 +246,16 @@ def test_a_file_of_an_entry_is_in_its_directory_also_in_the_current_one(cli, tin
         assert result.code == 2 and f"there is no file {name}" in result.err
 
 
+@pytest.mark.parametrize("entry", ["sub/deep/mine.jsonl", "sub/deep", "sub"])
+@pytest.mark.parametrize("named", ["data", "data/sub/deep/mine.jsonl"])
+def test_a_file_some_directories_below(prepare, entry, named):
+    described({"columns": {"prompt": "output", "response": "instruction"}}, name=entry)
+    Path("data/sub/deep").mkdir(parents=True)
+    write_rows(Path("data/sub/deep/mine.jsonl"), [alpaca("Blue.", "Sky?")])
+    prepare(named, "--valid", 0)
+    assert [row["messages"] for row in read("train")] == [TURNS]
+
+
 def test_a_rejected_row_is_named_by_its_own_columns_and_kept_as_it_is(prepare):
     rows = [{"问": f"q{n}", "答": "x"} for n in range(8)]
     bad = [{"问": "q", "答": ["a", "b"]}, {"问": "q", "other": "x"}]

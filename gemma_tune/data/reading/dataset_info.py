@@ -34,6 +34,7 @@ _BY_DEFAULT = {"alpaca": {"prompt": "instruction", "query": "input", "response":
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
          "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 _SHOWN = 10  # names that a message lists
+_LEVELS = 4  # directories that are looked into for a file's entry: its own, and those above
 
 
 class Entry(NamedTuple):
@@ -86,7 +87,7 @@ class Beside:
         self._listener = listener
 
     def description(self, path: Path) -> Description | None:
-        """What an entry beside a file, or beside its directory, says about it.
+        """What an entry beside a file, or beside a directory that it is in, says about it.
 
         Raises:
             UserError: several entries that differ, or one that cannot be followed.
@@ -108,19 +109,18 @@ class Beside:
         return next(self._naming(path), None) is not None
 
     def _naming(self, path: Path) -> Iterator[tuple[Path, str]]:
-        """The entries that name a file, or its directory: in the file nearest to it."""
-        inside = PurePosixPath(path.name)
-        for up in range(2):
-            folder = Path(os.path.normpath(path.parent / ("." if up == 0 else "..")))
-            info = folder / INFO
-            names = {f"{inside}", f"{inside.parent}"} - {"."}
+        """The entries that name a file, or a directory that it is in: in the ``dataset_info.json`` nearest to it."""
+        folder, inside = path.parent, PurePosixPath(path.name)
+        for _ in range(_LEVELS):
+            info = Path(os.path.normpath(folder)) / INFO
+            names = {f"{place}" for place in (inside, *inside.parents)} - {"."}
             files = {name: entry.get("file_name") for name, entry in (self._at(info) or {}).items()}
             found = [name for name, file in files.items()
                      if isinstance(file, str) and Path(os.path.normpath(file)).as_posix() in names]
             if found:
                 yield from ((info, name) for name in found)
                 return
-            inside = PurePosixPath(Path(os.path.abspath(path)).parent.name) / inside
+            folder, inside = folder / "..", PurePosixPath(Path(os.path.abspath(folder)).name) / inside
 
     def _at(self, info: Path) -> Mapping[str, Any] | None:
         if info not in self._known:
