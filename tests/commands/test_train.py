@@ -948,6 +948,7 @@ def _tight():
     from types import SimpleNamespace
 
     from gemma_tune.config.stages import TrainConfig
+    from gemma_tune.train.memory import BatchChoice
 
     parts = SimpleNamespace(total=2**35, activations=0, working=0, weights=2**34)
-    return SimpleNamespace(memory=parts, available=2**33, four_bit=False), TrainConfig(), 100
+    return BatchChoice(1, False, parts, 2**33, fits=False, reason=""), TrainConfig(), 100
