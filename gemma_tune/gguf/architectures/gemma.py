@@ -168,6 +168,12 @@ def _shapes(name: str, text: Any) -> dict[str, tuple[int, ...]]:
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
         **({"post_feedforward_layernorm": (hidden,)} if sandwich else {}),
     }  # fmt: skip
+    return in_layers(text, block)
+
+
+def in_layers(text: Any, block: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Source → shape of every tensor of a model whose layers are all alike: ``block`` has the weights of one."""
+    hidden = text.hidden_size
     return {
         EMBEDDING: (text.vocab_size, hidden),
         **{f"model.layers.{i}.{part}.weight": shape

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, THETA, differing
+from gemma_tune.gguf.architectures.gemma import THETA, differing, in_layers, named
 from gemma_tune.gguf.architectures.llama import tokenizer_kind
 from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.phi3 import divisors
 
 _ARCH = gguf.MODEL_ARCH.MINICPM3
-_FACTORS = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 
 
 def _make(config: Mapping[str, Any], path: Path) -> Architecture:
@@ -63,17 +62,7 @@ def _tensors(config: Any) -> tuple[TensorSpec, ...]:
         "self_attn.o_proj": (hidden, heads * config.v_head_dim), "post_attention_layernorm": (hidden,),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
-    shapes = {EMBEDDING: (config.vocab_size, hidden),
-              **{f"model.layers.{i}.{part}.weight": shape for i in range(config.num_hidden_layers)
-                 for part, shape in block.items()},
-              "model.norm.weight": (hidden,), HEAD: (config.vocab_size, hidden)}
-    names = gguf.get_tensor_name_map(_ARCH, config.num_hidden_layers)
-    specs = tuple(TensorSpec(names.get_name(source, (".weight",)), shape, source,
-                             tied_to=EMBEDDING if source == HEAD else None) for source, shape in shapes.items())
-    if config.rope_parameters["rope_type"] != "longrope":
-        return specs
-    factors = {name: np.array(config.rope_parameters[key], np.float32) for name, key in _FACTORS.items()}
-    return (*(TensorSpec(name, values.shape, values=values) for name, values in factors.items()), *specs)
+    return (*divisors(config.rope_parameters), *named(_ARCH, config, in_layers(config, block), None))
 
 
 def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:

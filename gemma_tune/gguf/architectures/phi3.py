@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unusual_heads
+from gemma_tune.gguf.architectures.gemma import differing, in_layers, named, unusual_heads
 from gemma_tune.gguf.architectures.llama import context_length, shorter_context, tokenizer_kind
 from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
 
@@ -62,17 +62,10 @@ def _tensors(config: Any, dim: int) -> tuple[TensorSpec, ...]:
     block = {"input_layernorm": (hidden,), "self_attn.qkv_proj": (queries + 2 * keys, hidden),
              "self_attn.o_proj": (hidden, queries), "post_attention_layernorm": (hidden,),
              "mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
-    shapes = {EMBEDDING: (config.vocab_size, hidden),
-              **{f"model.layers.{i}.{part}.weight": shape for i in range(config.num_hidden_layers)
-                 for part, shape in block.items()},
-              "model.norm.weight": (hidden,), HEAD: (config.vocab_size, hidden)}
-    names = gguf.get_tensor_name_map(_ARCH, config.num_hidden_layers)
-    specs = tuple(TensorSpec(names.get_name(source, (".weight",)), shape, source,
-                             tied_to=EMBEDDING if source == HEAD else None) for source, shape in shapes.items())
-    return (*_divisors(config.rope_parameters), *specs)
+    return (*divisors(config.rope_parameters), *named(_ARCH, config, in_layers(config, block), None))
 
 
-def _divisors(rope: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+def divisors(rope: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """What the frequencies of the rotation are divided by, in long and in short contexts."""
     if rope["rope_type"] != "longrope":
         return ()
