@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +37,9 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-@functools.cache
 def unserved_gpu() -> str:
-    """What a GPU is that the installed PyTorch has no code for, such as a GTX 1080, and what has; empty where it has.
+    """What this process's GPU is if the installed PyTorch has no code for it, such as a GTX 1080, and what has; else
+    empty.
 
     PyTorch calls such a GPU available, and fails at its first kernel.
     """

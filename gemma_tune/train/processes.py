@@ -107,7 +107,6 @@ def join(show: Callable[[UserError], None]) -> None:
             raise UserError("this PyTorch has no NCCL, by which several GPUs work together; on Windows none has",
                             "leave --num-processes out, which trains on one GPU, or train under WSL or Linux")
         torch.cuda.set_device(here.local_rank)
-        unserved_gpu.cache_clear()  # what it said before was of the first one
         if problem := unserved_gpu():
             raise UserError(problem, "train with the other GPUs: name their numbers in CUDA_VISIBLE_DEVICES, and give "
                                      "--num-processes how many they are")

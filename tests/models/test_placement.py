@@ -79,10 +79,8 @@ def test_a_gpu_for_which_pytorch_has_no_code_is_not_taken(monkeypatch, capabilit
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **how: value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(placement, "unserved_gpu", placement.unserved_gpu.__wrapped__)
     from gemma_tune.doctor import compute
 
-    monkeypatch.setattr(compute, "unserved_gpu", placement.unserved_gpu)
     for dtype in ("auto", "fp32"):
         chosen = placement.choose_placement(dtype)
         assert chosen.device == ("cuda" if served else "cpu")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.models import placement
 from gemma_tune.train import launch, processes
 from support.command import MANIFEST_SCHEMA, Result, invoke, rows, write_rows
 
@@ -340,12 +339,8 @@ def test_a_second_gpu_for_which_pytorch_has_no_code(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: pytest.fail("it met the others"))
-    placement.unserved_gpu.cache_clear()
-    try:
-        with pytest.raises(UserError, match="the GTX 1080 is not used") as raised:
-            processes.join(print)
-    finally:
-        placement.unserved_gpu.cache_clear()
+    with pytest.raises(UserError, match="the GTX 1080 is not used") as raised:
+        processes.join(print)
     assert "CUDA_VISIBLE_DEVICES" in raised.value.hint
 
 
