@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from gemma_tune.base.files import PACKAGE
 from gemma_tune.base.versions import library_versions
+from gemma_tune.encoding.columns import lists, numbers
 from gemma_tune.encoding.labels import labels_of
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32()),
@@ -91,18 +92,10 @@ class TokenWriter:
 
     def _flush(self) -> None:
         if self._ids:
-            columns = [lists(self._ids), lists(self._spans), pa.array(np.array(self._row, np.int32)),
-                       pa.array(np.array(self._answer, np.int8))]
+            columns = [lists(self._ids), lists(self._spans), numbers(self._row, np.int32),
+                       numbers(self._answer, np.int8)]
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
             self._ids, self._spans, self._row, self._answer, self._waiting = [], [], [], [], 0
-
-
-def lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    """A column of int32 lists from one array per row."""
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([len(a) for a in arrays], out=offsets[1:])
-    values = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False)))
 
 
 def open_tokens(path: Path) -> Any:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gemma_tune.encoding.tokens import lists
+from gemma_tune.encoding.columns import array_of, hashes, lists, numbers, texts
 
 _LISTS = ("ids", "lengths", "counts", "spans", "full_lengths", "full_counts", "full_spans")
 SCHEMA = pa.schema([
     ("line", pa.int64()), ("text", pa.large_binary()), ("conversation", pa.binary(16)), ("prompt", pa.uint64()),
-    ("turns", pa.int32()), ("script", pa.int8()), ("signature", pa.binary()),
+    ("turns", pa.int32()), ("script", pa.int8()), ("signature", pa.large_binary()),
     ("answers", pa.list_(pa.int8())),
     *((name, pa.list_(pa.int32())) for name in _LISTS)])
 
@@ -46,10 +46,10 @@ def batch_of(rows: Sequence[Kept]) -> bytes:
     spans of each, and ``spans`` their starts and ends within their own sequence. ``full_…`` are the same without limit.
     """
     columns = [
-        pa.array([r.line for r in rows], pa.int64()), pa.array([r.text for r in rows], pa.large_binary()),
-        pa.array([r.conversation for r in rows], pa.binary(16)), pa.array([r.prompt for r in rows], pa.uint64()),
-        pa.array([r.turns for r in rows], pa.int32()), pa.array([r.script for r in rows], pa.int8()),
-        pa.array([r.signature for r in rows], pa.binary()), pa.array([r.answers for r in rows], pa.list_(pa.int8())),
+        numbers([r.line for r in rows], np.int64), texts([r.text for r in rows]),
+        hashes([r.conversation for r in rows], 16), numbers([r.prompt for r in rows], np.uint64),
+        numbers([r.turns for r in rows], np.int32), numbers([r.script for r in rows], np.int8),
+        texts([r.signature for r in rows]), lists([r.answers for r in rows], np.int8),
         lists([_joined([s.ids for s in r.outcome.kept]) for r in rows]),
         *_shape([r.outcome.kept for r in rows]), *_shape([r.outcome.full for r in rows])]
     sink = pa.BufferOutputStream()
@@ -79,7 +79,7 @@ class Batch:
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, one per row."""
-        return self._batch.column(name).to_numpy(zero_copy_only=False)
+        return array_of(self._batch.column(name))
 
     def bytes_of(self, name: str) -> list[bytes]:
         """A column of bytes."""
@@ -94,7 +94,7 @@ class Batch:
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Values (int32) and offsets (rows + 1) of a column of lists."""
         column = self._batch.column(name)
-        return column.values.to_numpy(), column.offsets.to_numpy()
+        return array_of(column.values), array_of(column.offsets)
 
     def sequences(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """Of each row its kept sequences: ids, and spans (starts and ends, flat)."""
