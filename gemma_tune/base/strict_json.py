@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _decoded(decoder: json.JSONDecoder, text: str, at: int) -> tuple[Any, int]:
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
     brackets = text.count("[", at, end) + text.count("{", at, end)
-    if brackets > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if brackets > MAX_DEPTH and _is_deep(value):
         raise ValueError("nested too deeply")
     return value, end
 
@@ -158,12 +159,15 @@ def problem(e: json.JSONDecodeError) -> str:
     return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
 
 
-def _depth(value: Any) -> int:
+def _is_deep(value: Any) -> bool:
+    """Whether objects and lists are nested more than ``MAX_DEPTH`` deep; a vocabulary has half a million of them."""
     depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
+    while level and depth <= MAX_DEPTH:
         depth += 1
-        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
-    return depth
+        inner = chain(chain.from_iterable(v.values() for v in level if type(v) is dict),
+                      chain.from_iterable(v for v in level if type(v) is list))
+        level = [v for v in inner if type(v) is list or type(v) is dict]
+    return depth > MAX_DEPTH
 
 
 def _no_constant(name: str) -> None:

@@ -25,6 +25,7 @@ from gguf import GGMLQuantizationType as Type
 from gemma_tune.base.checkpoint import generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import replacing
+from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
 from gemma_tune.base.words import gigabytes
 from gemma_tune.gguf.architectures.experts import in_model
@@ -159,14 +160,18 @@ class Parts:
     vocabulary: Vocabulary
 
 
-def parts_of(checkpoint: Path) -> Parts:
+@keeping_garbage()
+def parts_of(checkpoint: Path, tokenizer: Any = None) -> Parts:
     """Read a checkpoint's configuration and its tokenizer.
+
+    Args:
+        tokenizer: that of the checkpoint as Transformers loads it, where it is there already.
 
     Raises:
         UserError: a model or a tokenizer that cannot be written as GGUF here, or that is damaged.
     """
     architecture = architecture_of(read_config(checkpoint), checkpoint / "config.json")
-    return Parts(architecture, load_vocabulary(architecture, checkpoint))
+    return Parts(architecture, load_vocabulary(architecture, checkpoint, tokenizer))
 
 
 def write_gguf(

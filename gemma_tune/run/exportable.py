@@ -29,7 +29,7 @@ def refuse_unexportable(model: BaseModel, chat: ChatFormat, *, converter: bool =
         if converter:
             architecture_of(model.config, model.path / "config.json")
         else:
-            parts_of(model.path)
+            parts_of(model.path, chat.tokenizer)
     except NotInLlamaCpp:  # which no converter can do anything about
         raise
     except UserError:

@@ -34,6 +34,18 @@ def test_an_object_in_a_file(tmp_path):
             strict_json.object_in(path)
 
 
+@pytest.mark.parametrize("inside", ["1", '"[[{{"', "[]", '{"a": 1}'])
+def test_a_hundred_levels_are_kept_and_more_are_not(inside):
+    levels = strict_json.MAX_DEPTH - (inside[0] in "[{")
+    many = ", ".join(["[1]"] * 60)  # brackets beside each other
+    for opened, closed in (("[", "]"), ('{"a": ', "}"), (f'[{many}, {{"b": 0, "a": ', "}]")):
+        times = levels // (2 if "b" in opened else 1)
+        text = opened * times + inside + closed * times
+        assert strict_json.loads(text) == json.loads(text)
+        with pytest.raises(ValueError, match="nested too deeply"):
+            strict_json.loads(f"[[{text}]]")
+
+
 def test_rows_with_a_key_that_stands_twice_are_rejected(prepare):
     turns = json.dumps([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
     others = turns.replace("A", "B")

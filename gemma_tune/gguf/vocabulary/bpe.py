@@ -57,20 +57,21 @@ _SAME = {
 }
 
 
-def load_bpe_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
+def load_bpe_vocab(checkpoint: Path, vocab_size: int, tokenizer: Any = None) -> Vocabulary:
     """Read a checkpoint's byte-level BPE vocabulary.
 
     Args:
         checkpoint: a Hugging Face checkpoint folder.
         vocab_size: rows of the embedding, the length of the result: ids that no token has become ``[PAD<id>]``, and
             added tokens behind the last row, which the model can't read, are left out.
+        tokenizer: that of the checkpoint, where it was loaded before.
 
     Raises:
         UserError: no tokenizer there, or one that cuts text otherwise than llama.cpp can.
     """
     from gemma_tune.encoding.tokenizer import load_tokenizer
 
-    tokenizer, path = load_tokenizer(checkpoint), checkpoint / "tokenizer.json"
+    tokenizer, path = tokenizer or load_tokenizer(checkpoint), checkpoint / "tokenizer.json"
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{checkpoint} has no tokenizer of the fast kind.", "Copy tokenizer.json from the base model.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,9 @@ def looks_special(text: str) -> bool:
     )
 
 
-def refuse_duplicates(tokens: Iterable[str], path: Path) -> None:
+def refuse_duplicates(tokens: Sequence[str], path: Path) -> None:
     """llama.cpp looks tokens up by text and aborts the whole process when two ids share one."""
-    twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
-    if twice:
+    if len(set(tokens)) < len(tokens):
+        twice = [repr(text) for text, count in Counter(tokens).items() if count > 1]
         hint = "Give each added token its own text, or remove it from tokenizer.json."
         raise UserError(f"{path} and the added tokens give several ids the same text: {', '.join(twice[:10])}.", hint)

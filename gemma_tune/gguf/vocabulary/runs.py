@@ -108,11 +108,11 @@ def _in_text(entry: Mapping[str, Any]) -> bool:
 def _alone(character: str, ids: Mapping[int, int], tokens: Sequence[str], types: Sequence[int]) -> bool:
     """Whether no other token of the text competes for the character: one that is looked for as well could begin
     before a run or in it, and a learned piece could take a part of one that Hugging Face keeps apart."""
-    shortest, own = min(ids), set(ids.values())
-    taken = character.replace(" ", SPACE) * shortest
-    return not any(taken in text if kind == TokenType.NORMAL else character in text.replace(SPACE, " ")
-                   for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-                   if i not in own)
+    piece, own = character.replace(" ", SPACE), set(ids.values())
+    taken = piece * min(ids)
+    holding = [i for i, text in enumerate(tokens) if piece in text or character in text]  # few of a great many
+    return not any(taken in tokens[i] if types[i] == TokenType.NORMAL else character in tokens[i].replace(SPACE, " ")
+                   for i in holding if i not in own)
 
 
 def _shortest_first(piece: str, longest: int, merges: Sequence[Any]) -> bool:

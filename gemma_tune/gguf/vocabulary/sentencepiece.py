@@ -106,12 +106,15 @@ def _converters_vocab(checkpoint: Path, vocab_size: int, added_tokens: dict[int,
                       add_sep=False)
 
 
-def load_llama_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
+def load_llama_vocab(checkpoint: Path, vocab_size: int, tokenizer: Any = None) -> Vocabulary:
     """Read a vocabulary of Llama 2 or an early Mistral, as llama.cpp's converter does.
 
     Whether they add a BOS and a space is asked of the tokenizer that Transformers loads. Some add the space at the
     start of a text alone ("legacy": false), llama.cpp behind every special token or nowhere: a rendered chat starts
     with a special token, so what happens behind one decides.
+
+    Args:
+        tokenizer: that of the checkpoint, where it was loaded before.
 
     Raises:
         UserError: as `load_sentencepiece_vocab`, and a tokenizer that doesn't load, or has another rule for spaces.
@@ -120,7 +123,7 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     from gemma_tune.gguf.architectures.parts import CONVERTER
 
     added = _added_tokens(checkpoint, _read_json(checkpoint / "tokenizer.json"))
-    vocab, tokenizer = _converters_vocab(checkpoint, vocab_size, added), load_tokenizer(checkpoint)
+    vocab, tokenizer = _converters_vocab(checkpoint, vocab_size, added), tokenizer or load_tokenizer(checkpoint)
     ids = [tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"] for text in ("a", " a")]
     behind = ["".join(tokenizer.convert_ids_to_tokens(some[1:])) for some in ids]
     if behind not in (["a", f"{SPACE}a"], [f"{SPACE}a", f"{SPACE}{SPACE}a"]):
