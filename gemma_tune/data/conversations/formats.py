@@ -11,6 +11,7 @@ import shlex
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
@@ -137,6 +138,11 @@ class Formats:
         self.name, self.columns, self.take, self.mends = name, dict(columns or {}), take, mends
         self._names = Names(roles or {}, turn_keys or {}, self.columns.get("turns"))
 
+    @cached_property
+    def _unnamed(self) -> dict[str | None, Formats]:
+        """By their formats, what reads rows of which no option says more."""
+        return {name: Formats(name, take=self.take, mends=self.mends) for name in ("text", None)}
+
     def describe(self, format: str) -> str:
         """A format with the reason for which a row is taken to have it."""
         reason = _REASONS.get(format) or " and ".join(f"`{name}`" for name in self.columns.values())
@@ -155,7 +161,7 @@ class Formats:
 
     def _described(self, value: Any, description: Description) -> Example:
         """The checked example of a row that is read as an entry says, whatever the others are."""
-        formats = Formats("text" if described.is_text(description) else None, None, self.take, mends=self.mends)
+        formats = self._unnamed["text" if described.is_text(description) else None]
         value, own = described.as_described(value, description)
         try:
             return formats.example(value)
@@ -174,7 +180,7 @@ class Formats:
             raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
                                                      f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
-        value, own = shapes.shaped(value) if self._may_be_shaped(value) else (value, {})
+        value, own = self._shaped(value)
         try:
             return self._read(value)
         except RowError as error:
@@ -182,10 +188,24 @@ class Formats:
                 raise
             raise shapes.called(error, own) from None
 
+    def _shaped(self, row: Fields) -> shapes.Shaped:
+        """The row in a known format, where it has a shape of its own. Whether it may have one is looked at where it
+        seems so, as few rows do."""
+        as_it_is = shapes.Shaped(row, {})
+        if self.name is not None:
+            return as_it_is
+        try:
+            found = shapes.shaped(row)
+        except RowError:
+            if self._may_be_shaped(row):
+                raise
+            return as_it_is
+        return found if found.own and self._may_be_shaped(row) else as_it_is
+
     def _may_be_shaped(self, row: Fields) -> bool:
         """Whether neither an option nor the row's own columns say how it is read; BELLE's conversations look like
         Alpaca's rows."""
-        named = self.name is not None or any(name in row for name in self.columns.values())
+        named = any(name in row for name in self.columns.values())
         return not named and _among(row, _filled(row)) in (None, "alpaca")
 
     def _read(self, value: Fields) -> Example:

@@ -33,8 +33,10 @@ def shaped(row: Fields) -> Shaped:
     Raises:
         RowError: it has such a shape, and cannot be learned from.
     """
+    if _ONE_OF_EACH.isdisjoint(row):
+        return Shaped(row, {})
     for columns, shape in _SHAPES:
-        if columns <= row.keys() and (found := shape(row)) is not None:
+        if row.keys() >= columns and (found := shape(row)) is not None:
             return found
     return Shaped(row, {})
 
@@ -177,3 +179,4 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("instruction", "output")), _belle),
     (frozenset(("chat",)), _moss),
 )
+_ONE_OF_EACH = frozenset(min(columns) for columns, _ in _SHAPES)

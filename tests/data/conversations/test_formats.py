@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.config import stages as config
+from gemma_tune.data.conversations import formats
 from gemma_tune.data.conversations.formats import Example, Formats
 from gemma_tune.data.conversations.problems import MOST_PROBLEMS, Problem, RowError
+from gemma_tune.data.reading.rows import Description, Row
 from support.rows import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT, WEATHER, answer, user
 
 same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=400,
@@ -962,3 +966,15 @@ def test_nothing_of_an_answer_is_lost(found, key):
             assert len(after.get("tool_calls", ())) == len(before.get("tool_calls") or ()) or "function_call" in (before.get("role"), before.get("from"))
             reasoning = before.get("reasoning_content")
             assert after.get("reasoning_content", "") == (reasoning if isinstance(reasoning, str) and reasoning.strip() else "")
+
+
+def test_rows_that_an_entry_describes_share_what_reads_them(monkeypatch):
+    entry = Description("mine", Path("dataset_info.json"), "alpaca", (("prompt", "q"), ("response", "a")), ())
+    text = replace(entry, columns=(("prompt", "q"),))
+    reader, made = Formats(), []
+    monkeypatch.setattr(formats, "Formats", lambda *args, **named: made.append(args) or Formats(*args, **named))
+    for n in range(5):
+        row = Row("rows.jsonl", n, {"q": "Sky?", "a": "Blue."}, described=entry)
+        assert reader.example_of(row).messages == [user("Sky?"), answer("Blue.")]
+        assert reader.example_of(replace(row, described=text)).text == "Sky?"
+    assert len(made) == 2

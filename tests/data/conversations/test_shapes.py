@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from gemma_tune.data.conversations import formats
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
 from support.rows import answer, user
@@ -123,6 +124,22 @@ def test_columns_of_other_rows_that_are_empty_in_a_table_do_not_matter(row):
     others = ("messages", "conversations", "prompt", "completion", "output")
     example = Formats().example({**dict.fromkeys(others), **row})
     assert example.messages == Formats().example(row).messages
+
+
+def test_a_row_of_a_known_format_that_has_the_columns_of_one_that_is_refused():
+    """What SQuAD's own files are refused for is no matter beside turns."""
+    row = {"messages": TURNS, "paragraphs": [{"context": "c", "qas": []}]}
+    assert Formats().example(row).messages == TURNS
+    with pytest.raises(RowError, match="as SQuAD's files have them"):
+        Formats().example({"paragraphs": row["paragraphs"]})
+
+
+@pytest.mark.parametrize("row", [{"messages": TURNS}, {"instruction": "Sky?", "input": "", "output": "Blue."},
+                                 {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]}])
+def test_the_format_of_most_rows_is_looked_for_once(row, monkeypatch):
+    looked, among = [], formats._among
+    monkeypatch.setattr(formats, "_among", lambda *args: looked.append(args) or among(*args))
+    assert Formats().example(row).messages == TURNS and len(looked) == 1
 
 
 def test_what_is_named_goes_before_what_is_known():
