@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.encoding import tokenizer
 from gemma_tune.gguf.reader import GgufFile
 from support.command import QUICK, rows, write_rows
 from support.llamas import BYTES, TURNS, make_llama
@@ -94,6 +95,13 @@ def test_a_tokenizer_that_no_gguf_can_hold_is_told_when_data_are_prepared(cli, t
     prepared = cli("prepare", conversations, "--model", other)
     assert prepared.code == 0 and "takes this model with llama.cpp's converter alone (--converter PATH): " in prepared.err
     assert "llama.cpp has no pre-tokenizer that cuts as" in prepared.err
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_the_tokenizer_is_loaded_once_for_the_rows_and_the_look_at_the_export(cli, model, conversations, family, monkeypatch):
+    base, loaded, load = model(family), [], tokenizer.load_tokenizer
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda checkpoint: loaded.append(checkpoint) or load(checkpoint))
+    assert cli("prepare", conversations, "--model", base).code == 0 and loaded == [base]
 
 
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
