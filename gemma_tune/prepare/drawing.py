@@ -8,7 +8,8 @@ the memory small however many are drawn, and their number exact.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import groupby
@@ -87,7 +88,8 @@ def draw(sources: Sequence[Source], most: Mapping[str | None, Most], seed: int, 
         size: see :func:`read_blocks`.
 
     Raises:
-        UserError: a source cannot be read, or what is named in ``most`` is none of the arguments.
+        UserError: a source cannot be read, what is named in ``most`` is none of the arguments, or a description asks
+            for more rows than there are.
     """
     limits = limits_of(sources, most)
     if not any(limits.values()):
@@ -96,6 +98,8 @@ def draw(sources: Sequence[Source], most: Mapping[str | None, Most], seed: int, 
     groups = [list(group) for _, group in groupby(range(len(sources)), lambda n: sources[n].argument)]
     asked = [limits[sources[numbers[0]].argument] for numbers in groups]
     has = [sum(counts[n] for n in numbers) for numbers in groups]
+    _refuse_repeats([sources[numbers[0]] for numbers in groups], has, asked,
+                    {meant(name, sources) for name in most if name is not None})
     takes = numbers_of(asked, has)
     positions, arguments = {}, []
     for numbers, limit, rows, take in zip(groups, asked, has, takes, strict=True):
@@ -133,7 +137,7 @@ def limits_of(sources: Sequence[Source], most: Mapping[str | None, Most]) -> dic
 
 
 def meant(name: str, sources: Sequence[Source]) -> str:
-    """The DATA argument that has a name, or whose path ends with it.
+    """The DATA argument that has a name, or whose path ends with it, or whose entry in a description is called so.
 
     Raises:
         UserError: there is none, or there are several.
@@ -146,12 +150,14 @@ def meant(name: str, sources: Sequence[Source]) -> str:
     end = _parts(name)
     ends = {argument for argument, files in paths.items()
             if any(parts[-len(end):] == end for parts in _called_as(argument, files))}
+    entries = [(source.described.name, source.argument) for source in sources if source.described]
+    ends |= {argument for entry, argument in entries if entry == name}
     if len(ends) == 1:
         return ends.pop()
     there = ", ".join(map(_called, paths))
     if ends:
         raise UserError(f"--max-samples: {name} may be {' or '.join(sorted(ends))}", "write more of its path")
-    meant_by = near(name, map(last_name, paths))
+    meant_by = near(name, [*map(last_name, paths), *(entry for entry, _ in entries)])
     raise UserError(f"--max-samples: {name} is not among the DATA{meant_by}", f"name one of {there}, or its last part")
 
 
@@ -187,10 +193,7 @@ def _tell(drawn: Drawn, limit: Most | None, whole: int, most: Mapping[str | None
         samples: number that a description of the data asks for.
     """
     if samples and samples == limit:
-        if drawn.of < samples:
-            listener.warn(f"{drawn.data}: its description asks for {samples:,} samples of its {drawn.of:,}: each is "
-                          "taken once")
-        elif drawn.rows < drawn.of:
+        if drawn.rows < drawn.of:
             listener.note(f"{drawn} (`num_samples` of its description)")
         return
     if isinstance(limit, Fraction) and drawn.rows == drawn.of and drawn.rows + 1 < limit * whole:
@@ -198,6 +201,27 @@ def _tell(drawn: Drawn, limit: Most | None, whole: int, most: Mapping[str | None
                       f"taken, less than the share of {float(limit):.0%}")
     elif drawn.rows < drawn.of:
         listener.note(f"{drawn} (--max-samples {as_text(most.items())})")
+
+
+def _refuse_repeats(firsts: Sequence[Source], has: Sequence[int], asked: Sequence[Most | None],
+                    named: Collection[str]) -> None:
+    """Refuse descriptions that ask for more rows than there are: LLaMA-Factory takes some of these several times.
+
+    Args:
+        firsts: the first source of each DATA argument.
+        named: the arguments that --max-samples names.
+    """
+    problems, instead = [], []
+    for source, rows, limit in zip(firsts, has, asked, strict=True):
+        entry, name = source.described, _called(source.argument)
+        if entry and source.argument not in named and limit == entry.samples is not None and limit > rows:
+            problems.append(f"{name}: the entry `{entry.name}` of {entry.file} asks for {limit:,} samples of its "
+                            f"{counted(rows, 'row')} (`num_samples`), and no row is taken twice")
+            instead.append(f"{name}={rows}")
+    if problems:
+        once = shlex.quote(",".join(instead))
+        raise UserError("; ".join(problems), f"lower that number, or take each row once: --max-samples {once}; for "
+                        "these to weigh more, take less of others: --max-samples OTHER=20%")
 
 
 def _called(argument: str) -> str:

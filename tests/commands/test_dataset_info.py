@@ -113,6 +113,11 @@ REFUSED = {
     "formatting": ({"formatting": "mystery"}, "its `formatting` is 'mystery'"),
     "unknown": ({"num_sample": 5}, "`num_sample`, which is not known; did you mean `num_samples`?"),
     "unknown-column": ({"columns": {"prompt": "q", "respons": "a"}}, "`respons`, which is not known; did you mean `response`?"),
+    "same-tag": (SHAREGPT | {"tags": {"user_tag": "who", "assistant_tag": "who"}},
+                 "by `tags`, both `user_tag` and `assistant_tag` are `who`"),
+    "tag-of-another": (SHAREGPT | {"tags": {"user_tag": "gpt"}}, "by `tags`, both `user_tag` and `assistant_tag` are `gpt`"),
+    "same-key": (SHAREGPT | {"tags": {"role_tag": "value"}}, "by `tags`, both `role_tag` and `content_tag` are `value`"),
+    "same-column": ({"columns": {"prompt": "q", "response": "q"}}, "by `columns`, both `prompt` and `response` are `q`"),
     "unknown-tag": (SHAREGPT | {"tags": {"user": "u"}}, "`tags` has `user`"),
     "other-formatting": ({"columns": {"prompt": "q", "messages": "m"}}, "`columns` names `messages`, which is none of"),
     "pair": ({"columns": {"prompt": "q", "chosen": "c", "rejected": "r"}}, "`ranking` is not true"),
@@ -217,9 +222,47 @@ def test_the_number_of_samples(prepare):
         "data": (30, 30), "dataset_info.json:mine": (7, 40)}
     done = prepare(path, "--max-samples", "mine.json=9", "--valid", 0)
     assert [part["rows"] for part in done["summary"]["drawn"]] == [9]
-    described(columns | {"num_samples": 90})
-    done = prepare(path, "--valid", 0)
-    assert "asks for 90 samples of its 40: each is taken once" in said(done) and len(read("train")) == 40
+    done = prepare("data/plain.jsonl", "--valid", path)
+    assert "all of its rows are taken, as `num_samples` is for training" in said(done) and len(read("valid")) == 40
+
+
+def test_more_samples_than_rows_are_refused_as_no_row_is_repeated(cli, prepare, tiny):
+    columns = {"prompt": "q", "response": "a"}
+    path = described({"columns": columns, "num_samples": 90}, *({"q": f"q{n}", "a": "x"} for n in range(40)),
+                     few={"file_name": "few.jsonl", "num_samples": 31, "columns": columns})
+    write_rows(Path("data", "few.jsonl"), [{"q": f"few {n}", "a": "x"} for n in range(30)])
+    result = cli("prepare", path, "--model", tiny)
+    told = " ".join(result.err.split())
+    assert result.code == 2 and not Path("runs/tiny-gemma/data").exists()
+    assert ("data/mine.json: the entry `mine` of data/dataset_info.json asks for 90 samples of its 40 rows "
+            "(`num_samples`), and no row is taken twice") in told
+    assert "take each row once: --max-samples data/mine.json=40; " in told
+    both = " ".join(cli("prepare", "data", "--model", tiny, "--max-samples", 1000).err.split())
+    advised = "data/dataset_info.json:few=30,data/dataset_info.json:mine=40"
+    assert f"take each row once: --max-samples {advised}; " in both and "asks for 31 samples of its 30 rows" in both
+    for most, taken in (("data/mine.json=40", 40), ("mine=90", 40), (20, 20)):
+        assert prepare(path, "--max-samples", most, "--valid", 0)["summary"]["rows"] == taken
+    assert prepare("data", "--max-samples", advised, "--valid", 0)["summary"]["rows"] == 70
+
+
+def test_an_entry_s_name_is_one_of_its_data(cli, prepare, tiny):
+    """For --max-samples, whether it is named, or found beside its file."""
+    columns = {"columns": {"prompt": "q", "response": "a"}}
+    described(columns, *({"q": f"q{n}", "a": "x"} for n in range(40)), other=columns | {"file_name": "o.jsonl"})
+    write_rows(Path("data", "o.jsonl"), [{"q": f"other {n}", "a": "x"} for n in range(30)])
+    for first in ("data/mine.json", "data/dataset_info.json:mine"):
+        done = prepare(first, "data/o.jsonl", "--max-samples", "mine=7,other=5", "--valid", 0)
+        assert [part["rows"] for part in done["summary"]["drawn"]] == [7, 5]
+        again = invoke("prepare", "--model", tiny, "--force", "--json")
+        assert again.code == 0 and again.json["summary"]["drawn"] == done["summary"]["drawn"], again.err
+    wrong = cli("prepare", "data/mine.json", "--model", tiny, "--max-samples", "mein=7")
+    assert wrong.code == 2 and "mein is not among the DATA; did you mean `mine`?" in wrong.err
+    Path("mine").mkdir()
+    write_rows(Path("mine", "plain.jsonl"), [alpaca(f"p{n}", "p") for n in range(30)])
+    both = cli("prepare", "mine", "data/mine.json", "--model", tiny, "--max-samples", "mine=7")
+    assert both.code == 0, "that which is called so as a whole goes before"
+    both = cli("prepare", "./mine", "data/mine.json", "--model", tiny, "--max-samples", "mine=7")
+    assert both.code == 2 and "mine may be ./mine or data/mine.json" in both.err
 
 
 def test_the_number_of_samples_of_an_entry_for_a_directory(prepare, tiny):

@@ -228,6 +228,7 @@ def _columns(formatting: str, named: Any, problems: list[str]) -> dict[str, str]
     if named is None:
         return dict(_BY_DEFAULT[formatting])
     columns = _texts("columns", named, (*{name for names in _COLUMNS.values() for name in names}, *_MEDIA), problems)
+    _refuse_same("columns", columns, problems)
     if media := [key for key in _MEDIA if key in columns]:
         problems.append(f"`columns` names {media[0]} (`{columns[media[0]]}`), and text alone can be learned")
     if other := [key for key in columns if key not in (*_COLUMNS[formatting], *_MEDIA)]:
@@ -240,7 +241,19 @@ def _columns(formatting: str, named: Any, problems: list[str]) -> dict[str, str]
 
 
 def _tags(named: Any, problems: list[str]) -> dict[str, str]:
-    return _TAGS | ({} if named is None else _texts("tags", named, _TAGS, problems))
+    tags = _TAGS | ({} if named is None else _texts("tags", named, _TAGS, problems))
+    keys = {key: tags[key] for key in ("role_tag", "content_tag")}
+    for some in (keys, {key: tag for key, tag in tags.items() if key not in keys}):
+        _refuse_same("tags", some, problems)
+    return tags
+
+
+def _refuse_same(what: str, named: Mapping[str, str], problems: list[str]) -> None:
+    """One name for two things, of which only one can be meant."""
+    first: dict[str, str] = {}
+    for key, name in named.items():
+        if first.setdefault(name, key) != key:
+            problems.append(f"by `{what}`, both `{first[name]}` and `{key}` are `{name}`")
 
 
 def _texts(what: str, named: Any, known: Any, problems: list[str]) -> dict[str, str]:

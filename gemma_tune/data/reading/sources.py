@@ -163,19 +163,26 @@ def _on_disk(names: Sequence[str], keep: Path, listener: Listener, how: How, hel
             entry = entry_of(*info) if info and (info[1] or info[0].is_file()) else None
             data, described = entry or (name, None)
             if described:
-                listener.note(f"{data}: read {described}")
+                _tell_how(data, described, held_out, listener)
             if data == STDIN or data.startswith(hub_rows.PREFIX):
                 found.append(_Later(name, data, described))
                 continue
             paths = _files(built_in(data), keep, listener, how, held_out)
             sources = [replace(source_of(path, None, how), argument=name, described=described) for path in paths]
-            found += sources if described or name.startswith(EXAMPLE) else _as_described(sources, beside, listener, how)
+            found += sources if described or name.startswith(EXAMPLE) else _as_described(
+                sources, beside, listener, how, held_out)
         except UserError as e:
             problems.append(e)
     return found, problems
 
 
-def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener, how: How) -> list[Source]:
+def _tell_how(name: str, described: Description, held_out: bool, listener: Listener) -> None:
+    whole = "; all of its rows are taken, as `num_samples` is for training" if held_out and described.samples else ""
+    listener.note(f"{name}: read {described}{whole}")
+
+
+def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener, how: How,
+                  held_out: bool) -> list[Source]:
     """The sources of a name, with what is said about each beside it.
 
     Raises:
@@ -190,7 +197,7 @@ def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener,
             continue
         described = beside.description(source.path)
         if described:
-            listener.note(f"{source.name}: read {described}")
+            _tell_how(source.name, described, held_out, listener)
         # A number of samples is that of the entry, and not of a directory with others in it.
         counts = len(sources) > 1 and described is not None and described.samples is not None
         argument = f"{described.file}:{described.name}" if counts else source.argument
