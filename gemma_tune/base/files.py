@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import select
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -65,12 +66,19 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
                 raise unreadable(place) from e
             if refused.errno == errno.EROFS:
                 raise UserError(f"no permission to write {place}: it lies on a read-only file system",
-                                "choose another place with --run DIR") from e
-            raise UserError(f"no permission to write {place}", "choose another place with --run DIR, or change the "
-                                                               "directory's permissions") from e
+                                _elsewhere(path)) from e
+            raise UserError(f"no permission to write {place}", f"{_elsewhere(path)}, or change the directory's "
+                                                               "permissions") from e
         if refused.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EBUSY):
             raise UserError(f"{place} is in the way: {refused.strerror}", "choose another place with --run DIR") from e
         raise
+
+
+def _elsewhere(root: Path) -> str:
+    """What to do where the directory of a run cannot be written: in another one there is nothing to go on from."""
+    if (root / "manifest.json").is_file():
+        return f"copy the run to where you can write, cp -r {shlex.quote(str(root))} DIR, and name that with --run DIR"
+    return "choose another place with --run DIR"
 
 
 def read_bounded(path: Path, most: int) -> bytes:

@@ -731,6 +731,18 @@ def test_refusals_of_the_operating_system_are_explained(number, words, code):
     assert raised.value.hint
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_of_a_run_that_cannot_be_written_a_copy_is_worked_on(number, tmp_path):
+    """In another directory the next stages would find nothing."""
+    for known in (False, True):
+        if known:
+            (tmp_path / "manifest.json").touch()
+        with pytest.raises(UserError) as raised, os_errors(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path / ".lock"))
+        assert (f"cp -r {tmp_path} DIR" in raised.value.hint) is known
+        assert "--run DIR" in raised.value.hint
+
+
 def test_other_failures_of_the_operating_system_are_not_disguised():
     with pytest.raises(OSError) as raised, os_errors(Path("run")):
         raise OSError(errno.EIO, "Input/output error")
