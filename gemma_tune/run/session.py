@@ -229,7 +229,8 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         wanted = None  # by its name alone: the run knows the place
     if not wanted and recorded.get("path") and not os.path.exists(place := root / recorded["path"]):
         require_readable(place)
-        raise UserError(f"the base model of {root} is not where it was: {os.path.normpath(root / recorded['path'])}",
+        raise UserError(f"the base model of {root} is not at {os.path.normpath(root.resolve() / recorded['path'])}, "
+                        "where the run looks for it: one of the two was moved",
                         f"name its place once with --model DIR/{Path(recorded['path']).name}")
     if wanted:
         refuse_other_id(root, recorded, wanted)

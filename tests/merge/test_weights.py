@@ -359,6 +359,15 @@ def test_a_base_that_was_moved_is_named_once(cli, trained, tiny, tmp_path):
     assert cli("merge", "--no-check", "--json").json["status"] == "up-to-date"
 
 
+def test_a_run_that_was_moved_says_so_and_asks_for_its_base_once(cli, trained, tiny):
+    """The base lies where it always was; what the record leads to is another place."""
+    moved = trained.rename(trained.parent.parent.parent / "moved")
+    result = cli("merge", "--no-check", "--run", moved)
+    assert result.code == 2 and "one of the two was moved" in result.err
+    assert cli("merge", "--no-check", "--run", moved, "--model", tiny).code == 0
+    assert cli("merge", "--no-check", "--run", moved, "--json").json["status"] == "up-to-date"
+
+
 def test_licences_and_settings_of_processors_are_copied(cli, trained, tiny, tmp_path):
     base = tmp_path / "base" / "tiny-gemma"
     shutil.copytree(tiny, base)
