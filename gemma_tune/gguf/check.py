@@ -133,7 +133,11 @@ def _compared(
 
 def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Shards,
                   rounded: Rounded) -> float:
-    """How much of a calibrated matrix's output is off; for the inputs that are known one by one, the worse of both."""
+    """How much of a calibrated matrix's output is off; for the inputs that are known one by one, the worse of both.
+
+    Where a matrix makes almost nothing of an input, as values of the tokens that attention rests on, what is off is
+    compared with the usual output: rounding leaves as much there as elsewhere.
+    """
     if rounded.probes is None:
         return rounded.error
     off, size = (np.zeros(len(rounded.probes)) for _ in range(2))
@@ -142,7 +146,8 @@ def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Shards,
         got = spec.change.backward(got) if spec.change else got
         off += np.square((got - expected) @ rounded.probes.T).sum(0)
         size += np.square(expected @ rounded.probes.T).sum(0)
-    each = np.divide(off, size, out=np.zeros_like(off), where=size > 0)
+    usual = np.maximum(size, np.median(size))
+    each = np.divide(off, usual, out=np.zeros_like(off), where=usual > 0)
     return max(rounded.error, float(each.mean()) ** 0.5)
 
 

@@ -20,6 +20,7 @@ from gemma_tune.export import quant_loss
 from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import QUANTS
 from gemma_tune.gguf.writer import write_gguf
@@ -347,6 +348,26 @@ def test_a_file_of_other_weights_is_found_out(checkpoint, files, tmp_path, fault
         worst_error(other, files[quant], architecture(checkpoint))
     [found] = caught.value.problems
     assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_inputs_of_which_a_matrix_makes_almost_nothing_are_no_reason_to_refuse_a_file(checkpoint, files, tmp_path, quant):
+    """As of the tokens that attention rests on: SmolLM2 makes an eighth of the usual values of them."""
+    name = "model.layers.1.self_attn.v_proj.weight"
+    weight = next(load_file(path)[name] for path in checkpoint.glob("*.safetensors") if name in load_file(path)).float()
+    probes = torch.randn(32, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    probes[::5] -= 0.999 * probes[::5] @ (torch.linalg.pinv(weight) @ weight)
+    rounded = {"blk.1.attn_v.weight": Rounded(0.0, GgufFile(files[quant], keys=()).sha256("blk.1.attn_v.weight"), probes.numpy())}
+    worst_error(checkpoint, files[quant], architecture(checkpoint), rounded)
+
+    def swapped(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][[3, 4]] = tensors[name][[4, 3]]
+
+    other = rewritten(tmp_path / "other", checkpoint, swapped)
+    with pytest.raises(WorkFailed) as caught:
+        worst_error(other, files[quant], architecture(checkpoint), rounded)
+    [found] = caught.value.problems
+    assert found.startswith("blk.1.attn_v.weight: its output is off by")
 
 
 def test_a_head_that_is_not_the_embedding_is_missed_in_the_file(twice, tmp_path):
