@@ -26,12 +26,16 @@ class UserError(Exception):
     kind = "bad_input"  # for programs
 
     def __init__(self, message: str, hint: str | None = None, problems: Sequence[str] = ()):
-        self.message = redact(message)
-        super().__init__(self.message)
-        self.hint = hint and redact(hint)
+        super().__init__()
         self.problems = tuple(map(redact, problems))
-        for note in (*(f"- {problem}" for problem in self.problems), *([f"Hint: {self.hint}"] if self.hint else [])):
-            self.add_note(note)  # for the traceback of whoever calls from Python
+        self.reword(message, hint)
+
+    def reword(self, message: str, hint: str | None) -> None:
+        """Say it in other words, where a caller knows more; what kind of error it is stays."""
+        self.message, self.hint = redact(message), hint and redact(hint)
+        self.args = (self.message,)
+        self.__notes__ = [*(f"- {problem}" for problem in self.problems), *([f"Hint: {self.hint}"] if self.hint else [])
+                          ]  # for the traceback of whoever calls from Python
 
 
 class WorkFailed(UserError):

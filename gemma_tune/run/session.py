@@ -121,7 +121,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         revision = revision or named
     elif into and revision:
         settings, revision = settings | {"base": f"{split_revision(into)[0]}@{revision}"}, None
-    with _naming(outside if trained_on else None):
+    with _naming(outside if trained_on else None, "--base" if into and not apart else None):
         base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
                                              weights=stage not in _WITHOUT_WEIGHTS)
     if not (root / "manifest.json").exists():
@@ -176,15 +176,17 @@ def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tup
 
 
 @contextlib.contextmanager
-def _naming(adapter: str | None) -> Iterator[None]:
-    """Where a model cannot be had that only ``adapter`` named, say so."""
+def _naming(adapter: str | None, option: str | None) -> Iterator[None]:
+    """Where a model cannot be had that only ``adapter`` named, or another option than --model, say so."""
     try:
         yield
     except UserError as e:
-        if adapter is None:
-            raise
-        raise UserError(f"the base model that the adapter {adapter} names: {e.message}",
-                        f"{e.hint}; or {how_to_name_base(Path(adapter))}", e.problems) from e
+        if adapter is not None:
+            e.reword(f"the base model that the adapter {adapter} names: {e.message}",
+                     f"{e.hint}; or {how_to_name_base(Path(adapter))}")
+        elif option and e.hint:
+            e.reword(e.message, e.hint.replace("--model", option))
+        raise
 
 
 def _own_run(into: str | None, outside: bool) -> str | None:
@@ -267,4 +269,4 @@ def refuse_other_id(root: Path, recorded: Mapping[str, Any], wanted: str) -> Non
 
 def _of_another(root: Path, own: str, other: str) -> UserError:
     return UserError(f"{root} is a run of {own}, not of {other}: its adapter fits that model alone",
-                     f"leave --model out, or use another run: --run {RUNS / model_name(other)}-2")
+                     f"leave --model out, or begin another run with `prepare`: --run {RUNS / model_name(other)}-2")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.command import ROOT
+from support.hub import LoopbackHub
 from support.merging import merged, remember
 
 INDEX = "model.safetensors.index.json"
@@ -324,6 +325,28 @@ def test_its_base_is_the_one_that_it_names(cli, trained, tiny, tmp_path):
     result = cli("merge", "--adapter", away, "--run", "third")
     assert result.code == 2
     assert "was trained on /gone/model, which is not here" in result.err and "--base" in result.err
+
+
+def test_a_base_that_cannot_be_had_keeps_its_kind_of_error(cli, trained, tiny, tmp_path, monkeypatch):
+    """What scripts go by: whether a token is missing, the licence, or the network."""
+    away = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "away")
+    config = away / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/model"}))
+    with LoopbackHub() as hub:
+        hub.add_repo("some/model", tiny, gated=True)
+        hub.isolate(monkeypatch, tmp_path / "home")
+        found = cli("merge", "--adapter", away, "--run", "other", "--json")
+        error = found.json["error"]
+        assert (error["kind"], found.code) == ("no_token", 2), error
+        assert error["message"].startswith(f"the base model that the adapter {away} names: ")
+        assert "hf auth login" in error["hint"] and "--base ID" in error["hint"]
+
+
+@pytest.mark.parametrize("base", ["gone/model.gguf", "some/other"])
+def test_a_hint_on_a_base_is_about_the_option_that_named_it(cli, trained, base):
+    """It is told of as --model is, which was not given."""
+    result = cli("merge", "--base", base)
+    assert result.code == 2 and "--base" in result.err and "--model" not in result.err
 
 
 @pytest.mark.parametrize(("name", "said"), [
