@@ -46,6 +46,7 @@ from gemma_tune.train.summed_loss import install_summed_loss
 T = TypeVar("T")
 MOST_FREED = 4  # times after which capturing anew takes longer than it saves
 MOST_OVERFLOWS = 20  # steps in a row that the loss scaler of fp16 may skip
+_WAYS = ("fused", "foreach", "capturable")  # of computing the same step
 
 
 class GemmaTrainer(FirstBatch, SFTTrainer):
@@ -283,10 +284,11 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def create_optimizer(self, model=None):
         """The library's; on a GPU it leaves the weights alone where ``_bad`` says so, and nobody waits for it."""
-        optimizer = super().create_optimizer(model)
-        if not self.waits:
-            self.optimizer.found_inf = self._bad
-        return optimizer
+        if self.optimizer is None:
+            super().create_optimizer(model).register_load_state_dict_pre_hook(_in_own_way)
+            if not self.waits:
+                self.optimizer.found_inf = self._bad
+        return self.optimizer
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
                                  learning_rate=None):
@@ -397,6 +399,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             if processes.is_main():  # half of one would keep a full disk full
                 remove(checkpoint)
             raise
+
+
+def _in_own_way(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What is loaded, to be computed as this optimiser does: a checkpoint of another device says how it was done there.
+    """
+    groups = [{**theirs, **{name: ours[name] for name in _WAYS if name in ours}}
+              for theirs, ours in zip(loaded["param_groups"], optimizer.param_groups, strict=True)]
+    return loaded | {"param_groups": groups}
 
 
 def _stay_in_shards(model: Any) -> bool:

@@ -35,6 +35,10 @@ class Late(LateFigures):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> Captures:
     """Trainings as on a GPU, from here on."""
+    return computes_as_on_a_gpu(monkeypatch)
+
+
+def computes_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Captures:
     found = graphs.install(monkeypatch)
     made, arguments = trainer.GemmaTrainer.__init__, job._arguments
 
@@ -86,6 +90,24 @@ def test_a_training_that_goes_on_is_the_same(cli, tiny, tmp_path, request):
     assert result.code == 0, result.err
     assert "cannot be captured" not in result.err and len(captures.order) > before
     same_figures(expected, log())
+
+
+def test_a_training_goes_on_on_another_device(cli, tiny, tmp_path, request):
+    """A checkpoint says how its optimiser computed, which is not how it is done there."""
+    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
+    longer = ("train", "--continue", *(word for word in command[1:] if word != "--force"))
+    assert cli(*longer, "--epochs", 6).code == 0
+    expected = log()
+    assert cli(*command).code == 0
+    with pytest.MonkeyPatch.context() as there:
+        computes_as_on_a_gpu(there)
+        result = cli(*longer, "--epochs", 6)
+        assert result.code == 0, result.err
+        assert "cannot be captured" not in result.err and Graph.replays
+        same_figures(expected, log())
+    assert cli(*longer, "--epochs", 8).code == 0
+    found = torch.load(f"runs/tiny-gemma/training_checkpoints/checkpoint-{log()[-1]['step']}/optimizer.pt")
+    assert not found["param_groups"][0]["fused"] and {float(s["step"]) for s in found["state"].values()} == {log()[-1]["step"]}
 
 
 def test_a_step_has_its_dropout_and_an_evaluation_none(cli, tiny, data, as_on_a_gpu, monkeypatch):
