@@ -1,7 +1,8 @@
 """The gradients of the adapter: at addresses that stay, summed over the processes, checked and clipped in one go.
 
 A graph of kernels that was captured adds to the addresses that it saw, so on a GPU the gradients of all weights are
-views of one tensor, which also makes clearing, clipping and summing them over the processes one kernel each.
+views of one tensor, and the weights those of another. That also makes clearing, clipping, summing over the processes
+and the optimiser's step (:mod:`gemma_tune.train.adamw`) one kernel each, which Python starts in no time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Gradients:
 
     Args:
         weights: the trained weights by name.
-        fixed: whether the gradients stay where they are for the whole training, as one tensor.
+        fixed: whether weights and gradients stay where they are for the whole training, as one tensor each; the
+            weights, all fp32 and on one device, are moved there.
     """
 
     def __init__(self, weights: Mapping[str, torch.nn.Parameter], fixed: bool):
@@ -28,15 +30,31 @@ class Gradients:
         self.device = self.weights[0].device
         # Nats per trained token of the step so far, of this process; summed with the gradients.
         self.loss = torch.zeros((), device=self.device)
-        if fixed:
-            starts, end = [], 0
-            for weight in self.weights:
-                starts.append(end)
-                end += -(-weight.numel() // _ALIGNED) * _ALIGNED
-            self._flat = torch.zeros(end + 1, device=self.device)
-            self.loss = self._flat[end]
-            self._views = [self._flat[start:start + w.numel()].view_as(w) for start, w in zip(starts, self.weights)]
-            self.clear()
+        if not fixed:
+            return
+        lines = torch.tensor([0, *(-(-weight.numel() // _ALIGNED) for weight in self.weights)]).cumsum(0)
+        self._starts, self._size = (lines[:-1] * _ALIGNED).tolist(), int(lines[-1]) * _ALIGNED
+        self._lines = lines.to(self.device)  # at which line each weight begins, and where the last one ends
+        self._flat = torch.zeros(self._size + 1, device=self.device)
+        self.loss = self._flat[self._size]
+        self._views = self.parts(self.as_one)
+        self.weights_as_one = self.room()
+        for weight, place in zip(self.weights, self.parts(self.weights_as_one)):
+            weight.data = place.copy_(weight.detach())
+        self.clear()
+
+    @property
+    def as_one(self) -> torch.Tensor:
+        """All gradients at their fixed places (n,), with zeros between them."""
+        return self._flat[:-1]
+
+    def room(self) -> torch.Tensor:
+        """A number for each of the weights, laid out as they are (n,): zeros."""
+        return torch.zeros(self._size, device=self.device)
+
+    def parts(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """What of a tensor that is laid out so belongs to each weight, as a view of the weight's shape."""
+        return [whole[start:start + w.numel()].view_as(w) for start, w in zip(self._starts, self.weights)]
 
     def clear(self) -> None:
         """Begin a step."""
@@ -47,7 +65,8 @@ class Gradients:
             return
         self._flat.zero_()
         for weight, view in zip(self.weights, self._views):
-            weight.grad = view
+            if weight.grad is not view:  # looking takes less time than setting
+                weight.grad = view
 
     def saved(self) -> list[torch.Tensor | None]:
         """A copy, for :meth:`restore`. At fixed places it is one tensor, of which the loss is the last number."""
@@ -58,7 +77,7 @@ class Gradients:
     def flat(self) -> torch.Tensor:
         """A copy of all gradients, one after the other (n,)."""
         if self.fixed:
-            return self._flat[:-1].clone()
+            return self.as_one.clone()
         return torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights])
 
     def restore(self, saved: list[torch.Tensor | None]) -> None:
@@ -86,17 +105,24 @@ class Gradients:
 
     @property
     def computed(self) -> list[str]:
-        """Names of the weights that have a gradient: a layer that takes no part in the loss has none."""
+        """Names of the weights that have a gradient: a layer that takes no part in the loss has none, or zeros where
+        the places are fixed."""
+        if self.fixed:
+            return self.names
         return [name for name, weight in zip(self.names, self.weights) if weight.grad is not None]
 
     def norms(self) -> torch.Tensor:
         """Euclidean norm of each :attr:`computed` gradient (weights,), in fp32; not finite where a number is not."""
+        if self.fixed:
+            lines = torch.linalg.vector_norm(self.as_one.view(-1, _ALIGNED), dim=1)
+            # Unsafe: whether the offsets are right would be looked up on the device, and waited for.
+            return torch.segment_reduce(lines.square(), "sum", offsets=self._lines, unsafe=True).sqrt()
         return torch.stack(torch._foreach_norm([w.grad for w in self.weights if w.grad is not None]))
 
     def clip(self, norm: torch.Tensor, most: float) -> None:
         """Scale all so that the norm of everything together, which is ``norm``, becomes ``most`` if it is more."""
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
         if self.fixed:
-            self._flat[:-1] *= factor
+            self.as_one.mul_(factor)
         else:
             torch._foreach_mul_([w.grad for w in self.weights if w.grad is not None], factor)

@@ -24,6 +24,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
+from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.batches import (
     LengthGroupedBatches,
     Share,
@@ -283,11 +284,12 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             raise not_finite_step(self, facts, loss, bad)
 
     def create_optimizer(self, model=None):
-        """The library's; on a GPU it leaves the weights alone where ``_bad`` says so, and nobody waits for it."""
+        """The library's; on a GPU one of all weights at once, which leaves them alone where ``_bad`` says so, so that
+        nobody waits for it."""
         if self.optimizer is None:
-            super().create_optimizer(model).register_load_state_dict_pre_hook(_in_own_way)
-            if not self.waits:
-                self.optimizer.found_inf = self._bad
+            made = super().create_optimizer(model)
+            self.optimizer = made if self.waits else AdamWAsOne(made.param_groups, self.gradients, self._bad)
+            self.optimizer.register_load_state_dict_pre_hook(_in_own_way)
         return self.optimizer
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,

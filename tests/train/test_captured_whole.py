@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import optimizer
 from commands.test_preferences import log
 from train.test_captured_units import same_figures, trained_eagerly
 
@@ -63,18 +64,24 @@ def computes_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Captures:
 SFT = "--method", "sft"
 
 
-@pytest.mark.parametrize("flags", [SFT, (), ("--method", "kto"), (*SFT, "--qlora"), (*SFT, "--activation-checkpointing")],
-                         ids=["sft", "dpo", "kto", "qlora", "recomputed"])
-def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, flags):
-    """An evaluation comes before the first step, and has the training's largest shape captured."""
+@pytest.mark.parametrize("flags", [SFT, (), ("--method", "kto"), (*SFT, "--qlora"), (*SFT, "--activation-checkpointing"),
+                                   (*SFT, "--dora")], ids=["sft", "dpo", "kto", "qlora", "recomputed", "dora"])
+def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, monkeypatch, flags):
+    """An evaluation comes before the first step, and has the training's largest shape captured. The optimiser is given one
+    tensor in each step."""
     command = trained_eagerly(cli, tiny, tmp_path, 4, flags)
     expected = log()
     assert expected[0]["step"] == 0
     request.getfixturevalue("as_on_a_gpu")
+    at_once, fused, packages = [], torch._fused_adamw_, []
+    monkeypatch.setattr(optimizer, "is_lomo_available", lambda: packages.append(1))  # which looks through the disk
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda weights, *args, **how: at_once.append(len(weights)) or fused(weights, *args, **how))
     result = cli(*command)
     assert result.code == 0, result.err
     assert "cannot be captured" not in result.err and Graph.replays > 10
-    same_figures(expected, log())
+    found = log()
+    assert at_once == [1] * found[-1]["step"] and not packages
+    same_figures(expected, found)
 
 
 def test_a_training_that_goes_on_is_the_same(cli, tiny, tmp_path, request):

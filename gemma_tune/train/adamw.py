@@ -1,0 +1,79 @@
+"""AdamW of an adapter whose weights and gradients are one tensor each: its step is one kernel.
+
+Of hundreds of small tensors Python makes lists in every step, which takes longer than the step itself. What is kept of
+each weight, and how checkpoints hold it, is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from gemma_tune.train.gradients import Gradients
+
+
+class AdamWAsOne(torch.optim.AdamW):
+    """PyTorch's fused AdamW, with the same results.
+
+    Args:
+        groups: of weights, with all settings, as another AdamW has them.
+        gradients: of these weights, at fixed places.
+        bad: 1 where a step must not be taken (fp32 scalar), which is looked at on the device only.
+    """
+
+    # Accelerate's wrapper, which such an optimiser gets otherwise, looks for a package on the disk in each step.
+    _is_accelerate_prepared, step_was_skipped = True, False
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]], gradients: Gradients, bad: torch.Tensor):
+        super().__init__([{**group} for group in groups])
+        self.gradients, self.found_inf = gradients, bad
+        self._moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # and the number of steps
+        self._laid_out = False  # whether it has been tried
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take a step with the gradients as they are."""
+        if not self._laid_out:
+            self._moments, self._laid_out = self._together(), True
+        if self._moments is None:
+            super().step()
+            return
+        first, second, steps = self._moments
+        group = self.param_groups[0]
+        adamw([self.gradients.weights_as_one], [self.gradients.as_one], [first], [second], [], [steps], fused=True,
+              found_inf=self.found_inf, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+              lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """PyTorch's, in which each weight has a number of steps of its own."""
+        if self._moments is not None:
+            for state in self.state.values():
+                state["step"].copy_(self._moments[-1])
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """PyTorch's, of any AdamW."""
+        super().load_state_dict(state_dict)
+        self._moments, self._laid_out = None, False
+
+    def _together(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Lay what is known of the weights out as they are; None, with nothing changed, where not all are alike: of a
+        part the decay is another, or the steps are fewer, as an earlier part of the training had no gradient of it."""
+        weights = self.gradients.weights
+        if [id(weight) for weight in self.param_groups[0]["params"]] != [id(weight) for weight in weights]:
+            return None
+        known = [self.state.get(weight, {}) for weight in weights]
+        taken = {float(state.get("step", 0)) for state in known}
+        if len(taken) > 1:
+            return None
+        first, second = self.gradients.room(), self.gradients.room()
+        for weight, state, *places in zip(weights, known, self.gradients.parts(first), self.gradients.parts(second)):
+            for name, place in zip(("exp_avg", "exp_avg_sq"), places):
+                if name in state:
+                    place.copy_(state[name])
+            step = torch.zeros((), device=first.device)
+            self.state[weight] = {"step": step, "exp_avg": places[0], "exp_avg_sq": places[1]}
+        return first, second, torch.full((), taken.pop(), device=first.device)
