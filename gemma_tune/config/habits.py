@@ -93,15 +93,16 @@ def meant(name: str) -> str | None:
 
 
 # How people name number formats of GGUF files, by what counts of the name: its bits, where it says no more than those.
-_BITS = {"32": "f32", "16": "f16", "8": "q8_0", "6": "q6_k", "5": "q5_k_m", "4": "q4_k_m"}
+_BITS = {"32": "f32", "16": "f16", "8": "q8_0", "6": "q6_k", "5": "q5_k_m", "4": "q4_k_m", "3": "q3_k_m",
+         "2": "q2_k"}
 _BITS_ALONE = re.compile(r"(?:q|i|int|uint|nf|f|fp|float)?[-_ ]?(\d+)[-_ ]?(?:bits?|k)?")
 
 
 def number_format(word: str) -> str:
     """What a name for a number format means here, as far as it says how many bits; else the name in lower case.
 
-    >>> number_format("int4"), number_format("Q4_K_M"), number_format("8-bit"), number_format("3bit")
-    ('q4_k_m', 'q4_k_m', 'q8_0', '3bit')
+    >>> number_format("int4"), number_format("Q4_K_M"), number_format("8-bit"), number_format("1.5bit")
+    ('q4_k_m', 'q4_k_m', 'q8_0', '1.5bit')
     """
     bits = _BITS_ALONE.fullmatch(word.strip().lower())
     return _BITS.get(bits[1], word.lower()) if bits else word.strip().lower()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -15,13 +15,14 @@ from gemma_tune.export.calibration import Calibration
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.sensitivity import Costs
 from gemma_tune.gguf.architectures.parts import TensorSpec
-from gemma_tune.gguf.mix import Matrix, best_mix, types_for
+from gemma_tune.gguf.mix import FEW_BITS, Matrix, best_mix, types_for
 from gemma_tune.gguf.types import COARSE, MIXED, choose_types, nbytes
 from gemma_tune.gguf.writer import padded, tensors_of, vocabulary_bytes
 
 # Tokens times parameters, as for the calibration itself.
 _WORK = 1_000_000_000_000
 _FEWEST, _MOST = 256, 1024  # tokens
+_FEW_BITS = ("q3_k_l", "q3_k_m", "q2_k")
 _METADATA = 8 * 1024  # bytes for what describes the model, besides vocabulary, chat template and tensors
 _INFO = 44  # bytes that describe a tensor, at most, besides its name
 
@@ -62,7 +63,8 @@ class Mixes:
         types, parameters = {}, sum(spec.shape[0] * spec.shape[1] for spec in self._to_choose)
         mixed = [size for size in sizes if self._largest_format(size) is None]
         if mixed or any(label in MIXED and not self.on_grid for label in labels):
-            types = {spec.source: types_for(spec.shape[1]) for spec in self._to_choose}
+            few = any(map(self._takes_few_bits, labels))
+            types = {spec.source: _some(types_for(spec.shape[1]), few) for spec in self._to_choose}
         doing = "measuring how much depends on each token" + (", and what rounding each matrix costs" if types else "")
         self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // max(1, parameters))),
                                              partial(self.listener.progress, doing))
@@ -83,7 +85,7 @@ class Mixes:
         """For a format whose name promises a size and no single type; no larger than llama.cpp's mix."""
         if quant not in MIXED or self.on_grid:
             return {}
-        chosen, matrices = self._llama_cpp(quant), self._matrices()
+        chosen, matrices = self._llama_cpp(quant), self._matrices(self._takes_few_bits(quant))
         room = sum(nbytes(chosen[name], matrix.shape) for name, matrix in matrices.items())
         best = best_mix(matrices, room)
         return best if best and _cost(matrices, best) <= _cost(matrices, chosen) else {}
@@ -97,11 +99,21 @@ class Mixes:
         """
         if quant := self._largest_format(size):
             return quant, {}
-        matrices = self._matrices()
+        matrices = self._matrices(self._too_small_for_four_bits(size))
         best = self._fitting(size, matrices)
         taken = sum(nbytes(kind, matrices[name].shape) for name, kind in best.items())
         sizes = self._sizes({name: matrix.shape for name, matrix in matrices.items()})
         return min(COARSE, key=lambda quant: abs(sizes[quant] - taken)), best
+
+    def _takes_few_bits(self, label: str) -> bool:
+        """Whether matrices may get less than four bits, which a format or a size with room for more does without: what
+        they cost is measured less well, as rounding then changes more than the gradients tell of."""
+        size = size_in_bytes(label)
+        return self._too_small_for_four_bits(size) if size else label in _FEW_BITS
+
+    def _too_small_for_four_bits(self, size: int) -> bool:
+        shapes = {spec.name: spec.shape for spec in self._to_choose}
+        return size - self._besides(shapes) < self._sizes(shapes)["q4_k_s"]
 
     def _largest_format(self, size: int) -> str | None:
         """Where the base was quantised, what was measured would choose far worse than the largest format that fits,
@@ -124,7 +136,8 @@ class Mixes:
         if best is None:
             least = besides + sum(min(nbytes(kind, matrix.shape) for kind in matrix.costs)
                                   for matrix in matrices.values())
-            raise UserError(f"no file of this model fits into {size_text(size)}: four bits take {size_text(least)}",
+            raise UserError(f"no file of this model fits into {size_text(size)}: the fewest bits take "
+                            f"{size_text(least)}",
                             f"ask for more, such as --size {-(-least // 1_000_000)}MB, or train a smaller model")
         return best
 
@@ -132,10 +145,14 @@ class Mixes:
         """Nats per token that rounding to the types of a format costs, but for matrices that were not measured."""
         return _cost(self._matrices(), self._llama_cpp(quant) | dict(types))
 
-    def _matrices(self) -> dict[str, Matrix]:
-        """Those that were measured, by their names in the file."""
-        return {spec.name: Matrix(spec.shape, self._costs[spec.source]) for spec in self._to_choose
-                if self._costs.get(spec.source)}
+    def _matrices(self, few: bool = True) -> dict[str, Matrix]:
+        """Those that were measured, by their names in the file.
+
+        Args:
+            few: whether they may get less than four bits.
+        """
+        return {spec.name: Matrix(spec.shape, {kind: costs[kind] for kind in _some(costs, few)})
+                for spec in self._to_choose if (costs := self._costs.get(spec.source))}
 
     @cached_property
     def _to_choose(self) -> list[TensorSpec]:
@@ -165,6 +182,10 @@ class Mixes:
                    for spec in self._specs)
         rest += sum(_INFO + len(spec.name) for spec in self._specs)
         return rest + vocabulary_bytes(self.source.parts.vocabulary) + len(self.source.template.encode()) + _METADATA
+
+
+def _some(types: Iterable[Type], few: bool) -> list[Type]:
+    return [kind for kind in types if few or kind not in FEW_BITS]
 
 
 def _cost(matrices: Mapping[str, Matrix], types: Mapping[str, Type]) -> float:

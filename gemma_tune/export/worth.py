@@ -27,7 +27,8 @@ PART_OF_PERPLEXITY = 0.25
 # 12 MB more, nothing.
 PART_OF_GENERAL = 0.10
 # What to try where these lose too much: the next of their kind, and from the old formats at once eight bits.
-_FINER = {"q4_k_m": "q5_k_m", "q5_k_m": "q6_k"}
+_FINER = {"q2_k": "q3_k_m", "q3_k_s": "q3_k_m", "q3_k_m": "q4_k_m", "q3_k_l": "q4_k_m", "q4_k_s": "q4_k_m",
+          "q4_k_m": "q5_k_m", "q5_k_s": "q5_k_m", "q5_k_m": "q6_k"}
 _KEPT = {VALIDATION: "what was learned", GENERAL: "what the model knew before"}
 # What the summary has of the figures of the file to take, where that has them.
 _OF_FILE = {"check_largest_error": "largest_error", "check_largest_error_tensor": "largest_error_tensor",

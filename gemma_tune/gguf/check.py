@@ -24,12 +24,14 @@ _LEAST_F16 = 2.0 ** -25  # half of the step between the smallest numbers of floa
 # smallest step, which matter where a block's scale is that small. Plain types: half of the last bit (float32 is not
 # rounded, but 1 + weight - 1 is). Blocks of 32: one step (Q4_0, Q5_0, whose last step has no partner on the other side)
 # or half of one, and float16's rounding of scale and minimum. K types: their scales are found by a search, without a
-# proven bound; measured over twelve distributions, from constant to Cauchy, it was 0.027 in Q6_K, 0.064 in Q5_K and
-# 0.12 in Q4_K, and twice that is allowed. A row in the wrong place is off by 1 and more.
+# proven bound; measured over twelve distributions, from constant to Cauchy, it was 0.027 in Q6_K, 0.064 in Q5_K, 0.12
+# in Q4_K and 0.29 in Q3_K, and twice that is allowed. In Q2_K it was 0.75, where all but a few weights of a block are
+# zero. A row in the wrong place is off by 1 and more.
 LARGEST_ERROR = {
     Type.F32: (2.0 ** -22, 8), Type.BF16: (2.0 ** -8, 0), Type.F16: (2.0 ** -11, 1), Type.Q8_0: (0.0045, 127),
     Type.Q5_1: (0.034, 32), Type.Q5_0: (0.0631, 16), Type.Q4_1: (0.0685, 16), Type.Q4_0: (0.126, 8),
-    Type.Q6_K: (0.055, 32 * 128), Type.Q5_K: (0.13, 32 * 63), Type.Q4_K: (0.24, 16 * 63),
+    Type.Q6_K: (0.055, 32 * 128), Type.Q5_K: (0.13, 32 * 63), Type.Q4_K: (0.24, 16 * 63), Type.Q3_K: (0.58, 8 * 32),
+    Type.Q2_K: (0.95, 4 * 15),
 }  # fmt: skip
 
 # Where a checkpoint holds each tensor: file and name; of experts that are stored apart, of each.
@@ -37,7 +39,7 @@ Shards = Mapping[str, Sequence[tuple[Path, str]]]
 
 # Of a calibrated matrix's output, likewise: plain rounding's error of the weights is the most that it leaves.
 MOST_OF_OUTPUT = {Type.Q8_0: 0.02, Type.Q6_K: 0.05, Type.Q5_1: 0.1, Type.Q5_0: 0.1, Type.Q5_K: 0.1, Type.Q4_1: 0.2,
-                  Type.Q4_0: 0.2, Type.Q4_K: 0.2}  # fmt: skip
+                  Type.Q4_0: 0.2, Type.Q4_K: 0.2, Type.Q3_K: 0.4, Type.Q2_K: 0.8}  # fmt: skip
 
 
 def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,

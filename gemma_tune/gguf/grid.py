@@ -12,10 +12,11 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-GRIDS = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+GRIDS = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 
-_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8, Type.Q4_K: 4, Type.Q5_K: 5, Type.Q6_K: 6}
-_CENTRED = {Type.Q4_0: 8, Type.Q5_0: 16, Type.Q8_0: 128, Type.Q6_K: 32}  # the q that stands for zero
+_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8, Type.Q2_K: 2, Type.Q3_K: 3, Type.Q4_K: 4,
+         Type.Q5_K: 5, Type.Q6_K: 6}
+_CENTRED = {Type.Q4_0: 8, Type.Q5_0: 16, Type.Q8_0: 128, Type.Q3_K: 4, Type.Q6_K: 32}  # the q that stands for zero
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ def _scales(blocks: np.ndarray, kind: Type) -> tuple[np.ndarray, np.ndarray, int
     if kind in (Type.Q4_K, Type.Q5_K):
         scales, minima = _six_bits(blocks[..., 4:16])
         return -_half(blocks, 2) * minima, _half(blocks, 0) * scales, 32
-    if kind == Type.Q6_K:
+    if kind == Type.Q2_K:
+        both = blocks[..., :16]
+        return -_half(blocks, 82) * (both >> 4), _half(blocks, 80) * (both & 15), 16
+    if kind == Type.Q3_K:
+        step, each = _half(blocks, 108) * _sixteen_of_six_bits(blocks[..., 96:108]), 16
+    elif kind == Type.Q6_K:
         step, each = _half(blocks, 208) * blocks[..., 192:208].view(np.int8).astype(np.float32), 16
     else:
         step, each = _half(blocks, 0), 32
@@ -95,6 +101,13 @@ def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales.astype(np.float32), minima.astype(np.float32)
 
 
+def _sixteen_of_six_bits(packed: np.ndarray) -> np.ndarray:
+    """Sixteen scales from -32 to 31 out of twelve bytes, see ``dequantize_row_q3_K``."""
+    low = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
+    high = packed[..., 8:, None] >> _SHIFTS[:, 0] & 3  # (…, 4 bytes, 4 scales that are four apart)
+    return (low | np.swapaxes(high, -1, -2).reshape(low.shape) << 4).astype(np.float32) - 32
+
+
 # ---- what is chosen --------------------------------------------------------------------------------------------------
 
 # Where the four low bits of the weights lie, and where the others do: the bytes, and how many weights a run of bytes
@@ -102,6 +115,9 @@ def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 _NIBBLES = {Type.Q4_0: (2, 16), Type.Q4_1: (4, 16), Type.Q5_0: (6, 16), Type.Q5_1: (8, 16), Type.Q4_K: (16, 32),
             Type.Q5_K: (48, 32)}
 _FIFTH = {Type.Q5_0: 2, Type.Q5_1: 4}
+# Where the two low bits lie of which a byte has those of four weights, 32 apart.
+_PAIRS_OF_BITS = {Type.Q2_K: 16, Type.Q3_K: 32}
+_SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 
 def _unpack(blocks: np.ndarray, kind: Type) -> np.ndarray:
@@ -113,18 +129,31 @@ def _unpack(blocks: np.ndarray, kind: Type) -> np.ndarray:
         high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> _SHIFTS & 3
         nibbles = np.concatenate([low & 15, low >> 4], axis=-1)
         return (nibbles | high.reshape(nibbles.shape) << 4).reshape(*blocks.shape[:2], 256)
+    if kind in _PAIRS_OF_BITS:
+        at = _PAIRS_OF_BITS[kind]
+        low = blocks[..., at:at + 64].reshape(*blocks.shape[:2], 2, 1, 32) >> _SHIFTS & 3
+        q = low.reshape(*blocks.shape[:2], 256)
+        return q | _bits(blocks[..., :32]) << 2 if kind == Type.Q3_K else q
     at, run = _NIBBLES[kind]
     low = blocks[..., at:].reshape(*blocks.shape[:2], -1, run)
     q = np.concatenate([low & 15, low >> 4], axis=-1).reshape(*blocks.shape[:2], -1)
     if kind in _FIFTH:
         q |= np.unpackbits(blocks[..., _FIFTH[kind]:_FIFTH[kind] + 4], axis=-1, bitorder="little") << 4
     if kind == Type.Q5_K:
-        bits = np.unpackbits(blocks[..., 16:48, None], axis=-1, bitorder="little")  # (…, 32 places, 8 groups)
-        q |= np.swapaxes(bits, -1, -2).reshape(q.shape) << 4
+        q |= _bits(blocks[..., 16:48]) << 4
     return q
 
 
-_SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+def _bits(packed: np.ndarray) -> np.ndarray:
+    """One bit of each of 256 weights out of 32 bytes, each of which has those of eight weights that are 32 apart."""
+    bits = np.unpackbits(packed[..., None], axis=-1, bitorder="little")  # (…, 32 places, 8 groups)
+    return np.swapaxes(bits, -1, -2).reshape(*packed.shape[:-1], 256)
+
+
+def _packed_bits(bits: np.ndarray) -> np.ndarray:
+    """The reverse of :func:`_bits`."""
+    groups = np.swapaxes(bits.reshape(*bits.shape[:-1], 8, 32), -1, -2)
+    return np.packbits(groups, axis=-1, bitorder="little")[..., 0]
 
 
 def _pack(blocks: np.ndarray, kind: Type, q: np.ndarray) -> None:
@@ -138,11 +167,17 @@ def _pack(blocks: np.ndarray, kind: Type, q: np.ndarray) -> None:
         high = (halves >> 4).reshape(*q.shape[:2], 2, 4, 32) << _SHIFTS
         blocks[..., 128:192] = np.bitwise_or.reduce(high, axis=-2).reshape(*q.shape[:2], 64)
         return
+    if kind in _PAIRS_OF_BITS:
+        at = _PAIRS_OF_BITS[kind]
+        low = (q & 3).reshape(*q.shape[:2], 2, 4, 32) << _SHIFTS
+        blocks[..., at:at + 64] = np.bitwise_or.reduce(low, axis=-2).reshape(*q.shape[:2], 64)
+        if kind == Type.Q3_K:
+            blocks[..., :32] = _packed_bits(q >> 2)
+        return
     at, run = _NIBBLES[kind]
     pairs = q.reshape(*q.shape[:2], -1, 2, run) & 15
     blocks[..., at:] = (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*q.shape[:2], -1)
     if kind in _FIFTH:
         blocks[..., _FIFTH[kind]:_FIFTH[kind] + 4] = np.packbits(q >> 4, axis=-1, bitorder="little")
     if kind == Type.Q5_K:
-        groups = np.swapaxes((q >> 4).reshape(*q.shape[:2], 8, 32), -1, -2)
-        blocks[..., 16:48] = np.packbits(groups, axis=-1, bitorder="little")[..., 0]
+        blocks[..., 16:48] = _packed_bits(q >> 4)

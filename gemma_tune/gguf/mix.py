@@ -11,7 +11,8 @@ from gguf import GGMLQuantizationType as Type
 from gemma_tune.gguf.types import nbytes
 
 # From the fewest bits to the most; none is larger and worse than another.
-CANDIDATES = (Type.Q4_0, Type.Q4_K, Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q5_1, Type.Q6_K, Type.Q8_0)
+FEW_BITS = (Type.Q2_K, Type.Q3_K)
+CANDIDATES = (*FEW_BITS, Type.Q4_0, Type.Q4_K, Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q5_1, Type.Q6_K, Type.Q8_0)
 
 
 @dataclass(frozen=True)

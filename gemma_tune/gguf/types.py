@@ -38,25 +38,33 @@ Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 FILE_TYPES = {"f32": FileType.ALL_F32, "bf16": FileType.MOSTLY_BF16, "f16": FileType.MOSTLY_F16,
               "q8_0": FileType.MOSTLY_Q8_0, "q6_k": FileType.MOSTLY_Q6_K, "q5_k_m": FileType.MOSTLY_Q5_K_M,
-              "q5_1": FileType.MOSTLY_Q5_1, "q5_0": FileType.MOSTLY_Q5_0, "q4_k_m": FileType.MOSTLY_Q4_K_M,
-              "q4_1": FileType.MOSTLY_Q4_1, "q4_0": FileType.MOSTLY_Q4_0}  # fmt: skip
+              "q5_k_s": FileType.MOSTLY_Q5_K_S, "q5_1": FileType.MOSTLY_Q5_1, "q5_0": FileType.MOSTLY_Q5_0,
+              "q4_k_m": FileType.MOSTLY_Q4_K_M, "q4_k_s": FileType.MOSTLY_Q4_K_S, "q4_1": FileType.MOSTLY_Q4_1,
+              "q4_0": FileType.MOSTLY_Q4_0, "q3_k_l": FileType.MOSTLY_Q3_K_L, "q3_k_m": FileType.MOSTLY_Q3_K_M,
+              "q3_k_s": FileType.MOSTLY_Q3_K_S, "q2_k": FileType.MOSTLY_Q2_K}  # fmt: skip
 QUANTS = tuple(FILE_TYPES)
 COARSE = QUANTS[QUANTS.index("q8_0"):]  # of blocks, whose rounding can be calibrated
-MIXED = ("q4_k_m", "q5_k_m")  # their names promise a size, and more bits where they matter
+# Their names promise a size, and more bits where they matter.
+MIXED = ("q2_k", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_m")
 PLAIN = (Type.F32, Type.F16, Type.BF16)
-K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
+K_TYPES = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 
 # The largest magnitude a type surely holds. Blocks keep their scale in float16: largest/127 in Q8_0, /16 in Q5_0, /8 in
-# Q4_0. Q4_1 and Q5_1 keep the smallest value as well, and the K types a scale of 6-bit (Q6_K: 8-bit) scales; half of
-# what these reach counts here, as their fit may move the ends of a block.
+# Q4_0. Q4_1 and Q5_1 keep the smallest value as well, and the K types a scale of 6-bit (Q2_K: 4-bit, Q6_K: 8-bit)
+# scales; half of what these reach counts here, as their fit may move the ends of a block.
 _F16_MAX = 65504.0
 LARGEST = {Type.F32: math.inf, Type.BF16: float.fromhex("0x1.FEp127"), Type.F16: _F16_MAX, Type.Q8_0: 127 * _F16_MAX,
            Type.Q5_0: 16 * _F16_MAX, Type.Q4_0: 8 * _F16_MAX, Type.Q5_1: _F16_MAX, Type.Q4_1: _F16_MAX,
-           Type.Q4_K: 31 * _F16_MAX, Type.Q5_K: 31 * _F16_MAX, Type.Q6_K: 2048 * _F16_MAX}  # fmt: skip
+           Type.Q2_K: 7 * _F16_MAX, Type.Q3_K: 64 * _F16_MAX, Type.Q4_K: 31 * _F16_MAX, Type.Q5_K: 31 * _F16_MAX,
+           Type.Q6_K: 2048 * _F16_MAX}  # fmt: skip
 
-_MATRIX = {"q6_k": Type.Q6_K, "q5_k_m": Type.Q5_K, "q4_k_m": Type.Q4_K}
+_MATRIX = {quant: Type[quant.upper()[:4]] for quant in FILE_TYPES if quant[2:4] == "_k"}
+_JOINED = {"q3_k_m": Type.Q4_K, "q3_k_l": Type.Q4_K, "q4_k_m": Type.Q5_K, "q5_k_m": Type.Q6_K}
+_OUTPUT = {"q2_k": Type.Q3_K, "q3_k_m": Type.Q4_K, "q3_k_l": Type.Q5_K}
+_BESIDE_EIGHT_EXPERTS = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m"), Type.Q5_K)  # of the same
 # Rows that are no whole blocks of 256 take a type with blocks of 32 and as many bits or more.
-_SHORTER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+_SHORTER_BLOCKS = {Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1,
+                   Type.Q6_K: Type.Q8_0}
 # Matrices that stay unquantised: small beside the others, and what they compute is added to every layer.
 _LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj")
 # What stays in 32 bits, as llama.cpp reads it in no other type: norms, convolutions of a few numbers a row, and what
@@ -108,32 +116,40 @@ def _head_type(wanted: Type, columns: int) -> Type:
 
 def _more_bits(quant: str, names: Sequence[str], model: Architecture) -> dict[str, Type]:
     """The tensors to which a mix gives another type than to the rest."""
-    finer = _of_eight_experts(quant, names) if model.experts == 8 else {}
-    if quant not in MIXED:
-        return finer
     values = sorted((n for n in names if n.endswith("attn_v.weight")), key=_block_number)
     joined = [n for n in names if n.endswith("attn_qkv.weight")]
-    more = {name: Type.Q6_K for n, name in enumerate(values) if _uses_more_bits(n, len(values) + len(joined))}
-    more |= {name: Type.Q6_K for name in names if _DOWN.search(name)
-             and _uses_more_bits(_block_number(name), model.layers)}
-    more |= dict.fromkeys(joined, Type.Q5_K if quant == "q4_k_m" else Type.Q6_K)
-    if quant == "q4_k_m" and model.layers == 80 and model.heads != model.kv_heads:
-        # Llama and Qwen of 70B: eight heads share each of these rows, so they are small and matter.
-        more = {name: Type.Q5_K for name in values} | more
-    return more | finer
+    more = {name: _of_values(quant, n, len(values) + len(joined), model) for n, name in enumerate(values)}
+    more |= {name: _of_down(quant, _block_number(name), model.layers) for name in names if _DOWN.search(name)}
+    more |= dict.fromkeys(joined, _JOINED.get(quant))
+    output = _BESIDE_EIGHT_EXPERTS if model.experts == 8 else _OUTPUT
+    more |= {name: output.get(quant) for name in names if name.endswith("attn_output.weight")}
+    if model.experts == 8:  # beside Mixtral's experts these matrices are small, so that all formats give them more bits
+        more |= {name: Type.Q8_0 for name in names if name.endswith((".attn_v.weight", ".attn_k.weight"))}
+    return {name: kind for name, kind in more.items() if kind}
 
 
-def _of_eight_experts(quant: str, names: Sequence[str]) -> dict[str, Type]:
-    """Beside Mixtral's experts these matrices are small, so that all formats give them more bits."""
-    output = {"attn_output": Type.Q5_K} if quant == "q4_k_m" else {}
-    parts = {"attn_v": Type.Q8_0, "attn_k": Type.Q8_0, **output}
-    return {name: kind for name in names for part, kind in parts.items() if name.endswith(f".{part}.weight")}
+def _of_values(quant: str, n: int, count: int, model: Architecture) -> Type | None:
+    """What the n-th of the matrices of values gets."""
+    in_mix = {"q2_k": Type.Q4_K if model.heads >= 4 * model.kv_heads else Type.Q3_K,
+              "q3_k_m": Type.Q5_K if n < 2 else Type.Q4_K, "q3_k_l": Type.Q5_K, "q4_k_s": Type.Q5_K if n < 4 else None}
+    kind = _sixth_bit(quant, n, count) or in_mix.get(quant)
+    if model.layers == 80 and model.heads != model.kv_heads and (kind or _MATRIX.get(quant)) in (Type.Q3_K, Type.Q4_K):
+        return Type.Q5_K  # Llama and Qwen of 70B: eight heads share each of these rows, so they are small and matter.
+    return kind
 
 
-def _uses_more_bits(n: int, count: int) -> bool:
-    """The first and the last eighth of the layers, and every third between them."""
+def _of_down(quant: str, n: int, count: int) -> Type | None:
+    """What the n-th layer's way out of the feed-forward part gets."""
+    in_mix = {"q2_k": Type.Q3_K, "q3_k_m": Type.Q5_K if n < count // 16 else Type.Q4_K, "q3_k_l": Type.Q5_K,
+              "q4_k_s": Type.Q5_K if n < count // 8 else None}
+    return _sixth_bit(quant, n, count) or in_mix.get(quant)
+
+
+def _sixth_bit(quant: str, n: int, count: int) -> Type | None:
+    """Of the mixes of four and five bits: in the first and the last eighth of the layers, and every third between."""
     eighth = count // 8
-    return n < eighth or n >= 7 * count // 8 or (n - eighth) % 3 == 2
+    more = n < eighth or n >= 7 * count // 8 or (n - eighth) % 3 == 2
+    return Type.Q6_K if more and quant in ("q4_k_m", "q5_k_m") else None
 
 
 def _block_number(name: str) -> int:

@@ -11,6 +11,8 @@ from gemma_tune.export import mixes
 from gemma_tune.export.calibration import Calibration
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import nbytes
+from support.command import QUICK
+from support.models import make_model
 
 
 def size_of(path) -> int:
@@ -111,3 +113,31 @@ def test_the_file_says_the_format_that_is_nearest(export, merged):
     assert kind.name.startswith("MOSTLY_Q")
     record = json.loads((merged / "manifest.json").read_text())["stages"]["export-ollama"]
     assert record["summary"]["quants"][label]["tensor_types"]
+
+
+@pytest.fixture
+def wide(cli, data, tmp_path):
+    """A merged model whose rows are whole blocks of 256, as the types of less than four bits have."""
+    model = make_model(tmp_path / "models" / "tiny-gemma", hidden_size=256, intermediate_size=256)
+    run = tmp_path / "runs" / "tiny-gemma"
+    for args in (("prepare", data, "--model", model), ("train", *QUICK), ("merge", "--no-check")):
+        result = cli(*args, "--run", run)
+        assert result.code == 0, result.err
+    return run
+
+
+def test_less_than_four_bits_only_where_the_room_asks_for_it(export, wide):
+    sizes = {}
+    for quant in ("q4_k_s", "q4_k_m", "q3_k_m", "q2_k"):
+        result = export("--quant", quant, "--run", wide, "--no-calibration", "--json")
+        assert result.code == 0, result.err
+        sizes[quant] = result.json["summary"]["gguf_bytes"]
+    for asked, few in ((("--quant", "q4_k_m"), False), (("--quant", "q3_k_m"), True), (("--quant", "q2_k"), True),
+                       (("--size", f"{sizes['q4_k_m'] / 1000 + 20}KB"), False), (("--size", f"{sizes['q3_k_m'] / 1000 + 20}KB"), True)):
+        result = export(*asked, "--calibration", "rows", "--run", wide, "--json")
+        assert result.code == 0, result.err
+        [(label, figures)] = result.json["summary"]["quants"].items()
+        assert bool({"Q2_K", "Q3_K"} & figures["tensor_types"].keys()) == few, asked
+        assert figures["bytes"] <= sizes.get(label, sizes["q4_k_m"] + 20_000)
+        kinds = {info.type for info in GgufFile(wide / "ollama" / f"tiny-gemma-{label}.gguf").tensors.values()}
+        assert bool({Type.Q2_K, Type.Q3_K} & kinds) == few

@@ -13,7 +13,8 @@ from gemma_tune.gguf.types import nbytes
 
 
 def test_types_whose_blocks_fit():
-    assert types_for(256) == (Type.Q4_0, Type.Q4_K, Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q5_1, Type.Q6_K, Type.Q8_0)
+    assert types_for(256) == (Type.Q2_K, Type.Q3_K, Type.Q4_0, Type.Q4_K, Type.Q4_1, Type.Q5_0, Type.Q5_K,
+                              Type.Q5_1, Type.Q6_K, Type.Q8_0)
     assert types_for(640) == (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0)
     assert types_for(100) == ()
 

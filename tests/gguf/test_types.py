@@ -23,7 +23,7 @@ from gemma_tune.gguf.check import LARGEST_ERROR
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import LARGEST, QUANTS, choose_types, dequantise, nbytes, quantise
 
-BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 ALL = (Type.F32, Type.F16, Type.BF16, *BLOCKS)
 
 
@@ -82,7 +82,9 @@ LAYER = {"blk.0.attn_norm.weight": (512,), "blk.0.attn_v.weight": (64, 512), "bl
 @pytest.mark.parametrize("quant, embedding, matrix", [
     ("f32", "F32", "F32"), ("bf16", "BF16", "BF16"), ("f16", "F16", "F16"), ("q8_0", "Q8_0", "Q8_0"),
     ("q6_k", "Q6_K", "Q6_K"), ("q5_1", "Q6_K", "Q5_1"), ("q5_0", "Q6_K", "Q5_0"), ("q4_1", "Q6_K", "Q4_1"),
-    ("q4_0", "Q6_K", "Q4_0"), ("q5_k_m", "Q6_K", "Q5_K"), ("q4_k_m", "Q6_K", "Q4_K")])
+    ("q4_0", "Q6_K", "Q4_0"), ("q5_k_m", "Q6_K", "Q5_K"), ("q4_k_m", "Q6_K", "Q4_K"), ("q5_k_s", "Q6_K", "Q5_K"),
+    ("q4_k_s", "Q6_K", "Q4_K"), ("q3_k_l", "Q6_K", "Q3_K"), ("q3_k_m", "Q6_K", "Q3_K"), ("q3_k_s", "Q6_K", "Q3_K"),
+    ("q2_k", "Q6_K", "Q2_K")])
 def test_the_head_keeps_more_bits_and_an_untied_embedding_does_not(quant, embedding, matrix):
     tied = types(quant, {"token_embd.weight": (100, 512), **LAYER})
     assert (tied["token_embd.weight"], tied["blk.0.attn_q.weight"]) == (embedding, matrix)
@@ -93,7 +95,7 @@ def test_the_head_keeps_more_bits_and_an_untied_embedding_does_not(quant, embedd
 
 @pytest.mark.parametrize("quant, columns, expected, head", [
     ("q4_k_m", 96, "Q5_0", "Q8_0"), ("q5_k_m", 96, "Q5_1", "Q8_0"), ("q6_k", 96, "Q8_0", "Q8_0"),
-    ("q4_0", 96, "Q4_0", "Q8_0"), ("q8_0", 40, "F16", "F16"), ("q4_k_m", 40, "F16", "F16"), ("q4_1", 40, "F16", "F16")])
+    ("q4_0", 96, "Q4_0", "Q8_0"), ("q3_k_s", 96, "Q4_0", "Q8_0"), ("q2_k", 96, "Q4_0", "Q8_0"), ("q8_0", 40, "F16", "F16"), ("q4_k_m", 40, "F16", "F16"), ("q4_1", 40, "F16", "F16")])
 def test_rows_that_are_no_whole_blocks(quant, columns, expected, head):
     tensors = {"token_embd.weight": (100, columns), "blk.3.attn_q.weight": (64, columns)}
     assert types(quant, tensors) == {"token_embd.weight": head, "blk.3.attn_q.weight": expected}
@@ -123,6 +125,32 @@ def test_layers_with_more_bits_go_by_their_number_and_by_how_many_there_are():
     assert set(equal.values()) == {"Q4_K", "Q6_K"}
 
 
+@pytest.mark.parametrize("quant, values, down, output, joined", [
+    ("q5_k_s", "Q5_K", "Q5_K", "Q5_K", "Q5_K"), ("q4_k_s", "Q5_K 0-3 Q4_K", "Q5_K 0-3 Q4_K", "Q4_K", "Q4_K"),
+    ("q3_k_l", "Q5_K", "Q5_K", "Q5_K", "Q4_K"), ("q3_k_m", "Q5_K 0-1 Q4_K", "Q5_K 0-1 Q4_K", "Q4_K", "Q4_K"),
+    ("q3_k_s", "Q3_K", "Q3_K", "Q3_K", "Q3_K"), ("q2_k", "Q3_K", "Q3_K", "Q3_K", "Q2_K")])
+def test_the_mixes_of_few_bits(quant, values, down, output, joined):
+    """llama.cpp's rules, ``llama_tensor_get_type`` of src/llama-quant.cpp, for 32 layers whose keys serve two heads each."""
+    parts = {"attn_v": values, "ffn_down": down, "attn_output": output, "attn_q": quant[:4].upper()}
+    found = types(quant, {f"blk.{n}.{part}.weight": (64, 256) for n in range(32) for part in parts}, layers=32)
+    for part, rule in parts.items():
+        first, *rest = rule.split()
+        last, other = (int(rest[0].split("-")[1]), rest[1]) if rest else (31, "")
+        assert [found[f"blk.{n}.{part}.weight"] for n in range(32)] == [first if n <= last else other for n in range(32)], part
+    assert types(quant, {"blk.0.attn_qkv.weight": (64, 256)}, layers=32)["blk.0.attn_qkv.weight"] == joined
+
+
+def test_values_that_many_heads_share_get_more_bits():
+    def of_values(quant: str, **sizes: int) -> str:
+        return types(quant, {f"blk.{n}.attn_v.weight": (64, 256) for n in range(9)}, **sizes)["blk.8.attn_v.weight"]
+
+    assert of_values("q2_k", heads=8, kv_heads=2) == "Q4_K" and of_values("q2_k", heads=8, kv_heads=4) == "Q3_K"
+    for quant, kind in (("q2_k", "Q5_K"), ("q3_k_s", "Q5_K"), ("q3_k_m", "Q5_K"), ("q4_k_s", "Q5_K"), ("q5_k_s", "Q5_K"),
+                        ("q4_0", "Q4_0"), ("q6_k", "Q6_K")):
+        assert of_values(quant, heads=64, kv_heads=8, layers=80) == kind, quant
+    assert of_values("q3_k_s", heads=64, kv_heads=64, layers=80) == "Q3_K"
+
+
 def test_experts_get_the_types_of_a_dense_feed_forward_part():
     """As in llama.cpp, which goes by the number of the block, and leaves what chooses the experts in 32 bits."""
     def block(n: int) -> dict[str, tuple[int, ...]]:
@@ -150,6 +178,8 @@ def test_beside_eight_experts_attention_gets_more_bits():
 
     assert attention("q4_k_m") == ["Q4_K", "Q8_0", "Q8_0", "Q5_K"]
     assert attention("q5_k_m") == ["Q5_K", "Q8_0", "Q8_0", "Q5_K"]
+    assert attention("q3_k_m") == ["Q3_K", "Q8_0", "Q8_0", "Q5_K"] == attention("q3_k_s")
+    assert attention("q3_k_l") == ["Q3_K", "Q8_0", "Q8_0", "Q3_K"]
     assert attention("q4_0") == ["Q4_0", "Q8_0", "Q8_0", "Q4_0"] and attention("f16") == ["F16"] * 4
 
 
