@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.gguf.architectures.experts import in_model
+from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time
@@ -217,7 +217,10 @@ def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
     weights = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
     for spec in architecture.tensors:
         name, half = in_model(spec.source or "")
-        if spec.source not in weights and name in weights:
+        if spec.turned and name in weights:
+            part = weights[name][..., columns_of(half)]
+            weights[str(spec.source)] = part.transpose(1, 2) if part.ndim == 3 else part
+        elif spec.source not in weights and name in weights:
             weights[str(spec.source)] = weights[name] if half is None else weights[name].chunk(2, dim=1)[half]
     return weights
 

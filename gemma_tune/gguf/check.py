@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.strict_json import object_in
-from gemma_tune.gguf.architectures.experts import in_model
+from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.experts import together
@@ -160,7 +160,7 @@ def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarra
         return
     from safetensors import safe_open
 
-    if len(spec.shape) == 3:
+    if len(spec.shape) == 3 or spec.turned:
         yield from _of_experts(spec, shards)
         return
     [(path, name)] = shards[spec.source]
@@ -172,16 +172,25 @@ def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarra
 
 
 def _of_experts(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
-    """One expert at a time, of one tensor of all or of one for each; or half of one that holds two matrices."""
+    """One expert at a time, of one tensor of all or of one for each; or half of one that holds two matrices. Of vectors
+    those of all experts."""
     from safetensors import safe_open
 
     joined, half = (spec.source, None) if spec.source in shards else in_model(str(spec.source))
     members, rows = shards[joined], spec.shape[1]
+    if len(spec.shape) == 2:
+        [(path, name)] = members
+        with safe_open(path, framework="pt") as f:
+            yield 0, f.get_tensor(name).float().numpy()[:, columns_of(half)]
+        return
     for n in range(spec.shape[0]):
         path, name = members[n % len(members)]
         with safe_open(path, framework="pt") as f:
             stored = f.get_slice(name)
             matrix = stored[n if len(stored.get_shape()) == 3 else slice(None)].float().numpy()
+        if spec.turned:
+            yield n * rows, matrix[:, columns_of(half)].T
+            continue
         yield n * rows, matrix if half is None else matrix[half * rows:][:rows]
 
 

@@ -1,7 +1,7 @@
 """Experts in a checkpoint: all of a layer in one tensor (experts, rows, columns), or each with a matrix of its own.
 
 A GGUF has the first kind alone, whose rows are those of the second, one expert's below the other's. Gate and up can be
-one matrix in a checkpoint, and two in the file.
+one matrix in a checkpoint, and two in the file. GPT-OSS stores each matrix the other way round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from gemma_tune.base.tensors import StoredTensor
-from gemma_tune.gguf.architectures.experts import in_model
+from gemma_tune.gguf.architectures.experts import columns_of, in_model
+from gemma_tune.gguf.architectures.parts import TensorSpec
 
 _ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _Found = TypeVar("_Found")
@@ -35,19 +36,21 @@ def together(found: Mapping[str, _Found]) -> dict[str, tuple[_Found, ...]]:
         name: tuple(found[member] for member in members) for name, members in whole.items()}
 
 
-def experts_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape: tuple[int, ...]
-               ) -> Sequence[StoredTensor] | None:
-    """Matrices of ``shape[1:]`` of each expert that are a half of a larger one in the checkpoint, or go by its name.
+def experts_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec
+               ) -> Sequence[StoredTensor | Columns] | None:
+    """What each expert has of ``spec`` where that is a half of a larger tensor in the checkpoint, or goes by its name.
 
     Args:
         stored: see :func:`together`.
-        source: what the checkpoint is asked for, and does not have.
+        spec: what the checkpoint is asked for, and does not have.
 
     Returns:
         None where it has no such tensor either.
     """
-    name, half = in_model(source)
-    whole = stored.get(name, ())
+    name, half = in_model(str(spec.source))
+    whole, shape = stored.get(name, ()), spec.shape
+    if spec.turned and len(whole) == 1:
+        return _turned(whole[0], shape, half)
     if len(shape) < 3 or len(whole) != 1:
         return None
     rows, columns = shape[1:]
@@ -59,6 +62,57 @@ def experts_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape:
                  for start in starts)
 
 
+def _turned(whole: StoredTensor, shape: tuple[int, ...], half: int | None) -> Sequence[Columns] | None:
+    """As :func:`experts_of`: of matrices (experts, columns, rows), or of vectors (experts, numbers)."""
+    experts, length, *columns = shape
+    if whole.shape != (experts, *columns, length * (1 if half is None else 2)):
+        return None
+    if not columns:
+        return (Columns(whole, half, turned=False),)
+    size = whole.bytes // experts
+    return tuple(Columns(replace(whole, shape=whole.shape[1:], offset=whole.offset + n * size), half)
+                 for n in range(experts))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All columns of a matrix in a file, or every second one.
+
+    Args:
+        half: 0 or 1, the column to begin with; None for all.
+        turned: whether they are to be rows.
+    """
+
+    stored: StoredTensor
+    half: int | None
+    turned: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.stored.shape
+        columns //= 1 if self.half is None else 2
+        return (columns, rows) if self.turned else (rows, columns)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as float32, fewer where there are no more.
+
+        Raises:
+            UserError: as of a single tensor.
+        """
+        picked = columns_of(self.half)
+        if not self.turned:
+            return np.ascontiguousarray(self.stored.rows(start, stop)[:, picked])
+        return np.ascontiguousarray(self.stored.rows()[:, picked][:, start:stop].T)
+
+
 @dataclass(frozen=True)
 class Stack:
     """Matrices of one shape, one below the other.
@@ -67,7 +121,7 @@ class Stack:
         members: at least one.
     """
 
-    members: Sequence[StoredTensor]
+    members: Sequence[StoredTensor | Columns]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows of all of them as float32 (stop - start, columns), fewer where there are no more.
@@ -81,7 +135,7 @@ class Stack:
                                for n in range(start // size, -(-stop // size))])
 
 
-def by_rows(members: Sequence[StoredTensor], shape: tuple[int, ...]) -> StoredTensor | Stack:
+def by_rows(members: Sequence[StoredTensor | Columns], shape: tuple[int, ...]) -> StoredTensor | Columns | Stack:
     """What is read row by row of a tensor of ``shape`` in the file, from the checkpoint's one tensor or one for each
     expert, see :func:`together`."""
     if len(shape) < 3:

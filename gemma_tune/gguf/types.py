@@ -67,9 +67,9 @@ _SHORTER_BLOCKS = {Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q
                    Type.Q6_K: Type.Q8_0}
 # Matrices that stay unquantised: small beside the others, and what they compute is added to every layer.
 _LEFT_ALONE = re.compile(r"_norm\.weight$|altup|laurel|per_layer_model_proj")
-# What stays in 32 bits, as llama.cpp reads it in no other type: norms, convolutions of a few numbers a row, and what
-# chooses experts.
-_EXACT = re.compile(r"_norm\.weight$|(ssm_conv1d|shortconv\.conv|ffn_gate_inp(_shexp)?)\.weight$")
+# What stays in 32 bits, as llama.cpp reads it in no other type: norms, convolutions of a few numbers a row, what
+# chooses experts, and what is added to the output of each.
+_EXACT = re.compile(r"_norm\.weight$|\.bias$|(ssm_conv1d|shortconv\.conv|ffn_gate_inp(_shexp)?)\.weight$")
 _DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$")
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _PROGRAM = "llama-quantize"

@@ -22,10 +22,10 @@ from gemma_tune.gguf.reader import GgufFile
 from support.gemmas import make_family
 from support.llamas import make_llama, save_random, tokenizer_with_turns
 
-APART, IN_ONE = "qwen3 with experts", "gemma4-experts"
+APART, IN_ONE, TURNED = "qwen3 with experts", "gemma4-experts", "gpt-oss"
 
 
-@pytest.fixture(params=[APART, IN_ONE])
+@pytest.fixture(params=[APART, IN_ONE, TURNED])
 def checkpoint(request, tmp_path) -> Path:
     (make_family if request.param == IN_ONE else make_llama)(request.param, tmp_path)
     return tmp_path
@@ -97,8 +97,9 @@ def test_the_check_sees_experts_that_changed_places(checkpoint, quant):
     assert error < (1e-3 if quant == "f16" else 0.1)
 
     def swap(tensors):
-        if (name := "model.language_model.layers.1.experts.down_proj") in tensors:
-            tensors[name] = tensors[name][[1, 0, 2, 3]].contiguous()
+        names = ("model.language_model.layers.1.experts.down_proj", "model.layers.1.mlp.experts.down_proj")
+        if name := next((name for name in names if name in tensors), None):
+            tensors[name] = tensors[name][[1, 0, *range(2, len(tensors[name]))]].contiguous()
         else:
             one, two = (f"model.layers.1.mlp.experts.{n}.down_proj.weight" for n in range(2))
             tensors[one], tensors[two] = tensors[two], tensors[one]
@@ -158,3 +159,42 @@ def test_a_tensor_of_too_few_experts_is_named(tmp_path):
     name = "model.language_model.layers.2.experts.gate_up_proj"
     edited(tmp_path, lambda tensors: tensors.update({name: tensors[name][:3].clone()}))
     assert problems_of(tmp_path) == [f"{name} has shape (3, 64, 64), config.json asks for (4, 64, 64)"]
+
+
+def test_gate_and_up_are_every_second_column_of_gpt_oss(tmp_path):
+    """And each matrix stands the other way round there; their biases are columns of one tensor as well."""
+    make_llama(TURNED, tmp_path)
+    name, tensors = "model.layers.1.mlp.experts", load_file(tmp_path / "model.safetensors")
+    file = GgufFile(export(tmp_path), keys=())
+
+    def held(part: str) -> np.ndarray:
+        tensor = file.tensors[f"blk.1.{part}"]
+        return file.rows(f"blk.1.{part}", 0, int(np.prod(tensor.shape[:-1]))).reshape(tensor.shape)
+
+    both, biases = tensors[f"{name}.gate_up_proj"].float().numpy(), tensors[f"{name}.gate_up_proj_bias"].float().numpy()
+    for start, part in enumerate(("gate", "up")):
+        np.testing.assert_array_equal(held(f"ffn_{part}_exps.weight"), both[:, :, start::2].transpose(0, 2, 1))
+        np.testing.assert_array_equal(held(f"ffn_{part}_exps.bias"), biases[:, start::2])
+    np.testing.assert_array_equal(held("ffn_down_exps.weight"), tensors[f"{name}.down_proj"].float().numpy().transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
+def test_the_check_sees_each_part_of_gpt_oss(tmp_path, part):
+    make_llama(TURNED, tmp_path)
+    path, name = export(tmp_path, "q8_0"), f"model.layers.1.mlp.experts.{part}"
+    assert worst_error(tmp_path, path, architecture(tmp_path))[0] < 0.01
+    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name].flip(-1)}))
+    with pytest.raises(WorkFailed) as failed:
+        worst_error(tmp_path, path, architecture(tmp_path))
+    kind = "bias" if part.endswith("bias") else "weight"
+    assert [problem.split(":")[0] for problem in failed.value.problems] == [
+        f"blk.1.ffn_{each}_exps.{kind}" for each in (("gate", "up") if "gate" in part else ("down",))]
+    edited(tmp_path, lambda tensors: tensors.update({name: tensors[name][..., :-2].clone()}))
+    assert any(problem.startswith(f"{name} ") for problem in problems_of(tmp_path))
+
+
+def test_biases_of_experts_stay_as_they_are_in_every_format(tmp_path):
+    make_llama(TURNED, tmp_path)
+    tensors = GgufFile(export(tmp_path, "q4_0"), keys=()).tensors
+    assert {tensors[f"blk.0.ffn_{part}_exps.bias"].type.name for part in ("gate", "up", "down")} == {"F32"}
+    assert tensors["blk.0.ffn_gate_exps.weight"].type.name == "Q4_0"

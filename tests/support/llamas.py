@@ -109,6 +109,8 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
                                                   "linear_num_value_heads": 4, "linear_key_head_dim": 16, "num_experts": 4,
                                                   "linear_value_head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                                                   "shared_expert_intermediate_size": 48}, "qwen35"),
+    "gpt-oss": ("gpt_oss", {"num_hidden_layers": 4, "head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24,
+                            "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}}, "gpt-4o"),
     "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, "tekken"),
 }
 

@@ -12,7 +12,8 @@ from gemma_tune.gguf.architectures.parts import TensorSpec
 Shapes = dict[str, tuple[int, ...]]  # by name within a layer
 # Of matrices that checkpoints have for each expert, Transformers makes two tensors of all: what each is part of.
 _JOINED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None),
-           "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
+           "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None),
+           "gate_proj_bias": ("gate_up_proj_bias", 0), "up_proj_bias": ("gate_up_proj_bias", 1)}
 
 
 def in_model(source: str) -> tuple[str, int | None]:
@@ -23,6 +24,11 @@ def in_model(source: str) -> tuple[str, int | None]:
         joined, half = _JOINED[part]
         return f"{experts}.{joined}", half
     return source, None
+
+
+def columns_of(half: int | None) -> slice:
+    """The columns of a tensor of both halves that are those of one, where they take turns; of one alone, all."""
+    return slice(None) if half is None else slice(half, None, 2)
 
 
 def add_experts(writer: gguf.GGUFWriter, count: int, used: int, width: int | None) -> None:

@@ -63,6 +63,7 @@ class TensorSpec:
         tied_to: ``source`` of the tensor that stands in when this one is absent or equal to it.
         values: float32, for what a checkpoint does not hold.
         optional: written where the checkpoint has it, although llama.cpp does without.
+        turned: whether each expert's matrix is stored the other way round, the columns of gate and up in turns.
     """
 
     name: str
@@ -72,6 +73,7 @@ class TensorSpec:
     tied_to: str | None = None
     values: np.ndarray | None = None
     optional: bool = False
+    turned: bool = False
 
     @property
     def rows(self) -> int:

@@ -244,6 +244,17 @@ def test_frequencies_of_llama_3_1(llama: Any) -> None:
     assert divisors.min() == 1 and divisors.max() == 8 and len(set(divisors.tolist())) > 2
 
 
+def test_gpt_oss_as_it_is_released() -> None:
+    """Keys as in openai/gpt-oss-20b, whose ``truncate`` llama.cpp has no key for: every file of it is computed so."""
+    found = architecture({"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201088,
+                          "rope_theta": 150000, "rope_scaling": {
+                              "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                              "original_max_position_embeddings": 4096}})
+    shapes = {spec.name: spec.shape for spec in found.tensors}
+    assert len(shapes) == 3 + 24 * 19 and (found.name, found.experts, found.context) == ("gpt-oss", 32, None)
+    assert shapes["blk.23.ffn_down_exps.weight"] == (32, 2880, 2880) and shapes["blk.0.attn_sinks.weight"] == (64,)
+
+
 def test_a_sliding_window_limits_the_context(llama: Any) -> None:
     """llama.cpp knows no window for Mistral: longer contexts would be computed in another way."""
     assert read_gguf_metadata(llama("mistral").gguf)["llama.context_length"] == 128
@@ -298,6 +309,12 @@ DIFFERENT = [
     ("minicpm3", {"rope_parameters": {**LONG, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}}, "stretched beyond"),
     ("ernie4_5", {"use_bias": True}, "use_bias is True"),
     ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0 and llama.cpp computes with 7.0"),
+    ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
+    ("gpt_oss", {"sliding_window": None}, "sliding_window is missing"),
+    ("gpt_oss", {"layer_types": ["full_attention"] * 36}, "a sliding layer and then a full one"),
+    ("gpt_oss", {"rope_parameters": LINEAR}, "rope type 'linear'"),
+    ("gpt_oss", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, "attention_factor is 1.0"),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, "mlp_only_layers are [1]"),
     ("qwen3_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
