@@ -308,7 +308,7 @@ class ChatFormat:
         if self._ends_in_next:
             calls = "tool_calls" in turn and self.calls_end_id is not None
             full += self.tokenizer.convert_ids_to_tokens(self.calls_end_id if calls else self.terminator_id)
-        answer = answer_after(prompt, full, self._takes_thoughts_out)
+        answer = self._answer_after(prompt, full, turns, tools)
         if self._takes_thoughts_out:
             if "reasoning_content" in turn and closed_thought(prompt):
                 raise no_reasoning()
@@ -324,6 +324,31 @@ class ChatFormat:
         if self.thinking == "off" and "reasoning_content" in turn:
             raise no_reasoning("answers without reasoning are to be learned")
         return prompt, answer, mark
+
+    def _answer_after(self, prompt: str, full: str, turns: Messages, tools: Tools) -> str:
+        """What is to be written after a prompt.
+
+        Where the answer is there, a template can leave out what was thought before the calls that led to it, as
+        GPT-OSS's does. The answer is then read from a conversation without these thoughts, and learned after the prompt
+        as it is served, which has them.
+
+        Raises:
+            FormatError: the template does not write the turn after the prompt.
+        """
+        try:
+            return answer_after(prompt, full, self._takes_thoughts_out)
+        except FormatError:
+            earlier = [_unthought(turn) for turn in turns[:-1]]
+            called = max((n for n, turn in enumerate(earlier) if "tool_calls" in turn), default=None)
+            if called is None or earlier == turns[:-1] or self._ends_in_next:
+                raise
+            bare, before = self._render(earlier, tools, prompt=True), self._render(earlier[:called + 1], tools)
+            answer = answer_after(bare, self._render([*earlier, turns[-1]], tools), self._takes_thoughts_out)
+            # The results of the calls, and what asks for the answer.
+            same_end = bare.startswith(before) and prompt.endswith(bare[len(before):])
+            if not same_end or not full.endswith(answer):
+                raise
+            return answer
 
     @cached_property
     def _ignored(self) -> set[str]:
@@ -481,6 +506,12 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """A turn with what concerns templates only; reasoning has two names there."""
     turn = {key: value for key, value in message.items() if value not in (None, []) and key != "train"}
     return {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+
+
+def _unthought(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without reasoning, and without text beside calls, which some templates write as such."""
+    turn = {key: value for key, value in turn.items() if key not in ("reasoning_content", "thinking")}
+    return {**turn, "content": ""} if "tool_calls" in turn else turn
 
 
 def _learned_turns(messages: Messages, train_on: str) -> list[int]:

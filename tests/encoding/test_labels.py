@@ -505,9 +505,30 @@ def test_a_call_without_an_end_of_its_own_ends_no_answer():
         chat.encode([user("q"), call("weather", city="Rome")])
 
 
-def test_gpt_oss_ends_answers_and_calls_otherwise_than_it_repeats_them():
+def gpt_oss() -> ChatFormat:
     special = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>")
-    chat = ChatFormat(byte_tokenizer(special, trl_template("gptoss")), "gpt_oss")
+    return ChatFormat(byte_tokenizer(special, trl_template("gptoss")), "gpt_oss")
+
+
+@pytest.mark.parametrize("beside", [{"reasoning": "r1"}, {"text": "r1"}])
+def test_what_gpt_oss_thought_before_a_call_stands_in_the_prompt_for_the_answer(beside):
+    """Its template leaves that out once the answer is there: the answer is learned after the prompt that is served."""
+    chat = gpt_oss()
+    messages = [user("q1"), call("weather", **beside, city="Rome"), result("sunny, 20"),
+                call("weather", **beside, city="Oslo"), result("snow"), assistant("a1", reasoning_content="r2")]
+    sequences = chat.encode(messages, TOOLS)
+    [[first, second, third]] = learned(chat, sequences)
+    thought = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
+    assert first == f"{thought.format('r1')} to=functions.weather<|channel|>commentary json<|message|>" + '{"city": "Rome"}<|call|>'
+    assert second == f"{thought.format('r1')} to=functions.weather<|channel|>commentary json<|message|>" + '{"city": "Oslo"}<|call|>'
+    assert third == f"{thought.format('r2')}<|channel|>final<|message|>a1<|return|>"
+    [sequence] = sequences
+    prompt = chat.tokenizer.decode(sequence.ids[:sequence.spans[-1][0]])
+    assert prompt == chat.render(messages[:-1], prompt=True, tools=TOOLS), "as it is served"
+
+
+def test_gpt_oss_ends_answers_and_calls_otherwise_than_it_repeats_them():
+    chat = gpt_oss()
     assert set(chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)) == {"<|return|>", "<|call|>", "<eos>"}
     first, second = learned(chat, chat.encode(WEATHER, TOOLS))
     assert first == [' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>',
