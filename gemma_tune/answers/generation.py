@@ -132,12 +132,12 @@ def finite_logits(model: Any) -> Any:
 def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
-    return Answer(chat.said(_whole_characters(chat.tokenizer, kept)), len(kept), end is not None)
+    return Answer(chat.said(_whole_characters(chat, kept)), len(kept), end is not None)
 
 
-def _whole_characters(tokenizer: Any, ids: list[int]) -> str:
+def _whole_characters(chat: ChatFormat, ids: list[int]) -> str:
     """Text of an answer, less a last character of which only the first of up to four bytes were made."""
     for end in range(len(ids), max(0, len(ids) - 4), -1):
-        if not (text := tokenizer.decode(ids[:end], skip_special_tokens=True)).endswith(BROKEN):
+        if not (text := chat.decoded(ids[:end])).endswith(BROKEN):
             return text
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return chat.decoded(ids)

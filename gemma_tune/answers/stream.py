@@ -27,7 +27,6 @@ class Pieces:
 
     def __init__(self, chat: ChatFormat | None):
         self._chat, self._begins = chat, ""  # what was written as long as it is not known to be of the answer's text
-        self._decode = chat and chat.tokenizer.decode
         self._stop_ids = set(chat.stop_ids if chat else ())
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._ids: list[int] = []
@@ -66,21 +65,25 @@ class Pieces:
         """Give out a piece of text, of so many tokens as its maker says in the end where it came as text."""
         if self._chat and not self.text:
             self._begins += text
-            text = self._chat.said(self._begins)
+            text = self._chat.said(self._begins, whole=False)
         if text:
             self.text += text
             self._queue.put(text)
 
     def end(self) -> None:
         """Nothing follows; the reader's loop ends. Half a character at the end is left out."""
+        if self._chat and not self.text and (text := self._chat.said(self._begins)):
+            self.text = text
+            self._queue.put(text)
         self._queue.put(None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._queue.get, None)
 
     def _give(self) -> None:
-        known = self._decode(self._ids[self._before:self._given], skip_special_tokens=True)
-        longer = self._decode(self._ids[self._before:], skip_special_tokens=True)
+        assert self._chat is not None
+        known = self._chat.decoded(self._ids[self._before:self._given])
+        longer = self._chat.decoded(self._ids[self._before:])
         if len(longer) <= len(known) or longer.endswith(BROKEN):
             return
         self._before, self._given = self._given, len(self._ids)

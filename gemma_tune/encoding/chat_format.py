@@ -119,6 +119,7 @@ class ChatFormat:
             self._begins_thoughts = self._opens_thoughts or closed_thought(prompt)
         self._ends_in_next = False  # whether the mark that ends an answer is what the next turn begins with
         self._lead = ""  # white space that an answer begins with, and that is no part of its text (GLM's line break)
+        self._channel = ""  # the marks in front of what people are to read (GPT-OSS's final channel)
         self.terminator_id = self._find_terminator()
         self.calls_end_id = self._find_calls_end()
 
@@ -163,14 +164,28 @@ class ChatFormat:
         except FormatError:
             return False
 
-    def said(self, answer: str) -> str:
+    def decoded(self, ids: Sequence[int]) -> str:
+        """What a model wrote, for :meth:`said`: without special tokens, unless these tell what is said."""
+        return self.tokenizer.decode(ids, skip_special_tokens=not self._channel)
+
+    def said(self, answer: str, whole: bool = True) -> str:
         """An answer's text, without white space that the template itself writes between a prompt and an answer: as a
-        turn of a conversation the text would have it twice.
+        turn of a conversation the text would have it twice. Of several channels it is what the last one says, to which
+        reasoning does not belong; where a model wrote nothing there, it is everything.
 
         Args:
-            answer: what the model wrote, or the first characters of it.
+            answer: what the model wrote, decoded as :meth:`decoded` does or as llama.cpp does.
+            whole: whether that is all; else it may be the first characters.
         """
+        if self._channel:
+            _, found, text = answer.partition(self._channel)
+            return text if found else self._without_marks(answer) if whole else ""
         return "" if self._lead.startswith(answer) else answer.removeprefix(self._lead)
+
+    def _without_marks(self, text: str) -> str:
+        for mark in self.markers:
+            text = text.replace(mark, "")
+        return text
 
     @property
     def stop_ids(self) -> list[int]:
@@ -401,6 +416,9 @@ class ChatFormat:
         except FormatError as e:
             raise self._unusable(e) from e
         self._lead = head if head.isspace() else ""
+        last = self._special_ids(head)[-1:]
+        shown = self.tokenizer.decode(self._labeller.ids(head), skip_special_tokens=True).strip()
+        self._channel = head if shown and last and head.endswith(self.tokenizer.decode(last)) else ""
         special = self._special_ids(tail)
         if not special:
             following = None if tail.strip() else self._beginning_of(question, [question, answer])

@@ -213,7 +213,7 @@ def reference_of(chat: ChatFormat, outcome: Outcome) -> str | None:
     ids = [int(n) for n in sequence.ids[start:end]]
     if not ids or ids[-1] not in chat.stop_ids:
         return None
-    return chat.said(chat.tokenizer.decode(ids[:-1], skip_special_tokens=True))
+    return chat.said(chat.decoded(ids[:-1]))
 
 
 def _short_enough(session: Session, chat: ChatFormat, questions: Sequence[Question]) -> list[Question]:

@@ -18,13 +18,14 @@ from gemma_tune.answers.generation import (
     room_for_answer,
 )
 from gemma_tune.answers.sampling import sampling_arguments
-from gemma_tune.answers.stream import Stream
+from gemma_tune.answers.stream import Pieces, Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from support.models import make_model
+from support.templates import gpt_oss_tokenizer
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -120,7 +121,8 @@ class Asked:
     """A chat format that notes what is asked of it, and renders the tools on offer as a first turn."""
 
     def __init__(self, chat):
-        self.tokenizer, self.stop_ids, self.said, self.asked, self._chat = chat.tokenizer, chat.stop_ids, chat.said, [], chat
+        self.stop_ids, self.said, self.decoded, self.asked, self._chat = chat.stop_ids, chat.said, chat.decoded, [], chat
+        self.tokenizer = chat.tokenizer
 
     def refuse_left_out(self, messages, tools=None):
         pass
@@ -335,7 +337,7 @@ def test_what_ends_an_answer_is_never_shown_even_if_it_is_no_special_token(model
     [end] = ids_of(chat, "z")
     fox = ids_of(chat, "fox")
     plain = SimpleNamespace(tokenizer=chat.tokenizer, prompt_ids=chat.prompt_ids, stop_ids=[1, end],
-                            refuse_left_out=chat.refuse_left_out, said=chat.said)
+                            refuse_left_out=chat.refuse_left_out, said=chat.said, decoded=chat.decoded)
     script(model, [[*fox, end]])
     stream = Stream(model, plain, question("a"), 100, GREEDY)
     assert "".join(stream) == "fox"
@@ -391,3 +393,20 @@ def test_memory_that_runs_out_amid_an_answer_is_no_fault_of_ours(model, chat, er
     with pytest.raises(UserError, match="out of memory: (CUDA|MemoryError)") as raised:
         stream.finish()
     assert "--max-new-tokens" in raised.value.hint and ("CUDA_VISIBLE_DEVICES=-1" in raised.value.hint) == on_gpu
+
+
+@pytest.mark.parametrize(("written", "said"), [
+    ("<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>a 1", "a 1"),
+    ("<|channel|>final<|message|>a<|channel|>", "a<|channel|>"), ("<|channel|>analysis<|message|>why", "analysiswhy"), ("plain", "plain")])
+def test_of_gpt_oss_the_final_channel_is_what_is_said(written, said):
+    chat = ChatFormat(gpt_oss_tokenizer(), "gpt_oss")
+    ids = chat.tokenizer(written, add_special_tokens=False).input_ids
+    assert chat.said(chat.decoded(ids)) == said
+    pieces = Pieces(chat)
+    pieces.put(torch.tensor([[1, 2]]))
+    for token in ids:
+        pieces.put(torch.tensor([token]))
+    early = pieces.text
+    pieces.end()
+    assert "".join(pieces) == pieces.text == said
+    assert early == (said if "final" in written else ""), "it may all be reasoning"

@@ -29,6 +29,7 @@ from support.templates import (
     byte_tokenizer,
     call,
     gemma_tokenizer,
+    gpt_oss_tokenizer,
     learned,
     result,
     spans,
@@ -506,8 +507,7 @@ def test_a_call_without_an_end_of_its_own_ends_no_answer():
 
 
 def gpt_oss() -> ChatFormat:
-    special = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>")
-    return ChatFormat(byte_tokenizer(special, trl_template("gptoss")), "gpt_oss")
+    return ChatFormat(gpt_oss_tokenizer(), "gpt_oss")
 
 
 @pytest.mark.parametrize("beside", [{"reasoning": "r1"}, {"text": "r1"}])

@@ -156,6 +156,14 @@ def system(text: str) -> dict[str, Any]:
     return {"role": "system", "content": text}
 
 
+HARMONY = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>")
+
+
+def gpt_oss_tokenizer() -> Any:
+    """A byte-level tokenizer with GPT-OSS's own template, and the marks that it writes."""
+    return byte_tokenizer(HARMONY, trl_template("gptoss"))
+
+
 def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
