@@ -34,7 +34,7 @@ _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardl
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker", "undeclared_tool")
 # Number formats of GGUF files, the widest first; ``gguf.types`` says what they mean.
 QUANTS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
-          "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
+          "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "mxfp4")
 
 
 def dtype_option() -> Any:

@@ -27,7 +27,7 @@ from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, file_to_take, gained, said_against, with_file_to_take
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
-from gemma_tune.gguf.types import COARSE, recommended
+from gemma_tune.gguf.types import COARSE, OF_EXPERTS, recommended
 from gemma_tune.ollama import client as ollama
 from gemma_tune.ollama.modelfile import lossy_runes
 from gemma_tune.run.directory import command
@@ -187,6 +187,13 @@ def _say(session: Session, target: Target) -> None:
 
 def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     chosen = session.config.labels
+    if OF_EXPERTS in chosen and source.architecture and not source.architecture.experts:
+        raise UserError(f"{OF_EXPERTS} is a format for mixtures of experts, and {session.model.id} has none",
+                        "choose another one, such as q4_k_m")
+    if not chosen and source.architecture and (quant := source.architecture.made_in):
+        session.listener.note(f"number format {quant}: the model was made in it, so that experts which were not "
+                              "trained stay as they are; all else has eight bits")
+        chosen = (quant,)
     if not chosen:
         if source.architecture:
             parameters = sum(math.prod(spec.shape) for spec in source.architecture.tensors if not spec.tied_to)

@@ -26,12 +26,13 @@ _LEAST_F16 = 2.0 ** -25  # half of the step between the smallest numbers of floa
 # or half of one, and float16's rounding of scale and minimum. K types: their scales are found by a search, without a
 # proven bound; measured over twelve distributions, from constant to Cauchy, it was 0.027 in Q6_K, 0.064 in Q5_K, 0.12
 # in Q4_K and 0.29 in Q3_K, and twice that is allowed. In Q2_K it was 0.75, where all but a few weights of a block are
-# zero. A row in the wrong place is off by 1 and more.
+# zero. MXFP4 has the steps 4, 6 and no 8, below which a block's largest value may lie. A row in the wrong place is off
+# by 1 and more.
 LARGEST_ERROR = {
     Type.F32: (2.0 ** -22, 8), Type.BF16: (2.0 ** -8, 0), Type.F16: (2.0 ** -11, 1), Type.Q8_0: (0.0045, 127),
     Type.Q5_1: (0.034, 32), Type.Q5_0: (0.0631, 16), Type.Q4_1: (0.0685, 16), Type.Q4_0: (0.126, 8),
     Type.Q6_K: (0.055, 32 * 128), Type.Q5_K: (0.13, 32 * 63), Type.Q4_K: (0.24, 16 * 63), Type.Q3_K: (0.58, 8 * 32),
-    Type.Q2_K: (0.95, 4 * 15),
+    Type.Q2_K: (0.95, 4 * 15), Type.MXFP4: (0.2501, 0),
 }  # fmt: skip
 
 # Where a checkpoint holds each tensor: file and name; of experts that are stored apart, of each.

@@ -41,9 +41,11 @@ FILE_TYPES = {"f32": FileType.ALL_F32, "bf16": FileType.MOSTLY_BF16, "f16": File
               "q5_k_s": FileType.MOSTLY_Q5_K_S, "q5_1": FileType.MOSTLY_Q5_1, "q5_0": FileType.MOSTLY_Q5_0,
               "q4_k_m": FileType.MOSTLY_Q4_K_M, "q4_k_s": FileType.MOSTLY_Q4_K_S, "q4_1": FileType.MOSTLY_Q4_1,
               "q4_0": FileType.MOSTLY_Q4_0, "q3_k_l": FileType.MOSTLY_Q3_K_L, "q3_k_m": FileType.MOSTLY_Q3_K_M,
-              "q3_k_s": FileType.MOSTLY_Q3_K_S, "q2_k": FileType.MOSTLY_Q2_K}  # fmt: skip
+              "q3_k_s": FileType.MOSTLY_Q3_K_S, "q2_k": FileType.MOSTLY_Q2_K,
+              "mxfp4": FileType.MOSTLY_MXFP4_MOE}  # fmt: skip
 QUANTS = tuple(FILE_TYPES)
-COARSE = QUANTS[QUANTS.index("q8_0"):]  # of blocks, whose rounding can be calibrated
+OF_EXPERTS = "mxfp4"  # the format for these alone: what stands beside them has eight bits
+COARSE = QUANTS[QUANTS.index("q8_0"):QUANTS.index(OF_EXPERTS)]  # of blocks, whose rounding can be calibrated
 # Their names promise a size, and more bits where they matter.
 MIXED = ("q2_k", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_m")
 PLAIN = (Type.F32, Type.F16, Type.BF16)
@@ -56,9 +58,9 @@ _F16_MAX = 65504.0
 LARGEST = {Type.F32: math.inf, Type.BF16: float.fromhex("0x1.FEp127"), Type.F16: _F16_MAX, Type.Q8_0: 127 * _F16_MAX,
            Type.Q5_0: 16 * _F16_MAX, Type.Q4_0: 8 * _F16_MAX, Type.Q5_1: _F16_MAX, Type.Q4_1: _F16_MAX,
            Type.Q2_K: 7 * _F16_MAX, Type.Q3_K: 64 * _F16_MAX, Type.Q4_K: 31 * _F16_MAX, Type.Q5_K: 31 * _F16_MAX,
-           Type.Q6_K: 2048 * _F16_MAX}  # fmt: skip
+           Type.Q6_K: 2048 * _F16_MAX, Type.MXFP4: float.fromhex("0x1.FEp127")}  # fmt: skip
 
-_MATRIX = {quant: Type[quant.upper()[:4]] for quant in FILE_TYPES if quant[2:4] == "_k"}
+_MATRIX = {quant: Type[quant.upper()[:4]] for quant in FILE_TYPES if quant[2:4] == "_k"} | {OF_EXPERTS: Type.Q8_0}
 _JOINED = {"q3_k_m": Type.Q4_K, "q3_k_l": Type.Q4_K, "q4_k_m": Type.Q5_K, "q5_k_m": Type.Q6_K}
 _OUTPUT = {"q2_k": Type.Q3_K, "q3_k_m": Type.Q4_K, "q3_k_l": Type.Q5_K}
 _BESIDE_EIGHT_EXPERTS = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m"), Type.Q5_K)  # of the same
@@ -96,6 +98,8 @@ def choose_types(quant: str, tensors: Tensors, model: Architecture) -> list[Type
     # later layer to average it out.
     head = "output.weight" if any(name == "output.weight" for name, _ in tensors) else "token_embd.weight"
     finer = _more_bits(quant, [name for name, _ in tensors], model)
+    if quant == OF_EXPERTS:
+        finer |= {name: Type.MXFP4 for name, shape in tensors if len(shape) == 3}
     choices = []
     for name, shape in tensors:
         if len(shape) == 1 or _EXACT.search(name):
@@ -267,7 +271,8 @@ def llama_quantize(source: Path, out: Path, quant: str) -> None:
     program = _program()
     partial = out.with_name(out.name + ".partial")
     try:
-        done = subprocess.run([program, str(source.resolve()), str(partial.resolve()), quant.upper()],
+        kind = FILE_TYPES[quant].name.removeprefix("MOSTLY_")
+        done = subprocess.run([program, str(source.resolve()), str(partial.resolve()), kind],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if done.returncode or not partial.is_file():
             said = done.stdout.decode(errors="replace").strip().splitlines()[-5:]

@@ -241,7 +241,7 @@ def test_a_choice_that_is_nearly_right_gets_a_suggestion():
     [problem] = problems(TrainConfig, dtype="bf61")
     for asked, meant in (("iq1_s", ""), ("tq1_0", ""), ("q3_k_xl", "; did you mean `q3_k_l`?"), ("q8", "; did you mean `q8_0`?")):
         [other] = problems(ExportConfig, quant=(asked,))
-        assert other.endswith(f"q3_k_s, q2_k{meant}"), "whoever asks for one bit does not want six"
+        assert other.endswith(f"q3_k_s, q2_k, mxfp4{meant}"), "whoever asks for one bit does not want six"
     for asked, meant in (("q4", "q4_k_m"), ("Q4", "q4_k_m"), ("Q4_K_M", "q4_k_m"), ("q4_k", "q4_k_m"), ("4bit", "q4_k_m"), ("int4", "q4_k_m"),
                          ("q5", "q5_k_m"), ("q3", "q3_k_m"), ("3bit", "q3_k_m"), ("q3_k", "q3_k_m"), ("q2", "q2_k"),
                           ("Q6_K", "q6_k"), ("q8", "q8_0"), ("int8", "q8_0"), ("8-bit", "q8_0"), ("fp16", "f16"),

@@ -20,6 +20,7 @@ from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.experts import Stack, by_rows, together
 from gemma_tune.gguf.reader import GgufFile
 from support.gemmas import make_family
+from support.gguf import LlamaCpp
 from support.llamas import make_llama, save_random, tokenizer_with_turns
 
 APART, IN_ONE, TURNED = "qwen3 with experts", "gemma4-experts", "gpt-oss"
@@ -198,3 +199,29 @@ def test_biases_of_experts_stay_as_they_are_in_every_format(tmp_path):
     tensors = GgufFile(export(tmp_path, "q4_0"), keys=()).tensors
     assert {tensors[f"blk.0.ffn_{part}_exps.bias"].type.name for part in ("gate", "up", "down")} == {"F32"}
     assert tensors["blk.0.ffn_gate_exps.weight"].type.name == "Q4_0"
+
+
+def test_experts_of_gpt_oss_that_were_not_trained_keep_their_mxfp4_bit_for_bit(tmp_path):
+    """The released ones lie on its grid, in bf16; none of their blocks has to use all of its range."""
+    make_llama(TURNED, tmp_path)
+    generator = np.random.default_rng(3)
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+    def on_grid(shape: torch.Size) -> torch.Tensor:
+        experts, rows, columns = shape  # blocks go down the columns, which are rows in the file
+        values = generator.choice(grid, (experts, columns, rows // 32, 32)) * generator.choice([-1, 1], (experts, columns, rows // 32, 32))
+        values = np.where(generator.random(values.shape[:-1] + (1,)) < 0.3, np.clip(values, -1, 1), values)
+        scaled = values * 2.0 ** generator.integers(-9, -3, values.shape[:-1] + (1,))
+        return torch.from_numpy(scaled.reshape(experts, columns, rows)).transpose(1, 2).to(torch.bfloat16).contiguous()
+
+    edited(tmp_path, lambda tensors: tensors.update({
+        name: on_grid(tensor.shape) for name, tensor in tensors.items() if name.endswith(("gate_up_proj", "down_proj"))}))
+    exact, small = (GgufFile(export(tmp_path, quant), keys=()) for quant in ("f32", "mxfp4"))
+    for name in (f"blk.3.ffn_{part}_exps.weight" for part in ("gate", "up", "down")):
+        assert small.tensors[name].type.name == "MXFP4"
+        rows = int(np.prod(small.tensors[name].shape[:-1]))
+        np.testing.assert_array_equal(small.rows(name, 0, rows), exact.rows(name, 0, rows))
+    assert worst_error(tmp_path, small.path, architecture(tmp_path))[0] < 0.01
+    llama_cpp, prompt = LlamaCpp(small.path), list(range(40, 60))
+    [first, second] = (engine.complete(prompt, 8)["tokens"] for engine in (llama_cpp, LlamaCpp(tmp_path / "f32.gguf")))
+    assert first[:1] == second[:1], "llama.cpp reads it"

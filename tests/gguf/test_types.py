@@ -23,7 +23,7 @@ from gemma_tune.gguf.check import LARGEST_ERROR
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import LARGEST, QUANTS, choose_types, dequantise, nbytes, quantise
 
-BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4)
 ALL = (Type.F32, Type.F16, Type.BF16, *BLOCKS)
 
 
@@ -73,6 +73,14 @@ def test_the_mix_is_the_one_of_llama_quantize(name, request):
 
 def test_every_quant_of_the_settings_has_a_file_type():
     assert set(config.QUANTS) == set(QUANTS)
+
+
+def test_mxfp4_is_for_experts_alone():
+    tensors = {"token_embd.weight": (64, 512), "blk.0.attn_q.weight": (512, 512), "blk.0.ffn_gate_inp.weight": (6, 512),
+               "blk.0.ffn_up_exps.weight": (6, 96, 512), "blk.0.ffn_up_exps.bias": (6, 96), "blk.0.ffn_down_exps.weight": (6, 512, 40)}
+    assert types("mxfp4", tensors, experts=6) == {
+        "token_embd.weight": "Q8_0", "blk.0.attn_q.weight": "Q8_0", "blk.0.ffn_gate_inp.weight": "F32",
+        "blk.0.ffn_up_exps.weight": "MXFP4", "blk.0.ffn_up_exps.bias": "F32", "blk.0.ffn_down_exps.weight": "F16"}
 
 
 LAYER = {"blk.0.attn_norm.weight": (512,), "blk.0.attn_v.weight": (64, 512), "blk.0.ffn_down.weight": (512, 1024),

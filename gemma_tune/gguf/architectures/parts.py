@@ -105,6 +105,7 @@ class Architecture:
         left_out: tells the checkpoint's tensors that are no part of the text model, such as a vision tower.
         canonical: a tensor's name in the checkpoint → the ``source`` that stands for it; they differ where the text
             model is a part of a multimodal one.
+        made_in: the number format that the released model's experts have, which rounds them no further.
         context: tokens up to which llama.cpp computes the same, where the model's own context is longer.
     """
 
@@ -122,6 +123,7 @@ class Architecture:
     canonical: Callable[[str], str] = lambda name: name
     context: int | None = None
     experts: int = 0
+    made_in: str | None = None
 
 
 class NotInLlamaCpp(UserError):
