@@ -12,6 +12,7 @@ from commands.test_preferences import log
 from train.test_captured_units import same_figures, trained_eagerly
 
 from gemma_tune.train import captured, elementwise, first_batch, job, kernels, trainer
+from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.late import LateFigures
 from support import graphs
@@ -138,3 +139,24 @@ def test_a_training_whose_steps_cannot_be_captured_is_the_same(cli, tiny, tmp_pa
     assert result.err.count("steps cannot be captured here and go one kernel at a time") == 2  # learning, and evaluating
     assert not Graph.replays
     same_figures(expected, log())
+
+
+def test_a_step_that_is_not_finite_does_not_reach_the_weights(cli, tiny, tmp_path, request, monkeypatch):
+    """It is found out when the next one is done, which so began with good weights."""
+    command = trained_eagerly(cli, tiny, tmp_path, 2, SFT)
+    request.getfixturevalue("as_on_a_gpu")
+    plain, trained = trainer.GemmaTrainer.compute_loss, []
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = plain(self, model, *args, **kwargs)
+        if model.training and self.state.global_step == 2:
+            trained.append(self)
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(trainer.GemmaTrainer, "compute_loss", poisoned)
+    result = cli(*command, "--no-cuda-graphs", "--eval-steps", 100, "--save-steps", 100)
+    assert result.code == 1 and "not finite at step 3" in result.err, result.err
+    assert trained[0].state.global_step == 4 and isinstance(trained[0].optimizer, AdamWAsOne)
+    assert all(weight.isfinite().all() for weight in trained[0].gradients.weights)
+    assert {float(state["step"]) for state in trained[0].optimizer.state_dict()["state"].values()} == {3}
