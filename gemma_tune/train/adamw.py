@@ -60,20 +60,22 @@ class AdamWAsOne(torch.optim.AdamW):
         self._moments, self._laid_out = None, False
 
     def _together(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Lay what is known of the weights out as they are; None, with nothing changed, where not all are alike: of a
-        part the decay is another, or the steps are fewer, as an earlier part of the training had no gradient of it."""
-        weights = self.gradients.weights
-        if [id(weight) for weight in self.param_groups[0]["params"]] != [id(weight) for weight in weights]:
+        """Lay what is known of the weights out as they are; None, with nothing changed, where not all are alike: one
+        is not at its place, of a part the decay is another, or the steps are fewer, as an earlier part of the training
+        had no gradient of it."""
+        weights, places = self.gradients.weights, self.gradients.parts(self.gradients.weights_as_one)
+        if ([id(weight) for weight in self.param_groups[0]["params"]] != [id(weight) for weight in weights]
+                or any(weight.data_ptr() != place.data_ptr() for weight, place in zip(weights, places))):
             return None
         known = [self.state.get(weight, {}) for weight in weights]
         taken = {float(state.get("step", 0)) for state in known}
         if len(taken) > 1:
             return None
         first, second = self.gradients.room(), self.gradients.room()
-        for weight, state, *places in zip(weights, known, self.gradients.parts(first), self.gradients.parts(second)):
-            for name, place in zip(("exp_avg", "exp_avg_sq"), places):
+        for weight, state, *moments in zip(weights, known, self.gradients.parts(first), self.gradients.parts(second)):
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments):
                 if name in state:
-                    place.copy_(state[name])
+                    moment.copy_(state[name])
             step = torch.zeros((), device=first.device)
-            self.state[weight] = {"step": step, "exp_avg": places[0], "exp_avg_sq": places[1]}
+            self.state[weight] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
         return first, second, torch.full((), taken.pop(), device=first.device)

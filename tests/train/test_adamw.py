@@ -125,6 +125,15 @@ def test_weights_that_decay_otherwise_are_steps_of_their_own(at_once):
     same(found, expected)
 
 
+def test_weights_that_were_moved_are_steps_of_their_own(at_once):
+    found, expected = Steps(True), Steps(False)
+    found.weights[1].data = found.weights[1].data.clone()
+    found.take(range(3))
+    assert set(at_once) == {4}
+    expected.take(range(3))
+    same(found, expected)
+
+
 def test_weights_that_had_no_gradient_before_have_fewer_steps(at_once):
     """As of a layer that took no part in the steps of a CPU."""
     before, expected = Steps(False), Steps(False)
