@@ -120,11 +120,13 @@ def _same_data(session: Session, record: Mapping[str, Any]) -> bool:
 
 
 def warn_of_what_is_replaced(session: Session) -> None:
-    """What a training of preferences learned is not gone on from by one of other data, or with another method, unless
-    it is named; and that one takes its place."""
+    """What the last training learned takes part in no other one, unless it is named, and that one takes its place:
+    where preferences were learned, and where they are learned now, as `dpo` goes on from answers and `orpo` does not.
+    """
     record = session.manifest.stages.get("train")
     method = session.settings_of("train").get("method")
-    if record is None or method not in PREFERENCES or "from_adapter" in session.given:
+    preferences = [name for name in (method, session.config.method) if name in PREFERENCES]
+    if record is None or not preferences or "from_adapter" in session.given or _learned_answers(session):
         return
     if _same_data(session, record) and method == session.config.method:
         return

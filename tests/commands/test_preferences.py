@@ -361,13 +361,20 @@ def test_what_preferences_were_learned_is_not_replaced_in_silence(cli, prepared,
     said = "what the last training learned (dpo) is replaced: this one ({}) starts from {}"
     quick = ("--rank", 4, "--dtype", "fp32", "--max-steps", 3, "--samples", 0)
     assert cli("train", *quick, "--method", "sft").code == 0
-    assert cli("train", *quick, "--method", "auto").code == 0
+    own = f"{RUN}/tiny-gemma_lora_adapter"
+    [told] = [text for text in cli("train", *quick, "--method", "orpo", "--dry-run", "--json").json["warnings"]
+              if "replaced" in text]
+    assert told == ("what the last training learned (sft) is replaced: this one (orpo) starts from the base model; "
+                    f"to go on from it instead: --from-adapter {own}")
+    named = cli("train", *quick, "--method", "orpo", "--dry-run", "--from-adapter", own)
+    assert named.code == 0 and "is replaced" not in named.err, named.err
+    gone_on = cli("train", *quick, "--method", "auto")
+    assert gone_on.code == 0 and "is replaced" not in gone_on.err, "of what answers it learned there is a copy"
     assert "is replaced" not in cli("train", *quick, "--max-steps", 4, "--dry-run").err
     assert said.format("kto", "tiny-gemma_sft_adapter") in cli("train", *quick, "--method", "kto", "--dry-run").err
     assert cli("prepare", write_rows(tmp_path / "judged.jsonl", judged())).code == 0
     [told] = [text for text in cli("train", *quick, "--dry-run", "--json").json["warnings"] if "replaced" in text]
     assert told.startswith(said.format("kto", "tiny-gemma_sft_adapter")), told
-    own = f"{RUN}/tiny-gemma_lora_adapter"
     assert told.endswith(f"to go on from it instead: --from-adapter {own}")
     before = adapter_bytes(prepared)
     result = cli("train", *quick, "--from-adapter", own, "--json")
