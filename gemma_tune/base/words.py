@@ -15,6 +15,8 @@ from gemma_tune.base.errors import UserError
 _UNSAFE = r"[^A-Za-z0-9._-]+"  # what a name in paths must not contain
 _ENDING = r"\.gguf$|(?<=^sha256-[0-9a-f]{12})[0-9a-f]{52}$"  # Ollama calls its GGUF files by their whole hash
 
+_LONGEST_NAME = 180  # the longest names of files are that and some sixty characters, and 255 are possible
+
 
 def model_name(model_id: str) -> str:
     """The name that paths follow: the last part of a hub id, a directory or a .gguf file.
@@ -28,6 +30,9 @@ def model_name(model_id: str) -> str:
     if not name:
         raise UserError(f"{model_id!r} has no name to call the run after: it needs letters or digits of ASCII",
                         "rename it, or name a model such as google/gemma-3-270m-it with --model")
+    if len(name) > _LONGEST_NAME:
+        raise UserError(f"{name[:20]}… is too long a name to call files after: it has {len(name)} characters",
+                        f"give it one of at most {_LONGEST_NAME}; a link to it will do: ln -s MODEL NAME")
     return name
 
 

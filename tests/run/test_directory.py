@@ -743,6 +743,17 @@ def test_of_a_run_that_cannot_be_written_a_copy_is_worked_on(number, tmp_path):
         assert "--run DIR" in raised.value.hint
 
 
+def test_a_model_s_name_leaves_room_for_what_files_are_called_after_it():
+    """Else a training would fail when its adapter gets its name, at the very end."""
+    longest = RunDir(Path("run"), model_name(f"models/{180 * 'm'}.gguf"))
+    made = [longest.start_adapter(64 * "0"), longest.worse_adapter, longest.merged,
+            longest.ollama / f".new-{longest.model_name}-q4_k_m.gguf"]
+    assert all(len(path.name) + len(".incomplete-") + 10 < 255 for path in made)
+    with pytest.raises(UserError, match="has 181 characters") as raised:
+        model_name(181 * "m")
+    assert "at most 180" in raised.value.hint
+
+
 def test_other_failures_of_the_operating_system_are_not_disguised():
     with pytest.raises(OSError) as raised, os_errors(Path("run")):
         raise OSError(errno.EIO, "Input/output error")
