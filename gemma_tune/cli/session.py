@@ -27,6 +27,7 @@ from gemma_tune.base.machine import (
     occupy_standard_streams,
     terminable,
 )
+from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import as_text
 from gemma_tune.cli import console, help_page, hints, live, screen
 from gemma_tune.cli.options import with_refusals
@@ -49,7 +50,8 @@ _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAME
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 # What a command does whose results are no files of the run.
 _STOPPED_CHAT = ("stopped", "answers that were written stay; the same command begins anew")
-_LONGEST_NAME = 400  # that a message shows
+_LONGEST_NAME = _LONGEST_COMMAND = 400  # that a message shows
+_NAME_COLUMNS = "use --columns "  # how the advice about a row's columns begins
 _FILES = ("data", "valid")  # options that name files of rows, and
 # other files and directories
 _PLACES = ("model", "run", "config", "input", "adapter", "from_adapter", "converter", "calibration")
@@ -178,7 +180,7 @@ class Command(TyperCommand):
         if ctx.params.get("debug"):
             with contextlib.suppress(OSError):
                 screen.err.print(_traceback(shown), markup=False)
-        _show(_without_force(shown, self.name, ctx.params), ctx.params)
+        _show(_with_columns(_without_force(shown, self.name, ctx.params), ctx), ctx.params)
         raise typer.Exit(shown.exit_code)
 
     @property
@@ -276,6 +278,24 @@ def _without_force(problem: UserError, name: str | None, params: Mapping[str, An
             problem.hint = hint.replace("same command", "same command without --force", 1)
         elif name == "run" and isinstance(problem, Interrupted):
             problem.hint = f"{hint}; then the same command without --force"
+    return problem
+
+
+def _with_columns(problem: UserError, ctx: Any) -> UserError:
+    """Where the advice is to name columns: the command that was typed, with them, to be pasted."""
+    try:
+        option = shlex.split((problem.hint or "").removeprefix(_NAME_COLUMNS))
+    except ValueError:  # a sentence with an apostrophe
+        return problem
+    typed, data = ctx.meta["arguments"], ctx.params.get("data") or []
+    if not (problem.hint or "").startswith(_NAME_COLUMNS) or len(option) != 1 or "-" in typed:  # what was piped is gone
+        return problem
+    if any(word.partition("=")[0] == "--columns" for word in typed):
+        return problem
+    takes = any(param.name == "columns" for param in ctx.command.params)
+    command = shlex.join(["gemma-tune", *(typed if takes else ["prepare", *map(str, data)]), "--columns", *option])
+    if len(command) <= _LONGEST_COMMAND:
+        problem.hint = f"{problem.hint}: {redact(command)}"
     return problem
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shlex
 import shutil
 from pathlib import Path
 
@@ -194,6 +195,21 @@ def test_columns_that_are_named(prepare):
     assert kept() == [row("2+2?", "4", "Be brief.")["messages"], row("3+3?", "6")["messages"]]
     assert [(r["line"], r["code"]) for r in read("rejected")] == [(3, "missing_column")]
     assert "both `user=…` and `assistant=…`" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
+
+
+@pytest.mark.parametrize(("names", "named"), [("problem,solution", "user=problem,assistant=solution"),
+                                              ("问题（必填）,答案", "'user=问题（必填）,assistant=答案'")])
+def test_where_columns_are_to_be_named_the_command_is_shown_whole(cli, tiny, names, named):
+    Path("two words.csv").write_text("\n".join([names, *(f"{n}+1?,{n}" for n in range(4))]))
+    refused = cli("prepare", "two words.csv", "--model", tiny, "--valid", 0, "--json")
+    command = f"gemma-tune prepare 'two words.csv' --model {tiny} --valid 0 --json --columns {named}"
+    assert refused.code == 2 and refused.json["error"]["hint"] == f"use --columns {named}: {command}"
+    done = cli(*shlex.split(command)[1:])
+    assert done.code == 0 and done.json["summary"]["rows"] == 4, done.err
+    trained = cli("train", "two words.csv", "--model", tiny, "--run", "other", "--rank", 2)  # which has no such option
+    assert f"gemma-tune prepare --run other --model {tiny} 'two words.csv' --columns {named}" in " ".join(trained.err.split())
+    again = cli("prepare", "two words.csv", "--columns", "user=x,assistant=y", "--model", tiny)
+    assert again.code == 2 and "two words.csv' --" not in again.err
 
 
 PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}

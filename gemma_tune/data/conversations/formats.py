@@ -359,7 +359,7 @@ def _unknown(row: Fields) -> Problem:
     if turns := suggested_turns(row):
         return _about_turns(row, turns, reason)
     if pair := _pair_of_names(row):
-        return Problem("unknown_format", reason, f"use --columns {pair}")
+        return Problem("unknown_format", reason, f"use --columns {shlex.quote(pair)}")
     question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
                                                                            _CONTEXTS))
     if question and answer:
@@ -424,7 +424,7 @@ def _beside_text(row: Fields) -> Problem | None:
     named = f"user={text},assistant={label}" + (f",system={system}" if system else "")
     return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
                                      "the text alone is learned",
-                   f"use --columns {named}, or --format text to learn the text alone")
+                   f"use --columns {shlex.quote(named)}, or --format text to learn the text alone")
 
 
 def _one_turn(row: Fields, reason: str) -> Problem | None:

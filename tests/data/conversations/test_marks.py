@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from gemma_tune.config.stages import PrepareConfig
@@ -94,8 +96,9 @@ def test_hh_in_chinese():
     {"question": "q", "response_good": "c", "response_bad": "r", "id": 3}, {"query": "q", "winner": "c", "loser": "r"}])
 def test_pairs_under_other_names_are_named(row):
     fix = problem(row).fix
-    assert fix.startswith("use --columns user=") and ",chosen=" in fix and ",rejected=" in fix
-    columns = PrepareConfig(columns=tuple(fix.removeprefix("use --columns ").split(","))).column_names
+    use, option, named = shlex.split(fix)
+    assert (use, option) == ("use", "--columns") and ",chosen=" in named and ",rejected=" in named
+    columns = PrepareConfig(columns=tuple(named.split(","))).column_names
     assert read(row, columns=columns)[:3] == (["q", "c"], ["r"], None)
     assert "neither" in problem({"other": 1}, columns=columns).reason
     assert read({"messages": WHOLE}, columns=columns)[0] == ["q", "c"], "rows of another format"
