@@ -93,6 +93,7 @@ class Noticed:
         named: rows that have the column which ``--columns`` names for a role that a row may lack, by role.
         columns: what the first row of that format has.
         unread: columns and keys of the rows that nobody reads.
+        usual: rows by the columns that are taken for question and answer by their names.
         kinds: rows by what is learned from them, see :func:`kind_of`, and where the first of each stands.
     """
 
@@ -110,6 +111,7 @@ class Noticed:
     named: Counter[str] = field(default_factory=Counter)
     columns: list[str] = field(default_factory=list)
     unread: UnreadCounts = field(default_factory=UnreadCounts)
+    usual: Counter[tuple[str, ...]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     first_of_kind: dict[str, str] = field(default_factory=dict)
 
@@ -129,6 +131,7 @@ class Noticed:
         self.named.update(later.named)
         self.columns = self.columns or later.columns
         self.unread.add(later.unread)
+        self.usual.update(later.usual)
         self.kinds.update(later.kinds)
         self.first_of_kind = later.first_of_kind | self.first_of_kind
 
@@ -191,6 +194,8 @@ class Judge:
         if example.format == "columns":
             judged.noticed.named.update(role for role, name in self.formats.columns.items() if name in row.value)
             judged.noticed.columns = judged.noticed.columns or list(row.value)[:20]
+        if example.usual:
+            judged.noticed.usual[example.usual] += 1
         if example.unread:
             judged.noticed.unread.count(example.unread)
         if problems := self.checks.problems(example):

@@ -36,6 +36,9 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     template = judge.chat.template
     for name, rows in noticed.formats.most_common():
         listener.note(f"format: {judge.formats.describe(name)}: {counted(rows, 'row')}")
+    for (question, answer), rows in noticed.usual.items():
+        listener.note(f"`{question}` is taken for the question and `{answer}` for the answer to learn, as nothing else "
+                      f"is in {counted(rows, 'row')}; --columns user=…,assistant=… says otherwise")
     by_names = {"columns", *(["preference"] if _PREFERENCE & {*config.column_names} else [])}
     if config.column_names and noticed.formats and by_names.isdisjoint(noticed.formats):
         named = ", ".join(f"`{name}`" for name in config.column_names.values())

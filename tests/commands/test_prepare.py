@@ -187,7 +187,7 @@ def test_a_system_message_that_the_template_refuses_is_put_before_the_first_turn
 
 def test_columns_that_are_named(prepare):
     write_rows(Path("rows.jsonl"), [{"question": "2+2?", "answer": "4", "context": "Be brief.", "id": 1},
-                                    {"question": "3+3?", "answer": "6"}, {"question": "4+4?"}])
+                                    {"question": "3+3?", "answer": "6", "hint": "x"}, {"question": "4+4?"}])
     error = prepare("rows.jsonl", code=2)
     assert "use --columns user=question,assistant=answer,system=context" not in error["problems"][0]
     assert "use --columns user=question,assistant=answer" in error["problems"][0]
@@ -195,6 +195,19 @@ def test_columns_that_are_named(prepare):
     assert kept() == [row("2+2?", "4", "Be brief.")["messages"], row("3+3?", "6")["messages"]]
     assert [(r["line"], r["code"]) for r in read("rejected")] == [(3, "missing_column")]
     assert "both `user=…` and `assistant=…`" in prepare("rows.jsonl", "--columns", "user=question", code=2)["err"]
+
+
+def test_a_question_and_its_answer_alone_are_taken_as_that_and_it_is_said(prepare):
+    write_rows(Path("rows.jsonl"), [*({"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(4)),
+                                    {"question": "Which?", "answer": "A", "choices": ["1", "2"]}])
+    done = prepare("rows.jsonl", "--valid", 0)
+    assert ("`question` is taken for the question and `answer` for the answer to learn, as nothing else is in 4 rows; "
+            "--columns user=…,assistant=… says otherwise") in " ".join(done["err"].split())
+    assert kept() == [row(f"{n}+1?", f"{n + 1}")["messages"] for n in range(4)]
+    [other] = read("rejected")
+    assert (other["line"], other["fix"]) == (5, "use --columns user=question,assistant=answer")
+    done = prepare("rows.jsonl", "--columns", "user=answer,assistant=question", "--valid", 0)
+    assert "is taken for" not in done["err"] and kept()[0] == row("1", "0+1?")["messages"]
 
 
 @pytest.mark.parametrize(("names", "named"), [("problem,solution", "user=problem,assistant=solution"),

@@ -10,7 +10,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,7 @@ class Example:
         good: of a judged answer, whether it is a good one.
         unread: what the row has beside that, and nobody reads.
         mended: what was done about turns that did not alternate, of the keys of ``uneven.IN_WORDS``.
+        usual: the columns that are taken for the question and the answer by their usual names alone.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Example:
     rejected: list[Turn] | None = None
     good: bool | None = None
     mended: tuple[str, ...] = field(default=(), compare=False)
+    usual: tuple[str, ...] = field(default=(), compare=False)
 
     def as_row(self) -> dict[str, Any]:
         """What is encoded of it: ``{"messages": […], "tools": […]}`` or ``{"text": "…"}``, as in train.jsonl.
@@ -100,7 +102,8 @@ _REASONS = {
     "messages": "a list `messages`, or the turns of UltraChat, BELLE or MOSS",
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
     "gemini": "a list `contents` with `parts`",
-    "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",
+    "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them, or "
+              "the usual names of a question and its answer alone",
     "prompt-completion": "`prompt` and `completion`",
     "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
                 "text keeps it as it is",
@@ -162,7 +165,7 @@ class Formats:
     def _described(self, value: Any, description: Description) -> Example:
         """The checked example of a row that is read as an entry says, whatever the others are."""
         formats = self._unnamed["text" if described.is_text(description) else None]
-        value, own = described.as_described(value, description)
+        value, own, _ = described.as_described(value, description)
         try:
             return formats.example(value)
         except RowError as error:
@@ -180,9 +183,10 @@ class Formats:
             raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
                                                      f"{'null' if value is None else kind(value)}",
                                     'write {"messages": […]} on the line, or the list of turns alone')])
-        value, own = self._shaped(value)
+        value, own, usual = self._shaped(value)
         try:
-            return self._read(value)
+            example = self._read(value)
+            return replace(example, usual=tuple(own.values())) if usual else example
         except RowError as error:
             if not own:
                 raise

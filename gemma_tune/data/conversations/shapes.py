@@ -21,10 +21,13 @@ class Shaped(NamedTuple):
     Args:
         row: with all that it had, but for what became part of a known column.
         own: what known columns are called in the file, for messages: ``{"output": "target"}``.
+        usual: whether these are but usual names of a question and an answer, for which they are taken as nothing else
+            is there; people are told then.
     """
 
     row: Fields
     own: Mapping[str, str]
+    usual: bool = False
 
 
 def shaped(row: Fields) -> Shaped:
@@ -72,6 +75,23 @@ def _swift(row: Fields) -> Shaped | None:
                                                   "rejected", "rejected_response", "messages", "conversations")):
         return None
     return _renamed(row, {"instruction": "query", "output": "response"})
+
+
+# Names for a question and its answer that mean nothing else, and are read as these without asking by others as well;
+# and what may stand beside them, as it neither belongs to the question nor could be the answer.
+_USUAL = (("question", "answer"), ("Question", "Answer"), ("q", "a"), ("Q", "A"), ("prompt", "response"),
+          ("Prompt", "Response"), ("问题", "答案"), ("问题", "回答"))
+_BESIDE = frozenset(("id", "_id", "idx", "index", "uuid", "source", "system", "system_prompt", "system_message"))
+
+
+def _usual(row: Fields) -> Shaped | None:
+    """A question and an answer, both of them texts, and nothing else to be learned or read."""
+    there = {key for key, value in row.items() if value is not None} - _BESIDE
+    for question, answer in _USUAL:
+        if there == {question, answer} and isinstance(row[question], str) and isinstance(row[answer], str):
+            found = _renamed(row, {"instruction": question, "output": answer})
+            return found and found._replace(usual=True)
+    return None
 
 
 def _chinese(row: Fields) -> Shaped | None:
@@ -178,5 +198,6 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("data",)), _ultrachat),
     (frozenset(("instruction", "output")), _belle),
     (frozenset(("chat",)), _moss),
+    *((frozenset(pair), _usual) for pair in _USUAL),
 )
 _ONE_OF_EACH = frozenset(min(columns) for columns, _ in _SHAPES)

@@ -371,10 +371,10 @@ def test_texts_that_are_json_stay_texts(text):
 
 
 @pytest.mark.parametrize("row, given", [
-    ({"question": "2+2?", "answer": "4"}, "user=question,assistant=answer"),
-    ({"id": 1, "Question": "2+2?", "Answer": "4"}, "user=Question,assistant=Answer"),
+    ({"question": "2+2?", "answer": "4", "hint": "x"}, "user=question,assistant=answer"),
+    ({"id": 1, "Question": "2+2?", "Answer": "4", "Choices": ["3", "4"]}, "user=Question,assistant=Answer"),
     ({"system_prompt": "", "question": "2+2?", "response": "4"}, "user=question,assistant=response,system=system_prompt"),
-    ({"prompt": "2+2?", "response": "4"}, "user=prompt,assistant=response"),
+    ({"prompt": "2+2?", "response": "4", "prompt_id": 3}, "user=prompt,assistant=response"),
     ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
     ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
 ])

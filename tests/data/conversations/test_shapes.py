@@ -38,6 +38,11 @@ READ = {
     "marked": ({"conversation": [{"human": "Hi", "assistant": "Hello", "loss": False},
                                  {"human": "Sky?", "assistant": "Blue.", "source": "x"}]},
                [user("Hi"), answer("Hello", train=False), *TURNS], ["source"]),
+    "question-answer": ({"id": 3, "question": "Sky?", "answer": "Blue.", "context": None}, TURNS, ["id"]),
+    "q-a": ({"Q": "Sky?", "A": "Blue."}, TURNS, []),
+    "prompt-response": ({"system": "Be brief.", "prompt": "Sky?", "response": "Blue."},
+                        [{"role": "system", "content": "Be brief."}, *TURNS], []),
+    "in-chinese": ({"问题": "Sky?", "答案": "Blue."}, TURNS, []),
     "ultrachat": ({"id": "0", "data": ["Hi", "Hello", "Sky?", "Blue."]}, FOUR, ["id"]),
     "ms-swift": ({"query": "Sky?", "response": "Blue.", "history": [["Hi", "Hello"]]}, FOUR, []),
     "ms-swift-system": ({"system": "Be brief.", "query": "Sky?", "response": "Blue.", "source": "x"},
@@ -92,7 +97,10 @@ def test_a_problem_has_the_columns_own_name():
     {"kind": "QA", "input": "Sky?", "target": "Blue.", "output": "Red."},
     {"query": "Sky?", "response": "Blue.", "context": "A text."}, {"query": "Sky?", "response": "Blue.", "input": "x"},
     {"data": ["Hi", "Hello"], "label": 1}, {"data": ["one"]}, {"question": "q", "context": "c", "answers": ["a", "b"]},
-    {"chat": {"turn_1": {"Human": "Hi"}}}])
+    {"chat": {"turn_1": {"Human": "Hi"}}}, {"question": "Sky?", "answer": "Blue.", "context": "A text."},
+    {"question": "Sky?", "answer": "B", "choices": ["Red.", "Blue."]}, {"question": "Sky?", "answer": 1},
+    {"question": "Sky?", "answer": "Blue.", "q": "Sea?", "a": "Green."}, {"prompt": "Sky?", "response": ["Blue."]},
+    {"prompt": "Sky?", "response": "Blue.", "topic": "sky"}, {"问题": "Sky?", "答案": "Blue.", "解析": "Air."}])
 def test_what_only_looks_like_it_is_still_asked_about(row):
     with pytest.raises(RowError) as caught:
         Formats().example(row)
