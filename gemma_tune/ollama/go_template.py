@@ -43,7 +43,7 @@ def find_go() -> str | None:
 
 
 def render(template: str, conversations: Sequence[Messages], default_system: str | None = None, *,
-           tools: Sequence[Tools | None] = (), think: bool | None = None) -> list[str]:
+           tools: Sequence[Tools | None] = (), think: bool | str | None = None) -> list[str]:
     """What Ollama makes of conversations, up to where the answer begins; BOS is left to the tokenizer.
 
     Args:
@@ -51,7 +51,7 @@ def render(template: str, conversations: Sequence[Messages], default_system: str
         conversations: messages with a role and a content.
         default_system: the model's SYSTEM.
         tools: of each conversation; left out, none has any.
-        think: what a request says about thinking; None where it says nothing.
+        think: what a request says about thinking, or how much of it (`high`); None where it says nothing.
 
     Raises:
         TemplateFailed: the template does not work.
@@ -63,7 +63,8 @@ def render(template: str, conversations: Sequence[Messages], default_system: str
     if not newer and not re.search(r"\{\{[^}]*[.$]Response\b", template):
         template += "{{ .Response }}"
     prepared = [collated(messages, default_system) for messages in conversations]
-    more = {"Think": bool(think), "IsThinkSet": think is not None}
+    level = think if isinstance(think, str) else "medium" if think else ""
+    more = {"Think": bool(think), "IsThinkSet": think is not None, "ThinkLevel": level}
     offered = [*tools] or [None] * len(prepared)
     question = {"Template": template, "Conversations": [
         [_values(turns, each) | more] if newer else [exchange | more for exchange in _exchanges(turns)]

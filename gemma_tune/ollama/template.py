@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import choice_in
+from gemma_tune.ollama import harmony
 from gemma_tune.ollama.go_layout import template_text
 from gemma_tune.ollama.kept import NOTE as KEPT_NOTE
 from gemma_tune.ollama.probe import EOS, FIRST, SWITCH, Jinja, Unlike, split, talk, without
@@ -38,7 +39,7 @@ class OllamaChat:
         renderer: name of Ollama's built-in renderer, or None.
         parser: name of Ollama's built-in parser of answers, or None.
         default_system: what the Jinja template says where a conversation has no system message; belongs in SYSTEM.
-        family: "gemma", "gemma4", "chatml", "llama3", or "other" (derived, no marker known).
+        family: "gemma", "gemma4", "chatml", "llama3", "harmony", or "other" (derived, no marker known).
         notes: differences between the two templates that could not be closed, one sentence each.
         think: how the template's switch for thinking stands where nobody sets it, as in training; None without one. A
             request to a server that lists thinking among the model's capabilities has to say the same.
@@ -101,6 +102,11 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token, turns_begin_with_bos)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
+        if all(mark in chat_template_jinja for mark in harmony.MARKS) and (
+                template := harmony.template_of(jinja, chat_template_jinja)):
+            notes = () if harmony.follows_the_day(template) else _of_the_day(chat_template_jinja)
+            return OllamaChat(template, harmony.STOPS, family="harmony", notes=notes,
+                              gguf_capabilities=_by_words(chat_template_jinja))
         turns = read_turns(jinja)
         choice = choice_in(chat_template_jinja)
         notes, think = _compare(jinja, turns), False if choice is False else _thinking(jinja)
@@ -114,8 +120,7 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
             f"the chat template of {family_hint or 'this model'} cannot be turned into an Ollama TEMPLATE: {error}",
             "Write a TEMPLATE by hand (https://docs.ollama.com/template), then run `ollama create NAME -f Modelfile`.",
         ) from error
-    if "strftime_now(" in chat_template_jinja:
-        notes += ("The template prints the date; Ollama has no dates, so the day of the export stays in the prompt.",)
+    notes += _of_the_day(chat_template_jinja)
     if think is False and choice is None:
         notes += (_WITHOUT_THINKING,)
     stop = stop if stop and stop in ending else ending
@@ -129,6 +134,12 @@ def layout_of(chat: ChatFormat, family_hint: str | None = None) -> OllamaChat:
     tokenizer = chat.tokenizer
     return chat_for(chat.template, family_hint, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token,
                     terminator=chat.terminator, turns_begin_with_bos=chat.turns_begin_with_bos)
+
+
+def _of_the_day(source: str) -> tuple[str, ...]:
+    if "strftime_now(" not in source:
+        return ()
+    return ("The template prints the date; here the day of the export stays in the prompt.",)
 
 
 def _by_words(source: str) -> frozenset[str]:

@@ -22,7 +22,7 @@ from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
 from support.llamas import make_stripping_phi, save_random, tokenizer_with_turns
-from support.templates import GLM, GLM4, HUNYUAN, SEED
+from support.templates import GLM, GLM4, HARMONY, HUNYUAN, SEED, trl_template
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             max_position_embeddings=512)
@@ -135,7 +135,7 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss",
-                                  "qwen 3 with experts", "qwen 3.5 with experts", "gemma4-experts"])
+                                  "qwen 3 with experts", "qwen 3.5 with experts", "gemma4-experts", "gpt-oss"])
 def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     """Of layers with a state or with experts, and of a text part without a class of its own: llama.cpp answers alike in each
     number format."""
@@ -143,12 +143,15 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     make_family(kind, model) if kind in FAMILIES else make_exportable(kind, model)
     for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
                  ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
-                 ("export-ollama", "--quant", "f16,q4_k_m", "--no-create")):
+                 ("export-ollama", *(() if kind == "gpt-oss" else ("--quant", "f16,q4_k_m")), "--no-create")):
         result = cli(*args, "--json", "--quiet")
         assert result.code == 0, (args, result.err)
         if kind in ("glm 4", "hunyuan", "seed-oss"):
             assert result.json["warnings"] == [], "prepare foresees an export, whose prompts are the same everywhere"
     shown = result.json["summary"]["quants"]
+    if kind == "gpt-oss":
+        assert list(shown) == ["mxfp4"] and set(shown["mxfp4"]["tensor_types"]) == {"F32", "Q8_0", "MXFP4"}
+        return
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
     assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()
@@ -160,7 +163,7 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
 
 def make_exportable(kind, folder):
     cuts = {"qwen 3.5": "qwen35", "qwen 3.5 with experts": "qwen35", "lfm2": "llama-bpe", "glm 4": "smaug-bpe",
-            "hunyuan": "qwen2", "seed-oss": "qwen2"}
+            "hunyuan": "qwen2", "seed-oss": "qwen2", "gpt-oss": "gpt-4o"}
     tokenizer = tokenizer_with_turns(cuts.get(kind, "tekken"))
     if kind == "glm 4":
         tokenizer.add_special_tokens({"additional_special_tokens": list(GLM)})
@@ -174,6 +177,9 @@ def make_exportable(kind, folder):
         tokenizer.add_special_tokens({"bos_token": "<seed:bos>", "eos_token": "<seed:eos>"})
         tokenizer.add_tokens(["<seed:think>", "</seed:think>"])
         tokenizer.chat_template = SEED
+    if kind == "gpt-oss":
+        tokenizer.add_special_tokens({"additional_special_tokens": [*HARMONY]})
+        tokenizer.chat_template, tokenizer.eos_token = trl_template("gptoss"), "<|return|>"
     text = TEXT | dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                        pad_token_id=0, num_hidden_layers=4 if kind in ("qwen 3.5", "qwen 3.5 with experts", "lfm2") else 2)
     if kind.startswith("qwen 3.5"):
@@ -189,6 +195,8 @@ def make_exportable(kind, folder):
         network = T.Mistral3ForConditionalGeneration(T.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=PIXTRAL))
     elif kind == "seed-oss":
         network = T.SeedOssForCausalLM(T.SeedOssConfig(**text))
+    elif kind == "gpt-oss":
+        network = T.GptOssForCausalLM(T.GptOssConfig(**text | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=32)))
     elif kind == "hunyuan":
         network = T.HunYuanDenseV1ForCausalLM(T.HunYuanDenseV1Config(**text))
     elif kind == "glm 4":

@@ -380,3 +380,9 @@ def test_what_the_training_gained(merged, change, known):
     stages["train"]["summary"] |= {"eval_loss_before": 4.0, "eval_loss_after": 3.0}
     change(stages)
     assert gained(SimpleNamespace(manifest=SimpleNamespace(stages=stages))) == (1.0 if known else None)
+
+
+def test_the_format_for_experts_is_refused_without_any(cli, merged):
+    refused = cli("export-ollama", "--quant", "q8_0,mxfp4", "--no-create")
+    assert refused.code == 2 and "mxfp4 is a format for mixtures of experts" in refused.err and "q4_k_m" in refused.err
+    assert not OLLAMA.exists()

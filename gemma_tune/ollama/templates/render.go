@@ -9,6 +9,7 @@ import (
 	"strings"
 	"text/template"
 	"text/template/parse"
+	"time"
 )
 
 type message struct {
@@ -86,6 +87,7 @@ type question struct {
 		Messages                 []*message
 		Tools                    tools
 		Think, IsThinkSet        bool
+		ThinkLevel               string
 		Cut                      bool
 	}
 }
@@ -105,7 +107,7 @@ func main() {
 			}
 			check(use.Execute(&text, map[string]any{
 				"System": values.System, "Prompt": values.Prompt, "Response": values.Response,
-				"Messages": values.Messages, "Tools": values.Tools, "Think": values.Think, "ThinkLevel": "",
+				"Messages": values.Messages, "Tools": values.Tools, "Think": values.Think, "ThinkLevel": values.ThinkLevel,
 				"IsThinkSet": values.IsThinkSet,
 			}))
 		}
@@ -114,13 +116,18 @@ func main() {
 	check(json.NewEncoder(os.Stdout).Encode(texts))
 }
 
+var functions = template.FuncMap{
+	"json":        toJSON,
+	"currentDate": func(...string) string { return time.Now().Format("2006-01-02") },
+}
+
 func toJSON(value any) string {
 	text, _ := json.Marshal(value)
 	return string(text)
 }
 
 func parsed(source string) *template.Template {
-	result, err := template.New("").Option("missingkey=zero").Funcs(template.FuncMap{"json": toJSON}).Parse(source)
+	result, err := template.New("").Option("missingkey=zero").Funcs(functions).Parse(source)
 	check(err)
 	return result
 }
