@@ -67,6 +67,8 @@ class StoredTensor:
         Raises:
             UserError: the file ends too early, or the numbers are of a type that isn't read here.
         """
+        if self.dtype not in READABLE:
+            raise UserError(f"{self.path}: {self.name} is {self.dtype}, which can't be read as numbers.")
         count = (self.shape[0] if stop is None else min(stop, self.shape[0])) - start
         return _as_float32(self.raw(start, stop), self.dtype).reshape(count, *self.shape[1:])
 
@@ -74,15 +76,14 @@ class StoredTensor:
         """The bytes of such rows, as they are stored: little-endian.
 
         Raises:
-            UserError: the file ends too early, or the numbers are of a type that isn't read here.
+            UserError: the file ends too early, or the size of the numbers isn't known here.
         """
-        if self.dtype not in READABLE:
-            raise UserError(f"{self.path}: {self.name} is {self.dtype}, which can't be read as numbers.")
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         row = math.prod(self.shape[1:])
-        length = (stop - start) * row * READABLE[self.dtype]
+        size = self.bytes // max(1, math.prod(self.shape))
+        length = (stop - start) * row * size
         with self.path.open("rb", buffering=0) as file:
-            data = _read(file, self.offset + start * row * READABLE[self.dtype], length)
+            data = _read(file, self.offset + start * row * size, length)
         if len(data) != length:
             raise UserError(f"{self.path} ends within {self.name}.", "Download or merge the model again.")
         return data

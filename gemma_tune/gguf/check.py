@@ -14,7 +14,7 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.compensated import Rounded
-from gemma_tune.gguf.experts import together
+from gemma_tune.gguf.experts import PACKED, together
 from gemma_tune.gguf.reader import GgufFile
 
 _ELEMENTS = 4 * 1024 * 1024  # compared at a time: 16 MiB as float32, a few times over
@@ -66,7 +66,7 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
     file = GgufFile(gguf_path, keys=())
     shards = together({architecture.canonical(name): (path, name) for name, path in _shards(checkpoint).items()})
     specs = [spec for spec in architecture.tensors if spec.values is not None
-             or {spec.source, in_model(spec.source or "")[0]} & shards.keys()]
+             or {spec.source, *(f"{in_model(spec.source or '')[0]}{part}" for part in ("", PACKED[0]))} & shards.keys()]
     problems = _missing_and_unknown(file, architecture, specs)
     worst, where = 0.0, ""
     for spec in specs if not problems else ():
@@ -178,6 +178,9 @@ def _of_experts(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndar
     from safetensors import safe_open
 
     joined, half = (spec.source, None) if spec.source in shards else in_model(str(spec.source))
+    if joined not in shards:
+        yield from _of_packed([shards[f"{joined}{part}"] for part in PACKED], spec.shape, half)
+        return
     members, rows = shards[joined], spec.shape[1]
     if len(spec.shape) == 2:
         [(path, name)] = members
@@ -193,6 +196,22 @@ def _of_experts(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndar
             yield n * rows, matrix[:, columns_of(half)].T
             continue
         yield n * rows, matrix if half is None else matrix[half * rows:][:rows]
+
+
+def _of_packed(parts: Sequence[Sequence[tuple[Path, str]]], shape: tuple[int, ...], half: int | None
+               ) -> Iterator[tuple[int, np.ndarray]]:
+    """As :func:`_of_experts`: of experts in MXFP4, as Transformers reads it."""
+    import torch
+    from safetensors import safe_open
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    for n in range(shape[0]):
+        of_one = []
+        for [(path, name)] in parts:
+            with safe_open(path, framework="pt") as f:
+                of_one.append(f.get_slice(name)[n:n + 1])
+        [matrix] = convert_moe_packed_tensors(*of_one, dtype=torch.float32)
+        yield n * shape[1], matrix.numpy()[:, columns_of(half)].T
 
 
 def _shards(checkpoint: Path) -> dict[str, Path]:

@@ -18,6 +18,8 @@ from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import TensorSpec
 
+PACKED = ("_blocks", "_scales")  # what tensors of experts in MXFP4 end in, where GPT-OSS was released so
+_FOUR_BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _Found = TypeVar("_Found")
 
@@ -37,7 +39,7 @@ def together(found: Mapping[str, _Found]) -> dict[str, tuple[_Found, ...]]:
 
 
 def experts_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec
-               ) -> Sequence[StoredTensor | Columns] | None:
+               ) -> Sequence[Member] | None:
     """What each expert has of ``spec`` where that is a half of a larger tensor in the checkpoint, or goes by its name.
 
     Args:
@@ -49,6 +51,8 @@ def experts_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec
     """
     name, half = in_model(str(spec.source))
     whole, shape = stored.get(name, ()), spec.shape
+    if spec.turned and len(shape) == 3 and not whole:
+        return _packed([stored.get(f"{name}{part}", ()) for part in PACKED], shape, half)
     if spec.turned and len(whole) == 1:
         return _turned(whole[0], shape, half)
     if len(shape) < 3 or len(whole) != 1:
@@ -72,6 +76,60 @@ def _turned(whole: StoredTensor, shape: tuple[int, ...], half: int | None) -> Se
     size = whole.bytes // experts
     return tuple(Columns(replace(whole, shape=whole.shape[1:], offset=whole.offset + n * size), half)
                  for n in range(experts))
+
+
+def _packed(parts: Sequence[Sequence[StoredTensor]], shape: tuple[int, ...], half: int | None
+            ) -> Sequence[Packed] | None:
+    """As :func:`experts_of`: of experts in MXFP4."""
+    experts, rows, columns = shape
+    stored = (experts, rows * (1 if half is None else 2), columns // 32)
+    if any(len(part) != 1 or part[0].dtype != "U8" for part in parts):
+        return None
+    blocks, scales = (part[0] for part in parts)
+    if blocks.shape != (*stored, 16) or scales.shape != stored:
+        return None
+    one = [[replace(part, shape=part.shape[1:], offset=part.offset + n * (part.bytes // experts))
+            for part in (blocks, scales)] for n in range(experts)]
+    return tuple(Packed(*each, half) for each in one)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in MXFP4, or every second row of it: numbers of four bits, of which 32 share a power of two (OCP
+    Microscaling Formats 1.0).
+
+    Args:
+        blocks: uint8 (rows, columns / 32, 16), of each byte the lower half first.
+        scales: uint8 (rows, columns / 32), exponents that begin at -127.
+        half: 0 or 1, the row to begin with; None for all.
+    """
+
+    blocks: StoredTensor
+    scales: StoredTensor
+    half: int | None
+    dtype = "BF16"  # which holds all of its numbers
+
+    @property
+    def name(self) -> str:
+        return self.blocks.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, groups, _ = self.blocks.shape
+        return rows // (1 if self.half is None else 2), groups * 32
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as float32, fewer where there are no more.
+
+        Raises:
+            UserError: as of a single tensor.
+        """
+        step = 1 if self.half is None else 2
+        blocks, scales = (np.frombuffer(part.raw(step * start, step * stop), np.uint8).reshape(-1, *part.shape[1:])
+                          [columns_of(self.half)] for part in (self.blocks, self.scales))
+        numbers = _FOUR_BITS[np.stack([blocks & 15, blocks >> 4], -1)]
+        powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        return (numbers.reshape(*scales.shape, 32) * powers[..., None]).reshape(len(scales), -1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +179,7 @@ class Stack:
         members: at least one.
     """
 
-    members: Sequence[StoredTensor | Columns]
+    members: Sequence[Member]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows of all of them as float32 (stop - start, columns), fewer where there are no more.
@@ -135,7 +193,10 @@ class Stack:
                                for n in range(start // size, -(-stop // size))])
 
 
-def by_rows(members: Sequence[StoredTensor | Columns], shape: tuple[int, ...]) -> StoredTensor | Columns | Stack:
+Member = StoredTensor | Columns | Packed
+
+
+def by_rows(members: Sequence[Member], shape: tuple[int, ...]) -> Member | Stack:
     """What is read row by row of a tensor of ``shape`` in the file, from the checkpoint's one tensor or one for each
     expert, see :func:`together`."""
     if len(shape) < 3:

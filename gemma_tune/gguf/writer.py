@@ -32,7 +32,7 @@ from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.compensated import Rounded, Rounding
-from gemma_tune.gguf.experts import Columns, Stack, by_rows, experts_of, together
+from gemma_tune.gguf.experts import PACKED, Member, Stack, by_rows, experts_of, together
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -97,7 +97,7 @@ class PlannedTensor:
     """
 
     spec: TensorSpec
-    stored: StoredTensor | Columns | Stack | None
+    stored: Member | Stack | None
     choice: TypeChoice
     rounding: Rounding | None = None
 
@@ -274,7 +274,7 @@ def _plan(model: Architecture, checkpoint: Path, quant: str, types: Mapping[str,
             for (spec, stored), choice in zip(wanted, choices, strict=True)]
 
 
-def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, StoredTensor | Columns | Stack | None]]:
+def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, Member | Stack | None]]:
     """What a file of a checkpoint holds, in its order, and where the checkpoint has it.
 
     Raises:
@@ -284,8 +284,8 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
                        if not model.left_out(name)})
     in_one = {spec.source: experts for spec in model.tensors if spec.source and spec.source not in stored
               and (experts := experts_of(stored, spec))}
-    stored = {name: members for name, members in stored.items()
-              if name not in {in_model(source)[0] for source in in_one}} | in_one
+    used = {f"{in_model(source)[0]}{part}" for source in in_one for part in ("", *PACKED)}
+    stored = {name: members for name, members in stored.items() if name not in used} | in_one
     wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
               or not (spec.optional or (spec.tied_to and model.tied))]
     known = {spec.source: spec for spec in wanted if spec.source}
@@ -304,7 +304,7 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
     return [(spec, by_rows(stored[spec.source], spec.shape) if spec.source else None) for spec in wanted]
 
 
-def _unfit(members: Sequence[StoredTensor | Columns], shape: tuple[int, ...]) -> list[str]:
+def _unfit(members: Sequence[Member], shape: tuple[int, ...]) -> list[str]:
     """What is wrong with a tensor of ``shape`` in a checkpoint, which can have one for each expert."""
     problems = []
     apart = len(shape) == 3 and len(members[0].shape) < 3

@@ -18,7 +18,7 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
-from gemma_tune.models.quantised import in_four_bits, refuse_untrainable
+from gemma_tune.models.quantised import has_packed_experts, in_four_bits, refuse_untrainable
 from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.models.whole import remedy
 
@@ -126,6 +126,13 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
 def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int) -> dict[str, Any]:
     """What ``from_pretrained`` is told of the device, of four bits and of shards."""
     extra: dict[str, Any] = {}
+    if has_packed_experts(config):
+        from transformers import Mxfp4Config
+
+        if four_bit:
+            raise UserError("this model's experts have four bits already, and nothing else of it gets them",
+                            "leave --qlora out")
+        extra["quantization_config"] = Mxfp4Config(dequantize=True)
     if four_bit:
         from transformers import BitsAndBytesConfig
 

@@ -13,21 +13,32 @@ if TYPE_CHECKING:
     from gemma_tune.models.source import BaseModel
 
 BITSANDBYTES = "bitsandbytes"  # the one method whose layers LoRA is trained on here
+_PACKED = "mxfp4"
 _BITSANDBYTES_NAME = re.compile(r"(-unsloth)?-bnb-[48]bit$", re.IGNORECASE)  # as repositories of such models end
 _UNSLOTH = "unsloth/"  # has each of them in 16 bits too, under the name without that ending
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint was quantised, by its config.json, such as ``gptq``; None if it was not.
+    """The method by which a checkpoint was quantised, by its config.json, such as ``gptq``; None if it was not, as for
+    GPT-OSS, of which the experts alone are packed (:func:`has_packed_experts`).
 
     Of a multimodal model the text model's own counts as well: Transformers takes it, and imports what it names.
     """
     found = _settings(config)
+    if has_packed_experts(config):
+        return None
     if not found:
         return "mlx" if config.get("quantization") else None
     if not isinstance(found, Mapping):
         return str(found)
     return str(found.get("quant_method") or ("mlx" if "group_size" in found else BITSANDBYTES))
+
+
+def has_packed_experts(config: Mapping[str, Any]) -> bool:
+    """Whether experts are in MXFP4, as in the released GPT-OSS, and all else in 16 bits. They are unpacked without loss
+    where the model computes; a merged checkpoint has them as they are."""
+    found = _settings(config)
+    return isinstance(found, Mapping) and found.get("quant_method") == _PACKED
 
 
 def in_four_bits(config: Mapping[str, Any]) -> bool:

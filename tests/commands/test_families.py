@@ -21,7 +21,7 @@ from gemma_tune.models.placement import Placement
 from gemma_tune.models.towers import without_towers
 from support.command import rows, write_rows
 from support.gemmas import FAMILIES, make_family
-from support.llamas import make_stripping_phi, save_random, tokenizer_with_turns
+from support.llamas import make_stripping_phi, pack_experts, save_random, tokenizer_with_turns
 from support.templates import GLM, GLM4, HARMONY, HUNYUAN, SEED, trl_template
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -141,6 +141,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     number format."""
     model = tmp_path / "model"
     make_family(kind, model) if kind in FAMILIES else make_exportable(kind, model)
+    if kind == "gpt-oss":
+        pack_experts(model)
     for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
                  ("train", "--max-steps", 4, "--learning-rate", 1e-2, "--samples", 0), ("merge",),
                  ("export-ollama", *(() if kind == "gpt-oss" else ("--quant", "f16,q4_k_m")), "--no-create")):
@@ -151,6 +153,12 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
     shown = result.json["summary"]["quants"]
     if kind == "gpt-oss":
         assert list(shown) == ["mxfp4"] and set(shown["mxfp4"]["tensor_types"]) == {"F32", "Q8_0", "MXFP4"}
+        before, after = (load_file(folder / "model.safetensors") for folder in (model, Path("runs/model/model_lora_merged")))
+        assert before.keys() == after.keys(), "experts stay packed"
+        changed = {name.split(".", 3)[3] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+        refused = cli("train", "--qlora", "--force")
+        assert refused.code == 2 and "experts have four bits already" in refused.err and "leave --qlora out" in refused.err
         return
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2

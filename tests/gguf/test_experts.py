@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
@@ -21,7 +24,7 @@ from gemma_tune.gguf.experts import Stack, by_rows, together
 from gemma_tune.gguf.reader import GgufFile
 from support.gemmas import make_family
 from support.gguf import LlamaCpp
-from support.llamas import make_llama, save_random, tokenizer_with_turns
+from support.llamas import make_llama, pack_experts, save_random, tokenizer_with_turns
 
 APART, IN_ONE, TURNED = "qwen3 with experts", "gemma4-experts", "gpt-oss"
 
@@ -225,3 +228,29 @@ def test_experts_of_gpt_oss_that_were_not_trained_keep_their_mxfp4_bit_for_bit(t
     llama_cpp, prompt = LlamaCpp(small.path), list(range(40, 60))
     [first, second] = (engine.complete(prompt, 8)["tokens"] for engine in (llama_cpp, LlamaCpp(tmp_path / "f32.gguf")))
     assert first[:1] == second[:1], "llama.cpp reads it"
+
+
+def test_packed_experts_give_the_file_of_those_that_transformers_unpacks(tmp_path):
+    packed, whole = tmp_path / "packed", tmp_path / "whole"
+    make_llama(TURNED, packed)
+    pack_experts(packed)
+    shutil.copytree(packed, whole)
+    experts = "model.layers.{}.mlp.experts.{}"
+
+    def unpack(tensors):
+        for n, part in itertools.product(range(4), ("gate_up_proj", "down_proj")):
+            name = experts.format(n, part)
+            tensors[name] = convert_moe_packed_tensors(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")).contiguous()
+
+    edited(whole, unpack)
+    for quant in ("f32", "mxfp4"):
+        path = export(packed, quant)
+        assert path.read_bytes() == export(whole, quant).read_bytes()
+        assert worst_error(packed, path, architecture(packed))[0] < (0.01 if quant == "mxfp4" else 1e-7)
+    name = f"{experts.format(2, 'gate_up_proj')}_scales"
+    edited(packed, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    with pytest.raises(WorkFailed) as failed:
+        worst_error(packed, path, architecture(packed))
+    assert [problem.split(":")[0] for problem in failed.value.problems] == [f"blk.2.ffn_{part}_exps.weight" for part in ("gate", "up")]
+    edited(packed, lambda tensors: tensors.update({name: tensors[name][:, :10].clone()}))
+    assert f"{name} is not a tensor of this model" in problems_of(packed)

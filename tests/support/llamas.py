@@ -197,6 +197,23 @@ def save_random(model: Any, tokenizer: Any, folder: Path | None = None) -> Any:
     return model
 
 
+def pack_experts(folder: Path) -> None:
+    """Put other experts into a GPT-OSS, in MXFP4 as in the released ones; of their rows each length has to be blocks of 32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    random, tensors = torch.Generator().manual_seed(5), load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 125, (experts, rows, columns // 32), generator=random, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def make_stripping_phi(folder: Path) -> None:
     """Save a random Phi-3 whose special tokens take the white space beside them with them, as Phi-4's can."""
     from transformers import Phi3Config, Phi3ForCausalLM
