@@ -277,7 +277,7 @@ def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]
     rows, said = calibration_rows(session, source, _most_tokens(parameters, placement))
     if lacking := _lacking(placement, source.architecture, sum(map(len, rows))):
         return None, lacking
-    return Calibration(LayerwiseModel(source.merged, placement, source.architecture.canonical), rows), said
+    return Calibration(LayerwiseModel(source.merged, placement, source.architecture), rows), said
 
 
 def _most_tokens(parameters: int, placement: Placement) -> int:

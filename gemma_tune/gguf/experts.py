@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import TensorSpec
@@ -64,6 +65,24 @@ def experts_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec
     starts = (n * whole[0].shape[1] + rows * (half or 0) for n in range(shape[0]))
     return tuple(replace(whole[0], shape=(rows, columns), offset=whole[0].offset + start * columns * size)
                  for start in starts)
+
+
+def matrices_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape: tuple[int, ...]
+                ) -> Sequence[StoredTensor]:
+    """One matrix (rows, columns) for each expert of a tensor of ``shape``, however the checkpoint has them.
+
+    Args:
+        stored: see :func:`together`.
+
+    Raises:
+        UserError: the checkpoint does not have them.
+    """
+    members = stored.get(source, ())
+    apart = len(members) == shape[0] and all(member.shape == shape[1:] for member in members)
+    found = members if apart else experts_of(stored, source, shape)
+    if found is None:
+        raise UserError(f"the weights have no {source} of shape {shape}", "merge again from the original base model")
+    return found
 
 
 def _turned(whole: StoredTensor, shape: tuple[int, ...], half: int | None) -> Sequence[Columns] | None:

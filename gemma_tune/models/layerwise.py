@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,10 @@ import torch
 
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.tensors import StoredTensor, open_tensors
+from gemma_tune.gguf.architectures.experts import in_model
+from gemma_tune.gguf.architectures.parts import Architecture
+from gemma_tune.gguf.experts import Stack, matrices_of, together
+from gemma_tune.models.experts import ExpertProduct, watch
 from gemma_tune.models.load import attention_of
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.towers import auto_class, without_towers
@@ -42,22 +46,29 @@ class LayerwiseModel:
     Args:
         checkpoint: folder with config.json and safetensors.
         placement: where and in which type it computes.
-        canonical: a parameter's name → the checkpoint's, where they differ, as for the text part of a multimodal model.
+        architecture: says which tensors it has, and what they go by.
     """
 
-    def __init__(self, checkpoint: Path, placement: Placement, canonical: Callable[[str], str]):
+    def __init__(self, checkpoint: Path, placement: Placement, architecture: Architecture):
         with keeping_garbage():
             from accelerate import init_empty_weights
             from transformers import AutoConfig
         self.device, self.dtype = torch.device(placement.device), placement.dtype
-        self._stored = {canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()}
+        canonical = architecture.canonical
+        found = {canonical(name): tensor for name, tensor in open_tensors(checkpoint).items()}
+        experts = _experts(found, architecture)
+        # Transformers calls some otherwise than their checkpoints do.
+        self._stored: dict[str, StoredTensor | Stack] = {in_model(name)[0]: tensor for name, tensor in found.items()}
+        self._stored |= {source: Stack(each) for source, each in experts.items()}
         self._canonical = canonical
+        self.experts_used = architecture.experts_used
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         attention = attention_of(config.model_type, towers=config.get_text_config() is not config)
         with without_towers(config), init_empty_weights(include_buffers=False):
             self.model = auto_class(config.model_type).from_config(
                 config, dtype=placement.dtype, attn_implementation=attention,
                 trust_remote_code=False)
+        watch(self.model, experts, canonical)
         self.model.eval().requires_grad_(False)
         self.decoder = self.model.get_decoder()
         self.layers: Sequence[torch.nn.Module] = self.decoder.layers
@@ -73,11 +84,13 @@ class LayerwiseModel:
                 self.decoder.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def name(self, module: torch.nn.Module) -> str:
-        """What the checkpoint calls a module's weight."""
+        """What the checkpoint calls a module's weight; of experts all of them together."""
+        if isinstance(module, ExpertProduct):
+            return module.source
         return self._canonical(f"{self._names[module]}.weight")
 
-    def stored(self, name: str) -> StoredTensor | None:
-        """A tensor of the checkpoint, by the name that it goes by here."""
+    def stored(self, name: str) -> StoredTensor | Stack | None:
+        """A tensor of the checkpoint, by the name that it goes by here; of experts one's rows below the other's."""
         return self._stored.get(name)
 
     @property
@@ -165,6 +178,9 @@ class LayerwiseModel:
         return layer(row.states, *args, **more)
 
     def _fill(self, module: torch.nn.Module) -> None:
+        if isinstance(module, ExpertProduct):
+            module.fill(self.device, self.dtype, _values)
+            return
         prefix = self._names[module]
         for leaf in module._parameters:
             if module._parameters[leaf] is not None:
@@ -178,6 +194,13 @@ class LayerwiseModel:
     def _parameter(self, values: np.ndarray | torch.Tensor) -> torch.nn.Parameter:
         tensor = torch.as_tensor(values).to(self.device, self.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _experts(found: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, Sequence[StoredTensor]]:
+    """The matrices of each expert, by what the checkpoint calls them all."""
+    stored = together(found)
+    return {spec.source: matrices_of(stored, spec.source, spec.shape) for spec in architecture.tensors
+            if spec.source and len(spec.shape) == 3}
 
 
 def _values(stored: StoredTensor) -> torch.Tensor:

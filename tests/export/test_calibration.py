@@ -49,7 +49,7 @@ def by_hand_inputs(model, rows, module) -> torch.Tensor:
 
 @pytest.fixture
 def layerwise(tiny) -> LayerwiseModel:
-    return LayerwiseModel(tiny, Placement("cpu", torch.float32, ""), parts_of(tiny).architecture.canonical)
+    return LayerwiseModel(tiny, Placement("cpu", torch.float32, ""), parts_of(tiny).architecture)
 
 
 @pytest.mark.parametrize("kept", [1 << 30, 1], ids=["all are kept", "layer by layer"])

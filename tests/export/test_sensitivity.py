@@ -61,7 +61,7 @@ def test_the_cost_is_the_divergence(family, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "COMPENSATED", 1.0)
     model = make_family(family, tmp_path) if family == "gemma2" else make_llama(family, tmp_path)[0]
     sequences = rows(model.config.vocab_size - 3)
-    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     linear = {f"{name}.weight": module for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and ".layers." in name}
     found = costs(layerwise, sequences, dict.fromkeys([*linear, layerwise.head], KINDS))
@@ -86,7 +86,7 @@ def test_the_cost_is_the_divergence(family, tmp_path, monkeypatch):
 def test_an_embedding_that_is_the_head_costs_in_both_places(tmp_path):
     model, _ = make_llama("qwen3", tmp_path)
     sequences = rows(model.config.vocab_size - 3)
-    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     assert layerwise.head == layerwise.embedding
     found = costs(layerwise, sequences, {layerwise.head: (Type.Q4_0,)})[layerwise.head][Type.Q4_0]
     before = log_probabilities(model, sequences)
@@ -99,7 +99,7 @@ def test_a_part_of_the_tokens_tells_about_the_same(tmp_path):
     """Some of 200 tokens, with the rows and the tokens that are drawn: each cost within a factor of two on average."""
     model, _ = make_llama("llama3", tmp_path)
     sequences = rows(model.config.vocab_size - 3)
-    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     types = {f"{name}.weight": KINDS[:1] for name, module in model.named_modules()
              if isinstance(module, torch.nn.Linear) and ".layers." in name} | {layerwise.head: KINDS[:1]}
     whole, part = (costs(layerwise, sequences, types, tokens) for tokens in (1000, 100))
@@ -113,7 +113,7 @@ def test_a_part_of_the_tokens_tells_about_the_same(tmp_path):
 
 def test_the_energy_is_of_the_leading_tokens(tmp_path):
     make_llama("llama3", tmp_path)
-    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     heads = []
     for some in (0, 7, 20):
         heads.append(Head(layerwise))
@@ -129,7 +129,7 @@ def test_the_energy_is_of_the_leading_tokens(tmp_path):
 
 
 def test_progress_reaches_its_end(tiny):
-    layerwise = LayerwiseModel(tiny, FP32, parts_of(tiny).architecture.canonical)
+    layerwise = LayerwiseModel(tiny, FP32, parts_of(tiny).architecture)
     told = []
     costs(layerwise, [np.arange(10, 30)], {}, told=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] and [done for done, _ in told] == list(range(1, len(told) + 1))

@@ -52,7 +52,7 @@ def test_weights_are_squared_gradients(family, tmp_path, monkeypatch):
     make_family(family, tmp_path) if family == "gemma2" else make_llama(family, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     sequences = [np.random.default_rng(n).integers(3, model.config.vocab_size - 3, 20 + n) for n in range(3)]
-    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     told = []
     calibration = Calibration(layerwise, sequences)
     assert calibration.weigh({}, 0, lambda *done: told.append(done)) == {}
@@ -68,7 +68,7 @@ def test_weights_are_squared_gradients(family, tmp_path, monkeypatch):
 
 def test_tokens_are_drawn_by_their_probability(tmp_path):
     make_llama("llama3", tmp_path)
-    head = Head(LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical))
+    head = Head(LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture))
     states = torch.randn(1, head._weight.shape[1], generator=torch.Generator().manual_seed(0))
     probabilities = (states @ head._weight.T).softmax(1)[0]
     gradient = head._of_logits(states.expand(6000, -1))

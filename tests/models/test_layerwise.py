@@ -13,17 +13,17 @@ from gemma_tune.models.layerwise import LayerwiseModel
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from support.gemmas import FAMILIES, make_family
-from support.llamas import MODELS, make_llama
+from support.llamas import EXPERTS, MODELS, make_llama
 
 FP32 = Placement("cpu", torch.float32, "")
 ROWS = [np.array([2, 9, 30, 31, 30, 44, 12, 13, 14, 15, 16, 17, 18]), np.array([5]), np.array([2, 7, 30])]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MODELS])
+@pytest.mark.parametrize("family", [*FAMILIES, *MODELS, *EXPERTS])
 def test_layer_by_layer_is_the_whole_model(family, tmp_path):
     (make_family if family in FAMILIES else make_llama)(family, tmp_path)
     architecture = parts_of(tmp_path).architecture
-    model = LayerwiseModel(tmp_path, FP32, architecture.canonical)
+    model = LayerwiseModel(tmp_path, FP32, architecture)
     whole = load_model(tmp_path, FP32)
     with torch.no_grad():
         rows = model.start(ROWS)
@@ -50,7 +50,7 @@ def test_a_token_to_pad_with_that_no_row_has(pad, tmp_path):
     make_llama(next(iter(MODELS)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
-    model = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical)
+    model = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     with torch.no_grad():
         rows = model.start(ROWS)
         torch.testing.assert_close(rows[0].states[0], load_model(tmp_path, FP32).get_input_embeddings().weight[ROWS[0]])
@@ -61,7 +61,7 @@ def test_a_head_of_its_own_whatever_the_configuration_of_the_text_part_says(tmp_
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model, whole = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture.canonical), load_model(tmp_path, FP32)
+    model, whole = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture), load_model(tmp_path, FP32)
     assert model.head != model.embedding
     head = torch.from_numpy(model.stored(model.head).rows())
     assert torch.equal(head, whole.get_output_embeddings().weight) and not torch.equal(head, whole.get_input_embeddings().weight)

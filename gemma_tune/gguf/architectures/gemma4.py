@@ -32,6 +32,7 @@ def gemma4(config: Mapping[str, Any], path: Path) -> Architecture:
     return Architecture("gemma4", tensors, lambda writer: _add(text, writer), "gemma4", text.vocab_size,
                         text.num_hidden_layers, text.num_attention_heads, _dims(text, 0)[1],
                         tied=whole.tie_word_embeddings, experts=experts.count_of_gemma4(text),
+                        experts_used=getattr(text, "top_k_experts", None) or 0,
                         **parts_of(whole, text))
 
 

@@ -158,7 +158,8 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
                         partial(_metadata, kind, text, dim, stated), tokenizer_kind(path.parent), text.vocab_size,
                         text.num_hidden_layers, heads, text.num_key_value_heads, tied=whole.tie_word_embeddings,
                         context=shorter_context(text, _context(kind, text)),
-                        experts=text.num_local_experts if kind.experts else 0, **parts)
+                        experts=text.num_local_experts if kind.experts else 0,
+                        experts_used=text.num_experts_per_tok if kind.experts else 0, **parts)
 
 
 def _text_of_mistral3(config: Mapping[str, Any], path: Path) -> Architecture:

@@ -100,6 +100,7 @@ class Architecture:
         vocab_size: rows of the embedding.
         layers, heads, kv_heads: what llama.cpp's mixes of types go by,
         experts: and how many a layer has to choose from; 0 without any.
+        experts_used: how many of them each token meets.
         tied: whether a missing output head is as it should be.
         own_head: whether llama.cpp reads an output head that isn't the embedding.
         left_out: tells the checkpoint's tensors that are no part of the text model, such as a vision tower.
@@ -124,6 +125,7 @@ class Architecture:
     context: int | None = None
     experts: int = 0
     made_in: str | None = None
+    experts_used: int = 0
 
 
 class NotInLlamaCpp(UserError):

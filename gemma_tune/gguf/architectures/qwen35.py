@@ -44,7 +44,8 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     return Architecture(gguf.MODEL_ARCH_NAMES[arch], _tensors(arch, text), partial(_metadata, text), "bpe",
                         text.vocab_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
                         tied=whole.tie_word_embeddings, canonical=canonical,
-                        left_out=lambda name: name.startswith(_OTHER_PARTS), experts=_count(text))
+                        left_out=lambda name: name.startswith(_OTHER_PARTS), experts=_count(text),
+                        experts_used=getattr(text, "num_experts_per_tok", 0))
 
 
 MAKERS = dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _make)
