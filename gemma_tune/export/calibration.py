@@ -13,14 +13,16 @@ from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import gigabytes
-from gemma_tune.export.calibration_rows import TOKENS, calibration_rows, not_calibrated, shortened
+from gemma_tune.export.calibration_rows import LONGEST, TOKENS, calibration_rows, not_calibrated, shortened
+from gemma_tune.export.expert_inputs import ExpertInputs
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.gradients import BackwardPass
+from gemma_tune.export.gradients import MATRICES, BackwardPass
 from gemma_tune.export.sensitivity import Costs, Sensitivity
 from gemma_tune.export.token_weights import TokenWeights
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
 from gemma_tune.gguf.types import COARSE, QUANTS
+from gemma_tune.models.experts import ExpertProduct
 from gemma_tune.models.layerwise import LayerwiseModel, Row
 from gemma_tune.models.placement import OVERHEAD, USABLE, Placement, available, best_device, choose_placement
 from gemma_tune.run.session import Session
@@ -109,11 +111,16 @@ class Calibration:
     def __init__(self, model: LayerwiseModel, rows: Sequence[np.ndarray]):
         self.model, self.sequences = model, rows
         self.tokens = sum(map(len, rows))
-        self._layer_of = {model.name(module): n for n, layer in enumerate(model.layers)
-                          for module in layer.modules() if isinstance(module, torch.nn.Linear)}
-        self._keeps = _factors((model.stored(name).shape[1] for name in self._layer_of), model.device.type) <= KEPT
+        matrices = [(module, n) for n, layer in enumerate(model.layers) for module in layer.modules()
+                    if isinstance(module, MATRICES)]
+        self._layer_of = {model.name(module): n for module, n in matrices}
+        kept = _factors((module.in_features for module, _ in matrices if isinstance(module, torch.nn.Linear)),
+                        model.device.type)
+        kept += sum(4 * self.tokens * module.weight.shape[2] * (1 if module.shared else model.experts_used)
+                    for module, _ in matrices if isinstance(module, ExpertProduct))
+        self._keeps = kept <= KEPT
         self._weights: dict[str, torch.Tensor] = {}
-        self._known: dict[str, Inputs | None] = {}
+        self._known: dict[str, Inputs | ExpertInputs | None] = {}
         self._head: Inputs | None = None
         self._free: list[torch.Tensor] = []
         self._rows: list[Row] = []
@@ -154,7 +161,7 @@ class Calibration:
         self._head = self._of_head(gram, len(states))
         return sensitivity.costs
 
-    def inputs(self, source: str | None) -> Inputs | None:
+    def inputs(self, source: str | None) -> Inputs | ExpertInputs | None:
         """Of the matrix that the checkpoint calls ``source``; None where nothing is known of it."""
         if source is not None and source == self.model.head:
             self._head = self._head or self._inputs_of_head()
@@ -176,11 +183,10 @@ class Calibration:
         notes = _Notes(lambda module: self._weights.get(self.model.name(module)), self._free)
         with torch.no_grad(), self.model.loaded(self._next) as layer:
             handles = [module.register_forward_hook(notes) for module in layer.modules()
-                       if noting and isinstance(module, torch.nn.Linear)]
+                       if noting and isinstance(module, MATRICES)]
             try:
                 for row in self._rows:
                     row.states = self.model.through(self._next, layer, row)
-                    notes.tokens += row.ids.numel()
             finally:
                 for handle in handles:
                     handle.remove()
@@ -220,27 +226,33 @@ class _Notes:
     Args:
         weights: of a matrix, how much each token of all sequences counts; None where all count the same.
         free: see :class:`Gram`.
-
-    Attributes:
-        tokens: of the sequences that went through the layer before.
     """
 
     def __init__(self, weights: Callable[[torch.nn.Module], torch.Tensor | None], free: list[torch.Tensor]) -> None:
-        self.tokens = 0
         self._free = free
         self._weights = weights
         self._seen: dict[torch.nn.Module, torch.Tensor] = {}  # the last input of those that lead others
         self._leader: dict[torch.nn.Module, torch.nn.Module] = {}
         self._grams: dict[torch.nn.Module, Gram] = {}
         self._output: dict[torch.nn.Module, float] = {}
-        self._count: dict[torch.nn.Module, int] = {}
+        self._count: dict[torch.nn.Module, int] = {}  # of inputs, which are all tokens; for each the experts it met
+        self._experts: dict[torch.nn.Module, ExpertInputs] = {}
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        x, y = args[0], out if module.bias is None else out - module.bias
-        weights, count = self._weights(module), x.numel() // x.shape[-1]
+        x, weights = args[0], self._weights(module)
+        before, count = self._count.get(module, 0), out.numel() // out.shape[-1]
+        self._count[module] = before + count
+        if weights is not None:
+            weights = weights[before:before + count]
+        if isinstance(module, ExpertProduct):
+            if module not in self._experts:
+                sizes = parts(module.weight.shape[2], x.device.type)
+                self._experts[module] = ExpertInputs(module, sizes)
+            self._experts[module].add(*args, weights)
+            return
+        y = out if module.bias is None else out - module.bias
         squares = y.reshape(count, -1).float().square().sum(1)
         if weights is not None:
-            weights = weights[self.tokens:self.tokens + count]
             squares *= weights
         # The very same input is another's as well, as often as it counts the same.
         leader = next((other for other, known in self._seen.items() if known is x), module)
@@ -252,14 +264,15 @@ class _Notes:
             self._grams[module].add(x, weights)
         self._leader[module] = leader
         self._output[module] = self._output.get(module, 0.0) + float(squares.sum())
-        self._count[module] = self._count.get(module, 0) + count
 
-    def inputs(self) -> dict[torch.nn.Module, Inputs | None]:
+    def inputs(self) -> dict[torch.nn.Module, Inputs | ExpertInputs | None]:
         """By module; what was noted is given up for it."""
         found = {leader: self._grams.pop(leader).inputs(self._count[leader])
                  for leader in dict.fromkeys(self._leader.values())}
-        return {module: found[leader] and replace(found[leader], output=self._output[module])
-                for module, leader in self._leader.items()}
+        known: dict[torch.nn.Module, Inputs | ExpertInputs | None] = {
+            module: found[leader] and replace(found[leader], output=self._output[module])
+            for module, leader in self._leader.items()}
+        return known | {module: own if own.known else None for module, own in self._experts.items()}
 
 
 def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]) -> tuple[Calibration | None, str]:
@@ -293,12 +306,21 @@ def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> s
     """Why there is not enough memory; empty if there is."""
     matrices = [spec for spec in architecture.tensors if len(spec.shape) == 2]
     inside = [spec for spec in matrices if spec.name.startswith("blk.")]
+    experts = [spec for spec in architecture.tensors if len(spec.shape) == 3]
     factors = _factors((spec.shape[1] for spec in inside), placement.device)
     # The largest XᵀX, the copy that is factored and the factor; a layer's others, or all that are kept; its weights
     # twice, as they are read; rows that are being rounded.
     weights = sum(math.prod(spec.shape) for spec in inside) // architecture.layers
     layer = 12 * max(max(parts(spec.shape[1], placement.device)) for spec in inside) ** 2 + 8 * weights + (1 << 30)
-    layer += factors if factors <= KEPT else factors // architecture.layers
+    used = architecture.experts_used
+    inputs = sum(4 * tokens * spec.shape[2] * (used if "down" in spec.name else 1) for spec in experts)
+    layer += factors if factors + inputs <= KEPT else factors // architecture.layers
+    # Of experts a layer's weights once, as one's are read at a time; its inputs, or all that are kept; an input of each
+    # expert, which a file is checked with; and what goes into and comes out of them for one row, with gradients.
+    layer += inputs if factors + inputs <= KEPT else inputs // architecture.layers
+    layer += sum(placement.dtype.itemsize * math.prod(spec.shape) for spec in experts) // architecture.layers
+    layer += sum(4 * spec.shape[0] * spec.shape[2] for spec in experts)
+    layer += 12 * min(tokens, LONGEST) * used * sum(sum(spec.shape[1:]) for spec in experts) // architecture.layers
     # Before that, on the way back through the layers: the head's matrix, and the states before each layer.
     head = max((spec.shape for spec in matrices), key=math.prod)
     states = (architecture.layers + 1) * tokens * head[1]

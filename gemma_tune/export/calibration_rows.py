@@ -27,8 +27,8 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
         return "--no-calibration"
     if source.architecture is None:
         return "the converter writes the file"
-    if source.architecture.experts:
-        return "what each expert of a mixture is multiplied with is not measured"
+    if any(spec.turned for spec in source.architecture.tensors):
+        return "experts that add biases are not measured"
     return "libgguf is not installed" if libgguf is None else ""
 
 

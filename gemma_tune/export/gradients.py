@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.models.experts import ExpertProduct
 from gemma_tune.models.layerwise import LayerwiseModel, Row
 from gemma_tune.models.load import after_product
 
 _LOGITS = 1 << 26  # made at a time: 256 MB in fp32; the head's matrix is read anew each time
 _ELEMENTS = 1 << 22  # of the head that are read at a time
 
-# Gets a matrix, a sequence's number, the matrix's input (1, length, in), which may be part of a graph, and the gradient
-# of its output (1, length, out): for each sequence each matrix of a layer once, the last first.
-Note = Callable[[torch.nn.Module, int, torch.Tensor, torch.Tensor], None]
+MATRICES = (torch.nn.Linear, ExpertProduct)
+# Gets a matrix, a sequence's number, what the matrix is called with, which may be part of a graph: its input (…, in);
+# and the gradient of its output (…, out), of all tokens of the sequence: for each sequence each matrix of a layer once,
+# the last first. Of experts there is a row for each that a token meets, and these experts come behind the input.
+Note = Callable[[torch.nn.Module, int, tuple[torch.Tensor, ...], torch.Tensor], None]
 
 
 class BackwardPass:
@@ -77,11 +80,11 @@ class BackwardPass:
 
         def noted(module: torch.nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             if out.requires_grad:
-                out.register_hook(lambda gradient, i=i: note(module, i, args[0], gradient))
+                out.register_hook(lambda gradient, i=i: note(module, i, args, gradient))
 
         with model.loaded(n) as layer:
             handles = [module.register_forward_hook(noted) for module in layer.modules()
-                       if isinstance(module, torch.nn.Linear)]
+                       if isinstance(module, MATRICES)]
             try:
                 for i, (row, states) in enumerate(zip(self._rows, before, strict=True)):
                     leaf = states.detach().requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -52,7 +53,7 @@ class Mixes:
             UserError: no file of a size can hold the model.
         """
         for size in filter(None, map(size_in_bytes, labels)):
-            self._fitting(size, {spec.name: Matrix(spec.shape, dict.fromkeys(types_for(spec.shape[1]), 0.0))
+            self._fitting(size, {spec.name: Matrix(spec.shape, dict.fromkeys(types_for(spec.shape[-1]), 0.0))
                                  for spec in self._to_choose})
 
     def measure(self, labels: Sequence[str]) -> None:
@@ -60,11 +61,11 @@ class Mixes:
         sizes = [size for size in map(size_in_bytes, labels) if size]
         if not sizes and not any(label in COARSE[1:] for label in labels):  # q8_0 alone loses hardly anything
             return
-        types, parameters = {}, sum(spec.shape[0] * spec.shape[1] for spec in self._to_choose)
+        types, parameters = {}, sum(math.prod(spec.shape) for spec in self._to_choose)
         mixed = [size for size in sizes if self._largest_format(size) is None]
         if mixed or any(label in MIXED and not self.on_grid for label in labels):
             few = any(map(self._takes_few_bits, labels))
-            types = {spec.source: _some(types_for(spec.shape[1]), few) for spec in self._to_choose}
+            types = {spec.source: _some(types_for(spec.shape[-1]), few) for spec in self._to_choose}
         doing = "measuring how much depends on each token" + (", and what rounding each matrix costs" if types else "")
         self._costs = self.calibration.weigh(types, min(_MOST, max(_FEWEST, _WORK // max(1, parameters))),
                                              partial(self.listener.progress, doing))
@@ -158,7 +159,7 @@ class Mixes:
     def _to_choose(self) -> list[TensorSpec]:
         """The matrices whose types can be chosen."""
         quantised = {name for name, kind in self._llama_cpp("q8_0").items() if kind == Type.Q8_0}
-        return [spec for spec in self._specs if len(spec.shape) == 2 and spec.source and spec.name in quantised]
+        return [spec for spec in self._specs if len(spec.shape) > 1 and spec.source and spec.name in quantised]
 
     @cached_property
     def _specs(self) -> list[TensorSpec]:

@@ -2,6 +2,7 @@
 
 To second order, rounding that changes an output by e raises KL(model || rounded model) by half the mean of (g · e)²,
 where g is the gradient of :mod:`gemma_tune.export.gradients`. Errors of different outputs are taken as independent.
+That the router of a later layer weighs its experts otherwise is in it, that it chooses others is not.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.machine import cores
+from gemma_tune.export.expert_inputs import ExpertInputs
 from gemma_tune.export.gradients import Head
 from gemma_tune.gguf.compensated import by_importance
 from gemma_tune.gguf.types import dequantise
+from gemma_tune.models.experts import ExpertProduct
 from gemma_tune.models.layerwise import LayerwiseModel
 
 # What error-compensated rounding leaves of what rounding by importance costs. With it, four mixes of Gemma 3 270M were
@@ -50,7 +53,7 @@ class Sensitivity:
         self._model, self._sequences, self._types = model, sequences, types
         self._draw, self._total = np.random.default_rng(0), sum(self.some)
         self._importance = np.ones(0, np.float32)
-        self._notes: dict[torch.nn.Module, _Note] = {}
+        self._notes: dict[torch.nn.Module, _Note | _ExpertNote] = {}
 
     def of_head(self, head: Head) -> None:
         """Measure the output head, before the layers."""
@@ -59,10 +62,18 @@ class Sensitivity:
         if self._model.head in self._types:
             self.costs[self._model.head] = _of_head(head, self._types[self._model.head], self._draw, self._total)
 
-    def note(self, module: torch.nn.Module, sequence: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def note(self, module: torch.nn.Module, sequence: int, args: tuple[torch.Tensor, ...],
+             gradient: torch.Tensor) -> None:
         """See :data:`gradients.Note`."""
-        if (some := self.some[sequence]) and self._model.name(module) in self._types:
-            self._notes.setdefault(module, _Note()).add(x.detach()[:, :some], gradient[:, :some])
+        some = self.some[sequence]
+        if not some or self._model.name(module) not in self._types:
+            return
+        # Of experts there are rows for each that a token meets.
+        leading = [part[:some * len(part) // len(self._sequences[sequence])]
+                   for part in (*(arg.detach().flatten(0, -2) for arg in args), gradient.flatten(0, -2))]
+        if module not in self._notes:
+            self._notes[module] = _ExpertNote(module) if isinstance(module, ExpertProduct) else _Note()
+        self._notes[module].add(*leading)
 
     def of_layer(self) -> None:
         """Measure the matrices of the layer that was gone through last."""
@@ -137,8 +148,8 @@ class _Note:
         self._gradients: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._x.append(x.reshape(-1, x.shape[-1]).float())
-        self._gradients.append(gradient.reshape(-1, gradient.shape[-1]).float())
+        self._x.append(x.float())
+        self._gradients.append(gradient.float())
 
     def costs(self, model: LayerwiseModel, name: str, types: Sequence[Type], draw: np.random.Generator,
               total: int) -> dict[Type, float]:
@@ -155,6 +166,38 @@ class _Note:
             each = (gradients[:, rows] * e).square().sum(0, dtype=torch.float64).cpu().numpy() / weight[rows]
             found[kind] = COMPENSATED * 0.5 * weight.sum() * float(each.mean()) / total
         return found
+
+
+class _ExpertNote:
+    """The same of a tensor of all experts."""
+
+    def __init__(self, product: ExpertProduct) -> None:
+        self._inputs = ExpertInputs(product)
+        self._seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor, experts: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._inputs.add(x, experts)
+        self._seen.append((x.float().repeat_interleave(experts.shape[1], 0), experts.flatten(), gradient.float()))
+
+    def costs(self, model: LayerwiseModel, name: str, types: Sequence[Type], draw: np.random.Generator,
+              total: int) -> dict[Type, float]:
+        x, experts, gradients = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        stored, importance = model.stored(name), self._inputs.importance.cpu().numpy()
+        weight = torch.zeros(len(importance), gradients.shape[1], dtype=torch.float64, device=x.device)
+        weight = weight.index_add_(0, experts, gradients.double().square()).cpu().numpy()
+        if not weight.sum() > 0 or not np.isfinite(weight).all():
+            return {}
+        drawn = np.divmod(draw.choice(weight.size, _ROWS, p=weight.ravel() / weight.sum()), weight.shape[1])
+        found = dict.fromkeys(types, 0.0)
+        for expert in np.unique(drawn[0]):
+            rows, own = drawn[1][drawn[0] == expert], experts == int(expert)
+            first = expert * weight.shape[1]
+            values = np.concatenate([stored.rows(first + row, first + row + 1) for row in rows])
+            for kind, off in _changes(values, types, importance[expert]).items():
+                e = x[own] @ torch.from_numpy(off).to(x.device).T
+                each = (gradients[own][:, rows] * e).square().sum(0, dtype=torch.float64).cpu().numpy()
+                found[kind] += float((each / weight[expert, rows]).sum())
+        return {kind: COMPENSATED * 0.5 * weight.sum() * sum_of / _ROWS / total for kind, sum_of in found.items()}
 
 
 def _changes(values: np.ndarray, types: Sequence[Type], importance: np.ndarray) -> dict[Type, np.ndarray]:

@@ -34,13 +34,14 @@ class TokenWeights:
         # again.
         self._squares = {head: [_squares(gradient) for gradient in passing.gradients]}
 
-    def note(self, module: torch.nn.Module, sequence: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def note(self, module: torch.nn.Module, sequence: int, args: tuple[torch.Tensor, ...],
+             gradient: torch.Tensor) -> None:
         """See :data:`gradients.Note`."""
         self._squares.setdefault(self._name(module), []).append(_squares(gradient))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By what the checkpoint calls a matrix: fp32 (tokens of all sequences,), 1 on average; a matrix on which
-        nothing depends is left out."""
+        """By what the checkpoint calls a matrix: fp32 (tokens of all sequences,), of experts (tokens · experts that
+        each meets,), 1 on average; a matrix on which nothing depends is left out."""
         found = {name: torch.cat(parts) for name, parts in self._squares.items()}
         return {name: _weights(square) for name, square in found.items() if _known(square)}
 

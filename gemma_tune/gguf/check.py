@@ -42,6 +42,8 @@ Shards = Mapping[str, Sequence[tuple[Path, str]]]
 MOST_OF_OUTPUT = {Type.Q8_0: 0.02, Type.Q6_K: 0.05, Type.Q5_1: 0.1, Type.Q5_0: 0.1, Type.Q5_K: 0.1, Type.Q4_1: 0.2,
                   Type.Q4_0: 0.2, Type.Q4_K: 0.2, Type.Q3_K: 0.4, Type.Q2_K: 0.8}  # fmt: skip
 
+_ANOTHER = 0.5  # of the square of an expert's output; where another expert stands, twice that square is off
+
 
 def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
                 calibrated: Mapping[str, Rounded] | None = None) -> tuple[float, str]:
@@ -143,6 +145,8 @@ def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Shards,
     """
     if rounded.probes is None:
         return rounded.error
+    if len(spec.shape) == 3:
+        return max(rounded.error, _of_experts_output(spec, file, name, shards, rounded.probes))
     off, size = (np.zeros(len(rounded.probes)) for _ in range(2))
     for start, expected in _expected(spec, shards):
         got = file.rows(name, start, start + len(expected)).reshape(expected.shape)
@@ -152,6 +156,15 @@ def _output_error(spec: TensorSpec, file: GgufFile, name: str, shards: Shards,
     usual = np.maximum(size, np.median(size))
     each = np.divide(off, usual, out=np.zeros_like(off), where=usual > 0)
     return max(rounded.error, float(each.mean()) ** 0.5)
+
+
+def _of_experts_output(spec: TensorSpec, file: GgufFile, name: str, shards: Shards, probes: np.ndarray) -> float:
+    """How much of the experts' outputs is off, for one input each; of one where that is far more than rounding does."""
+    each = []
+    for (start, expected), x in zip(_expected(spec, shards), probes, strict=True):
+        got, size = file.rows(name, start, start + len(expected)), np.square(expected @ x).sum()
+        each.append(float(np.square((got - expected) @ x).sum() / size) if size else 0.0)
+    return (float(np.mean(each)) if max(each) < _ANOTHER else max(each)) ** 0.5
 
 
 def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:

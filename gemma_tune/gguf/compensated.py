@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES
@@ -54,6 +55,20 @@ class Inputs:
     output: float | None = None
     probes: np.ndarray | None = None
     narrow: bool = False
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where what needs them is computed; None where it is not by factors."""
+        return self.factors[0].device if self.factors else None
+
+
+class InputsOfExperts(Protocol):
+    """What the matrices of a tensor of all experts were multiplied with."""
+
+    device: torch.device
+
+    def of(self, expert: int) -> Inputs:
+        """One expert's; made anew each time."""
 
 
 def inputs_of(grams: Sequence[torch.Tensor], count: int, damping: float = DAMPING) -> Inputs | None:
@@ -94,7 +109,7 @@ class Rounded:
     Args:
         error: RMS of what rounding changes in its output, over the output's own, on the inputs that are known.
         sha256: of its bytes in the file.
-        probes: see :class:`Inputs`.
+        probes: see :class:`Inputs`; of experts one for each, (experts, columns), that could be one of its inputs.
     """
 
     error: float
@@ -109,29 +124,64 @@ class Rounding:
         inputs: of the matrix that the checkpoint calls so; None where nothing is known of it.
     """
 
-    def __init__(self, inputs: Callable[[str], Inputs | None]):
+    def __init__(self, inputs: Callable[[str], Inputs | InputsOfExperts | None]):
         self._inputs = inputs
         self.done: dict[str, Rounded] = {}
 
-    def knows(self, source: str | None, kind: Type) -> Inputs | None:
+    def knows(self, source: str | None, kind: Type) -> Inputs | InputsOfExperts | None:
         return self._inputs(source) if source and kind in GRIDS and libgguf is not None else None
 
-    def rounded(self, name: str, chunks: Iterable[np.ndarray], kind: Type, inputs: Inputs) -> Iterator[np.ndarray]:
-        """Some float32 rows (rows, columns) at a time as bytes: uint8 (rows, bytes of a row)."""
+    def rounded(self, name: str, chunks: Iterable[np.ndarray], kind: Type, inputs: Inputs | InputsOfExperts,
+                each: int = 0) -> Iterator[np.ndarray]:
+        """Some float32 rows (rows, columns) at a time as bytes: uint8 (rows, bytes of a row).
+
+        Args:
+            each: of experts, rows of one, below which the next one's come.
+        """
         digest, off, size = hashlib.sha256(), 0.0, 0.0
+        probes: list[np.ndarray] = []
+        of_one = isinstance(inputs, Inputs)
+        known = zip(chunks, repeat(inputs)) if of_one else _by_expert(chunks, inputs, each, probes)
         with _each_on_one_core(inputs) as pool:
-            for rows in chunks:
+            for rows, own in known:
                 parts = np.array_split(rows, min(len(rows), cores())) if pool else [rows]
-                for data, error, whole in (pool.map if pool else map)(partial(_part, kind=kind, inputs=inputs), parts):
+                for data, error, whole in (pool.map if pool else map)(partial(_part, kind=kind, inputs=own), parts):
                     digest.update(data.data)
                     off, size = off + error, size + whole
                     yield data
-        size = size if inputs.output is None else inputs.output
-        self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest(), inputs.probes)
+        size = inputs.output if of_one and inputs.output is not None else size
+        self.done[name] = Rounded((off / size) ** 0.5 if size else 0.0, digest.hexdigest(),
+                                  inputs.probes if of_one else np.stack(probes))
+
+
+def _by_expert(chunks: Iterable[np.ndarray], inputs: InputsOfExperts, each: int, probes: list[np.ndarray]
+               ) -> Iterator[tuple[np.ndarray, Inputs]]:
+    """Rows of one expert, with what that is multiplied with, of which one is added to ``probes``."""
+    start = 0
+    for rows in chunks:
+        while len(rows):
+            expert, done = divmod(start, each)
+            if not done:
+                own = inputs.of(expert)
+                probes.append(_drawn(own, expert))
+            part, rows = np.split(rows, [each - done])
+            start += len(part)
+            yield part, own
+
+
+def _drawn(inputs: Inputs, seed: int) -> np.ndarray:
+    """A random input, with the mean squares and products of those that are known: float32 (columns,)."""
+    import torch
+
+    normal = np.random.default_rng(seed).standard_normal(len(inputs.importance)).astype(np.float32)
+    if inputs.factors is None:
+        return normal * np.sqrt(inputs.importance)
+    return torch.cat([factor @ torch.from_numpy(normal[columns]).to(factor.device)
+                      for columns, factor in _ranges(inputs.factors)]).cpu().numpy()
 
 
 @contextmanager
-def _each_on_one_core(inputs: Inputs) -> Iterator[ThreadPoolExecutor | None]:
+def _each_on_one_core(inputs: Inputs | InputsOfExperts) -> Iterator[ThreadPoolExecutor | None]:
     """Threads for parts of the rows; None where a GPU computes.
 
     Each works through its columns alone: threads that wait for each other after every column of every row take many
@@ -139,7 +189,7 @@ def _each_on_one_core(inputs: Inputs) -> Iterator[ThreadPoolExecutor | None]:
     """
     import torch
 
-    if inputs.factors and inputs.factors[0].device.type != "cpu":
+    if inputs.device and inputs.device.type != "cpu":
         yield None
         return
     before = torch.get_num_threads()

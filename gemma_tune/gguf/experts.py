@@ -67,9 +67,8 @@ def experts_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec
                  for start in starts)
 
 
-def matrices_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape: tuple[int, ...]
-                ) -> Sequence[StoredTensor]:
-    """One matrix (rows, columns) for each expert of a tensor of ``shape``, however the checkpoint has them.
+def matrices_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec) -> Sequence[Member]:
+    """One matrix (rows, columns) for each expert of ``spec``, however the checkpoint has them.
 
     Args:
         stored: see :func:`together`.
@@ -77,11 +76,11 @@ def matrices_of(stored: Mapping[str, Sequence[StoredTensor]], source: str, shape
     Raises:
         UserError: the checkpoint does not have them.
     """
-    members = stored.get(source, ())
-    apart = len(members) == shape[0] and all(member.shape == shape[1:] for member in members)
-    found = members if apart else experts_of(stored, source, shape)
+    members = stored.get(str(spec.source), ())
+    apart = len(members) == spec.shape[0] and all(member.shape == spec.shape[1:] for member in members)
+    found = members if apart else experts_of(stored, spec)
     if found is None:
-        raise UserError(f"the weights have no {source} of shape {shape}", "merge again from the original base model")
+        raise UserError(f"the weights have no {spec.source} of shape {spec.shape}", "merge again from the original base model")
     return found
 
 

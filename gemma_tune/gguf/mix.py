@@ -20,7 +20,7 @@ class Matrix:
     """A matrix whose type is to be chosen.
 
     Args:
-        shape: (rows, columns).
+        shape: (rows, columns), or of all experts (experts, rows, columns).
         costs: what rounding it to each type costs, in any unit that adds up; a type that is not in it is not taken.
     """
 

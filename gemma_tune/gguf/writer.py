@@ -118,7 +118,8 @@ class PlannedTensor:
         kind = self.choice.type
         changed = self.spec.change and self.spec.change.one_way
         if self.rounding and not changed and (inputs := self.rounding.knows(self.spec.source, kind)):
-            return self.rounding.rounded(self.spec.name, self.chunks(CALIBRATED_ELEMENTS), kind, inputs)
+            each = self.spec.shape[-2]
+            return self.rounding.rounded(self.spec.name, self.chunks(CALIBRATED_ELEMENTS), kind, inputs, each)
         return (quantise(rows, kind) for rows in self.chunks())
 
     def chunks(self, elements: int | None = None) -> Iterator[np.ndarray]:

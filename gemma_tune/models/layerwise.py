@@ -199,7 +199,7 @@ class LayerwiseModel:
 def _experts(found: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, Sequence[StoredTensor]]:
     """The matrices of each expert, by what the checkpoint calls them all."""
     stored = together(found)
-    return {spec.source: matrices_of(stored, spec.source, spec.shape) for spec in architecture.tensors
+    return {spec.source: matrices_of(stored, spec) for spec in architecture.tensors
             if spec.source and len(spec.shape) == 3}
 
 

@@ -10,13 +10,15 @@ from gguf import GGMLQuantizationType as Type
 from gemma_tune.export import sensitivity
 from gemma_tune.export.calibration import Calibration
 from gemma_tune.export.gradients import Head
+from gemma_tune.export.quant_loss import _weights
 from gemma_tune.export.sensitivity import Sensitivity
 from gemma_tune.gguf.compensated import by_importance
 from gemma_tune.gguf.types import dequantise
 from gemma_tune.gguf.writer import parts_of
 from gemma_tune.models.layerwise import LayerwiseModel
+from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from support.gemmas import make_family
+from support.gemmas import FAMILIES, make_family
 from support.llamas import make_llama
 
 FP32 = Placement("cpu", torch.float32, "")
@@ -81,6 +83,33 @@ def test_the_cost_is_the_divergence(family, tmp_path, monkeypatch):
         assert 0.5 < found[layerwise.head][Type.Q4_0] / real < 2
     for by_kind in found.values():
         assert by_kind[Type.Q8_0] < 0.05 * by_kind[Type.Q4_0]
+
+
+@pytest.mark.parametrize("family", ["qwen3 with experts", "mixtral", "gemma4-experts"])
+def test_the_cost_of_experts_is_the_divergence(family, tmp_path, monkeypatch):
+    """Of each tensor of all experts; in layers before the last that other experts are chosen behind it comes on top, of which
+    the random numbers of these routers make much."""
+    monkeypatch.setattr(sensitivity, "COMPENSATED", 1.0)
+    (make_family if family in FAMILIES else make_llama)(family, tmp_path)
+    architecture, sequences = parts_of(tmp_path).architecture, rows(280)
+    layerwise, model = LayerwiseModel(tmp_path, FP32, architecture), load_model(tmp_path, FP32)
+    specs = [spec for spec in architecture.tensors if len(spec.shape) == 3]
+    calibration = Calibration(layerwise, sequences)
+    found = calibration.weigh({spec.source: KINDS for spec in specs}, 1000)
+    assert found.keys() == {spec.source for spec in specs}
+    weights, before, ratios = _weights(model, architecture), log_probabilities(model, sequences), []
+    for spec in specs:
+        tensor = weights[spec.source]
+        kept, importance = tensor.clone(), calibration.inputs(spec.source).importance.numpy()
+        for own, columns in zip(tensor, importance, strict=True):
+            own.copy_(torch.from_numpy(dequantise(by_importance(own.numpy().copy(), Type.Q4_0, columns), Type.Q4_0)))
+        after = log_probabilities(model, sequences)
+        tensor.copy_(kept)
+        ratios.append(np.log2(found[spec.source][Type.Q4_0] / float((before.exp() * (before - after)).sum(-1).mean())))
+    last = [ratio for ratio, spec in zip(ratios, specs, strict=True) if f"blk.{architecture.layers - 1}." in spec.name]
+    assert len(last) in (2, 3) and np.abs(last).max() < 0.5, ratios
+    assert min(ratios) > -2.5 and max(ratios) < 0.6, ratios
+    assert all(by_kind[Type.Q8_0] < 0.05 * by_kind[Type.Q4_0] for by_kind in found.values())
 
 
 def test_an_embedding_that_is_the_head_costs_in_both_places(tmp_path):
