@@ -25,19 +25,31 @@ from gemma_tune.export.calibration import Calibration, calibration_of
 from gemma_tune.export.files import load_merged, source_of
 from gemma_tune.export.mixes import Mixes
 from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, measure, validation_rows
-from gemma_tune.gguf.compensated import Inputs, Rounding
+from gemma_tune.gguf.compensated import Inputs, InputsOfExperts, Rounding
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.measure.general import measuring_rows_of
 from gemma_tune.measure.likelihood import wanted_of
 from gemma_tune.run.session import open_session
 
 
-def importance_of(calibration: Calibration) -> Callable[[str], Inputs | None]:
+class _ImportanceOfExperts:
+    """The same of experts."""
+
+    def __init__(self, inputs: InputsOfExperts):
+        self._inputs, self.device = inputs, inputs.device
+
+    def of(self, expert: int) -> Inputs:
+        return dataclasses.replace(self._inputs.of(expert), factors=None)
+
+
+def importance_of(calibration: Calibration) -> Callable[[str], Inputs | InputsOfExperts | None]:
     """What an importance matrix knows of the same inputs."""
 
-    def inputs(source: str) -> Inputs | None:
+    def inputs(source: str) -> Inputs | InputsOfExperts | None:
         found = calibration.inputs(source)
-        return found and dataclasses.replace(found, factors=None)
+        if found is None or isinstance(found, Inputs):
+            return found and dataclasses.replace(found, factors=None)
+        return _ImportanceOfExperts(found)
 
     return inputs
 
