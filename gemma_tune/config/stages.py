@@ -219,7 +219,8 @@ class TrainConfig(MethodConfig, StageConfig):
     dora: bool = option(False, "DoRA: learn the length of each row of a weight apart from its direction. Closer to "
                                "full fine-tuning at low ranks; it takes more memory while training, and none after "
                                "merging.")
-    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every one.",
+    target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every linear "
+                                                 "layer, and beside that or alone `experts` for those of a mixture.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
                                          auto="by model family and size", group="common")
@@ -305,14 +306,19 @@ class TrainConfig(MethodConfig, StageConfig):
     def more_problems(self) -> list[str]:
         if problems := self.method_problems():
             return problems
-        if "all" in self.target_modules and len(self.target_modules) > 1:
-            return ["target_modules: `all` stands alone, or names are given"]
+        if "all" in self.target_modules and {*self.target_modules} - {"all", "experts"}:
+            return ["target_modules: `all` stands alone, or with `experts`, or names are given"]
         if "none" in self.report_to:
             return ["report_to: `none` stands alone, or programs are named"]
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             return [f"batch_size: expected a whole number or {AUTO}, found {shown(self.batch_size)}"]
         if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.batch_size:
             return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        if "experts" in self.target_modules:
+            given = [name for name in ("dora", "dropout", "compile") if getattr(self, name)]
+            if given := given + ["strategy fsdp"] * (self.strategy == "fsdp"):
+                return [f"target_modules: experts does not go together with {name}; leave one of them out"
+                        for name in given]
         if self.strategy == "fsdp":
             return [f"strategy: fsdp does not go together with {name}; leave one of them out"
                     for name in ("qlora", "dora", "compile") if getattr(self, name)]

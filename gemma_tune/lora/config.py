@@ -20,13 +20,13 @@ from gemma_tune.base.files import refuse_special
 from gemma_tune.base.refusals import unreadable
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
+from gemma_tune.lora.experts import PARAMETERS
 from gemma_tune.lora.patterns import ending
 
 _MLX = "adapters.safetensors"  # what mlx-lm calls its adapters, beside an adapter_config.json of its own
 # Settings of PEFT's LoRA that change what an adapter computes in a way that is not merged here.
-_OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
-                "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
-                "use_qalora")
+_OTHER_KINDS = ("lora_bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config",
+                "kasa_config", "monteclora_config", "use_bdlora", "use_qalora")
 # Starting values that PEFT also subtracts from the base weights, each time it loads the adapter.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _LARGEST = 3.4e38  # of fp32, in which is merged
@@ -69,7 +69,7 @@ COMPUTES = {
     "fan_in_fan_out": (_flag, "is neither true nor false"), "ensure_weight_tying": (_flag, "is neither true nor false"),
     "target_modules": (_pattern_or_names, "is neither a list of names nor a pattern"),
     "exclude_modules": (_pattern_or_names, "is neither a list of names nor a pattern"),
-    "modules_to_save": (_names, "is no list of names"),
+    "target_parameters": (_names, "is no list of names"), "modules_to_save": (_names, "is no list of names"),
     "layers_to_transform": (lambda v: _whole(v) or _list_of(v, _whole), "is no list of numbers"),
     "layers_pattern": (_pattern_or_names, "is no list of names"),
     "rank_pattern": (lambda v: _numbers_by_name(v, _whole), "does not give numbers to names of layers"),
@@ -189,6 +189,10 @@ def _refuse_mlx(folder: Path, config: Mapping[str, Any]) -> None:
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     expected = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(_OTHER_KINDS)
     other = [f"{k}: {shown(config[k])}" for k, v in expected.items() if config.get(k) and config[k] != v]
+    parameters = config.get("target_parameters")
+    other += [f"target_parameters: {shown(name)} is none of experts that are kept as {' and '.join(PARAMETERS)}"
+              for name in (parameters if isinstance(parameters, list) else ()) if _text(name)
+              and name.rsplit(".", 1)[-1] not in PARAMETERS]
     if other:
         raise UserError(f"{folder} is a kind of adapter that gemma-tune does not merge",
                         "merge it with PEFT's merge_and_unload", other)

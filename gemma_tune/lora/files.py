@@ -4,6 +4,8 @@ Nothing but headers and adapter_config.json is read here. What the names of the 
 ``utils/save_and_load.py`` (``get_peft_model_state_dict``) and ``utils/other.py`` (``ModulesToSaveWrapper``):
 
 - ``<layer>.lora_A.weight``, ``lora_B.weight``, ``lora_magnitude_vector``: LoRA and DoRA of a linear layer;
+- the same of ``<module>.base_layer`` and ``<module>``, a layer's experts: of their parameters, see
+  :mod:`gemma_tune.lora.experts`, with A (experts x r, in) and B (out, r x experts), an r after the other;
 - ``<layer>.lora_embedding_A``, ``lora_embedding_B``: of an embedding;
 - ``<layer>.base_layer.weight``, and embeddings without any such part: the base's own tensor as it was in training;
 - any other name that ``modules_to_save`` covers: a tensor that was trained as a whole;
@@ -27,12 +29,14 @@ from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
 from gemma_tune.base.words import counted
 from gemma_tune.lora.config import CONFIG, WEIGHTS, how_to_renew, read_config, usable_config
+from gemma_tune.lora.experts import ASKED, PARAMETERS
 from gemma_tune.lora.patterns import ending, refuse_endless
 
 _PREFIX = "base_model.model."
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
           "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
 _EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
+_AROUND = re.compile(r"(\.base_layer)+$")
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Lora:
         scale: s.
         magnitude: DoRA's m (out,).
         embedding: the layer is an embedding, whose weight is stored as (in, out) = (entries, width).
+        experts: W is (experts, out, in), and each expert has an A and a B, which ``a`` and ``b`` hold together; 0 where
+            it is a matrix.
     """
 
     a: StoredTensor
@@ -52,6 +58,12 @@ class Lora:
     scale: float
     magnitude: StoredTensor | None = None
     embedding: bool = False
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0] // (self.experts or 1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +81,7 @@ class Adapter:
     """An adapter folder.
 
     Attributes:
-        layers: by the name of the layer in the trained model, without PEFT's prefix.
+        layers: by the name of the layer in the trained model, without PEFT's prefix; of experts, of the parameter.
         copies: tensors that were trained as a whole (``modules_to_save``), by name.
         base_tensors: the base's tensors that came with the adapter, by name; one of ``copies`` may be there too, as it
             was before.
@@ -166,11 +178,28 @@ def read_adapter(folder: Path) -> Adapter:
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])
+    parameters = {layer: name for layer in parts if (name := _parameter(layer, config))}
+    parts = {parameters.get(layer, layer): found for layer, found in parts.items()}
     refuse_endless(folder, config, parts)
-    layers = {layer: _layer(folder, layer, found, config) for layer, found in parts.items()}
+    stacked = {*parameters.values()}
+    layers = {layer: _layer(folder, layer, found, config, layer in stacked) for layer, found in parts.items()}
     if not layers and not copies:
         raise UserError(f"{folder} adapts no layer", how_to_renew(folder))
     return Adapter(folder, layers, copies, base_tensors, config)
+
+
+def _parameter(module: str, config: Mapping[str, Any]) -> str | None:
+    """The parameter of experts that an adapter's module stands for; None for a layer.
+
+    PEFT puts a module around them for each parameter, in the order in which they are there: the first is innermost.
+    """
+    experts = _AROUND.sub("", module)
+    if not experts.endswith(f".{ASKED}"):
+        return None
+    targets = config.get("target_parameters") or ()
+    there = [name for name in PARAMETERS if f".{experts}.{name}".endswith(tuple(f".{target}" for target in targets))]
+    depth = (len(module) - len(experts)) // len(".base_layer")
+    return f"{experts}.{there[-1 - depth]}" if depth < len(there) else None
 
 
 def _is_saved(name: str, modules: Sequence[str]) -> bool:
@@ -180,7 +209,8 @@ def _is_saved(name: str, modules: Sequence[str]) -> bool:
     return any(holder.endswith(module) for holder in holders for module in modules)
 
 
-def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Lora:
+def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: Mapping[str, Any],
+           stacked: bool = False) -> Lora:
     embedding = any("embedding" in part for part in found)
     names = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A.weight", "lora_B.weight"]
     lost = [name for name in names if name not in found]
@@ -193,13 +223,15 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise UserError(f"{folder}: {layer} has factors of the shapes {a.shape} and {b.shape}, which give no matrix",
                         "only adapters of linear layers and embeddings are merged; see PEFT's merge_and_unload")
-    if (rank := _own(config, "rank_pattern", layer, config.get("r", a.shape[0]))) != a.shape[0]:
+    rank = _own(config, "rank_pattern", layer, config.get("r", a.shape[0]))
+    experts = a.shape[0] // rank if stacked and rank else 0
+    if rank * (experts or 1) != a.shape[0]:
         raise UserError(f"{folder}: {CONFIG} gives {layer} the rank {rank}, and its factors have {a.shape[0]}",
                         how_to_renew(folder))
     if magnitude and magnitude.shape != (b.shape[0],):
         raise UserError(f"{folder}: the lengths of {layer} have the shape {magnitude.shape}, not {(b.shape[0],)}",
                         how_to_renew(folder))
-    return Lora(a, b, _scale(config, layer, a.shape[0]), magnitude, embedding)
+    return Lora(a, b, _scale(config, layer, rank), magnitude, embedding, experts)
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:

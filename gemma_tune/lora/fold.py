@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma_tune.lora.experts import is_known
+
 
 def fold(model: Any) -> Any | None:
     """The base model with the adapter in its weights; None, and nothing has changed, where that cannot be exact.
@@ -23,25 +25,27 @@ def fold(model: Any) -> Any | None:
 
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):  # whole modules of its own
         return None
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]  # experts' around one another
     shared = _shared(model)
     if not layers or not all(_is_plain(layer, shared) for layer in layers):
         return None
     with torch.no_grad():
         for layer in layers:
-            layer.get_base_layer().weight.data.copy_(_folded(layer))
+            _fold_into(_weight(layer), layer)
     return model.unload()
 
 
 def _is_plain(layer: Any, shared: set[int]) -> bool:
     import torch
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.layer import ParamWrapper
 
-    if type(layer) is not Linear or layer.merged or layer.disable_adapters:
+    if type(layer) not in (Linear, ParamWrapper) or layer.merged or layer.disable_adapters:
         return False
     base, names = layer.get_base_layer(), layer.active_adapters
-    return (type(base) is torch.nn.Linear and len(names) == 1 and names[0] in layer.lora_A
-            and base.weight.dtype.is_floating_point and base.weight.data_ptr() not in shared
+    return ((is_known(base) if type(layer) is ParamWrapper else type(base) is torch.nn.Linear)
+            and len(names) == 1 and names[0] in layer.lora_A
+            and _weight(layer).dtype.is_floating_point and _weight(layer).data_ptr() not in shared
             and not layer.lora_bias.get(names[0], False) and not getattr(layer, "fan_in_fan_out", False)
             and names[0] not in layer.lora_variant and _stays_finite(layer, names[0]))
 
@@ -51,15 +55,28 @@ def _stays_finite(layer: Any, name: str) -> bool:
     import torch
 
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    most = abs(layer.scaling[name]) * len(a) * a.abs().max().item() * b.abs().max().item()
-    return most < torch.finfo(layer.get_base_layer().weight.dtype).max / 2  # a NaN is not less than anything
+    rank = len(a) // getattr(layer, "num_experts", 1)
+    most = abs(layer.scaling[name]) * rank * a.abs().max().item() * b.abs().max().item()
+    return most < torch.finfo(_weight(layer).dtype).max / 2  # a NaN is not less than anything
 
 
-def _folded(layer: Any) -> Any:
-    """W' (out, in) in the type of W."""
-    name, weight = layer.active_adapters[0], layer.get_base_layer().weight
-    a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-    return weight.float().add_(b @ a, alpha=layer.scaling[name]).to(weight.dtype)
+def _weight(layer: Any) -> Any:
+    """W (out, in), or (experts, out, in)."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+def _fold_into(weight: Any, layer: Any) -> None:
+    """Make W' of W, one matrix at a time."""
+    from gemma_tune.lora.routed import factors_of
+
+    name = layer.active_adapters[0]
+    if weight.ndim == 3:
+        a, b, scale = factors_of(layer)
+    else:
+        weight, a, b = weight[None], layer.lora_A[name].weight[None], layer.lora_B[name].weight[None]
+        scale = layer.scaling[name]
+    for own, one_a, one_b in zip(weight, a, b):
+        own.copy_(own.float().add_(one_b.float() @ one_a.float(), alpha=scale))
 
 
 def _shared(model: Any) -> set[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import nearest
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.lora.experts import count_of, not_adapted_of, routers
+from gemma_tune.lora.experts import ASKED, adaptable, count_of, not_adapted_of, routers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -27,17 +27,21 @@ _READ_BESIDE = ("correction_coefs",)
 # Mamba's kernels read the weight of this layer, past an adapter: PEFT refuses it of most (tuners_utils), and of the
 # last three transformers hands it to a fused kernel in training.
 _OF_MAMBA = "out_proj"
+_ALL = "all"
 _CHOOSES = "chooses the experts, and is left as it was trained (--target-modules can name it)"
 _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2")
 
 
 def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     """Full names of the linear layers to adapt: those of the text model but for what chooses experts, or the ones whose
-    last name is wanted.
+    last name is wanted; none where experts alone are.
 
     Raises:
         UserError: names that match nothing, with the names there are, or that cannot be adapted.
     """
+    if [*wanted] == [ASKED]:
+        return []
+    wanted = [] if _ALL in wanted else [name for name in wanted if name != ASKED]
     out = left_out(model)
     linear = _linear(model) - out.keys()
     leaves = sorted(set(map(_leaf, linear)))
@@ -49,12 +53,34 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
         raise UserError(f"--target-modules names what the model does not have: {', '.join(unknown)}{guess}",
                         f"its linear layers are {', '.join(leaves)}"
-                        + ("; its experts are none of them, and are not adapted here" if count_of(model) else ""))
+                        + (f"; its experts are not among them: {_of_experts(model)}" if count_of(model) else ""))
     unasked = linear - routers(model)
     chosen = sorted(name for name in linear if _leaf(name) in wanted) if wanted else sorted(unasked)
     if not chosen:
         raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
     return chosen
+
+
+def target_parameters(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+    """Full names of the parameters of experts to adapt: all of them where they are wanted, else none.
+
+    Raises:
+        UserError: the model has none, or none that can be adapted.
+    """
+    if ASKED not in wanted:
+        return []
+    if found := adaptable(model):
+        return found
+    leave = f"leave {ASKED} out of --target-modules"
+    if not count_of(model):
+        raise UserError(f"--target-modules names {ASKED}, and this model has none", leave)
+    kind = model.config.model_type
+    raise UserError(f"--target-modules names {ASKED}, and this model ({kind}) keeps them in a way of its own, "
+                    "to which LoRA is not added here", f"{leave}: the other layers are adapted")
+
+
+def _of_experts(model: PreTrainedModel) -> str:
+    return f"`{ASKED}` names these" if adaptable(model) else "these are not adapted here"
 
 
 def left_out(model: PreTrainedModel) -> dict[str, str]:
@@ -73,7 +99,7 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
         elif mamba and leaf == _OF_MAMBA:
             found[name] = "is read past an adapter by Mamba's kernels, so that nothing would be learned there"
         elif leaf in experts:
-            found[name] = "is what PEFT calls the fused experts of such a model, which are not adapted here"
+            found[name] = f"is what PEFT calls the fused experts of such a model; {_of_experts(model)}"
     return found
 
 
@@ -83,6 +109,10 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Args:
         wanted: the last names that were asked for; none means all.
     """
+    experts, every = ASKED in wanted, not wanted or _ALL in wanted
+    if [*wanted] == [ASKED]:
+        return []
+    wanted = [] if every else wanted
     out = left_out(model) | ({} if wanted else dict.fromkeys(sorted(routers(model)), _CHOOSES))
     there, not_there = Counter(map(_leaf, _linear(model))), Counter(map(_leaf, out))
     said = []
@@ -90,7 +120,7 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         places = "" if not_there[leaf] == there[leaf] else f" in {not_there[leaf]} of {there[leaf]} places"
         if not wanted or leaf in wanted:
             said.append(f"{leaf} is not adapted{places}: it {reason}")
-    return [*said, *filter(None, [not_adapted_of(model)])]
+    return [*said, *filter(None, [] if experts else [not_adapted_of(model)])]
 
 
 def _by_leaf(out: Mapping[str, str]) -> dict[str, str]:
@@ -136,12 +166,15 @@ def _taken_for_experts(model: PreTrainedModel, name: str) -> bool:
     return set(config.target_modules or ()) != {name}
 
 
-def lora_config(config: TrainConfig, chosen: Sequence[str], **patterns: Any) -> LoraConfig:
-    """PEFT's settings of an adapter on the layers ``chosen``; ``patterns`` are ranks and alphas of single ones."""
+def lora_config(config: TrainConfig, chosen: Sequence[str], parameters: Sequence[str] = (), **patterns: Any,
+                ) -> LoraConfig:
+    """PEFT's settings of an adapter on the layers ``chosen`` and on ``parameters`` of experts; ``patterns`` are ranks
+    and alphas of single ones."""
     from peft import LoraConfig
 
     return LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                      use_dora=config.dora, target_modules=list(chosen), task_type="CAUSAL_LM", **patterns)
+                      use_dora=config.dora, target_modules=list(chosen),
+                      target_parameters=list(parameters) or None, task_type="CAUSAL_LM", **patterns)
 
 
 def described_adapter(config: TrainConfig) -> str:

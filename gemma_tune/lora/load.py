@@ -62,6 +62,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     from peft import LoraConfig, PeftModel
 
     from gemma_tune.lora.dora import settle
+    from gemma_tune.lora.routed import install
 
     dora = bool(config.get("use_dora"))
     try:
@@ -76,6 +77,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
                         how_to_renew(adapter)) from e
     if dora:
         settle(tuned)
+    install(tuned)
     return tuned
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator
 
+from gemma_tune.lora.experts import PARTS
+
 _RENAMES = ((r"^language_model\.lm_head\.", "lm_head."), (r"^language_model\.(model\.)?", "model.language_model."),
             (r"^multi_modal_projector\.", "model.multi_modal_projector."),
             # Repositories, and versions of transformers before 5, put the tower's parts one level deeper.
@@ -32,6 +34,31 @@ def found_among(there: Container[str], name: str) -> str | None:
         there: the names of the base, as :func:`running_name` gives them.
     """
     return next((candidate for candidate in _candidates(running_name(name)) if candidate in there), None)
+
+
+def found_experts(there: Container[str], parameter: str, count: int) -> list[tuple[str, int | None, int, int]]:
+    """What a base calls the parts of a parameter of experts, each with the expert that it is of, and which part of how
+    many below one another it is of that one's matrix; nothing where it has none.
+
+    Args:
+        there: the names of the base, as :func:`running_name` gives them.
+        parameter: full name.
+        count: how many experts there are.
+
+    Returns:
+        One name, and None for the expert, where all of them are in one tensor.
+    """
+    for candidate in _candidates(running_name(parameter)):
+        if candidate in there:
+            return [(candidate, None, 0, 1)]
+        module, _, last = candidate.rpartition(".")
+        for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):  # Mixtral's on the disk
+            for parts in PARTS[last]:
+                names = [(f"{place}.{expert}.{part}.weight", expert, number, len(parts))
+                         for expert in range(count) for number, part in enumerate(parts)]
+                if all(name in there for name, *_ in names):
+                    return names
+    return []
 
 
 def _candidates(name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.tensors import StoredTensor
 from gemma_tune.lora.config import CONFIG, WEIGHTS
-from gemma_tune.lora.experts import routers
+from gemma_tune.lora.experts import ASKED, adaptable, module_of, routers
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import TOWERS, left_out, target_modules, trained_weights
 from gemma_tune.lora.names import found_among
@@ -35,7 +35,8 @@ def settings_of(adapter: Adapter) -> dict[str, Any]:
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0} | {k: v for k, v in adapter.config.items() if v is not None}
     return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
-            "target_modules": tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
+            "target_modules": tuple(sorted({ASKED if lora.experts else layer.rsplit(".", 1)[-1]
+                                            for layer, lora in adapter.layers.items()})),
             "dropout": float(config["lora_dropout"])}
 
 
@@ -58,25 +59,39 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
         UserError: the model has no such layer, has it in another shape, or it is none that is trained here; all of
             them are listed.
     """
-    named = dict(model.named_modules())
-    trainable, out = {*target_modules(model, ()), *routers(model)}, left_out(model)
+    parameters = {name: model.get_parameter(name) for name in adaptable(model)}
+    named = dict(model.named_modules()) | parameters
+    trainable, out = {*target_modules(model, ()), *routers(model), *parameters}, left_out(model)
     names, problems = {}, []
     for layer, lora in adapter.layers.items():
         found = found_among(named, layer)
         there: Any = named.get(found or "")
-        if found is None and not TOWERS.search(layer):  # which are not loaded
+        if lora.experts and found not in parameters:
+            problems.append(f"{layer} is none of experts that can be adapted in the base model")
+        elif found is None and not TOWERS.search(layer):  # which are not loaded
             problems.append(f"{layer} is not in the base model")
         elif found in out:
             problems.append(f"{layer} {out[found]}")
         elif found not in trainable:
             problems.append(f"{layer} is no linear layer of the text model's blocks, which alone are trained here")
-        elif (shape := (there.out_features, there.in_features)) != lora.shape:
-            problems.append(f"{layer} has the shape {shape} in the base, {lora.shape} in the adapter")
+        elif (shape := _shape(there)) != (own := (lora.experts, *lora.shape) if lora.experts else lora.shape):
+            problems.append(f"{layer} has the shape {shape} in the base, {own} in the adapter")
         else:
             names[layer] = found
     if problems:
         raise misfit(adapter, problems)
     return names
+
+
+def _shape(there: Any) -> tuple[int, ...]:
+    """Of the weight of a layer, or of a parameter."""
+    return (there.out_features, there.in_features) if hasattr(there, "out_features") else tuple(there.shape)
+
+
+def apart(adapter: Adapter, names: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Sorted names of what :func:`names_in` found: of layers, and of parameters of experts."""
+    return (sorted(names[layer] for layer, lora in adapter.layers.items() if not lora.experts),
+            sorted(names[layer] for layer, lora in adapter.layers.items() if lora.experts))
 
 
 def misfit(adapter: Adapter, problems: list[str],
@@ -93,7 +108,7 @@ def patterns_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Any]:
     The adapter's own patterns are for the names that its layers had where it was trained.
     """
     settings = settings_of(adapter)
-    ranks = {names[layer]: lora.a.shape[0] for layer, lora in adapter.layers.items()}
+    ranks = {names[layer]: lora.rank for layer, lora in adapter.layers.items()}
     alphas = {names[layer]: lora.scale * (rank ** 0.5 if settings["rslora"] else rank)
               for (layer, lora), rank in zip(adapter.layers.items(), ranks.values())}
     return {"rank_pattern": {name: rank for name, rank in ranks.items() if rank != settings["rank"]},
@@ -114,9 +129,9 @@ def weights_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
         def read(stored: StoredTensor) -> Tensor:
             return file.get_tensor(stored.name)
 
-        found = {}
+        found, adapted = {}, {*names.values()}
         for layer, lora in adapter.layers.items():
-            start = f"base_model.model.{names[layer]}"
+            start = f"base_model.model.{module_of(names[layer], adapted) if lora.experts else names[layer]}"
             found[f"{start}.lora_A.default.weight"] = read(lora.a)
             found[f"{start}.lora_B.default.weight"] = read(lora.b)
             if lora.magnitude:

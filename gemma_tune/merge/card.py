@@ -125,7 +125,8 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on:
         words.append(f"dropout {_number(config['lora_dropout'])}")
     if isinstance(config.get("target_modules"), list):
         short = {name.rsplit(".", 1)[-1] for name in config["target_modules"]}
-        words.append("on " + ", ".join(map(_code, sorted(short))))
+        experts = ["the experts"] if config.get("target_parameters") else []
+        words.append("on " + ", ".join([*map(_code, sorted(short)), *experts]))
     if config.get("modules_to_save"):
         words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
     if settings.get("qlora"):

@@ -23,6 +23,7 @@ from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import NEW
 from gemma_tune.base.tensors import open_tensors, read_header
 from gemma_tune.lora.config import CONFIG, WEIGHTS
+from gemma_tune.lora.experts import adaptable, module_of
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.lora.names import found_among
@@ -169,7 +170,7 @@ def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
     Transformers runs some multimodal repositories as their text model alone (Qwen 3.5), others whole (Gemma 3): so the
     names on the disk do not tell.
     """
-    there = {name for name, _ in base.named_modules()}
+    there = {name for name, _ in base.named_modules()} | {*adaptable(base)}
     modules = {*adapter.layers, *(name.rpartition(".")[0] for name in (*adapter.copies, *adapter.base_tensors))}
     found = {module: found_among(there, module) for module in modules}
     return {module: name for module, name in found.items() if name not in (None, module)}
@@ -184,7 +185,9 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) ->
     """
     layers = {names.get(layer, layer): lora for layer, lora in adapter.layers.items()}
     tensors = {}
+    parameters = [layer for layer, lora in layers.items() if lora.experts]
     for layer, lora in layers.items():
+        layer = module_of(layer, parameters) if lora.experts else layer
         kind, end = ("lora_embedding_", "") if lora.embedding else ("lora_", ".weight")
         tensors |= {f"{layer}.{kind}A{end}": lora.a, f"{layer}.{kind}B{end}": lora.b}
         tensors |= {f"{layer}.lora_magnitude_vector": lora.magnitude} if lora.magnitude else {}
@@ -196,9 +199,11 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) ->
         inner = ".base_layer" if name in adapter.base_tensors and module in layers else ""
         tensors[f"{module}{inner}.{last}"] = tensor
     root = adapter.config.get("use_rslora")
-    ranks = {layer: lora.a.shape[0] for layer, lora in layers.items()}
+    ranks = {layer: lora.rank for layer, lora in layers.items()}
     config = adapter.config | {
-        "target_modules": list(layers), "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
+        "target_modules": [layer for layer in layers if layer not in parameters],
+        "target_parameters": parameters or None,
+        "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
         "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items()},
         "alpha_pattern": {re.escape(layer): lora.scale * (ranks[layer] ** 0.5 if root else ranks[layer])
                           for layer, lora in layers.items()},

@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import READABLE, StoredTensor
 from gemma_tune.lora.files import Adapter, Lora
-from gemma_tune.lora.names import found_among, running_name
+from gemma_tune.lora.names import found_among, found_experts, running_name
 
 HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte)\.weight$")
+_NONE = None, None
 _ROWS = 4096  # of a matrix that are compared at once
 _ANOTHER_MODEL = "the adapter belongs to another model: merge it into its own base"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one expert's matrix: part ``number`` of ``of`` equal ones below one another."""
+
+    expert: int
+    number: int
+    of: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Piece:
         file: name of the file that it goes to.
         lora: what is added.
         transposed: it is stored as (in, out).
+        part: of experts, which of their matrices it is; None where it is the whole of what ``lora`` changes.
     """
 
     name: str
@@ -40,6 +51,7 @@ class Piece:
     file: str
     lora: Lora | None = None
     transposed: bool = False
+    part: Part | None = None
 
     @property
     def bytes(self) -> int:
@@ -90,7 +102,9 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
             was trained with a vocabulary of another size, and does not hold all embeddings of that.
     """
     names = _Names(base)
-    layers = {names.of(f"{layer}.weight"): lora for layer, lora in adapter.layers.items()}
+    layers = {names.of(f"{layer}.weight"): lora for layer, lora in adapter.layers.items() if not lora.experts}
+    experts = {name: (lora, part) for layer, lora in adapter.layers.items() if lora.experts
+               for name, part in names.of_experts(layer, lora.experts)}
     copies = {names.of(name): tensor for name, tensor in adapter.copies.items()}
     in_training = {names.of(name): tensor for name, tensor in adapter.base_tensors.items()}
     if names.missing:
@@ -107,7 +121,8 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
                 for name, tensor in before.items()}
     transposed = _transposed(expected, layers, adapter)
     lacking = {name for name in ends if sources[name].shape != expected[name] and sources[name] is before[name]}
-    if problems := [*_unlike_base(expected, sources, lacking), *_unfit_layers(expected, before, layers, transposed)]:
+    if problems := [*_unlike_base(expected, sources, lacking), *_unfit_layers(expected, before, layers, transposed),
+                    *_unfit_experts(before, experts)]:
         raise UserError(f"{adapter.folder} does not fit the base model", _ANOTHER_MODEL, problems[:20])
     if lacking:
         raise UserError(f"{adapter.folder} was trained with a vocabulary of {vocabulary:,} entries, where the base has "
@@ -118,8 +133,10 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     untied = bool(touched) and not (names.tied and _agree(names.tied, layers, copies))
     kept = [name for name in sources if untied or not (names.tied and name == HEAD)]
     pieces = [Piece(names.on_disk(name), sources[name], _dtype(before[name].dtype, dtype), before[name].path.name,
-                    layers.get(name), name in transposed) for name in kept]
-    changed = sum(name in layers or name in copies or sources[name].shape != before[name].shape for name in kept)
+                    layers.get(name) or experts.get(name, _NONE)[0], name in transposed, experts.get(name, _NONE)[1])
+              for name in kept]
+    changed = sum(name in layers or name in experts or name in copies or sources[name].shape != before[name].shape
+                  for name in kept)
     own = before[names.embedding].shape[0] if names.embedding else None
     return MergePlan(pieces, changed, untied, vocabulary or own, own)
 
@@ -172,6 +189,15 @@ class _Names:
         self.missing.append(name)
         return name
 
+    def of_experts(self, parameter: str, count: int) -> Iterator[tuple[str, Part | None]]:
+        """The names on the disk of a parameter of so many experts, and what each is of it."""
+        found = found_experts(self._stored, parameter, count)
+        if not found or f"{found[0][0]}_bias" in self._stored:  # which has the matrices the other way round
+            self.missing.append(parameter)
+            return
+        for name, expert, number, parts in found:
+            yield self._stored[name], None if expert is None else Part(expert, number, parts)
+
     def on_disk(self, name: str) -> str:
         """What a tensor is called in the files; a head that was none before, as its repository would."""
         wrapped = name == HEAD and self.tied and self.tied.startswith("language_model.")
@@ -203,6 +229,16 @@ def _unfit_layers(shapes: Mapping[str, tuple[int, ...]], base: Mapping[str, Stor
         shape = lora.shape[::-1] if name in transposed else lora.shape
         if shapes[name] != shape:
             yield f"{name} has the shape {shapes[name]} in the base, {shape} in the adapter"
+        elif base[name].dtype not in READABLE:
+            yield f"{name} is {base[name].dtype} in the base, which is not a type that numbers are added to"
+
+
+def _unfit_experts(base: Mapping[str, StoredTensor], experts: Mapping[str, tuple[Lora, Part | None]]) -> Iterator[str]:
+    for name, (lora, part) in experts.items():
+        rows, columns = lora.shape
+        shape = (lora.experts, rows, columns) if part is None else (rows // part.of, columns)
+        if base[name].shape != shape or part and rows % part.of:
+            yield f"{name} has the shape {base[name].shape} in the base, {shape} in the adapter"
         elif base[name].dtype not in READABLE:
             yield f"{name} is {base[name].dtype} in the base, which is not a type that numbers are added to"
 

@@ -14,7 +14,8 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -121,6 +122,7 @@ def write_files(layout: Layout, folder: Path, progress: Any) -> None:
                     done += 1
     finally:
         torch.set_num_threads(threads)
+        _read_whole.cache_clear()
     if layout.index is not None:
         (folder / INDEX).write_bytes(layout.index)
     progress("merging", total, total)
@@ -174,12 +176,14 @@ def _computed(piece: Piece, file: BinaryIO) -> Iterator[memoryview]:
     import torch
 
     target = _torch_type(piece.dtype)
-    change = None if piece.lora is None else _Change(piece.lora, piece.transposed)
+    source, change = piece.source, None if piece.lora is None else _change(piece)
+    if piece.lora and piece.lora.experts:  # as one matrix, one expert's rows below another's
+        source = replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
     with torch.inference_mode():
         if change and change.magnitude is not None and piece.transposed:
-            change.measure_columns(_numbers(piece.source, file))
+            change.measure_columns(_numbers(source, file))
         buffer = torch.empty(0, dtype=target)
-        for first, numbers in _numbers(piece.source, file):
+        for first, numbers in _numbers(source, file):
             if change is not None:
                 change.add_to(numbers, first)
             buffer = buffer if len(buffer) else torch.empty_like(numbers, dtype=target)
@@ -219,6 +223,41 @@ def _finite(numbers: torch.Tensor) -> bool:
     import torch
 
     return math.isfinite(numbers.sum(dtype=torch.float32)) or bool(torch.isfinite(numbers).all())
+
+
+def _change(piece: Piece) -> _Change | _ChangeOfExperts:
+    return _ChangeOfExperts(piece) if piece.lora.experts else _Change(piece.lora, piece.transposed)
+
+
+class _ChangeOfExperts:
+    """What LoRA does to matrices of experts, one below the other (n, in), or to a part of that of one."""
+
+    magnitude = None
+
+    def __init__(self, piece: Piece):
+        lora, part = piece.lora, piece.part
+        a, b = (_read_whole(tensor) for tensor in (lora.a, lora.b))
+        a, b = a.view(lora.experts, -1, a.shape[1]), b.view(b.shape[0], -1, lora.experts)
+        if part is not None:
+            rows = b.shape[0] // part.of
+            a, b = a[part.expert:part.expert + 1], b[part.number * rows:(part.number + 1) * rows, :, part.expert, None]
+        self.a, self.b, self.scale = a, b, lora.scale  # (experts, r, in), (out, r, experts)
+
+    def add_to(self, numbers: torch.Tensor, first: int) -> None:
+        """Put the change into rows, of which ``first`` is the first."""
+        size, done = self.b.shape[0], 0
+        while done < len(numbers):
+            expert, row = divmod(first + done, size)
+            count = min(size - row, len(numbers) - done)
+            numbers[done:done + count].addmm_(self.b[row:row + count, :, expert], self.a[expert], alpha=self.scale)
+            done += count
+
+
+@lru_cache(maxsize=4)  # of a layer's two parameters, whose experts come one after another
+def _read_whole(tensor: StoredTensor) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(tensor.rows())
 
 
 class _Change:

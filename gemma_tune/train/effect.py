@@ -74,8 +74,14 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    name = layer.active_adapters[0]
-    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    from gemma_tune.lora.routed import factors_of
+
+    if hasattr(layer, "num_experts"):
+        a, b, _ = factors_of(layer)
+    else:
+        name = layer.active_adapters[0]
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return a.detach(), b.detach()
 
 
 def _copies(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,18 +99,18 @@ def _squared_change(layer: Any, before: tuple[torch.Tensor, torch.Tensor] | None
     """Squared norm of ``s (B A - B0 A0)``, without a matrix as large as the weight: the trace of products of width r.
 
     Args:
-        before: A0 (r, in) and B0 (out, r), or None where B0 is zero.
+        before: A0 (r, in) and B0 (out, r), or None where B0 is zero; of each expert, where it has experts.
     """
     a, b = _factors(layer)
     if before is not None:
         a0, b0 = (part.to(a.device) for part in before)
         if torch.equal(a, a0) and torch.equal(b, b0):
             return 0.0  # and not what is left of the difference of two large sums
-        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+        a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
     # Wide: where B0 is not zero, large numbers go against each other here.
     a, b = wide(a), wide(b)
     scale = layer.scaling[layer.active_adapters[0]]
-    return scale ** 2 * max(0.0, float(((b.t() @ b) * (a @ a.t())).sum()))
+    return scale ** 2 * max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, liked, open_tokens, trained_of
+from gemma_tune.lora.experts import count_of
 from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.layers import described_adapter, lora_config, not_adapted, target_modules
+from gemma_tune.lora.layers import described_adapter, lora_config, not_adapted, target_modules, target_parameters
 from gemma_tune.lora.load import import_peft
-from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, weights_of
+from gemma_tune.lora.start import apart, digest_of, load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.models.quantised import in_four_bits
 from gemma_tune.run.directory import command
@@ -176,15 +177,18 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     from transformers import PrinterCallback, ProgressCallback
 
     from gemma_tune.lora.dora import start_from_base
+    from gemma_tune.lora.routed import install
     from gemma_tune.train.culprits import names_of
 
     session, config = job.session, job.session.config
     start = read_adapter(job.start) if job.start else None
     names = names_in(model, start) if start else {}
-    chosen = sorted(names.values()) if start else target_modules(model, config.target_modules)
+    chosen, parameters = apart(start, names) if start else (target_modules(model, config.target_modules),
+                                                            target_parameters(model, config.target_modules))
     leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    session.listener.detail("adapter", f"{described_adapter(config)}, on {len(chosen)} linear layers "
-                                       f"({', '.join(leaves)})")
+    places = [f"{len(chosen)} linear layers ({', '.join(leaves)})"] if chosen else []
+    places += [f"{count_of(model)} experts in each of {len({*map(_module, parameters)})} layers"] if parameters else []
+    session.listener.detail("adapter", f"{described_adapter(config)}, on {' and '.join(places)}")
     if not start:
         for said in not_adapted(model, config.target_modules):
             session.listener.note(said)
@@ -196,7 +200,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
             model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer,
-            peft_config=lora_config(config, chosen, **(patterns_of(start, names) if start else {})),
+            peft_config=lora_config(config, chosen, parameters, **(patterns_of(start, names) if start else {})),
             callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(sizes[0].lengths, sizes[1].lengths), trained=(sizes[0].trained, sizes[1].trained),
             micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
@@ -209,9 +213,14 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
         trainer.remove_callback(callback)
     if config.dora:
         start_from_base(trainer.model)
+    install(trainer.model)
     if start and (job.checkpoint is None or config.prefers):  # which compares with it
         load_start(trainer.model, weights_of(start, names))
     return trainer
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, dict[str, Any]]:

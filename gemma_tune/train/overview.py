@@ -35,8 +35,7 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
         "data": f"{data} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
                 f"{np.sum(sizes[1]):,} learned; {len(valid) or 'none'} to validate with",
-        "adapter": f"{described_adapter(config)}, on {counted(shape.adapted, 'linear layer')}: "
-                   f"{_rounded(shape.adapter)} parameters",
+        "adapter": f"{described_adapter(config)}, on {_layers(shape)}: {_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
         **({} if config.method == "sft" else {"method": _method(config)}),
         "steps": described_steps(rows, config),
@@ -45,6 +44,11 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
                          + f", then {_FALLS.get(config.schedule, config.schedule)}",
     }
     return lines | ({"goes on from": checkpoint.name} if checkpoint else {})
+
+
+def _layers(shape: ModelShape) -> str:
+    places = [counted(shape.adapted, "linear layer")] * bool(shape.adapted)
+    return " and ".join(places + [f"{counted(shape.experts, 'tensor')} of experts"] * bool(shape.experts))
 
 
 def _method(config: TrainConfig) -> str:

@@ -248,7 +248,7 @@ def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) 
     multiplies two matrices forward and five backward, for each pair of tokens.
     """
     tokens = rows * length
-    dense = (6 if checkpointing else 4) * shape.active + 6 * shape.adapter
+    dense = (6 if checkpointing else 4) * shape.active + 6 * shape.adapter_active
     return tokens * (dense + 14 * length * shape.layers * shape.attention)
 
 

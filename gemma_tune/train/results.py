@@ -71,6 +71,8 @@ def _name_for_others(model: Any, session: Session) -> None:
     same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(chosen)
     # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
     peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
+    peft_config.target_parameters = sorted({".".join(name.rsplit(".", 2)[1:]) for name in
+                                            peft_config.target_parameters or ()}) or None
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
 

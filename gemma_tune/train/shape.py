@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.experts import chosen_of, count_of
 from gemma_tune.lora.files import Adapter
-from gemma_tune.lora.layers import lora_config, target_modules
-from gemma_tune.lora.start import names_in, patterns_of
+from gemma_tune.lora.layers import lora_config, target_modules, target_parameters
+from gemma_tune.lora.start import apart, names_in, patterns_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,9 @@ class ModelShape:
         linear: those of them that ``--qlora`` keeps in 4 bits: in linear layers, but not in the head.
         active: those that each token is multiplied with, without embeddings and head; of experts, the chosen share.
         adapter: numbers of the adapter, which are trained.
-        adapted: how many layers the adapter is on.
+        adapter_active: those of them that each token is multiplied with; of experts, the chosen share.
+        adapted: how many linear layers the adapter is on.
+        experts: how many parameters that hold a layer's experts it is on.
         head: numbers of the head, vocabulary x hidden size.
         hidden: hidden size.
         widest: the most numbers of one token that go into or come out of an adapted layer.
@@ -53,7 +56,9 @@ class ModelShape:
     linear: int
     active: int
     adapter: int
+    adapter_active: int
     adapted: int
+    experts: int
     head: int
     hidden: int
     widest: int
@@ -83,24 +88,38 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     text_config, model = _without_weights(checkpoint, dtype)
     head = model.get_output_embeddings().weight
     names = names_in(model, start) if start else {}
-    chosen = list(names.values()) if start else target_modules(model, config.target_modules)
-    adapted = [model.get_submodule(name) for name in chosen]
+    chosen, experts = apart(start, names) if start else (target_modules(model, config.target_modules),
+                                                         target_parameters(model, config.target_modules))
+    adapted = [(module.in_features, module.out_features) for module in map(model.get_submodule, chosen)]
+    # A token goes through some of the experts, each time in a row of its own.
+    adapted += [(chosen_of(model) * inner, chosen_of(model) * outer)
+                for _, outer, inner in (model.get_parameter(name).shape for name in experts)]
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
     parameters, active = sum(p.numel() for p in model.parameters()), _active(model, text_config)
-    through = sum(module.in_features + module.out_features for module in adapted)
-    with_adapter = _adapted(model, config, chosen, patterns_of(start, names) if start else {})
+    through = sum(map(sum, adapted))
+    with_adapter = _adapted(model, config, (chosen, experts), patterns_of(start, names) if start else {})
+    on_layers, on_experts = _trained(with_adapter)
     return ModelShape(
         parameters=parameters, linear=sum(linear.values()),
         active=active,
-        adapter=sum(lora.numbers for lora in start.layers.values()) if start else
-        config.rank * through
-        + config.dora * sum(m.out_features for m in adapted),
-        adapted=len(adapted), head=head.numel(), hidden=text_config.hidden_size,
-        widest=max(max(m.in_features, m.out_features) for m in adapted), layers=text_config.num_hidden_layers,
+        adapter=on_layers + on_experts,
+        adapter_active=on_layers + round(on_experts * chosen_of(model) / (count_of(model) or 1)),
+        adapted=len(chosen), experts=len(experts), head=head.numel(), hidden=text_config.hidden_size,
+        widest=max(map(max, adapted)), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
         model=with_adapter)
+
+
+def _trained(with_adapter: Any) -> tuple[int, int]:
+    """Numbers of an adapter on layers, and on experts."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    trained = {id(p): p.numel() for p in with_adapter.parameters() if p.requires_grad}
+    experts = {id(p): p.numel() for module in with_adapter.modules() if isinstance(module, ParamWrapper)
+               for p in module.parameters() if p.requires_grad}
+    return sum(trained.values()) - sum(experts.values()), sum(experts.values())
 
 
 def adapted_layers(checkpoint: Path, adapter: Adapter) -> dict[str, str]:
@@ -168,15 +187,18 @@ def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:
     return round(sum(p.numel() * (chosen / experts if p.ndim == 3 else 1) for p in matrices))
 
 
-def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: list[str], patterns: dict[str, Any]) -> Any:
-    """The model with its adapter."""
+def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: tuple[list[str], list[str]],
+             patterns: dict[str, Any]) -> Any:
+    """The model with its adapter, on layers and parameters of experts."""
     from peft import get_peft_model
 
     from gemma_tune.lora.dora import start_from_base
+    from gemma_tune.lora.routed import install
 
-    adapted = get_peft_model(model, lora_config(config, chosen, **patterns), low_cpu_mem_usage=True).train()
+    adapted = get_peft_model(model, lora_config(config, *chosen, **patterns), low_cpu_mem_usage=True).train()
     if config.dora:
         start_from_base(adapted)
+    install(adapted)
     return adapted
 
 

@@ -222,12 +222,15 @@ def _contradictions(session: Session, brought: Mapping[str, Any]) -> dict[str, s
     """By the name of the setting."""
     return {name: f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
                   f"{in_words({name: value})}" for name, value in brought.items()
-            if name in session.given and _asked(session.config, name) not in (None, _plain(value))}
+            if name in session.given and not _agrees(session.config, name, value)}
 
 
-def _asked(config: Any, name: str) -> Any:
-    """A setting's value; None for layers that are all of them, which leaves the choice to the adapter."""
-    return _plain(getattr(config, name)) or (None if name == "target_modules" else getattr(config, name))
+def _agrees(config: Any, name: str, value: Any) -> bool:
+    """Whether an adapter's setting is what was asked for; `all` layers leaves the choice to the adapter."""
+    asked = getattr(config, name)
+    if name == "target_modules" and (not asked or "all" in asked):
+        return {*asked} <= {"all", *value}
+    return bool(_plain(asked) == _plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -562,7 +562,10 @@ def test_every_layer_can_be_asked_for_again():
     assert isinstance(again, Resolved)
     with pytest.raises(UserError) as raised:
         resolve(TrainConfig, {"target_modules": "all,q_proj"})
-    assert raised.value.problems == ("target_modules: `all` stands alone, or names are given",)
+    assert raised.value.problems == ("target_modules: `all` stands alone, or with `experts`, or names are given",)
+    both = resolve(TrainConfig, {"target_modules": "all,experts"})
+    assert both.config.target_modules == ("all", "experts")
+    assert as_before(resolve(TrainConfig, {}), both.record()) == {"target_modules": ("all", "experts")}
 
 
 def test_programs_to_report_to():

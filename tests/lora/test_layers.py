@@ -110,7 +110,10 @@ def test_experts_are_said_where_they_are_asked_for():
     with pytest.raises(UserError) as refused:
         target_modules(model, ["q_proj", "gate_up_proj"])
     assert "names what the model does not have: gate_up_proj" in refused.value.message
-    assert refused.value.hint.endswith("its experts are none of them, and are not adapted here")
+    assert refused.value.hint.endswith("; its experts are not among them: these are not adapted here")
+    with pytest.raises(UserError) as refused:
+        target_modules(make("qwen2_moe"), ["q_proj", "gate_up_proj"])
+    assert refused.value.hint.endswith("; its experts are not among them: `experts` names these")
     dense = make("qwen3")
     assert not_adapted(dense, ()) == []
     with pytest.raises(UserError) as refused:
@@ -121,7 +124,7 @@ def test_experts_are_said_where_they_are_asked_for():
 def test_a_layer_that_cannot_be_adapted_is_refused_by_its_name():
     with pytest.raises(UserError) as refused:
         target_modules(make("qwen3_moe"), ["q_proj", "gate_proj"])
-    assert "--target-modules: gate_proj is what PEFT calls the fused experts" in refused.value.message
+    assert "--target-modules: gate_proj is what PEFT calls the fused experts of such a model; `experts` names these" in refused.value.message
     assert refused.value.hint == "layers that can be adapted are k_proj, o_proj, q_proj, v_proj"
 
 

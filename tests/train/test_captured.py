@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from train.test_summed_loss import conversations, small
 
 from gemma_tune.base.listener import Listener
+from gemma_tune.lora.experts import adaptable
+from gemma_tune.lora.routed import install
 from gemma_tune.train.batches import collate
 from gemma_tune.train.buckets import Bucket, Buckets, Costs
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens, filled, inputs_of
@@ -53,6 +55,38 @@ def weights(model) -> dict[str, torch.nn.Parameter]:
 def bucket_of(parts, room: int = 0) -> Bucket:
     trained = max(int((p["labels"][:, 1:] != IGNORE_INDEX).sum()) for p in parts)
     return Bucket(max(len(p["lengths"]) for p in parts), max(p["input_ids"].shape[1] for p in parts) + room, trained + room)
+
+
+def with_adapted_experts(dtype: torch.dtype = torch.float32):
+    model = small("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32).to(dtype)
+    install_summed_loss(model)
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=adaptable(model),
+                                            init_lora_weights=False))
+    for parameter in weights(peft).values():
+        parameter.data = parameter.data.float()
+    assert install(peft)
+    return peft.train()
+
+
+def test_a_step_of_adapted_experts_needs_no_number_and_nothing_of_the_cpu():
+    part = collate(conversations())
+    bucket = bucket_of([part], room=3)
+    size, model = filled(part, bucket).shape, with_adapted_experts(torch.bfloat16).to(THERE)
+    _ = Gradients(weights(model), fixed=True)
+    with fast_layers(model), computing_there() as operations:
+        LearnedTokens(model).loss(there(size, torch.int32), bucket, there(2)).backward()
+    assert sum("grouped_mm" in name for name in operations.names) > 12 and not operations.elsewhere
+
+
+def test_batches_that_go_through_other_experts_are_the_same_operations_and_none_waits():
+    model, parts = with_adapted_experts(), [collate(conversations()), collate(conversations()[1:])]
+    bucket = bucket_of(parts, room=2)
+    _ = Gradients(weights(model), fixed=True)
+    with fast_layers(model):
+        found = operations_of(LearnedTokens(model), parts, bucket, torch.tensor([1 / 7, 0]))
+    assert found[0] == found[1] and any("grouped_mm" in name for name in found[0])
+    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

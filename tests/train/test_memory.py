@@ -154,7 +154,7 @@ def test_a_model_that_transformers_does_not_know(tmp_path, config, said):
 
 # --- choosing
 
-FAKE = ModelShape(parameters=10**9, linear=8 * 10**8, active=8 * 10**8, adapter=10**7, adapted=7, head=10**8, hidden=2000,
+FAKE = ModelShape(parameters=10**9, linear=8 * 10**8, active=8 * 10**8, adapter=10**7, adapter_active=10**7, adapted=7, experts=0, head=10**8, hidden=2000,
                   widest=8000, layers=20, attention=2000, item=2, kept=lambda rows, length: rows * length * 10**6)
 
 

@@ -19,7 +19,7 @@ from gemma_tune.train.shape import ModelShape
 from support.command import QUICK, rows, write_rows
 from support.prepared import same_examples
 
-SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapted=7, head=10**5, hidden=64, widest=128,
+SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapter_active=10**4, adapted=7, experts=0, head=10**5, hidden=64, widest=128,
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
 
 

@@ -205,6 +205,16 @@ def test_one_of_another_base_is_refused_by_its_name(trained, tiny, tmp_path):
             assert with_start(of_hub, None)[0].config.rank == 4
 
 
+@pytest.mark.parametrize(("asked", "brought", "agrees"), [
+    ((), ("q_proj",), True), (("all",), ("experts", "q_proj"), True), (("all", "experts"), ("experts", "q_proj"), True),
+    (("all", "experts"), ("q_proj",), False), (("experts",), ("experts", "q_proj"), False), (("q_proj", "experts"), ("experts", "q_proj"), True)])
+def test_all_layers_leave_the_choice_to_the_adapter_and_experts_do_not(asked, brought, agrees):
+    from gemma_tune.config.stages import TrainConfig
+    from gemma_tune.train.start import _agrees
+
+    assert _agrees(TrainConfig(target_modules=asked), "target_modules", brought) == agrees
+
+
 def test_from_the_hub(cli, prepared, tiny, tmp_path, monkeypatch):
     """Two files of one commit, which is recorded; afterwards nobody is asked."""
     from support.hub import LoopbackHub
