@@ -93,8 +93,10 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
         settings: of the stage, by the names of its command's options; None counts as not given.
 
     Raises:
-        UserError: no such run, another model's run, settings that there are not or that cannot be used.
+        UserError: no such stage or run, another model's run, settings that there are not or that cannot be used.
     """
+    if stage not in CONFIGS:
+        raise UserError(f"there is no stage {stage!r}{near(stage, CONFIGS)}", f"there are {', '.join(CONFIGS)}")
     listener = listener or Listener()
     content = config or {}
     if isinstance(config, str | Path):

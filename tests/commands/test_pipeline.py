@@ -242,6 +242,14 @@ def test_python_is_told_of_settings_that_there_are_not(tiny):
     assert caught.value.problems == ("epoch: there is no such setting; did you mean `epochs`?",)
 
 
+@pytest.mark.parametrize("stage, meant", [("export", "export-ollama"), ("export_ollama", "export-ollama"), ("evaluate", "eval")])
+def test_a_stage_that_there_is_not_is_a_user_error(stage, meant):
+    """Such as the name of its function, or of its module."""
+    with pytest.raises(UserError) as caught:
+        open_session(stage, "runs/none")
+    assert f"there is no stage '{stage}'" in caught.value.message and meant in caught.value.hint
+
+
 def test_a_settings_file_is_read_once(cli, tiny, data, monkeypatch):
     from gemma_tune.cli import session
 
