@@ -48,6 +48,7 @@ from gemma_tune.encoding.thinking import (
     ended,
     first_difference,
     has_switch,
+    marks_otherwise,
     no_reasoning,
     opened_thought,
     takes_thoughts_out,
@@ -109,8 +110,10 @@ class ChatFormat:
         self._use(with_thinking(tokenizer.chat_template, thinking))
         self._margins: dict[tuple[str, str, str], tuple[str, str]] = {}
         self.folds_system = self._takes_thoughts_out = self._opens_thoughts = self._begins_thoughts = False
+        self._has_other_marks = False
         self.folds_system = not self._shows_system()
         self._takes_thoughts_out = takes_thoughts_out(self.render)
+        self._has_other_marks = marks_otherwise(self.render)
         if thinking != "auto" and not has_switch(self.template):
             self._use(ended(self.template, thinking, self.render([QUESTION], prompt=True), self._takes_thoughts_out))
         if self._takes_thoughts_out:
@@ -387,8 +390,9 @@ class ChatFormat:
         """The turns as templates expect them.
 
         For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
+        Reasoning in an answer's text gets a key of its own where the template has other marks for it.
         """
-        if self._takes_thoughts_out:
+        if self._takes_thoughts_out or self._has_other_marks:
             messages = [apart(message, self._begins_thoughts) for message in messages]
         turns = [_plain(message) for message in messages]
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):

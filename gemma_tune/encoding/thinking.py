@@ -125,6 +125,22 @@ def takes_thoughts_out(render: Callable[[Sequence[dict[str, Any]]], str]) -> boo
         return False
 
 
+def marks_otherwise(render: Callable[[Sequence[dict[str, Any]]], str]) -> bool:
+    """Whether a template writes reasoning between marks of its own, and those of R1 and Qwen as a part of the answer:
+    GPT-OSS's, Gemma 4's.
+
+    Args:
+        render: messages → text.
+    """
+    inside = {"content": f"{_BEGIN}\n{_WORDS}\n{_END}\n\na"}
+    beside = {"content": "a", "reasoning_content": _WORDS, "thinking": _WORDS}
+    try:
+        written, own = (render([QUESTION, {"role": "assistant", **turn}]) for turn in (inside, beside))
+    except FormatError:
+        return False
+    return _BEGIN in written and _WORDS in own and _BEGIN not in own
+
+
 def apart(turn: dict[str, Any], opened: bool) -> dict[str, Any]:
     """An assistant's turn whose text begins with a thought, with that under its own key; others as they are.
 

@@ -527,6 +527,17 @@ def test_what_gpt_oss_thought_before_a_call_stands_in_the_prompt_for_the_answer(
     assert prompt == chat.render(messages[:-1], prompt=True, tools=TOOLS), "as it is served"
 
 
+@pytest.mark.parametrize("chat", [gpt_oss, lambda: chat_of("gemma-4", "on")], ids=["gpt-oss", "gemma-4"])
+def test_reasoning_in_an_answers_text_is_written_between_the_templates_own_marks(chat):
+    """As R1's and Qwen's data have it: elsewhere a model would learn to say `<think>` to people."""
+    chat = chat()
+    inside = chat.encode([user("q"), assistant("<think>\nr 1\n</think>\n\na")])
+    assert learned(chat, inside) == learned(chat, chat.encode([user("q"), assistant("a", reasoning_content="\nr 1\n")]))
+    assert "r 1" in learned(chat, inside)[0][0] and "think>" not in learned(chat, inside)[0][0]
+    [[said]] = learned(chat, chat.encode([user("q"), assistant("write <think> and </think> around it")]))
+    assert "write <think> and </think> around it" in said
+
+
 def test_gpt_oss_ends_answers_and_calls_otherwise_than_it_repeats_them():
     chat = gpt_oss()
     assert set(chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)) == {"<|return|>", "<|call|>", "<eos>"}
