@@ -89,6 +89,7 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
     one_of_each = {_leaf(name): name for name in linear}  # PEFT looks at the last name alone
     experts = {leaf for leaf, name in one_of_each.items() if _taken_for_experts(model, name)}
+    named = _of_experts(model) if experts else ""
     found = {}
     for name in linear:
         leaf = _leaf(name)
@@ -99,7 +100,7 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
         elif mamba and leaf == _OF_MAMBA:
             found[name] = "is read past an adapter by Mamba's kernels, so that nothing would be learned there"
         elif leaf in experts:
-            found[name] = f"is what PEFT calls the fused experts of such a model; {_of_experts(model)}"
+            found[name] = f"is what PEFT calls the fused experts of such a model; {named}"
     return found
 
 
