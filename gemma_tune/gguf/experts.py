@@ -80,7 +80,8 @@ def matrices_of(stored: Mapping[str, Sequence[StoredTensor]], spec: TensorSpec) 
     apart = len(members) == spec.shape[0] and all(member.shape == spec.shape[1:] for member in members)
     found = members if apart else experts_of(stored, spec)
     if found is None:
-        raise UserError(f"the weights have no {spec.source} of shape {spec.shape}", "merge again from the original base model")
+        raise UserError(f"the weights have no {spec.source} of shape {spec.shape}",
+                        "merge again from the original base model")
     return found
 
 
