@@ -19,7 +19,8 @@ FP32 = Placement("cpu", torch.float32, "")
 ROWS = [np.array([2, 9, 30, 31, 30, 44, 12, 13, 14, 15, 16, 17, 18]), np.array([5]), np.array([2, 7, 30])]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MODELS, *EXPERTS])
+# GPT-OSS's experts are not computed so: the export does not calibrate them.
+@pytest.mark.parametrize("family", [*FAMILIES, *MODELS, *(family for family in EXPERTS if family != "gpt-oss")])
 def test_layer_by_layer_is_the_whole_model(family, tmp_path):
     (make_family if family in FAMILIES else make_llama)(family, tmp_path)
     architecture = parts_of(tmp_path).architecture
