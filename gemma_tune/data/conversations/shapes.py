@@ -85,11 +85,12 @@ _BESIDE = frozenset(("id", "_id", "idx", "index", "uuid", "source", "system", "s
 
 
 def _usual(row: Fields) -> Shaped | None:
-    """A question and an answer, both of them texts, and nothing else to be learned or read."""
+    """A question and an answer, both of them texts or missing, and nothing else to be learned or read; lists of turns
+    as text are read as of ``prompt`` and ``completion``."""
     there = {key for key, value in row.items() if value is not None} - _BESIDE
-    for question, answer in _USUAL:
-        if there == {question, answer} and isinstance(row[question], str) and isinstance(row[answer], str):
-            found = _renamed(row, {"instruction": question, "output": answer})
+    for pair in _USUAL:
+        if row.keys() >= {*pair} >= there and all(isinstance(row[name], (str, type(None))) for name in pair):
+            found = _renamed(row, dict(zip(("prompt", "completion"), pair, strict=True)))
             return found and found._replace(usual=True)
     return None
 

@@ -43,6 +43,8 @@ READ = {
     "prompt-response": ({"system": "Be brief.", "prompt": "Sky?", "response": "Blue."},
                         [{"role": "system", "content": "Be brief."}, *TURNS], []),
     "in-chinese": ({"问题": "Sky?", "答案": "Blue."}, TURNS, []),
+    "prompt-of-turns": ({"prompt": json.dumps([user("Hi"), answer("Hello"), user("Sky?")]), "response": "Blue."},
+                        [user("Hi"), answer("Hello", train=False), *TURNS], []),
     "ultrachat": ({"id": "0", "data": ["Hi", "Hello", "Sky?", "Blue."]}, FOUR, ["id"]),
     "ms-swift": ({"query": "Sky?", "response": "Blue.", "history": [["Hi", "Hello"]]}, FOUR, []),
     "ms-swift-system": ({"system": "Be brief.", "query": "Sky?", "response": "Blue.", "source": "x"},
@@ -75,6 +77,7 @@ REFUSED = {
     "empty-target": ({"kind": "QA", "input": "Sky?", "target": " "}, "turn 2 (assistant) is empty"),
     "history": ({"query": "Sky?", "response": "Blue.", "history": ["Hi"]}, "`history` is not a list of pairs"),
     "own-name": ({"query": "Sky?", "response": 4, "history": [["Hi", 4.5]]}, "an answer in `history`"),
+    "no-answer-to-a-question": ({"id": 3, "question": "Sky?", "answer": None}, "turn 2 (assistant) is empty"),
     "odd": ({"id": "0", "data": ["Hi", "Hello", "Sky?"]}, "there is no answer to learn"),
 }
 
