@@ -142,7 +142,8 @@ def marks_otherwise(render: Callable[[Sequence[dict[str, Any]]], str]) -> bool:
 
 
 def apart(turn: dict[str, Any], opened: bool) -> dict[str, Any]:
-    """An assistant's turn whose text begins with a thought, with that under its own key; others as they are.
+    """An assistant's turn whose text begins with a thought, with that under its own key, less the line breaks at its
+    marks; others as they are.
 
     Args:
         opened: whether prompts begin the thought, so that an answer can be without its beginning.
@@ -153,7 +154,8 @@ def apart(turn: dict[str, Any], opened: bool) -> dict[str, Any]:
         return turn
     if not (opened or text.startswith(_BEGIN)) or _BEGIN in thought or _END in said:  # it talks about such marks
         return turn
-    return {**turn, "content": said.lstrip("\n"), **({"reasoning_content": thought} if thought.strip() else {})}
+    own = {"reasoning_content": thought.strip("\r\n")} if thought.strip() else {}
+    return {**turn, "content": said.lstrip("\r\n"), **own}
 
 
 def written_thought(prompt: str, reasoning: str) -> str:

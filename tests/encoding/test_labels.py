@@ -531,9 +531,10 @@ def test_what_gpt_oss_thought_before_a_call_stands_in_the_prompt_for_the_answer(
 def test_reasoning_in_an_answers_text_is_written_between_the_templates_own_marks(chat):
     """As R1's and Qwen's data have it: elsewhere a model would learn to say `<think>` to people."""
     chat = chat()
-    inside = chat.encode([user("q"), assistant("<think>\nr 1\n</think>\n\na")])
-    assert learned(chat, inside) == learned(chat, chat.encode([user("q"), assistant("a", reasoning_content="\nr 1\n")]))
-    assert "r 1" in learned(chat, inside)[0][0] and "think>" not in learned(chat, inside)[0][0]
+    beside = learned(chat, chat.encode([user("q"), assistant("a", reasoning_content="r 1")]))
+    assert "r 1" in beside[0][0]
+    for text in ("<think>\nr 1\n</think>\n\na", "<think>r 1</think>a", "<think>\r\nr 1\r\n</think>\r\n\r\na"):
+        assert learned(chat, chat.encode([user("q"), assistant(text)])) == beside
     [[said]] = learned(chat, chat.encode([user("q"), assistant("write <think> and </think> around it")]))
     assert "write <think> and </think> around it" in said
 
