@@ -211,6 +211,13 @@ class ChatFormat:
         """
         return self._render(self._for_template(messages), tools, prompt)
 
+    def with_thoughts_apart(self, messages: Messages) -> list[dict[str, Any]]:
+        """The turns as programs are to send them whose prompts are compared with these: reasoning in an answer's text
+        has a key of its own where the template has other marks for it."""
+        if self._takes_thoughts_out or self._has_other_marks:
+            return [apart(message, self._begins_thoughts) for message in messages]
+        return list(messages)
+
     def prompt_text(self, messages: Messages, tools: Tools = None) -> str:
         """The prompt for the next answer, without the BOS that whoever tokenises it puts in front."""
         bos = "" if self.turns_begin_with_bos else self.tokenizer.bos_token or ""
@@ -390,11 +397,8 @@ class ChatFormat:
         """The turns as templates expect them.
 
         For templates without a place for a system message, it is put before the first user turn, as Gemma 3's does.
-        Reasoning in an answer's text gets a key of its own where the template has other marks for it.
         """
-        if self._takes_thoughts_out or self._has_other_marks:
-            messages = [apart(message, self._begins_thoughts) for message in messages]
-        turns = [_plain(message) for message in messages]
+        turns = [_plain(message) for message in self.with_thoughts_apart(messages)]
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
             return turns
         system, first, *rest = turns

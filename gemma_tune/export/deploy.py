@@ -171,7 +171,7 @@ def _compare(session: Session, stage: StageReport, result: tuple[str, ...], serv
         WorkFailed: a prompt is read otherwise, and that is not allowed; it is recorded all the same.
     """
     listener = session.listener
-    prompts = prompts_of(held_out(session, chat, HELD_OUT, COMPARED_TOKENS, most=LONGEST_PROMPT))
+    prompts = prompts_of(chat, held_out(session, chat, HELD_OUT, COMPARED_TOKENS, most=LONGEST_PROMPT))
     ggufs = [Path(path) for name, path in stage.artifacts.items() if name.startswith("gguf")]
     served, cases = ask_server(server, target, chat, prompts, listener, ggufs=ggufs)
     before = Parity.from_json(stage.summary.get("parity")) or Parity("", (), {}, "no llama.cpp ran the files", ())

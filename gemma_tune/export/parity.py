@@ -9,6 +9,7 @@ tokenizer adds the BOS. What cannot be checked here says so, with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
         WorkFailed: it cannot load a file.
     """
     listener = listener or Listener()
-    prompts = prompts_of(conversations)
+    prompts = prompts_of(chat, conversations)
     expected, refused = _expected(chat, prompts)
     texts = _ollama_texts(chat, ollama_chat, {name: prompts[name] for name in expected})
     asked = list(expected.values())[:answers] if merged_model is not None else []
@@ -86,9 +87,10 @@ def verify(chat: ChatFormat, ollama_chat: OllamaChat, ggufs: Mapping[str, Path],
     return Parity(engine_name(), cases, greedy, "" if asked else "the merged model is not loaded")
 
 
-def prompts_of(conversations: Sequence[Prompt]) -> dict[str, Prompt]:
+def prompts_of(chat: ChatFormat, conversations: Sequence[Prompt]) -> dict[str, Prompt]:
     """The prompts of the report by name: the chats among ``conversations``, and the built-in ones."""
-    chats = [prompt for prompt in conversations if prompt.text is None]
+    chats = [replace(prompt, messages=chat.with_thoughts_apart(prompt.messages))
+             for prompt in conversations if prompt.text is None]
     return {f"held-out chat {n}": prompt for n, prompt in enumerate(chats, start=1)} | built_in()
 
 

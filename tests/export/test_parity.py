@@ -35,7 +35,19 @@ from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed, render
 from gemma_tune.ollama.kept import NOTE
 from gemma_tune.ollama.template import OllamaChat, chat_for
-from support.templates import CHATML, QWEN_WORDS, TOOLS, byte_tokenizer, call, result, system, trl_template, user
+from support.templates import (
+    CHATML,
+    QWEN_WORDS,
+    TOOLS,
+    assistant,
+    byte_tokenizer,
+    call,
+    gpt_oss_tokenizer,
+    result,
+    system,
+    trl_template,
+    user,
+)
 
 MODEL_TURN = "<start_of_turn>model\n"
 
@@ -146,7 +158,7 @@ def test_long_runs_of_spaces_are_a_limit_of_vocabularies_that_look_for_them(expo
     other = export(exported.checkpoint, tmp_path / "m.gguf")
 
     def limit(name, *ggufs):
-        return limit_of(name, prompts_of([])[name].messages, exported.chat, ggufs)
+        return limit_of(name, prompts_of(exported.chat, [])[name].messages, exported.chat, ggufs)
 
     assert limit(SPACES, exported.gguf) is None
     assert limit(SPACES, exported.gguf, other.gguf) == LIMITS[SPACES]
@@ -214,6 +226,14 @@ def test_prompts_with_tools_are_laid_out_as_ollama_does(go_cache):
     assert str(refused.pop("unfit")).startswith("known limit: Ollama refuses such tools (") and refused == texts
     broken = replace(told, template=told.template.replace("<tool_response>", "<tool_reply>"))
     assert all(isinstance(text, str) for text in _ollama_texts(chat, broken, prompts).values())
+
+
+def test_reasoning_in_earlier_answers_is_sent_as_such_where_the_template_has_other_marks(go_cache):
+    chat = ChatFormat(gpt_oss_tokenizer(), "gpt_oss")
+    held_out = Prompt([user("q"), assistant("<think>\nwhy\n</think>\n\na"), user("r")])
+    prompts = prompts_of(chat, [held_out, Prompt([], text="plain")])
+    texts = _ollama_texts(chat, chat_for(chat.template), prompts)
+    assert texts["held-out chat 1"] == chat.render(held_out.messages, prompt=True) and "held-out chat 2" not in texts
 
 
 def test_a_template_that_go_refuses_is_a_difference(exported, go_cache):

@@ -50,7 +50,7 @@ def running(model: Model, generation: str = "0.33", faults=(), render=by_templat
         create_model(server, "m", model.gguf, target.chat, target.parameters, target.system)
 
         def asked(prompts=None, listener=None, **more):
-            who, cases = served.ask_server(server, target, model.chat, prompts or prompts_of([]), listener or Listener(),
+            who, cases = served.ask_server(server, target, model.chat, prompts or prompts_of(model.chat, []), listener or Listener(),
                                            **more)
             return who, {case.name: case.checks["Ollama"] for case in cases}
 
@@ -83,7 +83,7 @@ def test_a_tokenizer_of_the_servers_own_is_noticed(model, go_cache):
     with running(model, "0.24", ["own-tokenizer"]) as (_, asked):
         _, checks = asked()
     assert checks["no system"] == Check("equal")
-    tokens = len(model.chat.prompt_ids(prompts_of([])["system"].messages))
+    tokens = len(model.chat.prompt_ids(prompts_of(model.chat, [])["system"].messages))
     assert checks["system"] == Check("differs", f"{tokens + 1} tokens instead of {tokens}: the server seems to have a "
                                                 "tokenizer of its own")
     assert {"differs", "equal"} == {check.state for name, check in checks.items() if name not in LIMITS}
@@ -168,7 +168,7 @@ def test_it_is_asked_to_think_or_not_as_in_training(model, go_cache):
 def test_system_of_the_model_is_part_of_what_is_expected(model, go_cache):
     target = replace(model.target, system="Be brief.\r\n\r\nAnswer in 中文.")
     with running(model, target=target) as (_, asked):
-        _, checks = asked({"without": talk("Hi"), "with": prompts_of([])["system"]})
+        _, checks = asked({"without": talk("Hi"), "with": prompts_of(model.chat, [])["system"]})
         assert set(checks.values()) == {Check("equal")}
     chat = replace(model.target.chat, default_system="Be kind.")
     with running(model, target=replace(target, system="", chat=chat)) as (double, asked):
