@@ -212,8 +212,8 @@ class ChatFormat:
         return self._render(self._for_template(messages), tools, prompt)
 
     def with_thoughts_apart(self, messages: Messages) -> list[dict[str, Any]]:
-        """The turns as programs are to send them whose prompts are compared with these: reasoning in an answer's text
-        has a key of its own where the template has other marks for it."""
+        """The turns, with reasoning in an answer's text under a key of its own where the template has other marks for
+        it. So programs are to send them whose prompts are compared with these."""
         if self._takes_thoughts_out or self._has_other_marks:
             return [apart(message, self._begins_thoughts) for message in messages]
         return list(messages)

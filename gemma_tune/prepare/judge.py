@@ -203,7 +203,8 @@ class Judge:
         if example.messages is None:
             return example.as_row()
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
-        judged.noticed.reasoning += any("reasoning_content" in m for m in example.messages)
+        judged.noticed.reasoning += any(
+            "reasoning_content" in turn for turn in self.chat.with_thoughts_apart(example.messages))
         judged.noticed.mended.update(example.mended)
         judged.noticed.unthought += self.chat.has_unthought(example.messages, self.config.train_on)
         return example.as_row()

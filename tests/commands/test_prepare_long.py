@@ -344,6 +344,18 @@ def test_reasoning_over_several_turns_becomes_several_sequences(tiny, tmp_path):
     assert report()["before_the_limit"]["length"]["longest"] == max(len(s.ids) for s in sequences())
 
 
+def test_reasoning_in_a_text_that_the_template_marks_otherwise_counts_as_such(tiny, tmp_path):
+    model = with_template(tiny, tmp_path / "models")
+    (model / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{% if m.reasoning_content %}"
+        "[{{ m.reasoning_content }}]{% endif %}{{ m.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>assistant\n{% if enable_thinking %}{% endif %}{% endif %}")
+    value = {"messages": [user("a"), assistant("<think>\nwhy\n</think>\n\none")]}
+    done = prepared(model, write_rows(Path("rows.jsonl"), [value, row()]), "--valid", 0)
+    assert learned(format_of(model))[0] == ["[why]one<end_of_turn>"]
+    assert "1 row holds reasoning; --thinking on asks for it in every prompt" in done["err"]
+
+
 def test_a_part_that_the_template_refuses_rejects_its_row_alone(tiny, tmp_path):
     """The whole conversation is fine for this template, and so is every other row."""
     model = with_template(tiny, tmp_path / "models")
