@@ -183,7 +183,7 @@ _TURNS = """{{- $called := "" }}{{ $open := false }}
 {{- ""}}<|channel|>commentary json<|message|>{{ template "json" (json .Function.Arguments) }}<|call|>
 {{- end }}
 {{- else if eq .Role "assistant" }}
-{{- if $last }}{{ $open = true }}
+{{- if $last }}{{ if or .Content .Thinking }}{{ $open = true }}{{ end }}
 {{- if .Thinking }}<|start|>assistant<|channel|>analysis<|message|>{{ .Thinking }}{{ if .Content }}<|end|>{{ end }}
 {{- end }}
 {{- if .Content }}<|start|>assistant<|channel|>final<|message|>{{ .Content }}{{ end }}

@@ -45,6 +45,7 @@ def test_a_request_to_gpt_oss_says_how_much_it_thinks_and_can_begin_the_answer(g
     begun = plain + "<|channel|>{}<|message|>"
     assert go_template.render(template, [[user("q"), assistant("a")], [user("q"), assistant("", reasoning_content="r")]]) == [
         begun.format("final") + "a", begun.format("analysis") + "r"], "as Ollama's parser expects it"
+    assert go_template.render(template, [[user("q"), assistant("")]]) == [plain], "nothing is begun there"
 
 
 def test_the_day_of_gpt_oss_is_that_of_the_request():
