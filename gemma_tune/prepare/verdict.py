@@ -112,18 +112,20 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used",
                         "correct them, or use --on-bad-row reject", _listed(findings, refused))
     problems = [*filter(None, [long_rows() if long else None])]
+    fixes = {item.problems[0].fix for item in findings.examples}
+    fix = fixes.pop() if len(fixes) == 1 else "correct the rows named above"
     if bad == total:
-        fixes = {item.problems[0].fix for item in findings.examples}
         raise UserError("the only row cannot be used" if total == 1 else f"none of the {total:,} rows can be used",
-                        fixes.pop() if len(fixes) == 1 else "correct the rows named above",
-                        [*problems, *_listed(findings, refused)])
+                        fix, [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
         allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
         other = "correct them"
         if 2 * long > bad:
             other = f"use a larger --max-length{'' if findings.kind == PAIRS else ' or --on-long split'}"
-        raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed",
-                        f"{other}, or go on without them: --max-rejected {needed:g}",
+        hint = f"{other}, or go on without them: --max-rejected {needed:g}"
+        if findings.noticed.usual and fix.startswith("use --columns "):  # the others of that table have these as well
+            hint = fix
+        raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed", hint,
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
     _refuse_a_mixture(findings, config)

@@ -210,6 +210,17 @@ def test_a_question_and_its_answer_alone_are_taken_as_that_and_it_is_said(prepar
     assert "is taken for" not in done["err"] and kept()[0] == row("1", "0+1?")["messages"]
 
 
+@pytest.mark.parametrize("cells", [{"answer": 7}, {"context": "C"}])
+def test_where_most_rows_have_more_than_a_question_and_its_answer_columns_are_to_be_named(prepare, cells):
+    """The few that have no more are of the same table: the others are not to be left out for these."""
+    write_rows(Path("rows.jsonl"), [{"question": f"{n}+1?", "answer": f"{n + 1}"} | (cells if n else {}) for n in range(4)])
+    hint = prepare("rows.jsonl", "--valid", 0, "--max-rejected", 0.2, code=2)["hint"]
+    use, _, command = hint.partition(": ")
+    assert use.startswith("use --columns user=question,assistant=answer") and command.endswith(use.removeprefix("use "))
+    prepare("rows.jsonl", "--valid", 0, *use.removeprefix("use ").split())
+    assert len(kept()) == 4 and kept()[0] == row("0+1?", "1")["messages"]
+
+
 @pytest.mark.parametrize(("names", "named"), [("problem,solution", "user=problem,assistant=solution"),
                                               ("问题（必填）,答案", "'user=问题（必填）,assistant=答案'")])
 def test_where_columns_are_to_be_named_the_command_is_shown_whole(cli, tiny, names, named):
