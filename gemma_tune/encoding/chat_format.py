@@ -329,6 +329,9 @@ class ChatFormat:
     def _turn(self, turns: Messages, tools: Tools) -> tuple[str, str, str]:
         """Prompt and answer of the last turn, up to its end, and the special token that ends it."""
         turn = turns[-1]
+        if "reasoning_content" in turn and "tool_calls" not in turn and not turn.get("content", "").strip():
+            raise FormatError("the answer holds reasoning and nothing else, so an empty one would be learned",
+                              fix="leave the row out, as it seems to be cut off, or write what is to be said")
         prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
         if self._ends_in_next:
             calls = "tool_calls" in turn and self.calls_end_id is not None

@@ -535,6 +535,8 @@ def test_reasoning_in_an_answers_text_is_written_between_the_templates_own_marks
     assert "r 1" in beside[0][0]
     for text in ("<think>\nr 1\n</think>\n\na", "<think>r 1</think>a", "<think>\r\nr 1\r\n</think>\r\n\r\na"):
         assert learned(chat, chat.encode([user("q"), assistant(text)])) == beside
+    with pytest.raises(FormatError, match="holds reasoning and nothing else"):
+        chat.encode([user("q"), assistant("<think>r 1</think>\n")])
     [[said]] = learned(chat, chat.encode([user("q"), assistant("write <think> and </think> around it")]))
     assert "write <think> and </think> around it" in said
 
