@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from gemma_tune.gguf.types import llama_quantize
 from gemma_tune.gguf.writer import Parts, parts_of, write_gguf
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
+from gemma_tune.models.quantised import parameter_count
 from gemma_tune.run.session import Session
 
 
@@ -104,7 +104,7 @@ def load_merged(merged: Path, beside: int) -> tuple[Any | None, str]:
     Args:
         beside: bytes that are needed at the same time.
     """
-    placement, lacking = place(sum(math.prod(tensor.shape) for tensor in open_tensors(merged).values()), beside)
+    placement, lacking = place(parameter_count(open_tensors(merged).values()), beside)
     return (load_model(merged, placement), "") if placement else (None, lacking)
 
 

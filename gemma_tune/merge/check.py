@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from gemma_tune.lora.names import found_among
 from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
+from gemma_tune.models.quantised import parameter_count
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
@@ -151,7 +151,7 @@ def _prompts(session: Session, chat: ChatFormat) -> list[list[int]]:
 def _parameters(folder: Path) -> int:
     """Parameters of a checkpoint or an adapter."""
     tensors = read_header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else open_tensors(folder).values()
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+    return parameter_count(tensors)
 
 
 def _log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.licence import card_header
 
 if TYPE_CHECKING:
+    from gemma_tune.base.tensors import StoredTensor
     from gemma_tune.models.source import BaseModel
 
 BITSANDBYTES = "bitsandbytes"  # the one method whose layers LoRA is trained on here
@@ -39,6 +41,12 @@ def has_packed_experts(config: Mapping[str, Any]) -> bool:
     where the model computes; a merged checkpoint has them as they are."""
     found = _settings(config)
     return isinstance(found, Mapping) and found.get("quant_method") == _PACKED
+
+
+def parameter_count(tensors: Iterable[StoredTensor]) -> int:
+    """How many numbers tensors are in memory, where packed experts are unpacked: each byte of their blocks has two."""
+    return sum(math.prod(tensor.shape) * (2 if tensor.dtype == "U8" and tensor.name.endswith("_blocks") else 1)
+               for tensor in tensors)
 
 
 def in_four_bits(config: Mapping[str, Any]) -> bool:

@@ -12,10 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.export import files
+from gemma_tune.merge import check
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.towers import auto_class, without_towers
 from support.gemmas import make_family
+from support.llamas import make_llama, pack_experts
 
 
 def elements_copied(work) -> list[int]:
@@ -116,3 +119,15 @@ def test_families_without_a_class_for_their_text_leave_their_tower_out(kind):
         whole = auto_class(config.model_type).from_config(config)
     parameters = [{name for name, _ in model.named_parameters()} for model in (ours, whole)]
     assert parameters[0] == {name for name in parameters[1] if ".visual." not in name} != parameters[1]
+
+
+def test_the_memory_of_packed_experts_is_that_of_unpacked_ones(tmp_path, monkeypatch):
+    """Where a model is loaded to be compared, by `merge` and by the export."""
+    make_llama("gpt-oss", tmp_path)
+    pack_experts(tmp_path)
+    asked = []
+    monkeypatch.setattr(files, "place", lambda parameters, extra: asked.append(parameters) or (None, "no room"))
+    assert files.load_merged(tmp_path, 0) == (None, "no room")
+    asked.append(check._parameters(tmp_path))
+    numbers = sum(p.numel() for p in load_model(tmp_path, Placement("cpu", torch.float32, "test")).parameters())
+    assert all(numbers <= found < 1.05 * numbers for found in asked), (asked, numbers)
