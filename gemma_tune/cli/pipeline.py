@@ -17,7 +17,8 @@ from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
-from gemma_tune.export.stage import ExportReport, check_target
+from gemma_tune.export.stage import ExportReport, check_target, refuse_formats
+from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.merge.base import require_base
 from gemma_tune.prepare.stage import chat_format
 from gemma_tune.report.page import write_report
@@ -60,6 +61,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
             _refuse_outside_adapter(session)
             require_base(session, request.settings("merge").base)
             _refuse_unexportable(session, request)
+            _refuse_formats(session, request)
             stage = partial(stage, foretell=False)
         try:
             if name == "train" and session.config.num_processes > 1:
@@ -106,6 +108,21 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
         raise UserError(f"`run` ends with an export, which will not take {model.id}: {e.message}",
                         f"{hint}; or the stages before by themselves: gemma-tune prepare DATA, gemma-tune train, "
                         "gemma-tune merge", e.problems) from e
+
+
+def _refuse_formats(session: Session, request: Request) -> None:
+    """Number formats that the export in the end will refuse are told of before the training.
+
+    Raises:
+        UserError: see :func:`gemma_tune.export.stage.refuse_formats`.
+    """
+    model, config = session.model, request.settings("export-ollama")
+    if config.labels:
+        try:
+            architecture = architecture_of(model.config, model.path / "config.json")
+        except UserError:  # the converter's, or what was told of before
+            return
+        refuse_formats(config, architecture, model.id)
 
 
 def write_page(report: StageReport) -> StageReport:

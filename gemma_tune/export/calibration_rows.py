@@ -11,6 +11,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.export.calibration_file import file_rows, named_file
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.quant_loss import encoded_rows
+from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.types import libgguf
 from gemma_tune.measure.general import calibration_rows_of
 from gemma_tune.run.session import Session
@@ -27,7 +28,12 @@ def not_calibrated(session: Session, source: ExportSource) -> str:
         return "--no-calibration"
     if source.architecture is None:
         return "the converter writes the file"
-    if any(spec.turned for spec in source.architecture.tensors):
+    return not_measured(source.architecture)
+
+
+def not_measured(architecture: Architecture) -> str:
+    """Why a model's matrices cannot be measured, whatever its weights are; "" where they can."""
+    if any(spec.turned for spec in architecture.tensors):
         return "experts that add biases are not measured"
     return "libgguf is not installed" if libgguf is None else ""
 

@@ -17,7 +17,7 @@ from gemma_tune.base.secrets import place_of
 from gemma_tune.base.words import size_in_bytes, size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration_file import with_file
-from gemma_tune.export.calibration_rows import not_calibrated
+from gemma_tune.export.calibration_rows import not_calibrated, not_measured
 from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.files import ExportSource, source_of, write_file
@@ -25,6 +25,7 @@ from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.same_files import SameFiles, same_files
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, file_to_take, gained, said_against, with_file_to_take
+from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import find_converter
 from gemma_tune.gguf.types import COARSE, OF_EXPERTS, recommended
@@ -150,8 +151,7 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
             listener.warn("the base model came from a GGUF, so its weights lie on the steps of few bits: rounding each "
                           "by itself can take what was learned back to them; the table tells")
     if session.config.size and not mixes:
-        raise UserError(f"--size {session.config.size}: what rounding costs cannot be measured: {said}",
-                        "name a number format with --quant")
+        raise _unmeasured(session.config.size, said)
     if mixes:
         mixes.measure(tuple(files))
     return {label: _write_one(session, source, label, path, mixes) for label, path in files.items()}
@@ -185,11 +185,33 @@ def _say(session: Session, target: Target) -> None:
                               f"Modelfile: {lost!r}; a model that this command creates has them")
 
 
+def refuse_formats(config: ExportConfig, architecture: Architecture | None, model: str) -> None:
+    """What a model cannot be exported in, whatever its weights are.
+
+    Args:
+        architecture: None where the converter alone knows it.
+        model: its name for people.
+
+    Raises:
+        UserError: a format or a size that was asked for is that.
+    """
+    if architecture is None:
+        return
+    if OF_EXPERTS in config.quant and not architecture.experts:
+        raise UserError(f"{OF_EXPERTS} is a format for mixtures of experts, and {model} has none",
+                        "choose another one, such as q4_k_m")
+    if config.size and (reason := not_measured(architecture)):
+        raise _unmeasured(config.size, reason)
+
+
+def _unmeasured(size: str, reason: str) -> UserError:
+    return UserError(f"--size {size}: what rounding costs cannot be measured: {reason}",
+                     "name a number format with --quant")
+
+
 def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     chosen = session.config.labels
-    if OF_EXPERTS in chosen and source.architecture and not source.architecture.experts:
-        raise UserError(f"{OF_EXPERTS} is a format for mixtures of experts, and {session.model.id} has none",
-                        "choose another one, such as q4_k_m")
+    refuse_formats(session.config, source.architecture, session.model.id)
     if not chosen and source.architecture and (quant := source.architecture.made_in):
         session.listener.note(f"number format {quant}: the model was made in it, so that experts which were not "
                               "trained stay as they are; all else has eight bits")

@@ -104,6 +104,17 @@ def test_the_tokenizer_is_loaded_once_for_the_rows_and_the_look_at_the_export(cl
     assert cli("prepare", conversations, "--model", base).code == 0 and loaded == [base]
 
 
+@pytest.mark.parametrize(("family", "asked", "said"), [
+    ("qwen2", {"quant": ["q8_0", "mxfp4"]}, "mxfp4 is a format for mixtures of experts, and m has none"),
+    ("gpt-oss", {"size": "9MB"}, "--size 9MB: what rounding costs cannot be measured: experts that add biases are not measured")])
+def test_a_format_that_a_model_cannot_have_is_refused_by_a_whole_run(cli, model, conversations, tmp_path, family, asked, said):
+    base = model(family)
+    (tmp_path / "settings.yaml").write_text(json.dumps({"export-ollama": asked}))
+    whole = cli("run", conversations, "--model", base, "--config", tmp_path / "settings.yaml")
+    assert whole.code == 2 and said in whole.err
+    assert not Path("runs/m/data").exists()
+
+
 def test_what_llama_cpps_converter_writes_is_no_warning(cli, model, conversations):
     base = model("qwen2", model_type="stablelm", architectures=["StableLmForCausalLM"])
     result = cli("prepare", conversations, "--model", base, "--json")
