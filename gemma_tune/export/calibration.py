@@ -21,7 +21,7 @@ from gemma_tune.export.sensitivity import Costs, Sensitivity
 from gemma_tune.export.token_weights import TokenWeights
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Inputs, inputs_of
-from gemma_tune.gguf.types import COARSE, QUANTS
+from gemma_tune.gguf.types import COARSE, OF_EXPERTS, QUANTS
 from gemma_tune.models.experts import ExpertProduct
 from gemma_tune.models.layerwise import LayerwiseModel, Row
 from gemma_tune.models.placement import OVERHEAD, USABLE, Placement, available, best_device, choose_placement
@@ -33,6 +33,7 @@ _WORK = 4_096_000_000_000
 _MOST, _FEWEST = 8192, 1536
 KEPT = 1 << 30  # bytes of factors that are kept for the next format; else each format has them computed anew
 _HEAD_TOKENS = 512  # where the layers are gone through for the head alone
+BY_THEMSELVES = f"{OF_EXPERTS} rounds each weight by itself"
 MOST_COLUMNS = 4096  # whose errors are made up for by each other
 _COLUMNS = 256  # of the largest blocks of a file
 _AT_A_TIME = 2048  # inputs that are multiplied at once
@@ -278,7 +279,7 @@ class _Notes:
 def calibration_of(session: Session, source: ExportSource, quants: Sequence[str]) -> tuple[Calibration | None, str]:
     """What the files of an export are rounded by, and in words; or None and why not, "" where nothing is to be."""
     if all(quant in QUANTS and quant not in COARSE for quant in quants):
-        return None, ""
+        return None, BY_THEMSELVES if OF_EXPERTS in quants else ""
     if reason := not_calibrated(session, source):
         return None, reason
     assert source.architecture is not None

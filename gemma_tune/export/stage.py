@@ -132,7 +132,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
 def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Write the files; those of few bits rounded by what the matrices are multiplied with on rows."""
     # They bring torch along, which an export that is up to date does without.
-    from gemma_tune.export.calibration import calibration_of
+    from gemma_tune.export.calibration import BY_THEMSELVES, calibration_of
     from gemma_tune.export.mixes import Mixes
 
     listener = session.listener
@@ -142,7 +142,7 @@ def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) ->
     if mixes:
         mixes.require_room(tuple(files))
     if calibration:
-        listener.note(f"rounding is calibrated on {said}")
+        listener.note(f"rounding is calibrated on {said}" + (f"; {BY_THEMSELVES}" if OF_EXPERTS in files else ""))
     elif not said and session.config.calibration_file:
         listener.note("--calibration is not used: none of these formats has eight bits or fewer")
     elif said:

@@ -158,6 +158,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         assert before.keys() == after.keys(), "experts stay packed"
         changed = {name.split(".", 3)[3] for name in before if not torch.equal(before[name], after[name])}
         assert changed == {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+        again = cli("export-ollama", "--no-create", "--no-verify", "--no-measure", "--force")
+        assert "rounding is not calibrated: mxfp4 rounds each weight by itself" in again.err
         refused = cli("train", "--qlora", "--force")
         assert refused.code == 2 and "experts have four bits already" in refused.err and "leave --qlora out" in refused.err
         return
@@ -171,6 +173,10 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         sized = cli("export-ollama", "--size", f"{size / 1000}KB", "--no-create", "--json")
         assert sized.code == 0 and "measured to cost" in sized.err, sized.err
         assert 0 < sized.json["summary"]["gguf_bytes"] <= size
+        both = cli("export-ollama", "--quant", "mxfp4,q4_0", "--no-create", "--no-verify", "--no-measure", "--json")
+        assert both.code == 0 and " of general text; mxfp4 rounds each weight by itself" in both.err
+        calibrated = {quant: figures["calibrated_matrices"] for quant, figures in both.json["summary"]["quants"].items()}
+        assert calibrated["mxfp4"] == 0 < calibrated["q4_0"]
 
 
 def make_exportable(kind, folder):
