@@ -71,7 +71,8 @@ class Gram:
         self._narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu"
         x = x.reshape(-1, x.shape[-1]).float()
         if len(self._probes) < _PROBES:
-            self._probes.append(x[len(x) // 2].cpu().numpy())
+            # Where tokens count differently, one that counts: rounding cares little for others.
+            self._probes.append(x[len(x) // 2 if weights is None else int(weights.argmax())].cpu().numpy())
         self._waiting.append(x if weights is None else x * weights.sqrt()[:, None])
         if sum(map(len, self._waiting)) >= _AT_A_TIME:  # one product of many inputs, not many of few
             self._multiply()

@@ -8,11 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.export import calibration
-from gemma_tune.export.calibration import Calibration
-from gemma_tune.gguf.compensated import inputs_of
+from gemma_tune.export.calibration import Calibration, Gram
+from gemma_tune.gguf.check import MOST_OF_OUTPUT
+from gemma_tune.gguf.compensated import calibrated, inputs_of
 from gemma_tune.gguf.reader import GgufFile
+from gemma_tune.gguf.types import dequantise
 from gemma_tune.gguf.writer import parts_of, write_gguf
 from gemma_tune.models.layerwise import LayerwiseModel
 from gemma_tune.models.placement import Placement
@@ -165,3 +168,25 @@ def test_a_file_that_changes_after_it_was_calibrated_is_noticed(cli, merged, mon
     assert result.code == 1
     assert "blk.1.ffn_down.weight: not what was written" in result.err
     assert "export-ollama" not in json.loads((merged / "manifest.json").read_text())["stages"]
+
+
+def test_a_file_is_checked_with_inputs_that_count():
+    """Those of no weight come out further off than the check allows: as of gates of four rows."""
+    rng = np.random.default_rng(4)
+    weights = rng.standard_normal((4, 64)).astype(np.float32)
+    gram, middle = Gram(64, torch.device("cpu")), []
+    for n in range(8):
+        x, counts = torch.from_numpy(rng.standard_normal((40, 64)).astype(np.float32)), torch.zeros(40)
+        x[n + 2] = torch.from_numpy(rng.standard_normal(4) @ weights).float()  # of these the matrix makes much
+        x[20] -= x[20] @ torch.from_numpy(0.7 * np.linalg.pinv(weights) @ weights).float().T
+        counts[n + 2] = 40.0
+        gram.add(x, counts)
+        middle.append(x[20].numpy())
+    inputs = gram.inputs(8 * 40)
+    data, _ = calibrated(weights, Type.Q4_0, inputs)
+    off = dequantise(data, Type.Q4_0) - weights
+
+    def error(probes: np.ndarray) -> float:
+        return float((np.square(off @ probes.T).sum() / np.square(weights @ probes.T).sum()) ** 0.5)
+
+    assert error(inputs.probes) < 0.5 * MOST_OF_OUTPUT[Type.Q4_0] < 1.3 * MOST_OF_OUTPUT[Type.Q4_0] < error(np.stack(middle))
