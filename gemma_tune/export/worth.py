@@ -14,6 +14,7 @@ from typing import Any
 from gemma_tune.base.words import size_text
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, Loss
+from gemma_tune.gguf.types import OF_EXPERTS
 from gemma_tune.run.earlier_exports import smallest_sound
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import OUTSIDE
@@ -105,7 +106,8 @@ def with_file_to_take(summary: Mapping[str, Any], figures: Mapping[str, Mapping[
 
 def finer_than(quants: Collection[str]) -> str:
     """The format to try where all of these, and mixes of a size among them, lose too much."""
-    finest = min(set(QUANTS).intersection(quants), key=QUANTS.index, default=QUANTS[-1])
+    named = {"q4_0" if quant == OF_EXPERTS else quant for quant in quants}  # which has four bits, too
+    finest = min(named.intersection(QUANTS), key=QUANTS.index, default="q4_0")
     return _FINER.get(finest, "q8_0" if QUANTS.index(finest) > QUANTS.index("q8_0") else REFERENCE)
 
 

@@ -175,7 +175,8 @@ def test_figures_that_could_not_be_read_again_are_not_recorded(cli, export, merg
 
 @pytest.mark.parametrize(("tried", "next_one"), [
     (["q4_k_m"], "q5_k_m"), (["q5_k_m", "q4_0"], "q6_k"), (["q6_k"], "q8_0"), (["q4_0"], "q8_0"), (["q5_1"], "q8_0"),
-    (["q8_0", "q4_k_m"], "f16"), (["bf16"], "f16")])
+    (["q8_0", "q4_k_m"], "f16"), (["bf16"], "f16"), (["q3_k_s", "q2_k"], "q3_k_m"), (["q3_k_m"], "q4_k_m"), (["250mb"], "q8_0"),
+    (["mxfp4"], "q8_0"), (["q3_k_m", "mxfp4"], "q8_0"), (["mxfp4", "q4_k_m"], "q5_k_m")])
 def test_the_next_format_to_try(tried, next_one):
     from gemma_tune.export.worth import finer_than
 
