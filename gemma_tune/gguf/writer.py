@@ -243,7 +243,8 @@ def write_gguf(
 
 def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: Any) -> GgufSummary:
     """`write_gguf` by way of an unquantised file, which holds every value as it is, and llama.cpp's own program."""
-    whole = "bf16" if {tensor.dtype for tensor in open_tensors(checkpoint).values()} == {"BF16"} else "f32"
+    # Bytes are those of packed experts, whose numbers bf16 holds as well.
+    whole = "bf16" if {tensor.dtype for tensor in open_tensors(checkpoint).values()} <= {"BF16", "U8"} else "f32"
     unquantised = out.with_name(out.name + ".unquantised")
     try:
         written = write_gguf(checkpoint, unquantised, whole, **settings)

@@ -254,3 +254,19 @@ def test_packed_experts_give_the_file_of_those_that_transformers_unpacks(tmp_pat
     assert [problem.split(":")[0] for problem in failed.value.problems] == [f"blk.2.ffn_{part}_exps.weight" for part in ("gate", "up")]
     edited(packed, lambda tensors: tensors.update({name: tensors[name][:, :10].clone()}))
     assert f"{name} is not a tensor of this model" in problems_of(packed)
+
+
+def test_packed_experts_go_through_llama_quantize_in_bf16(tmp_path, monkeypatch):
+    """Of 120B parameters the file between takes 234 GB so, and twice as much in f32."""
+    make_llama(TURNED, tmp_path)
+    pack_experts(tmp_path)
+    seen = []
+
+    def quantised(source: Path, out: Path, quant: str) -> None:
+        seen.append({info.type.name for name, info in GgufFile(source, keys=()).tensors.items() if name.endswith("_exps.weight")})
+        shutil.copy(source, out)
+
+    monkeypatch.setattr(writer, "needs_llama_quantize", lambda quant, *_: quant == "q4_k_m")
+    monkeypatch.setattr(writer, "llama_quantize", quantised)
+    path = export(tmp_path, "q4_k_m")
+    assert seen == [{"BF16"}] and worst_error(tmp_path, path, architecture(tmp_path))[0] == 0
