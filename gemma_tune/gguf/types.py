@@ -293,6 +293,6 @@ def _program() -> str:
 
 
 def _no_k_types() -> UserError:
-    return UserError("the K types (q4_k_m, q5_k_m, q6_k, and the output head of q4_0 to q5_1) need a quantiser that is "
-                     "not installed", "pip install libgguf, or put llama.cpp's llama-quantize on the PATH; q8_0, f16, "
-                                      "bf16 and f32 need neither")
+    return UserError("the K types (q2_k to q6_k, and the output head of q4_0 to q5_1) need a quantiser that is not "
+                     "installed", "pip install libgguf, or put llama.cpp's llama-quantize on the PATH; q8_0, mxfp4, "
+                                  "f16, bf16 and f32 need neither")

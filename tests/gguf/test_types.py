@@ -315,7 +315,11 @@ def test_when_llama_quantize_is_needed(program, monkeypatch):
         gguf_types.needs_llama_quantize("q4_k_m", whole, model(1))
     with pytest.raises(UserError, match="not installed"):
         gguf_types.llama_quantize(Path("a.gguf"), Path("b.gguf"), "q4_k_m")
-    assert not gguf_types.needs_llama_quantize("q8_0", whole, model(1))
+    experts = [*whole, ("blk.0.ffn_up_exps.weight", (4, 32, 256))]
+    assert not any(gguf_types.needs_llama_quantize(quant, experts, model(1)) for quant in ("q8_0", "mxfp4"))
+    with pytest.raises(UserError, match="q2_k to q6_k") as refused:
+        gguf_types.needs_llama_quantize("q2_k", whole, model(1))
+    assert "q8_0, mxfp4, f16, bf16 and f32 need neither" in refused.value.hint
     monkeypatch.undo()
     assert not gguf_types.needs_llama_quantize("q4_k_m", whole, model(1))
 
