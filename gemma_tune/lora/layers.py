@@ -39,7 +39,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Raises:
         UserError: names that match nothing, with the names there are, or that cannot be adapted.
     """
-    if [*wanted] == [ASKED]:
+    if {*wanted} == {ASKED}:
         return []
     wanted = [] if _ALL in wanted else [name for name in wanted if name != ASKED]
     out = left_out(model)
@@ -111,7 +111,7 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         wanted: the last names that were asked for; none means all.
     """
     experts, every = ASKED in wanted, not wanted or _ALL in wanted
-    if [*wanted] == [ASKED]:
+    if {*wanted} == {ASKED}:
         return []
     wanted = [] if every else wanted
     out = left_out(model) | ({} if wanted else dict.fromkeys(sorted(routers(model)), _CHOOSES))

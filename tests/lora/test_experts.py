@@ -246,8 +246,10 @@ def test_experts_are_adapted_where_they_are_asked_for():
     model = make("gemma4_text")
     every, experts = target_modules(model, ()), [f"model.layers.{n}.experts.{p}" for n in range(2) for p in ("gate_up_proj", "down_proj")]
     assert target_parameters(model, ()) == target_parameters(model, ("q_proj",)) == []
-    for asked, modules in ((("all", "experts"), every), (("experts",), []), (("experts", "q_proj"), target_modules(model, ["q_proj"]))):
+    for asked, modules in ((("all", "experts"), every), (("experts",), []), (("experts", "experts"), []),
+                           (("experts", "q_proj"), target_modules(model, ["q_proj"]))):
         assert (target_modules(model, asked), target_parameters(model, asked)) == (modules, experts)
+    assert not_adapted(model, ("experts",)) == not_adapted(model, ("experts", "experts")) == []
     assert not any("experts of each" in said for said in not_adapted(model, ("all", "experts")))
     assert not_adapted(model, ())[-1].endswith("; --target-modules all,experts adapts them too")
 
