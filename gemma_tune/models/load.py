@@ -129,9 +129,6 @@ def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bo
     if has_packed_experts(config):
         from transformers import Mxfp4Config
 
-        if four_bit:
-            raise UserError("this model's experts have four bits already, and nothing else of it gets them",
-                            "leave --qlora out")
         extra["quantization_config"] = Mxfp4Config(dequantize=True)
     if four_bit:
         from transformers import BitsAndBytesConfig

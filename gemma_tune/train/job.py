@@ -135,7 +135,7 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
         before: the micro-batch that a resumed training had, which is kept if it fits.
         start: directory of the adapter that is trained further.
     """
-    refuse_four_bits(session.config, placement.device)
+    refuse_four_bits(session.config, placement.device, session.model.config)
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
                      placement.device)
     _refuse_beyond_positions(session, shape, longest)

@@ -7,8 +7,9 @@ that: a batch is worked on in pieces, whose gradients are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import psutil
 
@@ -17,6 +18,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
+from gemma_tune.models.quantised import has_packed_experts
 from gemma_tune.train.shape import ModelShape
 
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
@@ -172,12 +174,19 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
     raise UserError(says, _what_helps(choice, config, longest))
 
 
-def refuse_four_bits(config: TrainConfig, device: str) -> None:
+def refuse_four_bits(config: TrainConfig, device: str, base: Mapping[str, Any]) -> None:
     """Before any work: ``--qlora`` where it does not compute.
 
+    Args:
+        base: config.json of the base model.
+
     Raises:
-        UserError: on Apple's GPU, where transformers loads bitsandbytes' layers onto the CPU.
+        UserError: on Apple's GPU, where transformers loads bitsandbytes' layers onto the CPU; of a model that is packed
+            already.
     """
+    if config.qlora and has_packed_experts(base):
+        raise UserError("this model's experts have four bits already, and nothing else of it gets them",
+                        "leave --qlora out")
     if config.qlora and device == "mps":
         raise UserError("--qlora does not go with Apple's GPU: transformers puts bitsandbytes' 4-bit layers on the CPU "
                         "there", "leave --qlora out; --micro-batch 1 --activation-checkpointing saves memory, and so "

@@ -160,8 +160,11 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
         assert changed == {f"self_attn.{part}_proj.weight" for part in "qkvo"}
         again = cli("export-ollama", "--no-create", "--no-verify", "--no-measure", "--force")
         assert "rounding is not calibrated: mxfp4 rounds each weight by itself" in again.err
-        refused = cli("train", "--qlora", "--force")
-        assert refused.code == 2 and "experts have four bits already" in refused.err and "leave --qlora out" in refused.err
+        for flags, said, hint in ((("--qlora",), "experts have four bits already", "leave --qlora out"),
+                                  (("--target-modules", "all,experts"), "this model (gpt_oss) keeps them in a way of its own",
+                                   "leave experts out of --target-modules")):
+            refused = cli("train", *flags, "--dry-run")
+            assert refused.code == 2 and said in refused.err and hint in refused.err, "before anything is loaded"
         return
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
