@@ -71,10 +71,18 @@ def _name_for_others(model: Any, session: Session) -> None:
     same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(chosen)
     # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
     peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
-    peft_config.target_parameters = sorted({".".join(name.rsplit(".", 2)[1:]) for name in
-                                            peft_config.target_parameters or ()}) or None
+    peft_config.target_parameters = _named_parameters(model, peft_config.target_parameters or ()) or None
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
+
+
+def _named_parameters(model: Any, adapted: Sequence[str]) -> list[str]:
+    """Parameters of experts: ``experts.down_proj`` where those of every layer are adapted, else the whole names, by
+    which the adapter is told apart from one on other layers."""
+    short = {".".join(name.rsplit(".", 2)[1:]) for name in adapted}
+    ends = tuple(f".{name}" for name in short)
+    there = (name.replace(".base_layer", "") for name, _ in model.get_base_model().named_parameters())
+    return sorted(short if sum(name.endswith(ends) for name in there) == len(adapted) else adapted)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path, compares: bool = False) -> None:

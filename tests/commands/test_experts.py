@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from support.command import rows, write_rows
@@ -97,6 +97,20 @@ def test_an_interrupted_training_of_experts_ends_as_one_that_was_not(cli, tmp_pa
     assert "folded into the weights" in done(cli("chat", "--use", "adapter", "--input", tmp_path / "asked.jsonl", "-n", 2)).err
     refused = cli("train", "--from-adapter", weights.parent, "--dora")
     assert refused.code == 2 and "dora" in refused.err
+
+
+def test_an_adapter_on_experts_of_some_layers_stays_on_these(cli, tmp_path):
+    """As OpenAI's recipe for GPT-OSS names them."""
+    prepared(cli, "qwen 3", tmp_path)
+    parameters = [f"model.layers.{place}" for place in ("0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj")]
+    base = T.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=[name[13:] for name in parameters])
+                   ).save_pretrained(tmp_path / "begun")
+    trained = done(cli("train", "--from-adapter", tmp_path / "begun", *ASK[2:], "--max-steps", 4, "--json"))
+    config = json.loads((Path(trained.json["artifacts"]["adapter"]) / "adapter_config.json").read_text())
+    assert config["target_parameters"] == parameters
+    summary = done(cli("merge", "--dtype", "fp32", "--json")).json["summary"]
+    assert summary["check_divergence"] < 1e-5 < 1e-2 < summary["check_adapter_effect"]
 
 
 def test_experts_beside_layers_in_4_bits(cli, tmp_path):
