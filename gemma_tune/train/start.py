@@ -80,8 +80,13 @@ def _learned_answers(session: Session) -> bool:
     """Whether the run has an adapter that learned answers, which a training of preferences goes on from."""
     record = session.manifest.stages.get("train")
     return (session.config.method in ("dpo", "kto") and record is not None and session.run.adapter.is_dir()
-            and record["base"] == session.model.fingerprint
-            and session.settings_of("train").get("method", "sft") in ("sft", AUTO))
+            and record["base"] == session.model.fingerprint and _last_method(session) == "sft")
+
+
+def _last_method(session: Session) -> str:
+    """That of the run's last training; where its record does not say, it is older than the others."""
+    method = session.settings_of("train").get("method", AUTO)
+    return "sft" if method == AUTO else method
 
 
 def _is_the_run_s(session: Session, named: str) -> bool:
@@ -124,7 +129,7 @@ def warn_of_what_is_replaced(session: Session) -> None:
     where preferences were learned, and where they are learned now, as `dpo` goes on from answers and `orpo` does not.
     """
     record = session.manifest.stages.get("train")
-    method = session.settings_of("train").get("method")
+    method = _last_method(session)
     preferences = [name for name in (method, session.config.method) if name in PREFERENCES]
     if record is None or not preferences or "from_adapter" in session.given or _learned_answers(session):
         return
