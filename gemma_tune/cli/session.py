@@ -79,6 +79,8 @@ class Commands(TyperGroup):
             if not hasattr(e, "format_message"):
                 raise
             code = _wrong_usage(e, next((word for word in words[:1] if word in self.commands), None), typed)
+        if code:
+            processes.let_the_main_one_speak()
         sys.exit(code)
 
 

@@ -274,6 +274,13 @@ def settle(problem: UserError) -> UserError | None:
         return problem if is_main() else None
 
 
+def let_the_main_one_speak() -> None:
+    """Before this process fails: torchrun ends all of them when the first has failed, which must not be one that is
+    silent. It ends this one, too, as soon as the main one has said what is wrong."""
+    if not is_main() and not joined() and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(GRACE)
+
+
 def _settle_main(problem: UserError) -> UserError:
     """Ending is enough to tell the others."""
     if _lost(problem):

@@ -50,7 +50,7 @@ def python(*args: object, **environment: object) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def accelerate(*args: object) -> Result:
+def accelerate(*args: object, **env: str) -> Result:
     """``accelerate launch -m gemma_tune`` as two processes, with settings of accelerate that must not count.
 
     ``--multi_gpu`` only means that there are several: without it accelerate starts one process on a CPU.
@@ -60,7 +60,7 @@ def accelerate(*args: object) -> Result:
         port = s.getsockname()[1]
     return python("accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
                   "--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", port,
-                  "-m", "gemma_tune", *args)
+                  "-m", "gemma_tune", *args, **env)
 
 
 @pytest.fixture(scope="session")
@@ -219,8 +219,10 @@ def test_before_they_meet_the_main_process_speaks_for_what_is_the_same_for_all(m
     assert processes.settle(usage) is usage
 
 
-def test_wrong_usage_under_accelerate_is_said_once():
-    done = accelerate("train", "--no-such-option")
+def test_wrong_usage_under_accelerate_is_said_once(tmp_path):
+    """Also where the main process is the slower one: torchrun ends all when the first has failed."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(6)\n")
+    done = accelerate("train", "--no-such-option", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert done.code != 0
     assert done.err.count("--no-such-option") == 1 or done.err.count("No such option") == 1
 
