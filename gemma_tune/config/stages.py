@@ -220,7 +220,7 @@ class TrainConfig(MethodConfig, StageConfig):
                                "full fine-tuning at low ranks; it takes more memory while training, and none after "
                                "merging.")
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every linear "
-                                                 "layer, and beside that or alone `experts` for those of a mixture.",
+                                                 "layer. `experts`, beside them or alone, for those of a mixture.",
                                              auto="every linear layer of the text model")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
                                          auto="by model family and size", group="common")
