@@ -116,7 +116,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                         missing_package(e, four_bit=four_bit)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
-            raise no_memory(e, "close other programs, or take a smaller model; train --qlora keeps it in 4 bits") from e
+            smaller = "" if has_packed_experts(config) else "; train --qlora keeps it in 4 bits"
+            raise no_memory(e, f"close other programs, or take a smaller model{smaller}") from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
     _refuse_unfit(checkpoint, info)

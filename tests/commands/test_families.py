@@ -165,6 +165,9 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
                                    "leave experts out of --target-modules")):
             refused = cli("train", *flags, "--dry-run")
             assert refused.code == 2 and said in refused.err and hint in refused.err, "before anything is loaded"
+        monkeypatch.setattr(T.GptOssForCausalLM, "to", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        full = cli("train", "--force", "--max-steps", 1)
+        assert full.code == 2 and "take a smaller model" in full.err and "--qlora" not in full.err
         return
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
