@@ -137,7 +137,7 @@ def test_others_put_the_adapter_on_the_whole_model(cli, tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize("kind", ["qwen 3.5", "lfm2", "mistral small 3.2", "glm 4", "hunyuan", "seed-oss",
                                   "qwen 3 with experts", "qwen 3.5 with experts", "gemma4-experts", "gpt-oss"])
-def test_what_was_trained_comes_through_an_export(cli, tmp_path, kind):
+def test_what_was_trained_comes_through_an_export(cli, tmp_path, monkeypatch, kind):
     """Of layers with a state or with experts, and of a text part without a class of its own: llama.cpp answers alike in each
     number format."""
     model = tmp_path / "model"
