@@ -167,7 +167,7 @@ def test_a_path_that_the_system_refuses(cli, trained, monkeypatch):
 
     monkeypatch.setattr(source, "fingerprint", refuse)
     said(cli("prepare", "--run", trained), 2, "model.safetensors cannot be used: Permission denied", "permissions")
-    said(cli("prepare", "--model", "a/" + "b" * 5000), 2, "File name too long")
+    said(cli("prepare", "--model", "a/" + "b" * 5000), 2, "too long a name to call files after")
 
 
 def test_chat_with_closed_standard_input(trained, monkeypatch, capsys):

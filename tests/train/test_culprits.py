@@ -62,6 +62,7 @@ def test_a_row_that_meets_a_bad_weight_is_named_with_its_file_and_line(cli, harm
 def test_so_it_is_where_nobody_waits_for_a_step(cli, harmed, odd_rows, monkeypatch):
     """As on a GPU: the figures are looked at a step later, and the optimiser leaves the weights as they are meanwhile."""
     from gemma_tune.train import job, late
+    from gemma_tune.train.gradients import Gradients
     from gemma_tune.train.trainer import GemmaTrainer
 
     arguments, begin = job._arguments, GemmaTrainer.__init__
@@ -73,7 +74,7 @@ def test_so_it_is_where_nobody_waits_for_a_step(cli, harmed, odd_rows, monkeypat
 
     def not_waiting(self, *args, **kwargs):
         begin(self, *args, **kwargs)
-        self.waits = False
+        self.waits, self.gradients = False, Gradients(dict(zip(self.gradients.names, self.gradients.weights)), fixed=True)
 
     monkeypatch.setattr(job, "_arguments", fused)
     monkeypatch.setattr(GemmaTrainer, "__init__", not_waiting)
