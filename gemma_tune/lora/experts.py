@@ -54,6 +54,12 @@ def chosen_of(model: PreTrainedModel) -> int:
     return next((found for name in names if isinstance(found := getattr(config, name, None), int)), count_of(model))
 
 
+def share_of(model: PreTrainedModel) -> float:
+    """The share of the experts that a token goes through; all of it in a dense model."""
+    count = count_of(model)
+    return chosen_of(model) / count if count else 1.0
+
+
 def adaptable(model: PreTrainedModel) -> list[str]:
     """Full names of the parameters of experts to which LoRA can be added; none of a family that keeps them in a way of
     its own, in memory or on the disk."""

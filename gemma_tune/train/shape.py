@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.lora.experts import chosen_of, count_of
+from gemma_tune.lora.experts import chosen_of, share_of
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import lora_config, target_modules, target_parameters
 from gemma_tune.lora.start import apart, names_in, patterns_of
@@ -96,7 +96,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
                 for _, outer, inner in (model.get_parameter(name).shape for name in experts)]
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
-    parameters, active = sum(p.numel() for p in model.parameters()), _active(model, text_config)
+    parameters, active = sum(p.numel() for p in model.parameters()), _active(model)
     through = sum(map(sum, adapted))
     with_adapter = _adapted(model, config, (chosen, experts), patterns_of(start, names) if start else {})
     on_layers, on_experts = _trained(with_adapter)
@@ -104,7 +104,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         parameters=parameters, linear=sum(linear.values()),
         active=active,
         adapter=on_layers + on_experts,
-        adapter_active=on_layers + round(on_experts * chosen_of(model) / (count_of(model) or 1)),
+        adapter_active=on_layers + round(on_experts * share_of(model)),
         adapted=len(chosen), experts=len(experts), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(map(max, adapted)), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
@@ -175,16 +175,15 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> Pr
             return auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def _active(model: PreTrainedModel, config: PretrainedConfig) -> int:
+def _active(model: PreTrainedModel) -> int:
     """Numbers of the text model's matrices that one token meets; experts are three-dimensional parameters."""
     import torch
 
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    share = share_of(model)
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [model.get_output_embeddings()]
     embeddings = {id(p) for module in tables for p in module.parameters()}
     matrices = [p for p in model.get_decoder().parameters() if p.ndim > 1 and id(p) not in embeddings]
-    return round(sum(p.numel() * (chosen / experts if p.ndim == 3 else 1) for p in matrices))
+    return round(sum(p.numel() * (share if p.ndim == 3 else 1) for p in matrices))
 
 
 def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: tuple[list[str], list[str]],
