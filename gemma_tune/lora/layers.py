@@ -39,9 +39,8 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Raises:
         UserError: names that match nothing, with the names there are, or that cannot be adapted.
     """
-    if {*wanted} == {ASKED}:
+    if (wanted := _of_layers(wanted)) is None:
         return []
-    wanted = [] if _ALL in wanted else [name for name in wanted if name != ASKED]
     out = left_out(model)
     linear = _linear(model) - out.keys()
     leaves = sorted(set(map(_leaf, linear)))
@@ -59,6 +58,14 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     if not chosen:
         raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
     return chosen
+
+
+def _of_layers(wanted: Sequence[str]) -> list[str] | None:
+    """The last names of linear layers among those that are wanted, none for all of them; None where experts alone are.
+    """
+    if {*wanted} == {ASKED}:
+        return None
+    return [] if _ALL in wanted else [name for name in wanted if name != ASKED]
 
 
 def target_parameters(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -110,10 +117,9 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     Args:
         wanted: the last names that were asked for; none means all.
     """
-    experts, every = ASKED in wanted, not wanted or _ALL in wanted
-    if {*wanted} == {ASKED}:
+    experts = ASKED in wanted
+    if (wanted := _of_layers(wanted)) is None:
         return []
-    wanted = [] if every else wanted
     out = left_out(model) | ({} if wanted else dict.fromkeys(sorted(routers(model)), _CHOOSES))
     there, not_there = Counter(map(_leaf, _linear(model))), Counter(map(_leaf, out))
     said = []

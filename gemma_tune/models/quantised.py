@@ -45,7 +45,9 @@ def has_packed_experts(config: Mapping[str, Any]) -> bool:
 
 def parameter_count(tensors: Iterable[StoredTensor]) -> int:
     """How many numbers tensors are in memory, where packed experts are unpacked: each byte of their blocks has two."""
-    return sum(math.prod(tensor.shape) * (2 if tensor.dtype == "U8" and tensor.name.endswith("_blocks") else 1)
+    from gemma_tune.gguf.experts import PACKED
+
+    return sum(math.prod(tensor.shape) * (2 if tensor.dtype == "U8" and tensor.name.endswith(PACKED[0]) else 1)
                for tensor in tensors)
 
 
