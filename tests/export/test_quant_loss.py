@@ -19,7 +19,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import quant_loss
 from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.gguf.architectures.registry import architecture_of
-from gemma_tune.gguf.check import worst_error
+from gemma_tune.gguf.check import MOST_OF_OUTPUT, worst_error
 from gemma_tune.gguf.compensated import Rounded
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import QUANTS
@@ -368,6 +368,31 @@ def test_inputs_of_which_a_matrix_makes_almost_nothing_are_no_reason_to_refuse_a
         worst_error(other, files[quant], architecture(checkpoint), rounded)
     [found] = caught.value.problems
     assert found.startswith("blk.1.attn_v.weight: its output is off by")
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_uneven_inputs_for_which_any_rounding_is_far_off_are_no_reason_to_refuse_a_file(checkpoint, tmp_path, quant):
+    """A column that is multiplied with all there is, beside weights that are large where nothing comes."""
+    name, stored = "model.layers.1.mlp.gate_proj.weight", "blk.1.ffn_gate.weight"
+
+    def uneven(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][:, 0] *= 1e-3
+
+    made = rewritten(tmp_path / "uneven", checkpoint, uneven)
+    path = export(made, tmp_path, quant)
+    probes = np.zeros((32, GgufFile(path, keys=()).tensors[stored].shape[1]), np.float32)
+    probes[:, 0] = np.random.default_rng(3).standard_normal(32)
+    sound = {stored: Rounded(0.0, GgufFile(path, keys=()).sha256(stored), probes)}
+    error, _ = worst_error(made, path, architecture(checkpoint), sound)
+    assert error > MOST_OF_OUTPUT[GgufFile(path, keys=()).tensors[stored].type]
+
+    def larger(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][:, 0] += 1.0
+
+    other = rewritten(tmp_path / "other", made, larger)
+    with pytest.raises(WorkFailed, match="does not hold") as caught:
+        worst_error(other, path, architecture(checkpoint), sound)
+    assert caught.value.problems[0].startswith(f"{stored}: its output is off by")
 
 
 def test_a_head_that_is_not_the_embedding_is_missed_in_the_file(twice, tmp_path):
