@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from gemma_tune.gguf.architectures.parts import PLUS_ONE, SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import PLUS_ONE, Architecture, Change, TensorSpec, add_sizes, complete, refuse
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ACTIVATION = "gelu_pytorch_tanh"
@@ -22,12 +22,6 @@ _SCALED_BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
 _TEXT_PART = re.compile(r"model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.)")
 _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|vision_embedder|embed_vision|embed_audio)\.")
-
-_KEYS = {
-    "max_position_embeddings": gguf.GGUFWriter.add_context_length,
-    **SIZES,
-    "head_dim": gguf.GGUFWriter.add_key_length,
-}
 
 
 def gemma1(config: Mapping[str, Any], path: Path) -> Architecture:
@@ -93,8 +87,9 @@ def _make(name: str, whole: Any, path: Path, problems: Callable[[Any], list[str]
                   *problems(text)])
 
     def metadata(writer: gguf.GGUFWriter) -> None:
-        for key, add_number in _KEYS.items():
-            add_number(writer, getattr(text, key))
+        writer.add_context_length(text.max_position_embeddings)
+        add_sizes(writer, text)
+        writer.add_key_length(text.head_dim)
         writer.add_value_length(text.head_dim)
         add(text, writer)
 

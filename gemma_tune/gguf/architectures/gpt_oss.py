@@ -11,7 +11,7 @@ import gguf
 
 from gemma_tune.gguf.architectures.experts import add_experts
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
-from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.GPT_OSS
 # Of these the checkpoint has the matrices turned round, and gate and up in one.
@@ -83,8 +83,7 @@ def _name(names: gguf.TensorNameMap, source: str) -> str | None:
 def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:
     rope = config.rope_parameters
     writer.add_context_length(config.max_position_embeddings)
-    for key, add_number in SIZES.items():
-        add_number(writer, getattr(config, key))
+    add_sizes(writer, config)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_sliding_window(config.sliding_window)

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unusual_heads
-from gemma_tune.gguf.architectures.parts import FLAT, SIZES, Architecture, Change, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import FLAT, Architecture, Change, TensorSpec, add_sizes, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.LFM2
 _CONVOLUTION = "conv"
@@ -69,8 +69,7 @@ def _change(source: str) -> Change | None:
 def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        SIZES[key](writer, getattr(config, key))
+    add_sizes(writer, config, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     writer.add_feed_forward_length(_inner(config))
     # No keys of heads where a layer is a convolution: that is how they are told apart.
     writer.add_head_count_kv([0 if kind == _CONVOLUTION else config.num_key_value_heads for kind in config.layer_types])

@@ -18,10 +18,10 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures import experts
 from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unusual_heads
 from gemma_tune.gguf.architectures.parts import (
-    SIZES,
     Architecture,
     Change,
     TensorSpec,
+    add_sizes,
     complete,
     not_written_here,
     refuse,
@@ -294,8 +294,7 @@ def shorter_context(config: Any, known: int) -> int | None:
 def _metadata(kind: _Kind, config: Any, dim: int, stated_dim: int | None, writer: gguf.GGUFWriter) -> None:
     alpha = _alpha(kind, config)
     writer.add_context_length(_STRETCHED if alpha else _context(kind, config))
-    for key, add_number in SIZES.items():
-        add_number(writer, getattr(config, key))
+    add_sizes(writer, config)
     if stated_dim is not None:
         writer.add_key_length(stated_dim)
         writer.add_value_length(stated_dim)

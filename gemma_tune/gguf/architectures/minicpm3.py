@@ -15,7 +15,7 @@ import gguf
 
 from gemma_tune.gguf.architectures.gemma import THETA, differing, in_layers, named
 from gemma_tune.gguf.architectures.llama import tokenizer_kind
-from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 from gemma_tune.gguf.architectures.phi3 import divisors
 
 _ARCH = gguf.MODEL_ARCH.MINICPM3
@@ -67,8 +67,7 @@ def _tensors(config: Any) -> tuple[TensorSpec, ...]:
 
 def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:
     writer.add_context_length(config.max_position_embeddings)
-    for key, add_number in SIZES.items():
-        add_number(writer, getattr(config, key))
+    add_sizes(writer, config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_q_lora_rank(config.q_lora_rank)
     writer.add_kv_lora_rank(config.kv_lora_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_tune.base.errors import UserError
 
-# What every transformer here has, and the keys for it.
+# What every transformer here has, and what writes it.
 SIZES = {
     "hidden_size": gguf.GGUFWriter.add_embedding_length,
     "num_hidden_layers": gguf.GGUFWriter.add_block_count,
@@ -150,6 +150,12 @@ def complete(config: Mapping[str, Any], path: Path) -> Any:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} can't be expressed as a GGUF.", "Point to a whole Hugging Face checkpoint.",
                         [f"{path}: {error}"]) from error
+
+
+def add_sizes(writer: gguf.GGUFWriter, config: Any, keys: Iterable[str] = SIZES) -> None:
+    """Write what every transformer has, or those of the numbers that have these names in config.json."""
+    for key in keys:
+        SIZES[key](writer, getattr(config, key))
 
 
 def not_written_here(path: Path, found: str) -> UserError:

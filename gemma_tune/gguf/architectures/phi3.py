@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import differing, in_layers, named, unusual_heads
 from gemma_tune.gguf.architectures.llama import context_length, shorter_context, tokenizer_kind
-from gemma_tune.gguf.architectures.parts import SIZES, Architecture, TensorSpec, complete, refuse
+from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.PHI3
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -79,8 +79,7 @@ def _metadata(config: Any, writer: gguf.GGUFWriter) -> None:
                                                       config.original_max_position_embeddings)
     writer.add_context_length(most)
     writer.add_rope_scaling_orig_ctx_len(original)
-    for key, add_number in SIZES.items():
-        add_number(writer, getattr(config, key))
+    add_sizes(writer, config)
     writer.add_rope_dimension_count(_rotated(config))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_sliding_window(config.sliding_window or 0)

@@ -23,6 +23,7 @@ from gemma_tune.gguf.architectures.parts import (
     Architecture,
     Change,
     TensorSpec,
+    add_sizes,
     complete,
     refuse,
 )
@@ -180,9 +181,8 @@ class _Order:
 
 def _metadata(text: Any, writer: gguf.GGUFWriter) -> None:
     writer.add_context_length(text.max_position_embeddings)
-    for key, add_number in SIZES.items():
-        if (number := getattr(text, key, None)) is not None:  # of experts, that of a dense part need not be said
-            add_number(writer, number)
+    # Of experts, that of a dense part need not be said.
+    add_sizes(writer, text, [key for key in SIZES if getattr(text, key, None) is not None])
     if _count(text):
         experts.add_qwen35_moe(text, writer)
     writer.add_key_length(text.head_dim)
