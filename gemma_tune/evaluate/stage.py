@@ -54,6 +54,7 @@ def evaluate_alone(session: Session) -> StageReport:
         UserError: no adapter yet, no held-out rows, or a file of them that cannot be used.
         WorkFailed: a benchmark of ``--tasks`` that cannot be run; the earlier result stays.
     """
+    session.require("eval")
     require_tasks(found_names(session))
     session, files = FILE.with_file(session, session.config.data_file)
     session, task_files = with_files(session)

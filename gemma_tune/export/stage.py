@@ -50,6 +50,7 @@ def export(session: Session) -> ExportReport:
         UserError: no merged model, an architecture without a writer, a bad name.
         WorkFailed: with ``create``, no Ollama server; a GGUF does not hold the merged weights; Ollama refuses.
     """
+    session.require("export-ollama")
     session, rows = with_file(session)
     server = check_target(session.config, session.model.name)
     if server:

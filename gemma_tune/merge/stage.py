@@ -52,6 +52,7 @@ def merge(session: Session) -> StageReport:
         WorkFailed: no room on the disk, or the merged model does not answer as base + adapter does. Nothing is
             replaced then.
     """
+    session.require("merge")
     session, elsewhere = _with_adapter(session)
     session = with_base(session)
     config = session.config

@@ -63,6 +63,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     Raises:
         UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
     """
+    session.require("prepare")
     _refuse_base(session)
     if kept := _without_its_files(session):
         if preview:

@@ -67,6 +67,17 @@ class Session:
         """The stage's settings."""
         return self.resolved.config
 
+    def require(self, stage: str) -> None:
+        """Whether it was opened for a stage.
+
+        Raises:
+            UserError: it was opened for another one, whose settings it has.
+        """
+        opened = type(self.config).section
+        if opened != stage:
+            raise UserError(f"this session was opened for `{opened}`, and this is `{stage}`",
+                            f'open another one: open_session("{stage}", "{self.run.root}")')
+
     def chat_template(self) -> Path | None:
         """The chat template that the run's data was prepared with, where it is not the model's own."""
         named = "chat_template" in self.manifest.stages.get("prepare", {"outputs": {}})["outputs"]

@@ -73,6 +73,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         WorkFailed: loss or gradient not finite, a model that got worse, or one that did not change.
         Interrupted: stopped by the user; the next call resumes.
     """
+    session.require("train")
     require(session.config.report_to)
     if go_on and session.force:
         raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",

@@ -62,6 +62,7 @@ def tune(session: Session, settings: TuneConfig | None = None) -> StageReport:
         WorkFailed: no candidate lowers the validation loss.
         Interrupted: stopped by the user; the next call goes on.
     """
+    session.require("train")
     run, started, settings = session.run, time.monotonic(), settings or TuneConfig()
     with locked(session, "tune"), os_errors(run.root):
         manifest = read_manifest(run.root) or session.manifest

@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gemma_tune.api import IN_ORDER
+from gemma_tune.api import IN_ORDER, tune
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.run.session import open_session
 from support.command import MANIFEST_SCHEMA as SCHEMA
@@ -248,6 +248,16 @@ def test_a_stage_that_there_is_not_is_a_user_error(stage, meant):
     with pytest.raises(UserError) as caught:
         open_session(stage, "runs/none")
     assert f"there is no stage '{stage}'" in caught.value.message and meant in caught.value.hint
+
+
+def test_a_stage_refuses_a_session_of_another(trained):
+    wrong = {"merge": open_session("merge", trained), "train": open_session("train", trained)}
+    for stage, run_it in {**IN_ORDER, "tune": tune}.items():
+        expected = "train" if stage == "tune" else stage
+        with pytest.raises(UserError) as caught:
+            run_it(wrong["train" if expected == "merge" else "merge"])
+        assert f"and this is `{expected}`" in caught.value.message
+        assert caught.value.hint == f'open another one: open_session("{expected}", "{trained}")'
 
 
 def test_a_settings_file_is_read_once(cli, tiny, data, monkeypatch):
