@@ -18,7 +18,7 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
-from gemma_tune.models.quantised import has_packed_experts, in_four_bits, refuse_untrainable
+from gemma_tune.models.quantised import has_packed_experts, in_four_bits, quantisation, refuse_untrainable
 from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.models.whole import remedy
 
@@ -116,7 +116,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                         missing_package(e, four_bit=four_bit)) from e
     except Exception as e:  # noqa: BLE001 - in as many ways as configuration and weights can miss each other
         if is_out_of_memory(e):
-            smaller = "" if has_packed_experts(config) else "; train --qlora keeps it in 4 bits"
+            packed = four_bit or quantisation(config) or has_packed_experts(config) or placement.device == "mps"
+            smaller = "" if packed else "; train --qlora keeps it in 4 bits"
             raise no_memory(e, f"close other programs, or take a smaller model{smaller}") from e
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(e)}",
                         remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
@@ -196,12 +197,6 @@ def _row_after_row(head: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
 def _cut_out(tensor: Any) -> bool:
     """Whether a dimension's stride skips something; unlike ``is_contiguous``, of a dimension of one as well."""
     return any(tensor.stride(n) != tensor.stride(n + 1) * tensor.shape[n + 1] for n in range(tensor.ndim - 1))
-
-
-def out_of_memory(error: Exception) -> UserError:
-    """The advice for a batch of a training that does not fit."""
-    return UserError(f"out of memory: {first_line(error)}",
-                     "use --micro-batch 1, --activation-checkpointing, --qlora, or a smaller model")
 
 
 def after_product(causal_lm: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import psutil
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import gigabytes
+from gemma_tune.base.words import first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
 from gemma_tune.models.quantised import has_packed_experts
@@ -193,14 +193,31 @@ def refuse_four_bits(config: TrainConfig, device: str, base: Mapping[str, Any]) 
                                  "does a smaller model")
 
 
+def out_of_memory(error: Exception, choice: BatchChoice, micro_batch: int) -> UserError:
+    """The error for a step that found no memory; its hint names what is not done yet.
+
+    Args:
+        micro_batch: conversations that went through the model at once.
+    """
+    ways = ["--micro-batch 1"] if micro_batch > 1 else []
+    ways += [] if choice.checkpointing else ["--activation-checkpointing"]
+    ways += ["--qlora"] if _can_be_packed(choice) else []
+    return UserError(f"out of memory: {first_line(error)}",
+                     f"use {', '.join(ways)}, or a smaller model" if ways else "use a smaller model")
+
+
+def _can_be_packed(choice: BatchChoice) -> bool:
+    """Whether ``--qlora`` would make the weights much smaller than they are."""
+    return not choice.four_bit and choice.in_linear > _LITTLE and best_device() != "mps"
+
+
 def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     memory, room = choice.memory, USABLE * choice.available
     fixed = memory.total - memory.activations - memory.working
     ways = []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
-    if not choice.four_bit and choice.in_linear > _LITTLE and memory.weights > memory.total / 4 \
-            and best_device() != "mps":
+    if memory.weights > memory.total / 4 and _can_be_packed(choice):
         ways.append("--qlora keeps the weights in 4 bits")
     if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:
         shorter = max(64, int(longest * (room - fixed) / (memory.activations + memory.working)) // 64 * 64)
@@ -238,5 +255,3 @@ def described(choice: BatchChoice, longest: int) -> str:
 def _counted(rows: int) -> str:
     return "1 conversation" if rows == 1 else f"{rows} conversations"
 
-
-# --- what there is

@@ -243,7 +243,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     if kernels:
         kernels.wait(job.startup)
     with stop, reports:
-        summary = run_steps(trainer, log, stop, best, samples, session, job.checkpoint, job.startup)
+        summary = run_steps(trainer, log, stop, best, samples, session, job.choice, job.checkpoint, job.startup)
     settings.end(trainer)
     if processes.is_main():
         plot(log.records, run.plot, config.prefers)

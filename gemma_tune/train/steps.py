@@ -8,17 +8,17 @@ from typing import Any
 
 from gemma_tune.base.errors import Interrupted, UserError
 from gemma_tune.base.machine import is_out_of_memory
-from gemma_tune.models.load import out_of_memory
 from gemma_tune.run.session import Session
 from gemma_tune.run.stopped import unfinished, whole
 from gemma_tune.train import processes
 from gemma_tune.train.aside import set_aside
 from gemma_tune.train.checkpoints import clear, command_to_finish
+from gemma_tune.train.memory import BatchChoice, out_of_memory
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.verdict import validation_losses
 
 
-def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: Path | None,
+def run_steps(trainer, log, stop, best, samples, session: Session, choice: BatchChoice, checkpoint: Path | None,
               startup: Startup) -> dict[str, Any]:
     """Evaluate, train, evaluate, and put the best adapter into the model; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
@@ -45,7 +45,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, checkpoint: P
                 trainer.evaluate()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
-            raise _with_less(session, out_of_memory(e)) from e
+            raise _with_less(session, out_of_memory(e, choice, trainer.micro_batch)) from e
         raise
     losses = [r["loss"] for r in log.records if "loss" in r]
     evals = validation_losses(log.records)
@@ -93,8 +93,8 @@ def _with_less(session: Session, problem: UserError) -> UserError:
     """The same problem, with the command that goes on from a checkpoint, where there is one."""
     if not unfinished(session.run.checkpoints, session.manifest.finished_trainings):
         return problem
-    return UserError(problem.message, f"{problem.hint}; with the first two it goes on from "
-                                      f"{whole(session.run.checkpoints)[-1].name}: "
+    return UserError(problem.message, f"{problem.hint}; with --micro-batch 1 --activation-checkpointing it goes on "
+                                      f"from {whole(session.run.checkpoints)[-1].name}: "
                                       + _finish(session, micro_batch=1, activation_checkpointing=True))
 
 

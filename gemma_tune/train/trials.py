@@ -11,7 +11,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.models.load import out_of_memory
 from gemma_tune.models.placement import Placement
 from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
@@ -30,7 +29,7 @@ from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.halving import Candidate, Costs
 from gemma_tune.train.job import Job, make_trainer, sequences_of_a_row
 from gemma_tune.train.late import LateFigures
-from gemma_tune.train.memory import BatchChoice
+from gemma_tune.train.memory import BatchChoice, out_of_memory
 from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.tuning import Trial
@@ -125,7 +124,7 @@ class Trials:
         change = self._use(candidate.rank)
         trainer, config = self._trainer, self.session.config
         began = time.perf_counter()
-        with _memory_errors():
+        with self._memory_errors():
             self.base_loss = trainer.evaluate()["eval_loss"]
         evaluation = time.perf_counter() - began
         self._remember()
@@ -175,7 +174,7 @@ class Trials:
         trainer.args.learning_rate, trainer.args.max_steps = candidate.learning_rate, steps
         trainer.rate = lambda step: rate_at(step, steps, config)
         self.log.begin(deadline)
-        with _memory_errors():
+        with self._memory_errors():
             trainer.train()
 
     def _restart(self) -> None:
@@ -213,7 +212,7 @@ class Trials:
         ours = (DefaultFlowCallback, TrialLog, StopTrial)
         trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ours)]
         trainer.args.save_strategy = "no"
-        with _memory_errors():
+        with self._memory_errors():
             self._layers.enter_context(trainer.fast(captured=session.config.cuda_graphs))
             trainer.begin_steps()
         self.rank = rank
@@ -232,12 +231,11 @@ class Trials:
         if self.placement.device == "cuda":
             torch.cuda.empty_cache()
 
-
-@contextlib.contextmanager
-def _memory_errors():
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        if is_out_of_memory(e):
-            raise out_of_memory(e) from e
-        raise
+    @contextlib.contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as e:
+            if is_out_of_memory(e):
+                raise out_of_memory(e, self.choice, self._trainer.micro_batch) from e
+            raise

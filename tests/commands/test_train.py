@@ -456,7 +456,9 @@ def test_out_of_memory_says_what_helps(cli, prepared, monkeypatch):
     monkeypatch.setattr(GemmaTrainer, "compute_loss", full)
     result = cli("train", *QUICK)
     assert result.code == 2
-    assert "out of memory" in result.err and "--micro-batch 1, --activation-checkpointing" in result.err
+    assert "out of memory" in result.err and "use --activation-checkpointing, --qlora, or a smaller model\n" in result.err
+    result = cli("train", *QUICK, "--activation-checkpointing", "--qlora")
+    assert "use a smaller model\n" in result.err, "all else is done"
 
 
 def test_activation_checkpointing_changes_nothing(cli, prepared):
@@ -657,6 +659,8 @@ def test_the_hint_after_a_bad_gradient_works(cli, trained, monkeypatch):
 def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch):
     from transformers import Gemma3ForCausalLM
 
+    from gemma_tune.models import load as loading
+
     def full(self, *args, **kwargs):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)")
 
@@ -665,6 +669,9 @@ def test_out_of_memory_while_loading_says_what_helps(cli, prepared, monkeypatch)
     assert result.code == 2
     assert "out of memory" in result.err and "train --qlora keeps it in 4 bits" in result.err
     assert "--micro-batch" not in result.err, "which does not make weights smaller"
+    monkeypatch.setattr(loading, "with_decoder", full)
+    result = cli("train", *QUICK, "--qlora")
+    assert "take a smaller model\n" in result.err, "it is in 4 bits"
 
 
 # --- settings that leave the result as it is
@@ -941,6 +948,7 @@ def test_four_bits_do_not_go_with_apples_gpu(cli, prepared, monkeypatch):
         assert result.code == 2 and "Apple's GPU" in result.err and "leave --qlora out" in result.err
     monkeypatch.setattr(memory, "best_device", lambda: "mps")
     assert "qlora" not in memory._what_helps(*_tight())
+    assert "qlora" not in memory.out_of_memory(MemoryError(), _tight()[0], 1).hint
 
 
 def _tight():

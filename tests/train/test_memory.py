@@ -207,6 +207,9 @@ def test_of_experts_little_is_in_4_bits_and_it_is_said(monkeypatch):
         shape = replace(FAKE, linear=linear)
         choice = choose(shape, config, 500, "cuda", 10**9)
         assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == helps
+        ways = ["--micro-batch 1", "--activation-checkpointing", *["--qlora"] * helps, "or a smaller model"]
+        choice = replace(choice, checkpointing=False)
+        assert memory_module.out_of_memory(MemoryError(), choice, 2).hint == f"use {', '.join(ways)}"
         said = memory_module.described(choose(shape, replace(config, qlora=True), 500, "cuda", 10**9), 500)
         assert (", of which 7% are in 4 bits, adapter" in said) != helps and "%" not in memory_module.described(choice, 500)
 
