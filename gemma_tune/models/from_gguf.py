@@ -48,10 +48,12 @@ _OTHERS = {
                                   "gemma-tune train --from-adapter DIR"),
     "imatrix": ("statistics to quantise by", _ITS_MODEL), "vocab": ("a vocabulary alone", _ITS_MODEL),
 }
+# Mixtures of experts that Transformers' loader takes for dense models, or stops at.
+_NOT_LOADED = {"llama": "Mixtral", "gpt-oss": "GPT-OSS", "gemma4": "Gemma 4 with experts"}
 
 
 def refuse_other_kinds(file: GgufFile) -> None:
-    """Refuse a file that says that it is no model, or that says nothing.
+    """Refuse a file that says that it is no model, or none that the loader reads, or that says nothing.
 
     Raises:
         UserError: what it is.
@@ -63,6 +65,9 @@ def refuse_other_kinds(file: GgufFile) -> None:
     if other := next((kind for kind in says if kind in _OTHERS), None if file.tensors else "vocab"):
         what, instead = _OTHERS[other]
         raise UserError(f"{file.path} holds no model, but {what}", instead)
+    if says[1] in _NOT_LOADED and file.metadata.get(f"{says[1]}.expert_count"):
+        raise UserError(f"{file.path} holds a mixture of experts ({_NOT_LOADED[says[1]]}), which Transformers does not "
+                        "load from a GGUF", REPOSITORY)
 
 
 def refuse_damage(file: GgufFile) -> None:

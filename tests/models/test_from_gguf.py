@@ -14,6 +14,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.models import from_gguf
+from support.gemmas import FAMILIES, make_family
+from support.llamas import make_llama
 
 
 @pytest.fixture
@@ -158,6 +160,19 @@ def test_other_files_than_models_are_told_apart(tmp_path, opened, architecture, 
     with pytest.raises(UserError, match=f"some.gguf {said}") as error:
         from_gguf.dequantised(path, "a" * 64, Listener())
     assert hint in error.value.hint and "download" not in error.value.hint
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "Mixtral"), ("gpt-oss", "GPT-OSS"),
+                                              ("gemma4-experts", "Gemma 4 with experts")])
+def test_experts_that_cannot_be_read_are_told_as_such(tmp_path, family, name):
+    """It is no damage, and downloading the file again helps nobody."""
+    (make_family if family in FAMILIES else make_llama)(family, tmp_path / "model")
+    path = tmp_path / "experts.gguf"
+    write_gguf(tmp_path / "model", path, "f16", name="m", eot_token_id=None, chat_template=None)
+    with pytest.raises(UserError) as error:
+        from_gguf.dequantised(path, "a" * 64, Listener())
+    assert error.value.message == f"{path} holds a mixture of experts ({name}), which Transformers does not load from a GGUF"
+    assert error.value.hint == "name the model's Hugging Face repository instead of its GGUF file"
 
 
 @pytest.mark.parametrize(("content", "said"), [
