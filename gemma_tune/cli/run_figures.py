@@ -58,7 +58,7 @@ def _evaluated(s: Mapping[str, Any]) -> Iterator[str]:
 
 def _merged(s: Mapping[str, Any]) -> Iterator[str]:
     if s.get("merged_tensors") is not None:
-        yield counted(s["merged_tensors"], "layer") + " merged"
+        yield counted(s["merged_tensors"], "tensor") + " merged"
     if s.get("check_same_tokens") is not None:
         yield f"same likeliest tokens: {figure('check_same_tokens', s['check_same_tokens'])}"
     elif s.get("check_skipped"):

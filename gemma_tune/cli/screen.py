@@ -83,7 +83,7 @@ LABELS = {
     "rows_there": "held-out rows", "questions": "held-out prompts",
     "base_ended": "base: answers that end by themselves",
     "tuned_ended": "tuned: answers that end by themselves", "base_in_form": "base: answers in the example's form",
-    "tuned_in_form": "tuned: answers in the example's form", "merged_tensors": "layers merged",
+    "tuned_in_form": "tuned: answers in the example's form", "merged_tensors": "tensors merged",
     "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
     "check_prompts": "prompts of the check", "check_adapter_effect": "what the adapter changes (nats per token)",
     "check_same_tokens": "same likeliest tokens",

@@ -68,7 +68,7 @@ class MergePlan:
     """The merged model's tensors in the order in which they are written.
 
     Attributes:
-        changed: layers and tensors that the adapter changes.
+        changed: how many of them the adapter changes.
         untied: the head becomes another tensor than the embedding, which they may have shared in the base.
         entries: of the vocabulary, as many as the embedding has; None where that is not known.
         base_entries: as many as the base has.

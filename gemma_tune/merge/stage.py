@@ -19,7 +19,7 @@ from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import new_directory
 from gemma_tune.base.tensors import open_tensors
-from gemma_tune.base.words import size_in_bytes
+from gemma_tune.base.words import counted, size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.merge.base import INPUT, with_base
@@ -115,7 +115,7 @@ def _merge(session: Session) -> Finished:
     with new_directory(run.merged) as folder:
         _copy_around(session, folder, plan)
         chat = _chat_format(session, folder) if config.check else None
-        listener.note(f"adding {plan.changed} adapted layers to {session.model.name}, in fp32")
+        listener.note(f"adding the adapter to {counted(plan.changed, 'tensor')} of {session.model.name}, in fp32")
         write_files(layout, folder, listener.progress)
         summary = {"merged_tensors": plan.changed, "tensors": len(plan.pieces)}
         if chat:

@@ -44,6 +44,7 @@ def test_equals_pefts_merge(cli, trained, adapter, tiny):
         assert torch.equal(tensor, theirs[name]), name
         changed += not torch.equal(tensor, base[name])
     assert changed == result.json["summary"]["merged_tensors"] == 14
+    assert "adding the adapter to 14 tensors of " in result.err and "tensors merged" in result.err
 
 
 def test_summary_holds_the_check(cli, trained, adapter):
