@@ -66,21 +66,6 @@ def prompt_ids(chat: ChatFormat, messages: Messages, tools: Tools = None) -> lis
                         "change the conversation; in an interactive one, /reset starts a new one") from e
 
 
-def greedy_answers(model: Any, chat: ChatFormat, prompts: Sequence[Messages], max_new_tokens: int,
-                   tools: Sequence[Tools] | None = None) -> list[Answer]:
-    """Greedy answers to several prompts in one batch.
-
-    Args:
-        tools: for each prompt the functions on offer; None if there are none at all.
-
-    Raises:
-        UserError: a prompt that cannot be rendered, or fills the model's context.
-    """
-    offered = tools or [None] * len(prompts)
-    encoded = [prompt_ids(chat, p, t) for p, t in zip(prompts, offered, strict=True)]
-    return greedy_continuations(model, chat, encoded, max_new_tokens)
-
-
 def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
                          seconds: float | None = None) -> list[Answer]:
     """As :func:`continuations`, with the likeliest token each time."""

@@ -205,10 +205,10 @@ def plan(planned: Any) -> None:
         screen.prose(Text(f"! {note}", style="yellow"))
 
 
-def comparison(answers: Sequence[Mapping[str, Any]], shown: int = 3) -> None:
-    """Base and tuned answers to the same held-out prompts, side by side or one below the other."""
+def comparison(answers: Sequence[Mapping[str, Any]]) -> None:
+    """Base and tuned answers to at most three of the same held-out prompts, side by side."""
     # Spread over the list, which may be ordered by language.
-    for item in answers[:: max(1, -(-len(answers) // shown))]:
+    for item in answers[:: max(1, -(-len(answers) // 3))]:
         table = Table(show_header=True, expand=True)
         table.add_column("base", ratio=1, overflow="fold")
         table.add_column("tuned", ratio=1, overflow="fold")

@@ -13,7 +13,6 @@ from typing import Any
 from gemma_tune.base.words import counted, last_name, size_text, span
 from gemma_tune.cli.formats import format_lines
 from gemma_tune.cli.screen import figure
-from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import JUDGED, PAIRS
 
 _LONGEST_LOG = 50_000_000  # bytes of logs/metrics.jsonl that are looked through for the best step
@@ -95,7 +94,7 @@ def best_so_far(log: Path, last: float = math.inf) -> tuple[int, float] | None:
     return (best[1], best[0]) if best else None
 
 
-def data_of(run: RunDir, record: Mapping[str, Any]) -> str:
+def data_of(record: Mapping[str, Any]) -> str:
     """What a run was prepared from, by its names alone."""
     names = record.get("config", {}).get("data", {}).get("value") or []
     if not names:

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import span
 from gemma_tune.cli.run_figures import data_of, disk_usage, loss_of
-from gemma_tune.run.directory import RUNS, RunDir
+from gemma_tune.run.directory import RUNS
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.unrecorded import current_manifest
@@ -101,7 +101,7 @@ def _described(root: Path, manifest: Manifest, size: int, ago: float) -> RunLine
     figures = trained.get("summary", {})
     done = [stage for stage in STAGES if stage in manifest.stages]
     return RunLine(str(root), manifest.model["id"],
-                   data_of(RunDir(root, manifest.model_name), prepared) if prepared else "",
+                   data_of(prepared) if prepared else "",
                    prepared.get("summary", {}).get("train_rows"),
                    figures.get("eval_loss_before"), figures.get("eval_loss_after"), loss_of(figures),
                    done[-1] if done else "", size, ago, Lock.owner_of(root))

@@ -77,7 +77,7 @@ class GgufFile:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 tensors, pairs = _counts(path, data)
-                self.metadata, at = _read_pairs(data, _PAIRS_AT, pairs, wanted)
+                self.metadata, at = _read_pairs(data, pairs, wanted)
                 self.tensors = _read_infos(data, at, tensors, self.metadata.get(Keys.General.ALIGNMENT))
         except OSError as e:
             raise UserError(f"{path} can't be read: {e.strerror or e}.", "Check the path.") from e
@@ -143,7 +143,7 @@ def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read_pairs(data, _PAIRS_AT, _counts(path, data)[1], keys)[0]
+            return _read_pairs(data, _counts(path, data)[1], keys)[0]
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.") from error
     except _FAULTS as error:
@@ -195,10 +195,10 @@ def _read_infos(data: mmap.mmap, at: int, count: int, alignment: int | None) -> 
     return tensors
 
 
-def _read_pairs(data: mmap.mmap, at: int, count: int, keys: Collection[str] | None) -> tuple[dict[str, Any], int]:
-    """Walk `count` key-value pairs from byte offset `at`: the pairs and the offset behind them; raise ValueError where
-    the file ends too early."""
-    pairs = {}
+def _read_pairs(data: mmap.mmap, count: int, keys: Collection[str] | None) -> tuple[dict[str, Any], int]:
+    """Walk the `count` key-value pairs: the pairs and the offset behind them; raise ValueError where the file ends too
+    early."""
+    pairs, at = {}, _PAIRS_AT
     for _ in range(count):
         key, at = _read_string(data, at)
         (kind,) = struct.unpack_from("<I", data, at)

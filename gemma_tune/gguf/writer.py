@@ -70,7 +70,6 @@ class GgufSummary:
         path: the finished file.
         size_bytes: its size.
         quant: the name from `QUANTS` that was asked for.
-        tensor_count: tensors in the file.
         tensor_types: GGML type name → number of tensors.
         fallbacks: (tensor, reason) for each matrix whose rows do not fit the type that was asked for.
         calibrated: tensor → what became of it, for those that were rounded by what they are multiplied with.
@@ -79,7 +78,6 @@ class GgufSummary:
     path: Path
     size_bytes: int
     quant: str
-    tensor_count: int
     tensor_types: dict[str, int]
     fallbacks: tuple[tuple[str, str], ...]
     calibrated: Mapping[str, Rounded] = field(default_factory=dict)
@@ -238,7 +236,7 @@ def write_gguf(
         _write_file(writer, plan, on_tensor)
     types = dict(Counter(t.choice.type.name for t in plan))
     fallbacks = tuple((t.spec.name, t.choice.fallback) for t in plan if t.choice.fallback)
-    return GgufSummary(out, out.stat().st_size, quant, len(plan), types, fallbacks, rounding.done if rounding else {})
+    return GgufSummary(out, out.stat().st_size, quant, types, fallbacks, rounding.done if rounding else {})
 
 
 def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: Any) -> GgufSummary:

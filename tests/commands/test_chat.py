@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM
 
-from gemma_tune.answers.generation import Answer, greedy_answers
+from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Held, Listener
@@ -35,6 +35,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.run.directory import RunDir
+from support.answering import greedy_answers
 from support.command import rows, write_rows
 
 QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gemma_tune import samples
-from gemma_tune.answers.generation import greedy_answers, greedy_continuations
+from gemma_tune.answers.generation import greedy_continuations
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.cli import console
 from gemma_tune.encoding.tokenizer import load_format
@@ -21,6 +21,7 @@ from gemma_tune.evaluate.markdown import report
 from gemma_tune.evaluate.rows import nothing_to_measure
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
+from support.answering import greedy_answers
 from support.command import QUICK, rows, write_rows
 
 FP32 = ("--dtype", "fp32")
