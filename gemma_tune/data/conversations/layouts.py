@@ -147,13 +147,23 @@ def declared(row: Mapping[str, Any]) -> Any:
 
 def messages(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """OpenAI: ``messages``, ``tools``."""
-    return Draft(with_system(turns_in(row["messages"]), row, problems), tools=declared(row))
+    return _turns_and_tools(row, "messages", problems)
 
 
 def sharegpt(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``conversations`` (or ``conversation``) with ``from`` and ``value``; ``system``, ``tools``."""
     key = "conversations" if row.get("conversations") is not None or "conversation" not in row else "conversation"
-    return Draft(with_system(turns_in(row.get(key)), row, problems), key, declared(row))
+    return _turns_and_tools(row, key, problems)
+
+
+def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draft:
+    """The turns in a column with the tools of the row, or else with those that its system turn has (GLM-4)."""
+    turns, tools = turns_in(row.get(key)), declared(row)
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    if not tools and first.get("tools") and _is_system(first):
+        tools = first["tools"]
+        turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
+    return Draft(with_system(turns, row, problems), key, tools)
 
 
 def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:

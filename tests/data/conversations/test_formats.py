@@ -257,6 +257,20 @@ def test_sharegpt_with_tools(call, as_text):
                                 result('{"rate": 0.85}', "get_rate"), answer("0.85")]
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_tools_may_stand_on_the_system_turn(key):
+    tools, others = ([{"type": "function", "function": {"name": name, "parameters": {}}}] for name in ("get_rate", "other"))
+    turns = [user("The rate?"), answer(tool_calls=[called("get_rate", {})]), {"role": "tool", "content": "2"}, answer("Two.")]
+    for said, before in (("Convert.", [system("Convert.")]), ("", [])):  # GLM-4 and MiniMind have them there, below no text, too
+        for declared in (tools, json.dumps(tools)):
+            for row in ({}, {"tools": None}, {"tools": []}):
+                example = read(row | {key: [{"role": "system", "content": said, "tools": declared}, *turns]})
+                assert example.tools == tools and example.messages[:-4] == before and not example.unread
+    example = read({"tools": others, key: [system("Convert.") | {"tools": tools}, *turns]})
+    assert example.tools == others and [one.name for one in example.unread] == ["tools"]
+    assert codes({key: [system("Convert.") | {"tools": "[{"}, *turns]}) == ["tools"]
+
+
 def test_sharegpts_call_belongs_to_what_is_said_before_it():
     call = {"from": "function_call", "value": '{"name": "get_rate", "arguments": {"from": "USD"}}'}
     turns = [{"from": "human", "value": "The rate?"}, {"from": "gpt", "value": "Let me look."}, call,
