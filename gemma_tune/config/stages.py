@@ -27,7 +27,7 @@ LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds
 USES = ("adapter", "merged", "gguf", "base", "ollama")
 FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "rendered", "text",
            "preference")
-COLUMN_ROLES = ("user", "assistant", "system", "context", "chosen", "rejected", "turns", "tools")
+COLUMN_ROLES = ("user", "assistant", "system", "context", "reasoning", "chosen", "rejected", "turns", "tools")
 ROLES = ("system", "user", "assistant", "tool")
 TURN_KEYS = ("role", "content")
 _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
@@ -61,8 +61,9 @@ class PrepareConfig(StageConfig):
     columns: tuple[str, ...] = option((), "Columns of question and answer rows, such as "
                                           "user=question,assistant=answer,system=persona,context=passage "
                                           "(put below the question), the column of a list of turns: "
-                                          "turns=dialogue, or those of pairs: user=…,chosen=…,rejected=…. tools=… "
-                                          "names the declarations of tools.", auto="none")
+                                          "turns=dialogue, or those of pairs: user=…,chosen=…,rejected=…. "
+                                          "reasoning=… names what is thought before the answer, tools=… the "
+                                          "declarations of tools.", auto="none")
     roles: tuple[str, ...] = option((), "Names that the data has for the roles of turns, such as "
                                         "customer=user,bot=assistant; the roles are system, user, assistant, tool.",
                                     auto="the usual names")
@@ -149,10 +150,10 @@ class PrepareConfig(StageConfig):
         roles = {role for role, _, _ in pairs}
         if len(roles) < len(pairs) and not problems:
             problems.append("columns: each role can have one column")
-        if "turns" in roles and (others := sorted(roles & {"user", "assistant", "context"})):
+        if "turns" in roles and (others := sorted(roles & {"user", "assistant", "context", "reasoning"})):
             problems.append(f"columns: `turns=…` excludes `{others[0]}=…`, as the turns hold it")
         elif roles & {"chosen", "rejected"} and not problems and (
-                not {"chosen", "rejected"} <= roles or roles & {"assistant", "turns", "context"}):
+                not {"chosen", "rejected"} <= roles or roles & {"assistant", "turns", "context", "reasoning"}):
             problems.append("columns: pairs need `user=…`, `chosen=…` and `rejected=…`, and no others but `system=…`")
         elif self.columns and not problems and "turns" not in roles and not (
                 {"user", "assistant"} <= roles or {"chosen", "rejected"} <= roles):

@@ -213,8 +213,10 @@ class Judge:
         if isinstance(outcome, FormatError):
             fix = outcome.fix or "change the conversation so that the chat template takes it"
             if outcome.about_reasoning:
-                fix = ("remove the reasoning from the turn, write it into its text as <think>…</think> to have it "
-                       "learned as such, or use a model whose chat template has reasoning")
+                leave_out = ("leave `reasoning=…` out of --columns" if "reasoning" in self.formats.columns else
+                             "remove the reasoning from the turn")
+                fix = (f"{leave_out}, write it into its text as <think>…</think> to have it learned as such, or use a "
+                       "model whose chat template has reasoning")
             if outcome.about_tools:
                 fix = self.chat.tools_advice or "use a model whose chat template has tools, or leave the row out"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))

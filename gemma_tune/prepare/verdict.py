@@ -176,7 +176,8 @@ def _refuse_a_mixture(findings: Findings, config: PrepareConfig) -> None:
                     f"{'; '.join(ways)}; or give each kind a file and a run of its own", said)
 
 
-_OPTIONAL = {"system": "the system prompt", "context": "the context", "tools": "the tools"}
+_OPTIONAL = {"system": "the system prompt", "context": "the context", "reasoning": "the reasoning",
+             "tools": "the tools"}
 
 
 def _refuse_unknown_columns(findings: Findings, config: PrepareConfig) -> None:

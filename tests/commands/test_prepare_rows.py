@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 from gemma_tune.base.errors import BAD_INPUT
 from support.command import ROOT, invoke, rows, write_rows
-from support.prepared import DATA, RECORD, alpaca, contents, kept, read, report, row
+from support.prepared import DATA, RECORD, alpaca, contents, kept, prepared, read, report, row, with_template
+from support.rows import answer, user
 
 
 @pytest.fixture
@@ -35,6 +37,20 @@ def rejected(prepare):
 
 
 # --- what is read
+
+def test_what_is_thought_before_an_answer_may_stand_in_a_column_of_its_own(tiny, tmp_path, prepare):
+    asked = {"Question": "Is 7 prime?", "Complex_CoT": "Nothing divides it.", "Response": "Yes."}
+    write_rows(Path("cot.jsonl"), [asked])
+    thinker = with_template(tiny, tmp_path / "thinker", "qwen3")
+    option = shlex.split(prepared(thinker, "cot.jsonl", code=2)["hint"])[-1]  # of the command that is shown to be pasted
+    prepared(thinker, "cot.jsonl", "--columns", option)
+    assert kept() == [[user("Is 7 prime?"), answer("Yes.", reasoning_content="Nothing divides it.")]]
+    # A model whose template has no place for it says what to leave out.
+    problem = prepare("cot.jsonl", "--force", "--columns", option, code=2)
+    assert "leaves out the reasoning" in problem["err"] and "leave `reasoning=…` out of --columns" in problem["hint"]
+    problem = prepare("cot.jsonl", "--force", "--columns", option.replace("Complex_CoT", "CoT"), code=2)
+    assert "no row has the column `CoT`, which --columns names for the reasoning" in problem["message"]
+
 
 TWO = [json.dumps(row("a", "é 中 😀"), ensure_ascii=False), json.dumps(row("b"))]
 

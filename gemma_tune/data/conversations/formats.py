@@ -73,6 +73,8 @@ _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
             "chosen", "a", "答案", "回答", "输出", "回复", "答", "助手")
 _CONTEXTS = ("context", "passage", "输入", "背景")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot", "chain_of_thought", "rationale",
+             "思考", "思维链")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
@@ -363,11 +365,12 @@ def _unknown(row: Fields) -> Problem:
         return _about_turns(row, turns, reason)
     if pair := _pair_of_names(row):
         return Problem("unknown_format", reason, f"use --columns {shlex.quote(pair)}")
-    question, answer, system, context = (_column(row, names) for names in (_QUESTIONS, _ANSWERS, layouts.SYSTEMS,
-                                                                           _CONTEXTS))
+    question, answer, system, context, thought = (_column(row, names) for names in (
+        _QUESTIONS, _ANSWERS, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
-            f",context={context}" if context and context != question else "")
+            f",context={context}" if context and context != question else "") + (
+            f",reasoning={thought}" if thought else "")
         return Problem("unknown_format", reason, f"use --columns {shlex.quote(named)}")
     if (turn := _one_turn(row, reason)) is not None:
         return turn

@@ -222,7 +222,8 @@ def _not_learned(turn: Any) -> Any:
 def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
     """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``.
 
-    A column ``turns`` holds a list of turns instead; ``context`` is put below the question.
+    A column ``turns`` holds a list of turns instead; ``context`` is put below the question, and ``reasoning`` is
+    what is thought before the answer.
     """
     if "turns" in names:
         return _named_turns(row, names, problems)
@@ -246,6 +247,8 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
                 problems.append(Problem("missing_column", f"the column `{names[role]}` is missing; the row has {there}",
                                         "correct --columns, or leave the row out"))
             turns.append({"role": role, "content": STAND_IN})
+    if "reasoning" in names:
+        turns[-1]["reasoning_content"] = text_of(row, names["reasoning"], problems)
     return Draft(turns if "system" in names else with_system(turns, row, problems),
                  tools=row.get(names["tools"]) if "tools" in names else None)
 

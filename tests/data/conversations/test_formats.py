@@ -391,6 +391,7 @@ def test_texts_that_are_json_stay_texts(text):
     ({"prompt": "2+2?", "response": "4", "prompt_id": 3}, "user=prompt,assistant=response"),
     ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
     ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
+    ({"Question": "2+2?", "Complex_CoT": "Count.", "Response": "4"}, "user=Question,assistant=Response,reasoning=Complex_CoT"),
 ])
 def test_columns_are_suggested_and_work(row, given):
     with pytest.raises(RowError) as caught:
@@ -426,6 +427,13 @@ def test_named_columns():
     assert messages({"question": "a", "answer": "b", "persona": " "}, columns=QA) == [user("a"), answer("b")]
     past = {"question": "c", "answer": "d", "history": [["a", "b"]], "tools": "hammer"}
     assert messages(past, columns=QA) == [user("a"), answer("b"), user("c"), answer("d")]
+    thought = QA | {"reasoning": "cot"}
+    assert messages({"question": "a", "answer": "b", "cot": "c"}, columns=thought) == [user("a"), answer("b", reasoning_content="c")]
+    assert messages({"question": "a", "answer": "<think>\nc\n</think>\nb", "cot": "c"}, columns=thought)[1] == answer(
+        "b", reasoning_content="c"), "an answer that repeats it has it once"
+    for missing in ({}, {"cot": None}, {"cot": " "}):
+        assert messages({"question": "a", "answer": "b"} | missing, columns=thought) == [user("a"), answer("b")]
+    assert codes({"question": "a", "answer": "b", "cot": ["c", "d"]}, columns=thought) == ["not_text"]
     # Other formats in other files go on working, unless only the columns are asked for.
     assert read(SHAREGPT, columns=QA).format == "sharegpt"
     assert codes(SHAREGPT, "columns", columns=QA) == ["missing_column"] * 2
