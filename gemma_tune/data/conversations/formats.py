@@ -69,9 +69,9 @@ class Example:
 
 # Columns that hold questions and answers under names that nobody can be sure of; they have to be named.
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
-              "document", "问题", "提问", "指令", "问", "用户")
+              "document", "inputs", "input_text", "article", "dialogue", "问题", "提问", "指令", "问", "用户")
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
-            "chosen", "a", "答案", "回答", "输出", "回复", "答", "助手")
+            "chosen", "a", "targets", "output_text", "答案", "回答", "输出", "回复", "答", "助手")
 _CONTEXTS = ("context", "passage", "输入", "背景")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot", "chain_of_thought", "rationale",
              "思考", "思维链")
@@ -366,7 +366,7 @@ def _unknown(row: Fields) -> Problem:
     if pair := _pair_of_names(row):
         return Problem("unknown_format", reason, f"use --columns {shlex.quote(pair)}")
     question, answer, system, context, thought = (_column(row, names) for names in (
-        _QUESTIONS, _ANSWERS, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
+        _QUESTIONS, (*_ANSWERS, "highlights", "content"), layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (

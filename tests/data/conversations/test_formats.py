@@ -391,6 +391,9 @@ def test_texts_that_are_json_stay_texts(text):
     ({"prompt": "2+2?", "response": "4", "prompt_id": 3}, "user=prompt,assistant=response"),
     ({"query": "2+2?", "completion": "4", "source": "x"}, "user=query,assistant=completion"),
     ({"input": "2+2?", "output": "4"}, "user=input,assistant=output"),
+    ({"input": "2+2?", "content": "4", "reasoning_content": "Count."}, "user=input,assistant=content,reasoning=reasoning_content"),
+    ({"inputs": "2+2?", "targets": "4", "language": "eng"}, "user=inputs,assistant=targets"),
+    ({"article": "2+2?", "highlights": "4", "id": "x"}, "user=article,assistant=highlights"),
     ({"Question": "2+2?", "Complex_CoT": "Count.", "Response": "4"}, "user=Question,assistant=Response,reasoning=Complex_CoT"),
 ])
 def test_columns_are_suggested_and_work(row, given):
