@@ -343,6 +343,9 @@ def _is_sentence(name: str) -> bool:
     return len(name.split()) > _WORDS_OF_A_NAME or bool(_SENTENCE.search(name.strip()))
 
 
+_EACH = "(arrays[], objects)"  # jq's: each row of an array, and each of JSON Lines
+
+
 def _nested(row: Fields) -> str | None:
     """The column that holds a row, or a list of rows inside, as jq names them: ``record`` or ``data.train[]``."""
     for key, value in row.items():
@@ -377,7 +380,7 @@ def _unknown(row: Fields) -> Problem:
     if where := _nested(row):
         return Problem("unknown_format", f"{reason}; there are rows further inside, in `{where}`",
                        "if they are what is to be learned, put them into a file: "
-                       f"jq -c '.{where}' FILE.json > rows.jsonl")
+                       f"jq -c '{_EACH}.{where}' FILE.json > rows.jsonl")
     if any(map(_is_sentence, row)):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")
@@ -398,7 +401,8 @@ def _about_turns(row: Fields, turns: str, reason: str) -> Problem:
                        "keeps one from being learned")
     if _detected(row[turns][0]):
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
-                       f"put each list of rows into a file of its own: jq -c '.{turns}[]' FILE.json > {turns}.jsonl")
+                       f"put each list of rows into a file of its own: jq -c '{_EACH}.{turns}[]' FILE.json > "
+                       f"{turns}.jsonl")
     return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
 
 

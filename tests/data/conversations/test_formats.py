@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -645,14 +647,25 @@ def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
 
 def test_rows_further_inside_an_object_are_told_with_the_command():
     [problem] = found({"version": "1", "data": {"train": [{"q": "a", "r": "b"}], "test": [{"q": "a", "r": "b"}]}})
-    assert "further inside, in `data.train[]`" in problem.reason and "jq -c '.data.train[]' FILE.json > rows.jsonl" in problem.fix
+    assert "further inside, in `data.train[]`" in problem.reason and "jq -c '(arrays[], objects).data.train[]' FILE.json > rows.jsonl" in problem.fix
     [problem] = found({"id": 1, "record": {"messages": [user("a"), answer("b")]}})
-    assert "jq -c '.record' FILE.json > rows.jsonl" in problem.fix
+    assert "jq -c '(arrays[], objects).record' FILE.json > rows.jsonl" in problem.fix
     [problem] = found({"title": "a", "meta": {"tags": [{"name": "b"}]}})
     assert "if they are what is to be learned" in problem.fix, "nobody knows what these are"
     for inside in ({"it's": [{"q": "a"}], "numbers": [1]}, {"turns": [user("a"), answer("b")]}):
         [problem] = found({"data": inside})
         assert "jq" not in problem.fix
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("layout", ["array", "lines", "object"])
+def test_the_command_for_rows_further_inside_works_on_every_layout_of_a_file(tmp_path, layout):
+    rows = [{"record": {"messages": [user(text), answer("b")]}} for text in "ac"][:1 if layout == "object" else 2]
+    text = json.dumps(rows, indent=1) if layout == "array" else "\n".join(map(json.dumps, rows))
+    (tmp_path / "FILE.json").write_text(text, encoding="utf-8")
+    [problem] = found(rows[0])
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [row["record"] for row in rows]
 
 
 def test_an_image_is_not_asked_to_become_a_text():

@@ -94,7 +94,7 @@ def test_lists_of_rows_in_one_object_are_no_turns():
     with pytest.raises(RowError) as caught:
         Formats().example({"train": [{"instruction": "q", "output": "a"}], "test": []})
     assert "`train` holds rows, not turns" in str(caught.value)
-    assert "jq -c '.train[]' FILE.json > train.jsonl" in caught.value.fix
+    assert "jq -c '(arrays[], objects).train[]' FILE.json > train.jsonl" in caught.value.fix
 
 
 def test_they_are_prepared_as_the_conversations_that_they_are(cli, tiny, tmp_path):
