@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
@@ -127,7 +128,7 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
         return messages
     for system, name in systems.items():
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
-        if not _is_system(first):
+        if not _is_a(first, "system"):
             return [{"role": "system", "content": texts[name]}, *messages]
         if not any(isinstance(said, str) and said.strip() == system for said in (first.get("content"),
                                                                                  first.get("value"))):
@@ -136,8 +137,8 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
     return messages
 
 
-def _is_system(turn: Mapping[str, Any]) -> bool:
-    return any(isinstance(name, str) and ROLES.get(name) == "system" for name in (turn.get("role"), turn.get("from")))
+def _is_a(turn: Mapping[str, Any], role: str) -> bool:
+    return any(isinstance(name, str) and ROLES.get(name) == role for name in (turn.get("role"), turn.get("from")))
 
 
 def declared(row: Mapping[str, Any]) -> Any:
@@ -159,10 +160,14 @@ def sharegpt(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
 def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draft:
     """The turns in a column with the tools of the row, or else with those that its system turn has (GLM-4)."""
     turns, tools = turns_in(row.get(key)), declared(row)
-    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
-    if not tools and first.get("tools") and _is_system(first):
+    if not isinstance(turns, list):
+        return Draft(turns, key, tools)
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    if not tools and first.get("tools") and _is_a(first, "system"):
         tools = first["tools"]
         turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
+    if tools or any(isinstance(turn, dict) and _is_a(turn, "tool") for turn in turns):
+        turns = calls_apart(turns)
     return Draft(with_system(turns, row, problems), key, tools)
 
 
@@ -215,8 +220,7 @@ def _not_learned(turn: Any) -> Any:
     """A turn of a prompt, in which the assistant may have spoken, unless it says itself what is learned."""
     if not isinstance(turn, dict) or not turn.keys().isdisjoint(MARKS):
         return turn
-    names = turn.get("role"), turn.get("from")
-    return {**turn, "train": False} if any(isinstance(n, str) and ROLES.get(n) == "assistant" for n in names) else turn
+    return {**turn, "train": False} if _is_a(turn, "assistant") else turn
 
 
 def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:

@@ -1,0 +1,89 @@
+"""Tool calls inside what the assistant says, as Hermes and Qwen write them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from support.rows import answer, user
+
+TOOLS = [{"type": "function", "function": {"name": "rate", "parameters": {"type": "object", "properties": {}}}}]
+ASKED = {"from": "human", "value": "The rate?"}
+SAID = {"from": "gpt", "value": "It is 2."}
+
+
+def call(of="USD"):
+    return {"type": "function", "function": {"name": "rate", "arguments": {"of": of, "now": True}}}
+
+
+def result(text, **more):
+    return {"role": "tool", "content": text, "name": "rate"} | more
+
+
+def read(*turns, **row):
+    return Formats().example({"conversations": [ASKED, *turns], **row})
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def tool(text):
+    return {"from": "tool", "value": text}
+
+
+AS_JSON = '<tool_call>\n{"name": "rate", "arguments": {"of": "USD", "now": true}}\n</tool_call>'
+AS_PYTHON = "<tool_call>\n{'arguments': {'of': 'USD', 'now': True}, 'name': 'rate'}\n</tool_call>"
+
+
+@pytest.mark.parametrize("called", [AS_JSON, AS_PYTHON, AS_JSON + "\n"])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None])
+def test_a_call_and_its_result(called, tools):
+    example = read(gpt(called), tool("<tool_response>\n2\n</tool_response>\n"), SAID, tools=tools)
+    assert example.messages == [user("The rate?"), answer(tool_calls=[call()]), result("2"), answer("It is 2.")]
+    assert example.tools == (TOOLS if tools else None) and example.unread == ()
+
+
+def test_several_calls_below_a_thought():
+    both = f"<think>\nLook.\n</think>\n\n{AS_JSON}\n{AS_JSON.replace('USD', 'EUR')}"
+    results = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    expected = [user("The rate?"), answer("<think>\nLook.\n</think>", tool_calls=[call(), call("EUR")]), result("1"), result("2"),
+                answer("It is 2.")]
+    assert read(gpt(both), tool(results), SAID, tools=TOOLS).messages == expected
+    # As Qwen's template writes it, results are the user's.
+    turns = [user("The rate?"), answer(both), user(results), answer("It is 2.")]
+    assert Formats().example({"messages": turns, "tools": TOOLS}).messages == expected
+
+
+def test_a_call_may_end_the_conversation():
+    assert read(gpt(AS_PYTHON), tools=TOOLS).messages[1] == answer(tool_calls=[call()])
+
+
+@pytest.mark.parametrize("said", [AS_JSON + " and so on", "<tool_call> is a mark", f"`{AS_JSON}`"])
+def test_a_text_about_such_marks_stays_one(said):
+    assert read(gpt(said), tools=TOOLS).messages[1] == answer(said)
+
+
+def test_without_tools_it_is_text():
+    turns = [gpt(AS_JSON), {"from": "human", "value": "<tool_response>\n2\n</tool_response>"}, SAID]
+    assert [turn["content"] for turn in read(*turns).messages[1:]] == [turn["value"] for turn in turns]
+
+
+def test_what_a_user_quotes_stays_theirs():
+    quoted = {"from": "human", "value": "<tool_response>\n2\n</tool_response>"}
+    assert read(SAID, quoted, SAID, tools=TOOLS).messages[2] == user(quoted["value"])
+
+
+def test_a_call_that_cannot_be_read_says_so():
+    with pytest.raises(RowError, match="tool call 1 of turn 2 has no function name: '{name: rate}'"):
+        read(gpt("<tool_call>\n{name: rate}\n</tool_call>"), tool("2"), SAID, tools=TOOLS)
+
+
+def test_many_marks_take_no_time():
+    began = time.monotonic()
+    read(gpt(f"{AS_JSON}\n" * 10_000 + "end"), tools=TOOLS)
+    assert time.monotonic() - began < 5
