@@ -117,6 +117,16 @@ def _squad(row: Fields) -> Shaped | None:
                   {"instruction": "question", "output": "answers"})
 
 
+def _xlam(row: Fields) -> Shaped | None:
+    """xLAM's function calls: a query, the tools there are, and the calls that answer it."""
+    calls = strict_json.list_in(row["answers"])
+    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        return None
+    turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    rest = {key: value for key, value in row.items() if key not in ("query", "answers")}
+    return Shaped(rest | {"messages": turns}, {"messages": "answers"})
+
+
 _FLAT = ("jq -c '.data[].paragraphs[] | .context as $c | .qas[] | {question, context: $c, answers: {text: "
          "[.answers[].text], answer_start: [.answers[].answer_start]}}' FILE.json > rows.jsonl")
 
@@ -195,6 +205,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("query", "response")), _swift),
     (frozenset(("指令", "输出")), _chinese),
     (frozenset(("question", "context", "answers")), _squad),
+    (frozenset(("query", "answers", "tools")), _xlam),
     (frozenset(("paragraphs",)), _squad_file),
     (frozenset(("data",)), _ultrachat),
     (frozenset(("instruction", "output")), _belle),

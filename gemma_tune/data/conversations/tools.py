@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from gemma_tune.base import strict_json
@@ -71,15 +72,32 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
         problems.append(_bad_tools(f"tool {number} contains {fault}"))
         return None
     if isinstance(function.get("parameters"), dict):
-        function = function | {"parameters": _schema(function["parameters"])}
+        function = function | {"parameters": _schema(_object_of(function["parameters"]))}
     return {"type": "function", "function": function}
 
 
-_TYPES = ("STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL")  # as Gemini writes JSON Schema's
+# As Gemini writes JSON Schema's types, and as Python calls them in xLAM and BFCL.
+_TYPES = {**{name.upper(): name for name in ("string", "number", "integer", "boolean", "array", "object", "null")},
+          "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
+          "set": "array", "dict": "object"}
+_PYTHON = re.compile(r"(?P<name>\w+)(?:\[.*\])?(?P<optional>,\s*optional)?")  # List[str], optional
+
+
+def _object_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of parameters that are but listed by their names, as xLAM has them; what is a schema as it is."""
+    if not parameters or not all(isinstance(one, dict) and isinstance(one.get("type"), str)
+                                 for one in parameters.values()):
+        return parameters
+    found = {name: (_PYTHON.fullmatch(one["type"]), one) for name, one in parameters.items()}
+    properties = {name: one | {"type": python["name"].lower()} if python and python["name"].lower() in _TYPES else one
+                  for name, (python, one) in found.items()}
+    required = [name for name, (python, one) in found.items() if "default" not in one and not (
+        python and python["optional"])]
+    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
 
 
 def _schema(schema: Any) -> Any:
-    """A JSON schema with its types in JSON Schema's own letters; names and examples that look like a type stay."""
+    """A JSON schema with its types under JSON Schema's own names; names and examples that look like a type stay."""
     if isinstance(schema, list):
         return [_schema(part) for part in schema]
     if not isinstance(schema, dict):
@@ -87,7 +105,7 @@ def _schema(schema: Any) -> Any:
     found = dict(schema)
     for key, value in schema.items():
         if key == "type" and isinstance(value, str) and value in _TYPES:
-            found[key] = value.lower()
+            found[key] = _TYPES[value]
         elif key in ("properties", "$defs", "definitions") and isinstance(value, dict):
             found[key] = {name: _schema(part) for name, part in value.items()}
         elif key in ("items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties"):

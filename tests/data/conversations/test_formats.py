@@ -754,7 +754,7 @@ def test_every_format_of_the_settings_is_known():
             if other is not row and name != "columns" and other is not ALPACA and (name != "text" or "text" not in other):
                 with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
                     formats.example(other)
-    assert Formats().describe("messages") == "messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS)"
+    assert Formats().describe("messages") == "messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS, or the calls of xLAM)"
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 
 

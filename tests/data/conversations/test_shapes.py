@@ -24,6 +24,11 @@ def moss(said, **others):
 MOSS = {"conversation_id": 7, "chat": {"turn_1": moss(("Hi", "Hello")), "turn_2": moss(("Sky?", "Blue."))}}
 SQUAD = {"id": "5", "context": "The sky is blue.", "question": "Sky?", "answers": {"text": ["blue"], "answer_start": [11]}}
 
+XLAM = {"id": 0, "query": "Sky?", "answers": json.dumps([{"name": "look", "arguments": {"up": 9}}]), "tools": json.dumps([
+    {"name": "look", "description": "Look.", "parameters": {
+        "up": {"description": "Degrees.", "type": "int"}, "at": {"description": "Points.", "type": "List[float], optional"},
+        "type": {"description": "Of look.", "type": "str", "default": "short"}, "of": {"description": "?", "type": "Look"}}}])}
+
 READ = {
     "firefly": ({"kind": "QA", "input": "Sky?", "target": "Blue."}, TURNS, ["kind"]),
     "firefly-conversation": ({"conversation_id": 1, "conversation": [
@@ -56,6 +61,8 @@ READ = {
     "squad": (SQUAD, [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
     "squad-agreed": (SQUAD | {"answers": {"text": ["blue", "blue"], "answer_start": [11, 11]}},
                      [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
+    "xlam": (XLAM, [user("Sky?"), answer(tool_calls=[{"type": "function", "function": {"name": "look", "arguments": {"up": 9}}}])],
+             ["id"]),
     "chinese": ({"指令": "Who?", "输入": "Ann sings.", "输出": "Ann."}, [user("Who?\n\nAnn sings."), answer("Ann.")], []),
 }
 
@@ -65,6 +72,14 @@ def test_it_is_read_and_what_is_left_is_named(name):
     row, messages, unread = READ[name]
     example = Formats().example(row)
     assert example.messages == messages and [one.name for one in example.unread] == unread
+
+
+def test_parameters_that_are_listed_by_name_become_a_schema():
+    [tool] = Formats().example(XLAM).tools
+    assert tool["function"]["parameters"] == {"type": "object", "properties": {
+        "up": {"description": "Degrees.", "type": "integer"}, "at": {"description": "Points.", "type": "array"},
+        "type": {"description": "Of look.", "type": "string", "default": "short"}, "of": {"description": "?", "type": "Look"}},
+        "required": ["up", "of"]}
 
 
 REFUSED = {
