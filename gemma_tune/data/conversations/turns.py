@@ -278,8 +278,9 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem], ans
     if turn["role"] == "tool":
         if (answered := tools.identifier(message.get("tool_call_id"))) is not None:
             turn["tool_call_id"] = answered
-        if isinstance(message.get("name"), str) and message["name"].strip():
-            turn["name"] = message["name"].strip()
+        names = (message.get("name"), message.get("tool_name"))  # OpenAI's key, and Ollama's
+        if name := next((name.strip() for name in names if isinstance(name, str) and name.strip()), None):
+            turn["name"] = name
         if damaged(f"{turn.get('tool_call_id')} {turn.get('name')}"):
             problems.append(Problem("broken_text", f"the name or id of {where} contains damaged characters",
                                     "export the text as UTF-8 again"))

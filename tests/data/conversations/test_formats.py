@@ -754,7 +754,8 @@ def test_every_format_of_the_settings_is_known():
             if other is not row and name != "columns" and other is not ALPACA and (name != "text" or "text" not in other):
                 with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
                     formats.example(other)
-    assert Formats().describe("messages") == "messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS, or the calls of xLAM)"
+    assert Formats().describe("messages") == ("messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS, "
+                                              "or the calls of xLAM)")
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 
 
@@ -873,6 +874,16 @@ def test_results_are_named_by_id_then_by_position():
     several = [USER, made, RESULT | {"tool_call_id": "2"}, RESULT, ANSWER, USER, made,
                {"role": "tool", "content": "x"}, {"role": "tool", "content": "y", "name": "own"}, {"role": "tool", "content": "z"}, ANSWER]
     assert [turn.get("name") for turn in messages({"messages": several}) if turn["role"] == "tool"] == ["f", "g", "f", "own", None]
+
+
+def test_ollama_names_the_tool_of_a_result():
+    made = answer(tool_calls=[called("f", {}), called("g", {})])
+    turns = [user("a"), made, *({"role": "tool", "tool_name": name, "content": name.upper()} for name in "gf"), answer("b")]
+    example = read({"messages": turns})
+    assert [(turn["name"], turn["content"]) for turn in example.messages[2:4]] == [("g", "G"), ("f", "F")] and not example.unread
+    turns[2]["name"] = "f"
+    example = read({"messages": turns})
+    assert example.messages[2]["name"] == "f" and [one.name for one in example.unread] == ["tool_name"]
 
 
 def test_what_a_tool_returns_may_be_an_object():
