@@ -158,6 +158,8 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
         content = ""
     if message.keys() not in PLAIN:
         _extras(number, message, turn, problems, answered)
+    if role == "assistant" and isinstance(content, list):
+        content = _without_thoughts(f"turn {number}", content, turn, problems)
     _content(number, content, turn, problems)
     begins = turn["content"].lstrip().startswith(_THINK[0])
     if "reasoning_content" in turn and begins:
@@ -224,7 +226,8 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
 
 _NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
             "input_file")
-_OF_TOOLS = ("tool_use", "tool_result")  # Anthropic's
+_OF_TOOLS = ("tool_use", "tool_result", "tool_call")  # Anthropic's, and LLaMA-Factory's
+_THOUGHTS = ("thinking", "reasoning")  # likewise
 _REPORTED = object()  # in place of a content whose problem is already in the list
 
 
@@ -235,7 +238,8 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
         return _REPORTED
     texts = []
     for position, part in enumerate(parts, start=1):
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else None
+        is_text = isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS
+        text = part.get("text", part.get("value")) if is_text else None  # LLaMA-Factory says `value`
         if not isinstance(text, str):
             sort = part.get("type") if isinstance(part, dict) else None
             what = kind(part) if sort is None else quoted(sort)
@@ -248,12 +252,28 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
     return "\n".join(texts)
 
 
+def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[Problem]) -> list[Any]:
+    """The parts of a content but for those that are thoughts, which become the turn's reasoning."""
+    thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+    texts = [part.get("thinking", part.get("value")) for part in thoughts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        return parts
+    text = "\n".join(texts)
+    if turn.get("reasoning_content", text) != text:
+        problems.append(Problem("reasoning", f"{where} has reasoning under a key of its own, and another one among the "
+                                             "parts of its content", "keep one of them"))
+    _reasoning(where, {"reasoning_content": text}, turn, problems)
+    return [part for part in parts if part not in thoughts]
+
+
 def _part_fix(sort: Any) -> str:
     """What to do about a part of that type, which is no text."""
     if sort in _NO_TEXT:
         return "text alone is learned: leave the part out, or the row"
     if sort in _OF_TOOLS:
         return "write a call as `tool_calls` of the assistant's turn, and its result as a turn of the role `tool`"
+    if sort in _THOUGHTS:
+        return "write a thought as `reasoning_content` of the assistant's turn, which is a text"
     return 'write each part as {"type": "text", "text": "…"}, or the content as one text'
 
 

@@ -33,7 +33,8 @@ _READ: dict[str, frozenset[str]] = {
 _SECOND = {"response": "output", "functions": "tools", "chat_history": "history", "conversation": "conversations",
            "chat": "conversations", "system_instruction": "systemInstruction"}
 _OF_EVERY_TURN = frozenset(("role", "from", "content", "value", "tool_responses", *CALLS, *MARKS))
-_OF_TURNS = {"assistant": _OF_EVERY_TURN | set(REASONING), "tool": _OF_EVERY_TURN | {"tool_call_id", "name", "tool_name"}}
+_OF_TURNS = {"assistant": _OF_EVERY_TURN | set(REASONING),
+             "tool": _OF_EVERY_TURN | {"tool_call_id", "name", "tool_name"}}
 _SECOND_OF_TURNS = {"value": "content", "from": "role", "tool_name": "name"}
 
 

@@ -172,6 +172,18 @@ def test_a_bare_text_is_no_part(content):
     assert (code, reason) == ("not_text", f"the content of turn 1 is a list whose part {len(content)} is a bare text")
 
 
+@pytest.mark.parametrize("thought", [
+    {"type": "thinking", "thinking": "c", "signature": "Er"}, {"type": "reasoning", "value": "c"}], ids=["Anthropic", "LLaMA-Factory"])
+def test_thoughts_among_the_parts_are_reasoning(thought):
+    said = {"type": "text", "value" if "value" in thought else "text": "b"}
+    expected = [user("a"), answer("b", reasoning_content="c")]
+    assert messages({"messages": [user("a"), answer([thought, said], loss_weight=1.0)]}) == expected
+    assert messages({"messages": [user("a"), answer([thought, said], reasoning="c")]}) == expected
+    assert codes({"messages": [user("a"), answer([thought, said], reasoning="d")]}) == ["reasoning"]
+    assert codes({"messages": [user("a"), answer([thought])]}) == ["empty_turn"]
+    assert codes({"messages": [user([thought, said]), answer("b")]}) == ["not_text"], "a user does not think here"
+
+
 def test_several_texts_that_a_tool_returns_are_its_result():
     assert messages({"messages": [USER, CALL, RESULT | {"content": ["a", "é"]}, ANSWER]})[2]["content"] == '["a", "é"]'
 
@@ -677,6 +689,8 @@ def test_an_image_is_not_asked_to_become_a_text():
 def test_parts_of_tools_and_of_no_known_type_say_what_to_write():
     for part, fix in (({"type": "tool_use", "id": "t", "name": "f", "input": {}}, "write a call as `tool_calls`"),
                       ({"type": "tool_result", "tool_use_id": "t", "content": "r"}, "a turn of the role `tool`"),
+                      ({"type": "tool_call", "value": "{}"}, "write a call as `tool_calls`"),
+                      ({"type": "thinking", "thinking": [{"type": "text", "text": "c"}]}, "write a thought as `reasoning_content`"),
                       ({"type": ["text"], "text": "a"}, "write each part as"), ({"type": {}}, "write each part as")):
         [problem] = found({"messages": [user("a"), {"role": "assistant", "content": [{"type": "text", "text": "b"}, part]}]})
         assert problem.code == "not_text" and fix in problem.fix
