@@ -88,12 +88,14 @@ def read_bounded(path: Path, most: int) -> bytes:
         UserError: it has more than ``most`` bytes, or is a pipe that nobody writes into.
         OSError: it cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # by itself, opening a pipe waits for its writer
+    at_once = getattr(os, "O_NONBLOCK", 0)  # by itself, opening a pipe waits for its writer; Windows has no such files
+    fd = os.open(path, os.O_RDONLY | at_once)
     try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             content = _from_pipe(path, fd, most)
         else:
-            os.set_blocking(fd, True)
+            if at_once:
+                os.set_blocking(fd, True)
             with open(fd, "rb", closefd=False) as file:
                 content = file.read(most + 1)
     finally:

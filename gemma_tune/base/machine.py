@@ -40,7 +40,7 @@ def _quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/
     Both versions, see ``cgroups(7)``: ``cpu.max`` has quota and period in microseconds, before it were two files.
     """
     try:
-        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return None
     found = []
@@ -59,7 +59,7 @@ def _quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/
 
 def _of_group(folder: Path, names: tuple[str, ...]) -> float | None:
     try:
-        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # "max", among others
         return None

@@ -83,7 +83,8 @@ def engine() -> Iterator[Finding]:
         return
     kind, _, what = found.partition(" ")
     command = [what, "--version"] if kind == "llama-server" else [sys.executable, "-c", "import xllamacpp"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS,
+                          check=False)
     if done.returncode:
         words = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         yield Finding("llama.cpp", LOOK, f"{found} does not start: {words}", INSTALL_HINT if kind == "llama-server" else
@@ -98,8 +99,8 @@ def go() -> Iterator[Finding]:
     if program is None:
         yield Finding("go", LOOK, "not installed: Ollama's template is not compared in exports", GO_HINT)
         return
-    done = subprocess.run([program, "version"], capture_output=True, text=True, errors="replace", timeout=_SECONDS,
-                          check=False)
+    done = subprocess.run([program, "version"], capture_output=True, encoding="utf-8", errors="replace",
+                          timeout=_SECONDS, check=False)
     if done.returncode:
         yield Finding("go", LOOK, f"{program} does not start", GO_HINT)
     else:

@@ -1,0 +1,101 @@
+"""Whole commands under Windows' rules, see ``support.windows``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.command import ROOT, rows, write_rows
+from support.windows import CODE_PAGE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the double looks into /proc")
+
+
+def started(*commands: list[object], **more: str) -> subprocess.Popen:
+    """Commands that run one after the other, with output in the code page of Chinese Windows."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONIOENCODING": CODE_PAGE,
+           "PYTHONUTF8": "0", "PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "ignore::EncodingWarning",
+           "OMP_NUM_THREADS": "1", **more}
+    texts = json.dumps([[str(word) for word in command] for command in commands])
+    return subprocess.Popen([sys.executable, "-m", "support.windows", texts], env=env, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ran(*commands: list[object], stdin: bytes = b"", **more: str) -> tuple[bytes, str]:
+    """What they wrote; all of them ended well."""
+    with started(*commands, **more) as process:
+        out, err = process.communicate(stdin)
+    text = err.decode(CODE_PAGE)
+    assert process.returncode == 0, text
+    assert not re.search(r"held:|unexpected|Traceback|EncodingWarning", text), text
+    return out, text
+
+
+def test_every_stage_obeys_the_rules_for_files(tiny, tmp_path):
+    """Also where each replaces what an earlier command in the same process has read, and a training goes on."""
+    write_rows(tmp_path / "rows.jsonl", [*rows(), {"messages": [
+        {"role": "user", "content": "毛利率？"}, {"role": "assistant", "content": "是的：✓ 😀"}]}])
+    settings = tmp_path / "settings.yaml"
+    settings.write_bytes("train:  # 毛利率\n  epochs: 100\n  rank: 4\n  dtype: fp32\n  learning_rate: 0.001\n  save_steps: 1\n"
+                         "  eval_steps: 3\n  keep_checkpoints: 2\n  samples: 0\n".replace("\n", "\r\n").encode())
+    train = ["train", "--config", settings]
+    with started(["prepare", "rows.jsonl", "--model", tiny], train) as process:
+        said = ""
+        for line in process.stderr:
+            said += line.decode(CODE_PAGE)
+            if "step 6: validation loss" in said:
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.communicate()[1].decode(CODE_PAGE)
+    assert process.returncode == 130 and "unexpected" not in said, said
+    run = Path("runs/tiny-gemma")
+    assert len([*(run / "training_checkpoints").glob("checkpoint-*")]) == 2, "the others could be removed"
+    finish = [*train, "--max-steps", 3]
+    out, _ = ran([*train, "--max-steps", 8, "--force"], ["train", "--continue", "--max-steps", 12], ["merge"],
+                 ["merge", "--force"], ["eval", "--questions", 1, "--max-new-tokens", 4],
+                 ["export-ollama", "--quant", "f16", "--no-measure"],
+                 ["export-ollama", "--quant", "f16", "--no-measure", "--force"],
+                 ["chat", "--prompt", "毛利率？😀", "--max-new-tokens", 4, "--json"],
+                 ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], finish, ["status"])
+    assert not [*run.rglob(".new-*"), *run.rglob(".old-*"), *run.rglob("*.partial")]
+
+
+HELD = """
+import os, sys
+from support import windows
+windows.install()
+os.mkdir("folder")
+file = open("folder/file", "w+b")
+file.write(b"content")
+file.flush()
+open("other", "w", encoding="utf-8").close()
+def refused(what, *paths):
+    try:
+        what(*paths)
+    except OSError as e:
+        return e.winerror
+assert refused(os.replace, "other", "folder/file") == refused(os.rename, "folder", "moved") == 32
+assert refused(os.unlink, "folder/file") == refused(os.replace, "folder/file", "new") == 32
+import mmap
+mapped = mmap.mmap(file.fileno(), 0)
+file.close()
+assert refused(os.unlink, "folder/file") == 32
+mapped.close()
+assert refused(os.rename, "other", "folder/file") == 183 and refused(os.symlink, "other", "link") == 1314
+assert refused(open, "aux.txt", "wb") == refused(os.mkdir, "a:b") == refused(os.mkdir, "a.") == 123
+assert refused(os.open, "folder", os.O_RDONLY) == 5
+os.replace("other", "folder/file")
+"""
+
+
+def test_the_double_refuses_what_windows_refuses(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HELD], env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
