@@ -181,6 +181,14 @@ def place_of(target: Path) -> Path:
     return Path(os.path.realpath(target)) if target.is_symlink() and not target.is_file() else target
 
 
+def seen_from(start: Path | str, path: Path | str) -> str:
+    """A path as one names it from a directory: relative, but where there is no way, as to another drive of Windows."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 def fresh_path(target: Path) -> Path:
     """Where the successor of ``target`` is made."""
     place = place_of(target)

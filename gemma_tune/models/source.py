@@ -25,6 +25,7 @@ from gemma_tune.base.files import (
     cache_errors,
     fingerprint,
     refuse_special,
+    seen_from,
     unfinished,
 )
 from gemma_tune.base.listener import Listener
@@ -59,7 +60,7 @@ class BaseModel:
 
     def record(self, root: Path) -> dict[str, Any]:
         """What the manifest keeps: paths relative to the run at ``root``."""
-        where = self.origin and Path(os.path.relpath(self.origin, root.resolve())).as_posix()
+        where = self.origin and Path(seen_from(root.resolve(), self.origin)).as_posix()
         return {"id": self.id, "name": self.name, "source": self.source, "revision": self.revision, "path": where,
                 "fingerprint": self.fingerprint, "files": self.files}
 
@@ -142,7 +143,7 @@ def cached_copies(record: Mapping[str, Any]) -> list[Path]:
 def recorded_id(record: Mapping[str, Any], root: Path) -> str:
     """The ``--model`` value that leads to a manifest's model again, seen from the current directory."""
     place = record.get("path")
-    return os.path.relpath(os.path.normpath(root.resolve() / place)) if place else record["id"]
+    return seen_from(".", os.path.normpath(root.resolve() / place)) if place else record["id"]
 
 
 def with_weights(model: BaseModel, listener: Listener) -> BaseModel:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import PACKAGE, fingerprint
+from gemma_tune.base.files import PACKAGE, fingerprint, seen_from
 from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
@@ -187,20 +187,21 @@ class RunDir:
         return self.root / "answers.json"
 
     def relative(self, path: Path) -> str:
-        """``path`` as the manifest keeps it: relative to the run, with forward slashes; our own data by name."""
+        """``path`` as the manifest keeps it: relative to the run, if there is a way from it, with forward slashes; our
+        own data by name."""
         if path.is_relative_to(PACKAGE):
             return f"gemma_tune:{path.relative_to(PACKAGE).as_posix()}"
         here, root = path.absolute(), self.root.absolute()
         if not here.is_relative_to(root):
             # A `..` after a symbolic link leads to the parent of what it points to, so both must be real paths.
             here, root = path.resolve(), self.root.resolve()
-        return Path(os.path.relpath(here, root)).as_posix()
+        return Path(seen_from(root, here)).as_posix()
 
     def found(self, name: str) -> str:
         """What :meth:`relative` made of a path, as one names it from the current directory; ``hf:`` names stay."""
         if name.startswith("gemma_tune:"):
             return f"{PACKAGE / name.removeprefix('gemma_tune:')}"
-        return name if name.startswith("hf:") else os.path.relpath(os.path.normpath(self.root.resolve() / name))
+        return name if name.startswith("hf:") else seen_from(".", os.path.normpath(self.root.resolve() / name))
 
 
 def set_aside_in(checkpoints: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.command import ROOT, rows, write_rows
-from support.windows import CODE_PAGE
+from support.windows import CODE_PAGE, OTHER_DRIVE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the double looks into /proc")
 
@@ -65,6 +66,19 @@ def test_every_stage_obeys_the_rules_for_files(tiny, tmp_path):
                  ["chat", "--prompt", "毛利率？😀", "--max-new-tokens", 4, "--json"],
                  ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], finish, ["status"])
     assert not [*run.rglob(".new-*"), *run.rglob(".old-*"), *run.rglob("*.partial")]
+
+
+def test_model_and_data_can_lie_on_other_drives_than_the_run(tiny, tmp_path, monkeypatch):
+    drive = tmp_path / "d"
+    shutil.copytree(tiny, drive / "tiny-gemma")
+    write_rows(drive / "rows.jsonl", rows())
+    monkeypatch.setenv(OTHER_DRIVE, str(drive))
+    ran(["prepare", "d/rows.jsonl", "--model", "d/tiny-gemma"], ["prepare", "--valid", 2])
+    run = tmp_path / "runs" / "tiny-gemma"
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["model"]["path"] == str(drive / "tiny-gemma")
+    monkeypatch.chdir(drive)
+    ran(["prepare", "--run", run, "--force"], ["train", "--run", run, "--max-steps", 1, "--dry-run"])
 
 
 HELD = """

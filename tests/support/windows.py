@@ -8,7 +8,7 @@ runs commands one after the other in this process, up to the first that fails.
 - gemma_tune's own modules see ``os.name``, ``sys.platform`` and what Windows' Python lacks in ``os``, ``signal``,
   ``select``, ``subprocess`` and others. Libraries see the system that they were installed for.
 
-Paths keep their slashes: drives and backslashes are not part of it.
+Paths keep their slashes, and a drive is a directory: no path leads into or out of it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 CODE_PAGE = "cp936"
+OTHER_DRIVE = "OTHER_DRIVE"  # variable that names a directory to be a drive of its own
 IN_USE = "The process cannot access the file because it is being used by another process"
 _GONE = " (deleted)"
 _NOT_THERE = {"fcntl", "termios", "tty", "pty", "pwd", "grp", "resource", "readline", "syslog"}
@@ -220,8 +221,15 @@ def _context(method: str | None = None) -> Any:
     return multiprocessing.get_context("spawn")
 
 
+def _relpath(path: Any, start: Any = os.curdir) -> str:
+    drive = os.environ.get(OTHER_DRIVE, "\0")
+    if os.path.abspath(path).startswith(drive) != os.path.abspath(start).startswith(drive):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+    return os.path.relpath(path, start)
+
+
 _SEEN = {
-    "os": _Seen(os, _OF_OS, name="nt", fsync=_fsync, supports_effective_ids=set(), linesep="\r\n"),
+    "os": _Seen(os, _OF_OS, path=_Seen(os.path, set(), relpath=_relpath), name="nt", fsync=_fsync, supports_effective_ids=set(), linesep="\r\n"),
     "sys": _Seen(sys, set(), platform="win32"),
     "signal": _Seen(signal, _OF_SIGNAL, signal=_signal),
     "select": _Seen(select, {"poll", "epoll"}, select=_select),
