@@ -248,13 +248,15 @@ def _fill(arrived: queue.Queue, asked: Iterable[Asked]) -> None:
 
 
 def standard_input() -> Any:
-    """Standard input to be read beside the work: Python cannot end while a thread waits in its own ``sys.stdin``."""
+    """Standard input to be read beside the work: Python cannot end while a thread waits in its own ``sys.stdin``.
+
+    UTF-8, whatever the locale says: with another code page, as in Windows, Python would make other characters of it.
+    """
     try:
         number = os.dup(sys.stdin.fileno())
     except (OSError, ValueError, AttributeError):  # not a file of the system's
         return sys.stdin
-    return open(number, encoding=sys.stdin.encoding, errors="surrogateescape",
-                newline="\n")  # noqa: SIM115 - until the end
+    return open(number, encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115 - until the end
 
 
 def is_file(stream: Any) -> bool:

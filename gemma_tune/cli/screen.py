@@ -6,6 +6,7 @@ access token. The first are made visible here, and the second are not shown: :cl
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import redact, redacted
-from gemma_tune.base.words import json_visible, size_text, visible, without_commands
+from gemma_tune.base.words import is_text, json_visible, size_text, visible, without_commands
 from gemma_tune.cli.hints import in_run
 from gemma_tune.train import processes
 
@@ -239,15 +240,13 @@ def answer(text: str) -> None:
 
 
 def result_json(value: Any, verbatim: Mapping[str, Any] | None = None) -> None:
-    """One JSON object on one line of stdout; in ASCII where its encoding lacks a character, such as half a pair.
+    """One JSON object on one line of stdout; in ASCII where that is not UTF-8, which JSON is by its standard, or has no
+    place for half a pair.
 
     Args:
         verbatim: further fields, whose texts are the result itself: in them nothing is taken for a secret.
     """
     value = redacted(value) | dict(verbatim or {})
     text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value)
-    result(json_visible(text))
+    utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    result(json_visible(text if utf8 and is_text(text) else json.dumps(value)))

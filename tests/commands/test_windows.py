@@ -64,7 +64,10 @@ def test_every_stage_obeys_the_rules_for_files(tiny, tmp_path):
                  ["export-ollama", "--quant", "f16", "--no-measure"],
                  ["export-ollama", "--quant", "f16", "--no-measure", "--force"],
                  ["chat", "--prompt", "毛利率？😀", "--max-new-tokens", 4, "--json"],
-                 ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], finish, ["status"])
+                 ["chat", "--max-new-tokens", 4, "--json"],
+                 ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], finish, ["status"], stdin='{"prompt": "毛利率？"}\r\n现金流\r\n'.encode())
+    said = [json.loads(line) for line in out.splitlines() if line.startswith(b'{"')]  # as UTF-8, which JSON is
+    assert [answer["prompt"] for answer in said] == ["毛利率？😀", "毛利率？", "现金流"]
     assert not [*run.rglob(".new-*"), *run.rglob(".old-*"), *run.rglob("*.partial")]
 
 
