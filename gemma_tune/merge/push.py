@@ -1,31 +1,21 @@
-"""The merged model goes to the Hugging Face Hub: asked before any work whether it may, then uploaded in one commit.
-
-Files that arrived stay at the Hub, so the same command after a failure sends what is missing. ``huggingface_hub`` is
-imported inside functions, because ``gemma-tune --help`` must not pay for it.
-"""
+"""The merged model goes to the Hugging Face Hub, with its card."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma_tune import __version__
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import counted, size_text
-from gemma_tune.hub.access import Request, hub_error, quietly
-from gemma_tune.merge.access import api_for, ask, missing_right, push_request, uses_xet
+from gemma_tune.hub import push as hub
+from gemma_tune.hub.push import Parcel, names_in
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+    from huggingface_hub import ModelInfo
 
+_MAKE = "gemma-tune merge"
 # What loading a model reads, in lower case. Left in a repository by an earlier push, such a file would be read beside
 # this model's, or instead of them: a model.safetensors wins over an index and its shards.
 _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tokenizer*", "*_tokens*.json", "vocab*",
@@ -33,117 +23,42 @@ _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "token
 
 
 def check_push(repo_id: str, *, private: bool = False) -> None:
-    """Ask the Hub whether :func:`push_folder` could push to ``repo_id``, as far as that can be told beforehand.
-
-    Args:
-        repo_id: ``account/name``.
-        private: refuse a repository that is there and public.
-
-    Raises:
-        HubError: no, or nobody can be asked; ``kind`` says why.
-    """
-    request = push_request(repo_id)
-    with quietly():
-        api = api_for(request)
-        if reason := missing_right(ask(request, lambda: api.whoami()), repo_id):
-            raise hub_error("scope", request, reason)
-        _check_repository(request, ask(request, lambda: _existing(api, repo_id)), private)
+    """Whether :func:`push_folder` could push to ``repo_id``, see :func:`hub.push.check_push`."""
+    hub.check_push(repo_id, _MAKE, _unfit, private=private)
 
 
 def push_folder(folder: Path, repo_id: str, listener: Listener, *, private: bool = True) -> str:
-    """Upload a model's files in one commit on ``main``, into a repository that is created where there is none.
-
-    Files of an earlier model, which loading would read as well, leave the repository in the same commit; everything
-    else that is in it stays, and whether it is private.
+    """Upload a model's files, see :func:`hub.push.push`; those of an earlier model, which loading would read as well,
+    leave the repository.
 
     Args:
         folder: the merged model; hidden files, links and ``manifest.json`` in it are left out.
-        repo_id: ``account/name``.
-        private: who sees a repository that is created. One that is public already is refused.
-
-    Returns:
-        The commit's address.
 
     Raises:
         HubError: refused, or broken off; the same call continues where it stopped.
         UserError: the folder holds no model.
     """
-    from huggingface_hub import CommitOperationDelete
-
-    request = push_request(repo_id)
     files = _files(folder)
-    with quietly(), tempfile.TemporaryDirectory() as place:
-        api = api_for(request)
-        info = ask(request, lambda: _repository(api, repo_id, private))
-        _check_repository(request, info, private)
-        request = replace(request, id=info.id)  # an old name leads to the repository that was renamed
-        if "README.md" in files:
-            files["README.md"] = _renamed_card(files["README.md"], info.id, Path(place))
-        size = sum(path.stat().st_size for path in files.values())
-        listener.note(f"pushing {counted(len(files), 'file')}, {size_text(size)}, to {request.endpoint}/{info.id}, "
-                      f"which is {'private' if info.private else 'public'}")
-        outdated = sorted(name for name in _names(info) - files.keys() if _is_loaded(name))
-        if outdated:
-            listener.note(f"removing an earlier model's files there: {', '.join(outdated)}")
-        if "README.md" in files:
-            ask(request, lambda: _check_card(request, files["README.md"]))
-        additions = _upload(api, request, files, partial(listener.progress, f"pushing to {info.id}"))
-        commit = ask(request, lambda: api.create_commit(
-            info.id, [*additions, *(CommitOperationDelete(name, is_folder=False) for name in outdated)],
-            commit_message=f"Model merged by gemma-tune {__version__}"))
-    return commit.commit_url
+    # It may have been written before anybody thought of a push, or for another repository.
+    card = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
+    return hub.push(Parcel(
+        _MAKE, f"Model merged by gemma-tune {__version__}", files, _unfit,
+        lambda info: [name for name in names_in(info) if _is_loaded(name)],
+        None if card is None else lambda info: _renamed(card, info.id)), repo_id, listener, private=private)
 
 
-# ---- the repository -------------------------------------------------------------------------------------------------
-
-def _existing(api: HfApi, repo_id: str) -> ModelInfo | None:
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return api.model_info(repo_id)
-    except RepositoryNotFoundError as error:
-        if error.response.status_code != 404:
-            raise
-        return None
-
-
-def _repository(api: HfApi, repo_id: str, private: bool) -> ModelInfo:
-    """The repository to push to. One that is there stays as it is, also if it is not private or public as wanted."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if info := _existing(api, repo_id):
-        return info
-    try:
-        api.create_repo(repo_id, private=private)
-    except HfHubHTTPError as error:
-        if error.response.status_code != 409:  # the name was taken meanwhile, or is by something that is no model
-            raise
-    return api.model_info(repo_id)
-
-
-def _check_repository(request: Request, info: ModelInfo | None, private: bool) -> None:
-    if info is None:
-        return
-    if info.disabled:
-        raise hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
-    if "adapter_config.json" in _names(info):
-        raise hub_error("bad repo", request, "holds an adapter, which loading would add to the merged model once more")
-    if private and not info.private:
-        raise hub_error("public", request)
-
-
-def _names(info: ModelInfo) -> set[str]:
-    return {one.rfilename for one in info.siblings or ()}
+def _unfit(info: ModelInfo) -> str | None:
+    if "adapter_config.json" in names_in(info):
+        return "holds an adapter, which loading would add to the merged model once more"
+    return None
 
 
 def _is_loaded(name: str) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in _LOADED) and "/" not in name
 
 
-# ---- the upload ------------------------------------------------------------------------------------------------------
-
 def _files(folder: Path) -> dict[str, Path]:
-    """What is pushed, by its name in the repository; small files first, so that a refusal shows before hours of upload.
+    """What is pushed, by its name in the repository.
 
     Raises:
         UserError: it is not a model's folder.
@@ -154,102 +69,10 @@ def _files(folder: Path) -> dict[str, Path]:
              if name != "manifest.json" and not any(part.startswith(".") for part in name.split("/"))}
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{folder} holds no model to push", "make it again: gemma-tune merge --force")
-    return dict(sorted(files.items(), key=lambda item: (item[1].stat().st_size, item[0])))
+    return files
 
 
-def _renamed_card(card: Path, repo_id: str, folder: Path) -> Path:
-    """The card for this repository: it may have been written before anybody thought of a push, or for another one."""
+def _renamed(card: str, repo_id: str) -> str:
     from gemma_tune.merge.card import card_in_repository
 
-    text = card.read_text(encoding="utf-8")
-    renamed = folder / card.name
-    renamed.write_text(card_in_repository(text, repo_id), encoding="utf-8", newline="\n")
-    return renamed
-
-
-def _check_card(request: Request, card: Path) -> None:
-    """Have the Hub check the card's header now; else it is refused only with the commit, after hours of upload."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    content = {"content": card.read_text(encoding="utf-8"), "repoType": "model"}
-    hf_raise_for_status(get_session().post(f"{request.endpoint}/api/validate-yaml", json=content,
-                                           headers=build_hf_headers(token=request.token)))
-
-
-def _upload(api: HfApi, request: Request, files: Mapping[str, Path],
-            progress: Callable[[int, int], None]) -> list[CommitOperationAdd]:
-    """Bring the files that git does not hold itself to the Hub's storage, for a commit to name.
-
-    One at a time, in this thread, so that Ctrl-C stops at once; what the Hub has is not sent again.
-    """
-    total = sum(path.stat().st_size for path in files.values())
-    furthest = before = 0
-
-    def report(done: int) -> None:  # a file that is sent once more begins anew
-        nonlocal furthest
-        if furthest < min(before + done, total):
-            furthest = min(before + done, total)
-            progress(furthest, total)
-
-    additions = []
-    for name, path in files.items():
-        addition = ask(request, lambda name=name, path=path: _addition(name, path, report))
-        with _xet_reports(report):
-            ask(request, lambda one=addition: api.preupload_lfs_files(request.id, [one]))
-        report(path.stat().st_size)
-        before += path.stat().st_size
-        additions.append(addition)
-    return additions
-
-
-class _Watched(io.BufferedReader):
-    """A file that tells how far it was read."""
-
-    def __init__(self, path: Path, report: Callable[[int], None]):
-        super().__init__(io.FileIO(path))
-        self._report = report
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        self._report(self.tell())
-        return data
-
-
-def _addition(name: str, path: Path, report: Callable[[int], None]) -> CommitOperationAdd:
-    from huggingface_hub import CommitOperationAdd
-
-    class Addition(CommitOperationAdd):
-        """A file whose upload over plain HTTP is reported, instead of shown on the library's own bar."""
-
-        @contextlib.contextmanager
-        def as_file(self, with_tqdm: bool = False) -> Iterator[Any]:
-            with _Watched(path, report if with_tqdm else lambda _: None) as file:
-                yield file
-
-    return Addition(name, path)
-
-
-@contextlib.contextmanager
-def _xet_reports(report: Callable[[int], None]) -> Iterator[None]:
-    """Get the reports of an upload through Xet, which the library only gives to bars of its own; no bar is shown.
-
-    Where a version of it has their class elsewhere, progress goes from file to file.
-    """
-    from huggingface_hub import utils
-    from huggingface_hub.utils import _xet_progress_reporting as theirs
-
-    class Reporter:
-        def update_progress(self, group: Any, _: Any) -> None:
-            report(group.total_bytes_completed)
-
-        def close(self) -> None:
-            """Nothing is open."""
-
-    bars, off = getattr(theirs, "XetUploadProgressReporter", None), utils.are_progress_bars_disabled()
-    theirs.XetUploadProgressReporter = Reporter
-    (utils.enable_progress_bars if uses_xet() else utils.disable_progress_bars)()
-    try:
-        yield
-    finally:
-        theirs.XetUploadProgressReporter = bars
-        (utils.disable_progress_bars if off else utils.enable_progress_bars)()
+    return card_in_repository(card, repo_id)

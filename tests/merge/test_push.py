@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.hub.access import HubError
-from gemma_tune.merge.push import _xet_reports, check_push, push_folder
+from gemma_tune.hub.push import _xet_reports
+from gemma_tune.merge.push import check_push, push_folder
 from support.hub import LoopbackHub
 from support.listener import Said
 

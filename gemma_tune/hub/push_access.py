@@ -22,7 +22,7 @@ _NO_STORAGE = (402, 403, 413)  # the Hub's statuses where an account's storage i
 
 _TOKENS = "{endpoint}/settings/tokens"
 _AGAIN = "run the same command again: finished stages are kept, and so are files that the Hub has"
-_FAILURES = {  # as in hub_access: case: kind, message, hint
+_FAILURES = {  # as in hub.access: case: kind, message, hint, in which MAKE is the command that makes the files
     "bad id": ("bad_id", "{id!r} cannot be a repository on the Hub",
                "write account/name, of letters, digits, `-`, `_` and `.`: --push my-account/my-model"),
     "no token": ("no_token", "nothing can be pushed to {id}: no Hugging Face token is set",
@@ -48,16 +48,19 @@ _FAILURES = {  # as in hub_access: case: kind, message, hint
     "quota": ("quota", "{id} has no room for this model: {why}",
               "free or buy storage at {endpoint}/settings/billing, or push to another account"),
     "refused": ("server", "{endpoint} does not take the files for {id}: {why}",
-                "make them again: gemma-tune merge --force --push {id}; if that changes nothing, please report it"),
-    "cache": ("cache", "the model for {id} cannot be read: {why}", "make it again with `gemma-tune merge --force`"),
+                "make them again: MAKE --force --push {id}; if that changes nothing, please report it"),
+    "cache": ("cache", "the model for {id} cannot be read: {why}", "make it again with `MAKE --force`"),
     "public": ("bad_repo", "{id} exists and everybody can see it, and this push is to be private",
                "add --public to publish the model there, or push to another name"),
     "bad repo": ("bad_repo", "{id} {why}", "push to another name"),
 }
 
 
-def push_request(repo_id: str) -> Request:
+def push_request(repo_id: str, make: str) -> Request:
     """A request to push to ``account/name``, with the token that will be sent.
+
+    Args:
+        make: the command that makes what is pushed, such as ``gemma-tune merge``, for hints.
 
     Raises:
         HubError: there is no such name, no token, or the network is forbidden; nobody was asked yet.
@@ -65,7 +68,8 @@ def push_request(repo_id: str) -> Request:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    request = to_hub(repo_id, failures=_FAILURES)
+    request = to_hub(repo_id, failures={case: (kind, message, hint.replace("MAKE", make))
+                                        for case, (kind, message, hint) in _FAILURES.items()})
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
