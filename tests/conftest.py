@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,33 @@ def merged(cli, trained):
 def export(cli):
     """``export-ollama`` without the checks that load models, which have tests of their own."""
     return functools.partial(cli, "export-ollama", "--no-verify", "--no-measure")
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback interface."""
+    from support.hub import LoopbackHub
+
+    with LoopbackHub() as server:
+        yield server
+
+
+@pytest.fixture
+def visit(hub, tmp_path, monkeypatch):
+    """Be the owner of a token that the Hub knows as ``rights`` say, uploading over plain HTTP; waiting takes no time."""
+    from support.uploads import TOKEN
+
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
+
+    def become(token=TOKEN, **rights):
+        if token == TOKEN:
+            hub.add_token(TOKEN, **rights)
+        hub.isolate(monkeypatch, tmp_path / "home", token=token)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+    become()
+    return become
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from gemma_tune.cli.session import (
     show_plan,
 )
 from gemma_tune.run.directory import command
+
+if TYPE_CHECKING:
+    from gemma_tune.run.stage import StageReport
 
 app = typer.Typer(
     name="gemma-tune", cls=Commands, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
@@ -221,8 +224,7 @@ def merge(ctx: typer.Context, model: o.MergeModel = None, revision: o.Revision =
     request = Request.of(ctx)
     report = request.run("merge", stage)
     renew_report(report.run)
-    pushed = {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
-    finish(request, report, (command("export-ollama", report.run),), **pushed)
+    finish(request, report, (command("export-ollama", report.run),), **_pushed(report))
 
 
 @app.command("export-ollama", cls=Command)
@@ -232,7 +234,8 @@ def export_ollama(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = No
                   num_ctx: o.NumCtx = None, calibration: o.Calibration = None, no_calibration: o.NoCalibration = False,
                   measure: o.Measure = None, verify: o.Verify = None,
                   converter: o.Converter = None, create: o.Create = None, host: o.Host = None,
-                  allow_difference: o.AllowDifference = None, force: o.Force = False, quiet: o.Quiet = False,
+                  allow_difference: o.AllowDifference = None, push: o.ExportPush = None,
+                  private: o.ExportPrivate = None, force: o.Force = False, quiet: o.Quiet = False,
                   json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Write GGUF files and a Modelfile, check them, and create the model in Ollama.
 
@@ -248,7 +251,12 @@ def export_ollama(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = No
     request = Request.of(ctx)
     done = request.run("export-ollama", stage)
     renew_report(done.stage.run)
-    finish(request, done.stage, done.next_steps, done.elsewhere, **done.as_json())
+    finish(request, done.stage, done.next_steps, done.elsewhere, **done.as_json(), **_pushed(done.stage))
+
+
+def _pushed(report: StageReport) -> dict[str, str]:
+    """Where a stage's result was published, for ``--json``."""
+    return {"pushed": report.summary["pushed"]} if "pushed" in report.summary else {}
 
 
 @app.command("run", cls=Command)

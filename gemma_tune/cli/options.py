@@ -240,3 +240,5 @@ Create = Annotated[Optional[bool], _of(c.ExportConfig, "create", "--create/--no-
 Host = Annotated[Optional[str], _of(c.ExportConfig, "host")]
 AllowDifference = Annotated[Optional[bool], _of(c.ExportConfig, "allow_difference",
                                                "--allow-difference/--no-allow-difference")]
+ExportPush = Annotated[Optional[str], _of(c.ExportConfig, "push", metavar="ACCOUNT/NAME")]
+ExportPrivate = Annotated[Optional[bool], _of(c.ExportConfig, "private", "--private/--public")]

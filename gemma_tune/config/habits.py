@@ -49,6 +49,7 @@ _ELSEWHERE = {
     "gemma-tune prepare --chat-template, where the model has none": "template chat_template_jinja",
     "gemma-tune eval --data": "test",
     "gemma-tune merge --push": "push_to_hub hub_model_id push_to_hub_model_id",
+    "gemma-tune export-ollama --push": "push_to_hub_gguf",
     "gemma-tune export-ollama --quant": "outtype quantization_method export_quantization_bit",
     "gemma-tune prepare --max-samples": "max_samples max_train_samples num_samples train_samples",
     "gemma-tune prepare --max-samples NAME=SHARE%, such as general.jsonl=20%": "interleave_probs mix_strategy",

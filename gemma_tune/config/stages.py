@@ -43,6 +43,17 @@ def dtype_option() -> Any:
                           "else fp32, and never fp16.", choices=DTYPES, group="speed")
 
 
+def push_option(what: str) -> Any:
+    """The repository at the Hub, which every stage that publishes takes."""
+    return option(None, f"Push {what} to the Hugging Face Hub, to this repository (account/name), with a model card.",
+                  same_result=True, auto="stay here")
+
+
+def private_option() -> Any:
+    """Who sees it there."""
+    return option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
+
+
 @dataclass(frozen=True)
 class PrepareConfig(StageConfig):
     """Settings of ``prepare``."""
@@ -442,9 +453,8 @@ class MergeConfig(StageConfig):
     check: bool = option(True, "Compare the merged model with base plus adapter on held-out prompts.",
                          check=True)
     check_prompts: int = option(4, "Held-out prompts to compare with.", least=1, most=32, check=True, group="advanced")
-    push: str | None = option(None, "Push the merged model to the Hugging Face Hub, to this repository (account/name), "
-                                    "with a model card.", same_result=True, auto="stay here")
-    private: bool = option(True, "Whether a repository that is created at the Hub is private.", same_result=True)
+    push: str | None = push_option("the merged model")
+    private: bool = private_option()
 
     def more_problems(self) -> list[str]:
         if self.max_shard_size is not None and size_in_bytes(self.max_shard_size) is None:
@@ -486,6 +496,8 @@ class ExportConfig(StageConfig):
                               same_result=True, address=True)
     allow_difference: bool = option(False, "Take an Ollama server that reads prompts otherwise than they were trained; "
                                            "else that is an error.", same_result=True, group="advanced")
+    push: str | None = push_option("the GGUF files and what Ollama is told of them")
+    private: bool = private_option()
 
     def more_problems(self) -> list[str]:
         if self.size is None:

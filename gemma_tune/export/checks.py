@@ -268,6 +268,19 @@ def _format_rows(figures: Mapping[str, Mapping[str, Any]], losses: Mapping[str, 
     return rows
 
 
+def formats_markdown(figures: Mapping[str, Mapping[str, Any]],
+                     losses: Mapping[str, Mapping[str, Loss]]) -> Iterator[str]:
+    """The lines of a section about number formats: the tables, and what was measured on what."""
+    for text, rows in zip(losses or (VALIDATION,), format_tables(figures, losses).values()):
+        yield from ("", *markdown_table(rows))
+        if loss := losses.get(text, {}).get(REFERENCE):
+            yield from ("", f"On {loss.tokens:,} {_ON[text]}: perplexity, KL divergence from f16 per token, and how "
+                            "often the likeliest token is f16's.")
+    for quant, figure in figures.items():
+        if "loses" in figure:
+            yield from ("", f"**{quant} {figure['loses']}**: choose a format of more bits.")
+
+
 def report_title(name: str) -> str:
     """The first line of ollama/report.md."""
     return f"# {name} in GGUF"
@@ -282,14 +295,7 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
         earlier: what earlier exports left, see ``run.earlier_exports``.
         conclusion: which format to take, as a sentence.
     """
-    lines = [report_title(name), "", "## Number formats"]
-    for text, rows in zip(checks.losses or (VALIDATION,), format_tables(figures, checks.losses).values()):
-        lines += ["", *markdown_table(rows)]
-        if loss := checks.losses.get(text, {}).get(REFERENCE):
-            lines += ["", f"On {loss.tokens:,} {_ON[text]}: perplexity, KL divergence from f16 per token, and how "
-                          "often the likeliest token is f16's."]
-    lines += [line for quant, figure in figures.items() if "loses" in figure
-              for line in ("", f"**{quant} {figure['loses']}**: choose a format of more bits.")]
+    lines = [report_title(name), "", "## Number formats", *formats_markdown(figures, checks.losses)]
     lines += ["", f"{conclusion}."] if conclusion else []
     if recorded := [item for item in (earlier or {}).values() if item["stale"] is not None]:
         lines += ["", "From earlier exports: " + ", ".join(

@@ -22,6 +22,7 @@ from gemma_tune.export.checks import ExportChecks, check_files, format_tables, m
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.files import ExportSource, source_of, write_file
 from gemma_tune.export.modelfiles import Told, modelfiles_of
+from gemma_tune.export.push import check_push, push_export
 from gemma_tune.export.same_files import SameFiles, same_files
 from gemma_tune.export.target import Target, parse_parameters
 from gemma_tune.export.worth import conclusion, file_to_take, gained, said_against, with_file_to_take
@@ -44,10 +45,11 @@ _EIGHT_BITS = {"Q8_0", "F32"}  # types of a file whose matrices have eight bits 
 
 
 def export(session: Session) -> ExportReport:
-    """Write and check the GGUF files and the Modelfile, then create the model in Ollama.
+    """Write and check the GGUF files and the Modelfile, then create the model in Ollama, and push to the Hub where that
+    is asked for.
 
     Raises:
-        UserError: no merged model, an architecture without a writer, a bad name.
+        UserError: no merged model, an architecture without a writer, a bad name; a repository that cannot be pushed to.
         WorkFailed: with ``create``, no Ollama server; a GGUF does not hold the merged weights; Ollama refuses.
     """
     session.require("export-ollama")
@@ -55,7 +57,9 @@ def export(session: Session) -> ExportReport:
     server = check_target(session.config, session.model.name)
     if server:
         ollama.check_version(server, session.model.config["model_type"])
-    source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server
+    if session.config.push:
+        check_push(session.config.push, session.run.model_name, private=session.config.private)
+    source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server, or for a push
     stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)), rows)
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
         if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
@@ -63,7 +67,11 @@ def export(session: Session) -> ExportReport:
                             f"make them again: {command('export-ollama', session.run.root, '--force')}")
         quants = stage.summary["quants"]
         stage = replace(stage, summary=with_formats(stage.summary, quants, _earlier(session, quants)))
-    return deploy(session, stage, server, source)
+    report = deploy(session, stage, server, source)
+    if not session.config.push:
+        return report
+    address = push_export(session, report.stage, source(session))
+    return replace(report, stage=replace(report.stage, summary=report.stage.summary | {"pushed": address}))
 
 
 def _once(decide: Callable[[Session], ExportSource]) -> Callable[[Session], ExportSource]:

@@ -41,11 +41,11 @@ def licence_note(licence: Mapping[str, str]) -> str:
             "were fine-tuned.")
 
 
-def card_header(model: BaseModel) -> dict[str, Any]:
-    """What the header of a model's card says; empty where there is none, or none that can be read."""
+def card_header(folder: Path) -> dict[str, Any]:
+    """What the header of the card in a model's folder says; empty where there is none, or none that can be read."""
     import yaml
 
-    header = _HEADER.match(_beginning(model.path / "README.md", 100_000))
+    header = _HEADER.match(_beginning(folder / "README.md", 100_000))
     try:
         values = yaml.safe_load(header[1]) if header else None
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -54,7 +54,7 @@ def card_header(model: BaseModel) -> dict[str, Any]:
 
 
 def _from_card(model: BaseModel) -> dict[str, str]:
-    return _fields(card_header(model), model)
+    return _fields(card_header(model.path), model)
 
 
 def _fields(values: Mapping[str, Any], model: BaseModel) -> dict[str, str]:

@@ -62,7 +62,7 @@ def _settings(config: Mapping[str, Any]) -> Any:
 
 def sixteen_bit(model: BaseModel) -> str | None:
     """The 16-bit model that a quantised one was made from, by its name or its model card; None where neither tells."""
-    named = card_header(model).get("base_model")
+    named = card_header(model.path).get("base_model")
     named = named[0] if isinstance(named, list) and named else named
     named = model.id if model.id.startswith(_UNSLOTH) or not isinstance(named, str) or "/" not in named else named
     original = _BITSANDBYTES_NAME.sub("", named)

@@ -59,6 +59,15 @@ def test_damaged_weights_are_not_pushed(cli, merged, monkeypatch, tmp_path):
         assert not [path for path in hub.paths("POST") if "commit" in path]
 
 
+def test_a_damaged_gguf_is_not_pushed(export, merged, hub, visit):
+    assert export("--quant", "f16,q8_0").code == 0
+    flip_bit(merged / "ollama" / "tiny-gemma-q8_0.gguf")
+    result = export("--push", "tester/tiny-GGUF")
+    assert result.code == 2
+    assert "`export-ollama --push` cannot use the result of `export-ollama`" in result.err and "-q8_0.gguf was changed" in result.err
+    assert not hub.paths("POST")
+
+
 def test_a_damaged_gguf_is_not_given_to_ollama(export, merged):
     assert export("--no-create").code == 0
     flip_bit(merged / "ollama" / "tiny-gemma-q8_0.gguf")

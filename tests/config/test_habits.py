@@ -38,7 +38,8 @@ def test_steps_are_no_share(cli, steps):
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
     ("--model_name_or_path", "gemma-tune prepare --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
     ("--train-on-inputs", "answers are learned, and prompts never"), ("--modules_to_save", "no embeddings are trained"),
-    ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp")])
+    ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp"),
+    ("--push-to-hub-gguf", "here it is gemma-tune export-ollama --push")])
 def test_a_habit_is_answered(cli, typed, said):
     result = cli("train", typed, "8")
     assert result.code == 2 and said in " ".join(result.err.split())

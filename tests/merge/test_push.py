@@ -6,9 +6,8 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,34 +21,11 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.hub.access import HubError
 from gemma_tune.hub.push import _xet_reports
 from gemma_tune.merge.push import check_push, push_folder
-from support.hub import LoopbackHub
 from support.listener import Said
+from support.uploads import TOKEN
 
 ID = "tester/tiny-tuned"
-TOKEN = "hf_" + "T" * 34
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md")
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Be the owner of a token that the Hub knows as ``rights`` say, uploading over plain HTTP; waiting takes no time."""
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
-
-    def become(token: str | None = TOKEN, **rights: Any) -> None:
-        if token == TOKEN:
-            hub.add_token(TOKEN, **rights)
-        hub.isolate(monkeypatch, tmp_path / "home", token=token)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-
-    become()
-    return become
 
 
 def write_merged(folder: Path, *, shards: int = 1, value: float = 1.0) -> Path:

@@ -18,6 +18,7 @@ import yaml
 if TYPE_CHECKING:
     from support.hub import LoopbackHub
 
+TOKEN = "hf_" + "T" * 34  # whose owner the fixture `visit` is
 LICENCES = ("apache-2.0", "gemma", "mit", "llama3.2", "other")  # some of those that the Hub knows
 
 
