@@ -14,12 +14,14 @@ from gemma_tune.base.errors import INTERRUPTED, WORK_FAILED, Interrupted, UserEr
 from gemma_tune.cli import console, screen
 from gemma_tune.cli.session import Request
 from gemma_tune.config.settings import as_flags
-from gemma_tune.config.stages import TrainConfig
+from gemma_tune.config.stages import ExportConfig, MergeConfig, TrainConfig
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
+from gemma_tune.export.push import check_push as check_export_push
 from gemma_tune.export.stage import ExportReport, check_target, refuse_formats
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.merge.base import require_base
+from gemma_tune.merge.push import check_push as check_merge_push
 from gemma_tune.prepare.stage import chat_format
 from gemma_tune.report.page import write_report
 from gemma_tune.run.directory import RunDir, command
@@ -158,5 +160,21 @@ def _check_all_settings(request: Request) -> None:
     settings = {name: request.settings(name) for name in IN_ORDER}
     require(settings["train"].report_to)
     check_target(settings["export-ollama"], "any")
+    _check_pushes(settings["merge"], settings["export-ollama"])
     require_file(settings["export-ollama"].calibration_file)
     require_settings(settings["eval"])
+
+
+def _check_pushes(merge: MergeConfig, export: ExportConfig) -> None:
+    """Refuse repositories at the Hub that a later stage would refuse to push to.
+
+    Raises:
+        UserError: both stages are to push to one, or one cannot be pushed to.
+    """
+    if merge.push and export.push and merge.push.lower() == export.push.lower():
+        raise UserError(f"merge and export-ollama are both to push to {merge.push}, and each has a model card",
+                        f"give the GGUF files a repository of their own, such as {merge.push}-GGUF")
+    if merge.push:
+        check_merge_push(merge.push, private=merge.private)
+    if export.push:
+        check_export_push(export.push, None, private=export.private)

@@ -168,6 +168,17 @@ def test_a_settings_file_can_ask_for_it(export, merged, hub, visit, tmp_path):
     assert Q8 in hub.files(ID) and not hub.is_private(ID)
 
 
+@pytest.mark.parametrize(("settings", "said"), [
+    (f"export-ollama: {{push: {ID}}}", "of type Read"), (f"merge: {{push: {ID}}}", "of type Read"),
+    (f"merge: {{push: {ID}}}\nexport-ollama: {{push: {ID.upper()}}}", f"such as {ID}-GGUF")])
+def test_run_asks_before_it_trains(cli, data, tiny, hub, visit, tmp_path, settings, said):
+    visit(role="read")
+    (tmp_path / "settings.yaml").write_text(settings)
+    result = cli("run", data, "--model", tiny, "--config", tmp_path / "settings.yaml")
+    assert result.code == BAD_INPUT and said in " ".join(result.err.split())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_run_publishes_both(cli, data, tiny, hub, visit, tmp_path):
     (tmp_path / "settings.yaml").write_text(
         "train: {epochs: 1, rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n"
