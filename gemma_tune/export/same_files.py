@@ -11,6 +11,7 @@ from gemma_tune.config.settings import asks_more, same_result
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
 from gemma_tune.export.target import parse_parameters, with_sampling
+from gemma_tune.run.directory import describe
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import state_of
 
@@ -51,14 +52,16 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     record = session.manifest.stages.get(STAGE)
     if session.force or record is None:
         return None
-    if state_of(session.run, session.manifest, STAGE, upstream=False).status != "done":
-        return None
     figures = record["summary"].get("quants", {})
     now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
     others = {name for name, value in now.items() if name not in before or before[name] != value}
     if {*figures} != {*quants} or others - {*_BESIDE, *_CHECKS}:
         return None
     if _sampling(source, before["parameter"]) != _sampling(source, now["parameter"]):
+        return None
+    # Read whole: bits that changed on the disk would be recorded as those of the export.
+    if state_of(session.run, session.manifest, STAGE, lambda run, path, _: describe(run, path),
+                upstream=False).status != "done":
         return None
     config = type(session.config)
     unchecked = [name for name in others & {*_CHECKS} if asks_more(config, name, before[name], now[name])]

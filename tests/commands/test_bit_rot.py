@@ -68,6 +68,16 @@ def test_a_damaged_gguf_is_not_pushed(export, merged, hub, visit):
     assert not hub.paths("POST")
 
 
+def test_a_damaged_gguf_does_not_stay_where_ollama_alone_is_told_other_things(export, merged):
+    assert export("--quant", "q8_0").code == 0
+    gguf = merged / "ollama" / "tiny-gemma-q8_0.gguf"
+    whole = gguf.read_bytes()
+    flip_bit(gguf)
+    result = export("--system", "Be brief.")
+    assert result.code == 0 and "the GGUF stays as it is" not in result.err
+    assert gguf.read_bytes() == whole
+
+
 def test_a_damaged_gguf_is_not_given_to_ollama(export, merged):
     assert export("--no-create").code == 0
     flip_bit(merged / "ollama" / "tiny-gemma-q8_0.gguf")
