@@ -105,7 +105,8 @@ _REASONS = {
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
     "gemini": "a list `contents` with `parts`",
     "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",
-    "prompt-completion": "`prompt` and `completion`, or the usual names of a question and its answer alone",
+    "prompt-completion": "`prompt` and `completion`, or the usual names of a question and its answer alone, "
+                         "or turns as `input` with their `output`",
     "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
                 "text keeps it as it is",
     "text": "`text` and no column of questions or answers; a file of plain text is one such row",

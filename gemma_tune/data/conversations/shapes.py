@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.layouts import turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
 
 Fields = Mapping[str, Any]
@@ -140,15 +141,31 @@ def _squad_file(row: Fields) -> Shaped | None:
     return None
 
 
+_ASKED = (("问：", "问:"), ("答：", "答:"))  # all as long as each other
+
+
 def _ultrachat(row: Fields) -> Shaped | None:
-    """Texts of user and assistant in turn, the user's first."""
+    """Texts of user and assistant in turn, the user's first; HuatuoGPT's say so at the beginning of each."""
     texts = strict_json.list_in(row["data"])
     if not row.keys() <= {"id", "data"} or not isinstance(texts, list) or len(texts) < 2 or not all(
             isinstance(text, str) for text in texts):
         return None
+    if all(text.startswith(_ASKED[n % 2]) for n, text in enumerate(texts)):
+        texts = [text[len(_ASKED[0][0]):] for text in texts]
     return Shaped({"messages": [{"role": ("user", "assistant")[n % 2], "content": text}
                                 for n, text in enumerate(texts)],
                    **{key: value for key, value in row.items() if key != "data"}}, {"messages": "data"})
+
+
+def _logged(row: Fields) -> Shaped | None:
+    """Turns that were sent and what was answered, as logs of interfaces and Nemotron's data have them."""
+    output = turn_list(row["output"])
+    alone = all(row.get(name) is None for name in ("instruction", "prompt", "completion", "context", "passage"))
+    if not alone or not isinstance(turn_list(row["input"]), list) or not isinstance(output, (str, list, dict)):
+        return None
+    rest = {key: value for key, value in row.items() if key not in ("input", "output")}
+    return Shaped(rest | {"prompt": row["input"], "completion": [output] if isinstance(output, dict) else output},
+                  {"prompt": "input", "completion": "output"})
 
 
 _BELLE = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant)[:：]")
@@ -209,6 +226,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("paragraphs",)), _squad_file),
     (frozenset(("data",)), _ultrachat),
     (frozenset(("instruction", "output")), _belle),
+    (frozenset(("input", "output")), _logged),
     (frozenset(("chat",)), _moss),
     *((frozenset(pair), _usual) for pair in _USUAL),
 )

@@ -61,6 +61,14 @@ READ = {
     "squad": (SQUAD, [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
     "squad-agreed": (SQUAD | {"answers": {"text": ["blue", "blue"], "answer_start": [11, 11]}},
                      [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
+    "huatuo": ({"data": ["问：Hi", "答：Hello", "问：Sky?", "答：Blue."]}, FOUR, []),
+    "huatuo-in-part": ({"data": ["问：Hi", "Hello"]}, [user("问：Hi"), answer("Hello")], []),
+    "nemotron": ({"input": [user("Hi"), answer("Hello"), user("Sky?")], "output": "Blue.", "system_prompt": "Be brief.",
+                  "category": "chat"},
+                 [{"role": "system", "content": "Be brief."}, user("Hi"), answer("Hello", train=False), *TURNS], ["category"]),
+    "logged": ({"input": json.dumps([user("Sky?")]), "output": answer("Blue.")}, TURNS, []),
+    "responses": ({"input": [user("Sky?")], "output": [{"type": "message", "role": "assistant", "content": [
+        {"type": "output_text", "text": "Blue."}]}]}, TURNS, ["type"]),
     "xlam": (XLAM, [user("Sky?"), answer(tool_calls=[{"type": "function", "function": {"name": "look", "arguments": {"up": 9}}}])],
              ["id"]),
     "chinese": ({"指令": "Who?", "输入": "Ann sings.", "输出": "Ann."}, [user("Who?\n\nAnn sings."), answer("Ann.")], []),
@@ -118,7 +126,8 @@ def test_a_problem_has_the_columns_own_name():
     {"chat": {"turn_1": {"Human": "Hi"}}}, {"question": "Sky?", "answer": "Blue.", "context": "A text."},
     {"question": "Sky?", "answer": "B", "choices": ["Red.", "Blue."]}, {"question": "Sky?", "answer": 1},
     {"question": "Sky?", "answer": "Blue.", "q": "Sea?", "a": "Green."}, {"prompt": "Sky?", "response": ["Blue."]},
-    {"prompt": "Sky?", "response": "Blue.", "topic": "sky"}, {"问题": "Sky?", "答案": "Blue.", "解析": "Air."}])
+    {"input": [user("Sky?")], "output": "Blue.", "context": "A text."}, {"input": [user("Sky?")], "output": "Blue.", "prompt": "x"},
+    {"input": [user("Sky?")], "output": 4.5}, {"prompt": "Sky?", "response": "Blue.", "topic": "sky"}, {"问题": "Sky?", "答案": "Blue.", "解析": "Air."}])
 def test_what_only_looks_like_it_is_still_asked_about(row):
     with pytest.raises(RowError) as caught:
         Formats().example(row)
