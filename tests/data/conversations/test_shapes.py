@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -111,6 +112,25 @@ def test_it_is_refused_by_its_own_names(name):
     with pytest.raises(RowError) as caught:
         Formats().example(row)
     assert reason in caught.value.problems[0].reason
+
+
+@pytest.mark.parametrize("columns, rows", [
+    ({"conversations": {"0": TURNS, "1": FOUR}, "id": {"0": "a", "1": "b"}}, [TURNS, FOUR]),
+    ({"instruction": {"0": "Hi", "7": "Sky?"}, "output": {"0": "Hello", "7": "Blue."}}, [FOUR[:2], TURNS]),
+    ({"instruction": ["Hi", "Sky?"], "output": ["Hello", "Blue."]}, [FOUR[:2], TURNS])], ids=["pandas", "of-texts", "datasets"])
+def test_a_table_by_its_columns_is_told_with_a_command_that_works(tmp_path, columns, rows):
+    (tmp_path / "FILE.json").write_text(json.dumps(columns), encoding="utf-8")
+    with pytest.raises(RowError, match="written by its columns") as caught:
+        Formats().example(columns)
+    subprocess.run(["sh", "-c", caught.value.fix.partition(": ")[2]], cwd=tmp_path, check=True)
+    read = [Formats().example(row).messages for row in json.loads((tmp_path / "rows.json").read_text())]
+    assert read == rows
+
+
+@pytest.mark.parametrize("row", [{"messages": TURNS, "tools": [{"name": "f"}, {"name": "g"}]}, {"messages": TURNS},
+                                 {"instruction": "Sky?", "output": "Blue.", "numbers": {"0": 1}}])
+def test_a_row_is_no_table(row):
+    assert Formats().example(row).messages == TURNS
 
 
 def test_a_problem_has_the_columns_own_name():
