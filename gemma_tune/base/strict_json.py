@@ -13,6 +13,8 @@ from typing import Any
 MAX_DEPTH = 100
 _space = re.compile(r"[ \t\r\n]*")
 
+# After what is said of a value behind which there is more.
+COMMA, SECOND = ", a comma behind the value,", ", a second value behind the first,"
 SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
 
 
@@ -155,8 +157,9 @@ def reason(e: ValueError | RecursionError) -> str:
 
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
-    quotes = SINGLE if e.doc[e.pos:e.pos + 1] == "'" else ""
-    return f'{e.msg.removesuffix(" at").rstrip(": ")}{quotes}'  # some messages end so, to be followed by a place
+    met = e.doc[e.pos:e.pos + 1]
+    more = {",": COMMA, "{": SECOND}.get(met, "") if e.msg == "Extra data" else SINGLE if met == "'" else ""
+    return f'{e.msg.removesuffix(" at").rstrip(": ")}{more}'  # some messages end so, to be followed by a place
 
 
 def _is_deep(value: Any) -> bool:

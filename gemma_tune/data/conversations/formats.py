@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
@@ -161,7 +162,8 @@ class Formats:
         """
         if row.error:
             code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
-            raise RowError([Problem(code, row.error, "repair the line, or leave it out")])
+            repair = next((how for what, how in _REPAIRS.items() if what in row.error), "repair the line")
+            raise RowError([Problem(code, row.error, f"{repair}, or leave it out")])
         return self.example(row.value) if row.described is None else self._described(row.value, row.described)
 
     def _described(self, value: Any, description: Description) -> Example:
@@ -300,6 +302,10 @@ class Formats:
         if self.columns and "chosen" not in self.columns:
             return "columns"
         raise RowError([_unknown(row)])
+
+
+_REPAIRS = {strict_json.COMMA: "leave the comma out (of all lines: sed 's/,[[:space:]]*$//' FILE.jsonl > rows.jsonl)",
+            strict_json.SECOND: "give each value a line of its own (of all: jq -c . FILE.jsonl > rows.jsonl)"}
 
 
 def _detected(row: Fields) -> str | None:

@@ -11,7 +11,8 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.rows import MAX_ROW
 
 REPAIR = "repair the file there; nothing was written"
-ONE_LIST = "put all rows into one list, or one row on each line (JSONL)"
+ONE_LIST = ("put all rows into one list, or one row on each line (JSONL): "
+            "jq -c 'arrays[], objects' FILE.json > rows.jsonl")
 # The longest thing whose beginning can look broken where a piece ends, such as -Infinity or \uD83D\uDE00.
 _LOOKAHEAD = 16
 
