@@ -369,10 +369,19 @@ def _nested(row: Fields) -> str | None:
     return None
 
 
+def _holds_rows(row: Fields) -> bool:
+    """Whether all columns are objects with the same names, such as rows by their ids."""
+    first, *others = row.values() or (None,)
+    return bool(others) and all(isinstance(value, dict) and value.keys() == first.keys() for value in (first, *others))
+
+
 def _unknown(row: Fields) -> Problem:
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {_found(row)}"
     if (beside := _beside_text(row)) is not None:
         return beside
+    if _holds_rows(row):
+        return Problem("unknown_format", f"{reason}; each holds an object with the same names, so they seem to be rows",
+                       f"put them into a file: jq -c '{_EACH}[]' FILE.json > rows.jsonl")
     if turns := suggested_turns(row):
         return _about_turns(row, turns, reason)
     if pair := _pair_of_names(row):

@@ -670,6 +670,18 @@ def test_rows_further_inside_an_object_are_told_with_the_command():
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_rows_under_names_of_their_own_are_told_with_a_command_that_works(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    (tmp_path / "FILE.json").write_text(json.dumps(dict(zip(("id-1", "id-2"), rows, strict=True)), indent=1), encoding="utf-8")
+    [problem] = found(json.loads((tmp_path / "FILE.json").read_text()))
+    assert "they seem to be rows" in problem.reason
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    [problem] = found({"prompt": {"a": 1}, "reply": {"b": 1}})
+    assert "jq" not in problem.fix
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 @pytest.mark.parametrize("layout", ["array", "lines", "object"])
 def test_the_command_for_rows_further_inside_works_on_every_layout_of_a_file(tmp_path, layout):
     rows = [{"record": {"messages": [user(text), answer("b")]}} for text in "ac"][:1 if layout == "object" else 2]
