@@ -174,9 +174,8 @@ def _ultrachat(row: Fields) -> Shaped | None:
         return None
     if all(text.startswith(_ASKED[n % 2]) for n, text in enumerate(texts)):
         texts = [text[len(_ASKED[0][0]):] for text in texts]
-    return Shaped({"messages": [{"role": ("user", "assistant")[n % 2], "content": text}
-                                for n, text in enumerate(texts)],
-                   **{key: value for key, value in row.items() if key != "data"}}, {"messages": "data"})
+    rest = {key: value for key, value in row.items() if key != "data"}
+    return Shaped({"messages": texts, **rest}, {"messages": "data"})
 
 
 def _logged(row: Fields) -> Shaped | None:
@@ -211,6 +210,20 @@ def _belle(row: Fields) -> Shaped | None:
 
 _MOSS = re.compile(r"\A\s*<\|[^|]*\|>:? ?|\s*<eo[a-z]>\s*\Z")
 _PLUGINS = ("Inner Thoughts", "Commands", "Tool Responses")
+
+
+_BEST_PATH = ("jq -c '{messages: [.prompt | recurse(.replies | min_by(.rank // 99) // empty) | "
+              "{role, content: .text}]}' FILE.jsonl > rows.jsonl")
+
+
+def _oasst(row: Fields) -> Shaped | None:
+    """OpenAssistant's trees of messages, in which each has several replies."""
+    root = row["prompt"]
+    if not isinstance(root, dict) or "replies" not in root:
+        return None
+    raise RowError([Problem("unknown_format", "`prompt` is the root of a tree of messages, as OpenAssistant has them",
+                            f"take the path of the best replies, with {_BEST_PATH}, and prepare that with --roles "
+                            "prompter=user --on-uneven mend")])
 
 
 def _moss(row: Fields) -> Shaped | None:
@@ -250,6 +263,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("instruction", "output")), _belle),
     (frozenset(("input", "output")), _logged),
     (frozenset(("chat",)), _moss),
+    (frozenset(("message_tree_id", "prompt")), _oasst),
     *((frozenset(pair), _usual) for pair in _USUAL),
 )
 _ONE_OF_EACH = frozenset(min(columns) for columns, _ in _SHAPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -62,6 +63,7 @@ READ = {
     "squad": (SQUAD, [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
     "squad-agreed": (SQUAD | {"answers": {"text": ["blue", "blue"], "answer_start": [11, 11]}},
                      [user("Sky?\n\nThe sky is blue."), answer("blue")], ["id"]),
+    "lima": ({"conversations": ["Hi", "Hello", "Sky?", "Blue."], "source": "x"}, FOUR, ["source"]),
     "huatuo": ({"data": ["问：Hi", "答：Hello", "问：Sky?", "答：Blue."]}, FOUR, []),
     "huatuo-in-part": ({"data": ["问：Hi", "Hello"]}, [user("问：Hi"), answer("Hello")], []),
     "nemotron": ({"input": [user("Hi"), answer("Hello"), user("Sky?")], "output": "Blue.", "system_prompt": "Be brief.",
@@ -81,6 +83,24 @@ def test_it_is_read_and_what_is_left_is_named(name):
     row, messages, unread = READ[name]
     example = Formats().example(row)
     assert example.messages == messages and [one.name for one in example.unread] == unread
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_a_tree_of_messages_is_told_with_a_command_that_works(tmp_path):
+    def said(role, text, *replies, **more):
+        return {"text": text, "role": role, "replies": list(replies), **more}
+
+    tree = {"message_tree_id": "x", "tree_state": "ready_for_export", "prompt": said(
+        "prompter", "Hi", said("assistant", "What?", rank=1), said("assistant", "Hello", said(
+            "prompter", "Sky?", said("assistant", "Blue.", said("prompter", "Thanks"))), rank=0))}
+    (tmp_path / "FILE.jsonl").write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    with pytest.raises(RowError, match="tree of messages") as caught:
+        Formats().example(tree)
+    command, _, options = caught.value.fix.partition("with ")[2].partition(", and prepare that with ")
+    assert options == "--roles prompter=user --on-uneven mend"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert Formats(roles={"prompter": "user"}, mends=True).example(row).messages == FOUR
 
 
 def test_parameters_that_are_listed_by_name_become_a_schema():
