@@ -21,7 +21,7 @@ from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names, spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list, quoted
 from gemma_tune.data.conversations.rendered import is_rendered, rendered
-from gemma_tune.data.conversations.turns import Turn, conversation
+from gemma_tune.data.conversations.turns import Turn, conversation, role_of
 from gemma_tune.data.reading.rows import Description, Row
 
 Fields = Mapping[str, Any]
@@ -421,7 +421,21 @@ def _about_turns(row: Fields, turns: str, reason: str) -> Problem:
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
                        f"put each list of rows into a file of its own: jq -c '{_EACH}.{turns}[]' FILE.json > "
                        f"{turns}.jsonl")
+    if role_of(row[turns][-1]) == "user":
+        return _about_prompt(row, turns)
     return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+
+
+def _about_prompt(row: Fields, turns: str) -> Problem:
+    """What to do about a column of turns of which the last is the user's, so that the answer stands elsewhere."""
+    asked = f"`{turns}` holds turns that end with the user's"
+    answer = _column(row, _ANSWERS)
+    if answer is None or not (_IDENTIFIER.fullmatch(answer) and _IDENTIFIER.fullmatch(turns)):
+        return Problem("unknown_format", f"{asked}, and which column has the answer is not known; {_found(row)}",
+                       "call the turns `prompt` and the answer `completion`, or put the answer behind the turns")
+    return Problem("unknown_format", f"{asked}, and `{answer}` seems to be the answer to them",
+                   f"if so, write them as a prompt and its answer: jq -c '{_EACH} | {{prompt: .{turns}, completion: "
+                   f".{answer}}}' FILE.json > rows.jsonl")
 
 
 # Parts of names that a better and a worse answer have elsewhere.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.turns import CALLS, ROLES
+from gemma_tune.data.conversations.turns import CALLS, role_of
 
 
 def calls_apart(turns: Sequence[Any]) -> list[Any]:
@@ -19,7 +19,7 @@ def calls_apart(turns: Sequence[Any]) -> list[Any]:
     found: list[Any] = []
     calling = False
     for turn in turns:
-        pieces, role = [turn], _role(turn) if isinstance(turn, dict) else None
+        pieces, role = [turn], role_of(turn) if isinstance(turn, dict) else None
         if role == "assistant":
             pieces = [_called(turn)]
             calling = "tool_calls" in pieces[0]
@@ -27,11 +27,6 @@ def calls_apart(turns: Sequence[Any]) -> list[Any]:
             pieces = _results(turn)
         found += pieces
     return found
-
-
-def _role(turn: dict[str, Any]) -> str | None:
-    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    return ROLES.get(name) if isinstance(name, str) else None
 
 
 def _called(turn: dict[str, Any]) -> dict[str, Any]:

@@ -145,8 +145,7 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
         problems.append(Problem("not_an_object", f"turn {number} is {kind(message)}, not an object",
                                 'write {"role": "user", "content": "…"}'))
         return None
-    name = _named(message)
-    role = ROLES.get(name) if isinstance(name, str) else None
+    name, role = _named(message), role_of(message)
     if role is None:
         problems.append(_no_role(number, message, messages))
         return None
@@ -175,6 +174,12 @@ def _named(message: Turn) -> Any:
     """What a turn says that its role is."""
     name = message.get("role")
     return message.get("from") if name is None else name
+
+
+def role_of(message: Turn) -> str | None:
+    """The role of a turn under the name that is known here; None where a turn has none, or one that nobody knows."""
+    name = _named(message)
+    return ROLES.get(name) if isinstance(name, str) else None
 
 
 _LOOKED_AT = 50  # turns of a conversation in which names of roles are looked for

@@ -692,6 +692,21 @@ def test_the_command_for_rows_further_inside_works_on_every_layout_of_a_file(tmp
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [row["record"] for row in rows]
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_an_answer_beside_its_turns_is_told_with_a_command_that_works(tmp_path):
+    row = {"context": [user("a"), answer("b"), user("c")], "response": "d", "score": 3}
+    (tmp_path / "FILE.json").write_text(json.dumps([row]), encoding="utf-8")
+    [problem] = found(row)
+    assert "`context` holds turns that end with the user's, and `response` seems to be the answer" in problem.reason
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    [written] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert messages(written) == [user("a"), answer("b", train=False), user("c"), answer("d")]
+    [problem] = found({"prompt": [user("a")], "reward": 1})
+    assert "jq" not in problem.fix and "put the answer behind the turns" in problem.fix
+    [problem] = found({"talk": [user("a"), answer("b")], "response": "c"})
+    assert problem.fix == "if `talk` holds the turns, use --columns turns=talk"
+
+
 def test_an_image_is_not_asked_to_become_a_text():
     for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}):
         [problem] = found({"messages": [{"role": "user", "content": [part]}, answer("b")]})
