@@ -8,6 +8,7 @@ the tool that answers), ``reasoning_content`` and ``"train": False``. Nothing el
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -160,6 +161,8 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
     if role == "assistant" and isinstance(content, list):
         content = _without_thoughts(f"turn {number}", content, turn, problems)
     _content(number, content, turn, problems)
+    if role == "assistant" and "reasoning_content" not in turn and _is_begun_by_prompt(turn["content"]):
+        turn["content"] = f"{_THINK[0]}\n{turn['content']}"
     begins = turn["content"].lstrip().startswith(_THINK[0])
     if "reasoning_content" in turn and begins:
         _reasoning_once(number, turn, problems)
@@ -339,6 +342,12 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
 
 
 _THINK = "<think>", "</think>"
+_ENDED = re.compile(rf"^{_THINK[1]}[ \t]*$", re.MULTILINE)
+
+
+def _is_begun_by_prompt(said: str) -> bool:
+    """Whether a thought ends, on a line of its own, that does not begin: models say that whose prompt has begun it."""
+    return _THINK[0] not in said and said.count(_THINK[1]) == 1 and _ENDED.search(said) is not None
 
 
 def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:

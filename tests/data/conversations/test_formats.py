@@ -830,6 +830,15 @@ def test_reasoning_that_is_there_twice_and_differs_is_refused(said):
     assert code == "reasoning" and reason.startswith("turn 2 has reasoning under a key of its own, and another one in its text")
 
 
+def test_a_thought_that_the_prompt_began_has_its_beginning():
+    for said in ("c\n</think>\n\nb", "c\nd\n</think> \nb"):
+        assert messages({"messages": [user("a"), answer(said)]}) == [user("a"), answer(f"<think>\n{said}")]
+    assert messages({"messages": [user("a"), answer("c\n</think>\n\nb", reasoning="c")]})[1]["content"] == "c\n</think>\n\nb"
+    for said in ("`</think>` ends it.", "c</think>b", "</think> is a tag,\n</think>\ntoo", "<think>\nc\n</think>\nb"):
+        assert messages({"messages": [user("a"), answer(said)]})[1]["content"] == said
+    assert messages({"messages": [user("c\n</think>\nb"), answer("b")]})[0]["content"] == "c\n</think>\nb"
+
+
 def test_a_thought_that_was_cut_off_is_no_answer():
     [(code, reason)] = problems({"messages": [USER, answer("<think>\nOkay, so first let me")]})
     assert (code, reason) == ("reasoning", "turn 2 begins a thought (<think>) that does not end")
