@@ -226,6 +226,23 @@ def _oasst(row: Fields) -> Shaped | None:
                             "prompter=user --on-uneven mend")])
 
 
+# From the last message of what is shown back to the first; of a picture the parts stay, so that it is refused.
+_SHOWN_PATH = (
+    "jq -c '(arrays[], objects) | .mapping as $all | {messages: [.current_node | recurse($all[.].parent // empty) | "
+    '$all[.].message // empty | select((.author.role | IN("user", "assistant")) and (.content.content_type | '
+    'IN("text", "multimodal_text"))) | {role: .author.role, content: (.content.parts | if all(type == "string") '
+    "then join(\"\") else . end)} | select(.content != \"\")] | reverse} | select(.messages != [])' conversations.json "
+    "> rows.jsonl")
+
+
+def _chatgpt(row: Fields) -> Shaped | None:
+    """A conversation as ChatGPT exports it: all versions of all messages."""
+    if not isinstance(row["mapping"], dict):
+        return None
+    raise RowError([Problem("unknown_format", "`mapping` holds all versions of a conversation, as ChatGPT exports it",
+                            f"take what it shows, with {_SHOWN_PATH}, and prepare that with --on-uneven mend")])
+
+
 def _moss(row: Fields) -> Shaped | None:
     """MOSS: ``turn_1``, ``turn_2``, … with ``Human`` and ``MOSS``, in the marks of its own template."""
     chat = row["chat"]
@@ -264,6 +281,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("input", "output")), _logged),
     (frozenset(("chat",)), _moss),
     (frozenset(("message_tree_id", "prompt")), _oasst),
+    (frozenset(("mapping", "current_node")), _chatgpt),
     *((frozenset(pair), _usual) for pair in _USUAL),
 )
 _ONE_OF_EACH = frozenset(min(columns) for columns, _ in _SHAPES)

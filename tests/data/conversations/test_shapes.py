@@ -103,6 +103,30 @@ def test_a_tree_of_messages_is_told_with_a_command_that_works(tmp_path):
     assert Formats(roles={"prompter": "user"}, mends=True).example(row).messages == FOUR
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_what_chatgpt_exports_is_told_with_a_command_that_works(tmp_path):
+    def node(name, parent, role=None, *parts, kind="text"):
+        said = role and {"author": {"role": role}, "content": {"content_type": kind, "parts": list(parts)}, "recipient": "all"}
+        return {name: {"id": name, "message": said, "parent": parent, "children": []}}
+
+    begins = node("root", None) | node("s", "root", "system", "") | node("q", "s", "user", "Hi")
+    shown = begins | node("a", "q", "assistant", "Hello") | node("q2", "a", "user", "Sky?")
+    shown |= node("old", "q2", "assistant", "Red.") | node("t", "q2", "assistant", kind="thoughts") | node("b", "t", "assistant", "Blue.")
+    picture = begins | node("p", "q", "user", {"asset_pointer": "x"}, "What?", kind="multimodal_text") | node("c", "p", "assistant", "It.")
+    export = [{"title": "x", "mapping": shown, "current_node": "b"}, {"title": "y", "mapping": picture, "current_node": "c"},
+              {"title": "empty", "mapping": node("root", None), "current_node": "root"}]
+    (tmp_path / "conversations.json").write_text(json.dumps(export), encoding="utf-8")
+    with pytest.raises(RowError, match="as ChatGPT exports it") as caught:
+        Formats().example(export[0])
+    command, _, options = caught.value.fix.partition("with ")[2].rpartition(", and prepare that with ")
+    assert options == "--on-uneven mend"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    good, other = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert Formats(mends=True).example(good).messages == FOUR
+    with pytest.raises(RowError):
+        Formats(mends=True).example(other)
+
+
 def test_parameters_that_are_listed_by_name_become_a_schema():
     [tool] = Formats().example(XLAM).tools
     assert tool["function"]["parameters"] == {"type": "object", "properties": {
