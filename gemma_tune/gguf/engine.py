@@ -98,7 +98,7 @@ class Engine:
                 raise WorkFailed("this command ends, and no engine is started any more")
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
                                              stdout=self._log if binary else subprocess.PIPE,
-                                             env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=talking)
+                                             env=os.environ | {"GGML_NO_BACKTRACE": "1"}, **_apart(talking))
             _processes.add(self._process)
         try:
             address = self._answering(command[-1]) if binary else self._printed()
@@ -259,6 +259,13 @@ def threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     most = max(1, int(asked)) if asked.isdecimal() else allowed
     return min(psutil.cpu_count(logical=False) or allowed, allowed, most)
+
+
+def _apart(wanted: bool) -> dict[str, Any]:
+    """How a process is started that Ctrl-C on the terminal does not reach."""
+    if os.name == "nt":  # where sessions are passed over
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP if wanted else 0}
+    return {"start_new_session": wanted}
 
 
 def _server_command(server: str, gguf: Path, context: int, talking: bool) -> list[str]:

@@ -28,7 +28,7 @@ AT_ONCE = 1.5  # seconds that all get after the second Ctrl-C, which one that wa
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run ``gemma-tune`` with ``arguments`` as ``count`` processes and wait for them.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on to each, once; the second one ends them at once.
+    Ctrl-C, SIGTERM and SIGHUP reach each, once; the second one ends them at once.
 
     Returns:
         The main process's exit code, or another's if only that failed.
@@ -74,7 +74,7 @@ class _Workers:
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.signals += 1
-        for process in self.processes:
+        for process in self.processes if os.name == "posix" else ():  # Windows' console has told them itself
             with contextlib.suppress(OSError):
                 process.send_signal(number)
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,10 +85,49 @@ def test_model_and_data_can_lie_on_other_drives_than_the_run(tiny, tmp_path, mon
     ran(["prepare", "--run", run, "--force"], ["train", "--run", run, "--max-steps", 1, "--dry-run"])
 
 
-HELD = """
+def script(text: str, **more: Any) -> subprocess.Popen:
+    """A program that begins under Windows' rules."""
+    return subprocess.Popen([sys.executable, "-c", f"from support import windows\nwindows.install()\n{text}"],
+                            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+CHILD = """
 import os, sys
-from support import windows
-windows.install()
+from pathlib import Path
+from gemma_tune.gguf import engine
+engine.find_engine = lambda: "xllamacpp 1"
+engine._child_command = lambda *_: [sys.executable, "-c", "print('{\\"address\\": \\"http://127.0.0.1:9\\"}', flush=True); input()"]
+for talking in (True, False):
+    with engine.Engine(Path("model.gguf"), 64, talking=talking) as one:
+        assert (os.getpgid(one._process.pid) != os.getpgid(0)) == talking
+"""
+TOGETHER = """
+import subprocess, sys
+from gemma_tune.train import launch
+start = "import time, sys; print(flush=True)\\ntry: time.sleep(60)\\nexcept KeyboardInterrupt: sys.exit(130)"
+workers = launch._Workers([launch.subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) for _ in range(2)])
+assert all(process.stdout.readline() for process in workers.processes)
+with workers.signals_passed_on():
+    print("ready", flush=True)
+    assert workers.wait() == [130, 130] and workers.signals == 1
+"""
+
+
+def test_ctrl_c_does_not_reach_the_engine_that_a_chat_talks_to():
+    with script(CHILD) as process:
+        assert process.wait() == 0, process.stderr.read().decode()
+
+
+def test_ctrl_c_is_not_passed_on_to_processes_that_the_console_tells_itself():
+    with script(TOGETHER, start_new_session=True) as process:
+        assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 0, process.stderr.read().decode()
+
+
+HELD = """
+import os
 os.mkdir("folder")
 file = open("folder/file", "w+b")
 file.write(b"content")
@@ -113,6 +153,5 @@ os.replace("other", "folder/file")
 
 
 def test_the_double_refuses_what_windows_refuses(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HELD], env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with script(HELD) as process:
+        assert process.wait() == 0, process.stderr.read().decode()
