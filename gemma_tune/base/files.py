@@ -195,6 +195,17 @@ def fresh_path(target: Path) -> Path:
     return place.with_name(NEW + place.name)
 
 
+def lend(path: Path, place: Path) -> None:
+    """Have a file at another place as well, without a copy of its content where the system lets that be.
+
+    Windows gives not everybody the right to make symbolic links; hard links stay on one disk.
+    """
+    for link in (os.symlink, os.link):
+        with contextlib.suppress(OSError):
+            return link(path.resolve(), place)
+    shutil.copyfile(path, place)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a directory, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():

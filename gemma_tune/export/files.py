@@ -14,6 +14,7 @@ from typing import Any
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import lend
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
@@ -173,7 +174,7 @@ def _with_template(source: ExportSource, folder: Path) -> Iterator[Path]:
     try:
         for path in merged.iterdir():
             if path.is_file() and path.name != name:
-                (view / path.name).symlink_to(path.resolve())
+                lend(path, view / path.name)
         (view / name).write_text(source.template, encoding="utf-8")
         yield view
     finally:

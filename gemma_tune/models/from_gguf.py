@@ -19,7 +19,7 @@ from gguf import Keys
 
 from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import cache_dir, cache_errors, replacing_directory, write_json
+from gemma_tune.base.files import cache_dir, cache_errors, lend, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line, model_name
@@ -220,10 +220,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     refuse_other_kinds(file)
     refuse_damage(file)
     alone = folder / gguf.name  # the loader mixes in the tokenizer files that lie beside a GGUF
-    try:
-        alone.symlink_to(gguf.resolve())
-    except OSError:  # Windows gives not everybody the right to link
-        alone = gguf
+    lend(gguf, alone)
     where = {"pretrained_model_name_or_path": alone.parent, "gguf_file": gguf.name, "local_files_only": True}
     try:
         # The loader's progress bar has no switch; it would fight with ours.

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat import choice
+from gemma_tune.export.files import _with_template
 from gemma_tune.export.quant_loss import Loss
 from gemma_tune.report.page import write_report
 from gemma_tune.run.directory import RunDir
@@ -387,3 +389,22 @@ def test_the_format_for_experts_is_refused_without_any(cli, merged):
     refused = cli("export-ollama", "--quant", "q8_0,mxfp4", "--no-create")
     assert refused.code == 2 and "mxfp4 is a format for mixtures of experts" in refused.err and "q4_k_m" in refused.err
     assert not OLLAMA.exists()
+
+
+@pytest.mark.parametrize("ways", [(), ("symlink",), ("symlink", "link")], ids=["all", "no symbolic links", "no links"])
+def test_the_converter_sees_the_checkpoint_with_another_template(tmp_path, monkeypatch, ways):
+    """Also on Windows, where few may make symbolic links, and on disks without any."""
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    for way in ways:
+        monkeypatch.setattr(f"os.{way}", refused)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "model.safetensors").write_bytes(b"weights")
+    (merged / "chat_template.jinja").write_text("old", encoding="utf-8")
+    with _with_template(SimpleNamespace(merged=merged, template="new"), tmp_path) as seen:
+        assert {path.name: path.read_bytes() for path in seen.iterdir()} == {
+            "model.safetensors": b"weights", "chat_template.jinja": b"new"}
+    assert [path.name for path in tmp_path.iterdir() if path != merged] == []
+    assert (merged / "model.safetensors").read_bytes() == b"weights"

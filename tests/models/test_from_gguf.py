@@ -56,6 +56,21 @@ def test_the_reader_is_the_plain_one_again_after_a_failure(whole):
     assert gguf.GGUFReader is reader
 
 
+def test_tokenizer_files_beside_a_gguf_are_passed_over_where_nobody_may_make_symbolic_links(tiny, whole, monkeypatch):
+    """As on Windows; transformers' loader would mix them in."""
+    alone = from_gguf.dequantised(whole, "a" * 64, Listener())
+    foreign = (tiny / "tokenizer.json").read_text(encoding="utf-8").replace("<bos>", "<foreign>")
+    (whole.parent / "tokenizer.json").write_text(foreign, encoding="utf-8")
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(22, "A required privilege is not held by the client")
+
+    monkeypatch.setattr("os.symlink", refused)
+    beside = from_gguf.dequantised(whole, "b" * 64, Listener())
+    assert (beside / "tokenizer.json").read_bytes() == (alone / "tokenizer.json").read_bytes()
+    assert not [*beside.glob("*.gguf")] and whole.is_file()
+
+
 def test_what_is_no_gguf_is_refused_before_it_is_loaded(tmp_path, opened):
     path = tmp_path / "damaged.gguf"
     path.write_bytes(b"no GGUF file at all, " * 10)
