@@ -18,7 +18,8 @@ import select
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ NEW, OLD = ".new-", ".old-"
 PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
 _CHUNK = 1 << 20
 PIPE_SECONDS = 10.0  # that a pipe is waited for
+_IN_USE = (32, 33)  # Windows' errors of a file that is open in, or locked by, another program
+_SCANNED = 2.0  # seconds that a virus scanner or an indexer has a new file open, at most
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
 
@@ -61,6 +64,9 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
             raise WorkFailed(f"the file would be larger than its file system, or `ulimit -f`, allows: {place}",
                              "work on another disk with --run DIR; `merge --max-shard-size 2GB` writes smaller files"
                              ) from e
+        if getattr(refused, "winerror", None) in _IN_USE:
+            raise WorkFailed(f"{place} is open in another program", "close what has it open, such as a chat, an editor "
+                             f"or a virus scanner, and run the same command again; {kept}") from e
         if refused.errno in FORBIDDEN:
             if refused.filename and os.path.exists(place) and not may_read(Path(place)):
                 raise unreadable(place) from e
@@ -172,7 +178,7 @@ def put_in_place(fresh: Path, target: Path) -> None:
         _swap(place_of(target), fresh)
         return
     sync(fresh)
-    os.replace(fresh, target)
+    _move(os.replace, fresh, target)
     sync(target.parent)
 
 
@@ -282,14 +288,26 @@ def _swap(target: Path, fresh: Path) -> None:
     remove(old)
     try:
         if target.exists():
-            os.rename(target, old)
-        os.rename(fresh, target)
+            _move(os.rename, target, old)
+        _move(os.rename, fresh, target)
     except BaseException:
         if old.exists() and not target.exists():
-            os.rename(old, target)
+            _move(os.rename, old, target)
         raise
     sync(target.parent)
     remove(old)
+
+
+def _move(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """Rename; Windows refuses that while another program has the file open, or one in the directory, if for moments."""
+    until = time.monotonic() + _SCANNED
+    while True:
+        try:
+            return rename(source, target)
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def recover(folder: Path, names: Sequence[str]) -> list[str]:
@@ -309,7 +327,7 @@ def recover(folder: Path, names: Sequence[str]) -> list[str]:
         if target.exists():
             remove(leftover)
         elif leftover.is_dir():
-            os.rename(leftover, target)
+            _move(os.rename, leftover, target)
             restored.append(target.name)
     for leftover, _ in _leftovers(places, NEW):
         remove(leftover)

@@ -102,6 +102,32 @@ for talking in (True, False):
     with engine.Engine(Path("model.gguf"), 64, talking=talking) as one:
         assert (os.getpgid(one._process.pid) != os.getpgid(0)) == talking
 """
+SCANNED = """
+import threading
+from pathlib import Path
+from gemma_tune.base import files
+from gemma_tune.base.errors import WorkFailed
+target, folder = Path("target"), Path("folder")
+folder.mkdir()
+(folder / "file").write_bytes(b"old")
+target.write_bytes(b"old")
+scanned = [target.open("rb"), (folder / "file").open("rb")]
+threading.Timer(0.3, lambda: [one.close() for one in scanned]).start()
+files.write_atomic(target, b"new")
+with files.replacing_directory(folder) as fresh:
+    (fresh / "file").write_bytes(b"new")
+assert target.read_bytes() == (folder / "file").read_bytes() == b"new"
+files._SCANNED = 0.1
+with target.open("rb"):
+    try:
+        with files.os_errors(Path(".")):
+            files.write_atomic(target, b"newer")
+    except WorkFailed as e:
+        assert e.message.endswith("target is open in another program") and "close what has it open" in e.hint
+    else:
+        raise AssertionError
+assert target.read_bytes() == b"new" and len([*Path(".").iterdir()]) == 2
+"""
 TOGETHER = """
 import subprocess, sys
 from gemma_tune.train import launch
@@ -112,6 +138,11 @@ with workers.signals_passed_on():
     print("ready", flush=True)
     assert workers.wait() == [130, 130] and workers.signals == 1
 """
+
+
+def test_a_file_that_another_program_has_open_for_moments_is_waited_for():
+    with script(SCANNED) as process:
+        assert process.wait() == 0, process.stderr.read().decode()
 
 
 def test_ctrl_c_does_not_reach_the_engine_that_a_chat_talks_to():
