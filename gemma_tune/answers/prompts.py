@@ -6,12 +6,12 @@ import bisect
 import contextlib
 import itertools
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 
 Read = TypeVar("Read")
@@ -94,7 +94,7 @@ def prepared_rows(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> Iter
                 found = read(json.loads(line.decode()))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 raise UserError(f"{path}:{n} was changed: it is no row as `prepare` writes them",
-                                f"prepare the data again: gemma-tune prepare --run {shlex.quote(str(path.parents[1]))} "
+                                f"prepare the data again: gemma-tune prepare --run {shell.quote(str(path.parents[1]))} "
                                 "--force") from e
             yield found
 

@@ -3,11 +3,11 @@ files by their names."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.refusals import unreadable
 from gemma_tune.base.strict_json import object_in
@@ -78,7 +78,7 @@ def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
 
 def _instead(folder: Path) -> str:
     """What to do with a directory that is taken for a checkpoint."""
-    name = shlex.quote(str(folder))
+    name = shell.quote(str(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         return (f"it is an adapter: `gemma-tune merge --adapter {name}` makes a whole model of it and its base; to "
                 f"train it further: `gemma-tune train DATA --model {_base_of(folder)} --from-adapter {name}`")
@@ -87,7 +87,7 @@ def _instead(folder: Path) -> str:
     # Of a folder in Hugging Face's cache, the model is in snapshots/.
     inside = [*sorted(folder.glob("*/config.json")), *sorted(folder.glob("snapshots/*/config.json"))]
     if inside:
-        names = [shlex.quote(str(path.parent)) for path in inside[:_NAMED]]
+        names = [shell.quote(str(path.parent)) for path in inside[:_NAMED]]
         return f"name the model in it: --model {' or '.join(names)}{' or another' if inside[_NAMED:] else ''}"
     return "name a directory that has config.json, *.safetensors and tokenizer files"
 
@@ -98,7 +98,7 @@ def _base_of(adapter: Path) -> str:
         base = object_in(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     except (OSError, ValueError):
         base = None
-    return shlex.quote(base) if base and isinstance(base, str) else "BASE"
+    return shell.quote(base) if base and isinstance(base, str) else "BASE"
 
 
 def context_length(config: Mapping[str, Any]) -> int:

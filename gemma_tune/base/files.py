@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import select
-import shlex
 import shutil
 import stat
 import time
@@ -24,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.refusals import FORBIDDEN, FULL, NotWritten, may_read, refusal, unreadable
 
@@ -83,7 +83,7 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
 def _elsewhere(root: Path) -> str:
     """What to do where the directory of a run cannot be written: in another one there is nothing to go on from."""
     if (root / "manifest.json").is_file():
-        return f"copy the run to where you can write, cp -r {shlex.quote(str(root))} DIR, and name that with --run DIR"
+        return f"copy the run to where you can write, cp -r {shell.quote(str(root))} DIR, and name that with --run DIR"
     return "choose another place with --run DIR"
 
 

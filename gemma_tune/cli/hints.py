@@ -7,8 +7,9 @@ command that names none would work on the newest run.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
+
+from gemma_tune.base import shell
 
 # A command that works on a run, and names neither that nor a model up to its end.
 _OPEN = re.compile(r"gemma-tune (prepare|train|tune|chat|eval|merge|export-ollama|run|status)(?![\w-])"
@@ -33,6 +34,6 @@ def about(run: str | None = None, begun_as: Sequence[str] = ()) -> None:
 def in_run(text: str) -> str:
     """A text with the run in each command that names neither a run nor a model."""
     def named(found: re.Match[str]) -> str:
-        return shlex.join(["gemma-tune", found[1], *_named.get(found[1], _named.get("", ()))])
+        return shell.join(["gemma-tune", found[1], *_named.get(found[1], _named.get("", ()))])
 
     return _OPEN.sub(named, text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
-import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import span
 from gemma_tune.cli.run_figures import data_of, disk_usage, loss_of
@@ -124,5 +124,5 @@ def age(seconds: float) -> str:
 
 def to_start(folder: Path) -> str:
     """What to type where there is no run yet."""
-    named = "" if folder == RUNS else f" --run {shlex.quote(str(folder / 'NAME'))}"
+    named = "" if folder == RUNS else f" --run {shell.quote(str(folder / 'NAME'))}"
     return f"gemma-tune prepare YOUR.jsonl --model google/gemma-3-270m-it{named}"

@@ -17,6 +17,7 @@ import typer
 import typer.exceptions
 from typer.core import TyperCommand, TyperGroup
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import Interrupted, UserError, WorkFailed
 from gemma_tune.base.machine import (
     Terminated,
@@ -295,7 +296,7 @@ def _with_columns(problem: UserError, ctx: Any) -> UserError:
     if any(word.partition("=")[0] == "--columns" for word in typed):
         return problem
     takes = any(param.name == "columns" for param in ctx.command.params)
-    command = shlex.join(["gemma-tune", *(typed if takes else ["prepare", *map(str, data)]), "--columns", *option])
+    command = shell.join(["gemma-tune", *(typed if takes else ["prepare", *map(str, data)]), "--columns", *option])
     if len(command) <= _LONGEST_COMMAND:
         problem.hint = f"{problem.hint}: {redact(command)}"
     return problem
@@ -474,7 +475,7 @@ def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
     """
     if request.options["data"]:
         raise UserError("--dry-run plans the training of what is prepared, and prepares nothing itself",
-                        f"prepare it first: gemma-tune prepare {shlex.join(request.options['data'])}")
+                        f"prepare it first: gemma-tune prepare {shell.join(request.options['data'])}")
     planned, run = request.run("train", lambda session: (plan(session), session.run.root))
     if not (request.options["quiet"] and request.options["json"]):
         console.plan(planned)

@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import re
-import shlex
 import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import VOCABULARY, generation_settings
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
@@ -78,7 +78,7 @@ def read_template(path: Path) -> str:
         raise UserError(f"{path} is no Jinja, but a template of Go's, as Ollama has them", _TEMPLATES)
     with contextlib.suppress(ValueError, RecursionError):
         inside = "chat_template" in json.loads(text)
-        name = shlex.quote(str(path))
+        name = shell.quote(str(path))
         raise UserError(f"{path} is JSON, and no chat template" + (", though it holds one" if inside else ""),
                         f"save that by itself: jq -r .chat_template {name} > chat_template.jinja" if inside else
                         _TEMPLATES)

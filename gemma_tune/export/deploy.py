@@ -5,7 +5,6 @@ A server is then asked how it reads every prompt of the parity report, whose Oll
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from gemma_tune import samples
 from gemma_tune.answers.prompts import Prompt
+from gemma_tune.base import shell
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -54,7 +54,7 @@ class Elsewhere:
     @classmethod
     def of(cls, gguf: str, model: str) -> Elsewhere:
         """How a file is used; ``model`` is its name, without a tag."""
-        path = shlex.quote(gguf)
+        path = shell.quote(gguf)
         # Unless it is told to copy the file, LM Studio moves it out of the run.
         commands = (f"llama-cli -m {path}", f"llama-server -m {path} --jinja", f"lms import --copy {path}")
         return cls(gguf, commands, f"~/.lmstudio/models/gemma-tune/{model}/")

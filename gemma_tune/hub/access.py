@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import WORK_FAILED, UserError
 from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import nearest
@@ -138,7 +138,7 @@ def _instead(text: str) -> str:
     if found:
         return f"use the id alone: `--model {found[1].replace('--', '/')}`"
     ways = [_near(text) or f"{_ID}; a local model is its folder's path"]
-    ways += [_OF_OLLAMA.format(shlex.quote(text))] if ":" in text and "://" not in text else []
+    ways += [_OF_OLLAMA.format(shell.quote(text))] if ":" in text and "://" not in text else []
     return " otherwise ".join(ways) if ways[0].endswith("?") else "; ".join(ways)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VOCABULARY
 from gemma_tune.base.files import put_in_place, unfinished
 from gemma_tune.base.strict_json import object_in
@@ -177,7 +177,7 @@ def _fault(model_id: str, names: list[str]) -> str | None:
         return "has its weights only as pickle files (.bin, .pt, …), which can run code when they are loaded; " \
                "gemma-tune reads safetensors only"
     if gguf := [name for name in names if _matches(name, ("*.gguf",))]:
-        return (f"has only GGUF files: `hf download {model_id} {shlex.quote(gguf[0])} --local-dir .` brings one here, "
+        return (f"has only GGUF files: `hf download {model_id} {shell.quote(gguf[0])} --local-dir .` brings one here, "
                 "for --model FILE")
     return "has no safetensors weights"
 

@@ -8,11 +8,11 @@ settings that say what a LoRA adapter computes (``COMPUTES``), and no others.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import ADAPTER_CONFIG as CONFIG
 from gemma_tune.base.checkpoint import ADAPTER_WEIGHTS as WEIGHTS  # noqa: F401 - of the same files, for who reads both
 from gemma_tune.base.errors import UserError
@@ -87,7 +87,7 @@ def how_to_renew(folder: Path) -> str:
     again = "copy the adapter here again"
     if not (folder.parent / "manifest.json").is_file():
         return again
-    return f"train again: gemma-tune train --run {shlex.quote(str(folder.parent))} --force; or {again}"
+    return f"train again: gemma-tune train --run {shell.quote(str(folder.parent))} --force; or {again}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _refuse_mlx(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") or not of_mlx:
         return
     trained_on = config["model"] if isinstance(config.get("model"), str) else "MODEL"
-    fuse = shlex.join(["mlx_lm.fuse", "--model", trained_on, "--adapter-path", str(folder), "--save-path", "FUSED"])
+    fuse = shell.join(["mlx_lm.fuse", "--model", trained_on, "--adapter-path", str(folder), "--save-path", "FUSED"])
     raise UserError(f"{folder} is an adapter of mlx-lm ({_MLX}), and merge takes those of PEFT ({WEIGHTS})",
                     f"make a whole model of it with mlx-lm: {fuse} (--dequantize if that model is quantised); "
                     "llama.cpp's convert_hf_to_gguf.py turns FUSED into a GGUF for Ollama, and `gemma-tune prepare "

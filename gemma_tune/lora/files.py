@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.tensors import READABLE, StoredTensor, read_header
@@ -107,7 +107,7 @@ class Adapter:
 
 def how_to_name_base(folder: Path) -> str:
     """What to type where an adapter's base model cannot be told from the adapter."""
-    return f"name it: gemma-tune merge --adapter {shlex.quote(str(folder))} --base ID"
+    return f"name it: gemma-tune merge --adapter {shell.quote(str(folder))} --base ID"
 
 
 def named_base(folder: Path) -> tuple[str | None, str | None]:

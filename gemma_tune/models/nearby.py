@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from pathlib import Path
 
+from gemma_tune.base import shell
 from gemma_tune.base.words import nearest
 
 SUFFIX = ".gguf"
@@ -26,7 +26,7 @@ def is_path(model_id: str) -> bool:
 def written_otherwise(model_id: str) -> str:
     """The end of a hint about what looks like a file at the Hub, or, on a system with other paths, Windows' own."""
     if found := _OF_HUB.fullmatch(model_id):
-        return f"; a file at the Hub is downloaded first: hf download {found[1]} {shlex.quote(found[2])} --local-dir ."
+        return f"; a file at the Hub is downloaded first: hf download {found[1]} {shell.quote(found[2])} --local-dir ."
     return ("; this system writes paths with / and without drives, such as /mnt/c/models/gemma"
             if os.name != "nt" and _OF_WINDOWS.match(model_id) else "")
 
@@ -42,7 +42,7 @@ def meant(path: Path) -> str:
     places = [Path(path.anchor)]
     for part in path.parts[bool(path.anchor):]:
         places = [place / name for place in places for name in _alike(place, part)]
-    found = [shlex.quote(str(place)) for place in places if is_model(place) or place.suffix.lower() == SUFFIX]
+    found = [shell.quote(str(place)) for place in places if is_model(place) or place.suffix.lower() == SUFFIX]
     return f"did you mean {' or '.join(found[:_MOST])}?" if found else ""
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
@@ -213,7 +213,7 @@ def _gguf_inside(folder: Path) -> Path | None:
     if len(found) > 1:
         _refuse_part(found[0])
         raise UserError(f"{folder} has no config.json, but {len(found)} GGUF files: "
-                        f"{', '.join(path.name for path in found)}", f"name one: --model {shlex.quote(str(found[0]))}")
+                        f"{', '.join(path.name for path in found)}", f"name one: --model {shell.quote(str(found[0]))}")
     return found[0] if found else None
 
 
@@ -250,7 +250,7 @@ def _from_file(model_id: str, path: Path, listener: Listener, known: Mapping[str
         raise UserError(f"{model_id} is {described(head)}", FETCH)
     beside = os.path.exists(path.parent / "config.json")
     raise UserError(f"{model_id} is no GGUF file, but {described(head)}",
-                    f"name the checkpoint's directory: --model {shlex.quote(str(path.parent))}" if beside else
+                    f"name the checkpoint's directory: --model {shell.quote(str(path.parent))}" if beside else
                     "name a GGUF file, a checkpoint's directory or a Hugging Face id")
 
 
@@ -300,7 +300,7 @@ def _refuse_part(gguf: Path) -> None:
         whole = re.sub(r"-\d{5}-of-\d{5}", "", gguf.name)
         first = re.sub(r"-\d{5}-of-", "-00001-of-", gguf.name)
         whole = whole if whole != gguf.name else f"whole-{whole}"
-        joined = shlex.join(["llama-gguf-split", "--merge", str(gguf.with_name(first)), str(gguf.with_name(whole))])
+        joined = shell.join(["llama-gguf-split", "--merge", str(gguf.with_name(first)), str(gguf.with_name(whole))])
         raise UserError(f"{gguf} is one of {parts} files that are a model together",
                         f"make one of them with llama.cpp: {joined}; or {REPOSITORY}")
 

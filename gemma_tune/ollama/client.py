@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.ollama.ask import capabilities, generate_check, prompt_tokens, rendered_prompt, thinking_of
 from gemma_tune.ollama.modelfile import merged_parameters, system_text, unix_lines
@@ -162,12 +162,9 @@ def _follow(response: httpx.Response, on_progress: Progress) -> None:
 # --- what a person can do -------------------------------------------------------------------------------------------
 
 
-def manual_command(modelfile: Path, name: str, platform: str = sys.platform) -> str:
+def manual_command(modelfile: Path, name: str) -> str:
     """The command that makes the model from its Modelfile, to copy into a shell."""
-    path = str(modelfile)
-    if platform != "win32":
-        return f"ollama create {shlex.quote(name)} -f {shlex.quote(path)}"
-    return f"ollama create {name} -f " + (f'"{path}"' if re.search(r"[\s&()^%,;=']", path) else path)
+    return shell.join(["ollama", "create", name, "-f", str(modelfile)])
 
 
 def install_hint(platform: str = sys.platform) -> str:

@@ -8,7 +8,6 @@ the memory small however many are drawn, and their number exact.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, last_name, near
@@ -219,7 +219,7 @@ def _refuse_repeats(firsts: Sequence[Source], has: Sequence[int], asked: Sequenc
                             f"{counted(rows, 'row')} (`num_samples`), and no row is taken twice")
             instead.append(f"{name}={rows}")
     if problems:
-        once = shlex.quote(",".join(instead))
+        once = shell.quote(",".join(instead))
         raise UserError("; ".join(problems), f"lower that number, or take each row once: --max-samples {once}; for "
                         "these to weigh more, take less of others: --max-samples OTHER=20%")
 

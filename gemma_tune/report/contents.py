@@ -9,11 +9,11 @@ import contextlib
 import datetime as dt
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.words import last_name
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
@@ -202,5 +202,5 @@ def _commands(manifest: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> 
         with _whatever_is_there():
             words += [word for one in chosen.get("parameter") or () for word in ("--parameter", f"{one}")]
             words += as_flags(CONFIGS[name], {key: value for key, value in chosen.items() if key not in left_out})
-        found.append(shlex.join([*words, "--run", "."]))
+        found.append(shell.join([*words, "--run", "."]))
     return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import PACKAGE, fingerprint, seen_from
 from gemma_tune.base.words import model_name, nearest
@@ -216,10 +216,10 @@ def no_run(root: Path, *flags: str) -> UserError:
         runs = [path.parent.name for path in root.parent.glob("*/manifest.json")]
     except OSError:
         runs = []
-    meant = "".join(f"did you mean --run {shlex.quote(str(root.with_name(name)))}? Else " for name in
+    meant = "".join(f"did you mean --run {shell.quote(str(root.with_name(name)))}? Else " for name in
                     nearest(root.name, runs))
     return UserError(f"{root} is not a run yet: it has no manifest.json",
-                     f"{meant}start it: gemma-tune prepare YOUR.jsonl --run {shlex.join([str(root), *flags])}")
+                     f"{meant}start it: gemma-tune prepare YOUR.jsonl --run {shell.join([str(root), *flags])}")
 
 
 def find_run(run: str | None, model_id: str | None) -> Path:
@@ -255,7 +255,7 @@ def of_its_run(settings: Mapping[str, Any], path: Path, run: Any, model: Any) ->
 
 def command(stage: str, root: Path, *flags: str) -> str:
     """A command to type, with whatever a shell would split put in quotes."""
-    return " ".join(["gemma-tune", stage, "--run", shlex.quote(str(root)), *map(shlex.quote, flags)])
+    return " ".join(["gemma-tune", stage, "--run", shell.quote(str(root)), *map(shell.quote, flags)])
 
 
 def now() -> str:

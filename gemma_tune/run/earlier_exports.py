@@ -3,11 +3,11 @@ same settings for Ollama, and which of all the files is recommended."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
@@ -136,7 +136,7 @@ def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Itera
     if not old:
         return None
     them = "it" if len(old) == 1 else "them"
-    remove = shlex.join(["rm", *(str(run.ollama / earlier[quant]["file"]) for quant in old)])
+    remove = shell.join(["rm", *(str(run.ollama / earlier[quant]["file"]) for quant in old)])
     return (f"{', '.join(old.values())}: make {them} again ({_again(run, [*current, *old])}), or remove {them} "
             f"({remove})")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.run.directory import RunDir
 
@@ -64,7 +64,7 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
     if occupied := [str(path) for path in places if path.is_file() or _visible(path)]:
         raise UserError(f"{run.root} is no run yet, and {_list(occupied)} {'lies' if len(occupied) == 1 else 'lie'} "
                         "where results of one would take the place of it",
-                        f"work in a directory of its own, such as --run {shlex.quote(str(run.root / 'run'))}, or move "
+                        f"work in a directory of its own, such as --run {shell.quote(str(run.root / 'run'))}, or move "
                         f"{'it' if len(occupied) == 1 else 'them'} elsewhere")
 
 

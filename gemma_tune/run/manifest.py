@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemma_tune import __version__
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import os_errors, put_in_place, write_json
 from gemma_tune.base.strict_json import NoObject, object_in
@@ -134,8 +134,8 @@ def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:
 
 
 def _rebuild_hint(path: Path) -> str:
-    begin = shlex.join(["gemma-tune", "prepare", "DATA", "--run", str(path.parent), "--model", _model_in(path)])
-    move = shlex.join(["mv", str(path), f"{path}.damaged"])
+    begin = shell.join(["gemma-tune", "prepare", "DATA", "--run", str(path.parent), "--model", _model_in(path)])
+    move = shell.join(["mv", str(path), f"{path}.damaged"])
     return (f"move it away ({move}) and run the stages again, with the same model and data: {begin}; the artifacts "
             "beside it are untouched")
 

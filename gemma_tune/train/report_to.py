@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, first_line, near
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -35,7 +35,7 @@ def require(names: Sequence[str]) -> None:
                 problems.append(f"--report-to {name}: {first_line(e)}")
                 packages += _packages(name, e)
     if problems:
-        hint = (f"install what is missing: pip install {shlex.join(packages)}" if packages else
+        hint = (f"install what is missing: pip install {shell.join(packages)}" if packages else
                 f"those that there are: none, {', '.join(sorted(known))}")
         if len(problems) == 1:
             raise UserError(problems[0], hint)

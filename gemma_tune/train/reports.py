@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from gemma_tune import __version__
+from gemma_tune.base import shell
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.secrets import redacted
 from gemma_tune.base.words import first_line
@@ -126,7 +126,7 @@ class Reports(TrainerCallback):
     def _where(self, name: str) -> str:
         if name == "tensorboard":
             folder = self._event_folder
-            return f", in {folder}; to watch: tensorboard --logdir {shlex.quote(str(folder.parent))}"
+            return f", in {folder}; to watch: tensorboard --logdir {shell.quote(str(folder.parent))}"
         places = [f"{variable}={os.environ[variable]}" for variable, value in _PLACES.get(name, {}).items()
                   if "{logs}" in value]
         return f", with {', '.join(places)}" if places else ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fingerprint, os_errors, replacing_directory
 from gemma_tune.config.settings import in_words
@@ -138,7 +138,7 @@ def warn_of_what_is_replaced(session: Session) -> None:
     start, adapter = session.config.from_adapter, session.run.adapter
     session.listener.warn(f"what the last training learned ({method}) is replaced: this one ({session.config.method}) "
                           f"starts from {start or 'the base model'}; to go on from it instead: --from-adapter "
-                          f"{shlex.quote(str(adapter))}")
+                          f"{shell.quote(str(adapter))}")
 
 
 def _own(session: Session, writes: bool) -> tuple[Path, str]:

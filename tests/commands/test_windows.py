@@ -77,8 +77,9 @@ def test_model_and_data_can_lie_on_other_drives_than_the_run(tiny, tmp_path, mon
     shutil.copytree(tiny, drive / "tiny-gemma")
     write_rows(drive / "rows.jsonl", rows())
     monkeypatch.setenv(OTHER_DRIVE, str(drive))
-    ran(["prepare", "d/rows.jsonl", "--model", "d/tiny-gemma"], ["prepare", "--valid", 2])
-    run = tmp_path / "runs" / "tiny-gemma"
+    _, said = ran(["prepare", "d/rows.jsonl", "--model", "d/tiny-gemma", "--run", "my run"], ["prepare", "--valid", 2, "--run", "my run"])
+    assert 'next: gemma-tune train --run "my run"' in said, "quotes that cmd.exe knows, too"
+    run = tmp_path / "my run"
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["model"]["path"] == str(drive / "tiny-gemma")
     monkeypatch.chdir(drive)
@@ -131,7 +132,7 @@ assert target.read_bytes() == b"new" and len([*Path(".").iterdir()]) == 2
 TOGETHER = """
 import subprocess, sys
 from gemma_tune.train import launch
-start = "import time, sys; print(flush=True)\\ntry: time.sleep(60)\\nexcept KeyboardInterrupt: sys.exit(130)"
+start = "import time, sys\\ntry:\\n print(flush=True)\\n time.sleep(60)\\nexcept KeyboardInterrupt: sys.exit(130)"
 workers = launch._Workers([launch.subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) for _ in range(2)])
 assert all(process.stdout.readline() for process in workers.processes)
 with workers.signals_passed_on():

@@ -424,9 +424,8 @@ def test_the_double_is_as_strict_as_its_generation(change, old, new, gguf):
 
 
 def test_the_command_to_copy():
-    assert manual_command(Path("ollama/Modelfile"), "m:v1", "linux") == "ollama create m:v1 -f ollama/Modelfile"
-    assert manual_command(Path("my runs/Modelfile"), "m", "darwin") == "ollama create m -f 'my runs/Modelfile'"
-    assert manual_command(Path("my runs/Modelfile"), "m", "win32") == 'ollama create m -f "my runs/Modelfile"'
+    assert manual_command(Path("ollama/Modelfile"), "m:v1") == "ollama create m:v1 -f ollama/Modelfile"
+    assert manual_command(Path("my runs/Modelfile"), "m") == "ollama create m -f 'my runs/Modelfile'"
 
 
 @pytest.mark.parametrize(("platform", "way"), [("linux", "install.sh"), ("darwin", "brew"), ("win32", "winget"), ("x", "")])

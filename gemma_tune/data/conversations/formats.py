@@ -7,14 +7,13 @@ decided which format a row has.
 from __future__ import annotations
 
 import re
-import shlex
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from gemma_tune.base import strict_json
+from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
@@ -385,14 +384,14 @@ def _unknown(row: Fields) -> Problem:
     if turns := suggested_turns(row):
         return _about_turns(row, turns, reason)
     if pair := _pair_of_names(row):
-        return Problem("unknown_format", reason, f"use --columns {shlex.quote(pair)}")
+        return Problem("unknown_format", reason, f"use --columns {shell.quote(pair)}")
     question, answer, system, context, thought = (_column(row, names) for names in (
         _QUESTIONS, (*_ANSWERS, "highlights", "content"), layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (
             f",reasoning={thought}" if thought else "")
-        return Problem("unknown_format", reason, f"use --columns {shlex.quote(named)}")
+        return Problem("unknown_format", reason, f"use --columns {shell.quote(named)}")
     if (turn := _one_turn(row, reason)) is not None:
         return turn
     if where := _nested(row):
@@ -466,7 +465,7 @@ def _beside_text(row: Fields) -> Problem | None:
     named = f"user={text},assistant={label}" + (f",system={system}" if system else "")
     return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
                                      "the text alone is learned",
-                   f"use --columns {shlex.quote(named)}, or --format text to learn the text alone")
+                   f"use --columns {shell.quote(named)}, or --format text to learn the text alone")
 
 
 def _one_turn(row: Fields, reason: str) -> Problem | None:

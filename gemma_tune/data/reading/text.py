@@ -10,12 +10,12 @@ import codecs
 import contextlib
 import gzip
 import itertools
-import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.rows import BLOCK, Source
 
@@ -246,4 +246,4 @@ class _Decoder:
             return _NAME.format(encoding.lower())
         new = path.with_name(f"{path.stem}-utf8{path.suffix}")
         return f"{_NAME.format(encoding.lower())}, {_CONVERT}".format(
-            encoding, shlex.quote(str(path)), shlex.quote(str(new)))
+            encoding, shell.quote(str(path)), shell.quote(str(new)))

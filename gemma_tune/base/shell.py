@@ -1,0 +1,27 @@
+"""Commands that are shown to be pasted: their words as the shell of this system takes them for one each."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable
+
+_PLAIN = re.compile(r"[\w./:\\+=-]+")  # to cmd.exe and PowerShell; a comma makes two words in the second one
+
+
+def quote(word: str) -> str:
+    """A word, in quotes where it needs them: on Windows those that cmd.exe knows as well as PowerShell.
+
+    Single quotes keep what PowerShell would replace in double ones; cmd.exe has no way to do that.
+    """
+    if os.name != "nt":
+        return shlex.quote(word)
+    if re.search(r'["$`]', word):
+        return "'" + word.replace("'", "''") + "'"
+    return word if _PLAIN.fullmatch(word) else f'"{word}"'
+
+
+def join(words: Iterable[str]) -> str:
+    """A command of these words."""
+    return " ".join(map(quote, words))
