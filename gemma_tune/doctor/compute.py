@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ _STEPS = 20
 # of the result, 2^-9 for bf16 and 2^-12 for fp16 of up to four deviations, and room for sums in another order.
 _TOLERANCE = {"fp32": 2e-3, "bf16": 4e-2, "fp16": 1e-2}  # fp32 with TF32's ten bits, which CUDA may use
 _REINSTALL = "pip install --force-reinstall torch"
+# What PyPI has for Windows computes on the CPU alone.
+_FOR_WINDOWS = (f"{_REINSTALL} --index-url https://download.pytorch.org/whl/cu130, or the build that "
+                "https://pytorch.org/get-started/locally/ names for the driver")
 
 
 def devices() -> Iterator[Finding]:
@@ -29,8 +33,10 @@ def devices() -> Iterator[Finding]:
     cuda = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     if not names and shutil.which("nvidia-smi"):
+        without = not torch.version.cuda
         yield Finding("device", LOOK, f"an NVIDIA driver is installed, and PyTorch {torch.__version__} does not use it"
-                                      f"{'' if torch.version.cuda else ': it was built without CUDA'}", _REINSTALL)
+                                      f"{': it was built without CUDA' if without else ''}",
+                      _FOR_WINDOWS if without and sys.platform == "win32" else _REINSTALL)
     placement = choose_placement("auto")
     chosen = names[0] if placement.device == "cuda" else {"mps": "Apple's GPU", "cpu": "the CPU"}[placement.device]
     others = (f"; {len(names)} GPUs, `--num-processes {len(names)}` trains on all"

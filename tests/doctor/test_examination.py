@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_what_works_is_said_line_by_line(cli, tiny):
     assert found["ollama"]["state"] == "look" and "no server answers" in found["ollama"]["found"]
     assert found["ollama"]["mend"] in result.err
     assert f"nothing that training {tiny} needs is broken" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("platform, mends", [("linux", ""), ("win32", " --index-url https://download.pytorch.org/whl/")])
+def test_a_gpu_that_pytorch_was_built_without_needs_the_build_that_has_it(monkeypatch, platform, mends):
+    """Windows' build of PyPI never has it."""
+    monkeypatch.setattr(compute.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(compute, "sys", SimpleNamespace(platform=platform))
+    first = next(compute.devices())
+    assert "built without CUDA" in first.found and first.mend.startswith(f"pip install --force-reinstall torch{mends}")
+    assert ("--index-url" in first.mend) == bool(mends)
 
 
 def test_what_is_broken_has_its_exit_code_and_what_mends_it(cli, monkeypatch):
