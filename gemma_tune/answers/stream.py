@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_tune.answers import decoding
 from gemma_tune.answers.generation import BROKEN, Answer, finite_logits, prompt_ids, room_for_answer
-from gemma_tune.base.machine import is_out_of_memory, no_memory
+from gemma_tune.base.machine import is_out_of_memory, next_of, no_memory
 from gemma_tune.encoding.chat_format import ChatFormat, Messages, Tools
 
 
@@ -78,7 +78,7 @@ class Pieces:
         self._queue.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._queue.get, None)
+        return iter(lambda: next_of(self._queue), None)
 
     def _give(self) -> None:
         assert self._chat is not None

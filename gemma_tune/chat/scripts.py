@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import next_of
 from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
@@ -221,7 +222,7 @@ def windows(asked: Iterable[Asked], whole: bool) -> Iterator[list[Asked]]:
     arrived: queue.Queue[Asked | BaseException | None] = queue.Queue(maxsize=4 * WINDOW)
     threading.Thread(target=_fill, args=(arrived, asked), daemon=True).start()
     while True:
-        group, item = [], arrived.get()
+        group, item = [], next_of(arrived)
         while isinstance(item, Asked):
             group.append(item)
             if len(group) == WINDOW:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ for talking in (True, False):
     with engine.Engine(Path("model.gguf"), 64, talking=talking) as one:
         assert (os.getpgid(one._process.pid) != os.getpgid(0)) == talking
 """
+WAITING = """
+import time
+from gemma_tune.answers import stream
+from gemma_tune.chat import scripts
+def never():
+    time.sleep(300)
+    yield
+print("ready", flush=True)
+"""
 SCANNED = """
 import threading
 from pathlib import Path
@@ -149,6 +159,19 @@ def test_a_file_that_another_program_has_open_for_moments_is_waited_for():
 def test_ctrl_c_does_not_reach_the_engine_that_a_chat_talks_to():
     with script(CHILD) as process:
         assert process.wait() == 0, process.stderr.read().decode()
+
+
+@pytest.mark.parametrize("waits", ["next(scripts.windows(never(), whole=False))", "next(iter(stream.Pieces(None)))"])
+def test_ctrl_c_ends_waiting_for_another_program_and_for_the_first_token(waits):
+    with script(WAITING + waits) as process:
+        assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=20)[1].decode()
+        finally:
+            process.kill()
+    assert said.splitlines()[-1] == "KeyboardInterrupt", said
 
 
 def test_ctrl_c_is_not_passed_on_to_processes_that_the_console_tells_itself():

@@ -5,6 +5,7 @@ runs commands one after the other in this process, up to the first that fails.
   can a directory that it lies in. That is stricter than Windows, which lets go of what was opened for sharing.
 - Nothing is renamed onto what is there; no directory can be opened; names follow Windows' rules; nobody may link.
 - Text is in the code page of Chinese Windows unless an encoding is named, for libraries too.
+- Ctrl-C does not interrupt waiting for a queue.
 - gemma_tune's own modules see ``os.name``, ``sys.platform`` and what Windows' Python lacks in ``os``, ``signal``,
   ``select``, ``subprocess`` and others. Libraries see the system that they were installed for.
 
@@ -20,6 +21,7 @@ import io
 import json
 import multiprocessing
 import os
+import queue
 import re
 import select
 import shutil
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,25 @@ class _Popen(subprocess.Popen):
         super().send_signal(number)
 
 
+def _deaf(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """A wait that Ctrl-C does not interrupt: it is heard of afterwards."""
+    def waits(*args: Any, **more: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return wait(*args, **more)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return waits
+
+
+class _Queue(queue.Queue):
+    get = _deaf(queue.Queue.get)
+
+
+class _SimpleQueue(queue.SimpleQueue):
+    get = _deaf(queue.SimpleQueue.get)
+
+
 def _context(method: str | None = None) -> Any:
     if method not in (None, "spawn"):
         raise ValueError(f"cannot find context for {method!r}")
@@ -234,6 +255,7 @@ _SEEN = {
     "signal": _Seen(signal, _OF_SIGNAL, signal=_signal),
     "select": _Seen(select, {"poll", "epoll"}, select=_select),
     "subprocess": _Seen(subprocess, set(), Popen=_Popen, CREATE_NEW_PROCESS_GROUP=0x200),
+    "queue": _Seen(queue, set(), Queue=_Queue, SimpleQueue=_SimpleQueue),
     "multiprocessing": _Seen(multiprocessing, set(), get_context=_context),
 }
 _import = builtins.__import__
