@@ -61,7 +61,17 @@ class _Buffers:
         return self.keys[:, :, begin:self.used], self.values[:, :, begin:self.used]
 
 
-class _Growing(DynamicLayer):
+class _Cut:
+    """What takes the library's steps back as well: on Apple's GPU it makes one more than it needs, as it does not wait
+    for the end of an answer there."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions, so many as the number is below 0."""
+        if tokens_to_remove and self.is_initialized:
+            self.cut(self.get_seq_length() + tokens_to_remove)
+
+
+class _Growing(_Cut, DynamicLayer):
     """A layer that sees everything."""
 
     def __init__(self) -> None:
@@ -84,7 +94,7 @@ class _Growing(DynamicLayer):
         return True
 
 
-class _Sliding(DynamicSlidingWindowLayer):
+class _Sliding(_Cut, DynamicSlidingWindowLayer):
     """A layer that sees a window, and keeps what was in it before."""
 
     def __init__(self, sliding_window: int) -> None:

@@ -112,6 +112,42 @@ def test_a_cut_further_back_than_what_is_kept_reads_anew(model, monkeypatch):
     assert kept.reused == 13, "and goes on from there"
 
 
+class Noted:
+    """Of an event of Apple's GPU what `generate` uses."""
+
+    def __init__(self, **kwargs):
+        pass
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+
+@pytest.mark.parametrize("prompt", [3, 30])  # shorter than the window and longer
+def test_a_step_too_many_as_on_apples_gpu_leaves_nothing_behind(model, monkeypatch, prompt):
+    """There `generate` looks for the end of an answer a step late, and takes that step back."""
+    from transformers.generation import utils
+
+    draw = random.Random(2)
+    ids = [draw.randrange(5, 400) for _ in range(prompt)]
+    stop = int(anew(model, ids)[2].argmax())
+    monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(lambda device, cache, *_, **__: cache.is_croppable))
+    monkeypatch.setattr(torch, "Event", Noted)
+    steps, kept = [], KeptTurns()
+    with torch.inference_mode():
+        cache = kept.cache_for(model, ids)
+        hook = model.register_forward_hook(lambda *_: steps.append(1))
+        written = model.generate(input_ids=torch.tensor([ids]), past_key_values=cache, max_new_tokens=20, eos_token_id=stop,
+                                 pad_token_id=0, **GREEDY)[0].tolist()
+        hook.remove()
+    kept.keep(cache, written)
+    assert written[-1] == stop and len(steps) == len(written) - prompt + 1, "a step more than tokens"
+    longer = [*written, 7, 8, 9]
+    assert same(read(model, kept, longer), anew(model, longer))
+    assert kept.reused == len(written) - 1
+
+
 def test_the_window_keeps_no_more_than_it_may(model, monkeypatch):
     monkeypatch.setattr(module, "PAST", 16)
     kept, ids = KeptTurns(), [random.Random(1).randrange(5, 400) for _ in range(900)]
