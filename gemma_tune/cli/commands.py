@@ -10,16 +10,8 @@ from gemma_tune import __version__
 from gemma_tune.base.errors import WORK_FAILED, UserError
 from gemma_tune.cli import console, screen
 from gemma_tune.cli import options as o
-from gemma_tune.cli.session import (
-    Command,
-    Commands,
-    Request,
-    as_json,
-    finish,
-    in_processes,
-    prepare_first,
-    show_plan,
-)
+from gemma_tune.cli.invocation import Command, Commands
+from gemma_tune.cli.request import Request, as_json, finish, in_processes, prepare_first, show_plan
 from gemma_tune.run.directory import command
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 from gemma_tune.api import IN_ORDER
 from gemma_tune.base.errors import INTERRUPTED, WORK_FAILED, Interrupted, UserError, WorkFailed
 from gemma_tune.cli import console, screen
-from gemma_tune.cli.session import Request
+from gemma_tune.cli.request import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import ExportConfig, MergeConfig, TrainConfig
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings

@@ -10,7 +10,7 @@ import pytest
 from rich.text import Text
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.cli import live, session
+from gemma_tune.cli import invocation, live
 from gemma_tune.cli.console import ConsoleListener
 from gemma_tune.cli.live import Course, curve
 from support.command import QUICK
@@ -148,7 +148,7 @@ def test_stopped_in_the_middle_it_leaves_a_clean_terminal(screen):
     listener.progress("loading", 1, 3)
     listener.warn("stopping after this step")
     assert "\x1b[?25h" not in written(file) and "loading" in "".join(on_screen(written(file)))
-    session._show(UserError("it failed", "try again"), {})
+    invocation._show(UserError("it failed", "try again"), {})
     text = written(file)
     assert text.index("\x1b[?25h") < text.index("it failed")
     assert [line for line in on_screen(text) if line] == ["! stopping after this step", "Error: it failed",

@@ -86,7 +86,7 @@ def test_on_a_real_terminal_it_shows_within_half_a_second_of_the_import(tmp_path
 
     (tmp_path / "torch.py").write_text("import time\ntime.sleep(2)\nraise KeyboardInterrupt\n")
     (tmp_path / "row.jsonl").write_text("{}\n")
-    child = pexpect.spawn(sys.executable, ["-c", "import time; t = time.monotonic(); import gemma_tune.cli.session as s\n"
+    child = pexpect.spawn(sys.executable, ["-c", "import time; t = time.monotonic(); import gemma_tune.cli.invocation as s\n"
                                            "from gemma_tune.cli.spinner import saying_what_is_loaded\n"
                                            "print('begins', flush=True)\n"
                                            "with saying_what_is_loaded():\n"

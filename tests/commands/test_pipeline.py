@@ -261,11 +261,11 @@ def test_a_stage_refuses_a_session_of_another(trained):
 
 
 def test_a_settings_file_is_read_once(cli, tiny, data, monkeypatch):
-    from gemma_tune.cli import session
+    from gemma_tune.cli import request
 
     Path("s.yaml").write_text(f"model: {tiny}\nrun: runs/once\ntrain:\n  rank: 4\n  epochs: 1\n  dtype: fp32\n")
-    read, real = [], session.load_yaml
-    monkeypatch.setattr(session, "load_yaml", lambda path: read.append(path) or real(path))
+    read, real = [], request.load_yaml
+    monkeypatch.setattr(request, "load_yaml", lambda path: read.append(path) or real(path))
     assert cli("train", data, "--config", "s.yaml").code == 0
     assert cli("run", data, "--config", "s.yaml", "--quant", "f16").code == 0
     assert read == [Path("s.yaml")] * 2

@@ -21,7 +21,7 @@ from gemma_tune.chat.saves import Saves
 from gemma_tune.cli.chat.loop import interactive
 from gemma_tune.cli.chat.typing import typist
 from gemma_tune.cli.console import ConsoleListener
-from gemma_tune.cli.session import Command, Commands
+from gemma_tune.cli.invocation import Command, Commands
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.run.directory import RunDir
 
