@@ -48,7 +48,7 @@ def pays(model: Any) -> bool:
 
 def unknown(model: Any) -> str:
     """What of a model this loop does not know; empty if it knows all of it."""
-    base = _base(model)
+    base = base_of(model)
     if not getattr(base, "_can_compile_fullgraph", False) or base.config.is_encoder_decoder:
         return "a forward pass that cannot be captured"
     if base.config._attn_implementation not in ("sdpa", "eager"):
@@ -376,7 +376,7 @@ def _static_cache(model: Any, size: int) -> Any:
     from transformers.cache_utils import Cache, DummyLayer, StaticLayer
 
     return Cache(layers=[DummyLayer() if kind == "dummy" else StaticLayer(max_cache_len=size)
-                         for kind in _layer_types(_base(model))])
+                         for kind in _layer_types(base_of(model))])
 
 
 def _layer_types(base: Any) -> list[str]:
@@ -385,13 +385,13 @@ def _layer_types(base: Any) -> list[str]:
     return get_layer_types_and_kwargs(base.config.get_text_config(decoder=True))[0]
 
 
-def _base(model: Any) -> Any:
+def base_of(model: Any) -> Any:
     """The model of transformers, with an adapter's layers inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _last_position(model: Any) -> dict[str, int]:
-    known = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+    known = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     return {"logits_to_keep": 1} if known else {}
 
 

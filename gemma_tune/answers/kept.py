@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from gemma_tune.answers.decoding import base_of
 from gemma_tune.answers.lengths import read_before
 
 PAST = 4096  # positions that a sliding layer keeps behind its window: most conversations as a whole
@@ -160,7 +161,7 @@ def _cut(layer: Any, length: int) -> bool:
 
 
 def _empty(model: Any) -> Cache | None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if getattr(base.generation_config, "use_cache", True) is False or not base._supports_default_dynamic_cache():
         return None
     try:

@@ -53,7 +53,7 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     if session.force or record is None:
         return None
     figures = record["summary"].get("quants", {})
-    now, before = session.config.as_dict(), {name: entry["value"] for name, entry in record["config"].items()}
+    now, before = session.config.as_dict(), session.settings_of(STAGE)
     others = {name for name, value in now.items() if name not in before or before[name] != value}
     if {*figures} != {*quants} or others - {*_BESIDE, *_CHECKS}:
         return None

@@ -13,7 +13,7 @@ from gemma_tune.data.reading.rows import Description
 _KNOWN_AS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAGGED = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "observation",
            "function_tag": "function_call", "system_tag": "system"}
-_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
 def is_text(description: Description) -> bool:
@@ -45,7 +45,7 @@ def as_described(row: Any, description: Description) -> Shaped:
         known = {"prompt": _question(known, "\n\n")} | answer | rest
     elif description.formatting == "sharegpt":
         known = _tagged(known, dict(description.tags))
-    others = {key if key in _MEDIA else f"{key} (not in {description.file.name})": value
+    others = {key if key in MEDIA else f"{key} (not in {description.file.name})": value
               for key, value in row.items() if key not in columns.values()}
     return Shaped(known | others, own)
 

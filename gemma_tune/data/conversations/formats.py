@@ -83,7 +83,6 @@ _SPEAKERS = ("role", "speaker")
 _NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS,
                               *_SPEAKERS))
 _REQUIRED = ("user", "assistant", "turns")  # what a row of named columns cannot lack
-_MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 # How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
 _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
@@ -242,7 +241,7 @@ class Formats:
         mended: list[str] = []
         messages = self._turns(draft, problems, mended)
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
-        if not _MEDIA.isdisjoint(value) and (media := [key for key in _MEDIA if value.get(key)]):
+        if media := [key for key in described.MEDIA if value.get(key)]:
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
                                     "leave the row out"))
         if problems:

@@ -118,6 +118,12 @@ def differing(text: Any, **fixed: Any) -> list[str]:
             if (found := getattr(text, key, value)) != value and (found or value)]
 
 
+def unknown_rope(rope: Mapping[str, Any], *known: str) -> list[str]:
+    """A rotation that is stretched in another way than those that llama.cpp computes for this model."""
+    kind = rope["rope_type"]
+    return [] if kind in known else [f"rope type {kind!r} is not one that llama.cpp computes for this model"]
+
+
 def unusual_heads(text: Any) -> list[str]:
     """Heads of another length than llama.cpp works out from the hidden size, where it reads no key for it."""
     usual = text.hidden_size // text.num_attention_heads

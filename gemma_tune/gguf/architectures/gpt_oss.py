@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from gemma_tune.gguf.architectures.experts import add_experts
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unknown_rope
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.GPT_OSS
@@ -40,9 +40,7 @@ def _problems(config: Any) -> list[str]:
     pattern = [f"{'full' if n % 2 else 'sliding'}_attention" for n in range(config.num_hidden_layers)]
     found = [] if config.layer_types == pattern else ["layer_types isn't a sliding layer and then a full one, in turns"]
     found += [] if config.sliding_window else ["sliding_window is missing"]
-    kind = config.rope_parameters["rope_type"]
-    known = kind == "default" or (kind == "yarn" and config.rope_parameters.get("factor"))
-    found += [] if known else [f"rope type {kind!r} is not one that llama.cpp computes for this model"]
+    found += unknown_rope(config.rope_parameters, "default", *["yarn"] * bool(config.rope_parameters.get("factor")))
     fixed = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "partial_rotary_factor": 1.0}
     return found + [f"{key} is {config.rope_parameters[key]!r} and llama.cpp computes without"
                     for key, value in fixed.items() if config.rope_parameters.get(key) not in (None, value)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures import experts
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unusual_heads
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unknown_rope, unusual_heads
 from gemma_tune.gguf.architectures.parts import (
     Architecture,
     Change,
@@ -265,10 +265,8 @@ def _llama3_divisors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
 def _rope_problems(kind: _Kind, config: Any) -> list[str]:
     rope = _rope(config)
     # llama.cpp reads the divisors of Llama 3.1 for some architectures only.
-    with_divisors = kind.arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.EXAONE4)
-    known = {"default", "linear", "yarn"} | ({"llama3"} if with_divisors else set())
-    found = [] if rope["rope_type"] in known or _alpha(kind, config) else [
-        f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
+    divided = ["llama3"] if kind.arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.EXAONE4) else []
+    found = [] if _alpha(kind, config) else unknown_rope(rope, "default", "linear", "yarn", *divided)
     fixed = ({} if kind.partial else {"partial_rotary_factor": 1}) | {"truncate": True, "beta_fast": 32, "beta_slow": 1}
     return found + [f"{key} is {rope[key]!r} and llama.cpp computes with {value!r}" for key, value in fixed.items()
                     if rope.get(key) not in (None, value)]

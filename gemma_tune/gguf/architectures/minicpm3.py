@@ -13,7 +13,7 @@ from typing import Any
 
 import gguf
 
-from gemma_tune.gguf.architectures.gemma import THETA, differing, in_layers, named
+from gemma_tune.gguf.architectures.gemma import THETA, differing, in_layers, named, unknown_rope
 from gemma_tune.gguf.architectures.llama import tokenizer_kind
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 from gemma_tune.gguf.architectures.phi3 import divisors
@@ -41,8 +41,7 @@ MAKERS = {"minicpm3": _make}
 def _problems(config: Any) -> list[str]:
     rope = config.rope_parameters
     found = [] if config.q_lora_rank else ["q_lora_rank is missing"]
-    if rope["rope_type"] not in ("default", "longrope"):
-        found.append(f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model")
+    found += unknown_rope(rope, "default", "longrope")
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     if rope["rope_type"] == "longrope" and (original != config.max_position_embeddings or rope.get("attention_factor")):
         found.append("the rotation is stretched beyond original_max_position_embeddings, for which there is no key")

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_tune.gguf.architectures.gemma import differing, in_layers, named, unusual_heads
+from gemma_tune.gguf.architectures.gemma import differing, in_layers, named, unknown_rope, unusual_heads
 from gemma_tune.gguf.architectures.llama import context_length, shorter_context, tokenizer_kind
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, add_sizes, complete, refuse
 
@@ -44,10 +44,8 @@ MAKERS = {"phi3": _make}
 def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
     if rope["rope_type"] == "default":
         return []
-    if rope["rope_type"] != "longrope":
-        return [f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model"]
-    return [f"{key} is {rope[key]!r}, for which there is no key" for key in ("attention_factor", "factor")
-            if rope.get(key) is not None]
+    return unknown_rope(rope, "longrope") or [f"{key} is {rope[key]!r}, for which there is no key"
+                                              for key in ("attention_factor", "factor") if rope.get(key) is not None]
 
 
 def _rotated(config: Any) -> int:

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures import experts
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, canonical, differing
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, canonical, differing, unknown_rope
 from gemma_tune.gguf.architectures.parts import (
     FLAT,
     PLUS_ONE,
@@ -58,7 +58,6 @@ def _count(text: Any) -> int:
 
 
 def _problems(text: Any) -> list[str]:
-    rope = text.rope_parameters
     pattern = [_FULL if (n + 1) % _interval(text) == 0 else _LINEAR for n in range(text.num_hidden_layers)]
     found = differing(text, hidden_act="silu", attention_bias=False)
     if list(text.layer_types) != pattern:
@@ -66,9 +65,7 @@ def _problems(text: Any) -> list[str]:
     if text.linear_key_head_dim != text.linear_value_head_dim:
         found.append(f"linear_value_head_dim is {text.linear_value_head_dim} and llama.cpp computes with that of keys, "
                      f"{text.linear_key_head_dim}")
-    if rope["rope_type"] != "default":
-        found.append(f"rope type {rope['rope_type']!r} is not one that llama.cpp computes for this model")
-    return found
+    return found + unknown_rope(text.rope_parameters, "default")
 
 
 def _interval(text: Any) -> int:
