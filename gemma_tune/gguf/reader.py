@@ -5,11 +5,12 @@ Nothing of a tensor stays in memory or mapped, so what reading takes does not gr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import mmap
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -74,15 +75,10 @@ class GgufFile:
         self.metadata: dict[str, Any]
         self.tensors: dict[str, TensorInfo]
         wanted = None if keys is None else {*keys, Keys.General.ALIGNMENT}
-        try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                tensors, pairs = _counts(path, data)
-                self.metadata, at = _read_pairs(data, pairs, wanted)
-                self.tensors = _read_infos(data, at, tensors, self.metadata.get(Keys.General.ALIGNMENT))
-        except OSError as e:
-            raise UserError(f"{path} can't be read: {e.strerror or e}.", "Check the path.") from e
-        except _FAULTS as e:
-            raise _not_whole(path, e) from e
+        with _mapped(path) as data:
+            tensors, pairs = _counts(path, data)
+            self.metadata, at = _read_pairs(data, pairs, wanted)
+            self.tensors = _read_infos(data, at, tensors, self.metadata.get(Keys.General.ALIGNMENT))
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows ``start`` to ``stop`` of a tensor as float32 (rows, columns).
@@ -100,7 +96,7 @@ class GgufFile:
                 file.seek(info.offset + start * size)
                 data = np.fromfile(file, np.uint8, (stop - start) * size)
         except OSError as e:
-            raise UserError(f"{self.path} can't be read: {e.strerror or e}.", "Check the path.") from e
+            raise _unreadable(self.path, e) from e
         if data.size != (stop - start) * size:
             raise UserError(f"{self.path} ends in the middle of {name}.", _BROKEN)
         try:
@@ -124,7 +120,7 @@ class GgufFile:
                     digest.update(part)
                     left -= len(part)
         except OSError as e:
-            raise UserError(f"{self.path} can't be read: {e.strerror or e}.", "Check the path.") from e
+            raise _unreadable(self.path, e) from e
         return digest.hexdigest()
 
 
@@ -141,18 +137,25 @@ def read_gguf_metadata(path: Path, keys: Collection[str] | None = None) -> dict[
     Raises:
         UserError: not a GGUF, another version, or cut short.
     """
+    with _mapped(path) as data:
+        return _read_pairs(data, _counts(path, data)[1], keys)[0]
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """A file's bytes, to read its metadata from."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read_pairs(data, _counts(path, data)[1], keys)[0]
+            yield data
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.") from error
+        raise _unreadable(path, error) from error
     except _FAULTS as error:
-        raise _not_whole(path, error) from error
+        why = "it ends in the middle of its metadata" if isinstance(error, struct.error) else error
+        raise UserError(f"{path} is not a whole GGUF file: {why}.", _BROKEN) from error
 
 
-def _not_whole(path: Path, error: Exception) -> UserError:
-    why = "it ends in the middle of its metadata" if isinstance(error, struct.error) else error
-    return UserError(f"{path} is not a whole GGUF file: {why}.", _BROKEN)
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} can't be read: {error.strerror or error}.", "Check the path.")
 
 
 def _counts(path: Path, data: mmap.mmap) -> tuple[int, int]:

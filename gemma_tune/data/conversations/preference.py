@@ -159,7 +159,7 @@ def with_answer_alone(turns: list[Turn], first: int) -> list[Turn]:
         first: the turn that the answer begins with.
     """
     return [{**turn, "train": False} if turn["role"] == "assistant" and n < first else
-            {name: value for name, value in turn.items() if name != "train"} for n, turn in enumerate(turns)]
+            _unmarked(turn) for n, turn in enumerate(turns)]
 
 
 def last_answer(turns: Sequence[Turn]) -> int:

@@ -51,8 +51,7 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
         except ValueError as e:
             problems.append(_bad_tools(f"tool {number} is text that is not JSON: {strict_json.reason(e)}"))
             return None
-    function = tool.get("function") if isinstance(tool, dict) and tool.get("function") is not None else tool
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+    if (function := _function_of(tool)) is None:
         problems.append(_bad_tools(f"tool {number} has no function name: {quoted(tool)}"))
         return None
     if isinstance(function.get("parameters"), str):
@@ -138,9 +137,15 @@ def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any
     return [call for call in found if call is not None]
 
 
+def _function_of(value: Any) -> dict[str, Any] | None:
+    """What a declaration or a call says of its function, with a name; None if it says none."""
+    found = value.get("function") if isinstance(value, dict) and value.get("function") is not None else value
+    named = isinstance(found, dict) and isinstance(found.get("name"), str) and found["name"].strip()
+    return found if named else None
+
+
 def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | None:
-    function = call.get("function") if isinstance(call, dict) and call.get("function") is not None else call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+    if (function := _function_of(call)) is None:
         problems.append(_bad_call(f"{where} has no function name: {quoted(call)}"))
         return None
     arguments = _arguments(where, function, problems)
