@@ -18,7 +18,7 @@ from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command, describe
 from gemma_tune.run.earlier_exports import of_this_model, still_good, summary_now
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import State, require_output, require_unharmed, state_of
+from gemma_tune.run.state import State, require_output, require_unharmed, state_of
 
 # Name -> stage that makes it, its output there, and what it is called.
 MADE_BY = {"adapter": ("train", "adapter", "trained adapter"), "merged": ("merge", "merged", "merged model"),

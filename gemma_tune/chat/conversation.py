@@ -21,7 +21,7 @@ from gemma_tune.chat.voices import Voices
 from gemma_tune.config.settings import converted, types_of
 from gemma_tune.config.stages import ChatConfig, SamplingConfig
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import keep_stamps
+from gemma_tune.run.state import keep_stamps
 
 __all__ = ["Conversation", "open_conversation"]
 # What /set changes; the seed is no part of how an answer is drawn, but of which one is.

@@ -27,7 +27,8 @@ from gemma_tune.report.page import write_report
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE, StageReport
+from gemma_tune.run.stage import StageReport
+from gemma_tune.run.state import OUTSIDE
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.launch import launch
 from gemma_tune.train.report_to import require

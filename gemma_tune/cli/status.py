@@ -26,7 +26,7 @@ from gemma_tune.run.earlier_exports import gone, remark, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.session import refuse_other_id
-from gemma_tune.run.stage import OUTSIDE, Look, State, keep_stamps, state_of
+from gemma_tune.run.state import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 from gemma_tune.run.unrecorded import current_manifest
 from gemma_tune.train.checkpoints import command_to_finish, command_to_start_anew

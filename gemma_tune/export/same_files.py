@@ -13,7 +13,7 @@ from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
 from gemma_tune.export.target import parse_parameters, with_sampling
 from gemma_tune.run.directory import describe
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import state_of
+from gemma_tune.run.state import state_of
 
 STAGE = "export-ollama"
 # Settings that leave a GGUF as it is. Of the parameters, a file holds those of sampling, which are compared by

@@ -17,7 +17,7 @@ from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, Loss
 from gemma_tune.gguf.types import OF_EXPERTS
 from gemma_tune.run.earlier_exports import smallest_sound
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE
+from gemma_tune.run.state import OUTSIDE
 
 # A quarter, as for the merged model itself (`merge.check`): less is hard to tell in answers, and more is what the
 # training was for. Rounded each weight by itself, the demo's q4_0 gives back over a quarter, calibrated it does not.

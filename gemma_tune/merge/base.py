@@ -15,7 +15,7 @@ from gemma_tune.models.quantised import quantisation, sixteen_bit
 from gemma_tune.models.source import BaseModel, locate, split_revision
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE, state_of
+from gemma_tune.run.state import OUTSIDE, state_of
 
 INPUT = f"{OUTSIDE}base"  # what the manifest calls such a base among the inputs, if it has files of its own
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

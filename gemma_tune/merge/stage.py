@@ -31,7 +31,8 @@ from gemma_tune.models.source import BaseModel
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import OUTSIDE, Finished, StageReport, require_unharmed, run_stage
+from gemma_tune.run.stage import Finished, StageReport, run_stage
+from gemma_tune.run.state import OUTSIDE, require_unharmed
 
 if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat

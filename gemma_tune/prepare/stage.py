@@ -47,7 +47,8 @@ from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage, state_of
+from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage
+from gemma_tune.run.state import state_of
 from gemma_tune.run.stopped import SEQUENCES, has_other_rows, rows_of, unfinished, whole
 
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people

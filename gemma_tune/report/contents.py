@@ -21,7 +21,7 @@ from gemma_tune.report import charts, tables
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.earlier_exports import still_good, summary_now
 from gemma_tune.run.manifest import STAGES, Manifest
-from gemma_tune.run.stage import superseded
+from gemma_tune.run.state import superseded
 
 _MOST_ANSWERS = 100  # that are shown; the others are in answers.json
 _LONGEST = 20_000  # characters of a text

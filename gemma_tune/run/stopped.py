@@ -10,7 +10,7 @@ from gemma_tune.base.files import sha256_file
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.run.directory import RunDir, describe
 from gemma_tune.run.manifest import Manifest
-from gemma_tune.run.stage import Look
+from gemma_tune.run.state import Look
 
 MARKER = "complete.json"
 SEQUENCES = "train_sequences_sha256"  # in the summary of `prepare`: see rows_of
@@ -56,7 +56,7 @@ def has_other_rows(run: RunDir, manifest: Manifest, marker: Mapping[str, Any], l
     what an older version saved does not tell.
 
     Args:
-        look: see ``run.stage.state_of``: what it finds unchanged is not read for this.
+        look: see ``run.state.state_of``: what it finds unchanged is not read for this.
     """
     try:
         return bool(marker.get("rows")) and marker["rows"] != (_recorded(run, manifest, look) or rows_of(run.tokens))

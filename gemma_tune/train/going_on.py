@@ -25,7 +25,8 @@ from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import other_settings, state_of
+from gemma_tune.run.stage import other_settings
+from gemma_tune.run.state import state_of
 from gemma_tune.run.stopped import has_other_rows, read_marker, step_of, unfinished, whole
 from gemma_tune.train.checkpoints import (
     Training,

@@ -21,7 +21,8 @@ from gemma_tune.models.source import with_weights
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, locked, require_inputs, run_stage
+from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
+from gemma_tune.run.state import require_inputs
 from gemma_tune.run.stopped import rows_of, step_of, unfinished, whole
 from gemma_tune.train import processes
 from gemma_tune.train.aside import forget, is_aside, put_back

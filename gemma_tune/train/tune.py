@@ -27,7 +27,8 @@ from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import StageReport, locked, require_inputs, require_unharmed
+from gemma_tune.run.stage import StageReport, locked
+from gemma_tune.run.state import require_inputs, require_unharmed
 from gemma_tune.train.checkpoints import training_key
 from gemma_tune.train.halving import Candidate, Costs, candidates_for, least_seconds, plan, plan_rungs
 from gemma_tune.train.job import (

@@ -269,7 +269,7 @@ def test_killed_at_any_moment_the_manifest_names_nothing_half_written(tiny, data
     """Kill the pipeline at growing delays; what the manifest names must exist and be what it says."""
     from gemma_tune.run.directory import RunDir
     from gemma_tune.run.manifest import read_manifest
-    from gemma_tune.run.stage import state_of
+    from gemma_tune.run.state import state_of
 
     Path("quick.yaml").write_text("train: {rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 2}\n"
                                   "export-ollama: {verify: false, measure: false}\n")

@@ -23,7 +23,7 @@ from gemma_tune.base.words import model_name
 from gemma_tune.run.directory import RunDir, describe, find_run
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import Manifest, read_manifest
-from gemma_tune.run.stage import FOR_PEOPLE, NEEDS, keep_stamps, state_of
+from gemma_tune.run.state import FOR_PEOPLE, NEEDS, keep_stamps, state_of
 from support.command import MANIFEST_SCHEMA as SCHEMA
 from support.command import rows, write_rows
 

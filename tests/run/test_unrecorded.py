@@ -22,7 +22,7 @@ from gemma_tune.run import stage
 from gemma_tune.run.directory import MADE, RunDir, describe
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import Manifest, read_manifest
-from gemma_tune.run.stage import require_output
+from gemma_tune.run.state import require_output
 from gemma_tune.run.unrecorded import current_manifest
 from support.command import MANIFEST_SCHEMA, QUICK, rows, write_rows
 
