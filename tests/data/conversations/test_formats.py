@@ -659,7 +659,8 @@ def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
 
 def test_rows_further_inside_an_object_are_told_with_the_command():
     [problem] = found({"version": "1", "data": {"train": [{"q": "a", "r": "b"}], "test": [{"q": "a", "r": "b"}]}})
-    assert "further inside, in `data.train[]`" in problem.reason and "jq -c '(arrays[], objects).data.train[]' FILE.json > rows.jsonl" in problem.fix
+    assert "further inside, in `data.train[]`" in problem.reason
+    assert "jq -c '(arrays[], objects).data.train[]' FILE.json > rows.jsonl" in problem.fix
     [problem] = found({"id": 1, "record": {"messages": [user("a"), answer("b")]}})
     assert "jq -c '(arrays[], objects).record' FILE.json > rows.jsonl" in problem.fix
     [problem] = found({"title": "a", "meta": {"tags": [{"name": "b"}]}})
