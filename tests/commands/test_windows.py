@@ -46,28 +46,28 @@ def test_every_stage_obeys_the_rules_for_files(tiny, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [*rows(), {"messages": [
         {"role": "user", "content": "毛利率？"}, {"role": "assistant", "content": "是的：✓ 😀"}]}])
     settings = tmp_path / "settings.yaml"
-    settings.write_bytes("train:  # 毛利率\n  epochs: 100\n  rank: 4\n  dtype: fp32\n  learning_rate: 0.001\n  save_steps: 1\n"
+    settings.write_bytes("train:  # 毛利率\n  max_steps: 12\n  rank: 4\n  dtype: fp32\n  learning_rate: 0.001\n  save_steps: 1\n"
                          "  eval_steps: 3\n  keep_checkpoints: 2\n  samples: 0\n".replace("\n", "\r\n").encode())
     train = ["train", "--config", settings]
     with started(["prepare", "rows.jsonl", "--model", tiny], train) as process:
         said = ""
         for line in process.stderr:
             said += line.decode(CODE_PAGE)
-            if "step 6: validation loss" in said:
+            if "step 3: validation loss" in said:
                 process.send_signal(signal.SIGINT)
                 break
         said += process.communicate()[1].decode(CODE_PAGE)
     assert process.returncode == 130 and "unexpected" not in said, said
     run = Path("runs/tiny-gemma")
     assert len([*(run / "training_checkpoints").glob("checkpoint-*")]) == 2, "the others could be removed"
-    finish = [*train, "--max-steps", 3]
-    out, _ = ran([*train, "--max-steps", 8, "--force"], ["train", "--continue", "--max-steps", 12], ["merge"],
-                 ["merge", "--force"], ["eval", "--questions", 1, "--max-new-tokens", 4],
-                 ["export-ollama", "--quant", "f16", "--no-measure"],
-                 ["export-ollama", "--quant", "f16", "--no-measure", "--force"],
-                 ["chat", "--prompt", "毛利率？😀", "--max-new-tokens", 4, "--json"],
-                 ["chat", "--max-new-tokens", 4, "--json"],
-                 ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], finish, ["status"], stdin='{"prompt": "毛利率？"}\r\n现金流\r\n'.encode())
+    out, more = ran(
+        train, ["train", "--continue", "--max-steps", 14], ["merge"], ["merge", "--force"],
+        ["eval", "--questions", 1, "--max-new-tokens", 4], ["export-ollama", "--quant", "f16", "--no-measure"],
+        ["export-ollama", "--quant", "f16", "--no-measure", "--force"],
+        ["chat", "--prompt", "毛利率？😀", "--max-new-tokens", 4, "--json"], ["chat", "--max-new-tokens", 4, "--json"],
+        ["prepare", "rows.jsonl", "--valid", 2, "--model", tiny, "--force"], [*train, "--max-steps", 3], ["status"],
+        stdin='{"prompt": "毛利率？"}\r\n现金流\r\n'.encode())
+    assert "where an earlier training stopped" in more
     said = [json.loads(line) for line in out.splitlines() if line.startswith(b'{"')]  # as UTF-8, which JSON is
     assert [answer["prompt"] for answer in said] == ["毛利率？😀", "毛利率？", "现金流"]
     assert not [*run.rglob(".new-*"), *run.rglob(".old-*"), *run.rglob("*.partial")]
