@@ -1,0 +1,201 @@
+"""Rows whose columns have names that nobody can be sure of: what they seem to hold, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from gemma_tune.base import shell
+from gemma_tune.data.conversations import layouts
+from gemma_tune.data.conversations.names import spoken_by, suggested_turns
+from gemma_tune.data.conversations.problems import Problem, quoted
+from gemma_tune.data.conversations.turns import role_of
+
+Fields = Mapping[str, Any]
+
+# Columns that hold questions and answers, and have to be named.
+_QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
+              "document", "inputs", "input_text", "article", "dialogue", "问题", "提问", "指令", "问", "用户")
+_ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
+            "chosen", "a", "targets", "output_text", "答案", "回答", "输出", "回复", "答", "助手")
+_CONTEXTS = ("context", "passage", "输入", "背景")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot", "chain_of_thought", "rationale",
+             "思考", "思维链")
+_CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
+# Beside one of these, `text` is not what there is to learn.
+_LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
+# Who says it: the row is one turn of a conversation whose others stand in rows of their own.
+_SPEAKERS = ("role", "speaker")
+_NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS,
+                              *_SPEAKERS))
+
+
+def is_beside_text(keys: Collection[str]) -> bool:
+    """Whether one of these columns holds something that may be the answer to a text, or its prompt."""
+    return any(isinstance(key, str) and key.lower() in _NOT_BESIDE_TEXT for key in keys)
+
+
+def found_columns(row: Fields) -> str:
+    """The first names of columns, as the end of a message."""
+    return f"it has {', '.join(quoted(key) for key in list(row)[:6]) or 'nothing'}"
+
+
+def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
+    """Why a row of no known format cannot be read, with the options or the change that would help.
+
+    Args:
+        detected: the known format that a row has, if any: there can be such rows inside this one.
+    """
+    reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {found_columns(row)}"
+    if (beside := _beside_text(row)) is not None:
+        return beside
+    if _holds_rows(row):
+        return Problem("unknown_format", f"{reason}; each holds an object with the same names, so they seem to be rows",
+                       f"put them into a file: jq -c '{_EACH}[]' FILE.json > rows.jsonl")
+    if turns := suggested_turns(row):
+        return _about_turns(row, turns, reason, detected)
+    if pair := _pair_of_names(row):
+        return Problem("unknown_format", reason, f"use --columns {shell.quote(pair)}")
+    question, answer, system, context, thought = (_column(row, names) for names in (
+        _QUESTIONS, (*_ANSWERS, "highlights", "content"), layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
+    if question and answer:
+        named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
+            f",context={context}" if context and context != question else "") + (
+            f",reasoning={thought}" if thought else "")
+        return Problem("unknown_format", reason, f"use --columns {shell.quote(named)}")
+    if (turn := _one_turn(row, reason)) is not None:
+        return turn
+    if where := _nested(row, detected):
+        return Problem("unknown_format", f"{reason}; there are rows further inside, in `{where}`",
+                       "if they are what is to be learned, put them into a file: "
+                       f"jq -c '{_EACH}.{where}' FILE.json > rows.jsonl")
+    if any(map(_is_sentence, row)):
+        return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
+                                                 "above it, such as question,answer")
+    return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
+                                             "`output`, or name them with --columns user=…,assistant=…")
+
+
+_WORDS_OF_A_NAME = 3  # more of them make a sentence
+_SENTENCE = re.compile(r"\s.*\.\Z|[?!。？！]\Z", re.DOTALL)  # a point may also end a short word, such as No.
+_IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _is_sentence(name: str) -> bool:
+    """Whether what should be a column's name is a text, as in a table whose first row names nothing."""
+    return len(name.split()) > _WORDS_OF_A_NAME or bool(_SENTENCE.search(name.strip()))
+
+
+_EACH = "(arrays[], objects)"  # jq's: each row of an array, and each of JSON Lines
+
+
+def _nested(row: Fields, detected: Callable[[Fields], str | None]) -> str | None:
+    """The column that holds a row, or a list of rows inside, as jq names them: ``record`` or ``data.train[]``."""
+    for key, value in row.items():
+        if not isinstance(value, dict) or not _IDENTIFIER.fullmatch(key):
+            continue
+        if detected(value):
+            return key
+        for name, rows in value.items():
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and _IDENTIFIER.fullmatch(name) and (
+                    not layouts.is_conversation(rows)):
+                return f"{key}.{name}[]"
+    return None
+
+
+def _holds_rows(row: Fields) -> bool:
+    """Whether all columns are objects with the same names, such as rows by their ids."""
+    first, *others = row.values() or (None,)
+    return bool(others) and all(isinstance(value, dict) and value.keys() == first.keys() for value in (first, *others))
+
+
+def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Fields], str | None]) -> Problem:
+    """What to do about a column that looks like a list of turns."""
+    if keys := spoken_by(row[turns][0]):
+        system = _column(row, layouts.SYSTEMS)
+        return Problem("unknown_format", reason, f"use --columns turns={turns}" + (
+            f",system={system}" if system else "") + f" --turn-keys {keys}, and --roles for roles of other names")
+    if all("label" in part and "text" in part for part in row[turns]):
+        return Problem("unknown_format", f"`{turns}` holds parts of a text, each learned or not, without roles; that "
+                                         "is not known here",
+                       'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
+                       "keeps one from being learned")
+    if detected(row[turns][0]):
+        return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
+                       f"put each list of rows into a file of its own: jq -c '{_EACH}.{turns}[]' FILE.json > "
+                       f"{turns}.jsonl")
+    if role_of(row[turns][-1]) == "user":
+        return _about_prompt(row, turns)
+    return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+
+
+def _about_prompt(row: Fields, turns: str) -> Problem:
+    """What to do about a column of turns of which the last is the user's, so that the answer stands elsewhere."""
+    asked = f"`{turns}` holds turns that end with the user's"
+    answer = _column(row, _ANSWERS)
+    if answer is None or not (_IDENTIFIER.fullmatch(answer) and _IDENTIFIER.fullmatch(turns)):
+        return Problem("unknown_format", f"{asked}, and which column has the answer is not known; {found_columns(row)}",
+                       "call the turns `prompt` and the answer `completion`, or put the answer behind the turns")
+    return Problem("unknown_format", f"{asked}, and `{answer}` seems to be the answer to them",
+                   f"if so, write them as a prompt and its answer: jq -c '{_EACH} | {{prompt: .{turns}, completion: "
+                   f".{answer}}}' FILE.json > rows.jsonl")
+
+
+# Parts of names that a better and a worse answer have elsewhere.
+_BETTER = ("chosen", "preferred", "better", "winner", "good", "accepted", "positive", "好")
+_WORSE = ("rejected", "dispreferred", "worse", "loser", "bad", "negative", "坏", "差")
+
+
+def _pair_of_names(row: Fields) -> str | None:
+    """What ``--columns`` would be for a better and a worse answer under other names."""
+    question = _column(row, _QUESTIONS)
+    texts = [key for key, value in row.items() if isinstance(key, str) and isinstance(value, (str, list))
+             and key != question]
+    worse = next((key for key in texts if any(part in key.lower() for part in _WORSE)), None)
+    better = next((key for key in texts if key != worse and any(part in key.lower() for part in _BETTER)), None)
+    return f"user={question},chosen={better},rejected={worse}" if question and better and worse else None
+
+
+def _beside_text(row: Fields) -> Problem | None:
+    """The question that a text raises beside which there is something that may be its answer, or its prompt."""
+    text, label = _column(row, ("text",)), _column(row, (*_ANSWERS, *_LABELS), any_value=True)
+    system = _column(row, layouts.SYSTEMS)
+    if text is None or label is None and system is None or _column(row, _QUESTIONS) not in (None, text):
+        return None
+    if label is None:
+        return Problem("unknown_format", f"`{text}` stands beside `{system}`, and there is no answer",
+                       "name the columns with --columns user=…,assistant=…, or use --format text to learn the text "
+                       "alone")
+    named = f"user={text},assistant={label}" + (f",system={system}" if system else "")
+    return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
+                                     "the text alone is learned",
+                   f"use --columns {shell.quote(named)}, or --format text to learn the text alone")
+
+
+def _one_turn(row: Fields, reason: str) -> Problem | None:
+    """What to do about a row that is a single turn, as tables and trees of conversations have them."""
+    speaker, said = _column(row, _SPEAKERS), _column(row, ("content", "text", "value", "utterance", "message"))
+    if speaker is None or said is None:
+        return None
+    alone = "; or use --format text to learn each text by itself" if said == "text" else ""
+    return Problem("unknown_format", f"{reason}; with `{speaker}` and `{said}` it seems to be one turn of a "
+                                     "conversation",
+                   'put all turns of a conversation into one row: {"messages": [{"role": "user", "content": "…"}, …]}'
+                   f"{alone}")
+
+
+_REMARK = re.compile(r"\([^()]*\)\Z")  # behind a name, such as (required)
+
+
+def _plain(name: str) -> str:
+    """A column's name as it is compared: without case, width of letters, white space around it, or a remark."""
+    return _REMARK.sub("", unicodedata.normalize("NFKC", name).strip().lower()).strip()
+
+
+def _column(row: Fields, names: Collection[str], *, any_value: bool = False) -> str | None:
+    """The first column with one of the names, in any case, that holds text or a whole number, or anything at all."""
+    by_name = {_plain(key): key for key, value in row.items() if isinstance(key, str) and (
+        value is not None if any_value else isinstance(value, (str, int)) and not isinstance(value, bool))}
+    return next((by_name[name] for name in names if name in by_name), None)
