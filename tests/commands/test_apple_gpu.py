@@ -1,0 +1,89 @@
+"""Commands on a double of Apple's GPU, which has the operators that PyTorch has for it, and no float64."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import apple_gpu
+from support.command import rows, write_rows
+from support.models import make_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available() or not shutil.which("g++"),
+                                reason="compiled by g++ on Linux, beside no other GPU")
+FLAGS = ("--max-steps", 4, "--rank", 4, "--learning-rate", 5e-3, "--samples", 0, "--json", "--quiet")
+PAIRS = [{"prompt": f"Say number {n}.", "chosen": f"{n}.", "rejected": f"Well, {n} it is, or so."} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return apple_gpu.build(tmp_path_factory.mktemp("apple"))
+
+
+def test_the_double_refuses_what_a_mac_refuses(library):
+    """Of four lines the first one is computed; the others are an operator without a kernel, float64 and two devices."""
+    code = f"""
+import torch
+from pathlib import Path
+from support.apple_gpu import install, leave
+install(Path({str(library)!r}))
+x = torch.arange(12.0, device="mps").view(3, 4).requires_grad_()
+for work in (lambda: (x.T[1] @ x).sum().backward() or x.grad.tolist(), lambda: torch.segment_reduce(x[0], "sum", lengths=x[0].long()),
+             lambda: x.double(), lambda: x @ torch.ones(4, 4)):
+    try:
+        print(work())
+    except Exception as e:
+        print(type(e).__name__, str(e).splitlines()[0])
+leave()
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    x = torch.arange(12.0).view(3, 4).requires_grad_()
+    (x.T[1] @ x).sum().backward()
+    assert said[0] == str(x.grad.tolist())
+    assert said[1].startswith("NotImplementedError The operator 'aten::segment_reduce'")
+    assert said[2].startswith("TypeError") and "float64" in said[2]
+    assert said[3].startswith("RuntimeError") and "same device" in said[3]
+
+
+@pytest.fixture
+def prepared(cli, tmp_path):
+    """Runs `sft` and `pairs`; the window is shorter than the rows."""
+    model = make_model(tmp_path / "base", sliding_window=16, num_hidden_layers=2,
+                       layer_types=["sliding_attention", "full_attention"])
+    for name, data in (("sft", rows(16)), ("pairs", PAIRS)):
+        assert cli("prepare", write_rows(tmp_path / f"{name}.jsonl", data), "--model", model, "--run", name).code == 0
+
+
+def test_training_and_answering_need_what_is_there(library, prepared):
+    """Adapters of each kind, checkpoints of activations, each way to learn from pairs; answers one by one and in batches."""
+    commands = [("train", "--run", "sft", *FLAGS),  # in bf16, which is chosen there
+                ("train", "--run", "sft", "--force", "--dora", "--activation-checkpointing", *FLAGS),
+                ("train", "--run", "sft", "--force", "--rslora", "--dropout", 0.1, "--dtype", "fp16", *FLAGS),
+                ("chat", "--run", "sft", "--prompt", "Say number 3.", "-n", 8, "--json"),
+                ("chat", "--run", "sft", "--prompt", "Say number 3.", "-n", 8, "--temperature", 0.8, "--top-k", 5,
+                 "--top-p", 0.9, "--repetition-penalty", 1.1, "--compare"),
+                ("eval", "--run", "sft", "--max-new-tokens", 4, "--json", "--quiet"),
+                ("merge", "--run", "sft", "--json", "--quiet"),
+                *(("train", "--run", "pairs", "--force", "--method", method, *FLAGS) for method in ("dpo", "orpo", "kto"))]
+    found = apple_gpu.results(library, commands)
+    for command, result in zip(commands, found):
+        assert result["code"] == 0, (command, result["err"])
+    assert '"device": "mps"' in found[0]["out"] and '"dtype": "bf16"' in found[0]["out"]
+
+
+def test_it_learns_there_what_it_learns_on_a_cpu(cli, library, prepared, monkeypatch):
+    command = ("train", "--run", "sft", "--dtype", "fp32", *FLAGS)
+    [there] = apple_gpu.results(library, [command])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    here = cli(*command, "--force").json["summary"]
+    summary = json.loads(there["out"])["summary"]
+    assert (summary["device"], here["device"]) == ("mps", "cpu")
+    for name in ("eval_loss_before", "eval_loss_after", "adapter_norm"):
+        assert summary[name] == pytest.approx(here[name], rel=1e-3), name
+    assert Path("sft/base_lora_adapter/adapter_model.safetensors").exists()
