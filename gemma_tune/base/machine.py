@@ -228,7 +228,9 @@ def occupy_standard_streams() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "t allocate memory"))
+    # The last is of a tensor that is larger than Metal gives out at once, whatever else there is.
+    texts = ("out of memory", "t allocate memory", "Invalid buffer size")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def no_memory(error: BaseException, advice: str) -> UserError:

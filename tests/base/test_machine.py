@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base import machine
-from gemma_tune.base.machine import cores, keeping_garbage, settle_threads
+from gemma_tune.base.machine import cores, is_out_of_memory, keeping_garbage, settle_threads
 
 
 def imported(name: str, tmp_path, monkeypatch) -> None:
@@ -123,3 +123,10 @@ def test_a_tokenizer_is_loaded_without_looking_for_garbage(talkative, monkeypatc
                         lambda *args, **more: looked_for.append(gc.isenabled()) or load(*args, **more))
     assert load_tokenizer(talkative).vocab_size
     assert looked_for == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize(("message", "ran_out"), [
+    ("MPS backend out of memory (MPS allocated: 8.00 GiB, other allocations: 1.00 GiB, max allowed: 9.07 GiB)", True),
+    ("Invalid buffer size: 19.45 GiB", True), ("Placeholder storage has not been allocated on MPS device!", False)])
+def test_of_what_apples_gpu_says_lack_of_memory_is_known(message, ran_out):
+    assert is_out_of_memory(RuntimeError(message)) is ran_out
