@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from support import apple_gpu
 from support.command import rows, write_rows
+from support.llamas import save_random, tokenizer_with_turns
 from support.models import make_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available() or not shutil.which("g++"),
@@ -53,15 +55,22 @@ leave()
 
 @pytest.fixture
 def prepared(cli, tmp_path):
-    """Runs `sft` and `pairs`; the window is shorter than the rows."""
+    """Runs `sft` and `pairs`, in which a window is shorter than the rows, and `experts`."""
     model = make_model(tmp_path / "base", sliding_window=16, num_hidden_layers=2,
                        layer_types=["sliding_attention", "full_attention"])
-    for name, data in (("sft", rows(16)), ("pairs", PAIRS)):
-        assert cli("prepare", write_rows(tmp_path / f"{name}.jsonl", data), "--model", model, "--run", name).code == 0
+    tokenizer = tokenizer_with_turns()
+    mixture = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        eos_token_id=tokenizer.eos_token_id))
+    save_random(mixture, tokenizer, tmp_path / "mixture")
+    for name, data, base in (("sft", rows(16), model), ("pairs", PAIRS, model), ("experts", rows(16), tmp_path / "mixture")):
+        assert cli("prepare", write_rows(tmp_path / f"{name}.jsonl", data), "--model", base, "--run", name).code == 0
 
 
 def test_training_and_answering_need_what_is_there(library, prepared):
-    """Adapters of each kind, checkpoints of activations, each way to learn from pairs; answers one by one and in batches."""
+    """Adapters of each kind, checkpoints of activations, each way to learn from pairs, experts; answers one by one and in
+    batches."""
     commands = [("train", "--run", "sft", *FLAGS),  # in bf16, which is chosen there
                 ("train", "--run", "sft", "--force", "--dora", "--activation-checkpointing", *FLAGS),
                 ("train", "--run", "sft", "--force", "--rslora", "--dropout", 0.1, "--dtype", "fp16", *FLAGS),
@@ -70,7 +79,9 @@ def test_training_and_answering_need_what_is_there(library, prepared):
                  "--top-p", 0.9, "--repetition-penalty", 1.1, "--compare"),
                 ("eval", "--run", "sft", "--max-new-tokens", 4, "--json", "--quiet"),
                 ("merge", "--run", "sft", "--json", "--quiet"),
-                *(("train", "--run", "pairs", "--force", "--method", method, *FLAGS) for method in ("dpo", "orpo", "kto"))]
+                *(("train", "--run", "pairs", "--force", "--method", method, *FLAGS) for method in ("dpo", "orpo", "kto")),
+                ("train", "--run", "experts", "--target-modules", "all,experts", *FLAGS),
+                ("chat", "--run", "experts", "--prompt", "Say number 3.", "-n", 8, "--json")]
     found = apple_gpu.results(library, commands)
     for command, result in zip(commands, found):
         assert result["code"] == 0, (command, result["err"])
