@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_to_look_through():
+    """Every training looks for garbage, and captured steps often do: not among all that earlier files imported and kept."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def cli():
     """The command line: ``cli("train", "--epochs", 1)`` gives exit code, stdout and stderr."""
