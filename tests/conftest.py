@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from support.command import QUICK, copied_run, invoke, rows, write_rows
@@ -21,6 +22,8 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 gc.set_threshold(200_000, 20, 100)  # what the tests themselves leave behind is not looked for as often as usual
+# PEFT puts a model card into each checkpoint, and has its template compiled anew for each: longer than a step takes here.
+jinja2.Environment.compile = functools.lru_cache(64)(jinja2.Environment.compile)
 for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
 
