@@ -188,7 +188,7 @@ def pytest(bench: Bench, *flags: str) -> None:
 
 
 def preferences(bench: Bench) -> None:
-    run = bench.prepared("example:pairs")
+    run = bench.prepared("example:pairs", *(("--max-samples", 24) if bench.small else ()))
     for method in ("dpo", "kto"):
         bench.found(bench.train(run, "--method", method, "--epochs", 1, "--force", log=method), method)
 
