@@ -54,7 +54,7 @@ def test_of_one_row_nothing_is_known_but_the_value_and_the_seed_decides_the_rest
 
 
 def test_many_rows_are_drawn_in_parts_that_fit_memory():
-    values = np.random.default_rng(1).random(50_000)
+    values = np.random.default_rng(1).random(8_000)
     found = compare(values, values)
     assert found.difference.as_json() == [0.0, 0.0, 0.0]
-    assert found.base.high - found.base.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(50_000), rel=0.15)
+    assert found.base.high - found.base.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(8_000), rel=0.15)
