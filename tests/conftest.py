@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
+from gemma_tune import samples
 from support.command import QUICK, copied_run, invoke, rows, write_rows
 from support.models import make_model
 
@@ -61,6 +62,14 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def little_general_text(monkeypatch):
+    """Every fourth passage of it. In tokens of the tiny models all of it is many times a test's own rows, in every export and
+    evaluation; what runs in a process of its own, such as the demo, has the whole."""
+    for name in ("general_calibration", "general_measuring"):
+        monkeypatch.setattr(samples, name, functools.partial(lambda whole: whole()[::4], getattr(samples, name)))
 
 
 @pytest.fixture

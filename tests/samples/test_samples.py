@@ -21,6 +21,11 @@ EN = "Conclusion: a.\nBasis: b.\nRisk: c.\nNext check: d."
 ZH = "结论：甲。\n依据：乙。\n风险：丙。\n复核：丁。"
 
 
+@pytest.fixture
+def little_general_text():
+    """All of it, here."""
+
+
 def _has_chinese(text: str) -> bool:
     return re.search("[\u4e00-\u9fff]", text) is not None
 
