@@ -166,6 +166,8 @@ def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advic
             screen.err.print(_figures(report))
         for path in report.artifacts.values():
             screen.err.print(Text(f"  {path}"))
+        if "pushed" in report.summary:  # by itself, as a table cuts off what is longer than the screen is wide
+            screen.err.print(Text.assemble(("published: ", "bold"), report.summary["pushed"]))
         what_next(next_steps, advice, elsewhere)
 
 

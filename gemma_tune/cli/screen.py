@@ -88,7 +88,7 @@ LABELS = {
     "check_same_answer": "same greedy answer as base + adapter", "check_divergence": "divergence (nats per token)",
     "check_prompts": "prompts of the check", "check_adapter_effect": "what the adapter changes (nats per token)",
     "check_same_tokens": "same likeliest tokens",
-    "check_skipped": "not checked", "pushed": "published",
+    "check_skipped": "not checked",
     "bytes": "size", "gguf_bytes": "size", "quant": "number format",
     "check_largest_error": "largest rounding error of a matrix",
     "ollama_name": "name in Ollama", "loses": "what it costs",

@@ -55,6 +55,7 @@ def test_who_runs_it_from_the_hub_gets_what_the_modelfile_says(export, merged, h
     assert json.loads(there["params"]) == said["parameters"] and said["parameters"]["stop"] == ["<end_of_turn>", "END"]
     assert parse_modelfile(there["Modelfile"].decode()) == {**said, "from": f"./{Q8}"}
     assert result.json["pushed"].startswith(f"{hub.url}/{ID}/commit/")
+    assert f"published: {result.json['pushed']}" in result.err.splitlines(), "whole, to be opened"
     assert f"for the Hub: Modelfile, params, system, template, {Q4}, {Q8}, and a model card" in " ".join(result.err.split())
     assert "the system prompt is published, too: 'Be brief. 简短。'" in result.err and "which is private" in result.err
 
