@@ -16,6 +16,7 @@ from gemma_tune.export.checks import ExportChecks, formats_markdown
 from gemma_tune.export.parity_report import markdown_table
 from gemma_tune.export.target import Target
 from gemma_tune.models.licence import card_header
+from gemma_tune.ollama.modelfile import system_text
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def _usage(repo_id: str, files: Sequence[Listed], file: Listed, target: Target) 
                      " the training; `ollama run hf.co/…` does not know of it.")
     else:
         said = ["`template`, the chat template of the training in Ollama's language", "`params`, sampling, context "
-                "length and stop texts", *(["`system`, the system prompt"] if target.system else [])]
+                "length and stop texts",
+                *(["`system`, the system prompt"] if system_text(target.chat, target.system) else [])]
         lines.append(f"Ollama reads here {'; '.join(said)}. `Modelfile` says the same for `ollama create`.")
-    if target.system:
-        lines += ["", "llama.cpp takes the system prompt from a file with `--system-prompt-file`."]
+    if target.system:  # the chat template has its own in it
+        lines += ["", "llama.cpp does not read `system`: llama-cli takes a copy of it with `--system-prompt-file`, "
+                      "llama-server a system message with each request."]
     return lines

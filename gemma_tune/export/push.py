@@ -20,7 +20,7 @@ from gemma_tune import __version__
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.export.card import Listed, card_of
 from gemma_tune.export.files import ExportSource
-from gemma_tune.export.target import Target
+from gemma_tune.export.target import Target, shortened
 from gemma_tune.gguf.types import FILE_TYPES
 from gemma_tune.hub import push as hub
 from gemma_tune.hub.push import Parcel, names_in
@@ -135,7 +135,7 @@ def _unfit(bare: str | None, info: ModelInfo) -> str | None:
 
 def _say(session: Session, target: Target) -> None:
     if system := system_text(target.chat, target.system):
-        session.listener.note(f"the system prompt is published, too: {' '.join(system.split())[:60]!r}")
+        session.listener.note(f"the system prompt is published, too: {shortened(system)}")
     if target.chat.template is None:
         session.listener.warn(f"Ollama lays out prompts of {session.model.id} by its renderer {target.chat.renderer}, "
                               "which a repository at the Hub cannot name: whoever runs it as hf.co/… gets the layout "

@@ -61,14 +61,15 @@ def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | 
         laid_out = replace(laid_out, notes=(*laid_out.notes, told))
     system, notes = settings.system, ()
     if system is None and (system := constant_system(session.run.train_rows, session.run.valid_rows)) is not None:
-        notes = (f"every conversation of the data has the system prompt {_shortened(system)}: it becomes SYSTEM",)
+        notes = (f"every conversation of the data has the system prompt {shortened(system)}: it becomes SYSTEM",)
     parameters = {"num_ctx": _context(session, config, context),
                   **with_sampling(merged, _own_parameters(settings))}
     return Target(settings.name or ollama.default_model_name(session.model.name), laid_out, parameters, system,
                   licence_text(merged, session.model), notes)
 
 
-def _shortened(text: str, length: int = 60) -> str:
+def shortened(text: str, length: int = 60) -> str:
+    """A system prompt in a message: quoted, on one line, with … where it goes on."""
     line = " ".join(text.split())
     return repr(line if len(line) <= length else line[:length - 1] + "…")
 

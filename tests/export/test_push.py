@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,14 +241,15 @@ def test_a_renderer_of_ollamas_own_is_in_the_modelfile_alone(hub, visit, tmp_pat
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
     chat = OllamaChat(None, ("<turn|>",), renderer="gemma4", parser="gemma4")
-    target, said = Target("m-tuned", chat, {"num_ctx": 64}, None, None), Said()
+    target, said = Target("m-tuned", chat, {"num_ctx": 64}, "Be brief. " * 9, None), Said()
     quants = {"q8_0": {"file": gguf.name, "bytes": 4, "ollama_name": "m-tuned"}}
     stage = StageReport("export-ollama", "done", tmp_path, {"quant": "q8_0", "quants": quants}, {}, 0.0)
     session = SimpleNamespace(run=SimpleNamespace(model_name="m", root=tmp_path, ollama=gguf.parent), listener=said,
                               manifest=None, config=SimpleNamespace(push=ID, private=True), model=SimpleNamespace(id="org/m"))
     push_export(session, stage, SimpleNamespace(target=target, merged=tmp_path))
     there = of_git(hub)
-    assert there.keys() == {"params", "Modelfile", "README.md", "m-Q8_0.gguf"}
+    assert there.keys() == {"params", "system", "Modelfile", "README.md", "m-Q8_0.gguf"}
+    assert said.notes[0].endswith("Be brief.…'"), "more of it is published than is shown"
     assert parse_modelfile(there["Modelfile"].decode())["renderer"] == "gemma4"
     card = there["README.md"].decode()
     assert "ollama run hf.co" not in card.split("```")[1] and "ollama create m-tuned -f tiny-GGUF/Modelfile" in card
@@ -263,5 +265,15 @@ def test_a_base_at_the_hub_and_what_ollama_does_otherwise_are_in_the_card(tmp_pa
                    {"quants": {"q8_0": {"bytes": 9}}, "different_in_ollama": ["tools are lost"]}, target)
     assert header(card.encode()) == {"base_model": "google/x", "base_model_relation": "finetune", "license": "gemma",
                                      "tags": ["gguf", "gemma-tune"]}
-    assert "# x, fine-tuned, as GGUF" in card and "- tools are lost" in card and "--system-prompt-file" in card
+    assert "# x, fine-tuned, as GGUF" in card and "- tools are lost" in card
+    assert "`system`, the system prompt" in card and "llama-cli takes a copy of it with `--system-prompt-file`" in card
     assert card.endswith("## How it was made\n\nrow\n\n## Licence\n\nTerms\n") and "\ncode\n" not in card
+
+
+def test_a_system_prompt_of_the_chat_templates_own_is_in_the_card(tmp_path):
+    """SmolLM2 and Qwen2.5 have one: it is pushed for Ollama, and llama.cpp finds it in the template."""
+    target = Target("x", OllamaChat("{{ .Prompt }}", (), default_system="You are Smol."), {}, None, None)
+    files, summary = [Listed("x-Q8_0.gguf", "Q8_0", 9)], {"quants": {"q8_0": {"bytes": 9}}}
+    card = card_of("a/b", tmp_path, files, "x-Q8_0.gguf", summary, target)
+    assert "`system`, the system prompt" in card and "--system-prompt-file" not in card
+    assert "`system`" not in card_of("a/b", tmp_path, files, "x-Q8_0.gguf", summary, replace(target, system=""))
