@@ -24,6 +24,7 @@ from gemma_tune.export.target import Target, shortened
 from gemma_tune.gguf.types import FILE_TYPES
 from gemma_tune.hub import push as hub
 from gemma_tune.hub.push import Parcel, names_in
+from gemma_tune.models.licence import LICENCE_FILES
 from gemma_tune.ollama.modelfile import merged_parameters, render_modelfile, system_text
 from gemma_tune.run.earlier_exports import still_good
 from gemma_tune.run.manifest import read_manifest
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 _MAKE, _STAGE = "gemma-tune export-ollama", "export-ollama"
 _OF_OLLAMA = ("template", "system", "params")
-_LICENCES = ("LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")
 _FORMATS = {quant: FILE_TYPES[quant].name.removeprefix("MOSTLY_").removeprefix("ALL_") for quant in QUANTS}
 _FORMAT_IN_NAME = re.compile(rf"[-._]({'|'.join({*QUANTS, *_FORMATS.values()})})(?![a-z0-9_])", re.IGNORECASE)
 # A number format or a size of file, which 7B is none of.
@@ -97,7 +97,7 @@ def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: 
         return card_of(info.id, source.merged, [*files, *kept(info).values()], to_take, stage.summary, source.target)
 
     files = {names[quant]: run.ollama / item["file"] for quant, item in quants.items()}
-    licences = {path.name: path for pattern in _LICENCES for path in source.merged.glob(pattern) if path.is_file()}
+    licences = {path.name: path for pattern in LICENCE_FILES for path in source.merged.glob(pattern) if path.is_file()}
     beside = dict(_beside(source.target, folder, to_take, session.model.id))
     return Parcel(_MAKE, f"Model exported by gemma-tune {__version__}", {**licences, **beside, **files},
                   partial(_unfit, bare), outdated, card)

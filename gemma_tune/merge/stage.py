@@ -27,6 +27,7 @@ from gemma_tune.merge.card import model_card
 from gemma_tune.merge.check import check
 from gemma_tune.merge.plan import MergePlan, plan_merge
 from gemma_tune.merge.weights import lay_out, require_space, write_files
+from gemma_tune.models.licence import LICENCE_FILES, base_licence, licence_notice
 from gemma_tune.models.source import BaseModel
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import read_manifest
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from gemma_tune.encoding.chat_format import ChatFormat
 
 # Copied beside the weights: from the base always, and from the adapter, which trained with them, or else the base.
-_OF_BASE = ("tokenizer.model", "*processor_config.json", "LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")
+_OF_BASE = ("tokenizer.model", "*processor_config.json", *LICENCE_FILES)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
               "added_tokens.json", "vocab.*", "merges.txt")
 _TYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
@@ -208,6 +209,8 @@ def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
                          *(() if own_template else ("chat_template*",))))
     _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
+    if (notice := licence_notice(base_licence(session.model))) and not any(folder.glob("NOTICE*")):
+        (folder / "NOTICE").write_text(notice, encoding="utf-8")
     config = read_config(base)
     changed = _configured(config, session.config.dtype, plan.untied, plan.vocabulary)
     if changed == config:

@@ -17,6 +17,7 @@ _TEXTS = {"gemma": r"Gemma\s+Terms\s+of\s+Use", "apache-2.0": r"Apache\s+License
           "mit": r"MIT\s+License"}
 _BEGINNING = 2000  # characters of a licence that hold its name
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+LICENCE_FILES = ("LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")  # patterns of what goes along with the weights
 
 
 def base_licence(model: BaseModel) -> dict[str, str]:
@@ -31,7 +32,7 @@ def licence_note(licence: Mapping[str, str]) -> str:
     """What a card says about the licence."""
     if not licence:
         return "The base model's licence applies to this model too. It was not stated where this model was made."
-    if licence["license"] == "gemma":  # the notice that section 3.1 of the terms asks for, and that files were modified
+    if licence["license"] == "gemma":  # as section 3.1 of the terms wants it, with that files were modified
         return (f"Gemma is provided under and subject to the Gemma Terms of Use found at [ai.google.dev/gemma/terms]"
                 f"({GEMMA_TERMS}). The weights here are modified: they were fine-tuned. The terms, with the prohibited "
                 "uses that they list, apply to whoever uses or passes on this model.")
@@ -39,6 +40,16 @@ def licence_note(licence: Mapping[str, str]) -> str:
     link = licence.get("license_link")
     return (f"That of the base model: {f'[{name}]({link})' if link else name}. The weights here are modified: they "
             "were fine-tuned.")
+
+
+def licence_notice(licence: Mapping[str, str]) -> str | None:
+    """What a file NOTICE is to say beside the weights; None where the licence wants none.
+
+    Gemma's terms want a text file with this sentence, in section 3.1, whoever passes the model on.
+    """
+    if licence.get("license") != "gemma":
+        return None
+    return "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
 def card_header(folder: Path) -> dict[str, Any]:

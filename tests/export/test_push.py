@@ -102,7 +102,23 @@ def test_the_licence_goes_along(cli, trained_once, tiny, export, hub, visit, tmp
     assert export("--push", ID, "--public").code == 0
     there = of_git(hub)
     assert there["LICENSE"] == b"MIT License" and header(there["README.md"])["license"] == "mit" and not hub.is_private(ID)
-    assert parse_modelfile(there["Modelfile"].decode())["license"] == ["MIT License"]
+    assert parse_modelfile(there["Modelfile"].decode())["license"] == ["MIT License"] and "NOTICE" not in there
+
+
+@pytest.mark.parametrize("own", [None, "NOTICE.txt"])
+def test_gemmas_terms_want_a_notice_beside_the_files(cli, trained_once, tiny, export, hub, visit, tmp_path, own):
+    base = Path(shutil.copytree(tiny, tmp_path / "models" / tiny.name))
+    (base / "README.md").write_text("---\nlicense: gemma\n---\n")
+    if own:
+        (base / own).write_text("Somebody's notice")
+    copied_run(trained_once, tmp_path, base)
+    assert cli("merge", "--no-check", "--push", "tester/tiny").code == 0 and export("--push", ID).code == 0
+    for repo_id in ("tester/tiny", ID):
+        there = of_git(hub, repo_id)
+        assert header(there["README.md"])["license"] == "gemma"
+        assert {name: text for name, text in there.items() if name.startswith("NOTICE")} == {own or "NOTICE": (
+            b"Somebody's notice" if own else
+            b"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n")}
 
 
 # ---- what is there already -------------------------------------------------------------------------------------------
