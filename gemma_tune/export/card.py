@@ -71,8 +71,8 @@ def card_of(repo_id: str, merged: Path, files: Sequence[Listed], to_take: str, s
         "GGUF files for Ollama, llama.cpp, LM Studio and others, with the chat template of the training in them.", "",
         "## Use", "", *_usage(repo_id, files, next(file for file in files if file.name == to_take), target), "",
         *(["Different in Ollama:", "", *differs, ""] if differs else []),
-        "## Files", "", *markdown_table(_rows(repo_id, files)), *(formats_markdown(figures, losses) if losses else ()),
-        "", *made])
+        "## Files", "", *markdown_table(_rows(repo_id, files, target)),
+        *(formats_markdown(figures, losses) if losses else ()), "", *made])
 
 
 def _section(card: str, name: str) -> str:
@@ -80,10 +80,11 @@ def _section(card: str, name: str) -> str:
     return found[1] if found else ""
 
 
-def _rows(repo_id: str, files: Sequence[Listed]) -> list[tuple[str, ...]]:
-    return [("file", "size", "for Ollama", "for llama.cpp"), *(
-        (file.name, size_text(file.bytes), f"`{file.for_ollama(repo_id)}`", f"`{file.for_llama(repo_id, files)}`")
+def _rows(repo_id: str, files: Sequence[Listed], target: Target) -> list[tuple[str, ...]]:
+    rows = [("file", "size", "for llama.cpp", "for Ollama"), *(
+        (file.name, size_text(file.bytes), f"`{file.for_llama(repo_id, files)}`", f"`{file.for_ollama(repo_id)}`")
         for file in files)]
+    return rows if target.chat.template is not None else [row[:-1] for row in rows]  # Ollama is not to run it from here
 
 
 def _usage(repo_id: str, files: Sequence[Listed], file: Listed, target: Target) -> list[str]:

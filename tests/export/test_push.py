@@ -268,7 +268,8 @@ def test_a_renderer_of_ollamas_own_is_in_the_modelfile_alone(hub, visit, tmp_pat
     assert said.notes[0].endswith("Be brief.…'"), "more of it is published than is shown"
     assert parse_modelfile(there["Modelfile"].decode())["renderer"] == "gemma4"
     card = there["README.md"].decode()
-    assert "ollama run hf.co" not in card.split("```")[1] and "ollama create m-tuned -f tiny-GGUF/Modelfile" in card
+    assert f"hf.co/{ID}" not in card and "ollama create m-tuned -f tiny-GGUF/Modelfile" in card
+    assert f"| m-Q8_0.gguf | 0 MB | `-hf {ID}:Q8_0` |\n" in card
     assert "which a repository at the Hub cannot name" in said.warnings[0]
 
 
