@@ -48,8 +48,11 @@ def push_folder(folder: Path, repo_id: str, listener: Listener, *, private: bool
 
 
 def _unfit(info: ModelInfo) -> str | None:
-    if "adapter_config.json" in names_in(info):
+    names = names_in(info)
+    if "adapter_config.json" in names:
         return "holds an adapter, which loading would add to the merged model once more"
+    if "params" in names and any(name.endswith(".gguf") for name in names):  # of `export-ollama --push`
+        return "holds GGUF files with what Ollama is told of them, whose model card the merged one's would replace"
     return None
 
 

@@ -141,6 +141,14 @@ def test_a_file_of_another_run_leaves_though_this_one_has_such_a_file(export, me
     assert of_git(hub).keys() == BESIDE | {Q8} and F16 not in of_git(hub)["README.md"].decode()
 
 
+def test_a_merged_model_does_not_go_to_the_repository_of_the_gguf_files(cli, export, merged, hub, visit):
+    assert export("--quant", "q8_0", "--push", ID).code == 0
+    before = dict(hub.files(ID))
+    result = cli("merge", "--no-check", "--push", ID)
+    assert result.code == BAD_INPUT and "holds GGUF files with what Ollama is told of them" in result.err
+    assert hub.files(ID) == before
+
+
 def test_other_files_of_a_repository_stay(export, merged, hub, visit):
     others = {"photo.png": b"png", "mmproj-F16.gguf": b"eyes", "old/model-Q8_0.gguf": b"theirs"}
     hub.create(ID, {**others, "README.md": b"old", "template": b"old"}, private=True)
