@@ -176,8 +176,8 @@ def _schedule(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _merge(summary: Mapping[str, Any]) -> str:
-    layers = f"{counted(summary['merged_tensors'], 'layer')}, " if "merged_tensors" in summary else ""
-    how = f"{layers}in fp32, rounded once"
+    tensors = f"{counted(summary['merged_tensors'], 'tensor')}, " if "merged_tensors" in summary else ""
+    how = f"{tensors}in fp32, rounded once"
     if "check_divergence" not in summary:
         return f"{how}; not compared with base and adapter"
     found = [f"greedy answers {'' if summary.get('check_same_answer') else 'not '}all the same"]

@@ -76,7 +76,7 @@ def test_all_that_a_run_knows(trained, tiny, tmp_path):
     assert rows["Loss on held-out conversations"].startswith(
         f"{figures['eval_loss_before']:.3f} before training, {figures['eval_loss_after']:.3f} after")
     assert rows["Merge"] == (
-        "14 layers, in fp32, rounded once; compared with base and adapter on 4 prompts: greedy answers all the same, "
+        "14 tensors, in fp32, rounded once; compared with base and adapter on 4 prompts: greedy answers all the same, "
         "99.80% of the likeliest tokens the same, divergence 0.00012 nats per token, largest difference of a "
         "log-probability 0.035")
     assert "gemma-tune 0." in rows["Versions"] and "transformers 5." in rows["Versions"]
@@ -128,7 +128,7 @@ def test_an_adapter_from_elsewhere_is_not_said_to_be_of_the_run(trained, tmp_pat
 def test_a_check_that_was_not_made_or_found_differences(tmp_path):
     session = from_elsewhere(tmp_path, base(tmp_path / "base"))
     _, rows = parts(model_card(session, {"merged_tensors": 1400, "check_skipped": "3.1 GB of memory are free"}))
-    assert rows["Merge"] == "1,400 layers, in fp32, rounded once; not compared with base and adapter"
+    assert rows["Merge"] == "1,400 tensors, in fp32, rounded once; not compared with base and adapter"
     _, rows = parts(model_card(session, CHECKS | {"check_same_answer": False}))
     assert "greedy answers not all the same" in rows["Merge"]
 
