@@ -94,7 +94,7 @@ def push(parcel: Parcel, repo_id: str, listener: Listener, *, private: bool = Tr
                       f"which is {'private' if info.private else 'public'}")
         outdated = sorted({*parcel.outdated(info)} - files.keys())
         if outdated:
-            listener.note(f"removing an earlier model's files there: {', '.join(outdated)}")
+            listener.note(f"removing what earlier pushes left there: {', '.join(outdated)}")
         if "README.md" in files:
             ask(request, lambda: _check_card(request, files["README.md"]))
         additions = _upload(api, request, files, partial(listener.progress, f"pushing to {info.id}"))

@@ -131,7 +131,7 @@ def test_formats_of_this_model_stay_and_those_of_another_leave(export, merged, h
     assert f"| {Q8} | " in there["README.md"].decode() and f"ollama run hf.co/{ID}:Q4_0" in there["README.md"].decode()
     result = export("--quant", "q4_0", "--system", "", "--push", ID)  # Ollama is told other things of the one file now
     assert of_git(hub).keys() == BESIDE | {Q4}
-    assert f"removing an earlier model's files there: system, {F16}, {Q8}" in result.err
+    assert f"removing what earlier pushes left there: system, {F16}, {Q8}" in result.err
 
 
 def test_a_file_of_another_run_leaves_though_this_one_has_such_a_file(export, merged, hub, visit):
