@@ -65,6 +65,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
             require_base(session, request.settings("merge").base)
             _refuse_unexportable(session, request)
             _refuse_formats(session, request)
+            _check_pushes(session.run.model_name, request.settings("merge"), request.settings("export-ollama"))
             stage = partial(stage, foretell=False)
         try:
             if name == "train" and session.config.num_processes > 1:
@@ -161,12 +162,11 @@ def _check_all_settings(request: Request) -> None:
     settings = {name: request.settings(name) for name in IN_ORDER}
     require(settings["train"].report_to)
     check_target(settings["export-ollama"], "any")
-    _check_pushes(settings["merge"], settings["export-ollama"])
     require_file(settings["export-ollama"].calibration_file)
     require_settings(settings["eval"])
 
 
-def _check_pushes(merge: MergeConfig, export: ExportConfig) -> None:
+def _check_pushes(model_name: str, merge: MergeConfig, export: ExportConfig) -> None:
     """Refuse repositories at the Hub that a later stage would refuse to push to.
 
     Raises:
@@ -178,4 +178,4 @@ def _check_pushes(merge: MergeConfig, export: ExportConfig) -> None:
     if merge.push:
         check_merge_push(merge.push, private=merge.private)
     if export.push:
-        check_export_push(export.push, None, private=export.private)
+        check_export_push(export.push, model_name, private=export.private)

@@ -42,13 +42,9 @@ _FORMAT_IN_NAME = re.compile(rf"[-._]({'|'.join({*QUANTS, *_FORMATS.values()})})
 _OWN_ENDING = re.compile(rf"-({'|'.join(_FORMATS.values())}|[0-9.]+[KMGT]I?B|[0-9.]{{4,}}B)\.gguf")
 
 
-def check_push(repo_id: str, model_name: str | None, *, private: bool = False) -> None:
-    """Whether :func:`push_export` could push to ``repo_id``, see :func:`hub.push.check_push`.
-
-    Args:
-        model_name: None where it is not known yet, so that GGUF files in the repository are not looked at.
-    """
-    hub.check_push(repo_id, _MAKE, partial(_unfit, model_name and _bare(model_name)), private=private)
+def check_push(repo_id: str, model_name: str, *, private: bool = False) -> None:
+    """Whether :func:`push_export` could push to ``repo_id``, see :func:`hub.push.check_push`."""
+    hub.check_push(repo_id, _MAKE, partial(_unfit, _bare(model_name)), private=private)
 
 
 def push_export(session: Session, stage: StageReport, source: ExportSource) -> str:
@@ -122,13 +118,13 @@ def _is_own(bare: str, name: str) -> bool:
     return name.startswith(bare) and _OWN_ENDING.fullmatch(name, len(bare)) is not None
 
 
-def _unfit(bare: str | None, info: ModelInfo) -> str | None:
+def _unfit(bare: str, info: ModelInfo) -> str | None:
     names = {name for name in names_in(info) if "/" not in name}
     if any(name.endswith(".safetensors") or name == "adapter_config.json" for name in names):
         return "holds a checkpoint or an adapter, whose model card that of the GGUF files would replace"
     others = sorted(name for name in names if name.endswith(".gguf") and "mmproj" not in name
-                    and not (bare and _is_own(bare, name)))
-    if bare and others:
+                    and not _is_own(bare, name))
+    if others:
         return f"holds GGUF files of another model ({others[0]}), which could be taken for this one's"
     return None
 

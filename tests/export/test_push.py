@@ -205,6 +205,14 @@ def test_run_asks_before_it_trains(cli, data, tiny, hub, visit, tmp_path, settin
     assert not (tmp_path / "runs").exists()
 
 
+def test_run_looks_for_another_models_files_before_it_trains(cli, data, tiny, hub, visit, tmp_path):
+    hub.create(ID, {"other-Q8_0.gguf": b"GGUF"}, private=True)
+    (tmp_path / "settings.yaml").write_text(f"export-ollama: {{push: {ID}}}")
+    result = cli("run", data, "--model", tiny, "--config", tmp_path / "settings.yaml")
+    assert result.code == BAD_INPUT and "GGUF files of another model (other-Q8_0.gguf)" in result.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_run_publishes_both(cli, data, tiny, hub, visit, tmp_path):
     (tmp_path / "settings.yaml").write_text(
         "train: {epochs: 1, rank: 4, dtype: fp32}\neval: {questions: 1, max_new_tokens: 4}\n"
