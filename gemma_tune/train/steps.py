@@ -45,7 +45,9 @@ def run_steps(trainer, log, stop, best, samples, session: Session, choice: Batch
                 trainer.evaluate()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
-            raise _with_less(session, out_of_memory(e, choice, trainer.micro_batch)) from e
+            problem = out_of_memory(e, choice, trainer.micro_batch)
+            less = trainer.micro_batch > 1 or not choice.checkpointing
+            raise (_with_less(session, problem) if less else problem) from e
         raise
     losses = [r["loss"] for r in log.records if "loss" in r]
     evals = validation_losses(log.records)

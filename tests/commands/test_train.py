@@ -813,7 +813,9 @@ def test_memory_that_runs_out_later_names_the_command_that_goes_on(cli, prepared
 
     with monkeypatch.context() as patch:
         patch.setattr(GemmaTrainer, "compute_loss", full)
+        least = cli("train", *LONG, "--micro-batch", 1, "--activation-checkpointing")
         result = cli("train", *LONG, "--force")
+    assert least.code == 2 and "it goes on" not in least.err, "what is advised is done already"
     assert result.code == 2 and "it goes on from checkpoint-4" in result.err
     shown = shlex.split(result.err.split("checkpoint-4: ")[1].splitlines()[0])
     assert "--force" not in shown and {"--micro-batch", "--activation-checkpointing"} <= set(shown)
