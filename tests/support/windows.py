@@ -1,5 +1,5 @@
 """Windows' rules on another system, so far as they can be had there: ``python -m support.windows '[["prepare", …], …]'``
-runs commands one after the other in this process, up to the first that fails.
+runs commands one after the other in this process, up to the first that fails; ``["cd", …]`` goes elsewhere in between.
 
 - What this process, or one that it started, holds open or has mapped can be neither removed, renamed nor replaced, nor
   can a directory that it lies in. That is stricter than Windows, which lets go of what was opened for sharing.
@@ -289,6 +289,9 @@ if __name__ == "__main__":
     from gemma_tune.cli.commands import app
 
     for command in json.loads(sys.argv[1]):
+        if command[0] == "cd":
+            os.chdir(command[1])
+            continue
         sys.argv[1:] = command
         try:
             app(prog_name="gemma-tune")
