@@ -34,6 +34,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _BAD_REVISION = re.compile(r"[\s\\:*?\[~^\x00-\x1f]|\.\.|^/|/$|^$")
 _WAITS = (1.0, 2.0, 4.0)  # seconds before the Hub is asked again after an answer that passes
 _PASSING = (500, 502, 503, 504)
+DISABLED = "was disabled by its owner or by Hugging Face"
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def _refused(error: Any, request: Request) -> HubError:
     if code == "RevisionNotFound":
         return hub_error("no revision", request)
     if "resource is disabled" in text:
-        return hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
+        return hub_error("bad repo", request, DISABLED)
     if code == "EntryNotFound":
         return hub_error("bad repo", request, f"lists a file that it does not have: {text}")
     if status == 401 and request.token is None:

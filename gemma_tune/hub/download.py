@@ -25,6 +25,7 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import gigabytes
 from gemma_tune.hub.access import (
     COMMIT,
+    DISABLED,
     HubError,
     HubModel,
     Request,
@@ -148,7 +149,7 @@ def _look_up(request: Request, kind: _Kind) -> tuple[str, list[_File]]:
     if not COMMIT.fullmatch(info.sha or ""):
         raise hub_error("no hub", request, "its answer names no commit")
     if info.disabled:
-        raise hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
+        raise hub_error("bad repo", request, DISABLED)
     files = [_File(one.rfilename, (one.lfs.size if one.lfs else one.size) or 0,
                    one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or ()]
     if fault := kind.fault(request.id, [file.name for file in files]):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, size_text
-from gemma_tune.hub.access import Request, hub_error, quietly
+from gemma_tune.hub.access import DISABLED, Request, hub_error, quietly
 from gemma_tune.hub.push_access import api_for, ask, missing_right, push_request, uses_xet
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _check_repository(request: Request, info: ModelInfo | None, unfit: Callable[
     if info is None:
         return
     if info.disabled:
-        raise hub_error("bad repo", request, "was disabled by its owner or by Hugging Face")
+        raise hub_error("bad repo", request, DISABLED)
     if reason := unfit(info):
         raise hub_error("bad repo", request, reason)
     if private and not info.private:
