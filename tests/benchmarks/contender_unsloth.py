@@ -1,4 +1,4 @@
-"""Unsloth as a contender of ``train_speed.py``, in an environment of its own; see README, "Training, measured".
+"""Unsloth as a contender of ``train_speed.py``, in an environment of its own; see "Training" in README.md beside it.
 
 ``python contender_unsloth.py ROWS.jsonl CHECKPOINT ADAPTER``: LoRA on every linear layer in bf16 (or on 4 bits), no
 activation checkpointing, the assistant's turns learned, with the schedule of the other contenders, which comes in the
