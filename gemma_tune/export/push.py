@@ -29,7 +29,8 @@ from gemma_tune.ollama.modelfile import merged_parameters, render_modelfile, sys
 from gemma_tune.run.earlier_exports import still_good
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import StageReport, require_unharmed
+from gemma_tune.run.stage import StageReport
+from gemma_tune.run.state import require_unharmed
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
