@@ -31,7 +31,7 @@ NEW, OLD = ".new-", ".old-"
 PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
 _CHUNK = 1 << 20
 PIPE_SECONDS = 10.0  # that a pipe is waited for
-_IN_USE = (32, 33)  # Windows' errors of a file that is open in, or locked by, another program
+_IN_USE, _DENIED = (32, 33), 5  # Windows' errors of a file that is open in, or locked by, another program
 _SCANNED = 2.0  # seconds that a virus scanner or an indexer has a new file open, at most
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
 
@@ -64,7 +64,8 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
             raise WorkFailed(f"the file would be larger than its file system, or `ulimit -f`, allows: {place}",
                              "work on another disk with --run DIR; `merge --max-shard-size 2GB` writes smaller files"
                              ) from e
-        if getattr(refused, "winerror", None) in _IN_USE:
+        if _in_use(refused):
+            place = refused.filename2 if refused.filename2 and os.path.exists(refused.filename2) else place
             raise WorkFailed(f"{place} is open in another program", "close what has it open, such as a chat, an editor "
                              f"or a virus scanner, and run the same command again; {kept}") from e
         if refused.errno in FORBIDDEN:
@@ -78,6 +79,17 @@ def os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
         if refused.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EBUSY):
             raise UserError(f"{place} is in the way: {refused.strerror}", "choose another place with --run DIR") from e
         raise
+
+
+def _in_use(refused: OSError) -> bool:
+    """Whether Windows refused it because another program has a file open, or locked.
+
+    It calls that denied access where the file was to be replaced, or lies in a directory that was to be renamed.
+    """
+    code, onto = getattr(refused, "winerror", None), refused.filename2
+    if code == _DENIED and onto:
+        return not os.path.exists(onto) or os.path.isfile(onto) and os.access(onto, os.W_OK)
+    return code in _IN_USE
 
 
 def _elsewhere(root: Path) -> str:

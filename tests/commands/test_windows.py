@@ -116,7 +116,7 @@ SCANNED = """
 import threading
 from pathlib import Path
 from gemma_tune.base import files
-from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.errors import UserError, WorkFailed
 target, folder = Path("target"), Path("folder")
 folder.mkdir()
 (folder / "file").write_bytes(b"old")
@@ -128,15 +128,29 @@ with files.replacing_directory(folder) as fresh:
     (fresh / "file").write_bytes(b"new")
 assert target.read_bytes() == (folder / "file").read_bytes() == b"new"
 files._SCANNED = 0.1
-with target.open("rb"):
+def renewed():
+    with files.replacing_directory(folder) as fresh:
+        (fresh / "file").write_bytes(b"newer")
+for held, renew in ((target, lambda: files.write_atomic(target, b"newer")), (folder / "file", renewed)):
+    with held.open("rb"):
+        try:
+            with files.os_errors(Path(".")):
+                renew()
+        except WorkFailed as e:
+            assert e.message == f"{held.parts[0]} is open in another program" and "close what has it open" in e.hint, e.message
+        else:
+            raise AssertionError
+    assert held.read_bytes() == b"new" and len([*Path(".").iterdir()]) == 2
+files.os.access = lambda path, mode: path != "read-only"
+Path("read-only").touch()
+for onto in ("folder", "read-only"):  # of which it says the same
+    denied = PermissionError(13, "Access is denied", ".new-" + onto, None, onto)
+    denied.winerror = 5
     try:
         with files.os_errors(Path(".")):
-            files.write_atomic(target, b"newer")
-    except WorkFailed as e:
-        assert e.message.endswith("target is open in another program") and "close what has it open" in e.hint
-    else:
-        raise AssertionError
-assert target.read_bytes() == b"new" and len([*Path(".").iterdir()]) == 2
+            raise denied
+    except UserError as e:
+        assert e.message.startswith("no permission to write"), e.message
 """
 TOGETHER = """
 import subprocess, sys
@@ -192,7 +206,7 @@ def refused(what, *paths):
         what(*paths)
     except OSError as e:
         return e.winerror
-assert refused(os.replace, "other", "folder/file") == refused(os.rename, "folder", "moved") == 32
+assert refused(os.replace, "other", "folder/file") == refused(os.rename, "folder", "moved") == 5
 assert refused(os.unlink, "folder/file") == refused(os.replace, "folder/file", "new") == 32
 import mmap
 mapped = mmap.mmap(file.fileno(), 0)

@@ -2,7 +2,8 @@
 runs commands one after the other in this process, up to the first that fails; ``["cd", …]`` goes elsewhere in between.
 
 - What this process, or one that it started, holds open or has mapped can be neither removed, renamed nor replaced, nor
-  can a directory that it lies in. That is stricter than Windows, which lets go of what was opened for sharing.
+  can a directory that it lies in. That is stricter than Windows, which lets go of what was opened for sharing. As there,
+  it is called denied access where a file is replaced or a directory renamed.
 - Nothing is renamed onto what is there; no directory can be opened; names follow Windows' rules; nobody may link.
 - Text is in the code page of Chinese Windows unless an encoding is named, for libraries too.
 - Ctrl-C does not interrupt waiting for a queue.
@@ -51,8 +52,8 @@ _BAD_SIGN = re.compile(r'[<>:"|?*\x00-\x1f\\]')
 _OURS = ("gemma_tune.", "gemma_tune")
 
 
-def _error(number: int, text: str, path: Any, code: int) -> OSError:
-    error = OSError(number, text, os.fspath(path))
+def _error(number: int, text: str, path: Any, code: int, onto: Any = None) -> OSError:
+    error = OSError(number, text, os.fspath(path), None, onto)
     error.winerror = code
     return error
 
@@ -108,12 +109,14 @@ def held(path: Any) -> str | None:
     return None
 
 
-def _refuse_held(path: Any) -> None:
+def _refuse_held(path: Any, *renamed: Any) -> None:
     if isinstance(path, int) or not os.path.lexists(path):
         return
     if how := held(path):
         print(f"held: {how}", file=sys.__stderr__)
-        raise _error(errno.EACCES, IN_USE, path, 32)
+        if renamed and (path != renamed[0] or os.path.isdir(path)):
+            raise _error(errno.EACCES, "Access is denied", renamed[0], 5, renamed[1])
+        raise _error(errno.EACCES, IN_USE, *(renamed[:1] or [path]), 32, *renamed[1:])
 
 
 def _refuse_name(path: Any) -> None:
@@ -143,8 +146,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _refuse_name(args[0])
     elif event == "os.rename":
         _refuse_name(args[1])
-        _refuse_held(args[0])
-        _refuse_held(args[1])
+        _refuse_held(args[0], *args[:2])
+        _refuse_held(args[1], *args[:2])
     elif event == "os.symlink":
         raise _error(errno.EINVAL, "A required privilege is not held by the client", args[1], 1314)
 
@@ -251,7 +254,8 @@ def _relpath(path: Any, start: Any = os.curdir) -> str:
 
 
 _SEEN = {
-    "os": _Seen(os, _OF_OS, path=_Seen(os.path, set(), relpath=_relpath), name="nt", fsync=_fsync, supports_effective_ids=set(), linesep="\r\n"),
+    "os": _Seen(os, _OF_OS, path=_Seen(os.path, set(), relpath=_relpath), name="nt", fsync=_fsync,
+                supports_effective_ids=set(), linesep="\r\n"),
     "sys": _Seen(sys, set(), platform="win32"),
     "signal": _Seen(signal, _OF_SIGNAL, signal=_signal),
     "select": _Seen(select, {"poll", "epoll"}, select=_select),
