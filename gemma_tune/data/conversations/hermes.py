@@ -7,6 +7,8 @@ text; a turn of results says ``<tool_response>…</tool_response>`` for each.
 from __future__ import annotations
 
 import ast
+import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +60,16 @@ def _marked(turn: dict[str, Any], name: str) -> tuple[str, list[str]]:
 
 
 def _read(call: str) -> Any:
-    """A call, which Hermes writes as Python shows a dictionary; the text itself where it is neither that nor JSON."""
-    for read in (strict_json.loads, ast.literal_eval):
-        try:
-            return read(call)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    return call
+    """A call that Hermes writes as Python shows a dictionary; else the text itself, which is read as JSON later.
+
+    What Python takes is more than JSON has: text that is not clearly its own is not given to it, so that a key that
+    stands twice is found, and what it makes of one has to be JSON as well.
+    """
+    if not call.startswith("{'"):
+        return call
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a backslash that escapes nothing
+            return strict_json.loads(json.dumps(ast.literal_eval(call)))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return call

@@ -119,7 +119,7 @@ def _bad_tools(reason: str) -> Problem:
 def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any]]:
     """``tool_calls`` of a turn as ``[{"id"?, "type": "function", "function": {"name", "arguments": {…}}}]``.
 
-    Taken are also bare calls, a single one, and either as a JSON text.
+    Taken are also bare calls, a single one, and each as a JSON text.
     """
     if isinstance(value, str):
         try:
@@ -145,6 +145,12 @@ def _function_of(value: Any) -> dict[str, Any] | None:
 
 
 def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | None:
+    if isinstance(call, str):
+        try:
+            call = strict_json.loads(call)
+        except ValueError as e:
+            problems.append(_bad_call(f"{where} is text that is not JSON: {strict_json.reason(e)}"))
+            return None
     if (function := _function_of(call)) is None:
         problems.append(_bad_call(f"{where} has no function name: {quoted(call)}"))
         return None

@@ -79,8 +79,22 @@ def test_what_a_user_quotes_stays_theirs():
 
 
 def test_a_call_that_cannot_be_read_says_so():
-    with pytest.raises(RowError, match="tool call 1 of turn 2 has no function name: '{name: rate}'"):
-        read(gpt("<tool_call>\n{name: rate}\n</tool_call>"), tool("2"), SAID, tools=TOOLS)
+    for text in ("{name: rate}", "{'name': 'rate', 'arguments': {'of': {1, 2}}}", '{"name": "rate", "arguments": {"of": "a" "b"}}',
+                 "[" * 100_000, "{'name': " * 100_000, "{'name': 'rate', 'arguments': " + "{'a': " * 150 + "1" + "}" * 151):
+        with pytest.raises(RowError, match="tool call 1 of turn 2 is text that is not JSON: "):
+            read(gpt(f"<tool_call>\n{text}\n</tool_call>"), tool("2"), SAID, tools=TOOLS)
+
+
+def test_a_call_that_has_a_key_twice_is_not_read_as_one_of_python():
+    twice = '{"name": "rate", "arguments": {"of": "USD", "of": "EUR"}}'
+    with pytest.raises(RowError, match="tool call 1 of turn 2 is text that is not JSON: .*'of'"):
+        read(gpt(f"<tool_call>\n{twice}\n</tool_call>"), tools=TOOLS)
+
+
+def test_what_python_shows_is_as_json_has_it(recwarn):
+    said = r"<tool_call>{'name': 'rate', 'arguments': {'of': ('a', '\d'), 'no': None, 'in': {1: 2.5}}}</tool_call>"
+    [made] = read(gpt(said), tools=TOOLS).messages[1]["tool_calls"]
+    assert made["function"]["arguments"] == {"of": ["a", "\\d"], "no": None, "in": {"1": 2.5}} and not recwarn.list
 
 
 def test_many_marks_take_no_time():
