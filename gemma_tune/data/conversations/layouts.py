@@ -80,13 +80,15 @@ def turn_list(value: Any) -> Any:
 
 def turns_in(value: Any) -> Any:
     """A list of turns, also one of questions together with their answers (Firefly, ms-swift, XTuner), each of which
-    becomes two turns, or of texts that are said in turn, the user's first (LIMA, UltraChat); anything else as it is.
+    becomes two turns, or of texts that are said in turn, the user's first (LIMA, UltraChat); anything else as it is,
+    such as texts that are objects themselves.
 
     What else stands beside a question stays with its turn; a mark of what is learned goes with the answer, and the
     system prompt of the first becomes a turn.
     """
     found = strict_json.list_in(value)
-    if isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found):
+    if isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found) and not all(
+            text.lstrip().startswith("{") for text in found):
         return [(user, assistant)[n % 2](text) for n, text in enumerate(found)]
     if not isinstance(found, list) or not found or not all(
             isinstance(both, dict) and both.keys().isdisjoint(("role", "from")) and exchange(both) for both in found):

@@ -184,6 +184,13 @@ def test_thoughts_among_the_parts_are_reasoning(thought):
     assert codes({"messages": [user([thought, said]), answer("b")]}) == ["not_text"], "a user does not think here"
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_turns_as_texts_are_not_what_is_said(write, key):
+    assert codes({key: [write(USER), write(ANSWER)]}) == ["not_an_object"] * 2
+    assert messages({key: ['{"a": 1}', "It is an object."]}) == [user('{"a": 1}'), answer("It is an object.")]
+
+
 def test_several_texts_that_a_tool_returns_are_its_result():
     assert messages({"messages": [USER, CALL, RESULT | {"content": ["a", "é"]}, ANSWER]})[2]["content"] == '["a", "é"]'
 
