@@ -342,12 +342,19 @@ def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -
 
 
 _THINK = "<think>", "</think>"
-_ENDED = re.compile(rf"^{_THINK[1]}[ \t]*$", re.MULTILINE)
+_ENDED = re.compile(rf"^{_THINK[1]}[ \t\r]*$", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 
 def _is_begun_by_prompt(said: str) -> bool:
-    """Whether a thought ends, on a line of its own, that does not begin: models say that whose prompt has begun it."""
-    return _THINK[0] not in said and said.count(_THINK[1]) == 1 and _ENDED.search(said) is not None
+    """Whether a thought ends, on a line of its own, that does not begin: models say that whose prompt has begun it.
+
+    Inside a block of code the mark is what the text is about.
+    """
+    if _THINK[1] not in said or _THINK[0] in said or said.count(_THINK[1]) > 1:
+        return False
+    end = _ENDED.search(said)
+    return end is not None and len(_FENCE.findall(said, 0, end.start())) % 2 == 0
 
 
 def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:

@@ -839,10 +839,11 @@ def test_reasoning_that_is_there_twice_and_differs_is_refused(said):
 
 
 def test_a_thought_that_the_prompt_began_has_its_beginning():
-    for said in ("c\n</think>\n\nb", "c\nd\n</think> \nb"):
+    for said in ("c\n</think>\n\nb", "c\nd\n</think> \nb", "c\r\n</think>\r\n\r\nb", "c\n```\nd\n```\n</think>\nb"):
         assert messages({"messages": [user("a"), answer(said)]}) == [user("a"), answer(f"<think>\n{said}")]
     assert messages({"messages": [user("a"), answer("c\n</think>\n\nb", reasoning="c")]})[1]["content"] == "c\n</think>\n\nb"
-    for said in ("`</think>` ends it.", "c</think>b", "</think> is a tag,\n</think>\ntoo", "<think>\nc\n</think>\nb"):
+    for said in ("`</think>` ends it.", "c</think>b", "</think> is a tag,\n</think>\ntoo", "<think>\nc\n</think>\nb",
+                 "It ends:\n```\n</think>\n```\n", "1. It ends:\n   ~~~text\n</think>\n   ~~~"):
         assert messages({"messages": [user("a"), answer(said)]})[1]["content"] == said
     assert messages({"messages": [user("c\n</think>\nb"), answer("b")]})[0]["content"] == "c\n</think>\nb"
 
