@@ -225,7 +225,7 @@ class Formats:
         mended: list[str] = []
         messages = self._turns(draft, problems, mended)
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
-        if media := [key for key in described.MEDIA if value.get(key)]:
+        if not described.MEDIA.isdisjoint(value) and (media := [key for key in described.MEDIA if value.get(key)]):
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
                                     "leave the row out"))
         if problems:

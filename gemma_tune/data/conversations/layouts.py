@@ -14,7 +14,7 @@ from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
-from gemma_tune.data.conversations.turns import ROLES
+from gemma_tune.data.conversations.turns import ROLES, role_of
 
 STAND_IN = "…"
 SYSTEMS = ("system", "system_prompt", "system_message")
@@ -170,7 +170,7 @@ def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) 
     if not tools and first.get("tools") and _is_a(first, "system"):
         tools = first["tools"]
         turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
-    if tools or any(isinstance(turn, dict) and _is_a(turn, "tool") for turn in turns):
+    if tools or any(isinstance(turn, dict) and role_of(turn) == "tool" for turn in turns):
         turns = calls_apart(turns)
     return Draft(with_system(turns, row, problems), key, tools)
 

@@ -72,7 +72,7 @@ _BY_ROWS = ("python -c \"import json; t = json.load(open('FILE.json', encoding='
 def by_columns(row: Fields) -> Problem | None:
     """The problem of a whole table in place of a row, as pandas' ``to_json()`` and ``Dataset.to_dict()`` leave it."""
     columns = list(row.values())
-    if len(columns) < 2 or not columns[0]:
+    if len(columns) < 2 or not columns[0] or not isinstance(columns[0], (dict, list)):
         return None
     if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
         if not all(isinstance(name, str) and name.isdecimal() for name in columns[0]):
@@ -180,9 +180,11 @@ def _ultrachat(row: Fields) -> Shaped | None:
 
 def _logged(row: Fields) -> Shaped | None:
     """Turns that were sent and what was answered, as logs of interfaces and Nemotron's data have them."""
+    if not isinstance(turn_list(row["input"]), list):
+        return None
     output = turn_list(row["output"])
     alone = all(row.get(name) is None for name in ("instruction", "prompt", "completion", "context", "passage"))
-    if not alone or not isinstance(turn_list(row["input"]), list) or not isinstance(output, (str, list, dict)):
+    if not alone or not isinstance(output, (str, list, dict)):
         return None
     rest = {key: value for key, value in row.items() if key not in ("input", "output")}
     return Shaped(rest | {"prompt": row["input"], "completion": [output] if isinstance(output, dict) else output},
