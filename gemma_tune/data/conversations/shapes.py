@@ -66,7 +66,7 @@ def _renamed(row: Fields, names: Mapping[str, str]) -> Shaped | None:
 
 
 _BY_ROWS = ("python -c \"import json; t = json.load(open('FILE.json', encoding='utf-8')); "
-            "json.dump([dict(zip(t, r)) for r in zip(*{columns})], open('rows.json', 'w'))\"")
+            "json.dump([{each}], open('rows.json', 'w'))\"")
 
 
 def by_columns(row: Fields) -> Problem | None:
@@ -77,14 +77,15 @@ def by_columns(row: Fields) -> Problem | None:
     if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
         if not all(isinstance(name, str) and name.isdecimal() for name in columns[0]):
             return None
-        what, inside = "objects with a number for each row", "(c.values() for c in t.values())"
+        what = "objects with a number for each row"
+        each = "{n: c[i] for n, c in t.items()} for i in next(iter(t.values()))"
     elif all(isinstance(column, list) and len(column) == len(columns[0]) > 1 and
              all(isinstance(text, str) for text in column) for column in columns):
-        what, inside = "lists with a text for each row", "t.values()"
+        what, each = "lists with a text for each row", "dict(zip(t, r)) for r in zip(*t.values())"
     else:
         return None
     return Problem("unknown_format", f"its columns are {what}: this is a table written by its columns",
-                   f"write it by its rows: {_BY_ROWS.format(columns=inside)}")
+                   f"write it by its rows: {_BY_ROWS.format(each=each)}")
 
 
 def _firefly(row: Fields) -> Shaped | None:

@@ -160,7 +160,7 @@ def test_it_is_refused_by_its_own_names(name):
 
 @pytest.mark.parametrize("columns, rows", [
     ({"conversations": {"0": TURNS, "1": FOUR}, "id": {"0": "a", "1": "b"}}, [TURNS, FOUR]),
-    ({"instruction": {"0": "Hi", "7": "Sky?"}, "output": {"0": "Hello", "7": "Blue."}}, [FOUR[:2], TURNS]),
+    ({"instruction": {"0": "Hi", "7": "Sky?"}, "output": {"7": "Blue.", "0": "Hello"}}, [FOUR[:2], TURNS]),
     ({"instruction": ["Hi", "Sky?"], "output": ["Hello", "Blue."]}, [FOUR[:2], TURNS])], ids=["pandas", "of-texts", "datasets"])
 def test_a_table_by_its_columns_is_told_with_a_command_that_works(tmp_path, columns, rows):
     (tmp_path / "FILE.json").write_text(json.dumps(columns), encoding="utf-8")
@@ -175,6 +175,13 @@ def test_a_table_by_its_columns_is_told_with_a_command_that_works(tmp_path, colu
                                  {"instruction": "Sky?", "output": "Blue.", "numbers": {"0": 1}}])
 def test_a_row_is_no_table(row):
     assert Formats().example(row).messages == TURNS
+
+
+def test_a_row_whose_turns_are_named_is_no_table():
+    row = {"talk": ["Sky?", "Blue."], "names": ["Ann", "Ben"]}
+    assert Formats(columns={"turns": "talk"}).example(row).messages == TURNS
+    with pytest.raises(RowError, match="written by its columns"):
+        Formats().example(row)
 
 
 def test_a_problem_has_the_columns_own_name():
