@@ -76,10 +76,11 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
 
 
 # As Gemini writes JSON Schema's types, and as Python calls them in xLAM and BFCL.
-_TYPES = {**{name.upper(): name for name in ("string", "number", "integer", "boolean", "array", "object", "null")},
+_JSON = ("string", "number", "integer", "boolean", "array", "object", "null")
+_TYPES = {**{name.upper(): name for name in _JSON}, **dict(zip(_JSON, _JSON, strict=True)),
           "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
           "set": "array", "dict": "object"}
-_PYTHON = re.compile(r"(?P<name>\w+)(?:\[.*\])?(?P<optional>,\s*optional)?")  # List[str], optional
+_PYTHON = re.compile(r"(?P<name>\w+)(?:\[(?P<of>.{0,200})\])?(?P<optional>,\s*optional)?")  # List[str], optional
 
 
 def _object_of(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -87,12 +88,26 @@ def _object_of(parameters: dict[str, Any]) -> dict[str, Any]:
     if not parameters or not all(isinstance(one, dict) and isinstance(one.get("type"), str)
                                  for one in parameters.values()):
         return parameters
-    found = {name: (_PYTHON.fullmatch(one["type"]), one) for name, one in parameters.items()}
-    properties = {name: one | {"type": python["name"].lower()} if python and python["name"].lower() in _TYPES else one
-                  for name, (python, one) in found.items()}
-    required = [name for name, (python, one) in found.items() if "default" not in one and not (
-        python and python["optional"])]
-    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
+    required = [name for name, one in parameters.items() if not _may_be_missing(one)]
+    return {"type": "object", "properties": {name: _typed(one) for name, one in parameters.items()}} | (
+        {"required": required} if required else {})
+
+
+def _may_be_missing(parameter: dict[str, Any]) -> bool:
+    """Whether a parameter says in one of the usual ways that it need not be given."""
+    python = _PYTHON.fullmatch(parameter["type"])
+    return ("default" in parameter or parameter.get("required") is False or parameter.get("optional") is True
+            or python is not None and python["optional"] is not None)
+
+
+def _typed(parameter: dict[str, Any]) -> dict[str, Any]:
+    """A parameter with its type as JSON Schema has it, where that is known, also of what a list or a set holds."""
+    python = _PYTHON.fullmatch(parameter["type"])
+    if python is None or (name := _TYPES.get(python["name"].lower())) is None:
+        return parameter
+    holds = python["of"] if python["name"].lower() in ("list", "set") else None
+    items = {"items": _typed({"type": holds})} if holds and "items" not in parameter else {}
+    return parameter | {"type": name} | items
 
 
 def _schema(schema: Any) -> Any:

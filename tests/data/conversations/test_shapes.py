@@ -130,9 +130,24 @@ def test_what_chatgpt_exports_is_told_with_a_command_that_works(tmp_path):
 def test_parameters_that_are_listed_by_name_become_a_schema():
     [tool] = Formats().example(XLAM).tools
     assert tool["function"]["parameters"] == {"type": "object", "properties": {
-        "up": {"description": "Degrees.", "type": "integer"}, "at": {"description": "Points.", "type": "array"},
+        "up": {"description": "Degrees.", "type": "integer"}, "at": {"description": "Points.", "type": "array", "items": {"type": "number"}},
         "type": {"description": "Of look.", "type": "string", "default": "short"}, "of": {"description": "?", "type": "Look"}},
         "required": ["up", "of"]}
+
+
+@pytest.mark.parametrize("one, schema, required", [
+    ({"type": "List[List[int]]"}, {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}, True),
+    ({"type": "list", "items": {"type": "str"}}, {"type": "array", "items": {"type": "string"}}, True),
+    ({"type": "List[" * 9999 + "]" * 9999}, {"type": "List[" * 9999 + "]" * 9999}, True),
+    ({"type": "Dict[str, int]"}, {"type": "object"}, True), ({"type": "set[Look], optional"}, {"type": "array", "items": {"type": "Look"}}, False),
+    ({"type": "String, optional"}, {"type": "string"}, False), ({"type": "NUMBER"}, {"type": "number"}, True),
+    ({"type": "string", "required": False}, {"type": "string", "required": False}, False),
+    ({"type": "string", "required": True}, {"type": "string", "required": True}, True),
+    ({"type": "str", "optional": True}, {"type": "string", "optional": True}, False)])
+def test_a_parameter_that_is_listed_by_its_name_says_what_it_takes(one, schema, required):
+    tools = [{"name": "look", "parameters": {"up": one}}]
+    expected = {"type": "object", "properties": {"up": schema}} | ({"required": ["up"]} if required else {})
+    assert Formats().example({"messages": TURNS, "tools": tools}).tools[0]["function"]["parameters"] == expected
 
 
 REFUSED = {
