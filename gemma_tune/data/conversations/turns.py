@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from gemma_tune.base import strict_json
@@ -261,8 +262,9 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
 
 
 def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[Problem]) -> list[Any]:
-    """The parts of a content but for those that are thoughts, which become the turn's reasoning."""
-    thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in _THOUGHTS]
+    """The parts of a content but for the thoughts in front, which become the turn's reasoning; templates write that
+    before what is said, so that a thought behind a text would change its place."""
+    thoughts = [*takewhile(lambda part: isinstance(part, dict) and part.get("type") in _THOUGHTS, parts)]
     texts = [part.get("thinking", part.get("value")) for part in thoughts]
     if not texts or not all(isinstance(text, str) for text in texts):
         return parts
@@ -271,7 +273,7 @@ def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[P
         problems.append(Problem("reasoning", f"{where} has reasoning under a key of its own, and another one among the "
                                              "parts of its content", "keep one of them"))
     _reasoning(where, {"reasoning_content": text}, turn, problems)
-    return [part for part in parts if part not in thoughts]
+    return parts[len(thoughts):]
 
 
 def _part_fix(sort: Any) -> str:

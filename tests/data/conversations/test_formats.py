@@ -181,6 +181,7 @@ def test_thoughts_among_the_parts_are_reasoning(thought):
     assert messages({"messages": [user("a"), answer([thought, said], reasoning="c")]}) == expected
     assert codes({"messages": [user("a"), answer([thought, said], reasoning="d")]}) == ["reasoning"]
     assert codes({"messages": [user("a"), answer([thought])]}) == ["empty_turn"]
+    assert codes({"messages": [user("a"), answer([said, thought])]}) == ["not_text"], "it would be learned in another order"
     assert codes({"messages": [user([thought, said]), answer("b")]}) == ["not_text"], "a user does not think here"
 
 
