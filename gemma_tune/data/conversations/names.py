@@ -116,5 +116,5 @@ def role_fix(name: str, unknown: Mapping[str, str | None]) -> str:
 
 
 def _sayable(name: str) -> bool:
-    """Whether a name can stand on the command line as it is."""
-    return bool(name) and name.isprintable() and not set(name) & set(",= '\"") and len(name) < 40
+    """Whether a name can stand on the command line as it is, without a sign that the shell takes for its own."""
+    return bool(name) and name.isprintable() and len(name) < 40 and not set(name) & set(",= '\"\\;&|<>()[]{}$`*?!#~%^")

@@ -58,8 +58,9 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
         return _about_turns(row, turns, reason, detected)
     if pair := _pair_of_names(row):
         return Problem("unknown_format", reason, f"use --columns {shell.quote(pair)}")
+    answers = (*_ANSWERS, "highlights") if _column(row, _SPEAKERS) else (*_ANSWERS, "highlights", "content")
     question, answer, system, context, thought = (_column(row, names) for names in (
-        _QUESTIONS, (*_ANSWERS, "highlights", "content"), layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
+        _QUESTIONS, answers, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (
@@ -123,8 +124,9 @@ def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Field
                        'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
                        "keeps one from being learned")
     if detected(row[turns][0]):
+        inside = f".{turns}" if _IDENTIFIER.fullmatch(turns) else f'["{turns}"]'
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
-                       f"put each list of rows into a file of its own: jq -c '{_EACH}.{turns}[]' FILE.json > "
+                       f"put each list of rows into a file of its own: jq -c '{_EACH}{inside}[]' FILE.json > "
                        f"{turns}.jsonl")
     if role_of(row[turns][-1]) == "user":
         return _about_prompt(row, turns)

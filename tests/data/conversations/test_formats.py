@@ -642,7 +642,8 @@ def test_columns_of_other_names_get_the_whole_command(row, fix):
 
 @pytest.mark.parametrize("row, alone", [
     ({"message_id": "1", "parent_id": None, "text": "Sky?", "role": "prompter", "lang": "en"}, True),  # OpenAssistant's trees
-    ({"speaker": "Ann", "text": "Sky?"}, True), ({"conversation_id": 7, "role": "user", "content": "Sky?"}, False)])
+    ({"speaker": "Ann", "text": "Sky?"}, True), ({"conversation_id": 7, "role": "user", "content": "Sky?"}, False),
+    ({"role": "user", "content": "Sky?", "user": "ann"}, False)])
 def test_a_row_that_is_one_turn_is_not_learned_as_a_text_of_its_own(row, alone):
     [problem] = found(row)
     assert "it seems to be one turn of a conversation" in problem.reason and "into one row" in problem.fix
@@ -699,6 +700,25 @@ def test_the_command_for_rows_further_inside_works_on_every_layout_of_a_file(tmp
     [problem] = found(rows[0])
     subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [row["record"] for row in rows]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("name", ["train", "train-data", "训练"])
+def test_lists_of_rows_are_told_with_a_command_that_works(tmp_path, name):
+    rows = [{"instruction": text, "output": "b"} for text in "ac"]
+    (tmp_path / "FILE.json").write_text(json.dumps({name: rows, "info": "x"}), encoding="utf-8")
+    [problem] = found({name: rows, "info": "x"})
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == rows
+
+
+def test_no_command_has_a_name_that_the_shell_would_run():
+    for name in ("a;ls", "a|ls", "$(ls)", "a`ls`", "a&ls", "a>b"):
+        for inside in ({"instruction": "a", "output": "b"}, {"speaker": "a", "text": "b"}):
+            [problem] = found({name: [inside]})
+            assert name not in problem.fix
+        [problem] = found({"messages": [{"role": name, "content": "a"}, answer("b")]})
+        assert name not in problem.fix
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
