@@ -15,6 +15,7 @@ _space = re.compile(r"[ \t\r\n]*")
 
 # After what is said of a value behind which there is more.
 COMMA, SECOND = ", a comma behind the value,", ", a second value behind the first,"
+MORE = ", a comma and more behind the value,"
 SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
 
 
@@ -158,7 +159,10 @@ def reason(e: ValueError | RecursionError) -> str:
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
     met = e.doc[e.pos:e.pos + 1]
-    more = {",": COMMA, "{": SECOND}.get(met, "") if e.msg == "Extra data" else SINGLE if met == "'" else ""
+    more = SINGLE if met == "'" else ""
+    if e.msg == "Extra data":
+        comma = COMMA if met == "," and not e.doc[e.pos + 1:].strip() else MORE
+        more = {",": comma, "{": SECOND}.get(met, "")
     return f'{e.msg.removesuffix(" at").rstrip(": ")}{more}'  # some messages end so, to be followed by a place
 
 

@@ -150,12 +150,14 @@ THREE = [row(text) for text in "abc"]
 
 @pytest.mark.parametrize("text", [
     ",\r\n".join(map(json.dumps, THREE)) + ",\n", "".join(map(json.dumps, THREE)) + "\n", "\n".join(json.dumps(r, indent=2) for r in THREE),
-    json.dumps(THREE[:2]) + json.dumps(THREE[2:])], ids=["commas", "one line", "pretty objects", "two lists"])
+    json.dumps(THREE[:2]) + json.dumps(THREE[2:]), ", ".join(map(json.dumps, THREE)) + ",\n", ",\n".join(json.dumps(r, indent=2) for r in THREE) + ",\n",
+    json.dumps(THREE[:2], indent=1) + ",\n" + json.dumps(THREE[2:], indent=1)],
+    ids=["commas", "one line", "pretty objects", "two lists", "commas on one line", "commas between pretty objects", "a comma between lists"])
 def test_objects_that_are_no_json_lines_are_told_with_a_command_that_works(prepare, text):
     Path("FILE.jsonl").write_text(text, encoding="utf-8", newline="")
-    command = re.search(r"(?:jq -c|sed 's).*? > rows\.jsonl", prepare("FILE.jsonl", code=2)["err"].replace("\n", " "))[0]
-    if shutil.which(command.split()[0]) is None:
-        pytest.skip(f"there is no {command.split()[0]} here")
+    command = re.search(r"(?:jq -c|sed ').*? > rows\.jsonl", prepare("FILE.jsonl", code=2)["err"].replace("\n", " "))[0]
+    if missing := [tool for tool in ("jq", "sed") if tool in command and shutil.which(tool) is None]:
+        pytest.skip(f"there is no {missing[0]} here")
     subprocess.run(["sh", "-c", command.replace("FILE.json ", "FILE.jsonl ")], check=True)
     prepare("rows.jsonl", "--valid", 0)
     assert kept() == [r["messages"] for r in THREE]
@@ -172,6 +174,7 @@ USER, ANSWER = row()["messages"]
     (json.dumps(row("cut off"))[:-9], "broken_json", "Unterminated string starting at column"),
     (json.dumps(row("a")) + json.dumps(row("b")), "broken_json", "Extra data, a second value behind the first, at column"),
     (json.dumps(row("a")) + ",", "broken_json", "Extra data, a comma behind the value, at column"),
+    (json.dumps(row("a")) + ", {}", "broken_json", "Extra data, a comma and more behind the value, at column"),
     (json.dumps(row("a")) + "]", "broken_json", "Extra data at column"),
     ('{"messages": [{"role": "user", "content": "a\tb"}]}', "broken_json", "Invalid control character at column"),
     ("question,answer", "broken_json", "Expecting value at column 1"),

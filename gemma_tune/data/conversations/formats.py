@@ -144,8 +144,8 @@ class Formats:
         """
         if row.error:
             code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
-            repair = next((how for what, how in _REPAIRS.items() if what in row.error), "repair the line")
-            raise RowError([Problem(code, row.error, f"{repair}, or leave it out")])
+            repairs = (how for what, how in _REPAIRS.items() if what in row.error)
+            raise RowError([Problem(code, row.error, next(repairs, "repair the line, or leave it out"))])
         return self.example(row.value) if row.described is None else self._described(row.value, row.described)
 
     def _described(self, value: Any, description: Description) -> Example:
@@ -286,8 +286,11 @@ class Formats:
         raise RowError([unnamed(row, _detected)])
 
 
-_REPAIRS = {strict_json.COMMA: "leave the comma out (of all lines: sed 's/,[[:space:]]*$//' FILE.jsonl > rows.jsonl)",
-            strict_json.SECOND: "give each value a line of its own (of all: jq -c . FILE.jsonl > rows.jsonl)"}
+_OWN_LINE = "give each value a line of its own, in all lines with "
+_REPAIRS = {
+    strict_json.COMMA: "leave out the comma, in all lines with sed 's/,[[:space:]]*$//' FILE.jsonl > rows.jsonl",
+    strict_json.MORE: f"{_OWN_LINE}sed 's/,*[[:space:]]*$//; s/.*/[&]/' FILE.jsonl | jq -c '.[]' > rows.jsonl",
+    strict_json.SECOND: f"{_OWN_LINE}jq -c . FILE.jsonl > rows.jsonl"}
 
 
 def _detected(row: Fields) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
-from gemma_tune.data.reading.json_window import ONE_LIST, REPAIR, Window
+from gemma_tune.data.reading.json_window import REPAIR, Window
 from gemma_tune.data.reading.names import AS_TEXT, kind_of
 from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, PIPED, TEXT, Block, Row, Source
 from gemma_tune.data.reading.text import TextFile
@@ -145,7 +145,8 @@ def _document(source: Source, size: int, wrapped: int | None) -> Iterator[Block]
     if not count:
         raise UserError(f"{source.name} is an empty list", "put at least one conversation into it")
     if wrapped is None and window.skip_blank():
-        raise UserError(f"{source.name}:{window.line}: there is more after the end of the list", ONE_LIST)
+        raise UserError(f"{source.name}:{window.line}: there is more after the end of the list",
+                        window.one_list())
     if waiting:
         yield ElementsBlock(source.name, 1.0, tuple(waiting))
 
@@ -203,7 +204,7 @@ def _layout(source: Source, size: int) -> tuple[_Layout, int | None]:
         if wrapped is None and window.line == line:
             return _Layout.LINES, None
         if window.skip_blank():
-            window.broken("Extra data", hint=ONE_LIST)
+            window.broken("Extra data", hint=window.one_list())
     except UserError:
         # A broken first row has others below it; the lines of one object do not begin like rows.
         if whole_line or (first or "").strip() != "{" and _another_row(source, size, "{"):

@@ -11,8 +11,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.rows import MAX_ROW
 
 REPAIR = "repair the file there; nothing was written"
-ONE_LIST = ("put all rows into one list, or one row on each line (JSONL): "
-            "jq -c 'arrays[], objects' FILE.json > rows.jsonl")
+_ONE_LIST = "put all rows into one list, or one row on each line (JSONL): "
 # The longest thing whose beginning can look broken where a piece ends, such as -Infinity or \uD83D\uDE00.
 _LOOKAHEAD = 16
 
@@ -117,6 +116,13 @@ class Window:
                     text, self.at = self.text[self.at:end], end
                     return text
             self.more()
+
+    def one_list(self) -> str:
+        """What to do about more than one value, of which the second or the comma before it is at the cursor."""
+        if self.peek() == ",":
+            return (_ONE_LIST + "sed '1s/^/[/; $s/,*[[:space:]]*$/]/' FILE.json | jq -c '.[] | arrays[], objects' > "
+                    "rows.jsonl")
+        return _ONE_LIST + "jq -c 'arrays[], objects' FILE.json > rows.jsonl"
 
     def skip(self) -> None:
         """Move behind the JSON value at the cursor; an array may be longer than memory."""
