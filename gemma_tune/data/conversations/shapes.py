@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations.layouts import turn_list
+from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
 
 Fields = Mapping[str, Any]
@@ -181,7 +181,7 @@ def _ultrachat(row: Fields) -> Shaped | None:
 
 def _logged(row: Fields) -> Shaped | None:
     """Turns that were sent and what was answered, as logs of interfaces and Nemotron's data have them."""
-    if not isinstance(turn_list(row["input"]), list):
+    if not is_conversation(turn_list(row["input"])):
         return None
     output = turn_list(row["output"])
     alone = all(row.get(name) is None for name in ("instruction", "prompt", "completion", "context", "passage"))

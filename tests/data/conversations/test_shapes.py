@@ -213,7 +213,7 @@ def test_a_problem_has_the_columns_own_name():
     {"question": "Sky?", "answer": "B", "choices": ["Red.", "Blue."]}, {"question": "Sky?", "answer": 1},
     {"question": "Sky?", "answer": "Blue.", "q": "Sea?", "a": "Green."}, {"prompt": "Sky?", "response": ["Blue."]},
     {"input": [user("Sky?")], "output": "Blue.", "context": "A text."}, {"input": [user("Sky?")], "output": "Blue.", "prompt": "x"},
-    {"input": [user("Sky?")], "output": 4.5},
+    {"input": [user("Sky?")], "output": 4.5}, {"input": [[0, 1]], "output": [[1, 0]]}, {"input": ["Sky?", "Sea?"], "output": "Blue."},
     {"prompt": "Sky?", "response": "Blue.", "topic": "sky"}, {"问题": "Sky?", "答案": "Blue.", "解析": "Air."}])
 def test_what_only_looks_like_it_is_still_asked_about(row):
     with pytest.raises(RowError) as caught:
