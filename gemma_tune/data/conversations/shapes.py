@@ -229,11 +229,13 @@ def _oasst(row: Fields) -> Shaped | None:
                             "prompter=user --on-uneven mend")])
 
 
-# From the last message of what is shown back to the first; of a picture the parts stay, so that it is refused.
+# From the last message of what is shown back to the first, without what is said to a tool; of a picture the parts
+# stay, so that it is refused.
 _SHOWN_PATH = (
     "jq -c '(arrays[], objects) | .mapping as $all | {messages: [.current_node | recurse($all[.].parent // empty) | "
-    '$all[.].message // empty | select((.author.role | IN("user", "assistant")) and (.content.content_type | '
-    'IN("text", "multimodal_text"))) | {role: .author.role, content: (.content.parts | if all(type == "string") '
+    '$all[.].message // empty | select((.author.role | IN("user", "assistant")) and (.recipient // "all") == "all" and '
+    '(.content.content_type | IN("text", "multimodal_text"))) | '
+    '{role: .author.role, content: (.content.parts | if all(type == "string") '
     "then join(\"\") else . end)} | select(.content != \"\")] | reverse} | select(.messages != [])' conversations.json "
     "> rows.jsonl")
 

@@ -111,7 +111,9 @@ def test_what_chatgpt_exports_is_told_with_a_command_that_works(tmp_path):
 
     begins = node("root", None) | node("s", "root", "system", "") | node("q", "s", "user", "Hi")
     shown = begins | node("a", "q", "assistant", "Hello") | node("q2", "a", "user", "Sky?")
-    shown |= node("old", "q2", "assistant", "Red.") | node("t", "q2", "assistant", kind="thoughts") | node("b", "t", "assistant", "Blue.")
+    shown |= node("old", "q2", "assistant", "Red.") | node("t", "q2", "assistant", kind="thoughts") | node("made", "t", "assistant", "{}")
+    shown["made"]["message"]["recipient"] = "dalle.text2im"
+    shown |= node("b", "made", "assistant", "Blue.")
     picture = begins | node("p", "q", "user", {"asset_pointer": "x"}, "What?", kind="multimodal_text") | node("c", "p", "assistant", "It.")
     export = [{"title": "x", "mapping": shown, "current_node": "b"}, {"title": "y", "mapping": picture, "current_node": "c"},
               {"title": "empty", "mapping": node("root", None), "current_node": "root"}]
