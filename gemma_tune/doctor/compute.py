@@ -156,13 +156,13 @@ def kernels() -> Iterator[Finding]:
     """On an NVIDIA GPU: one of the training's own kernels is compiled and run."""
     import torch
 
-    from gemma_tune.train.products import kernels_fault
+    from gemma_tune.train.products import how_to_get_triton, kernels_fault
 
     if best_device() != "cuda":
         return
     if fault := kernels_fault(torch.device("cuda")):
         yield Finding("kernels (Triton)", LOOK, f"do not run, so that training is slower: {fault}",
-                      "pip install --upgrade torch brings a Triton that fits it")
+                      how_to_get_triton())
     else:
         yield Finding("kernels (Triton)", OK, "compiled and run")
 

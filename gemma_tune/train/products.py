@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -13,8 +14,14 @@ from gemma_tune.base.words import first_line
 
 MEND_TRITON = "it needs a C compiler and Python's headers: apt install gcc python3-dev, or the like"
 
-
 _CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # to numbers around 1; bf16 keeps 8 bits
+
+
+def how_to_get_triton() -> str:
+    """What installs a Triton that fits this PyTorch, which brings it along on Linux alone."""
+    if sys.platform == "win32":
+        return f"pip install triton-windows, in the version that its page names for PyTorch {torch.__version__}"
+    return "pip install --upgrade torch brings a Triton that fits it"
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +47,7 @@ def kernels_fault(device: torch.device) -> str:
     One is run to know: Triton needs a C compiler and Python's headers, which many machines do not have.
     """
     if find_spec("triton") is None:
-        return "Triton is not installed"
+        return f"Triton is not installed ({how_to_get_triton()})"
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             off = {dtype: _norm_off(device, dtype) for dtype in _CLOSE}

@@ -61,9 +61,12 @@ def test_memory_that_runs_out_says_nothing_of_the_next_time(monkeypatch):
     assert products.kernels_fault.cache_info().currsize == 0
 
 
-def test_without_triton(monkeypatch):
+@pytest.mark.parametrize(("platform", "mend"), [("linux", "pip install --upgrade torch"), ("win32", "pip install triton-windows")])
+def test_without_triton(monkeypatch, platform, mend):
     monkeypatch.setattr(products, "find_spec", lambda name: None)
-    assert products.kernels_fault(HERE) == "Triton is not installed" and not products.has_kernels(torch.device("cuda"))
+    monkeypatch.setattr(products.sys, "platform", platform)
+    assert products.kernels_fault(HERE).startswith(f"Triton is not installed ({mend}")
+    assert not products.has_kernels(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("fault", "state"), [("", OK), ("RuntimeError: no gcc", LOOK)])
