@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,7 +43,7 @@ for work in (lambda: (x.T[1] @ x).sum().backward() or x.grad.tolist(), lambda: t
         print(type(e).__name__, str(e).splitlines()[0])
 leave()
 """
-    said = subprocess.run([sys.executable, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    said = apple_gpu.in_a_process("-c", code).splitlines()
     x = torch.arange(12.0).view(3, 4).requires_grad_()
     (x.T[1] @ x).sum().backward()
     assert said[0] == str(x.grad.tolist())

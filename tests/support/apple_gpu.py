@@ -67,9 +67,15 @@ def leave() -> None:
 
 def results(library: Path, commands: Sequence[Sequence[object]]) -> list[dict[str, Any]]:
     """What commands do on it, one after the other: their ``code``, ``out`` and ``err``."""
-    done = subprocess.run([sys.executable, "-m", "support.apple_gpu", str(library)], check=True, text=True,
-                          stdout=subprocess.PIPE, input=json.dumps([[str(a) for a in command] for command in commands]))
-    return json.loads(done.stdout.splitlines()[-1])
+    said = in_a_process("-m", "support.apple_gpu", library, given=json.dumps([[str(a) for a in c] for c in commands]))
+    return json.loads(said.splitlines()[-1])
+
+
+def in_a_process(*arguments: object, given: str = "") -> str:
+    """What Python prints with such arguments, in a process that finds these tests."""
+    tests = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, *map(str, arguments)], check=True, text=True, stdout=subprocess.PIPE, input=given,
+                          env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}).stdout
 
 
 if __name__ == "__main__":
