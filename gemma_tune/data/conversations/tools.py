@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from gemma_tune.base import strict_json
@@ -45,15 +46,10 @@ def declarations(value: Any, problems: list[Problem]) -> list[dict[str, Any]] | 
 
 
 def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, Any] | None:
-    if isinstance(tool, str):
-        try:
-            tool = strict_json.loads(tool)
-        except ValueError as e:
-            problems.append(_bad_tools(f"tool {number} is text that is not JSON: {strict_json.reason(e)}"))
-            return None
-    if (function := _function_of(tool)) is None:
-        problems.append(_bad_tools(f"tool {number} has no function name: {quoted(tool)}"))
+    found = _with_its_function(f"tool {number}", tool, _bad_tools, problems)
+    if found is None:
         return None
+    tool, function = found
     if isinstance(function.get("parameters"), str):
         try:
             function = function | {"parameters": strict_json.loads(function["parameters"])}
@@ -152,23 +148,28 @@ def calls(where: str, value: Any, problems: list[Problem]) -> list[dict[str, Any
     return [call for call in found if call is not None]
 
 
-def _function_of(value: Any) -> dict[str, Any] | None:
-    """What a declaration or a call says of its function, with a name; None if it says none."""
-    found = value.get("function") if isinstance(value, dict) and value.get("function") is not None else value
-    named = isinstance(found, dict) and isinstance(found.get("name"), str) and found["name"].strip()
-    return found if named else None
+def _with_its_function(what: str, value: Any, bad: Callable[[str], Problem], problems: list[Problem]
+                       ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """A declaration or a call, each perhaps as a JSON text, and what it says of its function; None if that has no name.
+    """
+    if isinstance(value, str):
+        try:
+            value = strict_json.loads(value)
+        except ValueError as e:
+            problems.append(bad(f"{what} is text that is not JSON: {strict_json.reason(e)}"))
+            return None
+    function = value.get("function") if isinstance(value, dict) and value.get("function") is not None else value
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        problems.append(bad(f"{what} has no function name: {quoted(value)}"))
+        return None
+    return value, function
 
 
 def _call(where: str, call: Any, problems: list[Problem]) -> dict[str, Any] | None:
-    if isinstance(call, str):
-        try:
-            call = strict_json.loads(call)
-        except ValueError as e:
-            problems.append(_bad_call(f"{where} is text that is not JSON: {strict_json.reason(e)}"))
-            return None
-    if (function := _function_of(call)) is None:
-        problems.append(_bad_call(f"{where} has no function name: {quoted(call)}"))
+    found = _with_its_function(where, call, _bad_call, problems)
+    if found is None:
         return None
+    call, function = found
     arguments = _arguments(where, function, problems)
     if arguments is None:
         return None
