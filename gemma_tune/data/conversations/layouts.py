@@ -14,7 +14,7 @@ from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
-from gemma_tune.data.conversations.turns import ROLES, role_of
+from gemma_tune.data.conversations.turns import role_of
 
 STAND_IN = "…"
 SYSTEMS = ("system", "system_prompt", "system_message")
@@ -132,17 +132,13 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
         return messages
     for system, name in systems.items():
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
-        if not _is_a(first, "system"):
+        if role_of(first) != "system":
             return [{"role": "system", "content": texts[name]}, *messages]
         if not any(isinstance(said, str) and said.strip() == system for said in (first.get("content"),
                                                                                  first.get("value"))):
             problems.append(Problem("system_inside", f"`{name}` of the row and the system message of its turns differ",
                                     "leave one of them in the row"))
     return messages
-
-
-def _is_a(turn: Mapping[str, Any], role: str) -> bool:
-    return any(isinstance(name, str) and ROLES.get(name) == role for name in (turn.get("role"), turn.get("from")))
 
 
 def declared(row: Mapping[str, Any]) -> Any:
@@ -167,7 +163,7 @@ def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) 
     if not isinstance(turns, list):
         return Draft(turns, key, tools)
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
-    if not tools and first.get("tools") and _is_a(first, "system"):
+    if not tools and first.get("tools") and role_of(first) == "system":
         tools = first["tools"]
         turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
     if tools or any(isinstance(turn, dict) and role_of(turn) == "tool" for turn in turns):
@@ -224,7 +220,7 @@ def _not_learned(turn: Any) -> Any:
     """A turn of a prompt, in which the assistant may have spoken, unless it says itself what is learned."""
     if not isinstance(turn, dict) or not turn.keys().isdisjoint(MARKS):
         return turn
-    return {**turn, "train": False} if _is_a(turn, "assistant") else turn
+    return {**turn, "train": False} if role_of(turn) == "assistant" else turn
 
 
 def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
