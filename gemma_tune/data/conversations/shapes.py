@@ -54,6 +54,10 @@ def _named(text: str, own: Mapping[str, str]) -> str:
     return re.sub("`([^`]*)`", lambda found: f"`{own.get(found[1], found[1])}`", text)
 
 
+def _without(row: Fields, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in names}
+
+
 def _renamed(row: Fields, names: Mapping[str, str]) -> Shaped | None:
     """With columns that hold texts under other names, unless one of those is taken."""
     if not names.keys().isdisjoint(name for name in row if row[name] is not None and name not in names.values()):
@@ -136,8 +140,7 @@ def _squad(row: Fields) -> Shaped | None:
     distinct = list(dict.fromkeys(texts))
     if problem := several("`answers`", distinct):
         raise RowError([problem])
-    rest = {key: value for key, value in row.items() if key not in ("question", "answers")}
-    return Shaped(rest | {"instruction": row["question"], "output": distinct[0]},
+    return Shaped(_without(row, "question", "answers") | {"instruction": row["question"], "output": distinct[0]},
                   {"instruction": "question", "output": "answers"})
 
 
@@ -147,8 +150,7 @@ def _xlam(row: Fields) -> Shaped | None:
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         return None
     turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": "", "tool_calls": calls}]
-    rest = {key: value for key, value in row.items() if key not in ("query", "answers")}
-    return Shaped(rest | {"messages": turns}, {"messages": "answers"})
+    return Shaped(_without(row, "query", "answers") | {"messages": turns}, {"messages": "answers"})
 
 
 _FLAT = ("jq -c '.data[].paragraphs[] | .context as $c | .qas[] | {question, context: $c, answers: {text: "
@@ -175,8 +177,7 @@ def _ultrachat(row: Fields) -> Shaped | None:
         return None
     if all(text.startswith(_ASKED[n % 2]) for n, text in enumerate(texts)):
         texts = [text[len(_ASKED[0][0]):] for text in texts]
-    rest = {key: value for key, value in row.items() if key != "data"}
-    return Shaped({"messages": texts, **rest}, {"messages": "data"})
+    return Shaped({"messages": texts, **_without(row, "data")}, {"messages": "data"})
 
 
 def _logged(row: Fields) -> Shaped | None:
@@ -187,8 +188,8 @@ def _logged(row: Fields) -> Shaped | None:
     alone = all(row.get(name) is None for name in ("instruction", "prompt", "completion", "context", "passage"))
     if not alone or not isinstance(output, (str, list, dict)):
         return None
-    rest = {key: value for key, value in row.items() if key not in ("input", "output")}
-    return Shaped(rest | {"prompt": row["input"], "completion": [output] if isinstance(output, dict) else output},
+    said = [output] if isinstance(output, dict) else output
+    return Shaped(_without(row, "input", "output") | {"prompt": row["input"], "completion": said},
                   {"prompt": "input", "completion": "output"})
 
 
@@ -207,8 +208,7 @@ def _belle(row: Fields) -> Shaped | None:
     turns = [{"role": "user" if name == "Human" else "assistant", "content": words.strip()}
              for name, words in zip(names, [*said[:-1], ""], strict=True)]
     turns[-1]["content"] = row["output"]
-    rest = {key: value for key, value in row.items() if key not in ("instruction", "input", "output")}
-    return Shaped(rest | {"messages": turns}, {"messages": "instruction"})
+    return Shaped(_without(row, "instruction", "input", "output") | {"messages": turns}, {"messages": "instruction"})
 
 
 _MOSS = re.compile(r"\A\s*<\|[^|]*\|>:? ?|\s*<eo[a-z]>\s*\Z")
@@ -263,8 +263,7 @@ def _moss(row: Fields) -> Shaped | None:
              for role, name in (("user", "Human"), ("assistant", "MOSS"))]
     if isinstance(told := row.get("meta_instruction"), str) and told.strip():
         turns.insert(0, {"role": "system", "content": told.strip()})
-    rest = {key: value for key, value in row.items() if key not in ("chat", "meta_instruction")}
-    return Shaped(rest | {"messages": turns}, {"messages": "chat"})
+    return Shaped(_without(row, "chat", "meta_instruction") | {"messages": turns}, {"messages": "chat"})
 
 
 def _used(exchanges: list[dict[str, Any]]) -> Iterator[str]:
