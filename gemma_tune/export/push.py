@@ -86,8 +86,8 @@ def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: 
                 if item.get("sha256") and there.get(name) == item["sha256"]}
 
     def outdated(info: ModelInfo) -> list[str]:
-        return [name for name in names_in(info)
-                if name in _OF_OLLAMA or _is_own(bare, name) and name not in kept(info)]
+        stay = kept(info).keys()
+        return [name for name in names_in(info) if name in _OF_OLLAMA or _is_own(bare, name) and name not in stay]
 
     def card(info: ModelInfo) -> str:
         files = [Listed(names[quant], _FORMATS.get(quant), item["bytes"]) for quant, item in quants.items()]
