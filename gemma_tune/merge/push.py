@@ -38,13 +38,15 @@ def push_folder(folder: Path, repo_id: str, listener: Listener, *, private: bool
         HubError: refused, or broken off; the same call continues where it stopped.
         UserError: the folder holds no model.
     """
+    from gemma_tune.merge.card import card_in_repository
+
     files = _files(folder)
     # It may have been written before anybody thought of a push, or for another repository.
     card = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
     return hub.push(Parcel(
         _MAKE, f"Model merged by gemma-tune {__version__}", files, _unfit,
         lambda info: [name for name in names_in(info) if _is_loaded(name)],
-        None if card is None else lambda info: _renamed(card, info.id)), repo_id, listener, private=private)
+        None if card is None else lambda info: card_in_repository(card, info.id)), repo_id, listener, private=private)
 
 
 def _unfit(info: ModelInfo) -> str | None:
@@ -73,9 +75,3 @@ def _files(folder: Path) -> dict[str, Path]:
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{folder} holds no model to push", "make it again: gemma-tune merge --force")
     return files
-
-
-def _renamed(card: str, repo_id: str) -> str:
-    from gemma_tune.merge.card import card_in_repository
-
-    return card_in_repository(card, repo_id)
