@@ -11,7 +11,7 @@ from gemma_tune.base import shell
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.names import spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, quoted
-from gemma_tune.data.conversations.turns import role_of
+from gemma_tune.data.conversations.turns import REASONING, role_of
 
 Fields = Mapping[str, Any]
 
@@ -21,8 +21,7 @@ _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
             "chosen", "a", "targets", "output_text", "答案", "回答", "输出", "回复", "答", "助手")
 _CONTEXTS = ("context", "passage", "输入", "背景")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot", "chain_of_thought", "rationale",
-             "思考", "思维链")
+_THOUGHTS = (*REASONING, "complex_cot", "cot", "chain_of_thought", "rationale", "思考", "思维链")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
