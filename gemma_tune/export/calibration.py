@@ -308,7 +308,7 @@ def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> s
     """Why there is not enough memory; empty if there is."""
     matrices = [spec for spec in architecture.tensors if len(spec.shape) == 2]
     inside = [spec for spec in matrices if spec.name.startswith("blk.")]
-    experts = [spec for spec in architecture.tensors if len(spec.shape) == 3]
+    experts = [spec for spec in architecture.tensors if spec.of_experts]
     factors = _factors((spec.shape[1] for spec in inside), placement.device)
     # The largest XᵀX, the copy that is factored and the factor; a layer's others, or all that are kept; its weights
     # twice, as they are read; rows that are being rounded.

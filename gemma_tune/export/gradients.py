@@ -7,7 +7,8 @@ information, the curvature of the divergence from the model (Amari 1998; for rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class BackwardPass:
         self.head = Head(model)
         self._before: list[list[torch.Tensor]] = []
         self._rows = self._forward(sequences)
+        self._shared = [SharedKeys(row) for row in self._rows]
         self.gradients = [self.head.gradient(row, some) for row, some in zip(self._rows, energy_of, strict=True)]
 
     def _forward(self, sequences: Sequence[np.ndarray]) -> list[Row]:
@@ -88,13 +90,54 @@ class BackwardPass:
             try:
                 for i, (row, states) in enumerate(zip(self._rows, before, strict=True)):
                     leaf = states.detach().requires_grad_()
-                    # Not the leaf itself: a layer may change what it is given.
-                    out = model.through(n, layer, Row(row.ids, leaf.clone(), row.arguments))
-                    torch.autograd.backward(out, self.gradients[i])
+                    with self._shared[i].lent() as shared:
+                        # Not the leaf itself: a layer may change what it is given.
+                        out = model.through(n, layer, Row(row.ids, leaf.clone(), row.arguments))
+                        made, gradients = shared.made()
+                        torch.autograd.backward([out, *made], [self.gradients[i], *gradients])
                     self.gradients[i] = leaf.grad
             finally:
                 for handle in handles:
                     handle.remove()
+
+
+class SharedKeys:
+    """Keys and values that later layers of Gemma 3n and 4 take from an earlier one, and what depends on them: of one
+    sequence, from the last layer to the first.
+
+    Args:
+        row: the sequence behind the last layer.
+    """
+
+    def __init__(self, row: Row):
+        # One mapping for all layers, which are called with it: kind of layer → (keys, values).
+        self._held: MutableMapping[str, tuple[torch.Tensor, ...]] = row.arguments[-1][1].get("shared_kv_states") or {}
+        self._lent: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._gradients: dict[str, tuple[torch.Tensor | None, ...]] = {}
+
+    @contextmanager
+    def lent(self) -> Iterator[SharedKeys]:
+        """While a layer is gone through, and back: it takes parts of a graph, or puts its own in their place."""
+        values = dict(self._held)
+        self._lent = {kind: tuple(value.detach().requires_grad_() for value in pair) for kind, pair in values.items()}
+        self._held.update(self._lent)
+        try:
+            yield self
+        finally:
+            self._held.update(values)
+        for kind, leaves in self._lent.items():
+            before = self._gradients.get(kind, (None,) * len(leaves))
+            self._gradients[kind] = tuple(_sum(sum_of, leaf.grad) for sum_of, leaf in zip(before, leaves, strict=True))
+
+    def made(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the layer put there itself, and the gradients of it that later layers left; these are all."""
+        pairs = [pair for kind, own in self._held.items() if own is not self._lent[kind]
+                 for pair in zip(own, self._gradients.pop(kind, ()), strict=False) if pair[1] is not None]
+        return [value for value, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 class Head:

@@ -19,6 +19,7 @@ import numpy as np
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
+from gemma_tune.gguf.experts import together
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time
 from gemma_tune.models.placement import wide
@@ -209,12 +210,14 @@ def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Ten
         yield torch.log_softmax(logits_of(model, hidden[start:start + step]), 1), labels[start:start + step]
 
 
-def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
+def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor | Sequence[torch.Tensor]]:
     """The running model's tensors by their ``source``; a multimodal model calls them otherwise, as its files do.
 
-    Of matrices that Transformers makes one of, as of experts' gates, they are views of that.
+    Of matrices that Transformers makes one of, as of experts' gates, they are views of that; several of which a file
+    has one tensor stand together.
     """
-    weights = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
+    whole = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
+    weights = {name: found if len(found) > 1 else found[0] for name, found in together(whole).items()}
     for spec in architecture.tensors:
         name, half = in_model(spec.source or "")
         if spec.turned and name in weights:
@@ -225,17 +228,19 @@ def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _round_to_f16(weights: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
+def _round_to_f16(weights: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], architecture: Architecture) -> None:
     """What a GGUF in f16 holds: its vectors stay as they are."""
     import torch
 
     for spec in architecture.tensors:
-        tensor = weights.get(spec.source or "")
-        if tensor is not None and tensor.ndim > 1:
-            tensor.copy_(tensor.to(torch.float16))
+        found = weights.get(spec.source or "", ())
+        for part in (found,) if isinstance(found, torch.Tensor) else found:
+            if part.ndim > 1:
+                part.copy_(part.to(torch.float16))
 
 
-def _put(weights: Mapping[str, torch.Tensor], file: GgufFile, architecture: Architecture) -> None:
+def _put(weights: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], file: GgufFile,
+         architecture: Architecture) -> None:
     """Write a file's tensors over the model's. A head that the file does not have is the embedding, as in llama.cpp."""
     names = {spec.source: spec.name for spec in architecture.tensors if spec.source}
     for spec in architecture.tensors:
@@ -243,21 +248,21 @@ def _put(weights: Mapping[str, torch.Tensor], file: GgufFile, architecture: Arch
         stored = spec.name if spec.name in file.tensors else names.get(spec.tied_to)
         if tensor is not None and stored is not None:
             _put_one(tensor, spec, file, stored)
-        elif spec.source and spec.name in file.tensors and not spec.optional:
+        elif spec.source and spec.name in file.tensors and not spec.optional and spec.values is None:
             # Left as it is, it would make the format look better than it is.
             raise WorkFailed(f"the running model has no tensor for {spec.name} of {file.path.name}",
                              "please report this; --no-measure leaves the measurement out")
 
 
-def _put_one(tensor: torch.Tensor, spec: TensorSpec, file: GgufFile, stored: str) -> None:
+def _put_one(tensor: torch.Tensor | Sequence[torch.Tensor], spec: TensorSpec, file: GgufFile, stored: str) -> None:
     import torch
 
     if len(spec.shape) == 3:
-        for n, part in enumerate(tensor):  # of one expert each
+        for n, part in enumerate(tensor):  # one matrix each
             part.copy_(torch.from_numpy(file.rows(stored, n * len(part), (n + 1) * len(part))))
         return
     step = spec.rows_at_a_time(_ELEMENTS)
-    for start in range(0, spec.shape[0], step):
+    for start in range(0, len(tensor), step):
         part = tensor[start:start + step]
         values = file.rows(stored, start, start + len(part)).reshape(part.shape)
         part.copy_(torch.from_numpy(spec.change.backward(values) if spec.change else values))

@@ -88,7 +88,7 @@ class Sensitivity:
         name = self._model.embedding
         if name not in self._types:
             return
-        pairs = [(ids[:some], gradient[:, :some])
+        pairs = [(ids[:some], gradient[..., :some, :])
                  for ids, gradient, some in zip(self._sequences, gradients, self.some, strict=True) if some]
         looked_up = _of_lookups(self._model, [ids for ids, _ in pairs], [gradient for _, gradient in pairs],
                                 self._types[name], self._importance)
@@ -124,15 +124,19 @@ def _of_lookups(model: LayerwiseModel, sequences: Sequence[np.ndarray], gradient
                 types: Sequence[Type], importance: np.ndarray) -> dict[Type, float]:
     """What rounding the embedding costs where its rows are what goes into the first layer.
 
+    Of Gemma 3n four streams of states begin with them, in one of which they stand as they are. In the others they are
+    multiplied with a matrix and given their old length, so that an error is taken to be as large there.
+
     Args:
-        gradients: of these, for each sequence.
+        gradients: of these, for each sequence; of all streams.
         importance: by which the rows are rounded.
     """
     ids = np.concatenate(sequences)
     known = np.unique(ids)
     values = model.some_rows(model.embedding, known)
     scale = float(getattr(model.model.get_input_embeddings(), "embed_scale", 1.0))
-    weight = torch.cat([part.reshape(-1, part.shape[-1]) for part in gradients]).float().square().cpu().numpy()
+    squares = [part.float().square().reshape(-1, *part.shape[-2:]).sum(0) for part in gradients]
+    weight = torch.cat(squares).cpu().numpy()
     found = {}
     for kind, off in _changes(values, types, importance).items():
         e = np.square(off * scale)[np.searchsorted(known, ids)]

@@ -47,8 +47,9 @@ class TokenWeights:
 
 
 def _squares(gradient: torch.Tensor) -> torch.Tensor:
-    """|g|² of each token: fp32 (tokens,)."""
-    return gradient.flatten(0, -2).float().square().sum(1)
+    """|g|² of each token: fp32 (tokens,); of several streams of states, as Gemma 3n has, together."""
+    squares = gradient.float().square().sum(-1)
+    return squares.reshape(-1, squares.shape[-1]).sum(0)
 
 
 def _known(squares: torch.Tensor) -> bool:

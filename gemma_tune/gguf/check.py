@@ -182,7 +182,7 @@ def _of_experts_output(spec: TensorSpec, shards: Shards, probes: np.ndarray, row
 
 def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor's values as they should be: the row that a part begins at, and the part in float32."""
-    if spec.values is not None:
+    if spec.values is not None and spec.source not in shards:
         yield 0, spec.values
         return
     from safetensors import safe_open
@@ -191,11 +191,13 @@ def _expected(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarra
         yield from _of_experts(spec, shards)
         return
     [(path, name)] = shards[spec.source]
-    step = spec.rows_at_a_time(_ELEMENTS)
-    for start in range(0, spec.shape[0], step):
+    step, own = spec.rows_at_a_time(_ELEMENTS), spec.shape[0] - spec.zero_rows
+    for start in range(0, own, step):
         # Opened anew each time: what was read of a mapped file counts as memory for as long as it is open.
         with safe_open(path, framework="pt") as f:
             yield start, f.get_slice(name)[start:start + step].float().numpy()
+    if spec.zero_rows:
+        yield own, np.zeros((spec.zero_rows, spec.shape[1]), np.float32)
 
 
 def _of_experts(spec: TensorSpec, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:

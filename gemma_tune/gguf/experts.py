@@ -21,7 +21,8 @@ from gemma_tune.gguf.architectures.parts import TensorSpec
 
 PACKED = ("_blocks", "_scales")  # what tensors of experts in MXFP4 end in, where GPT-OSS was released so
 _FOUR_BITS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_ONE = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+# One of several matrices that a GGUF has as one tensor: an expert's, or what makes a stream of states in Gemma 3n.
+_ONE = re.compile(r"(.+\.(?:experts|altup_projections|altup_unembed_projections))\.(\d+)\.(.+)")
 _Found = TypeVar("_Found")
 
 
@@ -212,12 +213,39 @@ class Stack:
                                for n in range(start // size, -(-stop // size))])
 
 
+@dataclass(frozen=True)
+class Filled:
+    """A matrix with rows of zeros below it.
+
+    Args:
+        count: how many.
+    """
+
+    stored: StoredTensor
+    count: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as float32, fewer where there are no more.
+
+        Raises:
+            UserError: as of a single tensor.
+        """
+        own = self.stored.shape[0]
+        zeros = max(0, min(stop, own + self.count) - max(start, own))
+        found = [self.stored.rows(start, stop)] if start < own else []
+        return np.concatenate([*found, np.zeros((zeros, self.stored.shape[1]), np.float32)])
+
+
 Member = StoredTensor | Columns | Packed
+Source = Member | Stack | Filled
 
 
-def by_rows(members: Sequence[Member], shape: tuple[int, ...]) -> Member | Stack:
-    """What is read row by row of a tensor of ``shape`` in the file, from the checkpoint's one tensor or one for each
-    expert, see :func:`together`."""
+def by_rows(members: Sequence[Member], spec: TensorSpec) -> Source:
+    """What is read row by row of a tensor of the file, from the checkpoint's one tensor or one for each expert, see
+    :func:`together`."""
+    shape = spec.shape
+    if spec.zero_rows:
+        return Filled(members[0], spec.zero_rows)
     if len(shape) < 3:
         return members[0]
     if len(members[0].shape) < 3:

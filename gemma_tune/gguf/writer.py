@@ -32,7 +32,7 @@ from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.compensated import Rounded, Rounding
-from gemma_tune.gguf.experts import PACKED, Member, Stack, by_rows, experts_of, together
+from gemma_tune.gguf.experts import PACKED, Member, Source, by_rows, experts_of, together
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import (
     FILE_TYPES,
@@ -95,7 +95,7 @@ class PlannedTensor:
     """
 
     spec: TensorSpec
-    stored: Member | Stack | None
+    stored: Source | None
     choice: TypeChoice
     rounding: Rounding | None = None
 
@@ -274,7 +274,7 @@ def _plan(model: Architecture, checkpoint: Path, quant: str, types: Mapping[str,
             for (spec, stored), choice in zip(wanted, choices, strict=True)]
 
 
-def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, Member | Stack | None]]:
+def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, Source | None]]:
     """What a file of a checkpoint holds, in its order, and where the checkpoint has it.
 
     Raises:
@@ -286,13 +286,13 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
               and (experts := experts_of(stored, spec))}
     used = {f"{in_model(source)[0]}{part}" for source in in_one for part in ("", *PACKED)}
     stored = {name: members for name, members in stored.items() if name not in used} | in_one
-    wanted = [spec for spec in model.tensors if spec.source is None or spec.source in stored
+    wanted = [spec for spec in model.tensors if spec.source in stored or spec.values is not None
               or not (spec.optional or (spec.tied_to and model.tied))]
-    known = {spec.source: spec for spec in wanted if spec.source}
+    known = {spec.source: spec for spec in wanted if spec.source in stored or spec.values is None}
     problems = [f"{name} is missing" for name in known if name not in stored]
     problems += [f"{stored[name][0].name} is not a tensor of this model" for name in stored if name not in known]
     for name in known.keys() & stored.keys():
-        problems += _unfit(stored[name], known[name].shape)
+        problems += _unfit(stored[name], known[name])
     if problems:
         hint = "Merge again from the original base model."
         raise UserError(f"The weights in {checkpoint} don't fit its config.json.", hint, sorted(problems))
@@ -301,15 +301,15 @@ def tensors_of(model: Architecture, checkpoint: Path) -> list[tuple[TensorSpec, 
     if not model.own_head and (own := [spec.source for spec in wanted if spec.tied_to]):
         raise UserError(f"{checkpoint}: {own[0]} differs from the embedding, and for {model.name} llama.cpp knows no "
                         "other output head.", "Train without the output head, or with tied embeddings.")
-    return [(spec, by_rows(stored[spec.source], spec.shape) if spec.source else None) for spec in wanted]
+    return [(spec, by_rows(stored[spec.source], spec) if spec.source in stored else None) for spec in wanted]
 
 
-def _unfit(members: Sequence[Member], shape: tuple[int, ...]) -> list[str]:
-    """What is wrong with a tensor of ``shape`` in a checkpoint, which can have one for each expert."""
-    problems = []
+def _unfit(members: Sequence[Member], spec: TensorSpec) -> list[str]:
+    """What is wrong with a tensor in a checkpoint, which can have one for each expert."""
+    problems, shape = [], (spec.shape[0] - spec.zero_rows, *spec.shape[1:])
     apart = len(shape) == 3 and len(members[0].shape) < 3
     if apart and len(members) != shape[0]:
-        problems.append(f"{members[0].name} is one of {len(members)} experts, config.json asks for {shape[0]}")
+        problems.append(f"{members[0].name} is one of {len(members)}, config.json asks for {shape[0]}")
     for found in members:
         expected = shape[1:] if apart else shape
         if _as_matrix(found.shape) != expected:

@@ -165,12 +165,15 @@ class LayerwiseModel:
     def loaded(self, n: int) -> Iterator[torch.nn.Module]:
         """A layer with its weights, for as long as the block runs."""
         layer = self.layers[n]
+        own = {module: dict(module._buffers) for module in layer.modules()}  # constants, which no checkpoint has
         try:
             for module in layer.modules():
                 self._fill(module)
             yield layer
         finally:
             layer.to("meta")
+            for module, buffers in own.items():
+                module._buffers.update(buffers)
 
     def through(self, n: int, layer: torch.nn.Module, row: Row) -> torch.Tensor:
         """What layer ``n`` makes of a row's states."""
@@ -200,7 +203,7 @@ def _experts(found: Mapping[str, StoredTensor], architecture: Architecture) -> d
     """The matrices of each expert, by what the checkpoint calls them all."""
     stored = together(found)
     return {spec.source: matrices_of(stored, spec) for spec in architecture.tensors
-            if spec.source and len(spec.shape) == 3}
+            if spec.source and spec.of_experts}
 
 
 def _values(stored: StoredTensor) -> torch.Tensor:

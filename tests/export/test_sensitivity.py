@@ -61,7 +61,7 @@ def inputs_of_module(model, module, sequences) -> torch.Tensor:
 def test_the_cost_is_the_divergence(family, tmp_path, monkeypatch):
     """To second order, and by samples: within a factor of two for matrices of each kind, and in their sum."""
     monkeypatch.setattr(sensitivity, "COMPENSATED", 1.0)
-    model = make_family(family, tmp_path) if family == "gemma2" else make_llama(family, tmp_path)[0]
+    model = make_family(family, tmp_path) if family in FAMILIES else make_llama(family, tmp_path)[0]
     sequences = rows(model.config.vocab_size - 3)
     layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     linear = {f"{name}.weight": module for name, module in model.named_modules()
@@ -112,8 +112,10 @@ def test_the_cost_of_experts_is_the_divergence(family, tmp_path, monkeypatch):
     assert all(by_kind[Type.Q8_0] < 0.05 * by_kind[Type.Q4_0] for by_kind in found.values())
 
 
-def test_an_embedding_that_is_the_head_costs_in_both_places(tmp_path):
-    model, _ = make_llama("qwen3", tmp_path)
+@pytest.mark.parametrize("family", ["gemma3n", "qwen3"])
+def test_an_embedding_that_is_the_head_costs_in_both_places(family, tmp_path):
+    """Gemma 3n begins four streams of states with it."""
+    model = make_family(family, tmp_path) if family in FAMILIES else make_llama(family, tmp_path)[0]
     sequences = rows(model.config.vocab_size - 3)
     layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
     assert layerwise.head == layerwise.embedding

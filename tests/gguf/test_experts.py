@@ -150,7 +150,7 @@ def test_experts_that_do_not_fit_are_named(tmp_path):
     make_llama(APART, tmp_path)
     part = "model.layers.0.mlp.experts.{}.up_proj.weight"
     edited(tmp_path, lambda tensors: tensors.pop(part.format(5)))
-    assert problems_of(tmp_path) == [f"{part.format(0)} is one of 5 experts, config.json asks for 6"]
+    assert problems_of(tmp_path) == [f"{part.format(0)} is one of 5, config.json asks for 6"]
     edited(tmp_path, lambda tensors: tensors.pop(part.format(2)))
     assert f"{part.format(4)} is not a tensor of this model" in problems_of(tmp_path)
     assert "model.layers.0.mlp.experts.up_proj.weight is missing" in problems_of(tmp_path)

@@ -18,6 +18,7 @@ _TEXT_4 = dict(_TEXT, num_hidden_layers=6, head_dim=16, global_head_dim=32, slid
                    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                    "full_attention": {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
                })  # fmt: skip
+UNUSED = ("k_proj", "v_proj", "k_norm")
 _TOWER = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)  # fmt: skip
 
@@ -42,6 +43,18 @@ def _gemma3(vocab_size: int) -> Any:
     text = dict(_TEXT, vocab_size=vocab_size, num_hidden_layers=6, sliding_window=8, query_pre_attn_scalar=32,
                 rope_scaling={"rope_type": "linear", "factor": 8.0})
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=_TOWER, mm_tokens_per_image=4))
+
+
+def _gemma3n(vocab_size: int) -> Any:
+    """As E2B, without its eye and ear. llama.cpp fixes how many layers there are and of which kinds, and takes the
+    deviation of a feed-forward part by one value less than it has, which shows where it is not wide."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    text = {**_TEXT, "intermediate_size": 1024, "num_hidden_layers": 30, "num_kv_shared_layers": 10}
+    return Gemma3nForCausalLM(Gemma3nTextConfig(
+        **text, vocab_size=vocab_size, vocab_size_per_layer_input=vocab_size - 3, sliding_window=8, laurel_rank=64,
+        hidden_size_per_layer_input=256, layer_types=[*["sliding_attention"] * 4, "full_attention"] * 6,
+        activation_sparsity_pattern=[0.95] * 10 + [0.0] * 20))
 
 
 def _gemma4_large(vocab_size: int) -> Any:
@@ -85,21 +98,35 @@ def _gemma4_unified(vocab_size: int) -> Any:
 
 
 FAMILIES: dict[str, Callable[[int], Any]] = {
-    "gemma": _gemma1, "gemma2": _gemma2, "gemma3": _gemma3, "gemma4-large": _gemma4_large,
+    "gemma": _gemma1, "gemma2": _gemma2, "gemma3": _gemma3, "gemma3n": _gemma3n, "gemma4-large": _gemma4_large,
     "gemma4-small": _gemma4_small, "gemma4-unified": _gemma4_unified, "gemma4-experts": _gemma4_experts,
 }  # fmt: skip
 
 
-def make_family(name: str, folder: Path) -> Any:
+def make_family(name: str, folder: Path, write_tokenizer: Callable[[Path], int] | None = None) -> Any:
     """Save the bf16 checkpoint of a family with its tokenizer into ``folder``; return the same model in float32."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    used = write_gemma4_tokenizer(folder) if name.startswith("gemma4") else _write_gemma_tokenizer(folder)
-    network = FAMILIES[name](used + 3)
-    _randomise(network, around_one=name.startswith("gemma4"))
+    own = write_gemma4_tokenizer if name.startswith("gemma4") else _write_gemma_tokenizer
+    network = FAMILIES[name]((write_tokenizer or own)(folder) + 3)
+    _randomise(network, around_one=name.startswith("gemma4") or name == "gemma3n")
     network.to(torch.bfloat16).save_pretrained(folder)
+    if name == "gemma3n":
+        _add_unused(folder)
     return network.float().eval()
+
+
+def _add_unused(folder: Path) -> None:
+    """Keys and values of the layers that take an earlier one's: the released files hold them, nothing reads them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    unused = {name.replace("layers.0.", f"layers.{n}."): value for name, value in tensors.items() for n in range(20, 30)
+              if name.startswith("model.layers.0.self_attn.") and name.split(".")[-2] in UNUSED}
+    save_file(tensors | {name: torch.full_like(value, 3) for name, value in unused.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
 
 
 def _randomise(network: Any, around_one: bool) -> None:
@@ -116,6 +143,8 @@ def _randomise(network: Any, around_one: bool) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * size)
             if name.endswith("layer_scalar") or (around_one and "norm" in name):
                 value += 0.8 if "q_norm" in name or "k_norm" in name else 1  # its attention has no scale
+            if len(network.get_decoder().layers) > 20 and ".post_" in name:
+                value *= 0.3  # of what each of many layers adds, or the smallest difference would grow into another answer
             if around_one and name.endswith("l.norm.weight"):  # the last one: logits large enough for a cap to show
                 value += 2
 

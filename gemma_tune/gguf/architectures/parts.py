@@ -58,10 +58,11 @@ class TensorSpec:
         name: in the GGUF.
         shape: as in the GGUF: (length,), (rows, columns), or (experts, rows, columns). A checkpoint can have dimensions
             of 1 in it, and a matrix for each expert.
-        source: in the checkpoint; None where ``values`` are written. Of experts it lacks their number.
+        source: in the checkpoint; None where ``values`` are written. Of experts and their like it lacks their number.
         change: what happens to the values; None if nothing does.
         tied_to: ``source`` of the tensor that stands in when this one is absent or equal to it.
         values: float32, for what a checkpoint does not hold.
+        zero_rows: how many of the rows a checkpoint does not hold, the last ones.
         optional: written where the checkpoint has it, although llama.cpp does without.
         turned: whether each expert's matrix is stored the other way round, the columns of gate and up in turns.
     """
@@ -72,6 +73,7 @@ class TensorSpec:
     change: Change | None = None
     tied_to: str | None = None
     values: np.ndarray | None = None
+    zero_rows: int = 0
     optional: bool = False
     turned: bool = False
 
@@ -79,6 +81,11 @@ class TensorSpec:
     def rows(self) -> int:
         """Of all experts; of a vector all its numbers."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it has a matrix for each expert."""
+        return len(self.shape) == 3 and "_exps." in self.name
 
     def rows_at_a_time(self, elements: int) -> int:
         """How many rows (of a vector: all its numbers) hold about ``elements`` numbers, in whole groups of rows."""

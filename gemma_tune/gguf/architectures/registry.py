@@ -19,10 +19,10 @@ def architecture_of(config: Mapping[str, Any], path: Path) -> Architecture:
     Raises:
         UserError: one that cannot be written, or settings that llama.cpp cannot express, all together.
     """
-    from gemma_tune.gguf.architectures import gemma, gemma4, gpt_oss, lfm2, llama, minicpm3, phi3, qwen35
+    from gemma_tune.gguf.architectures import gemma, gemma3n, gemma4, gpt_oss, lfm2, llama, minicpm3, phi3, qwen35
 
-    makers: dict[str, Maker] = {**gemma.MAKERS, **gemma4.MAKERS, **llama.MAKERS, **phi3.MAKERS, **qwen35.MAKERS,
-                                **lfm2.MAKERS, **minicpm3.MAKERS, **gpt_oss.MAKERS}
+    makers: dict[str, Maker] = {**gemma.MAKERS, **gemma3n.MAKERS, **gemma4.MAKERS, **llama.MAKERS, **phi3.MAKERS,
+                                **qwen35.MAKERS, **lfm2.MAKERS, **minicpm3.MAKERS, **gpt_oss.MAKERS}
     maker = makers.get(config.get("model_type", ""))
     if maker is None:
         found = ", ".join(config.get("architectures") or ()) or config.get("model_type") or "none"

@@ -33,7 +33,7 @@ from gemma_tune.gguf.converter import convert_with
 from gemma_tune.gguf.vocabulary.gemma4 import load_gemma4_vocab
 from gemma_tune.gguf.writer import GgufSummary, write_gguf
 from support.command import ROOT
-from support.gemmas import FAMILIES, GEMMA_4, make_family, write_gemma4_tokenizer
+from support.gemmas import FAMILIES, GEMMA_4, UNUSED, make_family, write_gemma4_tokenizer
 from support.gguf import CORPUS, LlamaCpp, make_checkpoint, train_sentencepiece, white_space, with_the_converters_runs
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -139,6 +139,20 @@ def test_tokens_that_generation_never_gives(editable: Any, family: Any, tmp_path
     assert found == [likeliest[:1], likeliest[1:]]
 
 
+def test_keys_that_no_layer_of_gemma_3n_reads(family: Any, editable: Any, tmp_path: Path) -> None:
+    """Transformers saves no checkpoint with them, and llama.cpp loads no file without."""
+    folder, made = editable("gemma3n"), family("gemma3n")
+    kept = {name: value for name, value in load_file(folder / "model.safetensors").items()
+            if not (re.search(r"layers\.2\d\.self_attn", name) and name.split(".")[-2] in UNUSED)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    path = export(folder, tmp_path / "m.gguf").path
+    differing = {name for name, data in tensors(path).items() if not np.array_equal(data, tensors(made.gguf)[name])}
+    assert differing == {f"blk.{n}.attn_{part}.weight" for n in range(20, 30) for part in ("k", "v", "k_norm")}
+    assert worst_error(folder, path, architecture_of(json.loads((folder / "config.json").read_text()), folder))[0] == 0
+    answers = [LlamaCpp(file).complete([2, 50, 60], 8)["tokens"] for file in (path, made.gguf)]
+    assert answers[0] == answers[1]
+
+
 # ---- llama.cpp's own converter -------------------------------------------------------------------------------------
 
 # Runs the converter for several checkpoints in one process: starting it takes longer than tiny models do.
@@ -232,12 +246,18 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def test_released_configurations_are_completed_with_transformers_defaults() -> None:
-    """Keys as in google/gemma-3-4b-it and google/gemma-4-E2B-it."""
+    """Keys as in google/gemma-3-4b-it, google/gemma-3n-E2B-it and google/gemma-4-E2B-it."""
     four = shapes({"model_type": "gemma3", "text_config": {
         "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}, "vision_config": {}})
     assert four["token_embd.weight"] == (262208, 2560)
     assert (four["blk.33.attn_q.weight"], four["blk.33.attn_k.weight"]) == ((2048, 2560), (1024, 2560))
+    streams = shapes({"model_type": "gemma3n", "text_config": {
+        "model_type": "gemma3n_text", "intermediate_size": [8192] * 30, "num_hidden_layers": 30, "num_kv_shared_layers": 10,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 6}})
+    assert streams["per_layer_token_embd.weight"] == (262400, 30 * 256)
+    assert (streams["altup_proj.weight"], streams["blk.29.ffn_down.weight"]) == ((3, 2048, 2048), (2048, 8192))
     small = shapes({"model_type": "gemma4_text", "hidden_size": 1536, "intermediate_size": 6144,
                     "num_hidden_layers": 35, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
                     "global_head_dim": 512, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
@@ -254,6 +274,10 @@ DIFFERENT = [
     ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
     ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types isn't 1 sliding layers"),
     ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar is 16"),
+    ("gemma3n", {"num_kv_shared_layers": 15}, "15 layers have keys and values of their own"),
+    ("gemma3n", {"activation_sparsity_pattern": [0.5] * 30}, "activation_sparsity_pattern isn't 0.95 in the first 10"),
+    ("gemma3n", {"intermediate_size": [512] * 29 + [1024]}, "intermediate_size isn't the same"),
+    ("gemma3n", {"laurel_rank": 32}, "laurel_rank is 32"),
     ("gemma4-large", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
     ("gemma4-large", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
     ("gemma4-small", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
@@ -275,7 +299,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(
 
 
 OTHERS = [
-    ({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}, "the architecture Gemma3nForConditionalGeneration"),
+    ({"architectures": ["RecurrentGemmaForCausalLM"], "model_type": "recurrent_gemma"}, "the architecture RecurrentGemmaForCausalLM"),
 ]
 
 
