@@ -157,6 +157,7 @@ class Calibration:
         for _ in passing.layers(note):
             sensitivity.of_layer()
         sensitivity.of_embedding(passing.gradients)
+        sensitivity.of_table(passing.per_layer)
         self._weights = weights.weights()
         gram = Gram(states.shape[1], states.device)
         gram.add(states, self._weights.get(str(self.model.head)))

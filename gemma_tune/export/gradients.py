@@ -7,6 +7,7 @@ information, the curvature of the divergence from the model (Amari 1998; for rou
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from gemma_tune.models.load import after_product
 
 _LOGITS = 1 << 26  # made at a time: 256 MB in fp32; the head's matrix is read anew each time
 _ELEMENTS = 1 << 22  # of the head that are read at a time
+_LOOKED_UP = "per_layer_input"  # what layers call what they get of a table besides
 
 MATRICES = (torch.nn.Linear, ExpertProduct)
 # Gets a matrix, a sequence's number, what the matrix is called with, which may be part of a graph: its input (…, in);
@@ -34,13 +36,15 @@ class BackwardPass:
     Args:
         model: the model.
         sequences: token ids, (length,) each.
-        energy_of: of each sequence, how many leading tokens count for the head's ``energy``.
+        energy_of: of each sequence, how many leading tokens count for the head's ``energy`` and for ``per_layer``.
         on_progress: called with how many layers are done, and how many there are; each counts twice.
 
     Attributes:
         head: the output head; ``del`` it to free its weights.
         gradients: of the states before the layer that was gone through last, (1, length, hidden size) for each
             sequence.
+        per_layer: of what layers get of a table of their own besides, as those of Gemma 3n and 4 do: for each sequence,
+            by layer, (leading tokens, width).
 
     Raises:
         ValueError: the model has no output head.
@@ -52,7 +56,8 @@ class BackwardPass:
         self.head = Head(model)
         self._before: list[list[torch.Tensor]] = []
         self._rows = self._forward(sequences)
-        self._shared = [SharedKeys(row) for row in self._rows]
+        self._shared, self._some = [SharedKeys(row) for row in self._rows], energy_of
+        self.per_layer: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
         self.gradients = [self.head.gradient(row, some) for row, some in zip(self._rows, energy_of, strict=True)]
 
     def _forward(self, sequences: Sequence[np.ndarray]) -> list[Row]:
@@ -90,15 +95,30 @@ class BackwardPass:
             try:
                 for i, (row, states) in enumerate(zip(self._rows, before, strict=True)):
                     leaf = states.detach().requires_grad_()
+                    args, more, looked_up = _with_leaf(layer, *row.arguments[n])
                     with self._shared[i].lent() as shared:
                         # Not the leaf itself: a layer may change what it is given.
-                        out = model.through(n, layer, Row(row.ids, leaf.clone(), row.arguments))
+                        out = layer(leaf.clone(), *args, **more)
                         made, gradients = shared.made()
                         torch.autograd.backward([out, *made], [self.gradients[i], *gradients])
                     self.gradients[i] = leaf.grad
+                    if looked_up is not None and self._some[i]:
+                        self.per_layer[i][n] = looked_up.grad[0, :self._some[i]].float()
             finally:
                 for handle in handles:
                     handle.remove()
+
+
+def _with_leaf(layer: torch.nn.Module, args: tuple[Any, ...], more: dict[str, Any]
+               ) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor | None]:
+    """What a layer is called with besides its states, with a leaf in place of what it gets of a table of its own."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+    given = dict(zip(names, args, strict=False)) | more
+    if given.get(_LOOKED_UP) is None:
+        return args, more, None
+    leaf = given[_LOOKED_UP].detach().requires_grad_()
+    return tuple(leaf if name == _LOOKED_UP else value for name, value in zip(names, args, strict=False)), {
+        name: leaf if name == _LOOKED_UP else value for name, value in more.items()}, leaf
 
 
 class SharedKeys:

@@ -88,12 +88,41 @@ class Sensitivity:
         name = self._model.embedding
         if name not in self._types:
             return
-        pairs = [(ids[:some], gradient[..., :some, :])
-                 for ids, gradient, some in zip(self._sequences, gradients, self.some, strict=True) if some]
-        looked_up = _of_lookups(self._model, [ids for ids, _ in pairs], [gradient for _, gradient in pairs],
-                                self._types[name], self._importance)
+        # Of Gemma 3n four streams of states begin with the rows, in one of which they stand as they are. In the others
+        # they are multiplied with a matrix and given their old length, so that an error is taken to be as large there.
+        squares = [gradient[..., :some, :].float().square().reshape(-1, some, gradient.shape[-1]).sum(0)
+                   for gradient, some in zip(gradients, self.some, strict=True) if some]
+        scale = float(getattr(self._model.model.get_input_embeddings(), "embed_scale", 1.0))
+        looked_up = self._of_lookups(name, scale, squares, self._importance)
         as_head = self.costs.get(name, {})
         self.costs[name] = {kind: cost + as_head.get(kind, 0.0) for kind, cost in looked_up.items()}
+
+    def of_table(self, per_layer: Sequence[Mapping[int, torch.Tensor]]) -> None:
+        """Measure the table of which each layer gets a part of a token's row, see :attr:`BackwardPass.per_layer`."""
+        table = getattr(self._model.decoder, "embed_tokens_per_layer", None)
+        name = table and self._model.name(table)
+        if name not in self._types:
+            return
+        squares = [torch.cat([parts[n] for n in sorted(parts)], 1).square() for parts in per_layer if parts]
+        scale = float(table.embed_scale) * float(self._model.decoder.per_layer_input_scale)
+        self.costs[name] = self._of_lookups(name, scale, squares, np.ones(squares[0].shape[1], np.float32))
+
+    def _of_lookups(self, name: str, scale: float, squares: Sequence[torch.Tensor], importance: np.ndarray
+                    ) -> dict[Type, float]:
+        """What rounding a table costs of which rows are looked up.
+
+        Args:
+            scale: what a row is multiplied with.
+            squares: of the gradients of what is looked up, for each sequence: (leading tokens, columns).
+            importance: of each column, by which the rows are rounded.
+        """
+        ids = np.concatenate([ids[:some] for ids, some in zip(self._sequences, self.some, strict=True)])
+        known = np.unique(ids)
+        weight, found = torch.cat(list(squares)).cpu().numpy(), {}
+        for kind, off in _changes(self._model.some_rows(name, known), self._types[name], importance).items():
+            e = np.square(off * scale)[np.searchsorted(known, ids)]
+            found[kind] = 0.5 * float((weight * e).sum(dtype=np.float64)) / len(ids)
+        return found
 
 
 def _leading(sequences: Sequence[np.ndarray], tokens: int) -> list[int]:
@@ -117,30 +146,6 @@ def _of_head(head: Head, types: Sequence[Type], draw: np.random.Generator, total
     for kind, off in _changes(head.rows(rows), types, _importance(x)).items():
         e = (x @ torch.from_numpy(off).to(x.device).T).square().mean(dtype=torch.float64)
         found[kind] = 0.5 * float(weight.sum() * e) / total
-    return found
-
-
-def _of_lookups(model: LayerwiseModel, sequences: Sequence[np.ndarray], gradients: Sequence[torch.Tensor],
-                types: Sequence[Type], importance: np.ndarray) -> dict[Type, float]:
-    """What rounding the embedding costs where its rows are what goes into the first layer.
-
-    Of Gemma 3n four streams of states begin with them, in one of which they stand as they are. In the others they are
-    multiplied with a matrix and given their old length, so that an error is taken to be as large there.
-
-    Args:
-        gradients: of these, for each sequence; of all streams.
-        importance: by which the rows are rounded.
-    """
-    ids = np.concatenate(sequences)
-    known = np.unique(ids)
-    values = model.some_rows(model.embedding, known)
-    scale = float(getattr(model.model.get_input_embeddings(), "embed_scale", 1.0))
-    squares = [part.float().square().reshape(-1, *part.shape[-2:]).sum(0) for part in gradients]
-    weight = torch.cat(squares).cpu().numpy()
-    found = {}
-    for kind, off in _changes(values, types, importance).items():
-        e = np.square(off * scale)[np.searchsorted(known, ids)]
-        found[kind] = 0.5 * float((weight * e).sum(dtype=np.float64)) / len(ids)
     return found
 
 

@@ -109,9 +109,9 @@ class LayerwiseModel:
         return self.name(self.model.get_input_embeddings())
 
     def some_rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
-        """Rows of a matrix, by their numbers in ascending order: float32 (numbers, columns)."""
+        """Rows of a matrix, by their numbers in ascending order: float32 (numbers, columns); zeros for one it lacks."""
         stored = self._stored[name]
-        found = np.empty((len(numbers), *stored.shape[1:]), np.float32)
+        found = np.zeros((len(numbers), *stored.shape[1:]), np.float32)
         step = max(1, _ELEMENTS // max(1, stored.shape[1]))
         for start in range(0, stored.shape[0], step):
             first, last = np.searchsorted(numbers, (start, start + step))

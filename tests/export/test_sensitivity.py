@@ -13,7 +13,7 @@ from gemma_tune.export.gradients import Head
 from gemma_tune.export.quant_loss import _weights
 from gemma_tune.export.sensitivity import Sensitivity
 from gemma_tune.gguf.compensated import by_importance
-from gemma_tune.gguf.types import dequantise
+from gemma_tune.gguf.types import dequantise, quantise
 from gemma_tune.gguf.writer import parts_of
 from gemma_tune.models.layerwise import LayerwiseModel
 from gemma_tune.models.load import load_model
@@ -124,6 +124,22 @@ def test_an_embedding_that_is_the_head_costs_in_both_places(family, tmp_path):
     head = model.get_output_embeddings()
     real = divergence(model, head, Type.Q4_0, inputs_of_module(model, head, sequences), sequences, before)
     assert 0.5 < found / real < 2
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4-small"])
+def test_a_table_of_which_each_layer_gets_a_part(family, tmp_path):
+    model = make_family(family, tmp_path)
+    sequences = rows(model.config.vocab_size - 6)
+    layerwise = LayerwiseModel(tmp_path, FP32, parts_of(tmp_path).architecture)
+    table = "model.embed_tokens_per_layer.weight"
+    found = costs(layerwise, sequences, {table: KINDS})[table]
+    before = log_probabilities(model, sequences)
+    weight = model.get_parameter(table)
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(dequantise(quantise(weight.numpy(), Type.Q4_0), Type.Q4_0)))
+    real = float((before.exp() * (before - log_probabilities(model, sequences))).sum(-1).mean())
+    assert 0.5 < found[Type.Q4_0] / real < 2
+    assert found[Type.Q8_0] < 0.05 * found[Type.Q4_0]
 
 
 def test_a_part_of_the_tokens_tells_about_the_same(tmp_path):

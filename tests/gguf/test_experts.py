@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.gguf import writer
+from gemma_tune.gguf.architectures.parts import TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.experts import Stack, by_rows, together
@@ -57,7 +58,8 @@ def test_rows_are_those_of_one_expert_below_the_others(tmp_path):
     save_file({"a.experts.w": values, **{f"b.experts.{n}.w": values[n].clone() for n in range(3)}}, tmp_path / "model.safetensors")
     stored = together(open_tensors(tmp_path))
     assert {name: len(members) for name, members in stored.items()} == {"a.experts.w": 1, "b.experts.w": 3}
-    whole, stack = by_rows(stored["a.experts.w"], (3, 5, 4)), by_rows(stored["b.experts.w"], (3, 5, 4))
+    spec = TensorSpec("blk.0.ffn_up_exps.weight", (3, 5, 4))
+    whole, stack = (by_rows(stored[f"{name}.experts.w"], spec) for name in "ab")
     assert isinstance(stack, Stack)
     flat = values.float().numpy().reshape(15, 4)
     for start, stop in [(0, 15), (0, 1), (4, 6), (3, 12), (5, 10), (9, 15), (14, 99)]:
