@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-_broken_off: list[Any] = []  # graphs whose capture failed: PyTorch's allocators may still ask them whose turn it is
+# Graphs whose capture CUDA broke off, with their pools: PyTorch's allocators may still ask them whose turn it is.
+_broken_off: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
@@ -36,19 +37,24 @@ def capturing(pool: Any = None) -> Iterator[Any]:
         raise
 
 
+def is_closed(pool: Any) -> bool:
+    """Whether PyTorch refuses to capture into a pool, as it does once CUDA has broken a capture off there."""
+    return pool in _broken_off.values()
+
+
 def _end(graph: Any, pool: Any) -> None:
     """Tell PyTorch's allocator that a capture is over which CUDA has broken off.
 
     ``CUDAGraph::capture_end`` raises before it does so (``aten/src/ATen/cuda/CUDAGraph.cpp``). Then the pool stays in
     use for good, memory is not given back any more when it gets scarce, and ``empty_cache`` does nothing or, in some
-    versions, ends in an assertion.
+    versions, ends in an assertion. The allocator of pinned memory cannot be told, see :func:`is_closed`.
     """
     import torch
 
     try:
         graph.pool()  # which only a graph has whose capture was ended
     except RuntimeError:
-        _broken_off.append(graph)
+        _broken_off[graph] = pool
         with contextlib.suppress(RuntimeError, AttributeError):  # it had not begun, or another version of PyTorch
             torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch.cuda.memory._cuda_releasePool(torch.cuda.current_device(), pool)

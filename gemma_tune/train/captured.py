@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from gemma_tune.base.capturing import capturing
+from gemma_tune.base.capturing import capturing, is_closed
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line
@@ -128,6 +129,7 @@ def inputs_of(flat: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.T
 class _Captured:
     graph: Any
     inputs: torch.Tensor
+    pool: Any  # what PyTorch knows it by
 
 
 class Pool:
@@ -143,29 +145,29 @@ class Pool:
     def __init__(self) -> None:
         self.first: CapturedSteps | None = None
         self._handle: Any = None
-        self._held = 0
+        self._held: Counter = Counter()  # graphs by the handle that they were captured with
 
     def __len__(self) -> int:
-        return self._held
+        return self._held.total()
 
     @property
     def handle(self) -> Any:
-        """What PyTorch knows it by."""
-        if self._handle is None:
+        """What PyTorch knows it by: another one once it takes nothing more by the last."""
+        if self._handle is None or is_closed(self._handle):
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
-    def hold(self) -> None:
+    def hold(self, handle: Any) -> None:
         """A graph has been captured into it."""
-        self._held += 1
+        self._held[handle] += 1
 
-    def release(self, graphs: int) -> None:
-        """So many graphs are gone, or none but one that could not be captured to its end.
+    def release(self, handles: Iterable[Any]) -> None:
+        """The graphs with these handles are gone, or none but one that could not be captured to its end.
 
         With the last of them PyTorch gives the pool up, and refuses to capture into it again.
         """
-        self._held -= graphs
-        if not self._held:
+        self._held.subtract(handles)
+        if not self._held[self._handle]:
             self._handle = None
 
 
@@ -239,9 +241,9 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Free all graphs and their memory; they are captured anew when they are needed."""
-        graphs = len(self._graphs)
+        handles = [captured.pool for captured in self._graphs.values()]
         self._graphs.clear()
-        self.pool.release(graphs)
+        self.pool.release(handles)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -258,7 +260,7 @@ class CapturedSteps:
         except Exception as e:  # noqa: BLE001 - whatever cannot be captured, or a kernel for it not be made
             problem, no_memory = first_line(e), is_out_of_memory(e)
         else:
-            self.pool.hold()
+            self.pool.hold(self._graphs[bucket].pool)
             return self._graphs[bucket]
         finally:
             self.seconds += time.perf_counter() - began
@@ -269,19 +271,20 @@ class CapturedSteps:
     def _made(self, bucket: Bucket) -> _Captured:
         inputs = torch.zeros(self.body.size(bucket), dtype=torch.int32, device=self.gradients.device)
         self.body.prepare(bucket)
-        with _learning(self.body.model, self.backward), capturing(self.pool.handle) as graph:
+        pool = self.pool.handle
+        with _learning(self.body.model, self.backward), capturing(pool) as graph:
             loss = self.body.loss(inputs, bucket, self._weights)
             if self.backward:
                 loss.backward()
             self.into += loss.detach()
-        return _Captured(graph, inputs)
+        return _Captured(graph, inputs, pool)
 
     def _give_up(self, bucket: Bucket, problem: str, no_memory: bool) -> None:
         """Leave out a shape for which there is no memory; more than a few of them, or anything else, leaves out all."""
         self._too_large += no_memory
         if no_memory and self._too_large < MOST_TOO_LARGE:
             del self.buckets.counts[bucket]
-            self.pool.release(0)
+            self.pool.release(())
             torch.cuda.empty_cache()
             self.listener.note(f"{bucket.rows} x {bucket.length:,} tokens do not fit the memory as a captured step, "
                                "and go their own way")

@@ -2,8 +2,9 @@
 
 As on a GPU nothing is computed by a capture itself; a replay reads and writes the tensors that the capture saw, where they
 are then, in the modes (gradients, dropout) that were on when it was captured; and whatever looks at a number breaks a
-capture off. What PyTorch keeps of one that was broken off is kept here too: its allocator is not told of the end
-(``CUDAGraph::capture_end``), so that the pool stays in use, and whoever gives memory back meets an assertion.
+capture off. What PyTorch keeps of one that was broken off is kept here too: its allocators are not told of the end
+(``CUDAGraph::capture_end``), so that the pool stays in use, and whoever gives memory back meets an assertion. The one of
+pinned memory cannot be told later either (``ATen/core/CachingHostAllocator.h``), and refuses another capture into the pool.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gemma_tune.base import capturing
 
 LOOKS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "aten.equal")  # item: in inference mode
 
@@ -115,13 +118,15 @@ class Captures:
 
     Attributes:
         pools: the captures that each is in use for, by its handle.
-        underway: handles of captures that the allocator takes to be going on.
+        underway: handles of captures that the allocator takes to be going on, and ``pinned`` those of the allocator of pinned
+            memory.
         order: the handles captured into, and ``names`` the operations that were, one after the other.
     """
 
     def __init__(self) -> None:
         self.pools: Counter = Counter()
         self.underway: list[int] = []
+        self.pinned: list[int] = []
         self.order: list[int] = []
         self.names: list[list[str]] = []
         self.handles = 0
@@ -139,6 +144,9 @@ class Captures:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp")
         self.pools[handle] += 1
         self.underway.append(handle)
+        if handle in self.pinned:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.pinned.append(handle)
         recording = _Recording()
         try:
             with recording, mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
@@ -148,6 +156,7 @@ class Captures:
             if recording.broken:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
             self.end_allocating(0, handle)
+            self.pinned.remove(handle)
             weakref.finalize(graph, self.release, 0, handle)
             graph.ended(recording.calls, handle)
         self.order.append(handle)
@@ -177,4 +186,5 @@ def install(monkeypatch: Any) -> Captures:
     monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", found.end_allocating)
     monkeypatch.setattr(torch.cuda.memory, "_cuda_releasePool", found.release)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(capturing, "_broken_off", {})
     return found

@@ -132,6 +132,11 @@ def test_what_was_captured_stays_where_another_capture_is_broken_off(cuda):
     others, _ = steps_of(Body(wrong=looks), steps.pool)
     assert steps.run(part(16), 1.0) and not others.run(part(16), 1.0)
     assert len(steps.pool) == sum(cuda.pools.values()) == 2
+    evaluation, _ = steps_of(Body(), steps.pool, backward=False)
+    for _ in range(2):  # into a pool that PyTorch has not closed, which it gives up with its last graph
+        assert evaluation.run(part(16), 1.0)
+        evaluation.forget()
+    assert cuda.order == [1, 1, 2, 3] and len(steps.pool) == 2
     assert steps.run(part(32), 1.0) and sum(cuda.pools.values()) == 3
 
 
