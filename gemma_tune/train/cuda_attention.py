@@ -180,6 +180,11 @@ def choose_for(rows: int, length: int) -> None:
             _chosen[shape] = choose(shape._replace(length=longer), scale)
 
 
+def forget_layers() -> None:
+    """What was met so far is of a model that is done with: another one need not be able to do what it asked."""
+    _met.clear()
+
+
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

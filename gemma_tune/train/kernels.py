@@ -22,7 +22,7 @@ import torch
 from gemma_tune.train import elementwise
 from gemma_tune.train.adapters import LoraLinear, dense_weight, replace_adapters
 from gemma_tune.train.attention import causal_attention_or
-from gemma_tune.train.cuda_attention import fastest_attention_or
+from gemma_tune.train.cuda_attention import fastest_attention_or, forget_layers
 from gemma_tune.train.elementwise import RMSNorm, Rotation
 from gemma_tune.train.products import has_kernels
 from gemma_tune.train.undoing import set_until
@@ -161,4 +161,5 @@ def _replace_attention(undo: contextlib.ExitStack, device: torch.device) -> None
     set_until(undo, masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     theirs = FUNCTIONS["sdpa"]
     undo.callback(FUNCTIONS.__setitem__, "sdpa", theirs)
+    undo.callback(forget_layers)
     FUNCTIONS["sdpa"] = (fastest_attention_or if device.type == "cuda" else causal_attention_or)(theirs)

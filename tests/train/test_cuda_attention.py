@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from train.test_captured import adapted
 
 from gemma_tune.train import cuda_attention as attention
 from gemma_tune.train.cuda_attention import CANDIDATES, Kind, Shape, choose, choose_for, fastest_attention_or
+from gemma_tune.train.kernels import fast_layers
 from support.graphs import install
 
 MILLISECONDS = attention._milliseconds
@@ -148,3 +150,12 @@ def test_layers_that_were_met_attend_by_the_choice_for_their_rows(monkeypatch, w
 def test_what_means_something_else_is_left_to_transformers(other):
     call = fastest_attention_or(lambda *args, **kwargs: ("theirs", None))
     assert call(Module(), *inputs(PLAIN), None, **other)[0] == "theirs" and not attention._met
+
+
+def test_layers_are_those_of_the_model_that_is_trained():
+    """Whose kinds of attention need not be what the next model's training can do, such as packing rows."""
+    model = adapted("gemma3")
+    with fast_layers(model, torch.device("cuda")):
+        model(input_ids=torch.ones(1, 12, dtype=torch.long))
+        assert {kind.window for kind in attention._met} == {8, None}
+    assert not attention._met
