@@ -249,6 +249,28 @@ def test_dropout_draws_anew_in_each_replay():
 
 
 @on_gpu
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_replay_draws_what_the_eager_step_draws(recomputed):
+    """From the same random state. What is computed again in the backward pass is what the forward pass had computed."""
+    model, told = adapted("llama", "cuda", dropout=0.5), Told()
+    if recomputed:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    part, found = collate(conversations()), []
+    with fast_layers(model):
+        steps, gradients = captured(model, [part], told)
+        assert steps.run(part, 1.0), told.notes
+        [bucket] = steps.buckets.counts
+        flat, factors = filled(part, bucket).to(gradients.device), torch.ones(2, device=gradients.device)
+        for step in (lambda: steps.run(part, 1.0), lambda: steps.body.loss(flat, bucket, factors).backward()):
+            gradients.clear()
+            torch.manual_seed(3)
+            step()
+            found.append(gradients.as_one.clone())
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() != 0
+
+
+@on_gpu
 def test_replays_wait_for_nothing():
     model, told = adapted("gemma3", "cuda"), Told()
     part = collate(conversations())
