@@ -161,6 +161,8 @@ def same_figures(expected: list[dict], found: list[dict]) -> None:
     """Losses, gradient norms and the figures of preferences in both logs."""
     for was, now in zip(expected, found, strict=True):
         for name in was:
+            if name.endswith("accuracies") and was["step"] < 2:
+                continue  # up to the first step no answer is likelier than by the reference, but for the last digit
             if "loss" in name or "/" in name or name == "grad_norm":
                 assert now[name] == pytest.approx(was[name], rel=2e-3, abs=2e-3), (name, was, now)
 

@@ -11,7 +11,8 @@ from accelerate import optimizer
 from commands.test_preferences import log
 from train.test_captured_units import same_figures, trained_eagerly
 
-from gemma_tune.train import captured, elementwise, first_batch, job, kernels, trainer
+from gemma_tune.train import ahead, captured, cuda_attention, elementwise, first_batch, job, kernels, trainer
+from gemma_tune.train import fused as fused_kernels
 from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.late import LateFigures
@@ -54,6 +55,14 @@ def computes_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Captures:
         made.optim = "adamw_torch_fused"
         return made
 
+    # Kernels are compiled ahead on the meta device, and attention is what is fastest for the layers that were met.
+    monkeypatch.setattr(ahead, "has_kernels", lambda device: True)
+    monkeypatch.setattr(fused_kernels, "_launch", lambda *args, **how: None)
+    monkeypatch.setattr(kernels, "causal_attention_or", cuda_attention.fastest_attention_or)
+    monkeypatch.setattr(cuda_attention, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(cuda_attention, "_milliseconds", lambda run: run() and 1.0)
+    for name in ("_chosen", "_met"):
+        monkeypatch.setattr(cuda_attention, name, {})
     operations = SimpleNamespace(RMSNorm=elementwise.RMSNorm, Rotation=elementwise.Rotation)
     monkeypatch.setattr(kernels, "_operations", lambda device: operations)
     monkeypatch.setattr(trainer.GemmaTrainer, "__init__", init)
