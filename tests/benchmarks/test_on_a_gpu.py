@@ -6,8 +6,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+
+from gemma_tune.train.batches import LengthGroupedBatches, Share
+from gemma_tune.train.buckets import Buckets, Costs, shapes_of_pieces
+from gemma_tune.train.packed import PADDED_TOO_MUCH
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,6 +78,27 @@ def test_what_the_time_does_not_suffice_for_is_named(results, monkeypatch, capsy
     monkeypatch.setattr(on_a_gpu, "GIVE_UP", 1000.0)
     status, found = results(parts)
     assert status == 0 and not found and "no time was left for: --parts one,two" in capsys.readouterr().out
+
+
+def test_uneven_rows_are_padded_so_much_that_packing_is_tried(tmp_path):
+    path = Bench(tmp_path, None, machine={"demo": True}).rows("uneven")
+    words = [len(json.loads(line)["messages"][1]["content"].split()) for line in path.read_text().splitlines()]
+    lengths, trained = np.array(words) + 20, np.array(words)  # a Gemma has a token for each of these words
+    batches = [batch for rows in LengthGroupedBatches(lengths, Share(4), 42).steps() for batch in Share(4).batches(rows)]
+    shapes = shapes_of_pieces(batches, 1, lengths, trained, 4)
+    padding, by_itself = Buckets(shapes, Costs(1e8, 1.6e8)).fit(shapes, int(lengths.sum()))
+    assert padding > 1.3 * PADDED_TOO_MUCH and not by_itself
+
+
+@pytest.mark.parametrize(("installed", "tokenizer", "words"), [(True, None, 77), (False, None, 15), (False, "gemma", 77)])
+def test_without_the_demo_its_shape_takes_its_place(tmp_path, installed, tokenizer, words):
+    """Rows are as long with a tokenizer that takes their words apart."""
+    bench, asked = Bench(tmp_path, SimpleNamespace(tokenizer=tokenizer, data=None), machine={"demo": installed}), []
+    bench.run = lambda command, log="": asked.append([str(word) for word in command]) or ("", "")
+    assert bench.model == ("demo" if installed else str(tmp_path / "gemma3-270m"))
+    assert [command[3:] for command in asked] == ([] if installed else [[bench.model, "gemma3-270m", *filter(None, [tokenizer])]])
+    answer = json.loads(bench.rows("usual").read_text().splitlines()[1])["messages"][1]["content"]
+    assert len(answer.removesuffix(" (1)").split()) == 2 + words
 
 
 @pytest.mark.parametrize(("notes", "held"), [
