@@ -18,7 +18,7 @@ from gemma_tune.train.packed import PADDED_TOO_MUCH
 sys.path.insert(0, str(Path(__file__).parent))
 
 import on_a_gpu  # noqa: E402
-from on_a_gpu_parts import PARTS, Bench, Part, Training  # noqa: E402
+from on_a_gpu_parts import PARTS, Bench, Failed, Part, Training, speed  # noqa: E402
 
 
 @pytest.fixture
@@ -99,6 +99,21 @@ def test_without_the_demo_its_shape_takes_its_place(tmp_path, installed, tokeniz
     assert [command[3:] for command in asked] == ([] if installed else [[bench.model, "gemma3-270m", *filter(None, [tokenizer])]])
     answer = json.loads(bench.rows("usual").read_text().splitlines()[1])["messages"][1]["content"]
     assert len(answer.removesuffix(" (1)").split()) == 2 + words
+
+
+def test_why_a_training_was_left_out_is_told(tmp_path):
+    """train_speed.py ends well without it."""
+    bench = Bench(tmp_path, SimpleNamespace(tokenizer=None, data=None), small=True, machine={"demo": True})
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").touch()
+
+    def run(command, log=""):
+        Path(command[command.index("--json") + 1]).write_text('{"contenders": {}}')
+        return "", "ours: left out, no such kernel"
+
+    bench.run = run
+    with pytest.raises(Failed, match="no such kernel"):
+        speed(bench, 8)
 
 
 @pytest.mark.parametrize(("notes", "held"), [
