@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from gemma_tune.base.capturing import capturing
+from gemma_tune.base.capturing import capturing, is_closed
 from support.graphs import install
 
 
@@ -37,6 +39,9 @@ def test_nothing_is_left_and_the_first_reason_is_told(monkeypatch, wrong, error,
         assert not captures.underway and {p: n for p, n in captures.pools.items() if n} == {pool: 1}
     kept.replay()
     assert x.tolist() == [1, 1]
+    assert is_closed(pool) == (wrong is looks), "by CUDA, and not where it is Python that ends it"
+    with pytest.raises(RuntimeError, match="already recording") if is_closed(pool) else contextlib.nullcontext(), capturing(pool):
+        x += 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -55,3 +60,18 @@ def test_a_capture_that_cuda_breaks_off_gives_its_memory_back():
         y += torch.rand(4, device="cuda") + 1
     graph.replay()
     assert (y >= 1).all() and torch.rand(3, device="cuda").isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_pool_that_is_closed_keeps_its_graphs_and_another_takes_more():
+    y, pool = torch.zeros(4, device="cuda"), torch.cuda.graph_pool_handle()
+    with capturing(pool) as kept:
+        y += 1
+    with pytest.raises(RuntimeError), capturing(pool):
+        torch.ones(4, device="cuda").sum().item()
+    assert is_closed(pool)
+    with capturing(torch.cuda.graph_pool_handle()) as other:
+        y += 1
+    for graph in (kept, other, kept):
+        graph.replay()
+    assert y.tolist() == [3.0] * 4
