@@ -15,6 +15,10 @@ def looks() -> None:
     torch.ones(3).sum().item()
 
 
+def reads() -> None:
+    torch.ones(3).tolist()
+
+
 def lacks_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -25,6 +29,7 @@ def is_interrupted() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "error", "said"), [(looks, RuntimeError, "not permitted when stream is capturing"),
+                                                      (reads, RuntimeError, "not permitted when stream is capturing"),
                                                       (lacks_memory, torch.OutOfMemoryError, "out of memory"),
                                                       (is_interrupted, KeyboardInterrupt, "")])
 def test_nothing_is_left_and_the_first_reason_is_told(monkeypatch, wrong, error, said):
@@ -39,7 +44,7 @@ def test_nothing_is_left_and_the_first_reason_is_told(monkeypatch, wrong, error,
         assert not captures.underway and {p: n for p, n in captures.pools.items() if n} == {pool: 1}
     kept.replay()
     assert x.tolist() == [1, 1]
-    assert is_closed(pool) == (wrong is looks), "by CUDA, and not where it is Python that ends it"
+    assert is_closed(pool) == (wrong in (looks, reads)), "by CUDA, and not where it is Python that ends it"
     with pytest.raises(RuntimeError, match="already recording") if is_closed(pool) else contextlib.nullcontext(), capturing(pool):
         x += 1
 

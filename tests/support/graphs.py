@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from gemma_tune.base import capturing
 
 LOOKS = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "aten.equal")  # item: in inference mode
+DIRECTLY = ("tolist", "numpy", "__array__")  # methods that read numbers where they lie, which no operation tells of
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -57,6 +58,14 @@ class _Recording(TorchDispatchMode):
         self.own |= {_memory(t) for t in made}
         self.calls.append((func, args, kwargs, out if made else None))
         return out
+
+    def refusing(self, name: str) -> Any:
+        """What stands for a method that looks at numbers."""
+        def refused(*args: Any, **kwargs: Any) -> None:
+            self.broken = True
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+
+        return refused
 
     def undo(self) -> None:
         for whole, copy in self.before.values():
@@ -149,7 +158,10 @@ class Captures:
         self.pinned.append(handle)
         recording = _Recording()
         try:
-            with recording, mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+            with recording, contextlib.ExitStack() as patches:
+                patches.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))
+                for name in DIRECTLY:
+                    patches.enter_context(mock.patch.object(torch.Tensor, name, recording.refusing(name)))
                 yield
         finally:
             recording.undo()
