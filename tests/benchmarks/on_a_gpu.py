@@ -3,12 +3,13 @@
 Run it from the repository: ``python tests/benchmarks/on_a_gpu.py --out DIR``. What matters most comes first; a part that
 fails or takes too long loses nothing of the others, and one for which the time of ``--budget`` does not suffice is named at
 the end, for the next call. ``--parts`` chooses. DIR gets ``results.jsonl``, to which each part adds a line with its figures
-and with what had to hold (``checks``), ``summary.txt``, written anew from the last line of each part, and ``logs/``.
+and with what had to hold (``checks``), ``summary.txt``, written anew from the last line of each part, and ``logs.tar.gz``:
+three files, as a machine that is lent may give few back.
 
 Where the package of the demo is not installed its shape takes its place, with random weights. Without a CUDA GPU, or with
-``--small``, everything runs in a small way on a tiny model: only to know that it works. Rows are
-made here unless ``--data`` names conversations (``.json`` or ``.jsonl``, see train_speed.py). A contender is given as to
-train_speed.py and needs a call of its own, ``--parts contender``, as compiling may take minutes.
+``--small``, everything runs in a small way on a tiny model: only to know that it works. Rows are made here unless ``--data``
+names conversations (``.json`` or ``.jsonl``, see train_speed.py). A contender is given as to train_speed.py and needs a call
+of its own, ``--parts contender``, as compiling may take minutes.
 
 The exit status is 0 where every part was measured and every check held.
 """
@@ -38,8 +39,8 @@ class Runner(Bench):
     def __init__(self, options: argparse.Namespace):
         super().__init__(Path(options.work or tempfile.mkdtemp(prefix="on-a-gpu-")).resolve(), options)
         self.out = Path(options.out).resolve()
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        self.work.mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.work / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
         self.results, self.part, self.until = self.out / "results.jsonl", "machine", time.monotonic() + 60
         self.ends = time.monotonic() + options.budget
         self.machine = json.loads(self.run([sys.executable, "-c", MACHINE])[0].splitlines()[-1])
@@ -54,7 +55,7 @@ class Runner(Bench):
         """
         command = [str(word) for word in command]
         name = self.part + (f"-{log}" if log else "")
-        out, err = (self.out / "logs" / f"{name}.{kind}" for kind in ("out", "err"))
+        out, err = (self.work / "logs" / f"{name}.{kind}" for kind in ("out", "err"))
         paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, cwd=ROOT,
@@ -93,10 +94,11 @@ class Runner(Bench):
         return record
 
     def keep(self, record: dict[str, Any]) -> None:
-        """Add a line to the results, and write the summary anew."""
+        """Add a line to the results, and write the summary and the logs anew."""
         with open(self.results, "a", encoding="utf-8") as file:
             file.write(json.dumps({"at": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | record, ensure_ascii=False) + "\n")
         (self.out / "summary.txt").write_text(summary(records(self.results)), encoding="utf-8")
+        shutil.make_archive(str(self.out / "logs"), "gztar", self.work, "logs")
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def test_parts_are_measured_one_after_the_other(results, tmp_path):
     assert said.index("preferences: measured") < said.index("contender: left out") and "in a small way" in said
 
 
-def test_what_fails_or_does_not_end_is_written_down_and_the_others_go_on(results, monkeypatch, capsys):
+def test_what_fails_or_does_not_end_is_written_down_and_the_others_go_on(results, tmp_path, monkeypatch, capsys):
     def python(code: str):
         return lambda bench: bench.run([sys.executable, "-c", code])
 
@@ -70,6 +71,9 @@ def test_what_fails_or_does_not_end_is_written_down_and_the_others_go_on(results
     assert "no such kernel" in found["wrong"]["why"] and "KeyError" in found["odd"]["why"]
     assert found["short"]["figures"] == {"speed": 12, "is fast: instead": "slow"}
     assert "MISSED is fast" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", "summary.txt", "logs.tar.gz"}
+    with tarfile.open(tmp_path / "out/logs.tar.gz") as logs:
+        assert logs.extractfile("logs/wrong.err").read() == b"no such kernel\n"
 
 
 def test_what_the_time_does_not_suffice_for_is_named(results, monkeypatch, capsys):
