@@ -22,8 +22,13 @@ _LIKE_A_MARK = frozenset((
     "thumbs_up", "thumbs_down", "-1", "好", "差", "坏", "是", "否", "对", "错", "正确", "错误", "优", "劣"))
 
 
+_ONE_OF_EACH = frozenset(worse for _, worse in PAIRS)  # few rows have one
+
+
 def pair_in(keys: Collection[str]) -> tuple[str, str] | None:
     """The columns of a better and a worse answer."""
+    if _ONE_OF_EACH.isdisjoint(keys):
+        return None
     return next((pair for pair in PAIRS if pair[0] in keys and pair[1] in keys), None)
 
 
@@ -35,6 +40,8 @@ def filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
+    if MARK not in row and LABEL not in row:
+        return None
     if _truth(row.get(MARK), numbers=True) is not None:
         return MARK
     beside = _beside(keys)

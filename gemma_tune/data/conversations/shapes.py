@@ -37,11 +37,11 @@ def shaped(row: Fields) -> Shaped:
     Raises:
         RowError: it has such a shape, and cannot be learned from.
     """
-    if _ONE_OF_EACH.isdisjoint(row):
-        return Shaped(row, {})
-    for columns, shape in _SHAPES:
-        if row.keys() >= columns and (found := shape(row)) is not None:
-            return found
+    if not _BY_COLUMN.keys().isdisjoint(row):
+        for number in sorted(number for name in row for number in _BY_COLUMN.get(name, ())):
+            columns, shape = _SHAPES[number]
+            if row.keys() >= columns and (found := shape(row)) is not None:
+                return found
     return Shaped(row, {})
 
 
@@ -288,4 +288,6 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("mapping", "current_node")), _chatgpt),
     *((frozenset(pair), _usual) for pair in _USUAL),
 )
-_ONE_OF_EACH = frozenset(min(columns) for columns, _ in _SHAPES)
+# By one column of each, as rows have few: the places of those that have it.
+_BY_COLUMN = {name: [number for number, (columns, _) in enumerate(_SHAPES) if min(columns) == name]
+              for name in {min(columns) for columns, _ in _SHAPES}}

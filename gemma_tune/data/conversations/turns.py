@@ -102,6 +102,8 @@ def _broken_list(key: str, text: Any) -> Problem | None:
 def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[Turn], list[int]]:
     """The turns with their numbers in the row. ShareGPT writes a call below what the assistant says before it, and
     several calls below each other: that is one turn, with the number of the last call."""
+    if not any("tool_calls" in turn for turn in turns):
+        return [*turns], [*range(1, len(turns) + 1)]
     joined: list[Turn] = []
     numbers: list[int] = []
     at_once = _calls_at_once(turns, messages)

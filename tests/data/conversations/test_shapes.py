@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from gemma_tune.data.conversations import formats
+from gemma_tune.data.conversations import formats, marks
+from gemma_tune.data.conversations import turns as conversation_turns
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
 from support.rows import answer, user
@@ -264,6 +265,15 @@ def test_the_format_of_most_rows_is_looked_for_once(row, monkeypatch):
     looked, among = [], formats._among
     monkeypatch.setattr(formats, "_among", lambda *args: looked.append(args) or among(*args))
     assert Formats().example(row).messages == TURNS and len(looked) == 1
+
+
+@pytest.mark.parametrize("row", [{"messages": TURNS}, {"instruction": "Sky?", "input": "", "output": "Blue."},
+                                 {"prompt": "Sky?", "completion": "Blue."}])
+def test_marks_and_calls_are_not_looked_for_where_there_are_none(row, monkeypatch):
+    """Most rows have none, and recognising them took a fifth longer."""
+    for module, name in ((marks, "_truth"), (conversation_turns, "_calls_at_once")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("nothing in the row is about this"))
+    assert Formats().example(row).messages == TURNS
 
 
 def test_what_is_named_goes_before_what_is_known():
