@@ -17,7 +17,7 @@ from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
-from gemma_tune.data.conversations.rendered import is_rendered, rendered
+from gemma_tune.data.conversations.rendered import is_rendered, rendered, with_prompt_apart
 from gemma_tune.data.conversations.turns import Turn, conversation
 from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, unnamed
 from gemma_tune.data.reading.rows import Description, Row
@@ -90,8 +90,8 @@ _REASONS = {
     "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",
     "prompt-completion": "`prompt` and `completion`, or the usual names of a question and its answer alone, "
                          "or turns as `input` with their `output`",
-    "rendered": "a `text` that a chat template wrote: its turns are learned in the model's own template, and --format "
-                "text keeps it as it is",
+    "rendered": "a `text` that a chat template wrote, or that names who speaks: its turns are learned in the model's "
+                "own template, and --format text keeps it as it is",
     "text": "`text` and no column of questions or answers; a file of plain text is one such row",
 }
 _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
@@ -101,7 +101,7 @@ _READERS: dict[str, Callable[[Fields, list[Problem]], layouts.Draft]] = {
                                        else layouts.sharegpt)(row, problems),
     "gemini": gemini,
     "alpaca": layouts.alpaca,
-    "prompt-completion": layouts.prompt_completion,
+    "prompt-completion": lambda row, problems: layouts.prompt_completion(with_prompt_apart(row), problems),
     "rendered": rendered,
 }
 
@@ -228,6 +228,9 @@ class Formats:
         if not described.MEDIA.isdisjoint(value) and (media := [key for key in described.MEDIA if value.get(key)]):
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
                                     "leave the row out"))
+        if format == "rendered":
+            problems = [replace(problem, fix=f"{problem.fix}; or keep the text as it is with --format text")
+                        for problem in problems]
         if problems:
             raise RowError(problems)
         return Example(format, messages, declared or None, None,

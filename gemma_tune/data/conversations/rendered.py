@@ -4,7 +4,7 @@ Public datasets come in the form that one model or one script wants: ``<s>[INST]
 and Gemma's turns, ``### Human: … ### Assistant: …``, Alpaca's prompt. As plain text, each token of them would be
 learned, the questions too, in a form that the model is never asked in. So they are taken apart, and written by the
 template of the model that is trained. Only a text that is such a conversation from its first to its last character is
-one.
+one. Texts that only name the speakers are in ``spoken``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from gemma_tune.data.conversations.layouts import Draft, with_system
 from gemma_tune.data.conversations.problems import Problem
+from gemma_tune.data.conversations.spoken import spoken
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
           "model": "assistant", "gpt": "assistant"}
@@ -61,14 +62,32 @@ def rendered(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     return Draft(with_system(turns, row, problems), "text")
 
 
+_ANSWER = "…"  # any
+
+
+def with_prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of a prompt and its completion with the prompt's turns as a list, where it is written so up to where the
+    answer begins; else the row as it is."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        return row
+    *asked, last = _turns(f"{prompt} {_ANSWER}") or [_turn(None, "")]
+    if (last["role"], last["content"].strip()) != ("assistant", _ANSWER):
+        return row
+    *before, answer = _turns(prompt + completion) or [_turn(None, "")]
+    said = answer["content"] if before == asked else completion.removeprefix(" ")
+    return {**row, "prompt": [dict(turn) for turn in asked], "completion": said}
+
+
 @functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
 def _turns(text: str) -> Turns | None:
     """The turns of a rendered conversation; None if it is none."""
     body = text[_START.match(text).end():]
-    if not (body.startswith(_BEGINNINGS) or _ASKS in body) or any(mark in body for mark in _TOOLS):
-        return None
-    for read in (_marked, _llama_2, _deepseek, _titled):
+    marked = body.startswith(_BEGINNINGS) or _ASKS in body
+    for read in (_marked, _llama_2, _deepseek, _titled) if marked else (_spoken,):
         if turns := read(body):
+            if any(mark in body for mark in _TOOLS):
+                return None
             roles = {turn["role"] for turn in turns}
             return turns if {"user", "assistant"} <= roles else None
     return None
@@ -134,6 +153,11 @@ def _titled(text: str) -> Turns | None:
         elif said.strip():
             found[-1]["content"] = f"{found[-1]['content'].strip()}\n\n{said.strip()}"
     return [_turn(turn["role"], turn["content"].strip()) for turn in found]
+
+
+def _spoken(text: str) -> Turns | None:
+    turns = spoken(text)
+    return turns and [_turn(turn["role"], turn["content"]) for turn in turns]
 
 
 def _turn(role: str | None, text: str) -> dict[str, Any]:

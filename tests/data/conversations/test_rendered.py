@@ -71,11 +71,71 @@ def test_what_is_none_stays_a_text(text):
 
 
 @pytest.mark.parametrize("text", ["### Human: q" + " " * 200_000 + "### Assistant: " + " \n" * 200_000 + "x",
-                                  "<|im_start|>user\n" + "<|im_end|> " * 20_000, "[INST] " * 50_000, "<|user|>" + "\n" * 300_000])
+                                  "<|im_start|>user\n" + "<|im_end|> " * 20_000, "[INST] " * 50_000, "<|user|>" + "\n" * 300_000,
+                                  "You are\n" + (" " * 999 + "\n") * 300 + "User:" + "\nQ:" * 50_000, "USER: " * 50_000 + "ASSISTANT: x"])
 def test_it_takes_no_longer_than_the_text_is_long(text):
     began = time.process_time()
     is_rendered(text)
     assert time.process_time() - began < 2
+
+
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+          "answers to the user's questions.")
+FOUR = [("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?"), ("assistant", "4, I say:\n5")]
+AS_FOUR = [{"role": role, "content": said} for role, said in FOUR]
+
+
+@pytest.mark.parametrize(("text", "system"), [
+    (f"{VICUNA} USER: Hi ASSISTANT: Hello</s>USER: 2+2? ASSISTANT: 4, I say:\n5</s>", VICUNA),
+    ("USER: Hi\nASSISTANT: Hello\nUSER: 2+2?\nASSISTANT: 4, I say:\n5\n", None),
+    ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant: 4, I say:\n5", None),
+    ("System: Be brief.\nUser:Hi\nAssistant:Hello\nUser:2+2?\nAssistant:4, I say:\n5", "Be brief."),
+    ("You are a bot.\n\nHuman: Hi\nAI: Hello\nHuman: 2+2?\nAI: 4, I say:\n5", "You are a bot."),
+    ("Q: Hi\nA: Hello\n\nQ: 2+2?\nA: 4, I say:\n5", None), ("Question: Hi\nAnswer: Hello\nQuestion: 2+2?\nAnswer: 4, I say:\n5", None),
+    ("用户：Hi\n助手：Hello\n用户：2+2?\n助手：4, I say:\n5", None)])
+def test_names_of_speakers_before_what_is_said(text, system):
+    assert turns(text) == [("system", system), *FOUR][system is None:]
+
+
+@pytest.mark.parametrize("text", [
+    "User: hi", "A play.\n\nHuman: To be?\nAssistant: Sir.", f"The prompt is\n{VICUNA} USER: {{prompt}} ASSISTANT:", "Q: a\nA: b\nA: c",
+    "Question: is it so?\nI think:\nAnswer with care.", "User: our guide says\nthat an Assistant: is not a name", "You are here.\nA: one",
+    'User: Hi\nAssistant: <tool_call>{"name": "f"}</tool_call>'])
+def test_a_text_that_only_has_such_names_in_it_stays_one(text):
+    assert not is_rendered(text)
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("User: Hi\nAssistant: Hello\nUser: 2+2?", "the conversation ends with `user`"), ("User: Hi\nUser: 2+2?\nAssistant: 4", "turn 2 is `user`"),
+    ("USER: Hi ASSISTANT:", "turn 2 (assistant) is empty")])
+def test_a_dialog_that_cannot_be_learned_is_refused_and_no_plain_text(text, reason):
+    with pytest.raises(RowError) as caught:
+        Formats().example({"text": text})
+    assert reason in str(caught.value) and caught.value.fix.endswith("; or keep the text as it is with --format text")
+    assert Formats("text").example({"text": text}).text == text
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [
+    ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant:", " 4, I say:\n5"),
+    ("USER: Hi ASSISTANT: Hello</s>USER: 2+2? ASSISTANT:", " 4, I say:\n5</s>"),
+    ("<s>[INST] Hi [/INST] Hello </s><s>[INST] 2+2? [/INST]", " 4, I say:\n5 </s>"),
+    ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+     "4, I say:\n5<|im_end|>\n"),
+    ("### Human: Hi\n### Assistant: Hello\n### Human: 2+2?\n### Assistant:", " 4, I say:\n5")])
+@pytest.mark.parametrize("name", ["completion", "response"])
+def test_a_prompt_that_is_written_up_to_its_answer_is_taken_apart(prompt, completion, name):
+    example = Formats().example({"prompt": prompt, name: completion})
+    assert example.messages == [AS_FOUR[0], AS_FOUR[1] | {"train": False}, *AS_FOUR[2:]] and not example.unread
+
+
+def test_what_a_completion_says_in_a_prompts_layout_is_the_answers():
+    row = {"prompt": "User: Hi\nAssistant:", "completion": " Hello.\nUser: no"}
+    assert Formats().example(row).messages == [AS_FOUR[0], {"role": "assistant", "content": "Hello.\nUser: no"}]
+
+
+@pytest.mark.parametrize("prompt", ["User: Hi", "What does User: mean?", "### Human: Hi\n### Assistant: Hello\n### Human:", "User: Hi\nAssistant: Hello, and"])
+def test_a_prompt_that_does_not_end_where_an_answer_begins_stays_as_it_is(prompt):
+    assert Formats().example({"prompt": prompt, "completion": "x"}).messages[0] == {"role": "user", "content": prompt}
 
 
 def test_rows_beside_others_and_the_named_format():

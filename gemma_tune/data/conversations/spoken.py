@@ -1,0 +1,54 @@
+"""Conversations in one text, in which names of speakers stand before what is said: ``USER: … ASSISTANT: …``.
+
+Vicuna's training writes turns so, on one line and with ``</s>`` behind each answer; Anthropic's HH and many scripts
+write ``Human: … Assistant: …``, ``User: … Assistant: …`` or ``Q: … A: …``, each at the beginning of a line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Names of the user and of the assistant that are used together.
+_SPEAKERS = (("USER", "ASSISTANT"), ("User", "Assistant"), ("user", "assistant"), ("Human", "Assistant"),
+             ("Human", "AI"), ("用户", "助手"), ("人类", "助手"))
+# What stands before a question and its answer in other texts than dialogues, too.
+_QUESTIONS = (("Question", "Answer"), ("Q", "A"), ("问题", "答案"), ("问", "答"))
+_NAMES = "|".join(sorted({name for pair in (*_SPEAKERS, *_QUESTIONS) for name in pair}, key=len, reverse=True))
+# The first speaker; or how a system prompt begins that stands before it. Any other text before it may be a document
+# that shows a conversation.
+_PREFACE = r"You are\b|(?:A|(?:This|The following|Below) is a) (?:chat|conversation|dialogue?)\b"
+_BEGINS = re.compile(rf"\s*(?:(?:{_NAMES})[:：]|(?P<system>(?:System|SYSTEM|system|系统)[:：])|(?P<preface>{_PREFACE}))")
+
+
+def _layout(pair: tuple[str, str]) -> re.Pattern[str]:
+    # Vicuna's turns go on on the same line.
+    before, behind = (r"(?:(?<=\s)|(?<=</s>)|\A)", r"(?=\s|\Z)") if pair[0] == "USER" else (
+        r"(?:(?<=\n)|(?<=</s>)|\A)[ \t]*", "")
+    return re.compile(rf"{before}({'|'.join(pair)})[:：]{behind}")
+
+
+_LAYOUTS = {pair: _layout(pair) for pair in (*_SPEAKERS, *_QUESTIONS)}
+
+
+def spoken(text: str) -> list[dict[str, Any]] | None:
+    """The turns of such a conversation, without the layout around what is said; None where the text is none.
+
+    Speakers need not take turns, which is judged as of any conversation; questions and answers do.
+    """
+    begins = _BEGINS.match(text)
+    if begins is None:
+        return None
+    for (user, assistant), layout in _LAYOUTS.items():
+        before, *pieces = layout.split(text)
+        names = pieces[::2]
+        if {user, assistant} != {*names} or (user, assistant) in _QUESTIONS and (
+                names != [user, assistant] * (len(names) // 2)):
+            continue
+        if before.strip() and not (begins["system"] or begins["preface"]):
+            continue
+        system = before[begins.end("system"):].strip() if begins["system"] else before.strip()
+        return ([{"role": "system", "content": system}] if system else []) + [
+            {"role": "user" if name == user else "assistant", "content": said.strip()}
+            for name, said in zip(names, pieces[1::2], strict=True)]
+    return None
