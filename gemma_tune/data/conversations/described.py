@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, kind
-from gemma_tune.data.conversations.shapes import Shaped
+from gemma_tune.data.conversations.shaped import Shaped
 from gemma_tune.data.reading.rows import Description
 
 _KNOWN_AS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}

@@ -18,6 +18,7 @@ from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
 from gemma_tune.data.conversations.rendered import is_rendered, rendered, with_prompt_apart
+from gemma_tune.data.conversations.shaped import Shaped
 from gemma_tune.data.conversations.turns import Turn, conversation
 from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, unnamed
 from gemma_tune.data.reading.rows import Description, Row
@@ -180,10 +181,10 @@ class Formats:
                 raise
             raise shapes.called(error, own) from None
 
-    def _shaped(self, row: Fields) -> shapes.Shaped:
+    def _shaped(self, row: Fields) -> Shaped:
         """The row in a known format, where it has a shape of its own. Whether it may have one is looked at where it
         seems so, as few rows do."""
-        as_it_is = shapes.Shaped(row, {})
+        as_it_is = Shaped(row, {})
         if self.name is not None:
             return as_it_is
         try:
@@ -259,6 +260,7 @@ class Formats:
             others: list[Problem] = []
             other = preference.worse(value, others)
             worse = self._turns(other, others, mended)
+            problems += filter(None, [marks.tied(value)])
             problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair

@@ -38,6 +38,22 @@ def filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return pair_in(filled) or (None if marked(row, filled) else pair_in(row.keys()))
 
 
+# What answers were given, beside which a pair whose figures are the same says nothing.
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+           ("rating_chosen", "rating_rejected"), ("chosen-rating", "rejected-rating"))
+
+
+def tied(row: Mapping[str, Any]) -> Problem | None:
+    """What is wrong with a pair whose better answer has no higher score than the other one."""
+    for better, worse in _SCORES:
+        scores = [row.get(better), row.get(worse)]
+        if all(isinstance(score, (int, float)) for score in scores) and not scores[0] > scores[1]:
+            return Problem("preference", f"`{better}` is {scores[0]} and `{worse}` is {scores[1]}, so that the one is "
+                                         "not the better answer", "leave the pair out, or the scores if they mean "
+                                                                  "something else")
+    return None
+
+
 def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
     if MARK not in row and LABEL not in row:

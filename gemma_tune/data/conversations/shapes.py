@@ -7,28 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from gemma_tune.base import strict_json
+from gemma_tune.data.conversations import indexed
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
-
-Fields = Mapping[str, Any]
-
-
-class Shaped(NamedTuple):
-    """A row under names that are known.
-
-    Args:
-        row: with all that it had, but for what became part of a known column.
-        own: what known columns are called in the file, for messages: ``{"output": "target"}``.
-        usual: whether these are but usual names of a question and an answer, for which they are taken as nothing else
-            is there; people are told then.
-    """
-
-    row: Fields
-    own: Mapping[str, str]
-    usual: bool = False
+from gemma_tune.data.conversations.shaped import Fields, Shaped, without
 
 
 def shaped(row: Fields) -> Shaped:
@@ -52,10 +37,6 @@ def called(error: RowError, own: Mapping[str, str]) -> RowError:
 
 def _named(text: str, own: Mapping[str, str]) -> str:
     return re.sub("`([^`]*)`", lambda found: f"`{own.get(found[1], found[1])}`", text)
-
-
-def _without(row: Fields, *names: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in names}
 
 
 def _renamed(row: Fields, names: Mapping[str, str]) -> Shaped | None:
@@ -140,7 +121,7 @@ def _squad(row: Fields) -> Shaped | None:
     distinct = list(dict.fromkeys(texts))
     if problem := several("`answers`", distinct):
         raise RowError([problem])
-    return Shaped(_without(row, "question", "answers") | {"instruction": row["question"], "output": distinct[0]},
+    return Shaped(without(row, "question", "answers") | {"instruction": row["question"], "output": distinct[0]},
                   {"instruction": "question", "output": "answers"})
 
 
@@ -150,7 +131,7 @@ def _xlam(row: Fields) -> Shaped | None:
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         return None
     turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": "", "tool_calls": calls}]
-    return Shaped(_without(row, "query", "answers") | {"messages": turns}, {"messages": "answers"})
+    return Shaped(without(row, "query", "answers") | {"messages": turns}, {"messages": "answers"})
 
 
 _FLAT = ("jq -c '.data[].paragraphs[] | .context as $c | .qas[] | {question, context: $c, answers: {text: "
@@ -177,7 +158,7 @@ def _ultrachat(row: Fields) -> Shaped | None:
         return None
     if all(text.startswith(_ASKED[n % 2]) for n, text in enumerate(texts)):
         texts = [text[len(_ASKED[0][0]):] for text in texts]
-    return Shaped({"messages": texts, **_without(row, "data")}, {"messages": "data"})
+    return Shaped({"messages": texts, **without(row, "data")}, {"messages": "data"})
 
 
 def _logged(row: Fields) -> Shaped | None:
@@ -189,7 +170,7 @@ def _logged(row: Fields) -> Shaped | None:
     if not alone or not isinstance(output, (str, list, dict)):
         return None
     said = [output] if isinstance(output, dict) else output
-    return Shaped(_without(row, "input", "output") | {"prompt": row["input"], "completion": said},
+    return Shaped(without(row, "input", "output") | {"prompt": row["input"], "completion": said},
                   {"prompt": "input", "completion": "output"})
 
 
@@ -208,7 +189,7 @@ def _belle(row: Fields) -> Shaped | None:
     turns = [{"role": "user" if name == "Human" else "assistant", "content": words.strip()}
              for name, words in zip(names, [*said[:-1], ""], strict=True)]
     turns[-1]["content"] = row["output"]
-    return Shaped(_without(row, "instruction", "input", "output") | {"messages": turns}, {"messages": "instruction"})
+    return Shaped(without(row, "instruction", "input", "output") | {"messages": turns}, {"messages": "instruction"})
 
 
 _MOSS = re.compile(r"\A\s*<\|[^|]*\|>:? ?|\s*<eo[a-z]>\s*\Z")
@@ -263,7 +244,7 @@ def _moss(row: Fields) -> Shaped | None:
              for role, name in (("user", "Human"), ("assistant", "MOSS"))]
     if isinstance(told := row.get("meta_instruction"), str) and told.strip():
         turns.insert(0, {"role": "system", "content": told.strip()})
-    return Shaped(_without(row, "chat", "meta_instruction") | {"messages": turns}, {"messages": "chat"})
+    return Shaped(without(row, "chat", "meta_instruction") | {"messages": turns}, {"messages": "chat"})
 
 
 def _used(exchanges: list[dict[str, Any]]) -> Iterator[str]:
@@ -286,6 +267,12 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("chat",)), _moss),
     (frozenset(("message_tree_id", "prompt")), _oasst),
     (frozenset(("mapping", "current_node")), _chatgpt),
+    (frozenset(("context", "response1", "response2", "overall_preference")), indexed.helpsteer),
+    (frozenset(("history", "human_ref_A", "human_ref_B", "labels")), indexed.shp),
+    (frozenset(("prompt", "response_0", "response_1")), indexed.safe_rlhf),
+    (frozenset(("conversation_a", "conversation_b", "winner")), indexed.arena),
+    (frozenset(("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")),
+     indexed.arena_votes),
     *((frozenset(pair), _usual) for pair in _USUAL),
 )
 # By one column of each, as rows have few: the places of those that have it.

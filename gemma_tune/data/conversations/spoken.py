@@ -18,7 +18,8 @@ _NAMES = "|".join(sorted({name for pair in (*_SPEAKERS, *_QUESTIONS) for name in
 # The first speaker; or how a system prompt begins that stands before it. Any other text before it may be a document
 # that shows a conversation.
 _PREFACE = r"You are\b|(?:A|(?:This|The following|Below) is a) (?:chat|conversation|dialogue?)\b"
-_BEGINS = re.compile(rf"\s*(?:(?:{_NAMES})[:：]|(?P<system>(?:System|SYSTEM|system|系统)[:：])|(?P<preface>{_PREFACE}))")
+_SYSTEM = "(?:System|SYSTEM|system|系统)[:：]"
+_BEGINS = re.compile(rf"\s*(?:(?:{_NAMES})[:：]|(?P<system>{_SYSTEM})|(?P<preface>{_PREFACE}))")
 
 
 def _layout(pair: tuple[str, str]) -> re.Pattern[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+import subprocess
 
 import pytest
 
@@ -116,3 +119,69 @@ def test_columns_of_pairs_that_lack_one(cli, tiny, tmp_path):
 def test_named_columns_do_not_hide_a_mark():
     row = {"instruction": "q", "output": "c", "kto_tag": False}
     assert "`kto_tag` marks good and bad answers" in problem(row, columns={"user": "instruction", "assistant": "output"}).reason
+
+
+TURN = [{"role": "user", "content": "q"}]
+CONTEXT = {"context": TURN, "response1": "c", "response2": "r"}
+SHP = {"history": "q", "human_ref_A": "c", "human_ref_B": "r"}
+SAFE = {"prompt": "q", "response_0": "c", "response_1": "r"}
+ARENA = {"conversation_a": WHOLE, "conversation_b": [*ASKED, {"role": "assistant", "content": "r"}]}
+VOTES = {"prompt": '["a", "q"]', "response_a": '["b", "c"]', "response_b": '["b", "r"]'}
+
+
+def votes(a, b, tie):
+    return {"winner_model_a": a, "winner_model_b": b, "winner_tie": tie}
+
+
+@pytest.mark.parametrize(("row", "first", "second"), [
+    (CONTEXT, {"overall_preference": -1}, {"overall_preference": 3}), (CONTEXT, {"overall_preference": "-3"}, {"overall_preference": 1.0}),
+    (SHP, {"labels": 1}, {"labels": 0}), (SAFE, {"better_response_id": 0}, {"better_response_id": 1}),
+    (SAFE, {"safer_response_id": "0", "better_response_id": None}, {"safer_response_id": 1, "better_response_id": 1}),
+    (ARENA, {"winner": "model_a"}, {"winner": "model_b"})])
+def test_the_column_that_says_which_of_two_answers_is_better(row, first, second):
+    assert read(row | first | {"id": 7}) == (["q", "c"], ["r"], None, ["id"])
+    assert read(row | second) == (["q", "r"], ["c"], None, [])
+    assert Formats(take="chosen").example(row | second).messages[-1]["content"] == "r"
+
+
+def test_the_votes_on_whole_conversations_in_text():
+    assert read(VOTES | votes(1, 0, 0)) == (["a", "b", "q", "c"], ["r"], None, [])
+    assert read(VOTES | votes("0", "1", "0")) == (["a", "b", "q", "r"], ["c"], None, [])
+    assert "`winner_tie` is 1: neither" in problem(VOTES | votes(0, 0, 1)).reason
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (CONTEXT | {"overall_preference": 0}, "`overall_preference` is 0: neither answer is the better one"),
+    (CONTEXT | {"overall_preference": None}, "`overall_preference` is None, which names neither"),
+    (CONTEXT | {"overall_preference": 0.5}, "`overall_preference` is 0.5, which names neither"),
+    (SHP | {"labels": 2}, "`labels` is 2, which names neither"), (SHP | {"labels": 10**400}, "which names neither"), (SAFE | {"better_response_id": True}, "`better_response_id` is True, which"),
+    (ARENA | {"winner": "tie (bothbad)"}, "`winner` is 'tie (bothbad)': neither"), (ARENA | {"winner": ["x"]}, "`winner` is ['x'], which"),
+    (PAIR | {"prompt": "q", "score_chosen": 7.0, "score_rejected": 7}, "`score_chosen` is 7.0 and `score_rejected` is 7, so that the one is not"),
+    (PAIR | {"prompt": "q", "chosen_rating": 1, "rejected_rating": 2}, "is 2, so that the one is not the better answer")])
+def test_a_tie_is_no_pair(row, reason):
+    found = problem(row)
+    assert found.code == "preference" and reason in found.reason
+
+
+def test_scores_of_a_pair_in_the_order_of_its_answers_or_of_no_pair():
+    scored = PAIR | {"prompt": "q", "score_chosen": 7.5, "score_rejected": 7}
+    assert read(scored)[:2] == (["q", "c"], ["r"])
+    assert Formats(take="chosen").example(scored | {"score_rejected": 7.5}).messages[-1]["content"] == "c"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_two_criteria_that_disagree_are_told_with_a_command_that_works(tmp_path):
+    row = SAFE | {"better_response_id": 0, "safer_response_id": 1}
+    found = problem(row)
+    assert "name different responses" in found.reason
+    command, _, other = found.fix.partition(": ")[2].partition(", or with ")
+    assert other == "better_response_id in its place"
+    write_rows(tmp_path / "FILE.jsonl", [row])
+    for name, wanted in (("safer_response_id", "r"), ("better_response_id", "c")):
+        subprocess.run(["sh", "-c", command.replace("safer_response_id", name)], cwd=tmp_path, check=True)
+        [pair] = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+        assert read(pair)[0] == ["q", wanted]
+
+
+def test_a_problem_of_such_a_pair_has_the_columns_own_name():
+    assert "`human_ref_B`" in problem(SHP | {"labels": 1, "human_ref_B": ""}).reason
