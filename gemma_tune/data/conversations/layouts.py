@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.base import strict_json
+from gemma_tune.data.conversations.blocks import blocks_apart
 from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
@@ -123,7 +124,7 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
     named = [name for name in SYSTEMS if row.get(name) not in (None, "", [])]
     if not named or not isinstance(messages, list):
         return messages
-    texts = {name: text_of(row, name, problems) for name in named}
+    texts = {name: _system_text(row, name, problems) for name in named}
     systems = {text.strip(): name for name, text in reversed(texts.items()) if text.strip()}
     if len(systems) > 1:
         names = " and ".join(f"`{name}`" for name in reversed(systems.values()))
@@ -139,6 +140,14 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
             problems.append(Problem("system_inside", f"`{name}` of the row and the system message of its turns differ",
                                     "leave one of them in the row"))
     return messages
+
+
+def _system_text(row: Mapping[str, Any], name: str, problems: list[Problem]) -> str:
+    """A system prompt that is text, or a list of nothing but parts of text, as Anthropic has it."""
+    parts = row[name]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+             for part in parts] if isinstance(parts, list) else [None]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else text_of(row, name, problems)
 
 
 def declared(row: Mapping[str, Any]) -> Any:
@@ -166,9 +175,17 @@ def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) 
     if not tools and first.get("tools") and role_of(first) == "system":
         tools = first["tools"]
         turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
+    return Draft(with_system(apart(turns, tools), row, problems), key, tools)
+
+
+def apart(turns: list[Any], tools: Any) -> list[Any]:
+    """The turns with calls and results that stand inside what is said in their own places; a text that looks like a
+    call is one where there are tools."""
+    if any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns):
+        turns = blocks_apart(turns)
     if tools or any(isinstance(turn, dict) and role_of(turn) == "tool" for turn in turns):
         turns = calls_apart(turns)
-    return Draft(with_system(turns, row, problems), key, tools)
+    return turns
 
 
 def alpaca(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
@@ -213,7 +230,8 @@ def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
             turns.append(turn(text_of(row, key, problems)))
         else:
             turns += map(_not_learned, value) if key == "prompt" else value
-    return Draft(with_system(turns, row, problems), "prompt", declared(row))
+    tools = declared(row)
+    return Draft(with_system(apart(turns, tools), row, problems), "prompt", tools)
 
 
 def _not_learned(turn: Any) -> Any:
@@ -266,6 +284,8 @@ def is_history(value: Any) -> bool:
 def _named_turns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Problem]) -> Draft:
     key, tools = names["turns"], row.get(names["tools"]) if "tools" in names else declared(row)
     turns = turns_in(strict_json.list_in(row.get(key)))
+    if isinstance(turns, list):
+        turns = apart(turns, tools)
     if "system" in names:
         return Draft(with_system(turns, {"system": row.get(names["system"])}, problems), key, tools)
     return Draft(with_system(turns, row, problems), key, tools)

@@ -16,6 +16,7 @@ from gemma_tune.data.conversations.layouts import (
     SYSTEMS,
     Draft,
     alpaca,
+    apart,
     assistant,
     declared,
     history,
@@ -190,7 +191,9 @@ def _answered(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draf
         answer = [answer] if isinstance(answer, dict) else answer
         whole = not isinstance(answer, list) or _is_whole(answer)
         turns = answer if whole else [*(_prompt(row, problems) or []), *answer]
-    return Draft(with_system(turns, row, problems), key, _tools(row))
+    tools = _tools(row)
+    turns = apart(turns, tools) if isinstance(turns, list) else turns
+    return Draft(with_system(turns, row, problems), key, tools)
 
 
 def _is_whole(turns: list[Any]) -> bool:

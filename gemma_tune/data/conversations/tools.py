@@ -50,6 +50,7 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
     if found is None:
         return None
     tool, function = found
+    function = _with_parameters(function)
     if isinstance(function.get("parameters"), str):
         try:
             function = function | {"parameters": strict_json.loads(function["parameters"])}
@@ -61,14 +62,22 @@ def _declaration(number: int, tool: Any, problems: list[Problem]) -> dict[str, A
         problems.append(_bad_tools(f"the parameters of tool {number} are {kind(function['parameters'])}, not an "
                                    "object"))
         return None
-    if function is tool:  # a bare one may carry the `type` that belongs around it
-        function = {key: value for key, value in tool.items() if key != "type"}
+    if not isinstance(tool.get("function"), dict):  # a bare one may carry the `type` that belongs around it
+        function = {key: value for key, value in function.items() if key != "type"}
     if (fault := _unwritable(function)) is not None:
         problems.append(_bad_tools(f"tool {number} contains {fault}"))
         return None
     if isinstance(function.get("parameters"), dict):
         function = function | {"parameters": _schema(_object_of(function["parameters"]))}
     return {"type": "function", "function": function}
+
+
+def _with_parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """With the schema of its parameters under OpenAI's name, where it has but Anthropic's, or MCP's."""
+    schema = next((name for name in ("input_schema", "inputSchema") if function.get(name) is not None), None)
+    if schema is None or function.get("parameters") is not None:
+        return function
+    return {"parameters" if key == schema else key: value for key, value in function.items() if key != "parameters"}
 
 
 # As Gemini writes JSON Schema's types, and as Python calls them in xLAM and BFCL.

@@ -59,6 +59,7 @@ def of_row(row: Mapping[str, Any], format: str, columns: Mapping[str, str], turn
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> Collection[str]:
     named = {*columns.values(), *(name for name in HISTORIES if "user" in columns and is_history(row.get(name)))}
+    named |= set(_TOOLS) if "turns" in columns and "tools" not in columns else set()
     return named if "system" in columns else named | set(SYSTEMS)
 
 

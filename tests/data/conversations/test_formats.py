@@ -743,7 +743,7 @@ def test_an_image_is_not_asked_to_become_a_text():
 
 
 def test_parts_of_tools_and_of_no_known_type_say_what_to_write():
-    for part, fix in (({"type": "tool_use", "id": "t", "name": "f", "input": {}}, "write a call as `tool_calls`"),
+    for part, fix in (({"type": "server_tool_use", "id": "t", "name": "f", "input": {}}, "write a call as `tool_calls`"),
                       ({"type": "tool_result", "tool_use_id": "t", "content": "r"}, "a turn of the role `tool`"),
                       ({"type": "tool_call", "value": "{}"}, "write a call as `tool_calls`"),
                       ({"type": "thinking", "thinking": [{"type": "text", "text": "c"}]}, "write a thought as `reasoning_content`"),

@@ -101,3 +101,22 @@ def test_many_marks_take_no_time():
     began = time.monotonic()
     read(gpt(f"{AS_JSON}\n" * 10_000 + "end"), tools=TOOLS)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("row", "columns"), [
+    ({"talk": [user("The rate?"), answer(AS_JSON)]}, {"turns": "talk"}), ({"prompt": "The rate?", "completion": AS_JSON}, {}),
+    ({"prompt": [user("The rate?")], "completion": [answer(AS_PYTHON)]}, {})])
+def test_calls_in_other_formats(row, columns):
+    example = Formats(columns=columns).example({**row, "tools": TOOLS})
+    assert example.messages == [user("The rate?"), answer(tool_calls=[call()])]
+    assert example.tools == TOOLS and example.unread == ()
+
+
+def test_what_looks_like_a_call_stays_a_text_where_there_are_no_tools():
+    assert Formats().example({"prompt": "The rate?", "completion": AS_JSON}).messages[1] == answer(AS_JSON)
+
+
+def test_calls_in_pairs():
+    other = AS_JSON.replace("USD", "EUR")
+    example = Formats().example({"prompt": "The rate?", "chosen": AS_JSON, "rejected": other, "tools": TOOLS})
+    assert example.messages[-1] == answer(tool_calls=[call()]) and example.rejected == [answer(tool_calls=[call("EUR")])]
