@@ -15,6 +15,7 @@ from gemma_tune.base import strict_json
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
+from gemma_tune.data.conversations.logs import is_logged
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
 from gemma_tune.data.conversations.rendered import is_rendered, rendered, with_prompt_apart
@@ -72,7 +73,7 @@ _REQUIRED = ("user", "assistant", "turns")  # what a row of named columns cannot
 # How each format is recognised: from a row and its columns that are not empty. The first that fits is taken.
 _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "preference": preference.is_preference,
-    "messages": lambda row, keys: "messages" in keys,
+    "messages": lambda row, keys: "messages" in keys and not is_logged(row),
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
                                    or isinstance(layouts.turn_list(row.get("conversation")), list)
                                    or python_list("", row.get("conversation"), turns=True) is not None),
@@ -90,7 +91,7 @@ _REASONS = {
     "gemini": "a list `contents` with `parts`",
     "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",
     "prompt-completion": "`prompt` and `completion`, or the usual names of a question and its answer alone, "
-                         "or turns as `input` with their `output`",
+                         "or turns as `input` with their `output`, or a request with its answer",
     "rendered": "a `text` that a chat template wrote, or that names who speaks: its turns are learned in the model's "
                 "own template, and --format text keeps it as it is",
     "text": "`text` and no column of questions or answers; a file of plain text is one such row",

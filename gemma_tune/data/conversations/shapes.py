@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations import indexed
+from gemma_tune.data.conversations import indexed, logs
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
@@ -263,6 +263,9 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("paragraphs",)), _squad_file),
     (frozenset(("data",)), _ultrachat),
     (frozenset(("instruction", "output")), _belle),
+    *((frozenset(pair), logs.logged) for pair in (("messages", "response"), ("request", "response"),
+                                                  ("body", "response"), ("input", "output"), ("inputs", "outputs"))),
+    (frozenset(("custom_id",)), logs.half_of_batch),
     (frozenset(("input", "output")), _logged),
     (frozenset(("chat",)), _moss),
     (frozenset(("message_tree_id", "prompt")), _oasst),

@@ -237,7 +237,7 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
 
 _NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
             "input_file")
-_OF_TOOLS = ("tool_use", "tool_result", "server_tool_use", "web_search_tool_result", "tool_call")  # Anthropic's, and LLaMA-Factory's
+_OF_TOOLS = ("tool_use", "tool_result", "server_tool_use", "tool_call")  # Anthropic's, and LLaMA-Factory's
 _THOUGHTS = ("thinking", "reasoning")  # likewise
 _REPORTED = object()  # in place of a content whose problem is already in the list
 
