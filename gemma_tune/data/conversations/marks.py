@@ -41,11 +41,12 @@ def filled_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 # What answers were given, beside which a pair whose figures are the same says nothing.
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
            ("rating_chosen", "rating_rejected"), ("chosen-rating", "rejected-rating"))
+_SCORED = frozenset(better for better, _ in _SCORES)
 
 
 def tied(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with a pair whose better answer has no higher score than the other one."""
-    for better, worse in _SCORES:
+    for better, worse in () if _SCORED.isdisjoint(row) else _SCORES:
         scores = [row.get(better), row.get(worse)]
         if all(isinstance(score, (int, float)) for score in scores) and not scores[0] > scores[1]:
             return Problem("preference", f"`{better}` is {scores[0]} and `{worse}` is {scores[1]}, so that the one is "
