@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gemma_tune.base import strict_json
-from gemma_tune.data.conversations import indexed, logs
+from gemma_tune.data.conversations import exports, indexed, logs
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
@@ -71,6 +71,19 @@ def by_columns(row: Fields) -> Problem | None:
         return None
     return Problem("unknown_format", f"its columns are {what}: this is a table written by its columns",
                    f"write it by its rows: {_BY_ROWS.format(each=each)}")
+
+
+def _split(row: Fields) -> None:
+    """The same as pandas' ``to_json(orient="split")`` leaves it: names once, and a list for each row."""
+    names, rows = row["columns"], row["data"]
+    if isinstance(names, list) and isinstance(rows, list) and rows and all(
+            isinstance(values, list) and len(values) == len(names) for values in rows):
+        raise RowError([Problem("unknown_format", "`columns` has the names and `data` the values of rows: this is a "
+                                                  "whole table",
+                                f"write it by its rows: {_BY_ROWS.format(each=_EACH_OF_DATA)}")])
+
+
+_EACH_OF_DATA = "dict(zip(t['columns'], r)) for r in t['data']"
 
 
 def _firefly(row: Fields) -> Shaped | None:
@@ -210,25 +223,6 @@ def _oasst(row: Fields) -> Shaped | None:
                             "prompter=user --on-uneven mend")])
 
 
-# From the last message of what is shown back to the first, without what is said to a tool; of a picture the parts
-# stay, so that it is refused.
-_SHOWN_PATH = (
-    "jq -c '(arrays[], objects) | .mapping as $all | {messages: [.current_node | recurse($all[.].parent // empty) | "
-    '$all[.].message // empty | select((.author.role | IN("user", "assistant")) and (.recipient // "all") == "all" and '
-    '(.content.content_type | IN("text", "multimodal_text"))) | '
-    '{role: .author.role, content: (.content.parts | if all(type == "string") '
-    "then join(\"\") else . end)} | select(.content != \"\")] | reverse} | select(.messages != [])' conversations.json "
-    "> rows.jsonl")
-
-
-def _chatgpt(row: Fields) -> Shaped | None:
-    """A conversation as ChatGPT exports it: all versions of all messages."""
-    if not isinstance(row["mapping"], dict):
-        return None
-    raise RowError([Problem("unknown_format", "`mapping` holds all versions of a conversation, as ChatGPT exports it",
-                            f"take what it shows, with {_SHOWN_PATH}, and prepare that with --on-uneven mend")])
-
-
 def _moss(row: Fields) -> Shaped | None:
     """MOSS: ``turn_1``, ``turn_2``, … with ``Human`` and ``MOSS``, in the marks of its own template."""
     chat = row["chat"]
@@ -269,7 +263,10 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("input", "output")), _logged),
     (frozenset(("chat",)), _moss),
     (frozenset(("message_tree_id", "prompt")), _oasst),
-    (frozenset(("mapping", "current_node")), _chatgpt),
+    (frozenset(("mapping", "current_node")), exports.chatgpt),
+    (frozenset(("chunkedPrompt",)), exports.ai_studio),
+    (frozenset(("title", "products", "safeHtmlItem")), exports.takeout),
+    (frozenset(("columns", "data")), _split),
     (frozenset(("context", "response1", "response2", "overall_preference")), indexed.helpsteer),
     (frozenset(("history", "human_ref_A", "human_ref_B", "labels")), indexed.shp),
     (frozenset(("prompt", "response_0", "response_1")), indexed.safe_rlhf),

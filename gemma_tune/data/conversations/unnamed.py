@@ -57,6 +57,8 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
         return _about_turns(row, turns, reason, detected)
     if pair := _pair_of_names(row):
         return Problem("unknown_format", reason, f"use --columns {shell.quote(pair)}")
+    if (two := _two_answers(row)) is not None:
+        return two
     answers = (*_ANSWERS, "highlights") if _column(row, _SPEAKERS) else (*_ANSWERS, "highlights", "content")
     question, answer, system, context, thought = (_column(row, names) for names in (
         _QUESTIONS, answers, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
@@ -157,6 +159,26 @@ def _pair_of_names(row: Fields) -> str | None:
     worse = next((key for key in texts if any(part in key.lower() for part in _WORSE)), None)
     better = next((key for key in texts if key != worse and any(part in key.lower() for part in _BETTER)), None)
     return f"user={question},chosen={better},rejected={worse}" if question and better and worse else None
+
+
+_NUMBERED = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))  # the ends of names of two answers
+
+
+def _two_answers(row: Fields) -> Problem | None:
+    """What to do about two answers to one question, of which some column, or none, says which is better."""
+    question = _column(row, _QUESTIONS)
+    names = {name for name in row if isinstance(name, str) and _IDENTIFIER.fullmatch(name)}
+    found = next(((name, name[:-1] + second) for name in sorted(names) for first, second in _NUMBERED
+                  if name.endswith(first) and name[:-1] + second in names and name[:-1].rstrip("_").lower() in _ANSWERS
+                  and all(isinstance(row[both], str) for both in (name, name[:-1] + second))), None)
+    if found is None or question not in names:
+        return None
+    one, other = found
+    return Problem("unknown_format", f"`{one}` and `{other}` seem to be two answers to `{question}`, and which of them "
+                                     f"is better has to be said; {found_columns(row)}",
+                   f"jq -c '(arrays[], objects) | (if .WHICH == 1 then [.{one}, .{other}] else [.{other}, .{one}] end) "
+                   f"as [$better, $worse] | {{prompt: .{question}, chosen: $better, rejected: $worse}}' FILE.jsonl > "
+                   f"pairs.jsonl, where .WHICH == 1 stands for what is true if `{one}` is the better one")
 
 
 def _beside_text(row: Fields) -> Problem | None:

@@ -185,3 +185,22 @@ def test_two_criteria_that_disagree_are_told_with_a_command_that_works(tmp_path)
 
 def test_a_problem_of_such_a_pair_has_the_columns_own_name():
     assert "`human_ref_B`" in problem(SHP | {"labels": 1, "human_ref_B": ""}).reason
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("names", [("output_1", "output_2"), ("response_a", "response_b"), ("answer0", "answer1")])
+def test_two_answers_beside_which_nothing_known_says_which_is_better(tmp_path, names):
+    row = {"instruction": "q", names[0]: "c", names[1]: "r", "preference": 1}
+    found = problem(row)
+    assert f"which of them is better has to be said; it has 'instruction', '{names[0]}'" in found.reason
+    command, _, means = found.fix.partition(", where .WHICH == 1 stands for ")
+    assert means == f"what is true if `{names[0]}` is the better one"
+    write_rows(tmp_path / "FILE.jsonl", [row, row | {"preference": 2}])
+    subprocess.run(["sh", "-c", command.replace("WHICH", "preference")], cwd=tmp_path, check=True)
+    assert [read(json.loads(line))[:2] for line in (tmp_path / "pairs.jsonl").read_text().splitlines()] == [
+        (["q", "c"], ["r"]), (["q", "r"], ["c"])]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "response_a": "c"}, {"response_a": "c", "response_b": "r"}, {"prompt": "q", "part_1": "c", "part_2": "r"}])
+def test_what_only_looks_like_two_answers(row):
+    assert "which of them is better" not in problem(row).reason

@@ -130,6 +130,22 @@ def test_what_chatgpt_exports_is_told_with_a_command_that_works(tmp_path):
         Formats(mends=True).example(other)
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_what_ai_studio_saves_is_told_with_a_command_that_works(tmp_path):
+    said = [("user", "Hi"), ("model", "Hello"), ("user", "Sky?"), ("model", "Hm."), ("model", "Blue.")]
+    chunks = [{"role": role, "text": text, "tokenCount": 1} for role, text in said]
+    chunks[3]["isThought"] = True
+    saved = {"runSettings": {"temperature": 1}, "systemInstruction": {"text": "Be brief."}, "chunkedPrompt": {"chunks": chunks}}
+    (tmp_path / "FILE").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    with pytest.raises(RowError, match="as Google's AI Studio saves it") as caught:
+        Formats().example(saved)
+    command, _, options = caught.value.fix.partition("with ")[2].rpartition(", and prepare that with ")
+    assert options == "--on-uneven mend"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert Formats(mends=True).example(row).messages == [{"role": "system", "content": "Be brief."}, *FOUR]
+
+
 def test_parameters_that_are_listed_by_name_become_a_schema():
     [tool] = Formats().example(XLAM).tools
     assert tool["function"]["parameters"] == {"type": "object", "properties": {
@@ -164,6 +180,8 @@ REFUSED = {
     "history": ({"query": "Sky?", "response": "Blue.", "history": ["Hi"]}, "`history` is not a list of pairs"),
     "own-name": ({"query": "Sky?", "response": 4, "history": [["Hi", 4.5]]}, "an answer in `history`"),
     "no-answer-to-a-question": ({"id": 3, "question": "Sky?", "answer": None}, "turn 2 (assistant) is empty"),
+    "takeout": ({"header": "Gemini Apps", "title": "Prompted Sky?", "products": ["Gemini Apps"], "safeHtmlItem": [{"html": "<p>Blue.</p>"}]},
+                "with its answer as HTML"),
     "odd": ({"id": "0", "data": ["Hi", "Hello", "Sky?"]}, "there is no answer to learn"),
 }
 
@@ -179,10 +197,12 @@ def test_it_is_refused_by_its_own_names(name):
 @pytest.mark.parametrize("columns, rows", [
     ({"conversations": {"0": TURNS, "1": FOUR}, "id": {"0": "a", "1": "b"}}, [TURNS, FOUR]),
     ({"instruction": {"0": "Hi", "7": "Sky?"}, "output": {"7": "Blue.", "0": "Hello"}}, [FOUR[:2], TURNS]),
-    ({"instruction": ["Hi", "Sky?"], "output": ["Hello", "Blue."]}, [FOUR[:2], TURNS])], ids=["pandas", "of-texts", "datasets"])
-def test_a_table_by_its_columns_is_told_with_a_command_that_works(tmp_path, columns, rows):
+    ({"instruction": ["Hi", "Sky?"], "output": ["Hello", "Blue."]}, [FOUR[:2], TURNS]),
+    ({"columns": ["instruction", "output"], "index": [0, 7], "data": [["Hi", "Hello"], ["Sky?", "Blue."]]}, [FOUR[:2], TURNS])],
+    ids=["pandas", "of-texts", "datasets", "pandas-split"])
+def test_a_table_in_one_object_is_told_with_a_command_that_works(tmp_path, columns, rows):
     (tmp_path / "FILE.json").write_text(json.dumps(columns), encoding="utf-8")
-    with pytest.raises(RowError, match="written by its columns") as caught:
+    with pytest.raises(RowError, match="table") as caught:
         Formats().example(columns)
     subprocess.run(["sh", "-c", caught.value.fix.partition(": ")[2]], cwd=tmp_path, check=True)
     read = [Formats().example(row).messages for row in json.loads((tmp_path / "rows.json").read_text())]
@@ -211,7 +231,7 @@ def test_a_problem_has_the_columns_own_name():
 @pytest.mark.parametrize("row", [
     {"kind": "QA", "input": "Sky?", "target": "Blue.", "output": "Red."},
     {"query": "Sky?", "response": "Blue.", "context": "A text."}, {"query": "Sky?", "response": "Blue.", "input": "x"},
-    {"data": ["Hi", "Hello"], "label": 1}, {"data": ["one"]}, {"question": "q", "context": "c", "answers": ["a", "b"]},
+    {"data": ["Hi", "Hello"], "label": 1}, {"columns": ["a"], "data": [["b", "c"]]}, {"data": ["one"]}, {"question": "q", "context": "c", "answers": ["a", "b"]},
     {"chat": {"turn_1": {"Human": "Hi"}}}, {"question": "Sky?", "answer": "Blue.", "context": "A text."},
     {"question": "Sky?", "answer": "B", "choices": ["Red.", "Blue."]}, {"question": "Sky?", "answer": 1},
     {"question": "Sky?", "answer": "Blue.", "q": "Sea?", "a": "Green."}, {"prompt": "Sky?", "response": ["Blue."]},
