@@ -376,6 +376,7 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
     awaited = ("user",)  # roles that may come now
     caller = 0  # number of the turn whose call was the last
     with_tools = False
+    said = ""  # by the assistant, since the user's last turn
     for number, turn in zip(numbers, turns):
         role = turn["role"]
         if role == "system":
@@ -385,15 +386,15 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
                                         "move it to the front"))
             continue
         if role not in awaited:
-            problems.append(_misplaced(number, role, awaited, caller))
+            problems.append(_misplaced(number, role, awaited, caller, said))
         if role == "user":
-            awaited = ("assistant",)
+            awaited, said = ("assistant",), ""
         elif role == "tool":
             with_tools, awaited = True, ("assistant", "tool")
         elif "tool_calls" in turn:
             awaited, caller = ("tool",), number
         else:
-            awaited = ("user",)
+            awaited, said = ("user",), turn["content"]
     if with_tools:
         _match_results(turns, numbers, problems)
 
@@ -407,7 +408,15 @@ def _check_answers(turns: Sequence[Turn], problems: list[Problem]) -> None:
                                 "leave the row out, or let an answer be learned: \"train\": true"))
 
 
-def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int) -> Problem:
+_AS_PYTHON = re.compile(r"\s*\[\s*\w[^()\n]{0,80}\([^\n]*\)\s*\]\s*\Z")  # [f(a=1), g()], as ToolACE has it
+
+
+def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int, said: str) -> Problem:
+    if role == "tool" and _AS_PYTHON.match(said):
+        return Problem("tool_order", f"turn {number} is the result of a tool that is called in the text before it, as "
+                                     f"Python calls functions: {quoted(said)}",
+                       "write the call as `tool_calls`, and the functions that the system prompt describes as `tools`; "
+                       "or leave the row out")
     if role == "tool":
         return Problem("tool_order", f"turn {number} is the result of a tool that was not called before it",
                        "put the assistant's `tool_calls` before it, or leave the row out")

@@ -927,6 +927,9 @@ def test_problems_of_a_row_do_not_go_on_for_ever():
 @pytest.mark.parametrize("turns, reason", [
     ([USER, RESULT, ANSWER], "turn 2 is the result of a tool that was not called before it"),
     ([USER, ANSWER, RESULT, ANSWER], "turn 3 is the result of a tool that was not called before it"),
+    ([USER, answer('[Look Up(at=1), f(b="x")]'), RESULT, ANSWER],
+     "turn 3 is the result of a tool that is called in the text before it, as Python calls functions: '[Look Up(at=1), f(b=\"x\")]'"),
+    ([USER, answer("See [1](x)."), RESULT, ANSWER], "turn 3 is the result of a tool that was not called before it"),
     ([USER, CALL, USER, ANSWER], "turn 3 is `user` where the result of the tool call in turn 2 is expected"),
     ([USER, CALL, ANSWER], "turn 3 is `assistant` where the result of the tool call in turn 2 is expected"),
     ([USER, CALL, RESULT | {"tool_call_id": "2"}, ANSWER], "turn 3 answers the tool call '2', which turn 2 does not make"),
