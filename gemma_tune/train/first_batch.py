@@ -242,12 +242,13 @@ class FirstBatch:
         """
         batch = self.collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
         began = time.perf_counter()
-        on_gpu = self.accelerator.device.type == "cuda"
+        device = self.accelerator.device
+        on_gpu = device.type != "cpu"
         self.gradients.clear()
-        with torch.random.fork_rng([self.accelerator.device] if on_gpu else []):
+        with torch.random.fork_rng([device] if on_gpu else []):
             self.training_step(self.model, batch, self.learned_in(batch))
         if on_gpu:
-            torch.cuda.synchronize()
+            torch.get_device_module(device).synchronize()
         seconds = time.perf_counter() - began
         self.gradients.clear()
         return seconds

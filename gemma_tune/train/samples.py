@@ -136,7 +136,7 @@ class Samples(TrainerCallback):
         trainer = self.trainer
         assert trainer is not None
         device = trainer.accelerator.device
-        with (torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.evaluating(),
+        with (torch.random.fork_rng([] if device.type == "cpu" else [device]), trainer.evaluating(),
               trainer.model.disable_adapter() if base else contextlib.nullcontext(), plain_forward(trainer.causal_lm)):
             [answer] = greedy_continuations(trainer.causal_lm, self.chat, [ids], MOST_TOKENS, seconds)
         return answer

@@ -48,6 +48,7 @@ T = TypeVar("T")
 MOST_FREED = 4  # times after which capturing anew takes longer than it saves
 MOST_OVERFLOWS = 20  # steps in a row that the loss scaler of fp16 may skip
 _WAYS = ("fused", "foreach", "capturable")  # of computing the same step
+_OF_APPLE = "rng_state_mps.pth"  # random state of Apple's GPU, in a checkpoint
 
 
 class GemmaTrainer(FirstBatch, SFTTrainer):
@@ -387,6 +388,18 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         Trainer._save(self, output_dir, trained_weights(self.model))
+
+    def _save_rng_state(self, output_dir):
+        """The library's, which passes over Apple's GPU."""
+        super()._save_rng_state(output_dir)
+        if self.accelerator.device.type == "mps":
+            torch.save(torch.mps.get_rng_state(), Path(output_dir) / _OF_APPLE)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        # A checkpoint of another device or an older version has none.
+        if checkpoint and self.accelerator.device.type == "mps" and (kept := Path(checkpoint) / _OF_APPLE).exists():
+            torch.mps.set_rng_state(torch.load(kept, weights_only=True))
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -184,8 +184,8 @@ class Trials:
             for weight, start in zip(trainer.gradients.weights, self._start):
                 weight.copy_(start)
         torch.random.set_rng_state(self._random)
-        if self.placement.device == "cuda":
-            torch.cuda.set_rng_state(self._random_of_gpu)
+        if self.placement.device != "cpu":
+            torch.get_device_module(self.placement.device).set_rng_state(self._random_of_gpu)
         trainer.optimizer = None
         trainer.gradients.clear()
         trainer.figures, trainer.tokens_seen, trainer.overflows = LateFigures(trainer.accelerator.device), 0, 0
@@ -193,8 +193,8 @@ class Trials:
     def _remember(self) -> None:
         self._start = [weight.detach().clone() for weight in self._trainer.gradients.weights]
         self._random = torch.random.get_rng_state()
-        if self.placement.device == "cuda":
-            self._random_of_gpu = torch.cuda.get_rng_state()
+        if self.placement.device != "cpu":
+            self._random_of_gpu = torch.get_device_module(self.placement.device).get_rng_state()
 
     # ---- one trainer for all candidates of a rank --------------------------------------------------------------------
 

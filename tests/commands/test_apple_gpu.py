@@ -87,6 +87,35 @@ def test_training_and_answering_need_what_is_there(library, prepared):
     assert '"device": "mps"' in found[0]["out"] and '"dtype": "bf16"' in found[0]["out"]
 
 
+def test_a_training_goes_on_there_with_the_masks_that_it_would_have_had(library, prepared):
+    shutil.copytree("sft", "whole")
+    steady = ("--schedule", "constant", "--warmup", 0, "--dropout", 0.3)
+    commands = [("train", "--run", "sft", *FLAGS, *steady, "--max-steps", 2),
+                ("train", "--run", "sft", "--continue", "--max-steps", 4, "--quiet"),
+                ("train", "--run", "whole", *FLAGS, *steady)]
+    for command, result in zip(commands, apple_gpu.results(library, commands)):
+        assert result["code"] == 0, (command, result["err"])
+    sft, whole = (Path(run, "base_lora_adapter", "adapter_model.safetensors").read_bytes() for run in ("sft", "whole"))
+    assert sft == whole
+
+
+def test_the_time_of_the_longest_batch_is_told_when_it_is_done(library, prepared):
+    """What is computed there is only begun when Python goes on."""
+    code = f"""
+import torch
+from pathlib import Path
+from support.apple_gpu import install, leave
+from support.command import invoke
+install(Path({str(library)!r}))
+waited = []
+torch.mps.synchronize = lambda: waited.append(1)
+assert invoke("train", "--run", "sft", *{FLAGS}, "--max-steps", 1).code == 0
+print(len(waited))
+leave()
+"""
+    assert apple_gpu.in_a_process("-c", code).splitlines()[-1] == "1"
+
+
 def test_it_learns_there_what_it_learns_on_a_cpu(cli, library, prepared, monkeypatch):
     command = ("train", "--run", "sft", "--dtype", "fp32", *FLAGS)
     [there] = apple_gpu.results(library, [command])

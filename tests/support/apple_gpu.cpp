@@ -183,6 +183,7 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto arguments = torch::jit::pop(*stack, count);
   const auto originals = arguments;
   bool here = false, elsewhere = false;
+  static const auto drawing = c10::OptionalType::create(c10::GeneratorType::get());
   auto convert = [&](const Tensor& t) {
     here = here || there(t);
     elsewhere = elsewhere || (t.defined() && !there(t) && t.dim() > 0);  // a number of the CPU goes with the call
@@ -202,6 +203,8 @@ void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       c10::List<Maybe> list;
       for (const Maybe& t : argument.toOptionalTensorList()) list.push_back(t ? Maybe(convert(*t)) : std::nullopt);
       argument = list;
+    } else if (argument.isNone() && *schema.arguments()[n].type() == *drawing) {
+      argument = generator();  // of which the seed is the device's own
     } else if (argument.isDevice() && argument.toDevice().type() == c10::kMPS) {
       argument = c10::Device(c10::kCPU);
     }
