@@ -174,16 +174,17 @@ OVERHEAD = {"cpu": 700_000_000, "cuda": 450_000_000, "mps": 300_000_000}
 def available(device: str) -> int:
     """Bytes that this process can have on the device, with those that it already holds.
 
-    On a CPU the least of what the system calls available and what is left of every control group's limit.
+    On a CPU the least of what the system calls available and what is left of every control group's limit. Apple's GPU
+    shares the computer's memory with all programs, and has a limit of its own.
     """
+    import psutil
     import torch
 
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     if device == "mps":
-        return torch.mps.recommended_max_memory()
-    import psutil
-
+        return min(torch.mps.recommended_max_memory(),
+                   psutil.virtual_memory().available + torch.mps.driver_allocated_memory())
     return min(psutil.virtual_memory().available, *_left_by_groups()) + psutil.Process().memory_info().rss
 
 
@@ -200,8 +201,7 @@ def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
     for dtype in dict.fromkeys((first, "auto", "bf16")):
         placement = choose_placement(dtype)
         need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
-        # Weights go straight to a CUDA GPU; Apple's shares its memory with the computer.
-        room = min(available(device) for device in {placement.device, "cuda" if placement.device == "cuda" else "cpu"})
+        room = available(placement.device)  # weights go straight to a GPU
         if need <= USABLE * room:
             return placement, ""
     return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"

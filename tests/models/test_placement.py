@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -38,14 +40,22 @@ def test_the_measurement_is_a_ratio():
     assert 0.01 < placement.bf16_speed(rounds=2) < 100
 
 
-@pytest.mark.parametrize(("device", "fits"), [("cuda", True), ("mps", False), ("cpu", False)])
+@pytest.mark.parametrize(("device", "fits"), [("cuda", True), ("cpu", False)])
 def test_what_goes_straight_to_a_gpu_needs_no_room_beside_it(monkeypatch, device, fits):
     chosen = placement.Placement(device, torch.bfloat16, "test")
     monkeypatch.setattr(placement, "choose_placement", lambda dtype: chosen)
-    monkeypatch.setattr(placement, "available", {"cuda": 40e9, "mps": 40e9, "cpu": 4e9}.__getitem__)
+    monkeypatch.setattr(placement, "available", {"cuda": 40e9, "cpu": 4e9}.__getitem__)
     found, lacking = placement.place(8_000_000_000)
     assert (found == chosen) is fits
     assert bool(lacking) is not fits
+
+
+@pytest.mark.parametrize(("free", "held", "room"), [(30, 0, 12), (5, 0, 5), (5, 4, 9), (11, 4, 12)])
+def test_apples_gpu_has_what_other_programs_leave_up_to_its_own_limit(monkeypatch, free, held, room):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: held)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    assert placement.available("mps") == room
 
 
 @pytest.mark.parametrize(("new", "dtype", "named"), [(True, torch.bfloat16, "half the memory"),
