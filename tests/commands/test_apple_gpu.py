@@ -85,6 +85,14 @@ def test_training_and_answering_need_what_is_there(library, prepared):
     for command, result in zip(commands, found):
         assert result["code"] == 0, (command, result["err"])
     assert '"device": "mps"' in found[0]["out"] and '"dtype": "bf16"' in found[0]["out"]
+    assert not steps_as_one("sft"), "the last training there was in fp16"
+    assert steps_as_one("experts")
+
+
+def steps_as_one(run: str) -> bool:
+    """Whether the step of AdamW was that of all weights at once."""
+    saved = torch.load(next(Path(run, "training_checkpoints").glob("checkpoint-*/optimizer.pt")), "cpu", weights_only=True)
+    return bool(saved["param_groups"][0]["fused"])
 
 
 def test_a_training_goes_on_there_with_the_masks_that_it_would_have_had(library, prepared):
@@ -125,4 +133,4 @@ def test_it_learns_there_what_it_learns_on_a_cpu(cli, library, prepared, monkeyp
     assert (summary["device"], here["device"]) == ("mps", "cpu")
     for name in ("eval_loss_before", "eval_loss_after", "adapter_norm"):
         assert summary[name] == pytest.approx(here[name], rel=1e-3), name
-    assert Path("sft/base_lora_adapter/adapter_model.safetensors").exists()
+    assert Path("sft/base_lora_adapter/adapter_model.safetensors").exists() and not steps_as_one("sft")
