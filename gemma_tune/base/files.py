@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.refusals import FORBIDDEN, FULL, NotWritten, may_read, refusal, unreadable
 
@@ -95,7 +94,7 @@ def _in_use(refused: OSError) -> bool:
 def _elsewhere(root: Path) -> str:
     """What to do where the directory of a run cannot be written: in another one there is nothing to go on from."""
     if (root / "manifest.json").is_file():
-        return f"copy the run to where you can write, cp -r {shell.quote(str(root))} DIR, and name that with --run DIR"
+        return f"copy the run, the whole directory {root}, to where you can write, and name that with --run DIR"
     return "choose another place with --run DIR"
 
 
@@ -426,7 +425,7 @@ def _looked_at(path: Path, patterns: Sequence[str], name: str | None) -> tuple[b
 
 
 CACHE = "GEMMA_TUNE_CACHE"
-_OTHER_CACHE = f"name a directory for it: export {CACHE}=/a/directory"
+_OTHER_CACHE = f"set {CACHE} to a directory for it"
 
 
 def cache_dir() -> Path:

@@ -22,6 +22,11 @@ def quote(word: str) -> str:
     return word if _PLAIN.fullmatch(word) else f'"{word}"'
 
 
+def of_posix(command: str) -> str:
+    """A command that only a POSIX shell takes as it stands, with jq's filter in quotes; on Windows Git Bash is one."""
+    return f"{command} (in Git Bash)" if os.name == "nt" else command
+
+
 def join(words: Iterable[str]) -> str:
     """A command of these words."""
     return " ".join(map(quote, words))

@@ -32,7 +32,7 @@ def model_name(model_id: str) -> str:
                         "rename it, or name a model such as google/gemma-3-270m-it with --model")
     if len(name) > _LONGEST_NAME:
         raise UserError(f"{name[:20]}… is too long a name to call files after: it has {len(name)} characters",
-                        f"give it one of at most {_LONGEST_NAME}; a link to it will do: ln -s MODEL NAME")
+                        f"give it one of at most {_LONGEST_NAME}; a link of such a name will do")
     return name
 
 

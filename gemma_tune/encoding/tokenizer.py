@@ -80,8 +80,8 @@ def read_template(path: Path) -> str:
         inside = "chat_template" in json.loads(text)
         name = shell.quote(str(path))
         raise UserError(f"{path} is JSON, and no chat template" + (", though it holds one" if inside else ""),
-                        f"save that by itself: jq -r .chat_template {name} > chat_template.jinja" if inside else
-                        _TEMPLATES)
+                        "save that by itself: " + shell.of_posix(f"jq -r .chat_template {name} > chat_template.jinja")
+                        if inside else _TEMPLATES)
     return text
 
 

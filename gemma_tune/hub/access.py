@@ -246,7 +246,7 @@ _FAILURES = {  # case: kind, message, hint
     "cache": ("cache", "{id} cannot be stored in {cache}: {why}",
               "make the folder writable, or set HF_HOME to one that is"),
     "no home": ("cache", "there is no place for {id}: the home directory in {why} is not known",
-                "name a directory for what comes from the Hub: export HF_HOME=/a/directory"),
+                "set HF_HOME to a directory for what comes from the Hub"),
     "bad repo": ("bad_repo", "{id} {why}", "choose another model, or see {page}"),
 }
 

@@ -44,7 +44,7 @@ _FAILURES = {  # as in hub.access: case: kind, message, hint, in which MAKE is t
                f"wait a little and {_AGAIN}; see https://status.huggingface.co"),
     "incomplete": ("server", "the push to {id} broke off: {why}", _AGAIN),
     "xet": ("server", "the upload to {id} through Xet broke off: {why}",
-            f"{_AGAIN}; where Xet cannot be reached, put HF_HUB_DISABLE_XET=1 before it"),
+            f"{_AGAIN}; where Xet cannot be reached, with HF_HUB_DISABLE_XET=1 in the environment"),
     "quota": ("quota", "{id} has no room for this model: {why}",
               "free or buy storage at {endpoint}/settings/billing, or push to another account"),
     "refused": ("server", "{endpoint} does not take the files for {id}: {why}",

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, sha256_file
 from gemma_tune.base.strict_json import object_in
@@ -66,10 +65,10 @@ def refuse_rotten(checkpoint: Path, recorded: Mapping[str, Any]) -> None:
 def remedy(checkpoint: Path) -> str | None:
     """What to do where a checkpoint in a cache is damaged; None of one that is not in a cache."""
     if made_of := conversion(checkpoint):
-        return f"delete that folder (rm -r {shell.quote(str(checkpoint))}): it is made again from {made_of['source']}"
+        return f"delete the folder {checkpoint}: it is made again from {made_of['source']}"
     folder = checkpoint.parent.parent
     if checkpoint.parent.name == "snapshots" and folder.name.startswith("models--"):
-        return (f"delete its folder in Hugging Face's cache (rm -r {shell.quote(str(folder))}): it is downloaded again")
+        return f"delete its folder in Hugging Face's cache, {folder}: it is downloaded again"
     return None
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base import shell
 from gemma_tune.config.stages import QUANTS
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import Manifest
@@ -136,9 +135,8 @@ def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Itera
     if not old:
         return None
     them = "it" if len(old) == 1 else "them"
-    remove = shell.join(["rm", *(str(run.ollama / earlier[quant]["file"]) for quant in old)])
-    return (f"{', '.join(old.values())}: make {them} again ({_again(run, [*current, *old])}), or remove {them} "
-            f"({remove})")
+    return (f"{', '.join(old.values())}: make {them} again ({_again(run, [*current, *old])}), or remove {them} from "
+            f"{run.ollama}")
 
 
 def _again(run: RunDir, labels: Iterable[str]) -> str:

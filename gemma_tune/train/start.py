@@ -220,7 +220,7 @@ def _refuse_replaced(session: Session, folder: Path) -> None:
     if folder.resolve().is_relative_to(session.run.checkpoints.resolve()):
         raise UserError(f"{folder} is this run's own, and the training would replace it",
                         "to train longer on the same data: --continue with more --epochs; else start from a copy: "
-                        f"cp -r {folder} ELSEWHERE, then --from-adapter ELSEWHERE")
+                        f"copy {folder} elsewhere, and name that with --from-adapter")
 
 
 def _contradictions(session: Session, brought: Mapping[str, Any]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_without_a_home_the_variable_is_named(cli, homeless, data, monkeypatch, 
     done = cli("prepare", data, "--model", "demo")
     assert done.code == BAD_INPUT
     assert f"the home directory in {named or '~/.cache/gemma-tune'} is not known" in done.err
-    assert "export GEMMA_TUNE_CACHE=" in done.err
+    assert "set GEMMA_TUNE_CACHE to a directory" in done.err
     assert not Path("~").exists()
 
 
@@ -68,7 +68,7 @@ def test_the_demo_in_a_cache_that_refuses(cli, data, monkeypatch, number, code, 
     monkeypatch.setattr(package, "assemble", refuse)
     done = cli("prepare", data, "--model", "demo")
     assert done.code == code
-    assert said in done.err and os.strerror(number) in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+    assert said in done.err and os.strerror(number) in done.err and "set GEMMA_TUNE_CACHE to a directory" in done.err
     assert "damaged" not in done.err and "unexpected" not in done.err
     assert not list(cache_dir().rglob("*.gguf"))
 
@@ -79,7 +79,7 @@ def test_a_cache_that_cannot_be_made(cli, data, monkeypatch):
     done = cli("prepare", data, "--model", "demo")
     assert done.code == BAD_INPUT
     assert "the cache cannot be used: file/cache" in done.err and "Not a directory" in done.err
-    assert "export GEMMA_TUNE_CACHE=" in done.err
+    assert "set GEMMA_TUNE_CACHE to a directory" in done.err
 
 
 def test_missing_parts_are_still_told_from_a_cache_that_refuses(cli, data, monkeypatch):

@@ -15,6 +15,13 @@ def test_a_posix_shell_gets_the_words_back():
     assert shlex.split(shell.join(words)) == words
 
 
+def test_what_only_a_posix_shell_takes_is_said_to_be_for_one_on_windows(monkeypatch):
+    command = "jq -c '.[]' FILE.json > rows.jsonl"
+    assert shell.of_posix(command) == command
+    monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
+    assert shell.of_posix(command) == f"{command} (in Git Bash)"
+
+
 @pytest.mark.parametrize("word, shown", [
     (r"runs\gemma", r"runs\gemma"), (r"D:\模型\gemma-3.gguf", r"D:\模型\gemma-3.gguf"), ("user=问题", "user=问题"),
     (r"my runs\it's", '"my runs\\it\'s"'), ("q8_0,q4_0", '"q8_0,q4_0"'), ("a&b", '"a&b"'), ("", '""'),

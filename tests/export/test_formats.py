@@ -228,7 +228,7 @@ def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(c
     said = " ".join(later.err.split())
     assert "tiny-gemma-q4_0.gguf is of an earlier merged model" in said
     assert "gemma-tune export-ollama --run runs/tiny-gemma --quant q8_0,q4_0" in said
-    assert f"rm {OLLAMA}/tiny-gemma-q4_0.gguf" in said
+    assert f"or remove it from {OLLAMA}" in said
     assert "from an earlier export, of an earlier merged model: stale" in said
     assert "tiny-gemma-q4_0.gguf (of an earlier merged model)" in (OLLAMA / "report.md").read_text()
     [row] = [row for row in describe_run("runs/tiny-gemma", None).rows if row[0] == "export-ollama"]
@@ -291,7 +291,7 @@ def test_a_file_of_which_ollama_was_told_other_things_is_not_of_now(measured, cl
     assert summary["earlier"]["q8_0"]["stale"] is False
     again = "gemma-tune export-ollama --run runs/tiny-gemma --quant q4_0,q8_0"
     advice = (f"tiny-gemma-q8_0.gguf is of other settings for Ollama: make it again ({again}), or remove it "
-              f"(rm {OLLAMA}/tiny-gemma-q8_0.gguf)")
+              f"from {OLLAMA}")
     assert (advice in said) == ("from an earlier export, of other settings for Ollama: stale" in said) == others
     now = cli("status", "--json")
     assert ("ollama/tiny-gemma-q8_0.gguf (stale)" in "".join(now.err.split("\n")) or not others)

@@ -730,7 +730,7 @@ def test_a_cache_in_a_home_that_is_not_known(hub, folder, visit, monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
     error = failure()
-    assert (error.kind, error.exit_code) == ("cache", BAD_INPUT) and "export HF_HOME=" in error.hint
+    assert (error.kind, error.exit_code) == ("cache", BAD_INPUT) and "set HF_HOME to a directory" in error.hint
     assert error.message == f"there is no place for {ID}: the home directory in ~/.cache/huggingface/hub is not known"
     assert not hub.requests and not Path("~").exists()
 

@@ -212,7 +212,7 @@ def test_a_gguf_needs_a_cache_and_says_which(cli, gguf_once, data, monkeypatch):
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         done = cli("prepare", data, "--model", gguf_once)
     assert done.code == 1
-    assert "there is no room in the cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+    assert "there is no room in the cache" in done.err and "set GEMMA_TUNE_CACHE to a directory" in done.err
     assert cli("prepare", data, "--model", gguf_once).code == 0
     # What is there is used without writing, so that the cache may be read-only.
     lock = filelock.FileLock
@@ -222,7 +222,7 @@ def test_a_gguf_needs_a_cache_and_says_which(cli, gguf_once, data, monkeypatch):
     monkeypatch.setenv("GEMMA_TUNE_CACHE", "file/cache")
     done = cli("prepare", data, "--model", gguf_once, "--force")
     assert done.code == 2
-    assert "the cache cannot be used: file/cache" in done.err and "export GEMMA_TUNE_CACHE=" in done.err
+    assert "the cache cannot be used: file/cache" in done.err and "set GEMMA_TUNE_CACHE to a directory" in done.err
 
 
 def test_a_checkpoint_may_lie_in_a_directory_called_like_a_gguf(cli, tiny, data, tmp_path):

@@ -28,7 +28,7 @@ def test_a_damaged_download_names_the_folder_to_delete(snapshot, file, noticed_a
     flip_bit((snapshot / file).resolve())
     with pytest.raises(UserError, match=f"is damaged: {file} was changed") as caught:
         refuse_rotten(snapshot, {})
-    assert f"rm -r {snapshot.parents[1]}" in caught.value.hint and "downloaded again" in caught.value.hint
+    assert f"delete its folder in Hugging Face's cache, {snapshot.parents[1]}: " in caught.value.hint and "downloaded again" in caught.value.hint
     if noticed_always:
         with pytest.raises(UserError, match="is damaged"):
             refuse_damaged_copy(snapshot, weights=False)

@@ -739,7 +739,7 @@ def test_of_a_run_that_cannot_be_written_a_copy_is_worked_on(number, tmp_path):
             (tmp_path / "manifest.json").touch()
         with pytest.raises(UserError) as raised, os_errors(tmp_path):
             raise OSError(number, os.strerror(number), str(tmp_path / ".lock"))
-        assert (f"cp -r {tmp_path} DIR" in raised.value.hint) is known
+        assert (f"the whole directory {tmp_path}, to" in raised.value.hint) is known
         assert "--run DIR" in raised.value.hint
 
 

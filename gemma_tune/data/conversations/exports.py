@@ -5,6 +5,7 @@ Each is refused with the command that does so.
 
 from __future__ import annotations
 
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations.problems import Problem, RowError
 from gemma_tune.data.conversations.shaped import Fields
 
@@ -24,7 +25,8 @@ def chatgpt(row: Fields) -> None:
     if not isinstance(row["mapping"], dict):
         return
     raise RowError([Problem("unknown_format", "`mapping` holds all versions of a conversation, as ChatGPT exports it",
-                            f"take what it shows, with {_SHOWN_PATH}, and prepare that with --on-uneven mend")])
+                            f"take what it shows, with {of_posix(_SHOWN_PATH)}, and prepare that with --on-uneven "
+                            "mend")])
 
 
 _CHUNKS = ("jq -c '{contents: [.chunkedPrompt.chunks[] | select(.isThought | not) | {role, parts: [{text}]}], system: "
@@ -36,7 +38,7 @@ def ai_studio(row: Fields) -> None:
     chunks = row["chunkedPrompt"].get("chunks") if isinstance(row["chunkedPrompt"], dict) else None
     if isinstance(chunks, list):
         raise RowError([Problem("unknown_format", "`chunkedPrompt` holds a conversation as Google's AI Studio saves it",
-                                f"take what is said, without thoughts, with {_CHUNKS}, and prepare that with "
+                                f"take what is said, without thoughts, with {of_posix(_CHUNKS)}, and prepare that with "
                                 "--on-uneven mend")])
 
 

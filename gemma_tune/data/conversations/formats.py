@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from gemma_tune.base import strict_json
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
@@ -146,7 +147,7 @@ class Formats:
         """
         if row.error:
             code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
-            repairs = (how for what, how in _REPAIRS.items() if what in row.error)
+            repairs = (of_posix(how) for what, how in _REPAIRS.items() if what in row.error)
             raise RowError([Problem(code, row.error, next(repairs, "repair the line, or leave it out"))])
         return self.example(row.value) if row.described is None else self._described(row.value, row.described)
 

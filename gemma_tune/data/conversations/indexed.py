@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_tune.base import strict_json
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
 
@@ -48,7 +49,7 @@ def safe_rlhf(row: Fields) -> Shaped | None:
     if len({*found.values()}) > 1:
         raise RowError([Problem("preference", "`better_response_id` and `safer_response_id` name different responses, "
                                               "and one of them has to be meant",
-                                f"choose one for all rows: {_CHOOSE.format('safer_response_id')}, or with "
+                                f"choose one for all rows: {of_posix(_CHOOSE.format('safer_response_id'))}, or with "
                                 "better_response_id in its place")])
     return _pair(row, "prompt", ("response_0", "response_1"), found[says[0]], *says)
 

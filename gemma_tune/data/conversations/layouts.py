@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gemma_tune.base import strict_json
+from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations.blocks import blocks_apart
 from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
@@ -221,9 +221,10 @@ def prompt_completion(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``prompt`` and ``completion``, each a text or a list of turns; answers inside the prompt are not learned."""
     turns: list[Any] = history(row, problems)
     if beside := next((name for name in ("context", "passage") if row.get(name)), None):
+        columns = shell.quote(f"user=prompt,assistant=completion,context={beside}")
         problems.append(Problem("unread_column", f"the row has `{beside}` beside `prompt` and `completion`",
-                                f"use --columns user=prompt,assistant=completion,context={beside} to put it below the "
-                                "prompt, or without the last to leave it out"))
+                                f"use --columns {columns} to put it below the prompt, or without the last to leave it "
+                                "out"))
     for key, turn in (("prompt", user), ("completion", assistant)):
         value = turn_list(row.get(key))
         if not isinstance(value, list) or several(key, value):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
@@ -106,4 +107,4 @@ def half_of_batch(row: Fields) -> None:
         there, other = ("the request", "its answer") if asked else ("the answer", "its request")
         raise RowError([Problem("unknown_format", f"the row is half of a batch: it has {there}, and {other} is in the "
                                                   "other file under the same `custom_id`",
-                                f"put both together with {_JOINED}")])
+                                f"put both together with {of_posix(_JOINED)}")])

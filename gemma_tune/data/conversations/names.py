@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.base import strict_json
+from gemma_tune.base import shell, strict_json
 
 _LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "preferred",
           "preferred_output", "history", "chat_history", "contents")
@@ -110,7 +110,7 @@ def role_fix(name: str, unknown: Mapping[str, str | None]) -> str:
     names = {name: role or _PERHAPS.get(name.lower(), "ROLE") for name, role in unknown.items() if _sayable(name)}
     if name not in names or len(names) > _MOST_NAMES:
         return f"write `{unknown[name]}`" if unknown[name] else "rename the role"
-    named = ",".join(f"{name}={role}" for name, role in names.items())
+    named = shell.quote(",".join(f"{name}={role}" for name, role in names.items()))
     which = ", each ROLE being user, assistant, system or tool" if "=ROLE" in named else ""
     return f"{'name it' if len(names) == 1 else 'name them'} with --roles {named}{which}, or rename the role"
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gemma_tune.base import strict_json
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations import exports, indexed, logs
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
 from gemma_tune.data.conversations.problems import Problem, RowError, several
@@ -156,7 +157,8 @@ def _squad_file(row: Fields) -> Shaped | None:
     parts = row["paragraphs"]
     if isinstance(parts, list) and parts and isinstance(parts[0], dict) and {"context", "qas"} <= parts[0].keys():
         raise RowError([Problem("unknown_format", "`paragraphs` holds texts with many questions about each, as SQuAD's "
-                                                  "files have them", f"make a row of each question: {_FLAT}")])
+                                                  "files have them",
+                                f"make a row of each question: {of_posix(_FLAT)}")])
     return None
 
 
@@ -219,8 +221,8 @@ def _oasst(row: Fields) -> Shaped | None:
     if not isinstance(root, dict) or "replies" not in root:
         return None
     raise RowError([Problem("unknown_format", "`prompt` is the root of a tree of messages, as OpenAssistant has them",
-                            f"take the path of the best replies, with {_BEST_PATH}, and prepare that with --roles "
-                            "prompter=user --on-uneven mend")])
+                            f"take the path of the best replies, with {of_posix(_BEST_PATH)}, and prepare that with "
+                            "--roles prompter=user --on-uneven mend")])
 
 
 def _moss(row: Fields) -> Shaped | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from gemma_tune.base import strict_json
+from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
 from gemma_tune.data.conversations.names import exchange, role_fix, suggested_keys
@@ -200,7 +200,7 @@ def _no_role(number: int, message: Turn, messages: Sequence[Any]) -> Problem:
                        f'"assistant", "content": …}} with `{both[1]}`')
     if name is None and (named := suggested_keys(message)):
         return Problem(code, f"turn {number} has no `role`, but {_keys(message)}",
-                       f"name its keys: --turn-keys {named}")
+                       f"name its keys: --turn-keys {shell.quote(named)}")
     reason = f"turn {number} has the role {quoted(name)}; known are system, user, assistant, tool"
     if not isinstance(name, str):
         return Problem(code, reason, "rename the role")

@@ -52,7 +52,7 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
         return beside
     if _holds_rows(row):
         return Problem("unknown_format", f"{reason}; each holds an object with the same names, so they seem to be rows",
-                       f"put them into a file: jq -c '{_EACH}[]' FILE.json > rows.jsonl")
+                       f"put them into a file: {_by_jq('[]')}")
     if turns := suggested_turns(row):
         return _about_turns(row, turns, reason, detected)
     if pair := _pair_of_names(row):
@@ -71,8 +71,7 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
         return turn
     if where := _nested(row, detected):
         return Problem("unknown_format", f"{reason}; there are rows further inside, in `{where}`",
-                       "if they are what is to be learned, put them into a file: "
-                       f"jq -c '{_EACH}.{where}' FILE.json > rows.jsonl")
+                       f"if they are what is to be learned, put them into a file: {_by_jq('.' + where)}")
     if any(map(_is_sentence, row)):
         return Problem("unknown_format", reason, "if these names are the first row of the data, put a line with names "
                                                  "above it, such as question,answer")
@@ -90,7 +89,9 @@ def _is_sentence(name: str) -> bool:
     return len(name.split()) > _WORDS_OF_A_NAME or bool(_SENTENCE.search(name.strip()))
 
 
-_EACH = "(arrays[], objects)"  # jq's: each row of an array, and each of JSON Lines
+def _by_jq(what: str, name: str = "rows") -> str:
+    """The command that takes something of each row of an array, or of JSON Lines."""
+    return shell.of_posix(f"jq -c '(arrays[], objects){what}' FILE.json > {name}.jsonl")
 
 
 def _nested(row: Fields, detected: Callable[[Fields], str | None]) -> str | None:
@@ -117,8 +118,9 @@ def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Field
     """What to do about a column that looks like a list of turns."""
     if keys := spoken_by(row[turns][0]):
         system = _column(row, layouts.SYSTEMS)
-        return Problem("unknown_format", reason, f"use --columns turns={turns}" + (
-            f",system={system}" if system else "") + f" --turn-keys {keys}, and --roles for roles of other names")
+        columns = shell.quote(f"turns={turns}" + (f",system={system}" if system else ""))
+        return Problem("unknown_format", reason, f"use --columns {columns} --turn-keys {shell.quote(keys)}, and "
+                                                 "--roles for roles of other names")
     if all("label" in part and "text" in part for part in row[turns]):
         return Problem("unknown_format", f"`{turns}` holds parts of a text, each learned or not, without roles; that "
                                          "is not known here",
@@ -127,8 +129,7 @@ def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Field
     if detected(row[turns][0]):
         inside = f".{turns}" if _IDENTIFIER.fullmatch(turns) else f'["{turns}"]'
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
-                       f"put each list of rows into a file of its own: jq -c '{_EACH}{inside}[]' FILE.json > "
-                       f"{turns}.jsonl")
+                       f"put each list of rows into a file of its own: {_by_jq(inside + '[]', turns)}")
     if role_of(row[turns][-1]) == "user":
         return _about_prompt(row, turns)
     return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
@@ -142,8 +143,8 @@ def _about_prompt(row: Fields, turns: str) -> Problem:
         return Problem("unknown_format", f"{asked}, and which column has the answer is not known; {found_columns(row)}",
                        "call the turns `prompt` and the answer `completion`, or put the answer behind the turns")
     return Problem("unknown_format", f"{asked}, and `{answer}` seems to be the answer to them",
-                   f"if so, write them as a prompt and its answer: jq -c '{_EACH} | {{prompt: .{turns}, completion: "
-                   f".{answer}}}' FILE.json > rows.jsonl")
+                   "if so, write them as a prompt and its answer: "
+                   + _by_jq(f" | {{prompt: .{turns}, completion: .{answer}}}"))
 
 
 # Parts of names that a better and a worse answer have elsewhere.

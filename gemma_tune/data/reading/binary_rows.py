@@ -164,8 +164,8 @@ def _room_to_unpack(source: Source) -> Iterator[None]:
     except OSError as e:
         place = tempfile.tempdir or "the system's"  # unknown where there is no directory that could be one
         raise WorkFailed(f"{source.name} cannot be unpacked in {place}, the directory for temporary files: "
-                         f"{e.strerror or e}", "name one with room: export TMPDIR=/a/directory; or unpack the file "
-                                               "yourself") from e
+                         f"{e.strerror or e}", "set TMPDIR to a directory with room, or unpack the file yourself"
+                         ) from e
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.shell import of_posix
 from gemma_tune.data.reading.rows import MAX_ROW
 
 REPAIR = "repair the file there; nothing was written"
@@ -120,9 +121,9 @@ class Window:
     def one_list(self) -> str:
         """What to do about more than one value, of which the second or the comma before it is at the cursor."""
         if self.peek() == ",":
-            return (_ONE_LIST + "sed '1s/^/[/; $s/,*[[:space:]]*$/]/' FILE.json | jq -c '.[] | arrays[], objects' > "
-                    "rows.jsonl")
-        return _ONE_LIST + "jq -c 'arrays[], objects' FILE.json > rows.jsonl"
+            return _ONE_LIST + of_posix("sed '1s/^/[/; $s/,*[[:space:]]*$/]/' FILE.json | jq -c '.[] | arrays[], "
+                                        "objects' > rows.jsonl")
+        return _ONE_LIST + of_posix("jq -c 'arrays[], objects' FILE.json > rows.jsonl")
 
     def skip(self) -> None:
         """Move behind the JSON value at the cursor; an array may be longer than memory."""

@@ -25,7 +25,7 @@ _ZSTD_INPUT = 1 << 13  # what comes out of a step may be thirty thousand times l
 _ZSTD_LEAST, _ZSTD_OUTPUT = 1 << 7, 1 << 20
 _UTF8_HINT = "save it as UTF-8: JSONL, JSON, CSV or TSV"
 _NAME = "name its encoding to `prepare`, which seems to be --encoding {}"
-_CONVERT = "or save it as UTF-8 (Excel calls that `CSV UTF-8`): iconv -f {} -t utf-8 {} > {}"
+_CONVERT = "iconv -f {} -t utf-8 {} > {}"
 _SURE = 8  # characters of several bytes after which what is good UTF-8 is no other encoding
 _SAMPLE = 4096  # bytes on both sides of the first one that is no UTF-8
 _ASCII = 0.01  # of the characters of a table or of JSON, whatever the language
@@ -245,5 +245,6 @@ class _Decoder:
         if path.suffix in (".gz", ".zst"):
             return _NAME.format(encoding.lower())
         new = path.with_name(f"{path.stem}-utf8{path.suffix}")
-        return f"{_NAME.format(encoding.lower())}, {_CONVERT}".format(
-            encoding, shell.quote(str(path)), shell.quote(str(new)))
+        convert = _CONVERT.format(encoding, shell.quote(str(path)), shell.quote(str(new)))
+        return (f"{_NAME.format(encoding.lower())}, or save it as UTF-8 (Excel calls that `CSV UTF-8`): "
+                f"{shell.of_posix(convert)}")

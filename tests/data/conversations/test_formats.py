@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gemma_tune.base import shell
 from gemma_tune.config import stages as config
 from gemma_tune.data.conversations import formats
 from gemma_tune.data.conversations.formats import Example, Formats
@@ -664,6 +667,18 @@ def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
     for columns in (("Frage", "Antwort (de)"), ("No.", "Titel", "Qty.")):
         [problem] = found(dict.fromkeys(columns, "x"))
         assert "above it" not in problem.fix
+
+
+def test_on_windows_commands_are_such_as_work_there(monkeypatch):
+    """Its shells take neither filters of jq in quotes nor, PowerShell, a comma without them."""
+    monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
+    inside = {"mapping": {}, "current_node": "a"}, {"message_tree_id": "a", "prompt": {"replies": []}}
+    for row in (*inside, {"paragraphs": [{"context": "a", "qas": []}]}, {"data": {"train": [{"q": "a", "r": "b"}]}}):
+        [problem] = found(row)
+        assert re.search(r"jq -c '.+' \w+\.jsonl? > rows\.jsonl \(in Git Bash\)", problem.fix), problem.fix
+    for value in ([{"speaker": "a", "utterance": "b"}], [{"role": "Kunde", "content": "a"}, {"role": "Laden", "content": "b"}]):
+        [problem, *_] = found({"messages": value})
+        assert re.search(r'--(turn-keys|roles) "\w+=\w+,\w+=\w+"', problem.fix), problem.fix
 
 
 def test_rows_further_inside_an_object_are_told_with_the_command():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_messages_about_names_say_how_to_give_them():
 def test_one_option_names_all_roles_of_a_conversation_and_none_the_wrong_way_round(names, option):
     row = {"conversations": [{"from": names[0], "value": "Sky?"}, {"from": names[1], "value": "Blue."}]}
     for problem in problems(row):
-        assert f"--roles {option}" in problem.fix and ("ROLE being" in problem.fix) == ("=ROLE" in option)
+        assert f"--roles {shlex.quote(option)}" in problem.fix and ("ROLE being" in problem.fix) == ("=ROLE" in option)
     roles = dict(part.split("=") for part in option.replace("ROLE", "user").split(","))
     assert read(row, roles=roles).messages == TURNS, "and it reads them"
 
@@ -112,10 +113,10 @@ def test_a_role_that_cannot_be_typed_gets_no_option_that_names_another(name, fix
 def test_chinese_turns_get_the_whole_command():
     row = {"对话": [{"角色": "用户", "内容": "Sky?"}, {"角色": "助手", "内容": "Blue."}]}
     [problem] = problems(row)
-    assert problem.fix == "use --columns turns=对话 --turn-keys role=角色,content=内容, and --roles for roles of other names"
+    assert problem.fix == "use --columns 'turns=对话' --turn-keys 'role=角色,content=内容', and --roles for roles of other names"
     how = {"columns": {"turns": "对话"}, "turn_keys": {"role": "角色", "content": "内容"}}
     [problem, _] = problems(row, **how)
-    assert "--roles 用户=user,助手=assistant" in problem.fix
+    assert "--roles '用户=user,助手=assistant'" in problem.fix
     assert read(row, **how, roles={"用户": "user", "助手": "assistant"}).messages == TURNS
 
 
