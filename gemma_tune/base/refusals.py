@@ -13,7 +13,7 @@ from gemma_tune.base.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OF_RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers end what they say
+_OF_RUST = re.compile(r"([^:]*) \(os error (\d+)\)")  # as safetensors and tokenizers end what they say
 _OF_TORCH = ("unexpected pos", "PytorchStreamWriter", "iostream error")  # of torch.save, which does not say why
 _PROBE = 1 << 16  # bytes
 
@@ -33,7 +33,9 @@ def refusal(error: Exception, folder: Path) -> OSError | None:
     if isinstance(error, UserError):  # which can quote another one
         return None
     if found := _OF_RUST.search(str(error)):
-        return OSError(int(found[1]), os.strerror(int(found[1])), str(folder))
+        number = int(found[2])
+        # The last is a number of Windows', of which Python makes that of C there; elsewhere it is passed over.
+        return OSError(number, found[1].strip(), str(folder), number)
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_TORCH):
         return _tried(folder) or NotWritten(errno.EIO, str(error), str(folder))
     return None

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 
+from gemma_tune.base import refusals
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError, WorkFailed
 from gemma_tune.base.files import cache_errors, os_errors, replacing_directory
 from gemma_tune.base.refusals import require_readable
@@ -51,6 +52,26 @@ def test_what_torch_cannot_write_elsewhere_than_on_a_full_disk_is_said_with_its_
     with pytest.raises(WorkFailed, match=f"^{tmp_path} cannot be written: .*unexpected pos") as raised, os_errors(tmp_path):
         SAVING["a large tensor"]()
     assert "ulimit" in raised.value.hint
+
+
+class _OfWindows(OSError):
+    """An error by the rules of Windows' Python: by the system's number, where there is one, and not by C's."""
+
+    def __init__(self, number, text, path, winerror=None):
+        super().__init__({112: errno.ENOSPC, 32: errno.EACCES, 5: errno.EACCES}.get(winerror, number), text, path)
+        self.winerror = winerror
+
+
+@pytest.mark.parametrize(("number", "text", "said"), [
+    (112, "There is not enough space on the disk.", "the disk is full: "),
+    (32, "The process cannot access the file because it is being used by another process.", "is open in another program"),
+    (5, "Access is denied.", "no permission to write ")])
+def test_numbers_of_windows_are_read_as_such(tmp_path, monkeypatch, number, text, said):
+    """Of which 112, by C's list, is a host that is down."""
+    monkeypatch.setattr(refusals, "OSError", _OfWindows, raising=False)
+    with pytest.raises(UserError) as raised, os_errors(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: {text} (os error {number})")
+    assert said in raised.value.message and raised.value.hint
 
 
 def test_other_failures_of_libraries_are_not_disguised(tmp_path):
