@@ -86,7 +86,7 @@ def _wrong_usage(e: Any, command: str | None, params: Mapping[str, Any]) -> int:
 
 def _output_is_lost(e: Exception, params: Mapping[str, Any]) -> int:
     screen.drop_output()
-    if not isinstance(e, BrokenPipeError):  # the reader of stdout has seen enough, as `| head` does
+    if not screen.reader_has_gone(e):
         reason = getattr(e, "strerror", None) or e
         _show(WorkFailed(f"standard output cannot be written: {reason}",
                          "let it go to a file or a program that takes it; what was finished is kept"), params)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import rich.text
@@ -205,6 +206,28 @@ def drop_output() -> None:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it lasts as long as the process
 
 
+def reader_has_gone(e: Exception) -> bool:
+    """Whether what read standard output has seen enough, as `| head` does. Windows calls that an invalid argument."""
+    return isinstance(e, BrokenPipeError) or os.name == "nt" and getattr(e, "errno", None) == errno.EINVAL
+
+
+@contextlib.contextmanager
+def losing_output() -> Iterator[None]:
+    """Write to standard output.
+
+    Raises:
+        BrokenPipeError: its reader has gone.
+        OutputLost: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as e:
+        if reader_has_gone(e):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from e
+        drop_output()
+        raise OutputLost(e.strerror or str(e)) from e
+
+
 def piece(text: str) -> None:
     """A part of a result, on stdout at once. What stdout's encoding lacks becomes a question mark, not an error.
 
@@ -214,17 +237,12 @@ def piece(text: str) -> None:
     """
     require_output()
     clear_the_way()
-    try:
+    with losing_output():
         try:
             sys.stdout.write(text)
         except UnicodeEncodeError:
             sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        drop_output()
-        raise OutputLost(e.strerror or str(e)) from e
 
 
 def result(text: str) -> None:

@@ -194,6 +194,23 @@ def test_ctrl_c_is_not_passed_on_to_processes_that_the_console_tells_itself():
         assert process.wait() == 0, process.stderr.read().decode()
 
 
+NO_READER = """
+import errno, io, sys
+class Closed(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.EINVAL, "Invalid argument")
+sys.stdout = Closed()
+from gemma_tune.cli.commands import app
+sys.argv[1:] = """
+
+
+@pytest.mark.parametrize("words", [["runs", "--json"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_fault(words):
+    """As ``more`` that is left, whose pipe Windows' Python calls an invalid argument."""
+    with script(f"{NO_READER}{words}\napp()") as process:
+        assert b"Error" not in process.communicate()[1] and process.returncode == 1
+
+
 HELD = """
 import os
 os.mkdir("folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 import time
@@ -135,7 +134,7 @@ class Rendered:
             self._live.update(self._shown(), refresh=False)  # what is drawn again below the block that is printed
             self._print(done)
         if self._clock.due() or end:
-            with _lost():
+            with screen.losing_output():
                 self._live.update(self._shown(), refresh=True)
 
     def _shown(self) -> Tail:
@@ -144,7 +143,7 @@ class Rendered:
     def _print(self, block: str) -> None:
         if not block.strip():
             return
-        with _lost():
+        with screen.losing_output():
             if not self._first:
                 self._out.print()
             self._out.print(Tail(Answer(block.strip("\n"))), end="")
@@ -248,18 +247,6 @@ def writer(markdown: bool) -> Rendered | Wrapped | Plainly:
     if not sys.stdout.isatty():
         return Plainly()
     return Rendered() if markdown and screen.is_live() else Wrapped()
-
-
-@contextlib.contextmanager
-def _lost() -> Iterator[None]:
-    """What Rich cannot write is lost as elsewhere."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        screen.drop_output()
-        raise screen.OutputLost(e.strerror or str(e)) from e
 
 
 def plain(text: str) -> Text:
