@@ -35,8 +35,9 @@ from gemma_tune.config.habits import meant
 from gemma_tune.config.settings import refuse_no_names
 from gemma_tune.train import processes
 
-# What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle.
-_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# What the system says of a path, and not of the work: no permission, (not) a directory, too long, links in a circle,
+# and, on Windows, signs that no name can have there, or a name such as aux.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _STOPPED = ("stopped", "run the same command again; finished stages are kept")
 # What a command does whose results are no files of the run.
 _STOPPED_CHAT = ("stopped", "answers that were written stay; the same command begins anew")

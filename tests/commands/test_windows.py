@@ -211,6 +211,13 @@ def test_a_reader_that_has_seen_enough_is_no_fault(words):
         assert b"Error" not in process.communicate()[1] and process.returncode == 1
 
 
+@pytest.mark.parametrize("run", ["aux", "what?"])
+def test_a_name_that_no_directory_can_have_is_said(tiny, data, run):
+    with started(["prepare", data, "--model", tiny, "--run", run]) as process:
+        said = process.communicate()[1].decode(CODE_PAGE)
+    assert process.returncode == 2 and f"Error: {run} cannot be used: The filename, " in said, said
+
+
 HELD = """
 import os
 os.mkdir("folder")
