@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 _PLAIN = re.compile(r"[\w./:\\+=-]+")  # to cmd.exe and PowerShell; a comma makes two words in the second one
 
+# The end of a message about words that nobody expected: of a value with commas PowerShell makes several.
+COMMAS = "; in PowerShell a value with a comma stands in quotes" if os.name == "nt" else ""
+
 
 def quote(word: str) -> str:
     """A word, in quotes where it needs them: on Windows those that cmd.exe knows as well as PowerShell.

@@ -129,7 +129,8 @@ class Command(TyperCommand):
             return ""
         if self.name == "chat":
             return "; a question to answer goes behind --prompt, in quotes"
-        return "; a run directory goes behind --run" if any("--run" in param.opts for param in self.params) else ""
+        run = "; a run directory goes behind --run" if any("--run" in param.opts for param in self.params) else ""
+        return run + shell.COMMAS
 
     def invoke(self, ctx: Any) -> Any:
         with noting_ctrl_c() as stopped, terminable():

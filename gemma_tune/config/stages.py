@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from gemma_tune.base import shell
 from gemma_tune.base.words import is_text_encoding, near, shown, size_in_bytes
 from gemma_tune.config.habits import number_format
 from gemma_tune.config.most_rows import Most, most_rows, problems_of
@@ -168,7 +169,7 @@ class PrepareConfig(StageConfig):
             problems.append("columns: pairs need `user=…`, `chosen=…` and `rejected=…`, and no others but `system=…`")
         elif self.columns and not problems and "turns" not in roles and not (
                 {"user", "assistant"} <= roles or {"chosen", "rejected"} <= roles):
-            problems.append("columns: both `user=…` and `assistant=…` are needed, or `turns=…`")
+            problems.append(f"columns: both `user=…` and `assistant=…` are needed, or `turns=…`{shell.COMMAS}")
         problems += self._name_problems()
         if isinstance(self.max_samples, str):
             problems += problems_of(most_rows(self.max_samples), shown(self.max_samples))

@@ -194,6 +194,14 @@ def test_ctrl_c_is_not_passed_on_to_processes_that_the_console_tells_itself():
         assert process.wait() == 0, process.stderr.read().decode()
 
 
+@pytest.mark.parametrize("words", [["export-ollama", "--quant", "q8_0", "q4_k_m"], ["train", "--target-modules", "q_proj", "k_proj"],
+                                   ["prepare", "rows.jsonl", "--columns", "user=q", "assistant=a"]])
+def test_of_a_value_that_powershell_took_apart_is_said_how_it_stays_whole(data, words):
+    with started(words) as process:
+        said = process.communicate()[1].decode(CODE_PAGE)
+    assert process.returncode == 2 and "in PowerShell a value with a comma stands in quotes" in said, said
+
+
 NO_READER = """
 import errno, io, sys
 class Closed(io.StringIO):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
@@ -29,7 +30,7 @@ from gemma_tune.data.reading.names import (
 )
 from gemma_tune.data.reading.rows import TEXT
 
-CHECK = "check the path; `gemma-tune prepare --help` shows an example"
+CHECK = f"check the path; `gemma-tune prepare --help` shows an example{shell.COMMAS}"
 # How the parts of a dataset are called, as `datasets` has it.
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
            "test": ("test", "testing", "eval", "evaluation")}
