@@ -122,7 +122,7 @@ class Command(TyperCommand):
             if others:
                 problem.possibilities = []  # what is spelt alike is not what was meant
                 return f"; `{'`, `'.join(others)}` {'has' if len(others) == 1 else 'have'} it"
-            if habit := meant(option):
+            if habit := meant(option, [name for param in self.params for name in param.opts]):
                 problem.possibilities = []
                 return f"; {habit}"
         if "unexpected extra argument" not in problem.message:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, near, shown, visible
-from gemma_tune.config.habits import meant
+from gemma_tune.config.habits import meant_in_file
 from gemma_tune.config.settings import converted, no_name, plain, problem_of, types_of
 from gemma_tune.config.stages import CONFIGS
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
@@ -91,7 +91,7 @@ def _yaml_problems(content: Mapping[str, Any]):
                 yield f"{key}: {shown(section)} holds a control character; {ESCAPES}"
         elif key not in CONFIGS:
             above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
-            habit = meant(str(key))
+            habit = meant_in_file(str(key))
             if key == "adapter" and str(section).lower() in _KINDS_OF_ADAPTERS:
                 above, habit = [], "an adapter is what is trained here, and with `qlora: true` below `train:` in 4 bits"
             yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
@@ -105,7 +105,7 @@ def _yaml_problems(content: Mapping[str, Any]):
             known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
             for name, value in section.items():
                 if name not in known:
-                    habit = None if str(name).replace("-", "_") in known else meant(str(name))
+                    habit = None if str(name).replace("-", "_") in known else meant_in_file(str(name))
                     yield f"{key}.{name}: unknown setting" + (f"; {habit}" if habit else near(str(name), known))
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"

@@ -16,7 +16,7 @@ OF = {stage: {f.name for f in dataclasses.fields(cls)} for stage, cls in CONFIGS
 def test_every_option_that_is_named_is_one():
     for sentence in habits._MEANT.values():
         for stage in ("prepare", "train"):
-            for name in re.findall(f"gemma-tune {stage} --([a-z-]+)" if stage == "prepare" else "^here it is --([a-z-]+)", sentence):
+            for name in re.findall(f"gemma-tune {stage} --([a-z-]+)", sentence):
                 assert name.replace("-", "_") in OF[stage] | {"model", "run", "force", "continue"}, sentence
 
 
@@ -34,9 +34,12 @@ def test_steps_are_no_share(cli, steps):
 
 
 @pytest.mark.parametrize(("typed", "said"), [
-    ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --micro-batch"),
+    ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --batch-size, times --accumulation"),
+    ("--micro_batch_size", "here it is --batch-size, times --accumulation"), ("--enable_thinking", "gemma-tune prepare --thinking on, or off"),
+    ("--train_type", "an adapter is trained"), ("--resume_from_checkpoint", "the same command goes on where a training was stopped"),
+    ("--desirable_weight", "here it is --good-weight"), ("--split_dataset_ratio", "here it is gemma-tune prepare --valid"),
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
-    ("--model_name_or_path", "gemma-tune prepare --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
+    ("--model_name_or_path", "here it is --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
     ("--train-on-inputs", "answers are learned, and prompts never"), ("--modules_to_save", "no embeddings are trained"),
     ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp"),
     ("--push-to-hub-gguf", "here it is gemma-tune export-ollama --push")])
@@ -50,6 +53,29 @@ def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path
     said = " ".join(cli("train", "--config", tmp_path / "lf.yaml").err.split())
     (tmp_path / "axolotl.yaml").write_text("adapter: qlora\n")
     assert "`qlora: true` below `train:`" in " ".join(cli("train", "--config", tmp_path / "axolotl.yaml").err.split())
-    for text in ("lora_rank: unknown section; here it is --rank", "cutoff_len: unknown section; here it is gemma-tune prepare --max-length",
-                 "train.lr: unknown setting; here it is --learning-rate"):
+    for text in ("lora_rank: unknown section; here it is `rank` below `train:`", "model_name_or_path: unknown section; here it is `model`",
+                 "cutoff_len: unknown section; here it is `max_length` below `prepare:`",
+                 "train.lr: unknown setting; here it is `learning_rate` below `train:`"):
         assert text in said
+
+
+def test_an_option_is_named_with_its_command_where_it_is_another_s(cli):
+    for command, typed, said in (("prepare", "--lora_rank", "here it is gemma-tune train --rank"), ("run", "--lora_rank", "here it is --rank"),
+                                 ("prepare", "--cutoff_len", "here it is --max-length"), ("chat", "--temp", "here it is --temperature"),
+                                 ("merge", "--adapter_name_or_path", "here it is gemma-tune train --from-adapter")):
+        assert f"No such option: {typed}; {said}" in " ".join(cli(command, typed, "8").err.split())
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("enable_thinking", "here it is `thinking: on` below `prepare:`, or off"), ("bf16", "here it is `dtype: bf16` below `train:`"),
+    ("datasets", "here it is `data` below `prepare:`"), ("output_dir", "here it is --run"), ("nobody_s", None)])
+def test_a_setting_is_named_as_a_file_has_it(name, said):
+    assert habits.meant_in_file(name) == said
+
+
+def test_a_step_of_another_program_is_one_of_the_same_size_here():
+    from gemma_tune.config.stages import TrainConfig
+
+    theirs = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    ours = {habits.meant(name).split("--")[1].split(",")[0].replace("-", "_"): value for name, value in theirs.items()}
+    assert TrainConfig(**ours).effective_batch == 16
