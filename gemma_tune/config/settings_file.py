@@ -73,11 +73,21 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
                         "write `train:` and its settings indented below it")
+    _words_for_true_and_false(content)
     problems = list(_yaml_problems(content))
     if problems:
         raise UserError(f"{path}: {counted(len(problems), 'setting')} cannot be used",
                         f"sections: {', '.join([*TEXTS, *CONFIGS])}", problems)
     return content
+
+
+def _words_for_true_and_false(content: Mapping[Any, Any]) -> None:
+    """Give settings that are `on` or `off` these words back: without quotes YAML takes them for true and false."""
+    for key, cls in CONFIGS.items():
+        section = content.get(key)
+        for f in dataclasses.fields(cls) if isinstance(section, dict) else ():
+            if {"on", "off"} <= {*(f.metadata.get("choices") or ())} and isinstance(section.get(f.name), bool):
+                section[f.name] = "on" if section[f.name] else "off"
 
 
 def _yaml_problems(content: Mapping[str, Any]):

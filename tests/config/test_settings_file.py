@@ -55,3 +55,16 @@ def test_what_is_no_number_in_a_list_is_named():
         resolve(TuneConfig, {"learning_rates": "1e-4,fast", "ranks": "8,2.5"})
     assert raised.value.problems == ("learning_rates: expected a list of numbers, found 'fast' in it",
                                      "ranks: expected a list of whole numbers, found '2.5' in it")
+
+
+@pytest.mark.parametrize(("text", "word"), [("off", "off"), ("on", "on"), ("false", "off"), ("'off'", "off"), ("auto", "auto")])
+def test_on_and_off_need_no_quotes(tmp_path, text, word):
+    (tmp_path / "s.yaml").write_text(f"prepare:\n  thinking: {text}\ntrain:\n")
+    assert load_yaml(tmp_path / "s.yaml")["prepare"] == {"thinking": word}
+
+
+def test_true_is_no_word_where_a_setting_has_others(tmp_path):
+    (tmp_path / "s.yaml").write_text("train:\n  keep: true\n")
+    with pytest.raises(UserError) as e:
+        load_yaml(tmp_path / "s.yaml")
+    assert e.value.problems == ("train.keep: expected text, found True",)
