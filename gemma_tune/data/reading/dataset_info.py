@@ -6,6 +6,7 @@ is named. What an entry asks for and cannot be had is refused: its rows are neve
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,18 @@ def entry_of(path: Path, name: str | None) -> Entry | None:
                         f"{path} describes {len(entries)} data sets, and it is not said which is meant",
                         f"name one, such as {path}:{next(iter(entries))}; there are {shown}")
     return _read(path, name, entries[name])
+
+
+def entries_here(names: str) -> list[str]:
+    """What to type for entries that are named as LLaMA-Factory has them in ``dataset``: alone, or with commas. Those of
+    a ``dataset_info.json`` in this directory, or in ``data/``, are known.
+    """
+    for info in (Path(INFO), Path("data", INFO)):
+        with contextlib.suppress(UserError):
+            entries = _entries(info) if info.is_file() else None
+            if found := [f"{info}:{name}" for part in names.split(",") if (name := part.strip()) in (entries or {})]:
+                return found
+    return []
 
 
 class Beside:

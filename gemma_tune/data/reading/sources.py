@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from gemma_tune import samples
+from gemma_tune.base import shell
 from gemma_tune.base.content import FETCH, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.data.reading import binary_rows, hub_rows, json_rows, plain_rows, table_rows
-from gemma_tune.data.reading.dataset_info import INFO, Beside, entry_of, split_name
+from gemma_tune.data.reading.dataset_info import INFO, Beside, entries_here, entry_of, split_name
 from gemma_tune.data.reading.folders import CHECK, data_files, is_run, passed_over
 from gemma_tune.data.reading.names import UNSAID, How, data_among, describes_data, kind_of
 from gemma_tune.data.reading.rows import (
@@ -45,6 +46,7 @@ from gemma_tune.data.reading.rows import (
 __all__ = ["BLOCK", "Block", "Row", "Source", "built_in", "find_sources", "read_blocks", "source_of"]
 
 _MARGIN = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first sign of a text
+_SETTINGS = (".yaml", ".yml")  # endings that no data have
 STDIN = "-"
 EXAMPLE = "example:"
 _READERS = {JSON: json_rows.blocks, PARQUET: binary_rows.parquet_blocks, ARROW: binary_rows.ipc_blocks,
@@ -75,9 +77,14 @@ def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
     """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
 
     Raises:
-        UserError: it has the name of a text, and may be a table.
+        UserError: it has the name of a text, and may be a table; or that of a settings file, as other programs have
+            them behind `train`.
     """
     kind = kind_of(path, how) or (CSV if how.delimiter else TEXT if how.all_text else JSON)
+    if kind == JSON and path.suffix.lower() in _SETTINGS and not plain_rows.has_rows(
+            plain_rows.opening(path, how.encoding)):
+        raise UserError(f"{path} is a settings file, by its name, and no data",
+                        f"settings are named with --config {shell.quote(str(path))}, and data by their own files")
     if kind == TEXT:
         opening = plain_rows.opening(path, how.encoding)
         if plain_rows.has_rows(opening):
@@ -206,6 +213,8 @@ def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener,
 
 
 def _missing(path: Path, held_out: bool = False) -> UserError:
+    if entries := entries_here(f"{path}"):
+        return UserError(f"there is no file {path}", f"an entry of {INFO} is named with it: {' '.join(entries)}")
     number = held_out and path.name[:1].isdigit()
     return UserError(f"there is no file {path}{_near(path)}",
                      "--valid takes a share such as 0.1, a number of rows such as 50, or a file" if number else CHECK)

@@ -544,6 +544,28 @@ def test_all_problems_are_named_together(tree, monkeypatch):
         "no file matches *.xyz", "a data file's name is empty", "there is no file ~nobody-here/x", f"there is no file {'x' * 300}")
 
 
+@pytest.mark.parametrize("name", ["sft.yaml", "SFT.YML"])
+def test_settings_of_another_program_are_no_data(tree, name):
+    Path(name).write_text("model_name_or_path: a/b\nlora_rank: 8\n")
+    error = refused(name)
+    assert error.message == f"{name} is a settings file, by its name, and no data" and f"--config {name}" in error.hint
+    assert source_of(Path(name), how=How(format="text")).kind == "text", "which is what somebody asked for"
+    Path(name).write_text('{"prompt": "q", "completion": "a"}\n')
+    assert [source.kind for source in find_sources([name], Path("keep"))] == ["jsonl-or-json"]
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_an_entry_that_is_named_alone_has_a_way_out(tree, folder):
+    Path(folder).mkdir(exist_ok=True)
+    info = Path(folder, "dataset_info.json")
+    info.write_text(json.dumps({name: {"file_name": f"{name}.jsonl"} for name in ("identity", "mine")}))
+    assert refused("mine").hint == f"an entry of dataset_info.json is named with it: {info}:mine"
+    assert refused("identity, mine,other").hint.endswith(f" {info}:identity {info}:mine")
+    assert refused("other").message == "there is no file other" and "dataset_info" not in refused("other").hint
+    info.write_text("{")
+    assert "dataset_info" not in refused("mine").hint
+
+
 def test_files_that_cannot_be_read(tree, monkeypatch):
     """The superuser may read everything, so the answer is simulated."""
     if hasattr(os, "mkfifo"):
