@@ -22,6 +22,7 @@ from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 from gemma_tune.cli.hints import in_run
 from gemma_tune.cli.live import Course, Display, preferences
 from gemma_tune.cli.screen import Text
+from gemma_tune.report.tables import MEASURES
 
 _STEP, _SMALL_STEP = 0.25, 0.05  # of a task, after which a line tells how far it is: where it is quick, and slow
 _PATIENCE = 20.0  # seconds without such a line from which on it is slow
@@ -228,13 +229,14 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
     train = stages["train"].summary
     evaluated = stages["eval"].summary if "eval" in stages else {"answers": [], "questions": 0}
+    loss = evaluated.get("measures", {}).get("loss")  # that of the training is one before it, which can be another's
     screen.err.rule("[bold]summary", align="left")
     comparison(evaluated["answers"])
     table = Table(box=None, pad_edge=False)
     for column in ("", "base", "tuned"):
         table.add_column(column)
-    if None not in (train.get("eval_loss_before"), train.get("eval_loss_after")):
-        table.add_row("validation loss", f"{train['eval_loss_before']:.4f}", f"{train['eval_loss_after']:.4f}")
+    if loss:
+        table.add_row(MEASURES["loss"].name, *(f"{loss[which][0]:.4f}" for which in ("base", "tuned")))
     total = evaluated.get("questions")
     for key, label in (("ended", "answers that end by themselves"), ("in_form", "answers in the example's form")):
         if {f"base_{key}", f"tuned_{key}"} <= evaluated.keys():

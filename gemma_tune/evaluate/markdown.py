@@ -20,14 +20,12 @@ def report(session: Session, summary: dict[str, Any]) -> str:
     Args:
         summary: of the stage, with the ``answers`` as answers.json keeps them.
     """
-    trained = session.manifest.stages["train"]["summary"]
     total = summary["questions"]
-    lines = [f"# {session.model.name}: before and after", "", "| | base | tuned |", "|---|---|---|"]
-    if trained.get("eval_loss_before") is not None and not session.config.data_file:  # else it is about other rows
-        lines.append(f"| validation loss | {trained['eval_loss_before']:.4f} | {trained['eval_loss_after']:.4f} |")
+    lines = [f"# {session.model.name}: before and after"]
     if total:
-        lines.append(f"| answers that end by themselves | {summary['base_ended']}/{total} "
-                     f"| {summary['tuned_ended']}/{total} |")
+        lines += ["", "| | base | tuned |", "|---|---|---|",
+                  f"| answers that end by themselves | {summary['base_ended']}/{total} "
+                  f"| {summary['tuned_ended']}/{total} |"]
     if "base_in_form" in summary:
         judged = summary["measures"]["in_form"]["rows"]
         lines += [f"| answers in the example's form | {summary['base_in_form']}/{judged} "

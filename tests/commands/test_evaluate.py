@@ -53,11 +53,10 @@ def test_base_and_tuned_answers_stand_side_by_side(cli, fluent):
 def test_the_report_says_it_all(cli, fluent, limit, ended):
     assert cli("eval", "--max-new-tokens", limit, *FP32).code == 0
     manifest = json.loads((fluent / "manifest.json").read_text())
-    train, summary = (manifest["stages"][s]["summary"] for s in ("train", "eval"))
+    summary = manifest["stages"]["eval"]["summary"]
     text = (fluent / "report.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[0] == "# talkative: before and after"
-    assert f"| validation loss | {train['eval_loss_before']:.4f} | {train['eval_loss_after']:.4f} |" in lines
     assert f"| answers that end by themselves | {summary['base_ended']}/1 | {int(ended)}/1 |" in lines
     assert f"at most {limit} tokens" in text
     [answer] = json.loads((fluent / "answers.json").read_text(encoding="utf-8"))
@@ -149,7 +148,6 @@ def test_other_rows_are_read_checked_and_remembered(cli, fluent, tmp_path):
     assert summary["measures"]["exact_match"]["tuned"][0] == pytest.approx(sum(right) / 3) and any(right)
     assert summary["measures"]["exact_match"]["base"][0] == 0
     assert summary["measures"]["chrf"]["difference"][1] > 0
-    assert "| validation loss |" not in (fluent / "report.md").read_text(), "which is of other rows"
     assert "these rows worse" not in result.err
     write_rows(tmp_path / "strange.jsonl", [{"messages": [{"role": "user", "content": f"Say number {n}."},
                                                           {"role": "assistant", "content": "".join(chr(33 + (n * 37 + k * 11) % 90) for k in range(90))}]} for n in range(5)])
@@ -463,14 +461,14 @@ def test_the_comparison_on_the_terminal_takes_turns_of_every_kind(capsys):
 def test_text_in_the_report_cannot_break_it():
     """Answers and prompts may hold headings, open code fences, or nothing."""
     session = SimpleNamespace(model=SimpleNamespace(name="m"), config=SimpleNamespace(max_new_tokens=9, data_file=None),
-                              manifest=SimpleNamespace(stages={"train": {"summary": {}}}))
+                              manifest=SimpleNamespace(stages={"train": {"summary": {"eval_loss_before": 0.6931, "eval_loss_after": 0.1}}}))
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "\n# A\n```python\nx"}]
     prompt += [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "# rain"}]
     answer = {"prompt": prompt, "tools": ["weather"], "base": "", "base_ended": True, "tuned": "## B\n\n```", "tuned_ended": False}
     text = report(session, {"questions": 1, "base_ended": 1, "tuned_ended": 0, "answers": [answer]})
+    assert "0.6931" not in text, "of a training that can have begun with another model than the base, or have another loss"
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == ["# m: before and after", "## 1. # A"]
     assert not [line for line in text.splitlines() if line.startswith("```")]
     assert '*assistant*\n\n> calls weather({"city": "Zürich"})\n\n*tool*\n\n> # rain\n' in text
     assert "> (nothing)" in text and "> Be brief." in text and "> ## B\n> \n> ```" in text
-    assert "validation loss" not in text, "there was none to report"

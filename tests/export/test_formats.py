@@ -201,13 +201,16 @@ def test_the_end_of_run_has_every_format(measured, cli, merged, monkeypatch):
     from gemma_tune.run.stage import StageReport
 
     summary = measured("--quant", "q8_0,q4_k_m", "--json").json["summary"]
-    train = {"steps": 1, "tokens_per_second": 1.0, "dtype": "fp32", "device": "cpu"}
+    train = {"steps": 1, "tokens_per_second": 1.0, "dtype": "fp32", "device": "cpu", "eval_loss_before": 0.6931, "eval_loss_after": 0.1}
+    evaluated = {"answers": [], "questions": 0, "measures": {"loss": {"base": [4.2, 4, 5], "tuned": [2.9, 2, 3]}}}
     reports = {name: StageReport(name, "done", merged, figures, {}, 0.0) for name, figures in (
-        ("train", train), ("merge", {"bytes": 5}), ("export-ollama", summary))}
+        ("train", train), ("eval", evaluated), ("merge", {"bytes": 5}), ("export-ollama", summary))}
     with console.screen.err.capture() as captured:
         console.run_summary(reports, ())
     for text in ("GGUF: q8_0, 0 MB", "GGUF: q4_k_m, 0 MB, perplexity +100.0% against f16, loses 50%"):
         assert text in captured.get()
+    said = " ".join(captured.get().split())
+    assert "loss per learned token, nats 4.2000 2.9000" in said and "0.6931" not in said, "of base and tuned model, both"
 
 
 def test_files_of_an_earlier_export_are_named_and_stale_when_the_model_changed(cli, export, merged):
