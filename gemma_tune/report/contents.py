@@ -21,7 +21,7 @@ from gemma_tune.report import charts, tables
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.earlier_exports import still_good, summary_now
 from gemma_tune.run.manifest import STAGES, Manifest
-from gemma_tune.run.state import superseded
+from gemma_tune.run.state import prepared_since, superseded
 
 _MOST_ANSWERS = 100  # that are shown; the others are in answers.json
 _LONGEST = 20_000  # characters of a text
@@ -37,15 +37,17 @@ def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
     settings = {name: {key: entry.get("value") for key, entry in stage["config"].items()}
                 for name, stage in manifest.stages.items()}
     answers = _answers(run, summaries)
+    newer = prepared_since(manifest)
     return {
         "model": manifest.model, "summary": {name: summaries.get(name, {}) for name in STAGES},
         "settings": {name: settings.get(name, {}) for name in STAGES},
-        "data": _data(run), "curves": _curves(run, summaries.get("train", {})),
+        "data": None if newer else _data(run), "newer_data": newer, "curves": _curves(run, summaries.get("train", {})),
         "measures": _measures(summaries.get("eval", {})), "task_rows": tables.task_rows(summaries.get("eval", {})),
         "few_rows": tables.FEW_ROWS, "answers": answers[:_MOST_ANSWERS], "more_answers": answers[_MOST_ANSWERS:],
         "formats": _formats(summaries.get("export-ollama", {})), "parity": _parity(summaries.get("export-ollama", {})),
         "seconds": {name: _seconds(stage) for name, stage in manifest.stages.items()},
-        "commands": _commands(manifest, settings), "superseded": old,
+        "start": last_name(f"{settings.get('train', {}).get('from_adapter') or ''}"), "superseded": old,
+        "commands": [] if newer else _commands(manifest, settings),
     }
 
 
@@ -130,6 +132,7 @@ def _cut(text: str) -> str:
 
 
 # --- figures of the manifest
+
 
 def _measures(evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []

@@ -84,6 +84,14 @@ def superseded(manifest: Manifest) -> list[str]:
     return found
 
 
+def prepared_since(manifest: Manifest) -> bool:
+    """Whether the data that lie there are others than the last training learned from; by the manifest alone."""
+    learned = manifest.stages.get("train", {}).get("inputs", {})
+    there = manifest.stages.get("prepare", {}).get("outputs", {})
+    return bool(there) and any(name in learned and there.get(output, {}).get("sha256") != learned[name]["sha256"]
+                               for name, (_, output) in NEEDS["train"].items())
+
+
 def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> str | None:
     read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
     if unnamed := sorted(read_by_others - outputs.keys()):

@@ -91,6 +91,44 @@ def test_what_is_about_an_earlier_adapter_is_left_out_and_named(tmp_path):
     assert found.open == []
 
 
+def test_data_of_after_the_training_are_not_shown_as_what_it_learned_from(tmp_path):
+    run = finished_run(tmp_path / "run")
+    manifest = json.loads(run.manifest.read_text())
+    stages = manifest["stages"]
+
+    def items(sha256: str) -> dict[str, dict[str, str]]:
+        return {name: {"path": f"data/{name}", "sha256": sha256 * 64, "stamp": "s"} for name in ("train_rows", "valid_rows", "tokens")}
+
+    def written() -> Page:
+        run.manifest.write_text(json.dumps(manifest))
+        return Page(write_report(run))
+
+    stages["train"]["inputs"] = stages["prepare"]["outputs"] = items("0")
+    found = written()
+    assert "216 + 24" in found.text and "--learning-rate 0.0002" in found.text and "Other data were prepared" not in found.text
+    stages["prepare"]["outputs"] = items("1")
+    found = written()
+    for said in ("216 + 24", "18,000 / 30,000", "Rows by length", "gemma-tune prepare", "The commands that reproduce it"):
+        assert said not in found.text, said
+    assert "Other data were prepared since the training" in found.text and "训练后数据已重新准备" in found.text
+    assert "4.225 → 2.940" in found.text and "Base against tuned" in found.text and found.open == []
+
+
+def test_the_adapter_that_it_began_with_is_told(tmp_path):
+    run = finished_run(tmp_path / "run")
+    assert "起始适配器" not in Page(write_report(run)).text
+    manifest = json.loads(run.manifest.read_text())
+    manifest["stages"]["train"]["config"]["from_adapter"] = {"value": "../other/tiny-gemma_sft_adapter", "from": "flag"}
+    run.manifest.write_text(json.dumps(manifest))
+    assert "began with the adapter起始适配器tiny-gemma_sft_adapter" in Page(write_report(run)).text
+
+
+def test_answers_that_are_not_shown_are_counted_in_both_languages(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_tune.report.contents._MOST_ANSWERS", 1)
+    found = Page(write_report(finished_run(tmp_path / "run")))
+    assert "2 more are in answers.json" in found.text and "另有 2 个回答在 answers.json 中" in found.text
+
+
 def test_nothing_comes_from_elsewhere_and_no_path_of_this_machine_is_told(page):
     found = page()
     assert not re.search(r"https?://|//\w|@import|url\(", found.source.replace("http-equiv", ""))
