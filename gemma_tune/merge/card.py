@@ -15,11 +15,12 @@ from typing import Any
 from gemma_tune import __version__
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.versions import library_versions
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, last_name
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.models.towers import auto_class
 from gemma_tune.run.manifest import JUDGED, PAIRS
 from gemma_tune.run.session import Session
+from gemma_tune.run.state import prepared_since
 
 _WHERE = "  # the repository, or the folder with these files"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -89,8 +90,10 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     if not record:
         yield "Training", "not in this run: the adapter came from elsewhere"
         return
-    if rows := _rows(session, record):
+    if rows := _rows(session):
         yield "Data", rows
+    if start := settings.get("from_adapter"):
+        yield "Began with", f"the adapter {_code(last_name(start))}; what it had learned is in this model, too"
     figures = record["summary"]
     yield "Training", _schedule(settings, figures)
     if _method(session) != "sft":
@@ -136,11 +139,10 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on:
     return ", ".join(words)
 
 
-def _rows(session: Session, record: Mapping[str, Any]) -> str | None:
+def _rows(session: Session) -> str | None:
     """Counts of the data, unless it was prepared again after the training."""
     prepared = session.manifest.stages.get("prepare")
-    if prepared is None or any(record["inputs"].get(name, {}).get("sha256") != prepared["outputs"][name]["sha256"]
-                               for name in ("train_rows", "valid_rows")):
+    if prepared is None or prepared_since(session.manifest):
         return None
     figures = prepared["summary"]
     what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), _unit(session))

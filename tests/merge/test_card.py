@@ -102,6 +102,17 @@ def test_what_was_learned_from_preferences(trained, tiny, tmp_path, method, kind
     assert ("Loss on held-out conversations" in rows) == (method == "sft"), "another loss is not in nats per token"
 
 
+@pytest.mark.parametrize(("start", "name"), [("../elsewhere/tiny-gemma_sft_adapter", "tiny-gemma_sft_adapter"), ("hf:a/b@c", "hf:a/b@c")])
+def test_what_was_learned_before_is_not_kept_silent(trained, tmp_path, start, name):
+    manifest, run = read_manifest(trained), RunDir(trained, "tiny-gemma")
+    manifest.stages["train"]["config"]["from_adapter"] = {"value": start, "from": "flag"}
+    card = model_card(session_of(run, base(tmp_path / "base"), manifest, run.adapter), CHECKS)
+    _, rows = parts(card)
+    assert rows["Began with"] == f"the adapter `{name}`; what it had learned is in this model, too" and "elsewhere" not in card
+    manifest.stages["train"]["config"]["from_adapter"]["value"] = None
+    assert "Began with" not in parts(model_card(session_of(run, base(tmp_path / "base"), manifest, run.adapter), CHECKS))[1]
+
+
 def test_nothing_of_this_machine_or_of_the_data(trained, tiny, tmp_path):
     run = RunDir(trained, "tiny-gemma")
     for model in (base(tmp_path / "base"), base(tmp_path / "base", "local", origin=tmp_path / "base")):
