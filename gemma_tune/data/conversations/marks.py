@@ -12,7 +12,7 @@ PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), (
          ("preferred", "rejected"), ("messages", "rejected"), ("messages", "rejected_response"),
          ("messages", "rejected_messages"), ("response", "rejected_response"))
 # The marks of a judged answer: LLaMA-Factory's `kto_tag`; and TRL's, which is one only beside these columns.
-LABEL = "label"
+_LABELS = ("label", "标签")
 _BESIDE_LABEL = {("prompt", "completion"): "prompt-completion", ("messages",): "messages",
                  ("conversations",): "sharegpt", ("instruction", "output"): "alpaca",
                  ("instruction", "response"): "alpaca"}
@@ -63,8 +63,8 @@ def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
         return MARK
     beside = _beside(keys)
     # Beside a whole conversation a number may be a class of anything; beside a completion it is TRL's mark.
-    numbers = beside == "prompt-completion"
-    return LABEL if beside and _truth(row.get(LABEL), numbers) is not None else None
+    numbers, label = beside == "prompt-completion", _label_in(keys)
+    return label if beside and label and _truth(row.get(label), numbers) is not None else None
 
 
 def is_good(row: Mapping[str, Any]) -> bool | None:
@@ -76,7 +76,8 @@ def is_good(row: Mapping[str, Any]) -> bool | None:
 def unclear(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with the mark of a row that has one which cannot be read, or two that contradict each other: as a
     conversation without a mark its bad answer would be learned."""
-    if MARK not in row and LABEL not in row:
+    name = _label_in(row.keys())
+    if MARK not in row and name is None:
         return None
     filled = {key for key, value in row.items() if value is not None}
     if pair_in(filled):
@@ -85,23 +86,37 @@ def unclear(row: Mapping[str, Any]) -> Problem | None:
         return Problem("preference", f"`{MARK}` is {row[MARK]!r}, and a mark is true or false, or 1 or 0",
                        "write true for a good answer and false for a bad one")
     format = _beside(filled)
-    if format is None or LABEL not in filled:
+    if format is None or name not in filled:
         return None
-    label = _truth(row[LABEL], numbers=True)
+    label = _truth(row[name], numbers=True)
     if MARK in filled:
         return None if label in (None, tag) else Problem(
-            "preference", f"`{MARK}` and `{LABEL}` contradict each other", f"keep one of them: rename `{LABEL}`")
-    value = row[LABEL]
-    word = str(value).strip().lower() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    if label is None and word in _LIKE_A_MARK:
-        return Problem("preference", f"`{LABEL}` is {value!r} beside an answer: a mark of good and bad answers is true "
+            "preference", f"`{MARK}` and `{name}` contradict each other", f"keep one of them: rename `{name}`")
+    value = row[name]
+    if label is None and _is_like_a_mark(value):
+        return Problem("preference", f"`{name}` is {value!r} beside an answer: a mark of good and bad answers is true "
                                      "or false", f"write true and false to learn which answers are good; or --format "
-                                                 f"{format} learns every answer, whatever its `{LABEL}`")
+                                                 f"{format} learns every answer, whatever its `{name}`")
     return None
 
 
+def seeming_mark(row: Mapping[str, Any], apart_from: Collection[str | None]) -> str | None:
+    """A column, but those, that may say whether the row's answer is a good one, whatever it is called."""
+    return next((key for key, value in row.items() if key not in apart_from and (
+        isinstance(value, bool) or _is_like_a_mark(value) or _truth(value, numbers=key in _LABELS) is not None)), None)
+
+
+def _is_like_a_mark(value: Any) -> bool:
+    return (isinstance(value, (str, int)) and not isinstance(value, bool)
+            and str(value).strip().lower() in _LIKE_A_MARK)
+
+
+def _label_in(keys: Collection[str]) -> str | None:
+    return next((name for name in _LABELS if name in keys), None)
+
+
 def _beside(keys: Collection[str]) -> str | None:
-    """The format of the conversation that a column `label` stands beside."""
+    """The format of the conversation that a label stands beside."""
     return next((format for names, format in _BESIDE_LABEL.items() if all(name in keys for name in names)), None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_tune.base import shell
 from gemma_tune.data.conversations import layouts
+from gemma_tune.data.conversations.marks import seeming_mark
 from gemma_tune.data.conversations.names import spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, quoted
 from gemma_tune.data.conversations.turns import REASONING, role_of
@@ -66,6 +67,10 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (
             f",reasoning={thought}" if thought else "")
+        if mark := seeming_mark(row, (question, answer, system, context, thought)):
+            return Problem("unknown_format", f"{reason}; `{mark}` may say which answers are good",
+                           "to learn that, call the columns `prompt`, `completion` and `label`, with true and false; "
+                           f"--columns {shell.quote(named)} learns every answer, whatever its `{mark}`")
         return Problem("unknown_format", reason, f"use --columns {shell.quote(named)}")
     if (turn := _one_turn(row, reason)) is not None:
         return turn

@@ -77,6 +77,30 @@ def test_a_mark_that_cannot_be_read_is_asked_about(value, row, format):
     assert "`kto_tag` is" in problem(row | {"kto_tag": value}).reason
 
 
+@pytest.mark.parametrize("row", [{"messages": WHOLE}, {"指令": "q", "输出": "c"}, {"instruction": "q", "output": "c"}])
+def test_a_mark_in_chinese_is_one(row):
+    assert read(row | {"标签": True}) == (["q", "c"], None, True, [])
+    assert read(row | {"标签": False}) == (["q", "c"], None, False, [])
+    assert "`标签` is '差' beside an answer" in problem(row | {"标签": "差"}).reason
+    assert read(row | {"标签": "金融"}) == (["q", "c"], None, None, ["标签"])
+
+
+@pytest.mark.parametrize(("mark", "value"), [("label", "good"), ("label", 0), ("label", "false"), ("标签", "差"), ("标签", True),
+                                             ("评价", "差"), ("是否正确", "否"), ("is_good", False)])
+def test_columns_that_have_to_be_named_do_not_hide_a_mark_beside_them(mark, value):
+    """The command that names question and answer alone would have bad answers learned like good ones."""
+    found = problem({"问题": "q", "答案": "c", mark: value})
+    assert found.reason.endswith(f"; `{mark}` may say which answers are good")
+    assert found.fix == ("to learn that, call the columns `prompt`, `completion` and `label`, with true and false; "
+                         f"--columns 'user=问题,assistant=答案' learns every answer, whatever its `{mark}`")
+    assert read({"prompt": "q", "completion": "c", "label": True})[2] is True
+
+
+@pytest.mark.parametrize("beside", [{"score": 1}, {"topic": "金融"}, {"label": 3}, {"good": None}])
+def test_columns_that_mark_nothing_leave_the_command(beside):
+    assert problem({"问题": "q", "答案": "c", "x": "y", **beside}).fix == "use --columns 'user=问题,assistant=答案'"
+
+
 @pytest.mark.parametrize("value", ["finance", 3, 0.5, "positive sentiment", None, [1], {"a": 1}])
 def test_a_class_is_no_mark(value):
     row = {"prompt": "q", "completion": "c", "label": value}
