@@ -221,12 +221,13 @@ class PreferenceTrainer(GemmaTrainer):
         return sums
 
     def named(self, measures: Sequence[float]) -> dict[str, float]:
-        """Rewards and log-probabilities, means over answers, by the names that TRL has for them."""
+        """Rewards and log-probabilities, means over answers, by the names that TRL has for them; those of no answer,
+        where a step has judged answers of one side alone, are left out."""
         of = dict(zip(SUMS, measures))
-        good, bad = max(1, of["good"]), max(1, of["bad"])
-        named = {"rewards/chosen": of["good_reward"] / good, "rewards/rejected": of["bad_reward"] / bad,
-                 "logps/chosen": of["good_logp"] / good, "logps/rejected": of["bad_logp"] / bad}
-        named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
+        named = {f"{figure}s/{name}": of[f"{side}_{figure}"] / of[side] for figure in ("reward", "logp")
+                 for side, name in (("good", "chosen"), ("bad", "rejected")) if of[side]}
+        if of["good"] and of["bad"]:
+            named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
         if self.train_dataset.size == PAIR:
             named["rewards/accuracies"] = of["won"] / max(1, of["units"])
         return named

@@ -108,6 +108,12 @@ def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
     result = cli("train", *FLAGS, "--json")
     assert result.code == 0 and "method kto: the data are answers that are good or bad" in result.err
     assert log()[-1]["eval_rewards/margins"] > 0.1 and "eval_rewards/accuracies" not in log()[-1]
+    alone = cli("train", *FLAGS, "--batch-size", 1, "--max-steps", 4, "--force")
+    assert alone.code == 0 and "step 1/4" in alone.err
+    for record in (record for record in log() if "loss" in record):
+        [side] = {name.split("/")[1] for name in record if "/" in name}
+        assert side in ("chosen", "rejected") and record[f"logps/{side}"] < 0, "no figures of the side that has no answer"
+    assert "eval_rewards/margins" in log()[-1]
     result = cli("train", "--method", "dpo")
     assert result.code == 2 and "learns from two answers to each prompt" in result.err and "--method sft" in result.err
 
