@@ -319,6 +319,8 @@ class TrainConfig(MethodConfig, StageConfig):
     def more_problems(self) -> list[str]:
         if problems := self.method_problems():
             return problems
+        if "all-linear" in self.target_modules:
+            return ["target_modules: `all-linear` of PEFT is `all` here, as it is where nothing is said"]
         if "all" in self.target_modules and {*self.target_modules} - {"all", "experts"}:
             return ["target_modules: `all` stands alone, or with `experts`, or names are given"]
         if "none" in self.report_to:

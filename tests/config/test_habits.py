@@ -59,6 +59,11 @@ def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path
         assert text in said
 
 
+def test_all_linear_layers_have_another_name_here(cli):
+    result = cli("train", "--target-modules", "all-linear")
+    assert result.code == 2 and "target_modules: `all-linear` of PEFT is `all` here" in " ".join(result.err.split())
+
+
 def test_an_option_is_named_with_its_command_where_it_is_another_s(cli):
     for command, typed, said in (("prepare", "--lora_rank", "here it is gemma-tune train --rank"), ("run", "--lora_rank", "here it is --rank"),
                                  ("prepare", "--cutoff_len", "here it is --max-length"), ("chat", "--temp", "here it is --temperature"),

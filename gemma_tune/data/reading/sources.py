@@ -215,6 +215,9 @@ def _as_described(sources: Sequence[Source], beside: Beside, listener: Listener,
 def _missing(path: Path, held_out: bool = False) -> UserError:
     if entries := entries_here(f"{path}"):
         return UserError(f"there is no file {path}", f"an entry of {INFO} is named with it: {' '.join(entries)}")
+    if f"{path}".lower() in ("true", "false"):
+        return UserError(f"there is no file {path}", "a switch takes no value: it stands alone, such as --qlora, or is "
+                                                     "left out")
     number = held_out and path.name[:1].isdigit()
     return UserError(f"there is no file {path}{_near(path)}",
                      "--valid takes a share such as 0.1, a number of rows such as 50, or a file" if number else CHECK)

@@ -566,6 +566,12 @@ def test_an_entry_that_is_named_alone_has_a_way_out(tree, folder):
     assert "dataset_info" not in refused("mine").hint
 
 
+def test_the_value_of_a_switch_is_no_file(tree):
+    for value in ("true", "False"):
+        assert refused(value).message == f"there is no file {value}" and "a switch takes no value" in refused(value).hint
+    assert "switch" not in refused("true.jsonl").hint
+
+
 def test_files_that_cannot_be_read(tree, monkeypatch):
     """The superuser may read everything, so the answer is simulated."""
     if hasattr(os, "mkfifo"):
