@@ -31,7 +31,7 @@ from gemma_tune.base.words import as_text
 from gemma_tune.cli import help_page, hints, live, screen
 from gemma_tune.cli.request import waiting_training
 from gemma_tune.cli.spinner import saying_what_is_loaded
-from gemma_tune.config.habits import meant
+from gemma_tune.config.habits import meant, meant_command
 from gemma_tune.config.settings import refuse_no_names
 from gemma_tune.train import processes
 
@@ -53,6 +53,14 @@ class Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(help_page.page(self, ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except typer.exceptions.TyperException as e:
+            if hasattr(e, "message") and (habit := meant_command(args[0])):
+                e.message = f"No such command '{args[0]}'; {habit}"  # without what is spelt alike
+            raise
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
         occupy_standard_streams()

@@ -125,6 +125,17 @@ _NOT_HERE = {
         "train_type tuner_type",
     "there is no noise on embeddings here": "neftune neftune_noise_alpha noisy_embedding_alpha",
 }
+_COMMANDS = {
+    "gemma-tune prepare": "preprocess tokenize",
+    "gemma-tune train": "sft pt finetune finetune_lora fine_tune lora",
+    "gemma-tune train --method": "dpo kto orpo rlhf",
+    "gemma-tune merge": "fuse merge_lora",
+    "gemma-tune merge, and gemma-tune export-ollama for GGUF": "export",
+    "gemma-tune export-ollama": "quantize convert gguf",
+    "gemma-tune chat": "infer inference generate predict",
+    "gemma-tune eval": "evaluate",
+    "gemma-tune export-ollama, and Ollama serves the model": "api serve deploy webui webchat",
+}
 _MEANT: dict[str, str] = {}
 for _table, _sentence in ((_TRAIN, "here it is gemma-tune train --{}"), (_ELSEWHERE, "here it is {}"),
                           (_NOT_HERE, "{}")):
@@ -147,6 +158,12 @@ def meant(name: str, own: Collection[str] = ()) -> str | None:
     said = _MEANT.get(name.lstrip("-").replace("-", "_").lower())
     option = _OPTION.search(said or "")
     return said.replace(f"gemma-tune {option['stage']} ", "", 1) if option and option["option"] in own else said
+
+
+def meant_command(name: str) -> str | None:
+    """The same for a command of another program."""
+    word = name.replace("-", "_").lower()
+    return next((f"here it is {ours}" for ours, theirs in _COMMANDS.items() if word in theirs.split()), None)
 
 
 def meant_in_file(name: str) -> str | None:

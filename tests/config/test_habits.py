@@ -59,6 +59,24 @@ def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path
         assert text in said
 
 
+@pytest.mark.parametrize(("command", "said"), [
+    ("sft", "here it is gemma-tune train"), ("dpo", "here it is gemma-tune train --method"), ("fuse", "here it is gemma-tune merge"),
+    ("export", "here it is gemma-tune merge, and gemma-tune export-ollama for GGUF"), ("merge-lora", "here it is gemma-tune merge")])
+def test_a_command_of_another_program_is_answered(cli, command, said):
+    result = cli(command, "old.yaml")
+    assert result.code == 2 and " ".join(result.err.split()) == f"Error: No such command '{command}'; {said} Hint: see `gemma-tune --help`"
+
+
+def test_commands_that_are_named_are_there(cli):
+    from gemma_tune.cli.commands import app
+
+    here = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    for sentence in habits._COMMANDS:
+        assert {*re.findall("gemma-tune ([a-z-]+)", sentence)} <= here, sentence
+    assert not here & {name for theirs in habits._COMMANDS.values() for name in theirs.split()}
+    assert "Did you mean" in cli("preprare").err and "No such command 'nobody'\n" in cli("nobody").err
+
+
 def test_all_linear_layers_have_another_name_here(cli):
     result = cli("train", "--target-modules", "all-linear")
     assert result.code == 2 and "target_modules: `all-linear` of PEFT is `all` here" in " ".join(result.err.split())
