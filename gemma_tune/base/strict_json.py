@@ -17,6 +17,8 @@ _space = re.compile(r"[ \t\r\n]*")
 COMMA, SECOND = ", a comma behind the value,", ", a second value behind the first,"
 MORE = ", a comma and more behind the value,"
 SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
+WIDE = ", and not the sign of Chinese text there,"
+_WIDE_SIGNS = "“”‘’＂：，｛｝［］【】"
 
 
 class NoObject(ValueError):
@@ -159,7 +161,7 @@ def reason(e: ValueError | RecursionError) -> str:
 def problem(e: json.JSONDecodeError) -> str:
     """What is wrong, without the place."""
     met = e.doc[e.pos:e.pos + 1]
-    more = SINGLE if met == "'" else ""
+    more = SINGLE if met == "'" else WIDE if met and met in _WIDE_SIGNS else ""
     if e.msg == "Extra data":
         comma = COMMA if met == "," and not e.doc[e.pos + 1:].strip() else MORE
         more = {",": comma, "{": SECOND}.get(met, "")

@@ -46,6 +46,18 @@ def test_a_hundred_levels_are_kept_and_more_are_not(inside):
             strict_json.loads(f"[[{text}]]")
 
 
+def test_signs_of_chinese_text_in_place_of_jsons_own_are_told(prepare):
+    good = '{"prompt": "他说：“问？”，", "completion": "｛答｝。"}'
+    bad = [('{“prompt”：“问？”，“completion”：“答。”}', "property name enclosed in double quotes", 2), ('{"prompt"：“问？”}', "':' delimiter", 10),
+           ('{"prompt": “问？”}', "Expecting value", 12), ('{"prompt": "问？”，“"，"completion": "答。"}', "',' delimiter", 19)]
+    Path("rows.jsonl").write_text("\n".join([good, *(line for line, _, _ in bad)]), encoding="utf-8")
+    prepare("rows.jsonl", "--valid", 0, "--max-rejected", 0.9)
+    rejected = [json.loads(line) for line in Path("runs/tiny-gemma/data/rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row, (_, expected, column) in zip(rejected, bad, strict=True):
+        assert row["reason"].endswith(f"{expected}, and not the sign of Chinese text there, at column {column}")
+        assert row["fix"].startswith('around names and texts write " for “ and ”')
+
+
 def test_rows_with_a_key_that_stands_twice_are_rejected(prepare):
     turns = json.dumps([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
     others = turns.replace("A", "B")

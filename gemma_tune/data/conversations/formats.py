@@ -297,7 +297,8 @@ _OWN_LINE = "give each value a line of its own, in all lines with "
 _REPAIRS = {
     strict_json.COMMA: "leave out the comma, in all lines with sed 's/,[[:space:]]*$//' FILE.jsonl > rows.jsonl",
     strict_json.MORE: f"{_OWN_LINE}sed 's/,*[[:space:]]*$//; s/.*/[&]/' FILE.jsonl | jq -c '.[]' > rows.jsonl",
-    strict_json.SECOND: f"{_OWN_LINE}jq -c . FILE.jsonl > rows.jsonl"}
+    strict_json.SECOND: f"{_OWN_LINE}jq -c . FILE.jsonl > rows.jsonl",
+    strict_json.WIDE: 'around names and texts write " for “ and ”, : for ： and , for ，; within texts they may stay'}
 
 
 def _detected(row: Fields) -> str | None:
