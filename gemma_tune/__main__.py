@@ -2,17 +2,18 @@
 
 import sys
 
-from gemma_tune.base.machine import settle_threads
-
 
 def main() -> None:
-    """The command line. Ctrl-C while it is still being imported ends it as one that comes later does."""
-    settle_threads()
+    """The command line. Ctrl-C before a command has begun ends it as one that comes later does."""
     try:
+        from gemma_tune.base.machine import settle_threads
+
+        settle_threads()
         from gemma_tune.cli.commands import app
+
+        app(prog_name="gemma-tune")
     except KeyboardInterrupt:
         sys.exit(130)
-    app(prog_name="gemma-tune")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from gemma_tune.cli import screen
 from gemma_tune.config.settings import resolve, types_of
 from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.session import open_session
-from support.command import rows, write_rows
+from support.command import ROOT, rows, write_rows
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
 SEEN = "\\x1b[2J\\x9b31m\\u202e"
@@ -37,6 +37,19 @@ def with_stdout(monkeypatch):
             app([str(a) for a in args], prog_name="gemma-tune")
         return left.value.code or 0, said.getvalue()
     return run
+
+
+# ---- Ctrl-C before a command has begun ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("module", "content"), [
+    ("queue.py", "raise KeyboardInterrupt\n"),  # among the first that are imported
+    ("sitecustomize.py", "import typing\n\ndef get_type_hints(*args, **options):\n    raise KeyboardInterrupt\n\n"
+                         "typing.get_type_hints = get_type_hints\n")])  # with which Typer makes the options
+def test_ctrl_c_while_the_command_line_is_being_made_shows_no_traceback(tmp_path, module, content):
+    (tmp_path / module).write_text(content)
+    done = subprocess.run([sys.executable, "-m", "gemma_tune", "status"], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # ---- standard output -------------------------------------------------------------------------------------------------
