@@ -25,6 +25,7 @@ from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.earlier_exports import gone, remark, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
+from gemma_tune.run.prepared import NOTHING_HELD_OUT, nothing_held_out
 from gemma_tune.run.session import refuse_other_id
 from gemma_tune.run.state import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.stopped import has_other_rows, unfinished, whole
@@ -124,6 +125,9 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     for stage in reversed(STAGES):
         state, resume = _interrupted(paths, manifest, look) if stage == "train" else (None, None)
         state = state or state_of(paths, manifest, stage, look)
+        nothing = stage == "eval" and state.status in ("missing", "stale") and nothing_held_out(manifest)
+        if nothing:
+            state = State(state.status, f"{NOTHING_HELD_OUT}; `eval --data FILE` takes others")
         record = manifest.stages.get(stage, {})
         where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         so_far = best_so_far(paths.metrics) if state.status == "interrupted" else None
@@ -136,7 +140,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
                              for item in earlier.values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
         rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
-        if state.status != "done" and stage not in not_needed:
+        if state.status != "done" and stage not in not_needed and not nothing:
             note = None if resume else _right_to_read(root, record)
             next_step = None if note else resume or command(stage, root, *_tuned(paths, manifest, stage))
     keep_stamps(paths, manifest)

@@ -20,7 +20,7 @@ from gemma_tune.encoding.tokens import digest, digests_of, open_tokens
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.directory import command
-from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, prepared_as
+from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, NOTHING_HELD_OUT, is_example, prepared_as
 from gemma_tune.run.prompts import prompt_limit
 from gemma_tune.run.row_file import RowFile
 from gemma_tune.run.session import Session
@@ -29,7 +29,6 @@ FILE = RowFile("data", use="measure on", used="measured on", own="take the valid
                again="an evaluation")
 _ALL = 1 << 40
 _PART_ASIDE = 4  # no more than one row in so many is proposed to be kept aside
-_EXAMPLE = f"gemma_tune:samples/{samples.SAMPLE}.jsonl"  # as the manifest has it where it was named
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,10 @@ class Chosen:
 
 def nothing_to_measure(session: Session) -> str | None:
     """Why a prepared run has nothing to compare base and tuned model on; None if it has something."""
-    if session.config.data_file or is_example(session) or next(_lines(session.run.valid_rows), None) is not None:
+    if session.config.data_file or is_example(session.manifest) or (
+            next(_lines(session.run.valid_rows), None) is not None):
         return None
-    return "the run has no validation rows to compare on"
-
-
-def is_example(session: Session) -> bool:
-    """Whether the run learned the built-in example, whose held-out questions are asked as well."""
-    return (session.settings_of("prepare").get("data") or [_EXAMPLE]) == [_EXAMPLE]
+    return NOTHING_HELD_OUT
 
 
 def choose(session: Session, chat: ChatFormat) -> Chosen:
@@ -179,7 +174,7 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
     if len(chats) > count:
         chats = [chats[n] for n in np.linspace(0, len(chats) - 1, count).round().astype(int)]
     found = [Question(prompt_of(example), reference_of(chat, outcome)) for example, outcome in chats]
-    if is_example(session) and not session.config.data_file:
+    if is_example(session.manifest) and not session.config.data_file:
         own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
         found = [*own, *(replace(question, judged=True) for question in found)]
     elif chats and len(chats) < count and not (session.config.data_file or texts or limited):

@@ -229,6 +229,20 @@ def test_without_validation_rows_the_hint_says_how_to_get_some(cli, trained, tmp
     assert not (trained / "report.md").exists()
 
 
+def test_status_proposes_no_comparison_without_rows_for_one(cli, trained, tmp_path):
+    assert cli("eval", "--run", trained, "--max-new-tokens", 4).code == 0
+    files = write_rows(tmp_path / "rows.jsonl", rows()), write_rows(tmp_path / "held-out.jsonl", rows(14)[12:])
+    assert cli("prepare", files[0], "--run", trained, "--valid", 0).code == 0
+    assert cli("train", "--run", trained, *QUICK).code == 0
+    status = cli("status", "--run", trained, "--json").json
+    assert status["stages"]["eval"]["state"].startswith("stale: the run has no validation rows to compare on; ")
+    assert status["next"] == f"gemma-tune merge --run {trained}"
+    assert cli("eval", "--run", trained, "--data", files[1], "--max-new-tokens", 4).code == 0
+    assert cli("train", "--run", trained, *QUICK, "--seed", 7).code == 0
+    again = cli("status", "--run", trained, "--json").json["next"]
+    assert again == f"gemma-tune eval --run {trained}", "on the rows that were named"
+
+
 def test_without_an_adapter_the_command_to_make_it_is_named(cli, tiny, data):
     assert cli("prepare", data, "--model", tiny).code == 0
     result = cli("eval")
@@ -274,9 +288,10 @@ def asked_of(tmp_path, monkeypatch):
     def found(*records, count=5):
         notes: list[str] = []
         path = write_rows(tmp_path / "v.jsonl", records)
-        manifest = SimpleNamespace(stages={"prepare": {"summary": {"rows": 13}}})
+        manifest = SimpleNamespace(stages={"prepare": {
+            "summary": {"rows": 13}, "config": {"data": {"value": ["x.jsonl"], "from": "flag"}}}})
         session = SimpleNamespace(config=SimpleNamespace(questions=count, data_file=None, limit=0), inputs={"valid_rows": path},
-                                  settings_of=lambda stage: {"data": ["x.jsonl"]}, manifest=manifest,
+                                  settings_of=lambda stage: {}, manifest=manifest,
                                   run=SimpleNamespace(valid_rows=path, root=Path("runs/r")),
                                   listener=SimpleNamespace(note=notes.append))
         found.why = nothing_to_measure(session)

@@ -309,6 +309,9 @@ def test_run_without_validation_rows_leaves_the_comparison_out(cli, tiny, data):
     assert list(result.json["stages"]) == ["prepare", "train", "merge", "export-ollama"]
     assert "skipped: the run has no validation rows to compare on" in result.err
     assert "Number formats" in Path("runs/tiny-gemma/report.html").read_text(), "a page there is all the same"
+    status = cli("status", "--json").json
+    assert status["stages"]["eval"]["state"].startswith("missing: the run has no validation rows to compare on; ")
+    assert status["next"] == "gemma-tune chat --run runs/tiny-gemma", "eval would have nothing to do"
 
 
 def test_run_on_plain_text_compares_losses_alone(cli, tiny, tmp_path):
