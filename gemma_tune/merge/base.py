@@ -14,6 +14,7 @@ from gemma_tune.lora.names import running_name
 from gemma_tune.models.quantised import quantisation, sixteen_bit
 from gemma_tune.models.source import BaseModel, locate, split_revision
 from gemma_tune.run.directory import command
+from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.state import OUTSIDE, state_of
 
@@ -70,8 +71,9 @@ def require_base(session: Session, named: str | None) -> None:
 def next_step(session: Session) -> str:
     """The command that merges what a run has trained, with the base to name where the run's own model is none; what
     comes after it where that is done."""
-    if state_of(session.run, session.manifest, "merge").status == "done":
-        return command("export-ollama" if "export-ollama" not in session.manifest.stages else "chat", session.run.root)
+    manifest = read_manifest(session.run.root) or session.manifest  # the training has changed it
+    if state_of(session.run, manifest, "merge").status == "done":
+        return command("export-ollama" if "export-ollama" not in manifest.stages else "chat", session.run.root)
     model, before = session.model, session.settings_of("merge").get("base")
     named = ("--base", sixteen_bit(model) or "ID") if quantisation(model.config) and not before else ()
     return command("merge", session.run.root, *named)

@@ -66,7 +66,16 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe,
                 return State("stale", f"`{maker[0]}` is {made_from.status}: {made_from.reason}")
         elif os.path.exists(path := run.root / item["path"]) and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
+    if _is_overtaken(manifest, stage):
+        return State("stale", "it is of an adapter from elsewhere, and the run has trained one of its own since")
     return State("done")
+
+
+def _is_overtaken(manifest: Manifest, stage: str) -> bool:
+    """Whether it is a merge of an adapter from elsewhere, older than the adapter that the run has trained itself."""
+    record, trained = (manifest.stages.get(name, {}) for name in (stage, "train"))
+    return (stage == "merge" and f"{OUTSIDE}adapter" in record.get("inputs", {})
+            and trained.get("ended", "") > record.get("ended", ""))
 
 
 def superseded(manifest: Manifest) -> list[str]:
@@ -74,6 +83,8 @@ def superseded(manifest: Manifest) -> list[str]:
     manifest alone."""
     found: list[str] = []
     for stage in STAGES:
+        if _is_overtaken(manifest, stage):
+            found.append(stage)
         for name, item in manifest.stages.get(stage, {"inputs": {}})["inputs"].items():
             maker, output = NEEDS[stage].get(name, ("", ""))
             if maker not in ("train", "merge") or stage in found:

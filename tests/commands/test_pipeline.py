@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -95,6 +96,22 @@ def test_changed_data_makes_later_stages_stale(cli, trained, tmp_path):
     merged = cli("merge", "--run", trained)
     assert merged.code == 0
     assert "the result of `train` is stale" in merged.err
+
+
+def test_what_was_merged_from_elsewhere_is_stale_once_the_run_has_trained(cli, trained, tmp_path):
+    away = shutil.copytree(trained / "tiny-gemma_lora_adapter", tmp_path / "away")
+    assert cli("merge", "--run", trained, "--adapter", away, "--no-check").code == 0
+    assert cli("status", "--run", trained, "--json").json["stages"]["merge"]["state"] == "done", "newer than the training"
+    time.sleep(1.1)  # the manifest's times are in seconds
+    result = cli("train", *QUICK, "--seed", 7, "--run", trained, "--json")
+    assert result.json["next"][-1] == f"gemma-tune merge --run {trained}"
+    state = cli("status", "--run", trained, "--json").json["stages"]["merge"]["state"]
+    assert state == "stale: it is of an adapter from elsewhere, and the run has trained one of its own since"
+    chat = cli("chat", "--run", trained, "--merged", "--prompt", "Say 3.", "--max-new-tokens", 2)
+    assert f"the result of `merge` is {state}" in chat.err
+    own = cli("merge", "--run", trained, "--no-check")
+    assert f"this run's own adapter is merged, in place of {os.path.relpath(away)}" in own.err, own.err
+    assert cli("status", "--run", trained, "--json").json["stages"]["merge"]["state"] == "done"
 
 
 def test_prepare_without_data_reuses_what_the_run_was_prepared_from(cli, trained):
