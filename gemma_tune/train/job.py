@@ -214,7 +214,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     if config.dora:
         start_from_base(trainer.model)
     install(trainer.model)
-    if start and (job.checkpoint is None or config.prefers):  # which compares with it
+    if start:  # also before a checkpoint takes its place: what the training changed is told by it
         load_start(trainer.model, weights_of(start, names))
     return trainer
 

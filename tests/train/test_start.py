@@ -150,6 +150,17 @@ def test_an_interrupted_one_goes_on_by_itself(cli, prepared, tiny, tmp_path, mon
     assert adapter_bytes(prepared) == expected
 
 
+def test_the_change_that_is_told_is_from_the_start_also_where_a_checkpoint_goes_on(cli, prepared, tiny, tmp_path):
+    given = made(tiny, tmp_path / "given")
+    assert cli("train", "--from-adapter", given, *FLAGS, "--schedule", "constant").code == 0
+    result = cli("train", "--continue", "--epochs", 2, "--json")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (given, ADAPTER))
+    changes = [1.5 * (after[name.replace("lora_A", "lora_B")] @ after[name] - before[name.replace("lora_A", "lora_B")] @ before[name])
+               for name in before if "lora_A" in name]  # alpha / r is 1.5
+    moved = torch.cat([change.flatten() for change in changes]).norm().item()
+    assert result.json["summary"]["adapter_norm"] == pytest.approx(moved, rel=1e-3)
+
+
 def test_all_that_does_not_fit_is_told_before_any_work(cli, prepared, tiny, tmp_path):
     given = made(tiny, tmp_path / "given", target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"])
     tensors = load_file(given / "adapter_model.safetensors")
