@@ -26,7 +26,7 @@ from gemma_tune.run.earlier_exports import gone, remark, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.prepared import NOTHING_HELD_OUT, nothing_held_out
-from gemma_tune.run.session import refuse_other_id
+from gemma_tune.run.session import base_moved, refuse_other_id
 from gemma_tune.run.state import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 from gemma_tune.run.unrecorded import current_manifest
@@ -143,6 +143,9 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         if state.status != "done" and stage not in not_needed and not nothing:
             note = None if resume else _right_to_read(root, record)
             next_step = None if note else resume or command(stage, root, *_tuned(paths, manifest, stage))
+    if next_step and (moved := base_moved(root, manifest.model)):
+        note = f"{moved.message}; with its place: {next_step} --model DIR/{Path(manifest.model['path']).name}"
+        next_step = None
     keep_stamps(paths, manifest)
     owner = Lock.owner_of(root)
     if owner:

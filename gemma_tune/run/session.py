@@ -225,6 +225,16 @@ def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None
                         f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
 
 
+def base_moved(root: Path, recorded: Mapping[str, Any]) -> UserError | None:
+    """What to say where a base model that is a file or directory does not lie where the run has it."""
+    if not recorded.get("path") or os.path.exists(root / recorded["path"]):
+        return None
+    return UserError(f"the base model of {root} is not at {os.path.normpath(root.resolve() / recorded['path'])}, "
+                     "where the run looks for it: one of the two was moved",
+                     f"name its place with --model DIR/{Path(recorded['path']).name}; all commands but `chat` keep it "
+                     "for the next ones")
+
+
 def _run_directory(run: str | Path | None, model_id: str | None, starts: bool) -> Path:
     if starts and not run and not model_id and not list(RUNS.glob("*/manifest.json")):
         model_id = DEFAULT_MODEL
@@ -242,11 +252,9 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
     recorded = manifest.model
     if wanted == recorded["id"] and recorded.get("path") and not os.path.exists(wanted):
         wanted = None  # by its name alone: the run knows the place
-    if not wanted and recorded.get("path") and not os.path.exists(place := root / recorded["path"]):
-        require_readable(place)
-        raise UserError(f"the base model of {root} is not at {os.path.normpath(root.resolve() / recorded['path'])}, "
-                        "where the run looks for it: one of the two was moved",
-                        f"name its place once with --model DIR/{Path(recorded['path']).name}")
+    if not wanted and (moved := base_moved(root, recorded)):
+        require_readable(root / recorded["path"])
+        raise moved
     if wanted:
         refuse_other_id(root, recorded, wanted)
     model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,

@@ -387,8 +387,14 @@ def test_a_run_that_was_moved_says_so_and_asks_for_its_base_once(cli, trained, t
     moved = trained.rename(trained.parent.parent.parent / "moved")
     result = cli("merge", "--no-check", "--run", moved)
     assert result.code == 2 and "one of the two was moved" in result.err
+    status = cli("status", "--run", moved, "--json").json
+    assert status["next"] is None and "one of the two was moved; with its place: " in status["note"]
+    assert status["note"].endswith(f"gemma-tune eval --run {moved} --model DIR/tiny-gemma")
+    assert cli("chat", "--prompt", "x", "-n", 1, "--run", moved, "--model", tiny).code == 0, "which keeps nothing"
+    assert cli("status", "--run", moved, "--json").json["note"] == status["note"]
     assert cli("merge", "--no-check", "--run", moved, "--model", tiny).code == 0
     assert cli("merge", "--no-check", "--run", moved, "--json").json["status"] == "up-to-date"
+    assert cli("status", "--run", moved, "--json").json["next"] == f"gemma-tune eval --run {moved}"
 
 
 def test_licences_and_settings_of_processors_are_copied(cli, trained, tiny, tmp_path):
