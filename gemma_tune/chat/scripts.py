@@ -195,8 +195,8 @@ def open_input(name: str) -> tuple[TextIO, str, bool]:
                 raise UserError(f"{path} is no text file", "name a file of prompts: --input prompts.txt, or rows.jsonl")
             if not head:
                 raise UserError(f"{path} is empty", "write a prompt on each line")
-        # Without newline a lone carriage return would be an end of line; utf-8-sig drops Windows' mark.
-        file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")  # noqa: SIM115 - for the caller
+        # Without newline a lone carriage return would be an end of line.
+        file = open(path, encoding="utf-8", errors="surrogateescape", newline="\n")  # noqa: SIM115 - for the caller
         return file, str(path), path.suffix.lower() == ".jsonl"
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}", "check the path: --input FILE") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from gemma_tune.chat import local
 from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.saves import Saves
-from gemma_tune.chat.scripts import read
+from gemma_tune.chat.scripts import open_input, read
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat import loop, typing
 from gemma_tune.config.stages import ChatConfig
@@ -100,6 +101,17 @@ def test_with_json_stdin_gives_one_object_per_prompt(cli, fluent):
 def test_bytes_of_a_locale_without_them_are_read_as_utf8(encoding):
     lines = io.TextIOWrapper(io.BytesIO("café 今\r\nplain\n".encode()), encoding=encoding)
     assert [asked.prompt for asked in read(lines, "standard input")] == ["café 今", "plain"]
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_in_a_file_the_place_of_such_a_byte_is_counted_as_it_lies_there(tmp_path, mark):
+    path = tmp_path / "asked.txt"
+    path.write_bytes(mark + b"Say 1.\ncaf\xe9\n")
+    lines, called, _ = open_input(str(path))
+    with lines:
+        asked = list(read(lines, called))
+    assert asked[0].prompt == "Say 1.", "without the mark"
+    assert asked[1].problem.message == f"{path}:2: not UTF-8 text (byte 0xe9) at offset 3"
 
 
 def test_a_line_that_is_no_text_is_named_and_the_others_are_answered(cli, fluent):
