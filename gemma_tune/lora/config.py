@@ -104,7 +104,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = object_in(path)
     except (FileNotFoundError, NotADirectoryError) as e:
+        inside = sorted(folder.glob(f"*_lora_adapter/{CONFIG}"))  # of a run
         raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}",
+                        f"name the adapter in it: {shell.quote(str(inside[0].parent))}" if inside else
                         f"name a directory that has {CONFIG} and {WEIGHTS}") from e
     except PermissionError as e:
         raise unreadable(path) from e

@@ -180,7 +180,7 @@ def _located(session: Session, named: str) -> tuple[Path, str]:
         if path.is_dir():
             if inside := sorted(path.glob("*_lora_adapter/adapter_config.json")):
                 raise UserError(f"{path} is a run, and no adapter",
-                                f"name the adapter in it: --from-adapter {inside[0].parent}")
+                                f"name the adapter in it: --from-adapter {shell.quote(str(inside[0].parent))}")
             _refuse_replaced(session, path)
             return path, session.run.relative(path)
     if named == session.run.relative(session.run.sft_adapter):

@@ -357,6 +357,13 @@ def test_what_is_no_adapter_is_refused(cli, tmp_path, name, said):
     assert result.code == 2 and said in result.err
 
 
+def test_a_run_in_the_place_of_its_adapter_is_told_with_the_adapter(cli, trained, tiny, tmp_path):
+    run = trained.rename(tmp_path / "a run")
+    for more in ((), ("--base", tiny, "--run", "other")):
+        result = cli("merge", "--adapter", run, *more)
+        assert result.code == 2 and f"name the adapter in it: '{run / 'tiny-gemma_lora_adapter'}'" in result.err, result.err
+
+
 def test_without_a_chat_template_nothing_is_written(cli, trained, monkeypatch):
 
     from gemma_tune.encoding import chat_format
