@@ -1,5 +1,6 @@
 """``python -m gemma_tune``, and what the installed ``gemma-tune`` calls."""
 
+import signal
 import sys
 
 
@@ -14,6 +15,8 @@ def main() -> None:
         app(prog_name="gemma-tune")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:  # all is said and saved: another Ctrl-C ends what libraries do at their end, without their tracebacks
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

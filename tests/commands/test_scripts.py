@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_ctrl_c_while_the_command_line_is_being_made_shows_no_traceback(tmp_path
     done = subprocess.run([sys.executable, "-m", "gemma_tune", "status"], capture_output=True, text=True, timeout=60, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process sends itself the signal")
+def test_ctrl_c_while_libraries_put_away_what_they_have_shows_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os, signal, time\n\n@atexit.register\ndef put_away():\n"
+                                               "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n")
+    done = subprocess.run([sys.executable, "-m", "gemma_tune", "--version"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "") and done.stdout.startswith("gemma-tune "), done.stderr
 
 
 # ---- standard output -------------------------------------------------------------------------------------------------
