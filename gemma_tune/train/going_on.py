@@ -258,19 +258,12 @@ def offer(session: Session) -> str | None:
 
 def _done(session: Session) -> int:
     """Steps of the finished training, and of those that it went on from."""
-    summary = session.manifest.stages["train"]["summary"]
-    return summary["steps"] + _not_counted(summary)
-
-
-def _not_counted(summary: Mapping[str, Any]) -> int:
-    """Steps that a summary's numbers of steps do not include: an older version counted those of the last part alone
-    where that had begun without a checkpoint."""
-    return 0 if "counted_after" in summary else summary.get("steps_before", 0)
+    return session.manifest.stages["train"]["summary"]["steps"]
 
 
 def _shift(summary: Mapping[str, Any]) -> int:
     """``steps_before`` of the :class:`Training` that the summary is of."""
-    return summary.get("counted_after", summary.get("steps_before", 0))
+    return summary.get("counted_after", 0)
 
 
 def _recorded(session: Session) -> dict[str, Any]:
@@ -343,7 +336,7 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
     rates = (f"the learning rate was {was:.3g} in its last step, and is {now:.3g} in the next one and {last:.3g} in "
              "the last one")
     if found.checkpoint is None:
-        step = summary.get("kept_step", found.done - _not_counted(summary)) + _not_counted(summary)
+        step = summary.get("kept_step", found.done)
         kept = "" if step == found.done else f", that of step {step},"
         return (f"no checkpoint of the finished training is left: going on from its adapter{kept} with a fresh "
                 f"optimiser, for the {counted(left, 'step')} missing of {found.total}, on the {new.schedule} "
@@ -362,5 +355,4 @@ def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
             _shift(summary) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
-    step += _not_counted(summary) - training.steps_before
-    best.keep(step, loss, weights_of(adapter, {layer: layer for layer in adapter.layers}))
+    best.keep(step - training.steps_before, loss, weights_of(adapter, {layer: layer for layer in adapter.layers}))

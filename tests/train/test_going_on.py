@@ -226,18 +226,6 @@ def test_an_adapter_that_the_training_began_with_is_not_what_goes_on(cli, steady
     assert "starting from" not in went_on.err
 
 
-def test_what_an_older_version_recorded_of_such_a_training_goes_on_alike(cli, steady):
-    shutil.rmtree(steady / "training_checkpoints")
-    assert cli("train", "--continue", "--epochs", 2).code == 0
-    manifest = json.loads((steady / "manifest.json").read_text())
-    summary = manifest["stages"]["train"]["summary"]
-    del summary["counted_after"]
-    manifest["stages"]["train"]["summary"] = summary | {"steps": 3, "kept_step": 3, "resumed_from_step": 0}
-    (steady / "manifest.json").write_text(json.dumps(manifest))
-    more = cli("train", "--continue", "--epochs", 3, "--json")
-    assert more.code == 0 and more.json["summary"]["steps"] == 9, more.err
-
-
 @pytest.mark.parametrize("gone", ["nothing", "best.safetensors", "all"])
 def test_the_best_of_the_earlier_part_still_counts(cli, steady, monkeypatch, gone):
     """Also where only the run's adapter is left of it."""
