@@ -160,7 +160,7 @@ def _processes_before(request: Request) -> int:
     with contextlib.suppress(UserError):
         manifest = current_manifest(find_run(options["run"], options["model"]))
         settings = manifest.stages.get("train", {"config": {}})["config"] if manifest else {}
-        return settings.get("num_processes", {"value": 1})["value"]  # which an older version did not record
+        return settings.get("num_processes", {"value": 1})["value"]
     return 1
 
 

@@ -250,7 +250,7 @@ def _interrupted(run: RunDir, manifest: Manifest, look: Look) -> tuple[State | N
         return (State("interrupted", f"{saved}, of other data than are prepared now: it cannot go on with these"),
                 command_to_start_anew(run, marker, manifest.kind))
     return (State("interrupted", saved),
-            command_to_finish(run.checkpoints, marker["settings"], marker.get("asked")))
+            command_to_finish(run.checkpoints, marker["settings"], marker["asked"]))
 
 
 def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool, unread: dict[str, None]) -> None:

@@ -86,7 +86,7 @@ class Lock:
         """Who works on the run at ``root`` now, or None."""
         try:
             owner = object_in(root / ".lock-owner.json")
-            began, noted = _beginning(owner["pid"]), owner.get("began")
+            began, noted = _beginning(owner["pid"]), owner["began"]
             # The system gives a dead process's number to another one.
             if None not in (began, noted) and abs(began - noted) > _SAME:
                 return None

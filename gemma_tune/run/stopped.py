@@ -41,25 +41,23 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     """What ``checkpoints.seal`` wrote: a ``checkpoints.Training`` and ``files``; None where it cannot be used."""
     try:
         marker = object_in(checkpoint / MARKER)
-        texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute"))
-        texts = texts and isinstance(marker.get("rows", ""), str)
-        counts = all(type(marker.get(name, 0)) is int for name in ("micro_batch", "steps_before"))
-        counts = counts and all(v is None or type(v) in (int, float) for v in dict(marker.get("before", {})).values())
-        named = all(isinstance(name, str) for name in [*marker.get("earlier", ()), *(marker.get("asked") or ())])
+        texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute", "rows"))
+        counts = all(type(marker[name]) is int for name in ("micro_batch", "steps_before"))
+        counts = counts and all(v is None or type(v) in (int, float) for v in dict(marker["before"]).values())
+        named = all(isinstance(name, str) for name in [*marker["earlier"], *marker["asked"]])
         return marker if (texts and counts and named and dict(marker["files"]) and dict(marker["settings"])) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def has_other_rows(run: RunDir, manifest: Manifest, marker: Mapping[str, Any], look: Look = describe) -> bool:
-    """Whether the training that was stopped learned from other rows than are prepared now, so that it cannot go on;
-    what an older version saved does not tell.
+    """Whether the training that was stopped learned from other rows than are prepared now, so that it cannot go on.
 
     Args:
         look: see ``run.state.state_of``: what it finds unchanged is not read for this.
     """
     try:
-        return bool(marker.get("rows")) and marker["rows"] != (_recorded(run, manifest, look) or rows_of(run.tokens))
+        return marker["rows"] != (_recorded(run, manifest, look) or rows_of(run.tokens))
     except OSError:
         return False
 
@@ -70,8 +68,8 @@ def rows_of(tokens: Path) -> str:
 
 
 def _recorded(run: RunDir, manifest: Manifest, look: Look) -> str | None:
-    """The same from the manifest, where what was prepared lies there as it was; an older version recorded none."""
+    """The same from the manifest, where what was prepared lies there as it was."""
     prepared = manifest.stages.get("prepare", {"summary": {}, "outputs": {}})
-    rows, tokens = prepared["summary"].get(SEQUENCES), prepared["outputs"].get("tokens")
-    unchanged = rows and tokens and look(run, run.tokens, tokens)["sha256"] == tokens["sha256"]
-    return rows if unchanged else None
+    tokens = prepared["outputs"].get("tokens")
+    unchanged = tokens and look(run, run.tokens, tokens)["sha256"] == tokens["sha256"]
+    return prepared["summary"].get(SEQUENCES) if unchanged else None

@@ -44,7 +44,7 @@ class Training:
         before: of the finished trainings that it goes on from: ``steps``; and where its own are counted after theirs,
             the other figures that are of all steps.
         asked: settings that somebody gave; the others follow from data, model and machine, and what finishes it leaves
-            them to these. None where an older version did not say.
+            them to these.
     """
 
     id: str
@@ -56,14 +56,13 @@ class Training:
     steps_before: int = 0
     rows: str = ""
     before: Mapping[str, Any] = field(default_factory=dict)
-    asked: tuple[str, ...] | None = None
+    asked: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, marker: Mapping[str, Any], key: str, settings: Mapping[str, Any]) -> Training:
         """The one whose checkpoint has this marker, as it goes on."""
-        return cls(marker["id"], key, settings, marker["compute"], marker.get("micro_batch", 0),
-                   tuple(marker.get("earlier", ())), marker.get("steps_before", 0), marker.get("rows", ""),
-                   marker.get("before", {}))
+        return cls(marker["id"], key, settings, marker["compute"], marker["micro_batch"], tuple(marker["earlier"]),
+                   marker["steps_before"], marker["rows"], marker["before"])
 
     def of_all_steps(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """A summary's figures of its own steps as those of all, and what the manifest keeps of a training that goes on
@@ -152,7 +151,7 @@ def find_resumable(folder: Path, key: str, finished: Collection[str], settings: 
     if others and not found:
         before = others[0]["settings"]
         changed = "; ".join(difference(before, settings))
-        finish = (f"finish it: {command_to_finish(folder, before, others[0].get('asked'))}, or start anew with --force"
+        finish = (f"finish it: {command_to_finish(folder, before, others[0]['asked'])}, or start anew with --force"
                   if changed else "prepare the data as it was before to finish it, or start anew with --force")
         raise UserError(f"{folder} holds an interrupted training with other settings or data "
                         f"({changed or 'the data, the base model or gemma-tune changed'})", finish)
@@ -184,14 +183,13 @@ def _damage(checkpoint: Path, marker: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def command_to_finish(folder: Path, settings: Mapping[str, Any], asked: Collection[str] | None) -> str:
+def command_to_finish(folder: Path, settings: Mapping[str, Any], asked: Collection[str]) -> str:
     """The command line of an interrupted training, whose checkpoints lie in ``folder``.
 
     Args:
         asked: see :class:`Training`. A setting that is named here counts as given from then on, also for other data.
     """
-    if asked is not None:
-        settings = {name: value for name, value in settings.items() if name in asked}
+    settings = {name: value for name, value in settings.items() if name in asked}
     if start := settings.get("from_adapter"):
         settings = {**settings, "from_adapter": RunDir(folder.parent, "").found(start)}
     return command("train", folder.parent, *as_flags(TrainConfig, settings))
@@ -202,7 +200,7 @@ def command_to_start_anew(run: RunDir, marker: Mapping[str, Any], kind: str) -> 
     its method can learn from them."""
     if not learns_from(marker["settings"].get("method", AUTO), kind):
         return command("train", run.root, "--force")
-    return f"{command_to_finish(run.checkpoints, marker['settings'], marker.get('asked'))} --force"
+    return f"{command_to_finish(run.checkpoints, marker['settings'], marker['asked'])} --force"
 
 
 def learned_from_other_rows(run: RunDir, marker: Mapping[str, Any], kind: str) -> UserError:

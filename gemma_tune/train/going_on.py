@@ -83,7 +83,7 @@ class Continuation:
     @property
     def steps_before(self) -> int:
         """See :class:`Training`."""
-        return self.before.get("steps_before", 0) if self.checkpoint else self.done
+        return self.before["steps_before"] if self.checkpoint else self.done
 
 
 def as_before(session: Session, go_on: bool = False, writes: bool = True,
@@ -129,9 +129,8 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
 def _origins(session: Session, waiting: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, str]]:
     """Of settings of the interrupted training: what nobody gave for it is not recorded as given, or a later training
     of other data would have it, too, such as the method."""
-    asked = waiting.get("asked")
     now = {**session.resolved.origins, "method": "data"}
-    return {name: {"from": "flag" if asked is None or name in asked else now[name]} for name in names}
+    return {name: {"from": "flag" if name in waiting["asked"] else now[name]} for name in names}
 
 
 def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> Beginning:
@@ -152,9 +151,9 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
             listener.warn(f"--force starts anew: {whole(run.checkpoints)[-1].name} of an interrupted training is lost "
                           "when the first step begins; without --force it goes on")
         return _anew(session, content)
-    start = _start(session, (waiting or {}).get("steps_before", 0))
+    start = _start(session, waiting["steps_before"] if waiting else 0)
     key = _key(session, content, start)
-    continues = go_on or bool(waiting and waiting.get("earlier"))
+    continues = go_on or bool(waiting and waiting["earlier"])
     checkpoint = find_resumable(run.checkpoints, key, finished, settings, listener, *(
         ["the training goes on from the end of the finished one"] if continues else []))
     if checkpoint:
@@ -189,7 +188,7 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
 def _figures_before(found: Continuation, summary: Mapping[str, Any]) -> dict[str, Any]:
     """See :class:`Training`."""
     names = ("tokens", "training_seconds", "eval_loss_before", "train_loss_first")
-    known = found.before.get("before", {}) if found.checkpoint else {name: summary.get(name) for name in names}
+    known = found.before["before"] if found.checkpoint else {name: summary.get(name) for name in names}
     return {**known, "steps": found.done}
 
 

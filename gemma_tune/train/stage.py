@@ -131,7 +131,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
     done = 0
     if waiting:
-        done = 0 if session.force else step_of(whole(session.run.checkpoints)[-1]) + waiting.get("steps_before", 0)
+        done = 0 if session.force else step_of(whole(session.run.checkpoints)[-1]) + waiting["steps_before"]
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     elif go_on:
         found = continuation(session, len(train_rows.lengths))

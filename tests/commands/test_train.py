@@ -230,7 +230,7 @@ def test_a_stopped_training_s_rows_are_not_read_to_tell_whether_they_are_those_o
     manifest = json.loads(run.read_text())
     manifest["stages"]["prepare"]["summary"].pop(stopped.SEQUENCES)
     run.write_text(json.dumps(manifest))
-    assert "it cannot go on with these" in state(reads=True), "of an older version they are read"
+    assert "it cannot go on with these" in state(reads=True), "where the manifest does not have it they are read"
 
 
 def test_new_data_of_another_kind_take_a_stopped_training_s_method_away(cli, tiny, tmp_path, monkeypatch):
