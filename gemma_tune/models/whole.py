@@ -74,21 +74,20 @@ def remedy(checkpoint: Path) -> str | None:
 
 def conversion(checkpoint: Path) -> dict[str, Any] | None:
     """``complete.json`` of a checkpoint that was made of a GGUF file: its name (``source``) and ``sha256``, and the
-    ``files`` of the checkpoint, which older versions did not record. None for other checkpoints."""
+    ``files`` of the checkpoint. None for other checkpoints."""
     try:
         kept = object_in(checkpoint / COMPLETE)
     except (OSError, ValueError):
         return None
-    if not all(isinstance(kept.get(key), str) for key in ("source", "sha256")):
-        return None
-    files = kept.get("files", {})
-    sound = isinstance(files, dict) and all(isinstance(item, dict) and isinstance(item.get("bytes"), int)
-                                            and isinstance(item.get("sha256"), str) for item in files.values())
+    files = kept.get("files")
+    sound = isinstance(kept.get("source"), str) and isinstance(files, dict) and all(
+        isinstance(item, dict) and isinstance(item.get("bytes"), int) and isinstance(item.get("sha256"), str)
+        for item in files.values())
     return kept if sound else None
 
 
 def _of_conversion(checkpoint: Path, weights: bool) -> Iterator[str]:
-    for name, item in (conversion(checkpoint) or {}).get("files", {}).items():
+    for name, item in (conversion(checkpoint) or {"files": {}})["files"].items():
         path = checkpoint / Path(name).name
         if not path.is_file():
             yield f"{name} is gone"

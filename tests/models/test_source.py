@@ -106,21 +106,18 @@ def test_a_gguf_file_is_dequantised_once(cli, trained, tiny, data, tmp_path):
     assert base.keys() == back.keys()
     assert max((base[k].float() - back[k].float()).abs().max().item() for k in base) < 1e-2
 
-    # Its adapter names the file; older ones named the checkpoint in the cache.
+    # Its adapter names the file.
     away = shutil.copytree("runs/my-model/my-model_lora_adapter", tmp_path / "away")
     config = json.loads((away / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "my model.gguf"
-    for number, named in enumerate(("my model.gguf", str(checkpoint))):
-        (away / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
-        result = cli("merge", "--adapter", away, "--run", f"of-{number}", "--no-check")
-        assert result.code == 0, result.err
-        model = json.loads(Path(f"of-{number}/manifest.json").read_text())["model"]
-        assert (model["id"], model["name"]) == ("my model.gguf", "my-model")
-    # A run of the checkpoint itself goes on with it, whatever it is called.
-    for args in (("prepare", data, "--model", checkpoint, "--run", "of-it"), ("train", *QUICK, "--run", "of-it")):
+    result = cli("merge", "--adapter", away, "--run", "of-it", "--no-check")
+    assert result.code == 0, result.err
+    model = json.loads(Path("of-it/manifest.json").read_text())["model"]
+    assert (model["id"], model["name"]) == ("my model.gguf", "my-model")
+    # The checkpoint itself is a model like any other.
+    for args in (("prepare", data, "--model", checkpoint, "--run", "on-it"), ("train", *QUICK, "--run", "on-it")):
         assert (result := cli(*args)).code == 0, result.err
     gguf.unlink()
-    (away / "adapter_config.json").write_text(json.dumps(config))
     gone = cli("merge", "--adapter", away, "--run", "of-2")
     assert gone.code == 2 and "was trained on my model.gguf, which is not here" in gone.err and "--base" in gone.err
 
@@ -137,23 +134,6 @@ def test_a_directory_called_demo_is_a_model_only_if_it_holds_one(monkeypatch, tm
     assert source.locate("demo", None, Listener()) == "demo"
     (tmp_path / "demo" / "config.json").write_text("{}")
     assert source.locate("demo", None, Listener()) == Path("demo")
-
-
-def test_the_demos_checkpoint_is_the_demo(monkeypatch, tmp_path):
-    """An adapter of an earlier version names it by its place in the cache."""
-    from gemma_tune.base.files import fingerprint
-    from gemma_tune.base.listener import Listener
-    from gemma_tune.models import from_gguf, source
-
-    cached = tmp_path / "gemma-3-270m-q4_k_m-0123456789abcdef-v2"
-    cached.mkdir()
-    (cached / "complete.json").write_text(json.dumps({"source": "gemma-3-270m-q4_k_m.gguf", "sha256": "abc"}))
-    monkeypatch.setattr(source, "_demo_sha256", lambda: "abc")
-    monkeypatch.setattr(source, "_demo_gguf", lambda listener, before: (tmp_path / "demo.gguf", fingerprint(tmp_path / "demo.gguf")))
-    (tmp_path / "demo.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(from_gguf, "dequantised", lambda *args: cached)
-    found = source.locate(str(cached), None, Listener())
-    assert (found.id, found.name, found.source) == ("demo", "demo", "demo")
 
 
 def test_a_half_made_checkpoint_is_made_again(cli, trained, data, tmp_path):
