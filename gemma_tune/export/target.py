@@ -90,10 +90,8 @@ def _context(session: Session, config: Mapping[str, Any], known: int | None) -> 
 
 
 def _longest_in_training(session: Session) -> int:
-    """The tokens of training's longest sequence, or what they are at most; 0 where the manifest does not tell."""
-    summary = session.manifest.stages.get("prepare", {"summary": {}})["summary"]
-    limit = session.settings_of("prepare").get("max_length", 0)
-    return min(summary.get("longest", limit), limit)  # an older version measured before the limit
+    """The tokens of training's longest sequence; 0 where the manifest does not tell."""
+    return session.manifest.stages.get("prepare", {"summary": {}})["summary"].get("longest", 0)
 
 
 def with_sampling(checkpoint: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,17 +46,15 @@ def change(path: Path, **values: Any) -> None:
 # --- parameters
 
 
-@pytest.mark.parametrize(("room", "max_length", "longest", "expected"), [
-    (32768, 2048, 900, 4096),  # never less than what Ollama gives by itself
-    (32768, 8192, 5000, 5000),  # as long as the longest in training
-    (32768, 8192, 100_000, 8192),  # longer rows were cut or left out: training did not see more
-    (6000, 8192, 100_000, 6000), (2048, 8192, 100, 2048),  # no more than the model can
-    (32768, 8192, None, 8192),  # a run of an earlier version
+@pytest.mark.parametrize(("room", "longest", "expected"), [
+    (32768, 900, 4096),  # never less than what Ollama gives by itself
+    (32768, 5000, 5000),  # as long as the longest in training
+    (6000, 100_000, 6000), (2048, 100, 2048),  # no more than the model can
+    (32768, None, 4096),  # not told
 ])  # fmt: skip
-def test_the_context_fits_the_training_and_the_model(merged, tmp_path, room, max_length, longest, expected):
+def test_the_context_fits_the_training_and_the_model(merged, tmp_path, room, longest, expected):
     change(merged / "config.json", max_position_embeddings=room)
-    prepared = {"config": {"max_length": {"value": max_length, "from": "flag"}},
-                "summary": {} if longest is None else {"longest": longest}}
+    prepared = {"config": {}, "summary": {} if longest is None else {"longest": longest}}
     assert told(merged, tmp_path, prepared).parameters["num_ctx"] == expected
 
 
@@ -80,7 +78,7 @@ def test_a_context_that_the_model_was_not_made_for_is_told(merged, tmp_path):
     (512, "the context here is the 512 tokens that llama.cpp computes as in training")])
 def test_rows_that_are_longer_than_the_context_are_told_with_the_reason(merged, tmp_path, known, said):
     change(merged / "config.json", max_position_embeddings=1024)
-    prepared = {"config": {"max_length": {"value": 2048, "from": "default"}}, "summary": {"longest": 2048}}
+    prepared = {"config": {}, "summary": {"longest": 2048}}
     listener = Said()
     told(merged, tmp_path, prepared, listener, known)
     [warning] = listener.warnings
