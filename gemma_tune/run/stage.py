@@ -211,11 +211,15 @@ def _ask_to_replace(session: Session, stage: str, took: str, changed: str, inste
                                       "it, or leave it and work on another run: --run DIR")
 
 
+def settings_then(record: Mapping[str, Any], cls: type[StageConfig]) -> dict[str, Any]:
+    """All settings that a result was made with, by name; one that the record does not have was at its default."""
+    return {f.name: plain(f.default) for f in fields(cls)} | {
+        name: entry["value"] for name, entry in record["config"].items()}
+
+
 def other_settings(record: Mapping[str, Any], config: StageConfig) -> list[str]:
     """What a result was made with and is asked for otherwise now, as ``name: old -> new``."""
-    # A setting that an older version did not have was, in effect, at its default.
-    old = {f.name: plain(f.default) for f in fields(config)}
-    old |= {name: entry["value"] for name, entry in record["config"].items()}
+    old = settings_then(record, type(config))
     return [f"{name}: {value_in_words(old[name])} -> {value_in_words(value)}"
             for name, value in config.as_dict().items()
             if name not in same_result(type(config)) and old[name] != value

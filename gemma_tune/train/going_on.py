@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.config.settings import as_flags, in_words, plain, said_by, same_result
+from gemma_tune.config.settings import as_flags, in_words, said_by, same_result
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.start import digest_of, weights_of
@@ -25,7 +25,7 @@ from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import other_settings
+from gemma_tune.run.stage import other_settings, settings_then
 from gemma_tune.run.state import state_of
 from gemma_tune.run.stopped import has_other_rows, read_marker, step_of, unfinished, whole
 from gemma_tune.train.checkpoints import (
@@ -266,10 +266,10 @@ def _shift(summary: Mapping[str, Any]) -> int:
 
 
 def _recorded(session: Session) -> dict[str, Any]:
-    """Settings of the finished training; what an older version did not have was at its default."""
-    size = session.manifest.stages["train"]["summary"].get("batch_size")
-    return ({f.name: plain(f.default) for f in fields(TrainConfig)} | session.settings_of("train")
-            | ({"batch_size": size} if size else {}))
+    """Settings of the finished training, with the batch size that it came to."""
+    record = session.manifest.stages["train"]
+    size = record["summary"].get("batch_size")
+    return settings_then(record, TrainConfig) | ({"batch_size": size} if size else {})
 
 
 def continuation(session: Session, rows: int) -> Continuation:
