@@ -20,7 +20,7 @@ EXAMPLE = "the built-in example"
 
 
 def stage_lines(stage: str, summary: Mapping[str, Any]) -> list[str]:
-    """What a stage's recorded figures say, a few words to a line; empty where an older version recorded none."""
+    """What a stage's recorded figures say, a few words to a line; empty where there are none."""
     return [line for line in _LINES[stage](summary) if line]
 
 

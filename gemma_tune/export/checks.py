@@ -162,7 +162,7 @@ def _merged(session: Session) -> str:
     """What `merge` found, as a sentence; it stands before the files in the chain from the adapter to an answer."""
     found = session.manifest.stages.get("merge", {"summary": {}})["summary"]
     names = ("check_same_answers", "check_prompts", "check_same_tokens", "check_divergence")
-    if any(name not in found for name in names):  # not checked, or by an earlier version
+    if any(name not in found for name in names):  # not checked
         return ""
     return (f"The merged model against base + adapter, as `merge` measured it: {found['check_same_answers']} of "
             f"{found['check_prompts']} greedy answers equal, {found['check_same_tokens']:.1%} of the likeliest tokens, "

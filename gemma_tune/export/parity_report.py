@@ -106,7 +106,7 @@ class Parity:
 
     @classmethod
     def from_json(cls, record: Any) -> Parity | None:
-        """The report that :meth:`as_json` made, as far as it is one; what it was of earlier versions has no details."""
+        """The report that :meth:`as_json` made, as far as it is one."""
         try:
             columns = tuple(record["ids"])
             cases = [Case(row["name"], row["tokens"], {

@@ -1,6 +1,6 @@
 """What a report tells, read from a run directory: whatever is missing or damaged there is left out.
 
-Nothing of it is trusted: the manifest may be of an earlier version, and texts of anybody.
+Nothing of it is trusted: the manifest may have been changed by hand, and texts are of anybody.
 """
 
 from __future__ import annotations

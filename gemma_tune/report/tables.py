@@ -48,7 +48,7 @@ BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
 def known_measures(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The measures of a summary of ``eval``, in their order; a manifest of an earlier version has none."""
+    """The measures of a summary of ``eval``, in their order, as far as they are whole."""
     found = summary.get("measures")
     if not isinstance(found, Mapping):
         return {}

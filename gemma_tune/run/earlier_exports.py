@@ -33,7 +33,7 @@ def earlier_formats(run: RunDir, manifest: Manifest,
     """
     known = _recorded(manifest)
     current = manifest.stages.get("merge", {}).get("outputs", {}).get("merged", {}).get("sha256")
-    told = next((figures[TOLD] for figures in quants.values() if TOLD in figures), None)
+    told = next((figures.get(TOLD) for figures in quants.values()), None)
     found, beginning = {}, f"{run.model_name}-"
     for path in sorted(run.ollama.glob("*.gguf")):
         quant = path.stem.removeprefix(beginning)
@@ -44,12 +44,11 @@ def earlier_formats(run: RunDir, manifest: Manifest,
         figures = known.get(quant, {})
         if figures.get("bytes", size) != size:  # another one by now
             figures = {}
-        merged, before = figures.get("merged"), figures.get(TOLD)
+        merged = figures.get("merged")
         stale = None if merged is None else merged != current
         kept = {key: figures[key] for key in _KEPT if key in figures}
         found[quant] = {**kept, "file": path.name, "bytes": size, "merged": merged, "stale": stale}
-        # What an older version exported does not tell.
-        if stale is False and None not in (before, told) and before != told:
+        if stale is False and figures.get(TOLD) != told:
             found[quant]["other_settings"] = True
     return found
 

@@ -129,7 +129,7 @@ def read_tuning(path: Path) -> Tuning | None:
                       [Begun(int(rung["steps"]), _candidates(rung["candidates"])) for rung in content["rungs"]],
                       [_trial(trial) for trial in content["trials"]], int(content["whole"]),
                       float(content["setup"]), float(content["spent"]), content["ended"] is True,
-                      *(str(content.get(name, "")) for name in ("base", "tokens", "saved")))  # not of earlier versions
+                      *(str(content[name]) for name in ("base", "tokens", "saved")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -99,7 +99,7 @@ def _saved(folder: Path) -> list[Path] | None:
     """The files of a dataset that ``save_to_disk`` wrote; None if it is none.
 
     Raises:
-        UserError: its rows are chosen by an index beside them, as older versions wrote.
+        UserError: its rows are chosen by an index beside them, as older versions of `datasets` wrote.
     """
     try:
         state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
