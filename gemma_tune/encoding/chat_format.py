@@ -22,14 +22,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import counted
 from gemma_tune.encoding.bounds import Slow
+from gemma_tune.encoding.ending import Reader
 from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
 from gemma_tune.encoding.left_out import (
-    CALL,
     QUESTION,
-    RESULT,
-    TOOLS,
     Messages,
     Tools,
     kinds_in,
@@ -39,8 +36,8 @@ from gemma_tune.encoding.left_out import (
     refuse_lost_question,
 )
 from gemma_tune.encoding.named_templates import DEFAULT, NO_TOOLS, TOOL_USE, chosen
-from gemma_tune.encoding.rendering import compiled, line_of
-from gemma_tune.encoding.templates import ENDING_WITH_EOS, FOR_TURNS, family_template
+from gemma_tune.encoding.rendering import compiled
+from gemma_tune.encoding.templates import family_template
 from gemma_tune.encoding.thinking import (
     answer_after,
     apart,
@@ -55,6 +52,7 @@ from gemma_tune.encoding.thinking import (
     with_thinking,
     written_thought,
 )
+from gemma_tune.encoding.unusable import Refusals, fitting
 from gemma_tune.encoding.white_space import REASONING, divided, written_margins
 
 _MARK = re.compile(r"<\|?\w+\|?>")
@@ -88,20 +86,20 @@ class ChatFormat:
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")
-        self._is_named = template is not None
-        self.template_origin = "the one that was named" if self._is_named else "the model's own"
-        self._called = f"the chat template {named}" if self._is_named else "the model's chat template"
-        self._has_own = bool(tokenizer.chat_template or family_template(model_type))
+        self.template_origin = "the model's own"
+        self._refusals = Refusals(tokenizer, None if template is None else named,
+                                  bool(tokenizer.chat_template or family_template(model_type)))
         if template is not None:
-            tokenizer.chat_template = template
+            tokenizer.chat_template, self.template_origin = template, "the one that was named"
         if not tokenizer.chat_template:
             tokenizer.chat_template = family_template(model_type)
             self.template_origin = f"gemma-tune's for {model_type}: this base model has none"
         if not tokenizer.chat_template:
             raise NoTemplate(f"this model ({model_type}) has no chat template, so a conversation cannot be rendered",
                              "use an instruction-tuned version of it (often named …-it or …-Instruct), or give it one, "
-                             f"beside your data and --model: gemma-tune prepare … --chat-template {self._fitting()}; "
-                             "plain text alone, of .txt and .md files or with --format text, needs none")
+                             "beside your data and --model: gemma-tune prepare … --chat-template "
+                             f"{fitting(tokenizer)}; plain text alone, of .txt and .md files or with --format text, "
+                             "needs none")
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self.tools_advice = ""  # what to do about tools where another template of the model is meant for them
         if not isinstance(tokenizer.chat_template, str):
@@ -120,18 +118,16 @@ class ChatFormat:
             prompt = self.render([QUESTION], prompt=True)
             self._opens_thoughts = bool(opened_thought(prompt))
             self._begins_thoughts = self._opens_thoughts or closed_thought(prompt)
-        self._ends_in_next = False  # whether the mark that ends an answer is what the next turn begins with
-        self._lead = ""  # white space that an answer begins with, and that is no part of its text (GLM's line break)
-        self._channel = ""  # the marks in front of what people are to read (GPT-OSS's final channel)
-        self.terminator_id = self._find_terminator()
-        self.calls_end_id = self._find_calls_end()
+        self._ending = Reader(tokenizer, self._labeller.ids, self._render, self.other_stop_ids,
+                              self._takes_thoughts_out, self._refusals).read()
+        self.terminator_id, self.calls_end_id = self._ending.terminator_id, self._ending.calls_end_id
 
     def _use(self, template: str) -> None:
         self.tokenizer.chat_template = self.template = template
         try:
             self._compiled = compiled(template)
         except TemplateError as e:
-            raise self._unusable(e) from e
+            raise self._refusals.unusable(e) from e
 
     def _choose_template(self, templates: dict[str, str]) -> None:
         name = chosen(templates, self._variables)
@@ -169,7 +165,7 @@ class ChatFormat:
 
     def decoded(self, ids: Sequence[int]) -> str:
         """What a model wrote, for :meth:`said`: without special tokens, unless these tell what is said."""
-        return self.tokenizer.decode(ids, skip_special_tokens=not self._channel)
+        return self.tokenizer.decode(ids, skip_special_tokens=not self._ending.channel)
 
     def said(self, answer: str, whole: bool = True) -> str:
         """An answer's text, without white space that the template itself writes between a prompt and an answer: as a
@@ -180,10 +176,10 @@ class ChatFormat:
             answer: what the model wrote, decoded as :meth:`decoded` does or as llama.cpp does.
             whole: whether that is all; else it may be the first characters.
         """
-        if self._channel:
-            _, found, text = answer.partition(self._channel)
+        if self._ending.channel:
+            _, found, text = answer.partition(self._ending.channel)
             return text if found else self._without_marks(answer) if whole else ""
-        return "" if self._lead.startswith(answer) else answer.removeprefix(self._lead)
+        return "" if self._ending.lead.startswith(answer) else answer.removeprefix(self._ending.lead)
 
     def _without_marks(self, text: str) -> str:
         for mark in self.markers:
@@ -333,7 +329,7 @@ class ChatFormat:
             raise FormatError("the answer holds reasoning and nothing else, so an empty one would be learned",
                               fix="leave the row out, as it seems to be cut off, or write what is to be said")
         prompt, full = self._render(turns[:-1], tools, prompt=True), self._render(turns, tools)
-        if self._ends_in_next:
+        if self._ending.in_next:
             calls = "tool_calls" in turn and self.calls_end_id is not None
             full += self.tokenizer.convert_ids_to_tokens(self.calls_end_id if calls else self.terminator_id)
         answer = self._answer_after(prompt, full, turns, tools)
@@ -368,7 +364,7 @@ class ChatFormat:
         except FormatError:
             earlier = [_unthought(turn) for turn in turns[:-1]]
             called = max((n for n, turn in enumerate(earlier) if "tool_calls" in turn), default=None)
-            if called is None or earlier == turns[:-1] or self._ends_in_next:
+            if called is None or earlier == turns[:-1] or self._ending.in_next:
                 raise
             bare, before = self._render(earlier, tools, prompt=True), self._render(earlier[:called + 1], tools)
             answer = answer_after(bare, self._render([*earlier, turns[-1]], tools), self._takes_thoughts_out)
@@ -380,7 +376,7 @@ class ChatFormat:
 
     @cached_property
     def _ignored(self) -> set[str]:
-        return left_out_kinds(lambda turns, tools, prompt: self._render(turns, tools, prompt))
+        return left_out_kinds(self._render)
 
     def _render(self, turns: Messages, tools: Tools = None, prompt: bool = False) -> str:
         """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
@@ -390,7 +386,7 @@ class ChatFormat:
             return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
                                          **self._variables)
         except Slow as e:  # so would every other conversation: it is no row's fault
-            raise self._unusable(e) from e
+            raise self._refusals.unusable(e) from e
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                 RecursionError) as e:
             with_tools = bool(tools) or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
@@ -415,120 +411,11 @@ class ChatFormat:
         except FormatError:
             return False
 
-    def _find_terminator(self) -> int:
-        """The first special token after an answer, or that the next turn begins with; read from the template."""
-        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "gemma"}
-        try:
-            prompt, full = self.render([question], prompt=True), self.render([question, answer])
-        except FormatError as e:
-            raise self._unusable(e.__cause__ or e) from e
-        try:
-            head, _, tail = answer_after(prompt, full, self._takes_thoughts_out).partition("gemma")
-        except FormatError as e:
-            raise self._unusable(e) from e
-        self._lead = head if head.isspace() else ""
-        last = self._special_ids(head)[-1:]
-        shown = self.tokenizer.decode(self._labeller.ids(head), skip_special_tokens=True).strip()
-        self._channel = head if shown and last and head.endswith(self.tokenizer.decode(last)) else ""
-        special = self._special_ids(tail)
-        if not special:
-            following = None if tail.strip() else self._beginning_of(question, [question, answer])
-            if following is None or following not in self.other_stop_ids:
-                raise self._endless(tail, following)
-            self._ends_in_next, special = True, [following]
-        if self._is_named:
-            self._refuse_misfit(head, tail.partition(self.tokenizer.decode(special[:1]))[0], prompt)
-        return special[0]
-
-    def _beginning_of(self, turn: dict[str, Any], turns: Messages, tools: Tools = None) -> int | None:
-        """The special token with which a turn begins behind others."""
-        try:
-            shorter, longer = self._render(turns, tools), self._render([*turns, turn], tools)
-        except FormatError:
-            return None
-        special = self._special_ids(longer.removeprefix(shorter))
-        begins = special and longer.startswith(shorter + self.tokenizer.convert_ids_to_tokens(special[0]))
-        return special[0] if begins else None
-
-    def _endless(self, tail: str, following: int | None) -> UserError:
-        """What to say of a template that writes ``tail``, in which no token is special, behind an answer.
-
-        Args:
-            following: what the next turn begins with, which the model is not known to stop at.
-        """
-        mark, eos = next(iter(tail.split()), ""), self.tokenizer.eos_token
-        what = (f"ends an assistant's turn with {mark!r}, which is no special token of this model but "
-                f"{counted(len(self._labeller.ids(mark)), 'token')} of text"
-                if mark else "does not end an assistant's turn with a special token")
-        own = "leave --chat-template out, as this model has a template; or " if self._is_named and self._has_own else ""
-        other = (f"use --chat-template {ENDING_WITH_EOS}, or a Jinja file that writes eos_token behind an answer: both "
-                 f"end it with this tokenizer's {eos}; or " if eos else "")
-        fit = f"vocabulary has {mark}" if mark and self._is_named else "template marks the end of a turn"
-        if following is not None:
-            begins = self.tokenizer.convert_ids_to_tokens(following)
-            other = (f"if the model stops by writing {begins}, which begins the next turn, add its id {following} to "
-                     f"eos_token_id of generation_config.json; {other}")
-        return UserError(f"{self._called} {what}, so a model trained on it could never stop",
-                         f"{own}{other}train another model, one whose {fit}")
-
     @cached_property
     def marks_of_others(self) -> list[str]:
         """What a named template writes like a special token, and is none of this model: several tokens of text."""
-        marks = dict.fromkeys(_MARK.findall(self.render([QUESTION], prompt=True))) if self._is_named else ()
+        marks = dict.fromkeys(_MARK.findall(self.render([QUESTION], prompt=True))) if self._refusals.named else ()
         return [mark for mark in marks if len(self._labeller.ids(mark)) > 1]
-
-    def _refuse_misfit(self, head: str, behind: str, prompt: str) -> None:
-        """Find out that a template that people brought along is made for such a model.
-
-        Args:
-            head, behind: what the answer to learn would begin with, and end with before its special token.
-
-        Raises:
-            UserError: the answer would have marks in it that are meant to stand around it.
-        """
-        if head.strip() and prompt == self.render([QUESTION]):
-            raise UserError(f"{self._called} does not ask for an answer (add_generation_prompt), so that each would "
-                            f"begin with {head!r}", "let it end with what stands before an answer where "
-                                                    "add_generation_prompt is true")
-        if behind.strip():
-            raise UserError(f"{self._called} writes {behind.strip()!r} behind an answer, which is no special token "
-                            "of this model: it would be a part of each answer",
-                            f"use a template that is made for its vocabulary, or --chat-template {ENDING_WITH_EOS}")
-
-    def _unusable(self, error: BaseException) -> UserError:
-        line = line_of(error)
-        mend = "mend it, or use another" if self._is_named else "mend its chat_template.jinja, or give it another"
-        return UserError(f"{self._called} cannot be used: {f'line {line}: ' if line else ''}{error}",
-                         f"{mend}: gemma-tune prepare … --chat-template {self._fitting()}")
-
-    def _fitting(self) -> str:
-        """What `--chat-template` can be for this tokenizer."""
-        names = [name for name, end in FOR_TURNS.items() if (end or self.tokenizer.eos_token) in
-                 self.tokenizer.added_tokens_encoder]
-        return ", ".join([*names, "or a Jinja file"]) if names else "FILE, with Jinja in it"
-
-    def _find_calls_end(self) -> int | None:
-        """The special token that ends a turn with tool calls, as far as the template has these.
-
-        It is the terminator in most templates; Gemma 4 goes on with the results, and its calls end where they begin.
-        """
-        if self._ends_in_next:
-            found = self._beginning_of(RESULT, [QUESTION, CALL], TOOLS)
-            return found if found in self.other_stop_ids else None
-        try:
-            prompt, full = self._render([QUESTION], TOOLS, prompt=True), self._render([QUESTION, CALL], TOOLS)
-            answer = answer_after(prompt, full, self._takes_thoughts_out).rstrip()
-        except FormatError:
-            return None
-        special = self._special_ids(answer)
-        if not special or self.terminator_id in special:
-            return self.terminator_id if special else None
-        return special[-1] if answer.endswith(self.tokenizer.convert_ids_to_tokens(special[-1])) else None
-
-    def _special_ids(self, text: str) -> list[int]:
-        """The special tokens in a text, less those that stand for white space."""
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return [i for i in self._labeller.ids(text) if i in special and self.tokenizer.decode([i]).strip()]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
