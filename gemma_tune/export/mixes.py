@@ -142,10 +142,6 @@ class Mixes:
                             f"ask for more, such as --size {-(-least // 1_000_000)}MB, or train a smaller model")
         return best
 
-    def expected(self, quant: str, types: Mapping[str, Type]) -> float:
-        """Nats per token that rounding to the types of a format costs, but for matrices that were not measured."""
-        return _cost(self._matrices(), self._llama_cpp(quant) | dict(types))
-
     def _matrices(self, few: bool = True) -> dict[str, Matrix]:
         """Those that were measured, by their names in the file.
 

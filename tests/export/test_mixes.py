@@ -67,7 +67,8 @@ def test_a_format_that_promises_a_size_is_never_larger_or_expected_to_be_worse(e
 
     def of(self, label):
         quant, types = plain(self, label)
-        asked.append((self.expected(quant, types), self.expected(quant, {}), types))
+        theirs, matrices = self._llama_cpp(quant), self._matrices()
+        asked.append((mixes._cost(matrices, theirs | types), mixes._cost(matrices, theirs), types))
         return quant, types
 
     monkeypatch.setattr(mixes.Mixes, "of", of)
