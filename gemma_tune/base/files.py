@@ -404,7 +404,7 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Seque
     return {"sha256": sha, "bytes": size, "stamp": stamp}
 
 
-def size_and_stamp(path: Path, patterns: Sequence[str] = (), name: str | None = None) -> tuple[int, str]:
+def size_and_stamp(path: Path, patterns: Sequence[str], name: str | None) -> tuple[int, str]:
     """Size in bytes and stamp of a :func:`fingerprint`, for which nothing is read.
 
     Raises:

@@ -27,6 +27,8 @@ from gemma_tune.report.tables import MEASURES
 _STEP, _SMALL_STEP = 0.25, 0.05  # of a task, after which a line tells how far it is: where it is quick, and slow
 _PATIENCE = 20.0  # seconds without such a line from which on it is slow
 
+_SHOWN = 400  # characters of an answer beside another
+
 
 class ConsoleListener(Listener):
     """Shows a stage's reports: live on a terminal, as plain lines elsewhere."""
@@ -220,8 +222,8 @@ def comparison(answers: Sequence[Mapping[str, Any]]) -> None:
         screen.err.print(Panel(table, title=escape(headline(item["prompt"])[:100]), title_align="left"))
 
 
-def _shortened(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
 
 
 def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: str | None = None,

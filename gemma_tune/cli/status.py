@@ -227,7 +227,7 @@ def _read_small(unread: dict[str, None]) -> Look:
     return look
 
 
-def _is_unread(path: Path, item: Mapping[str, Any], patterns: tuple[str, ...] = (), name: str | None = None) -> bool:
+def _is_unread(path: Path, item: Mapping[str, Any], patterns: tuple[str, ...], name: str | None = None) -> bool:
     """Whether only reading it would tell if something large is what ``item`` describes."""
     size, stamp = size_and_stamp(path, patterns, name)
     return stamp != item["stamp"] and size == item.get("bytes") and size > _LARGE

@@ -44,7 +44,7 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
-def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | None = None) -> Target:
+def target_for(session: Session, merged: Path, chat: ChatFormat, context: int | None) -> Target:
     """Everything that Ollama is told, from the settings, the data, the merged model and its base.
 
     Args:

@@ -73,7 +73,7 @@ def fetch_model(model_id: str, revision: str | None = None, *, weights: bool = T
     return _fetch(request_for(model_id, revision), _MODEL, weights, on_progress)
 
 
-def fetch_adapter(adapter_id: str, revision: str | None = None, *, on_progress: Progress | None = None) -> HubModel:
+def fetch_adapter(adapter_id: str, revision: str | None, *, on_progress: Progress) -> HubModel:
     """The same of a PEFT adapter: its settings and its weights, and nothing else that its repository holds.
 
     Raises:

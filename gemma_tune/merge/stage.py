@@ -225,7 +225,7 @@ def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool, vocabulary: int | None = None,
+def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool, vocabulary: int | None,
                 ) -> dict[str, Any]:
     """config.json of the merged model: the base's, with what the merge has changed; of a text part's as well."""
     changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}

@@ -63,7 +63,7 @@ class Frame:
         path = " ".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in points)
         self.draw('<polyline class="line {}" points="{}"/>', kind, path)
 
-    def dot(self, x: float, y: float, kind: str, title: str = "") -> None:
+    def dot(self, x: float, y: float, kind: str, title: str) -> None:
         self.draw('<circle class="dot {}" cx="{}" cy="{}" r="3.5"><title>{}</title></circle>', kind, self.x(x),
                   self.y(y), title)
 
@@ -90,11 +90,11 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """A curve of at most so many points, each the mean of its neighbours."""
-    if len(points) <= most:
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A curve of at most ``_MOST_POINTS``, each the mean of its neighbours."""
+    if len(points) <= _MOST_POINTS:
         return list(points)
-    edges = [round(n * len(points) / most) for n in range(most + 1)]
+    edges = [round(n * len(points) / _MOST_POINTS) for n in range(_MOST_POINTS + 1)]
     groups = [points[a:b] for a, b in pairwise(edges)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
@@ -116,7 +116,7 @@ def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[floa
     frame = Frame((0, max(x for x, _ in everything)), (min(heights[0], high) * 0.95, high * 1.03))
     above = "" if high == heights[-1] else f"; what lies above is drawn at the edge, up to {heights[-1]:.4g}"
     frame.axes(f"step{above}")
-    frame.line([(x, min(y, high)) for x, y in thinned(losses)], "train")
+    frame.line([(x, min(y, high)) for x, y in _thinned(losses)], "train")
     frame.line([(x, min(y, high)) for x, y in evals], "valid")
     for x, y in evals:
         frame.dot(x, min(y, high), "valid", f"step {x:g}: {y:.4f}")

@@ -80,7 +80,7 @@ class Training:
                 "steps_before": before.get("steps", shift), "counted_after": shift}
 
 
-def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any], start: str | None = None) -> str:
+def training_key(base: str, rows: str, template: str, settings: Mapping[str, Any], start: str | None) -> str:
     """What a checkpoint depends on: base model, training rows, chat template and settings, as one hex digest.
 
     And on the content of the adapter that it starts from, ``start``, if there is one.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from gemma_tune.train.undoing import set_until, unsharded
 
-# By the names of fused.ACTIVATIONS.
+# By their names in fused.
 _ACTIVATIONS = {"gelu_tanh": partial(functional.gelu, approximate="tanh"), "gelu": functional.gelu,
                 "silu": functional.silu}
 

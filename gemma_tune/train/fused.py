@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
 _VOCABULARY_BLOCK = 8192  # logits of a row at a time: 16 for each of 512 threads
 _FLAT_BLOCK = 1024  # elements per program of an activation: 8 bf16 numbers, one 16-byte read, for each of 128 threads
 
@@ -244,7 +243,7 @@ class GatedActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, kind):
-        """Args: gate, up of one shape and type; kind: one of ``ACTIVATIONS``."""
+        """Args: gate, up of one shape and type; kind: "gelu_tanh", "gelu" or "silu"."""
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         _launch(_gate_forward, gate, up, out, gate.numel(), KIND=kind, WIDE=_wide(gate), BLOCK=_FLAT_BLOCK,

@@ -43,7 +43,7 @@ class Answers:
         return Answers(self.now[which], self.reference[which], self.tokens[which])
 
 
-def sigmoid_loss(chosen: Answers, rejected: Answers, beta: float, smoothing: float = 0.0) -> torch.Tensor:
+def sigmoid_loss(chosen: Answers, rejected: Answers, beta: float, smoothing: float) -> torch.Tensor:
     """DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7): ``-log s(beta (r_w - r_l))``.
 
     With ``smoothing`` e it is cDPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf), which takes e of the pairs to
@@ -83,7 +83,7 @@ def orpo_loss(chosen: Answers, rejected: Answers, beta: float) -> torch.Tensor:
 
 
 def kto_loss(answers: Answers, good: torch.Tensor, beta: float, divergence: torch.Tensor,
-             weights: tuple[float, float] = (1.0, 1.0)) -> torch.Tensor:
+             weights: tuple[float, float]) -> torch.Tensor:
     """KTO (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7): ``w (1 - s(+-beta (r - z)))``.
 
     Args:

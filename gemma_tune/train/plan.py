@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The share of the speed of one large matrix product that a training reaches. Measured 0.59 with Gemma 3 270M, bf16,
 # batches of 4 x 130 tokens, on two cores (536 tokens/s where a product reached 0.82 TFLOP/s).
 EFFICIENCY = 0.55
+_MEASURED = 0.3  # seconds
 FEW_STEPS = 10
 ROWS = {"dpo": "pair", "orpo": "pair", "kto": "answer"}  # what a method's rows are called; else sequences
 
@@ -252,16 +253,16 @@ def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) 
     return tokens * (dense + 14 * length * shape.layers * shape.attention)
 
 
-def product_speed(shape: ModelShape, placement: Placement, seconds: float = 0.3) -> float:
-    """Operations per second of matrix products of this model's sizes, in its type and on its device, for about so
-    many seconds; other programs that want the processor are there in training, too."""
+def product_speed(shape: ModelShape, placement: Placement) -> float:
+    """Operations per second of matrix products of this model's sizes, in its type and on its device, measured for
+    about ``_MEASURED`` seconds; other programs that want the processor are there in training, too."""
     import torch
 
     a = torch.ones(1024, shape.hidden, dtype=placement.dtype, device=placement.device)
     b = torch.ones(shape.hidden, shape.widest, dtype=placement.dtype, device=placement.device)
     (a @ b)[0, 0].item()  # the first product includes choosing and preparing the kernel
     products, start = 0, time.perf_counter()
-    while (busy := time.perf_counter() - start) < seconds:
+    while (busy := time.perf_counter() - start) < _MEASURED:
         for _ in range(4):
             c = a @ b
         c[0, 0].item()  # waits for a GPU

@@ -302,7 +302,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
                                          learning_rate)
 
-    def log_figures(self, everything: bool = True) -> None:
+    def log_figures(self, everything: bool) -> None:
         """Log the steps whose figures have arrived.
 
         Raises:

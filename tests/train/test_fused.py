@@ -111,7 +111,7 @@ def test_gradcheck(fused):
     gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
     assert gradcheck(lambda x: fused.RMSNorm.apply(x, cos[0, 0], 0.1), (x,))
     assert gradcheck(lambda x: fused.Rotation.apply(x, cos, sin), (x,))
-    for kind in fused.ACTIVATIONS:
+    for kind in ("gelu_tanh", "gelu", "silu"):
         assert gradcheck(lambda *both: fused.GatedActivation.apply(*both, kind), (x, up))  # noqa: B023
 
 

@@ -15,7 +15,7 @@ _FROM_FILES = {"sentencepiece": load_sentencepiece_vocab, "gemma4": load_gemma4_
 _FROM_TOKENIZER = {"sentencepiece-llama": load_llama_vocab, "bpe": load_bpe_vocab}
 
 
-def load_vocabulary(model: Architecture, checkpoint: Path, tokenizer: Any = None) -> Vocabulary:
+def load_vocabulary(model: Architecture, checkpoint: Path, tokenizer: Any) -> Vocabulary:
     """The vocabulary of ``checkpoint``, with one token for each row of the model's embedding.
 
     Args:
