@@ -146,11 +146,33 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = {tensor.name: tensor for tensor in read_header(folder / WEIGHTS)}
     except UserError as e:
         raise UserError(f"the adapter {folder} cannot be read: {e.message}", how_to_renew(folder)) from e
+    parts, copies, base_tensors = _sorted(folder, tensors, config)
+    parameters = {layer: name for layer in parts if (name := _parameter(layer, config))}
+    parts = {parameters.get(layer, layer): found for layer, found in parts.items()}
+    refuse_endless(folder, config, parts)
+    stacked = {*parameters.values()}
+    layers = {layer: _layer(folder, layer, found, config, layer in stacked) for layer, found in parts.items()}
+    if not layers and not copies:
+        raise UserError(f"{folder} adapts no layer", how_to_renew(folder))
+    return Adapter(folder, layers, copies, base_tensors, config)
+
+
+_Tensors = dict[str, StoredTensor]
+
+
+def _sorted(folder: Path, tensors: _Tensors,
+            config: Mapping[str, Any]) -> tuple[dict[str, _Tensors], _Tensors, _Tensors]:
+    """The tensors of an adapter's file by what they are: parts of layers, by layer; whole copies of modules; tensors of
+    the base model that lie beside them.
+
+    Raises:
+        UserError: some are none of these.
+    """
     saved = list(config.get("modules_to_save") or ())
     if config.get("ensure_weight_tying") and any(module.endswith(_EMBEDDINGS) for module in saved):
         saved += _EMBEDDINGS  # PEFT adds the others without naming them
     kinds = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
-    parts: dict[str, dict[str, StoredTensor]] = {}
+    parts: dict[str, _Tensors] = {}
     copies, base_tensors, rest = {}, {}, []
     for stored, tensor in tensors.items():
         name = stored.removeprefix(_PREFIX)
@@ -178,14 +200,7 @@ def read_adapter(folder: Path) -> Adapter:
                         "save it with PEFT's save_pretrained, which names a layer's tensors "
                         f"{_PREFIX}<layer>.lora_A.weight and lora_B.weight, and leaves out tensors of other names",
                         sorted(rest)[:20])
-    parameters = {layer: name for layer in parts if (name := _parameter(layer, config))}
-    parts = {parameters.get(layer, layer): found for layer, found in parts.items()}
-    refuse_endless(folder, config, parts)
-    stacked = {*parameters.values()}
-    layers = {layer: _layer(folder, layer, found, config, layer in stacked) for layer, found in parts.items()}
-    if not layers and not copies:
-        raise UserError(f"{folder} adapts no layer", how_to_renew(folder))
-    return Adapter(folder, layers, copies, base_tensors, config)
+    return parts, copies, base_tensors
 
 
 def _parameter(module: str, config: Mapping[str, Any]) -> str | None:
