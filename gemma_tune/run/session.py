@@ -139,13 +139,26 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
                                              weights=stage not in _WITHOUT_WEIGHTS)
     if not (root / "manifest.json").exists():
         refuse_occupied(RunDir(root, base.name), stage)
-    family, reasons = family_defaults(base.config, stage)
-    resolved = resolve(cls, settings, content.get(stage), family)
-    preferences = stage == "train" and asked.method != "sft" and manifest.kind != CONVERSATIONS
+    resolved, given = _settings(stage, settings, content.get(stage) or {}, base, manifest, listener)
     if into and not apart:
         resolved = replace(resolved, config=replace(resolved.config, base=None))
+    if stage == "train" and (wanted_data := content.get("prepare")):
+        _tell_of_other_data(wanted_data, manifest, listener)
+    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
+
+
+def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any], base: BaseModel, manifest: Manifest,
+              listener: Listener) -> tuple[Resolved, set[str]]:
+    """The settings of a stage, and the names of those that are given now.
+
+    Args:
+        section: the stage's part of the settings file.
+    """
+    family, reasons = family_defaults(base.config, stage)
+    resolved = resolve(CONFIGS[stage], settings, section, family)
+    preferences = stage == "train" and resolved.config.method != "sft" and manifest.kind != CONVERSATIONS
     before = manifest.stages.get(stage, {"config": {}})["config"]
-    given = resolved.given | set(content.get(stage) or {})  # null in a file asks for the default, and not for before
+    given = resolved.given | {*section}  # null in a file asks for the default, and not for before
     kept = {name: value for name, value in as_before(resolved, before).items() if name not in given}
     if stage != "prepare" and kept:  # its settings belong to the data, see there
         listener.note(f"settings as before: {in_words(kept)}")
@@ -153,9 +166,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
             listener.note(reason)
-    if stage == "train" and (wanted_data := content.get("prepare")):
-        _tell_of_other_data(wanted_data, manifest, listener)
-    return Session(RunDir(root, manifest.model_name), base, resolved, listener, manifest, force=force, given=given)
+    return resolved, given
 
 
 def _tell_of_other_data(given: Mapping[str, Any], manifest: Manifest, listener: Listener) -> None:
