@@ -129,17 +129,12 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         if nothing:
             state = State(state.status, f"{NOTHING_HELD_OUT}; `eval --data FILE` takes others")
         record = manifest.stages.get(stage, {})
-        where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
         so_far = best_so_far(paths.metrics) if state.status == "interrupted" else None
         summary = exported if stage == "export-ollama" else record.get("summary", {})
         figures[stage] = _figures(stage, {**record, "summary": summary}, best, so_far)
-        if stage == "train":
-            where += _settings_files(paths, record)
-        if stage == "export-ollama":
-            where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if remark(item) else ''}"
-                             for item in earlier.values())
         shown = f"{state.status}: {state.reason}" if state.reason else state.status
-        rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "), where))
+        rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "),
+                     _where(paths, stage, record, earlier)))
         if state.status != "done" and stage not in not_needed and not nothing:
             note = None if resume else _right_to_read(root, record)
             next_step = None if note else resume or command(stage, root, *_tuned(paths, manifest, stage))
@@ -153,6 +148,17 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
                      tuple(unread), note, gone(paths, manifest))
+
+
+def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a stage's result is made of."""
+    where = ", ".join(item["path"] for item in record.get("outputs", {}).values())
+    if stage == "train":
+        where += _settings_files(run, record)
+    if stage == "export-ollama":
+        where += "".join(f"; from an earlier export: ollama/{item['file']}{' (stale)' if remark(item) else ''}"
+                         for item in earlier.values())
+    return where
 
 
 def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
