@@ -59,6 +59,7 @@ from gemma_tune.train.steps import run_steps
 
 if TYPE_CHECKING:
     from gemma_tune.train.ahead import KernelsAhead
+    from gemma_tune.train.trainer import GemmaTrainer
 
 LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
 
@@ -222,11 +223,7 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     job.startup.done("weights")
     rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
-    listener.detail("steps", described_steps(rows, config))
-    if run.tune_settings.is_file() and session.resolved.origins["learning_rate"] in NOT_GIVEN:
-        listener.note(f"{run.tune_settings} has the settings that `tune` found best: --config {run.tune_settings}")
-    for text in surprises(rows, total_steps(rows, config), config):
-        listener.note(text)
+    _tell_of_steps(session, rows)
     first = step_of(job.checkpoint) if job.checkpoint else 0
     log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop, reports = StopRequest(listener), Reports(session, job.training, log)
@@ -252,9 +249,23 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
         if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
-    return job.training.of_all_steps(summary) | {
-        "training_id": job.training.id, "method": config.method, "device": job.placement.device,
-        "dtype": job.placement.short,
-        "batch_size": config.batch_size, "effective_batch": config.effective_batch, "micro_batch": trainer.micro_batch,
-        "activation_checkpointing": job.choice.checkpointing,
-        "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
+    return job.training.of_all_steps(summary) | _figures(job, trainer)
+
+
+def _tell_of_steps(session: Session, rows: int) -> None:
+    """How many there are, and what somebody may not expect of their settings."""
+    listener, config, tuned = session.listener, session.config, session.run.tune_settings
+    listener.detail("steps", described_steps(rows, config))
+    if tuned.is_file() and session.resolved.origins["learning_rate"] in NOT_GIVEN:
+        listener.note(f"{tuned} has the settings that `tune` found best: --config {tuned}")
+    for text in surprises(rows, total_steps(rows, config), config):
+        listener.note(text)
+
+
+def _figures(job: Job, trainer: GemmaTrainer) -> dict[str, Any]:
+    """What a summary tells of how the training was computed."""
+    config = job.session.config
+    return {"training_id": job.training.id, "method": config.method, "device": job.placement.device,
+            "dtype": job.placement.short, "batch_size": config.batch_size, "effective_batch": config.effective_batch,
+            "micro_batch": trainer.micro_batch, "activation_checkpointing": job.choice.checkpointing,
+            "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0]}
