@@ -57,7 +57,7 @@ def tied(row: Mapping[str, Any]) -> Problem | None:
 
 def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
-    if MARK not in row and LABEL not in row:
+    if MARK not in row and not any(label in row for label in _LABELS):
         return None
     if _truth(row.get(MARK), numbers=True) is not None:
         return MARK
