@@ -107,7 +107,7 @@ def test_what_a_user_has_set_stays(monkeypatch, settled):
 def test_threads_are_settled_before_torch_is_there():
     code = ("import os, sys, gemma_tune.__main__ as m; import gemma_tune.base.machine as b; before = b.settle_threads\n"
             "def look(): before(); print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
-            "m.settle_threads = look; sys.argv = ['gemma-tune', '--version']; m.main()")
+            "b.settle_threads = look; sys.argv = ['gemma-tune', '--version']; m.main()")
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("1000 False")
