@@ -325,8 +325,8 @@ def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> s
     layer += sum(4 * spec.shape[0] * spec.shape[2] for spec in experts)
     layer += 12 * min(tokens, LONGEST) * used * sum(sum(spec.shape[1:]) for spec in experts) // architecture.layers
     # Before that, on the way back through the layers: the head's matrix, and the states before each layer.
-    head = max((spec.shape for spec in matrices), key=math.prod)
-    states = (architecture.layers + 1) * tokens * head[1]
+    head = next(spec.shape for spec in matrices if spec.name in ("output.weight", "token_embd.weight"))
+    states = (architecture.layers + 1) * tokens * head[1] * architecture.streams
     back = placement.dtype.itemsize * (math.prod(head) + states) + (1 << 30)
     need = max(layer, back) + OVERHEAD[placement.device]
     room = min(available(device) for device in {placement.device, "cpu"})

@@ -36,7 +36,7 @@ def gemma3n(config: Mapping[str, Any], path: Path) -> Architecture:
     tensors = [_completed(spec, text) for spec in named(gguf.MODEL_ARCH.GEMMA3N, text, _shapes(text), None)]
     return Architecture("gemma3n", tuple(tensors), lambda writer: _add(text, writer), "sentencepiece", text.vocab_size,
                         text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
-                        tied=whole.tie_word_embeddings, **parts_of(whole, text))
+                        tied=whole.tie_word_embeddings, streams=_STREAMS, **parts_of(whole, text))
 
 
 MAKERS = {"gemma3n": gemma3n, "gemma3n_text": gemma3n}

@@ -114,6 +114,7 @@ class Architecture:
         canonical: a tensor's name in the checkpoint → the ``source`` that stands for it; they differ where the text
             model is a part of a multimodal one.
         made_in: the number format that the released model's experts have, which rounds them no further.
+        streams: of hidden states, side by side.
         context: tokens up to which llama.cpp computes the same, where the model's own context is longer.
     """
 
@@ -133,6 +134,7 @@ class Architecture:
     experts: int = 0
     made_in: str | None = None
     experts_used: int = 0
+    streams: int = 1
 
 
 class NotInLlamaCpp(UserError):
