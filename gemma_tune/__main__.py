@@ -16,7 +16,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:  # all is said and saved: another Ctrl-C ends what libraries do at their end, without their tracebacks
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script's background ignores
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,14 @@ def test_ctrl_c_while_the_command_line_is_being_made_shows_no_traceback(tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process sends itself the signal")
-def test_ctrl_c_while_libraries_put_away_what_they_have_shows_no_traceback(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import atexit, os, signal, time\n\n@atexit.register\ndef put_away():\n"
-                                               "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n")
+@pytest.mark.parametrize(("handler", "code"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)])  # as in a script's background
+def test_ctrl_c_while_libraries_put_away_what_they_have_shows_no_traceback(tmp_path, handler, code):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import atexit, os, signal, time\n\nsignal.signal(signal.SIGINT, signal.{handler})\n\n@atexit.register\ndef put_away():\n"
+        f"    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep({5 if code else 0})\n")
     done = subprocess.run([sys.executable, "-m", "gemma_tune", "--version"], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "") and done.stdout.startswith("gemma-tune "), done.stderr
+    assert (done.returncode, done.stderr) == (code, "") and done.stdout.startswith("gemma-tune "), done.stderr
 
 
 # ---- standard output -------------------------------------------------------------------------------------------------
