@@ -40,8 +40,8 @@ _TRAIN = {
     "dpo-loss, and --method for ORPO": "pref_loss loss_type",
     "sft-weight": "pref_ftx rpo_alpha",
     "label-smoothing": "dpo_label_smoothing",
-    "good-weight": "kto_chosen_weight desirable_weight",
-    "bad-weight": "kto_rejected_weight undesirable_weight",
+    "good-weight": "kto_chosen_weight desirable_weight kto_desirable_weight",
+    "bad-weight": "kto_rejected_weight undesirable_weight kto_undesirable_weight",
     "qlora": "load_in_4bit quantize",
     "qlora, in 4 bits": "load_in_8bit quantization_bit",
     "qlora, which is NF4 with double quantisation, computed in --dtype":
@@ -58,7 +58,8 @@ _ELSEWHERE = {
     "gemma-tune prepare --max-length": "max_length max_seq_length max_seq_len cutoff_len sequence_len model_max_length",
     "gemma-tune prepare DATA": "dataset datasets data data_path data_dir dataset_dir dataset_name dataset_path "
                                "train_file",
-    "gemma-tune prepare DATA, such as data/dataset_info.json:NAME": "dataset_info custom_dataset_info",
+    "gemma-tune prepare DATA, such as data/dataset_info.json:NAME": "dataset_info",
+    "gemma-tune prepare DATA, the files themselves, with --columns": "custom_dataset_info",
     "gemma-tune prepare --valid": "val_size val_set_size eval_dataset test_datasets validation_split "
                                   "split_dataset_ratio val_dataset",
     "gemma-tune prepare --thinking on, or off": "enable_thinking",
@@ -134,7 +135,7 @@ _COMMANDS = {
     "gemma-tune export-ollama": "quantize convert gguf",
     "gemma-tune chat": "infer inference generate predict",
     "gemma-tune eval": "evaluate",
-    "gemma-tune export-ollama, and Ollama serves the model": "api serve deploy webui webchat",
+    "gemma-tune export-ollama, and Ollama serves the model": "api serve server deploy webui web_ui webchat",
 }
 _MEANT: dict[str, str] = {}
 for _table, _sentence in ((_TRAIN, "here it is gemma-tune train --{}"), (_ELSEWHERE, "here it is {}"),
@@ -146,6 +147,7 @@ for _table, _sentence in ((_TRAIN, "here it is gemma-tune train --{}"), (_ELSEWH
 _OPTION = re.compile(r"(?<=^here it is )gemma-tune (?P<stage>[a-z-]+) (?P<option>--[a-z-]+)"
                      r"( (?P<value>[a-z0-9]+)(?=,|$))?")
 _DATA = "gemma-tune prepare DATA"
+_COMMON = re.compile("(?<=^here it is )--(run|revision)$")  # which stand beside the stages in a file
 
 
 def meant(name: str, own: Collection[str] = ()) -> str | None:
@@ -169,7 +171,7 @@ def meant_command(name: str) -> str | None:
 def meant_in_file(name: str) -> str | None:
     """The same for a settings file, where options stand below their stage."""
     said = meant(name)
-    return said and _OPTION.sub(_in_file, said).replace(_DATA, "`data` below `prepare:`")
+    return said and _COMMON.sub(r"`\1`", _OPTION.sub(_in_file, said)).replace(_DATA, "`data` below `prepare:`")
 
 
 def _in_file(option: re.Match[str]) -> str:

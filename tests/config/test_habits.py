@@ -37,7 +37,8 @@ def test_steps_are_no_share(cli, steps):
     ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --batch-size, times --accumulation"),
     ("--micro_batch_size", "here it is --batch-size, times --accumulation"), ("--enable_thinking", "gemma-tune prepare --thinking on, or off"),
     ("--train_type", "an adapter is trained"), ("--resume_from_checkpoint", "the same command goes on where a training was stopped"),
-    ("--desirable_weight", "here it is --good-weight"), ("--split_dataset_ratio", "here it is gemma-tune prepare --valid"),
+    ("--desirable_weight", "here it is --good-weight"), ("--kto_undesirable_weight", "here it is --bad-weight"),
+    ("--custom_dataset_info", "here it is gemma-tune prepare DATA, the files themselves, with --columns"), ("--split_dataset_ratio", "here it is gemma-tune prepare --valid"),
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
     ("--model_name_or_path", "here it is --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
     ("--train-on-inputs", "answers are learned, and prompts never"), ("--modules_to_save", "no embeddings are trained"),
@@ -61,7 +62,8 @@ def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path
 
 @pytest.mark.parametrize(("command", "said"), [
     ("sft", "here it is gemma-tune train"), ("dpo", "here it is gemma-tune train --method"), ("fuse", "here it is gemma-tune merge"),
-    ("export", "here it is gemma-tune merge, and gemma-tune export-ollama for GGUF"), ("merge-lora", "here it is gemma-tune merge")])
+    ("export", "here it is gemma-tune merge, and gemma-tune export-ollama for GGUF"), ("merge-lora", "here it is gemma-tune merge"),
+    ("web-ui", "here it is gemma-tune export-ollama, and Ollama serves the model")])
 def test_a_command_of_another_program_is_answered(cli, command, said):
     result = cli(command, "old.yaml")
     assert result.code == 2 and " ".join(result.err.split()) == f"Error: No such command '{command}'; {said} Hint: see `gemma-tune --help`"
@@ -91,7 +93,7 @@ def test_an_option_is_named_with_its_command_where_it_is_another_s(cli):
 
 @pytest.mark.parametrize(("name", "said"), [
     ("enable_thinking", "here it is `thinking: on` below `prepare:`, or off"), ("bf16", "here it is `dtype: bf16` below `train:`"),
-    ("datasets", "here it is `data` below `prepare:`"), ("output_dir", "here it is --run"), ("nobody_s", None)])
+    ("datasets", "here it is `data` below `prepare:`"), ("output_dir", "here it is `run`"), ("model_revision", "here it is `revision`"), ("nobody_s", None)])
 def test_a_setting_is_named_as_a_file_has_it(name, said):
     assert habits.meant_in_file(name) == said
 
