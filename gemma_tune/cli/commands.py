@@ -101,7 +101,7 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 
     if dry_run:
         return show_plan(request, lambda session: plan_training(session, go_on))
-    request, prepared = prepare_first(request) if data else (request, {})
+    request, prepared = prepare_first(request, go_on) if data else (request, {})
     report, following = request.run("train", lambda session: (stage(session, go_on), next_step(session)))
     finish(request, report, tuple(dict.fromkeys((command("chat", report.run), following))), **prepared)
 

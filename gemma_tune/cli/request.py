@@ -209,8 +209,11 @@ def show_plan(request: Request, plan: Callable[[Session], Any]) -> None:
                             "warnings": list(screen.warnings)})
 
 
-def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:
+def prepare_first(request: Request, go_on: bool) -> tuple[Request, dict[str, Any]]:
     """``train DATA``: prepare the data.
+
+    Args:
+        go_on: ``--continue``.
 
     Returns:
         The request for the run that the data belongs to, and what the command's own JSON says of the preparation.
@@ -222,6 +225,6 @@ def prepare_first(request: Request) -> tuple[Request, dict[str, Any]]:
 
     request.settings("train")  # before the data is read, which can take long
     # Options of the same name, such as --seed, are about the training.
-    report = request.run("prepare", prepare, data=request.options["data"])
+    report = request.run("prepare", lambda session: prepare(session, go_on=go_on), data=request.options["data"])
     console.stage_result(report, request.options["quiet"])
     return request.but(run=str(report.run)), {"prepare": as_json(report)}

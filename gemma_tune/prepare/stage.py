@@ -42,27 +42,29 @@ from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
-from gemma_tune.run.directory import command
+from gemma_tune.run.directory import command, describe
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, run_stage
-from gemma_tune.run.state import state_of
+from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, nothing_left_of, run_stage
+from gemma_tune.run.state import NEEDS, state_of
 from gemma_tune.run.stopped import SEQUENCES, has_other_rows, rows_of, unfinished, whole
 
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
 
-def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> StageReport:
+def prepare(session: Session, preview: int = 0, *, foretell: bool = True, go_on: bool = False) -> StageReport:
     """Check, encode, split and write the data.
 
     Args:
         preview: show so many of the prepared sequences to the listener, also if all was up to date.
         foretell: say now what an export will refuse; `run` has found that out before.
+        go_on: for a finished training that is to go on (``--continue``), which it does with its own data alone.
 
     Raises:
-        UserError: unreadable files, or more bad rows than allowed; earlier data stays as it is.
+        UserError: unreadable files, more bad rows than allowed, or other data than a training goes on with; earlier
+            data stays as it is.
     """
     session.require("prepare")
     _refuse_base(session)
@@ -87,7 +89,15 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True) -> Sta
     if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
-    report = run_stage(session, "prepare", lambda s: _prepare(s, sources, held_out, template, foretell), inputs)
+
+    def work(s: Session) -> Finished:
+        made = _prepare(s, sources, held_out, template, foretell)
+        if go_on:
+            with nothing_left_of(made):
+                _refuse_other_than_learned(s, made)
+        return made
+
+    report = run_stage(session, "prepare", work, inputs)
     _warn_of_stopped(session)
     if preview:
         kept = session.run.chat_template if "chat_template" in report.artifacts else None
@@ -284,6 +294,15 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                                  SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
+
+
+def _refuse_other_than_learned(session: Session, made: Finished) -> None:
+    run, learned = session.run, session.manifest.stages.get("train", {"inputs": {}})["inputs"]
+    for name, (_, output) in NEEDS["train"].items():
+        path = made.outputs[output]
+        if name in learned and describe(run, path, lies_at=made.lies_at(path))["sha256"] != learned[name]["sha256"]:
+            raise UserError("--continue goes on with the rows that the finished training learned, and these are others",
+                            "leave DATA out to go on; or leave --continue out, and learn these")
 
 
 def _tell_of_model(session: Session, chat: ChatFormat, saved_as: str | None) -> None:

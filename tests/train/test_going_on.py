@@ -57,6 +57,17 @@ def steady(steady_once, tmp_path, tiny) -> Path:
     return copied_run(steady_once[0], tmp_path, tiny).relative_to(tmp_path)
 
 
+def test_data_that_it_did_not_learn_take_no_place_of_those_that_it_did(cli, steady, tmp_path):
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (steady / "data").rglob("*") if path.is_file()}
+
+    before, manifest = contents(), (steady / "manifest.json").read_bytes()
+    result = cli("train", write_rows(tmp_path / "others.jsonl", rows(20)), "--continue", "--epochs", 2, "--run", steady)
+    assert result.code == 2 and "--continue goes on with the rows that the finished training learned, and these are others" in result.err
+    assert contents() == before and (steady / "manifest.json").read_bytes() == manifest
+    assert cli("train", write_rows(tmp_path / "the_same.jsonl", rows()), "--continue", "--epochs", 2, "--run", steady).code == 0
+
+
 def test_one_and_one_epoch_are_two_bit_for_bit(cli, steady, steady_once):
     result = cli("train", "--continue", "--epochs", 2, "--json")
     assert result.code == 0, result.err
