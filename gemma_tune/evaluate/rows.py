@@ -154,7 +154,8 @@ def _fitting(session: Session, rows: list[tuple[PreparedRow, Outcome]]) -> list[
     """Rows that are longer than those of the training count as such, and are told."""
     if longer := sum(not outcome.kept for _, outcome in rows):
         session.listener.warn(f"{counted(longer, 'row is', 'rows are')} longer than the training's limit of "
-                              f"{session.settings_of('prepare').get('max_length')} tokens; their loss is left out")
+                              f"{prepared_as(session, HOW_ROWS_ARE_LAID_OUT).max_length} tokens; their loss is "
+                              "left out")
     return rows
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.prompts import tool_names
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, write_atomic, write_json
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.tokenizer import load_format
@@ -31,9 +32,11 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
 from gemma_tune.report.tables import FEW_ROWS, short_rows, task_rows
+from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
+from gemma_tune.run.state import OUTSIDE
 
 __all__ = ["evaluate", "evaluate_alone", "nothing_to_measure", "require_settings"]
 
@@ -58,10 +61,31 @@ def evaluate_alone(session: Session) -> StageReport:
     require_tasks(found_names(session))
     session, files = FILE.with_file(session, session.config.data_file)
     session, task_files = with_files(session)
-    done = run_stage(session, "eval", _evaluate, files | task_files, unfinished=_of_earlier_version)
+    done = run_stage(session, "eval", _evaluate, files | task_files, unfinished=_of_earlier_version,
+                     elsewhere=_from_elsewhere(session, files))
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
     _tell(session, done.summary)
     return replace(done, summary={**done.summary, "answers": given})
+
+
+def _from_elsewhere(session: Session, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Of a run that merges an adapter from elsewhere and has trained none: that adapter; and rows, where it has none.
+
+    Raises:
+        UserError: no rows are named for a run that has none, or the adapter is gone.
+    """
+    run, stages = session.run, session.manifest.stages
+    merged = stages.get("merge", {"inputs": {}})["inputs"].get(f"{OUTSIDE}adapter")
+    if merged is None or "train" in stages:
+        return {}
+    if "prepare" not in stages and not files:
+        raise UserError(f"{run.root} merges an adapter that was trained elsewhere, and has no rows to compare on",
+                        f"name some: {command('eval', run.root)} --data FILE")
+    adapter = Path(run.found(merged["path"]))
+    if not adapter.is_dir():
+        raise UserError(f"the adapter that {run.root} merges is not at {adapter} any more",
+                        f"put it there, or merge it from where it is: {command('merge', run.root)} --adapter DIR")
+    return {"adapter": adapter} | ({} if "prepare" in stages else {"valid_rows": next(iter(files.values()))})
 
 
 def require_settings(config: Any) -> None:
@@ -81,7 +105,9 @@ def _of_earlier_version(manifest: Manifest) -> bool:
 
 def _evaluate(session: Session) -> Finished:
     config, listener = session.config, session.listener
-    chat = load_format(session.inputs["adapter"], session.model.config["model_type"])
+    # An adapter from elsewhere may come without a tokenizer; what was merged has the one that goes with it.
+    asks_with = session.inputs["adapter"] if "train" in session.manifest.stages else session.run.merged
+    chat = load_format(asks_with, session.model.config["model_type"])
     chosen = choose(session, chat)
     tasks = Tasks(found_names(session), listener) if config.tasks else None
     model = add_adapter(load_model(session.model.path, choose_placement(config.dtype)), session.inputs["adapter"])

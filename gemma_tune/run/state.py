@@ -72,9 +72,9 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe,
 
 
 def _is_overtaken(manifest: Manifest, stage: str) -> bool:
-    """Whether it is a merge of an adapter from elsewhere, older than the adapter that the run has trained itself."""
+    """Whether it is about an adapter from elsewhere, and older than the adapter that the run has trained itself."""
     record, trained = (manifest.stages.get(name, {}) for name in (stage, "train"))
-    return (stage == "merge" and f"{OUTSIDE}adapter" in record.get("inputs", {})
+    return (f"{OUTSIDE}adapter" in record.get("inputs", {})
             and trained.get("ended", "") > record.get("ended", ""))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,35 @@ def test_without_an_adapter_the_command_to_make_it_is_named(cli, tiny, data):
     assert (result.code, result.out) == (2, "")
     assert "`eval` needs what `train` makes" in result.err
     assert "gemma-tune train --run runs/tiny-gemma" in result.err
+
+
+def test_an_adapter_from_elsewhere_is_compared_on_rows_that_are_named(cli, fluent, talkative, tmp_path):
+    away = shutil.copytree(fluent / "talkative_lora_adapter", tmp_path / "away")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):  # as many programs save one
+        (away / name).unlink(missing_ok=True)
+    there = tmp_path / "there"
+    assert cli("merge", "--adapter", away, "--base", talkative, "--run", there, "--no-check").code == 0
+    result = cli("eval", "--run", there)
+    assert result.code == 2 and "merges an adapter that was trained elsewhere, and has no rows to compare on" in result.err
+    assert f"gemma-tune eval --run {there} --data FILE" in result.err and "gemma-tune prepare" not in result.err
+    args = ("--data", write_rows(tmp_path / "held-out.jsonl", rows(14)[12:]), "--max-new-tokens", 3, "--json", *FP32)
+    own, found = (cli("eval", *args, "--run", run).json["summary"] for run in (fluent, there))
+    assert found["measures"] == own["measures"] and found["answers"] == own["answers"]
+    assert cli("eval", "--run", there, "--json").json["status"] == "up-to-date"
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows()), "--run", there).code == 0
+    time.sleep(1.1)  # the manifest's times are in seconds
+    assert cli("train", "--run", there, *QUICK).code == 0
+    state = cli("status", "--run", there, "--json").json["stages"]["eval"]["state"]
+    assert state == "stale: it is of an adapter from elsewhere, and the run has trained one of its own since"
+    assert cli("eval", *args, "--run", there).json["summary"]["measures"] != own["measures"], "of the run's own adapter now"
+
+
+def test_of_an_adapter_from_elsewhere_that_is_gone_the_place_is_named(cli, fluent, talkative, tmp_path):
+    away, there = shutil.copytree(fluent / "talkative_lora_adapter", tmp_path / "away"), tmp_path / "there"
+    assert cli("merge", "--adapter", away, "--base", talkative, "--run", there, "--no-check").code == 0
+    shutil.rmtree(away)
+    result = cli("eval", "--run", there, "--data", write_rows(tmp_path / "held-out.jsonl", rows(2)))
+    assert result.code == 2 and f"gemma-tune merge --run {there} --adapter DIR" in result.err, result.err
 
 
 def test_the_built_in_example_is_asked_its_own_held_out_questions_and_judged(cli, trained):
