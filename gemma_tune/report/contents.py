@@ -189,7 +189,8 @@ def _seconds(stage: Mapping[str, Any]) -> float | None:
 def _commands(manifest: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What to type, in the run's directory, to make everything again: settings that are not defaults."""
     found = []
-    for name in STAGES:
+    foreign = "train" not in manifest.stages  # an adapter from elsewhere, which is compared once it is merged
+    for name in sorted(STAGES, key=lambda name: foreign and name == "eval"):
         if name not in manifest.stages:
             continue
         chosen = {key: value for key, value in settings[name].items()

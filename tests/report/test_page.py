@@ -114,6 +114,18 @@ def test_data_of_after_the_training_are_not_shown_as_what_it_learned_from(tmp_pa
     assert "4.225 → 2.940" in found.text and "Base against tuned" in found.text and found.open == []
 
 
+def test_of_an_adapter_from_elsewhere_the_merge_comes_before_the_comparison(tmp_path):
+    run = finished_run(tmp_path / "run")
+    text = Page(write_report(run)).text
+    assert "train.yaml has every setting" in text and text.index("gemma-tune eval") < text.index("gemma-tune merge")
+    manifest = json.loads(run.manifest.read_text())
+    del manifest["stages"]["prepare"], manifest["stages"]["train"]
+    run.manifest.write_text(json.dumps(manifest))
+    text = Page(write_report(run)).text
+    text = text[text.index("The commands that reproduce it"):]
+    assert "train.yaml" not in text and text.index("gemma-tune merge") < text.index("gemma-tune eval")
+
+
 def test_the_adapter_that_it_began_with_is_told(tmp_path):
     run = finished_run(tmp_path / "run")
     assert "起始适配器" not in Page(write_report(run)).text
