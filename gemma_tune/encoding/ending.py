@@ -73,7 +73,7 @@ class Reader:
             special, in_next = [following], True
         if self.refusals.named is not None:
             behind = tail.partition(self.tokenizer.decode(special[:1]))[0]
-            self.refusals.refuse_misfit(head, behind, prompt != self.render([QUESTION], None, False))
+            self.refusals.refuse_misfit(head, behind, prompt != self._asked())
         return Ending(special[0], self._calls_end(special[0], in_next), in_next, head if head.isspace() else "",
                       head if shown and last and head.endswith(self.tokenizer.decode(last)) else "")
 
@@ -87,6 +87,13 @@ class Reader:
             return prompt, answer_after(prompt, full, self.takes_thoughts_out)
         except FormatError as e:
             raise self.refusals.unusable(e) from e
+
+    def _asked(self) -> str | None:
+        """A conversation that ends with a question, which some templates refuse."""
+        try:
+            return self.render([QUESTION], None, False)
+        except FormatError:
+            return None
 
     def _calls_end(self, terminator: int, in_next: bool) -> int | None:
         if in_next:

@@ -495,6 +495,14 @@ def test_a_named_template_that_asks_for_no_answer_is_refused_also_where_the_next
         ChatFormat(tokenizer, "glm4", stops, template=GLM4.replace("add_generation_prompt", "false"), named="glm.jinja")
 
 
+def test_a_named_template_may_refuse_to_end_with_a_question():
+    strict = ("{% if not add_generation_prompt and messages[-1]['role'] == 'user' %}{{ raise_exception('no answer') }}{% endif %}"
+              "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+              "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
+    chat = ChatFormat(gemma_tokenizer(TURNS, None), "other", template=strict, named="strict.jinja")
+    assert chat.terminator == "<end_of_turn>" and spans(chat, encoded_as_one(chat, [user("a"), assistant("b")])) == ["b<end_of_turn>"]
+
+
 def test_what_an_answer_begins_with_by_the_template_is_no_text_of_it():
     for template in (GLM4, GLM4.replace("visible = content.split('</think>')[-1].strip()", "visible = content")):
         chat = glm(template)
