@@ -85,12 +85,13 @@ def worse(row: Mapping[str, Any], problems: list[Problem]) -> Draft | None:
         return None
     if pair[0] != "messages" or pair[1] == "rejected_messages":  # a whole conversation, as ms-swift has it
         return _answered(row, pair[1], problems)
-    turns, answer = turn_list(row.get("messages")), turn_list(row.get(pair[1]))
+    turns, answer, tools = turn_list(row.get("messages")), turn_list(row.get(pair[1])), _tools(row)
     if isinstance(answer, str):
         answer = [assistant(answer)]
     if not isinstance(turns, list) or not isinstance(answer, list):
-        return Draft(answer, pair[1], _tools(row))
-    return Draft(with_system([*turns[:_first_learned(turns)], *answer], row, problems), pair[1], _tools(row))
+        return Draft(answer, pair[1], tools)
+    other = apart([*turns[:_first_learned(turns)], *answer], tools)
+    return Draft(with_system(other, row, problems), pair[1], tools)
 
 
 def _first_learned(turns: Sequence[Any]) -> int:

@@ -120,3 +120,16 @@ def test_calls_in_pairs():
     other = AS_JSON.replace("USD", "EUR")
     example = Formats().example({"prompt": "The rate?", "chosen": AS_JSON, "rejected": other, "tools": TOOLS})
     assert example.messages[-1] == answer(tool_calls=[call()]) and example.rejected == [answer(tool_calls=[call("EUR")])]
+
+
+@pytest.mark.parametrize("rejected", ["rejected", "rejected_response"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_calls_in_pairs_of_whole_conversations(rejected, listed):
+    other = AS_JSON.replace("USD", "EUR")
+    row = {"messages": [user("The rate?"), answer(AS_JSON)], rejected: [answer(other)] if listed else other, "tools": TOOLS}
+    example = Formats().example(row)
+    assert example.messages[-1] == answer(tool_calls=[call()]) and example.rejected == [answer(tool_calls=[call("EUR")])]
+    results = user("<tool_response>1</tool_response>")
+    example = Formats().example(row | {"messages": [*row["messages"], results, answer("1")], rejected: [answer("2")] if listed else "2"})
+    assert [turn["role"] for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert example.messages[1]["train"] is False and example.rejected == [answer("2")], "and all before the answers is their prompt"
