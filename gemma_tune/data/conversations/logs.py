@@ -39,7 +39,7 @@ def logged(row: Fields) -> Shaped | None:
     asked = next((name for name in _ASKED if _request(row.get(name)) is not None), None)
     request = _request(row[asked]) if asked else row if is_logged(row) else None
     said = next((name for name in _SAID if _answer(row.get(name)) is not None), None)
-    if asked and "response" in row and row["response"] is None:
+    if asked and "response" in row and all(row.get(name) is None for name in _SAID):
         raise RowError([Problem("no_answer", f"`{asked}` has no answer: `response` is empty", "leave the row out")])
     if request is None or said is None:
         return None

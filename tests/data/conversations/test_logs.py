@@ -66,6 +66,12 @@ def test_a_conversation_that_has_its_answer_already_is_what_it_is(response):
     assert example.format == "messages" and example.messages[-1] == answer("Blue.")
 
 
+@pytest.mark.parametrize("output", ["Blue.", answer("Blue."), [answer("Blue.")], said()])
+def test_empty_columns_of_other_rows_take_no_answer_away(output):
+    """As tables have them whose rows are of several kinds."""
+    assert Formats().example({"input": ASKED, "output": output, "request": None, "response": None}).messages == READ
+
+
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_both_halves_of_a_batch_are_told_with_a_command_that_works(tmp_path):
     asked = [{"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": REQUEST} for name in "ab"]
