@@ -76,8 +76,7 @@ def is_good(row: Mapping[str, Any]) -> bool | None:
 def unclear(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with the mark of a row that has one which cannot be read, or two that contradict each other: as a
     conversation without a mark its bad answer would be learned."""
-    name = _label_in(row.keys())
-    if MARK not in row and name is None:
+    if MARK not in row and _label_in(row.keys()) is None:
         return None
     filled = {key for key, value in row.items() if value is not None}
     if pair_in(filled):
@@ -85,8 +84,8 @@ def unclear(row: Mapping[str, Any]) -> Problem | None:
     if MARK in filled and (tag := _truth(row[MARK], numbers=True)) is None:
         return Problem("preference", f"`{MARK}` is {row[MARK]!r}, and a mark is true or false, or 1 or 0",
                        "write true for a good answer and false for a bad one")
-    format = _beside(filled)
-    if format is None or name not in filled:
+    format, name = _beside(filled), _label_in(filled)
+    if format is None or name is None:
         return None
     label = _truth(row[name], numbers=True)
     if MARK in filled:

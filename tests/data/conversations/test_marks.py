@@ -82,6 +82,7 @@ def test_a_mark_in_chinese_is_one(row):
     assert read(row | {"标签": True}) == (["q", "c"], None, True, [])
     assert read(row | {"标签": False}) == (["q", "c"], None, False, [])
     assert "`标签` is '差' beside an answer" in problem(row | {"标签": "差"}).reason
+    assert "`标签` is '差' beside an answer" in problem(row | {"label": None, "标签": "差"}).reason
     assert read(row | {"标签": "金融"}) == (["q", "c"], None, None, ["标签"])
 
 
