@@ -47,12 +47,20 @@ _SCORED = frozenset(better for better, _ in _SCORES)
 def tied(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with a pair whose better answer has no higher score than the other one."""
     for better, worse in () if _SCORED.isdisjoint(row) else _SCORES:
-        scores = [row.get(better), row.get(worse)]
-        if all(isinstance(score, (int, float)) for score in scores) and not scores[0] > scores[1]:
-            return Problem("preference", f"`{better}` is {scores[0]} and `{worse}` is {scores[1]}, so that the one is "
-                                         "not the better answer", "leave the pair out, or the scores if they mean "
-                                                                  "something else")
+        scores = [_score(row.get(better)), _score(row.get(worse))]
+        if None not in scores and scores[0] <= scores[1]:  # which is false of nan, as tables write what is missing
+            return Problem("preference", f"`{better}` is {row[better]} and `{worse}` is {row[worse]}, so that the one "
+                                         "is not the better answer", "leave the pair out, or the scores if they mean "
+                                                                     "something else")
     return None
+
+
+def _score(value: Any) -> float | None:
+    """A figure, also in text, as tables (CSV) have it."""
+    try:
+        return float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:

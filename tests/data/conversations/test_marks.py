@@ -182,6 +182,7 @@ def test_the_votes_on_whole_conversations_in_text():
     (SHP | {"labels": 2}, "`labels` is 2, which names neither"), (SHP | {"labels": 10**400}, "which names neither"), (SAFE | {"better_response_id": True}, "`better_response_id` is True, which"),
     (ARENA | {"winner": "tie (bothbad)"}, "`winner` is 'tie (bothbad)': neither"), (ARENA | {"winner": ["x"]}, "`winner` is ['x'], which"),
     (PAIR | {"prompt": "q", "score_chosen": 7.0, "score_rejected": 7}, "`score_chosen` is 7.0 and `score_rejected` is 7, so that the one is not"),
+    (PAIR | {"prompt": "q", "chosen_score": "4.5", "rejected_score": "4.50"}, "`chosen_score` is 4.5 and `rejected_score` is 4.50, so"),
     (PAIR | {"prompt": "q", "chosen_rating": 1, "rejected_rating": 2}, "is 2, so that the one is not the better answer")])
 def test_a_tie_is_no_pair(row, reason):
     found = problem(row)
@@ -191,6 +192,8 @@ def test_a_tie_is_no_pair(row, reason):
 def test_scores_of_a_pair_in_the_order_of_its_answers_or_of_no_pair():
     scored = PAIR | {"prompt": "q", "score_chosen": 7.5, "score_rejected": 7}
     assert read(scored)[:2] == (["q", "c"], ["r"])
+    for score in (None, float("nan"), "nan", "", "low", [7.5]):
+        assert read(scored | {"score_rejected": score})[:2] == (["q", "c"], ["r"]), "which is no figure"
     assert Formats(take="chosen").example(scored | {"score_rejected": 7.5}).messages[-1]["content"] == "c"
 
 
