@@ -17,7 +17,7 @@ _QUESTIONS = (("Question", "Answer"), ("Q", "A"), ("问题", "答案"), ("问", 
 _NAMES = "|".join(sorted({name for pair in (*_SPEAKERS, *_QUESTIONS) for name in pair}, key=len, reverse=True))
 # The first speaker; or how a system prompt begins that stands before it. Any other text before it may be a document
 # that shows a conversation.
-_PREFACE = r"You are\b|(?:A|(?:This|The following|Below) is a) (?:chat|conversation|dialogue?)\b"
+_PREFACE = r"You are\b|(?:A|(?:This|The following|Below) is a) (?:chat|conversation|dialog(?:ue)?)\b"
 _SYSTEM = "(?:System|SYSTEM|system|系统)[:：]"
 _BEGINS = re.compile(rf"\s*(?:(?:{_NAMES})[:：]|(?P<system>{_SYSTEM})|(?P<preface>{_PREFACE}))")
 
@@ -28,6 +28,9 @@ def _layout(pair: tuple[str, str]) -> re.Pattern[str]:
         r"(?:(?<=\n)|(?<=</s>)|\A)[ \t]*", "")
     return re.compile(rf"{before}({'|'.join(pair)})[:：]{behind}")
 
+
+# What follows an `A:` that is the first of several to choose from, and stands between the questions of a document.
+_CHOICE, _HEADING = re.compile(r"\n[ \t]*B[:：]"), re.compile(r"\n#{1,6} [^\n]*\Z")
 
 _LAYOUTS = {pair: _layout(pair) for pair in (*_SPEAKERS, *_QUESTIONS)}
 
@@ -43,8 +46,8 @@ def spoken(text: str) -> list[dict[str, Any]] | None:
     for (user, assistant), layout in _LAYOUTS.items():
         before, *pieces = layout.split(text)
         names = pieces[::2]
-        if {user, assistant} != {*names} or (user, assistant) in _QUESTIONS and (
-                names != [user, assistant] * (len(names) // 2)):
+        if {user, assistant} != {*names} or (user, assistant) in _QUESTIONS and not (
+                _answers_each([user, assistant], pieces)):
             continue
         if before.strip() and not (begins["system"] or begins["preface"]):
             continue
@@ -53,3 +56,10 @@ def spoken(text: str) -> list[dict[str, Any]] | None:
             {"role": "user" if name == user else "assistant", "content": said.strip()}
             for name, said in zip(names, pieces[1::2], strict=True)]
     return None
+
+
+def _answers_each(pair: list[str], pieces: list[str]) -> bool:
+    """Whether names, with what each says, are a question and its answer every time, and nothing is between them."""
+    names, answers = pieces[::2], [said.strip() for said in pieces[3::4]]
+    return names == pair * (len(names) // 2) and not any(map(_HEADING.search, answers[:-1])) and not (
+        pair[1] == "A" and any(map(_CHOICE.search, answers)))

@@ -91,6 +91,7 @@ AS_FOUR = [{"role": role, "content": said} for role, said in FOUR]
     ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant: 4, I say:\n5", None),
     ("System: Be brief.\nUser:Hi\nAssistant:Hello\nUser:2+2?\nAssistant:4, I say:\n5", "Be brief."),
     ("You are a bot.\n\nHuman: Hi\nAI: Hello\nHuman: 2+2?\nAI: 4, I say:\n5", "You are a bot."),
+    ("The following is a dialog.\nUser: Hi\nAssistant: Hello\nUser: 2+2?\nAssistant: 4, I say:\n5", "The following is a dialog."),
     ("Q: Hi\nA: Hello\n\nQ: 2+2?\nA: 4, I say:\n5", None), ("Question: Hi\nAnswer: Hello\nQuestion: 2+2?\nAnswer: 4, I say:\n5", None),
     ("用户：Hi\n助手：Hello\n用户：2+2?\n助手：4, I say:\n5", None)])
 def test_names_of_speakers_before_what_is_said(text, system):
@@ -100,9 +101,17 @@ def test_names_of_speakers_before_what_is_said(text, system):
 @pytest.mark.parametrize("text", [
     "User: hi", "A play.\n\nHuman: To be?\nAssistant: Sir.", f"The prompt is\n{VICUNA} USER: {{prompt}} ASSISTANT:", "Q: a\nA: b\nA: c",
     "Question: is it so?\nI think:\nAnswer with care.", "User: our guide says\nthat an Assistant: is not a name", "You are here.\nA: one",
+    "Q: Which?\nA: one\nB: two\nAnswer: B", "Q: Which?\n A: one\n B：two\n\nQ: So?\nA: Yes.",
+    "Q: Pay how?\n\nA: By card.\n\n## Shipping\n\nQ: How long?\n\nA: A week.", "A: Hi\nQ: Hello?",
     'User: Hi\nAssistant: <tool_call>{"name": "f"}</tool_call>'])
 def test_a_text_that_only_has_such_names_in_it_stays_one(text):
     assert not is_rendered(text)
+
+
+def test_choices_and_headings_belong_to_what_is_said_elsewhere():
+    assert turns("Question: Which?\nA: one\nB: two\nAnswer: B\n\nQuestion: 1?\nAnswer: Yes.\n# End") == [
+        ("user", "Which?\nA: one\nB: two"), ("assistant", "B"), ("user", "1?"), ("assistant", "Yes.\n# End")]
+    assert turns("User: Hi\nAssistant: Hello\nB: no\n# x\nUser: 1?\nAssistant: Yes.")[1] == ("assistant", "Hello\nB: no\n# x")
 
 
 @pytest.mark.parametrize(("text", "reason"), [
