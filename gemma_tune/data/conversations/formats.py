@@ -231,11 +231,8 @@ class Formats:
         if not described.MEDIA.isdisjoint(value) and (media := [key for key in described.MEDIA if value.get(key)]):
             problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
                                     "leave the row out"))
-        if format == "rendered":
-            problems = [replace(problem, fix=f"{problem.fix}; or keep the text as it is with --format text")
-                        for problem in problems]
         if problems:
-            raise RowError(problems)
+            raise RowError(_with_the_text_kept(problems, format, value))
         return Example(format, messages, declared or None, None,
                        unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended))
 
@@ -314,6 +311,17 @@ def _among(row: Fields, keys: Collection[str]) -> str | None:
     """The format that a row has by these of its columns."""
     return next((format for format, has in _HAS.items()
                  if has(row, keys) and (format != "text" or not is_beside_text(keys))), None)
+
+
+def _with_the_text_kept(problems: list[Problem], format: str, row: Fields) -> list[Problem]:
+    """The problems with the way out for a text that was taken apart, and may be meant as it stands."""
+    if format == "rendered":
+        return [replace(problem, fix=f"{problem.fix}; or keep the text as it is with --format text")
+                for problem in problems]
+    if format == "prompt-completion" and with_prompt_apart(row) is not row:
+        return [replace(problem, fix=f"{problem.fix}; or keep the prompt as it is with --columns user=…,assistant=…")
+                if problem.code == "alternation" else problem for problem in problems]
+    return problems
 
 
 def _text(row: Fields) -> Example:

@@ -137,6 +137,20 @@ def test_a_prompt_that_is_written_up_to_its_answer_is_taken_apart(prompt, comple
     assert example.messages == [AS_FOUR[0], AS_FOUR[1] | {"train": False}, *AS_FOUR[2:]] and not example.unread
 
 
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("question", "answer")])
+@pytest.mark.parametrize("prompt", ["User: Hi\nUser: 2+2?\nAssistant:", "AI: Hello\nHuman: 2+2?\nAI:"])
+def test_a_prompt_whose_turns_cannot_be_learned_has_a_way_out(prompt, names):
+    row = dict(zip(names, (prompt, "4"), strict=True))
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert caught.value.fix.endswith("; or keep the prompt as it is with --columns user=…,assistant=…")
+    kept = Formats(columns=dict(zip(("user", "assistant"), names, strict=True))).example(row)
+    assert kept.messages == [{"role": "user", "content": prompt}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(RowError) as caught:
+        Formats().example({"prompt": "User: Hi\nAssistant:", "completion": " "})
+    assert "--columns" not in caught.value.fix
+
+
 def test_what_a_completion_says_in_a_prompts_layout_is_the_answers():
     row = {"prompt": "User: Hi\nAssistant:", "completion": " Hello.\nUser: no"}
     assert Formats().example(row).messages == [AS_FOUR[0], {"role": "assistant", "content": "Hello.\nUser: no"}]
