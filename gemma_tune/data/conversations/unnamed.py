@@ -182,9 +182,11 @@ def _two_answers(row: Fields) -> Problem | None:
     one, other = found
     return Problem("unknown_format", f"`{one}` and `{other}` seem to be two answers to `{question}`, and which of them "
                                      f"is better has to be said; {found_columns(row)}",
-                   f"jq -c '(arrays[], objects) | (if .WHICH == 1 then [.{one}, .{other}] else [.{other}, .{one}] end) "
-                   f"as [$better, $worse] | {{prompt: .{question}, chosen: $better, rejected: $worse}}' FILE.jsonl > "
-                   f"pairs.jsonl, where .WHICH == 1 stands for what is true if `{one}` is the better one")
+                   shell.of_posix(
+                       f"jq -c '(arrays[], objects) | (if .WHICH == 1 then [.{one}, .{other}] else [.{other}, .{one}] "
+                       f"end) as [$better, $worse] | {{prompt: .{question}, chosen: $better, rejected: $worse}}' "
+                       "FILE.jsonl > pairs.jsonl")
+                   + f", where .WHICH == 1 stands for what is true if `{one}` is the better one")
 
 
 def _beside_text(row: Fields) -> Problem | None:

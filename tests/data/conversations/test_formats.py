@@ -673,9 +673,10 @@ def test_on_windows_commands_are_such_as_work_there(monkeypatch):
     """Its shells take neither filters of jq in quotes nor, PowerShell, a comma without them."""
     monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
     inside = {"mapping": {}, "current_node": "a"}, {"message_tree_id": "a", "prompt": {"replies": []}}
-    for row in (*inside, {"paragraphs": [{"context": "a", "qas": []}]}, {"data": {"train": [{"q": "a", "r": "b"}]}}):
+    two = {"prompt": "a", "response_1": "b", "response_2": "c"}
+    for row in (*inside, two, {"paragraphs": [{"context": "a", "qas": []}]}, {"data": {"train": [{"q": "a", "r": "b"}]}}):
         [problem] = found(row)
-        assert re.search(r"jq -c '.+' \w+\.jsonl? > rows\.jsonl \(in Git Bash\)", problem.fix), problem.fix
+        assert re.search(r"jq -c '.+' \w+\.jsonl? > (rows|pairs)\.jsonl \(in Git Bash\)", problem.fix), problem.fix
     for value in ([{"speaker": "a", "utterance": "b"}], [{"role": "Kunde", "content": "a"}, {"role": "Laden", "content": "b"}]):
         [problem, *_] = found({"messages": value})
         assert re.search(r'--(turn-keys|roles) "\w+=\w+,\w+=\w+"', problem.fix), problem.fix
