@@ -44,6 +44,8 @@ def spoken(text: str) -> list[dict[str, Any]] | None:
     if begins is None:
         return None
     for (user, assistant), layout in _LAYOUTS.items():
+        if f"{assistant}:" not in text and f"{assistant}：" not in text:
+            continue  # which is found sooner, in a long text, than where its lines begin
         before, *pieces = layout.split(text)
         names = pieces[::2]
         if {user, assistant} != {*names} or (user, assistant) in _QUESTIONS and not (

@@ -79,6 +79,14 @@ def test_it_takes_no_longer_than_the_text_is_long(text):
     assert time.process_time() - began < 2
 
 
+def test_names_are_looked_for_at_beginnings_of_lines_only_where_there_are_some():
+    """Each looked at every sign of any text that begins like a system prompt, which took most of the time to read it."""
+    text = "You are here.\n" + "The quick brown fox.\n" * 400_000
+    began = time.process_time()
+    assert not is_rendered(text)
+    assert time.process_time() - began < 0.5
+
+
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
           "answers to the user's questions.")
 FOUR = [("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?"), ("assistant", "4, I say:\n5")]
