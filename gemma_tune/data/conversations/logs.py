@@ -70,15 +70,20 @@ def _answer(value: Any) -> Fields | None:
     value = _inside(value)
     if not isinstance(value, dict):
         return None
-    choices = value.get("choices")
-    chat = isinstance(choices, list) and choices and all(
+    return value if _choices(value) or value.get("role") == "assistant" else None
+
+
+def _choices(answer: Fields) -> list[Fields]:
+    """What OpenAI's answer holds; nothing of another one."""
+    choices = answer.get("choices")
+    chat = isinstance(choices, list) and all(
         isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
-    return value if chat or value.get("role") == "assistant" else None
+    return choices if chat else []
 
 
 def _turn(said: str, answer: Fields) -> Fields:
     """The assistant's turn in an answer."""
-    choices = answer.get("choices") or [answer]
+    choices = _choices(answer) or [answer]
     if len(choices) > 1:
         raise RowError([Problem("not_text", f"`{said}` holds {len(choices)} answers (`choices`), and only one can be "
                                             "meant", "keep one of them")])
@@ -87,7 +92,7 @@ def _turn(said: str, answer: Fields) -> Fields:
     if reason in _CUT:
         raise RowError([Problem("no_answer", f"the answer in `{said}` stopped before its end, for {quoted(reason)}",
                                 "leave the row out")])
-    turn = choice.get("message") or answer
+    turn = answer if choice is answer else choice["message"]
     # Anthropic's message has figures beside what it says.
     return {"role": "assistant", "content": turn.get("content")} if "stop_reason" in turn else turn
 

@@ -72,6 +72,12 @@ def test_empty_columns_of_other_rows_take_no_answer_away(output):
     assert Formats().example({"input": ASKED, "output": output, "request": None, "response": None}).messages == READ
 
 
+@pytest.mark.parametrize("beside", [{"choices": 3}, {"choices": {"a": {}}}, {"choices": [{"text": "x"}]}, {"message": "Red."}])
+def test_a_message_with_what_looks_like_an_answer_of_openai_is_itself(beside):
+    example = Formats().example({"request": {"messages": ASKED}, "response": answer("Blue.", **beside)})
+    assert example.messages == READ
+
+
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_both_halves_of_a_batch_are_told_with_a_command_that_works(tmp_path):
     asked = [{"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": REQUEST} for name in "ab"]
