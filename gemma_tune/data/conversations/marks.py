@@ -65,14 +65,15 @@ def _score(value: Any) -> float | None:
 
 def marked(row: Mapping[str, Any], keys: Collection[str]) -> str | None:
     """The column that marks the row's one answer."""
-    if MARK not in row and not any(label in row for label in _LABELS):
+    label = _label_in(row)
+    if MARK not in row and label is None:
         return None
     if _truth(row.get(MARK), numbers=True) is not None:
         return MARK
     beside = _beside(keys)
     # Beside a whole conversation a number may be a class of anything; beside a completion it is TRL's mark.
-    numbers, label = beside == "prompt-completion", _label_in(keys)
-    return label if beside and label and _truth(row.get(label), numbers) is not None else None
+    numbers = beside == "prompt-completion"
+    return label if beside and label and _truth(row[label], numbers) is not None else None
 
 
 def is_good(row: Mapping[str, Any]) -> bool | None:
@@ -84,7 +85,8 @@ def is_good(row: Mapping[str, Any]) -> bool | None:
 def unclear(row: Mapping[str, Any]) -> Problem | None:
     """What is wrong with the mark of a row that has one which cannot be read, or two that contradict each other: as a
     conversation without a mark its bad answer would be learned."""
-    if MARK not in row and _label_in(row.keys()) is None:
+    name = _label_in(row)
+    if MARK not in row and name is None:
         return None
     filled = {key for key, value in row.items() if value is not None}
     if pair_in(filled):
@@ -92,7 +94,7 @@ def unclear(row: Mapping[str, Any]) -> Problem | None:
     if MARK in filled and (tag := _truth(row[MARK], numbers=True)) is None:
         return Problem("preference", f"`{MARK}` is {row[MARK]!r}, and a mark is true or false, or 1 or 0",
                        "write true for a good answer and false for a bad one")
-    format, name = _beside(filled), _label_in(filled)
+    format = _beside(filled)
     if format is None or name is None:
         return None
     label = _truth(row[name], numbers=True)
@@ -118,8 +120,9 @@ def _is_like_a_mark(value: Any) -> bool:
             and str(value).strip().lower() in _LIKE_A_MARK)
 
 
-def _label_in(keys: Collection[str]) -> str | None:
-    return next((name for name in _LABELS if name in keys), None)
+def _label_in(row: Mapping[str, Any]) -> str | None:
+    """The first column of that name that is not empty."""
+    return next((name for name in _LABELS if row.get(name) is not None), None)
 
 
 def _beside(keys: Collection[str]) -> str | None:

@@ -86,6 +86,13 @@ def test_a_mark_in_chinese_is_one(row):
     assert read(row | {"标签": "金融"}) == (["q", "c"], None, None, ["标签"])
 
 
+@pytest.mark.parametrize(("empty", "mark"), [("label", "标签"), ("标签", "label")])
+def test_an_empty_mark_leaves_the_other_one(empty, mark):
+    row = {"prompt": "q", "completion": "c", empty: None}
+    assert [read(row | {mark: value}) for value in (1, 0)] == [(["q", "c"], None, True, []), (["q", "c"], None, False, [])]
+    assert Formats(take="chosen").example(row | {mark: 1}).messages[-1]["content"] == "c"
+
+
 @pytest.mark.parametrize(("mark", "value"), [("label", "good"), ("label", 0), ("label", "false"), ("标签", "差"), ("标签", True),
                                              ("评价", "差"), ("是否正确", "否"), ("is_good", False)])
 def test_columns_that_have_to_be_named_do_not_hide_a_mark_beside_them(mark, value):
