@@ -19,7 +19,7 @@ from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.logs import is_logged
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
-from gemma_tune.data.conversations.rendered import is_rendered, rendered, with_prompt_apart
+from gemma_tune.data.conversations.rendered import is_marked, is_rendered, rendered, with_prompt_apart
 from gemma_tune.data.conversations.shaped import Shaped
 from gemma_tune.data.conversations.turns import Turn, conversation
 from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, unnamed
@@ -309,8 +309,15 @@ def _filled(row: Fields) -> set[str]:
 
 def _among(row: Fields, keys: Collection[str]) -> str | None:
     """The format that a row has by these of its columns."""
-    return next((format for format, has in _HAS.items()
-                 if has(row, keys) and (format != "text" or not is_beside_text(keys))), None)
+    return next((format for format, has in _HAS.items() if has(row, keys) and _is_meant(format, row, keys)), None)
+
+
+def _is_meant(format: str, row: Fields, keys: Collection[str]) -> bool:
+    """Whether a text is all there is to learn: nothing beside it may be its answer, or it is a conversation for
+    certain."""
+    if format == "rendered":
+        return is_marked(row["text"]) or not is_beside_text({*keys}.difference(layouts.SYSTEMS))
+    return format != "text" or not is_beside_text(keys)
 
 
 def _with_the_text_kept(problems: list[Problem], format: str, row: Fields) -> list[Problem]:

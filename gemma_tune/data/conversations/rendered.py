@@ -56,6 +56,11 @@ def is_rendered(text: Any) -> bool:
     return isinstance(text, str) and _turns(text) is not None
 
 
+def is_marked(text: str) -> bool:
+    """Whether a conversation has a template's marks, by which it is one for certain; others name who speaks."""
+    return text.startswith(_BEGINNINGS, _START.match(text).end()) or _ASKS in text
+
+
 def rendered(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``text``, a conversation that a template wrote; ``system``."""
     turns = [dict(turn) for turn in _turns(row["text"]) or ()]  # what is found belongs to whoever asks next, too
@@ -83,8 +88,7 @@ def with_prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _turns(text: str) -> Turns | None:
     """The turns of a rendered conversation; None if it is none."""
     body = text[_START.match(text).end():]
-    marked = body.startswith(_BEGINNINGS) or _ASKS in body
-    for read in (_marked, _llama_2, _deepseek, _titled) if marked else (_spoken,):
+    for read in (_marked, _llama_2, _deepseek, _titled) if is_marked(text) else (_spoken,):
         if turns := read(body):
             if any(mark in body for mark in _TOOLS):
                 return None

@@ -12,6 +12,7 @@ from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.marks import seeming_mark
 from gemma_tune.data.conversations.names import spoken_by, suggested_turns
 from gemma_tune.data.conversations.problems import Problem, quoted
+from gemma_tune.data.conversations.rendered import is_rendered
 from gemma_tune.data.conversations.turns import REASONING, role_of
 
 Fields = Mapping[str, Any]
@@ -202,7 +203,8 @@ def _beside_text(row: Fields) -> Problem | None:
     named = f"user={text},assistant={label}" + (f",system={system}" if system else "")
     return Problem("unknown_format", f"`{text}` stands beside `{label}`: either `{label}` is the answer to learn, or "
                                      "the text alone is learned",
-                   f"use --columns {shell.quote(named)}, or --format text to learn the text alone")
+                   f"use --columns {shell.quote(named)}, or --format text to learn the text alone"
+                   + (", or --format rendered for the turns in it" if is_rendered(row[text]) else ""))
 
 
 def _one_turn(row: Fields, reason: str) -> Problem | None:

@@ -169,6 +169,20 @@ def test_a_prompt_that_does_not_end_where_an_answer_begins_stays_as_it_is(prompt
     assert Formats().example({"prompt": prompt, "completion": "x"}).messages[0] == {"role": "user", "content": prompt}
 
 
+@pytest.mark.parametrize("beside", ["label", "response", "intent", "completion"])
+def test_a_dialog_beside_what_may_be_its_answer_is_asked_about(beside):
+    row = {"text": "User: Hi\nAssistant: Hello", beside: "greeting"}
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert f"`text` stands beside `{beside}`" in str(caught.value)
+    assert caught.value.fix == (f"use --columns user=text,assistant={beside}, or --format text to learn the text alone, "
+                                "or --format rendered for the turns in it")
+    assert Formats("rendered").example(row).messages == AS_FOUR[:2]
+    marked = "### Human: Hi\n### Assistant: Hello"
+    assert Formats().example(row | {"text": marked}).messages == AS_FOUR[:2], "which is one for certain"
+    assert Formats().example({"text": row["text"], "system": "s", "id": 1}).messages[1:] == AS_FOUR[:2]
+
+
 def test_rows_beside_others_and_the_named_format():
     text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert Formats().example({"text": text, "system": "s"}).messages[0] == {"role": "system", "content": "s"}
