@@ -50,8 +50,10 @@ def logged(row: Fields) -> Shaped | None:
               (said, without(answer, "choices", *turn))]
     unread = {f"{column}.{name}": value for column, others in beside for name, value in others.items()}
     own = {"prompt": asked or "messages", "completion": said}
-    return Shaped(without(row, *own.values()) | unread | known | {"prompt": request["messages"], "completion": [turn]},
-                  own)
+    known |= {"prompt": request["messages"], "completion": [turn]}
+    unread |= {f"{name} (beside {own['prompt']})": row[name] for name in known if row.get(name) not in (
+        None, known[name])}  # so that they are reported
+    return Shaped(without(row, *own.values()) | unread | known, own)
 
 
 def _inside(value: Any) -> Any:

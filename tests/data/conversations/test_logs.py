@@ -48,6 +48,13 @@ def test_the_tools_and_the_system_prompt_of_a_request():
         answer(tool_calls=[called | {"function": {"name": "look", "arguments": {}}}])]
 
 
+def test_columns_beside_a_request_that_has_the_same_are_said_to_be_left_out():
+    row = {"request": {"messages": ASKED, "system": "s", "tools": TOOLS}, "response": said(), "tools": TOOLS, "prompt": "v2", "system": "t"}
+    example = Formats().example(row)
+    assert example.messages == [{"role": "system", "content": "s"}, *READ] and example.tools == TOOLS
+    assert [(one.name, one.value) for one in example.unread] == [("system (beside request)", "t"), ("prompt (beside request)", "v2")]
+
+
 @pytest.mark.parametrize(("row", "reason"), [
     ({"messages": ASKED, "response": said(stopped="length")}, "the answer in `response` stopped before its end, for 'length'"),
     ({"request": REQUEST, "response": CLAUDE | {"stop_reason": "max_tokens"}}, "before its end, for 'max_tokens'"),
