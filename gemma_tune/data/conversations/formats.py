@@ -327,7 +327,7 @@ def _with_the_text_kept(problems: list[Problem], format: str, row: Fields) -> li
                 for problem in problems]
     if format == "prompt-completion" and with_prompt_apart(row) is not row:
         return [replace(problem, fix=f"{problem.fix}; or keep the prompt as it is with --columns user=…,assistant=…")
-                if problem.code == "alternation" else problem for problem in problems]
+                if problem.code in ("alternation", "system_inside") else problem for problem in problems]
     return problems
 
 

@@ -68,6 +68,7 @@ def rendered(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
 
 
 _ANSWER = "…"  # any
+_INDENT = re.compile(r"\n*(\t|  +)")  # of code; a single space stands between a name and what is said
 
 
 def with_prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -80,7 +81,9 @@ def with_prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if (last["role"], last["content"].strip()) != ("assistant", _ANSWER):
         return row
     *before, answer = _turns(prompt + completion) or [_turn(None, "")]
-    said = answer["content"] if before == asked else completion.removeprefix(" ")
+    indent = _INDENT.match(completion)
+    said = (answer["content"] if before == asked else completion).removeprefix(" ")
+    said = indent[1] + said.lstrip() if indent else said
     return {**row, "prompt": [dict(turn) for turn in asked], "completion": said}
 
 

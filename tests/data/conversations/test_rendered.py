@@ -146,14 +146,14 @@ def test_a_prompt_that_is_written_up_to_its_answer_is_taken_apart(prompt, comple
 
 
 @pytest.mark.parametrize("names", [("prompt", "completion"), ("question", "answer")])
-@pytest.mark.parametrize("prompt", ["User: Hi\nUser: 2+2?\nAssistant:", "AI: Hello\nHuman: 2+2?\nAI:"])
+@pytest.mark.parametrize("prompt", ["User: Hi\nUser: 2+2?\nAssistant:", "System: s\nUser: Hi\nAssistant:", "AI: Hello\nHuman: 2+2?\nAI:"])
 def test_a_prompt_whose_turns_cannot_be_learned_has_a_way_out(prompt, names):
-    row = dict(zip(names, (prompt, "4"), strict=True))
+    row = dict(zip(names, (prompt, "4"), strict=True)) | {"system": "t"}
     with pytest.raises(RowError) as caught:
         Formats().example(row)
     assert caught.value.fix.endswith("; or keep the prompt as it is with --columns user=…,assistant=…")
     kept = Formats(columns=dict(zip(("user", "assistant"), names, strict=True))).example(row)
-    assert kept.messages == [{"role": "user", "content": prompt}, {"role": "assistant", "content": "4"}]
+    assert kept.messages == [{"role": "system", "content": "t"}, {"role": "user", "content": prompt}, {"role": "assistant", "content": "4"}]
     with pytest.raises(RowError) as caught:
         Formats().example({"prompt": "User: Hi\nAssistant:", "completion": " "})
     assert "--columns" not in caught.value.fix
@@ -162,6 +162,15 @@ def test_a_prompt_whose_turns_cannot_be_learned_has_a_way_out(prompt, names):
 def test_what_a_completion_says_in_a_prompts_layout_is_the_answers():
     row = {"prompt": "User: Hi\nAssistant:", "completion": " Hello.\nUser: no"}
     assert Formats().example(row).messages == [AS_FOUR[0], {"role": "assistant", "content": "Hello.\nUser: no"}]
+
+
+@pytest.mark.parametrize("prompt", ["User: Hi\nAssistant:", "### Instruction:\nHi\n\n### Response:\n", "[INST] Hi [/INST]",
+                                    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"])
+@pytest.mark.parametrize(("completion", "said"), [
+    ("    a = 1\n    b = 2", "    a = 1\n    b = 2"), ("\n\ta = 1\n\tb = 2", "\ta = 1\n\tb = 2"), (" 4", "4"), ("4 = 4", "4 = 4"),
+    ("    a = 1\n\nUser: no", "    a = 1\n\nUser: no")])
+def test_the_first_line_of_a_completion_keeps_its_indent(prompt, completion, said):
+    assert Formats().example({"prompt": prompt, "completion": completion}).messages == [AS_FOUR[0], {"role": "assistant", "content": said}]
 
 
 @pytest.mark.parametrize("prompt", ["User: Hi", "What does User: mean?", "### Human: Hi\n### Assistant: Hello\n### Human:", "User: Hi\nAssistant: Hello, and"])
