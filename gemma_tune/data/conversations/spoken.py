@@ -32,6 +32,8 @@ def _layout(pair: tuple[str, str]) -> re.Pattern[str]:
 # What follows an `A:` that is the first of several to choose from, and stands between the questions of a document.
 _CHOICE, _HEADING = re.compile(r"\n[ \t]*B[:：]"), re.compile(r"\n#{1,6} [^\n]*\Z")
 
+_LEAD = re.compile(r"\s*\n|[^\S\n]*")  # before what is said, but for the indent of a line of its own
+
 _LAYOUTS = {pair: _layout(pair) for pair in (*_SPEAKERS, *_QUESTIONS)}
 
 
@@ -55,7 +57,7 @@ def spoken(text: str) -> list[dict[str, Any]] | None:
             continue
         system = before[begins.end("system"):].strip() if begins["system"] else before.strip()
         return ([{"role": "system", "content": system}] if system else []) + [
-            {"role": "user" if name == user else "assistant", "content": said.strip()}
+            {"role": "user" if name == user else "assistant", "content": said[_LEAD.match(said).end():].rstrip()}
             for name, said in zip(names, pieces[1::2], strict=True)]
     return None
 

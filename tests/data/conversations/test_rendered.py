@@ -116,6 +116,12 @@ def test_a_text_that_only_has_such_names_in_it_stays_one(text):
     assert not is_rendered(text)
 
 
+def test_code_below_a_name_keeps_its_indent():
+    assert turns("User: Add.\nAssistant: \n\n    a = 1\n    a += 1\n") == [("user", "Add."), ("assistant", "    a = 1\n    a += 1")]
+    assert turns("User:\n\nHi\nAssistant:\u3000 Hello\nUser: So?\nAssistant:\tYes.") == [
+        ("user", "Hi"), ("assistant", "Hello"), ("user", "So?"), ("assistant", "Yes.")]
+
+
 def test_choices_and_headings_belong_to_what_is_said_elsewhere():
     assert turns("Question: Which?\nA: one\nB: two\nAnswer: B\n\nQuestion: 1?\nAnswer: Yes.\n# End") == [
         ("user", "Which?\nA: one\nB: two"), ("assistant", "B"), ("user", "1?"), ("assistant", "Yes.\n# End")]
