@@ -33,8 +33,8 @@ def shp(row: Fields) -> Shaped:
     return _pair(row, "history", ("human_ref_A", "human_ref_B"), 1 - found, "labels")
 
 
-_CHOOSE = ("jq -c '(arrays[], objects) | {{prompt, chosen: .[\"response_\\(.{0})\"], rejected: "
-           ".[\"response_\\(1 - .{0})\"]}}' FILE.jsonl > pairs.jsonl")
+_CHOOSE = ("jq -c '(arrays[], objects) | (.{0} | tonumber | floor) as $n | {{prompt, chosen: .[\"response_\\($n)\"], "
+           "rejected: .[\"response_\\(1 - $n)\"]}}' FILE.jsonl > pairs.jsonl")
 
 
 def safe_rlhf(row: Fields) -> Shaped | None:

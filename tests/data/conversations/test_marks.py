@@ -205,8 +205,9 @@ def test_scores_of_a_pair_in_the_order_of_its_answers_or_of_no_pair():
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_two_criteria_that_disagree_are_told_with_a_command_that_works(tmp_path):
-    row = SAFE | {"better_response_id": 0, "safer_response_id": 1}
+@pytest.mark.parametrize("numbers", [(0, 1), ("0", "1"), (0.0, 1.0)])
+def test_two_criteria_that_disagree_are_told_with_a_command_that_works(tmp_path, numbers):
+    row = SAFE | dict(zip(("better_response_id", "safer_response_id"), numbers, strict=True))
     found = problem(row)
     assert "name different responses" in found.reason
     command, _, other = found.fix.partition(": ")[2].partition(", or with ")
