@@ -21,6 +21,7 @@ from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, comple
 PER_LAYER = "model.embed_tokens_per_layer.weight"
 OWN_KEYS = 20  # layers with keys and values of their own
 _STREAMS, _PERIOD = 4, 5  # of hidden states; every fifth layer attends to everything
+_CAP = 30.0  # of logits; there is a key for it, which llama.cpp does not read here
 _SPARSE = [0.95] * 10  # which share of the feed-forward part is switched off, in the first layers
 
 
@@ -44,7 +45,8 @@ MAKERS = {"gemma3n": gemma3n, "gemma3n_text": gemma3n}
 
 def _problems(text: Any) -> list[str]:
     found = differing(text, attention_bias=False, hidden_activation=ACTIVATION, altup_num_inputs=_STREAMS,
-                      altup_active_idx=0, altup_correct_scale=True, hidden_size_per_layer_input=256, laurel_rank=64)
+                      altup_active_idx=0, altup_correct_scale=True, hidden_size_per_layer_input=256, laurel_rank=64,
+                      final_logit_softcapping=_CAP)
     layers = text.num_hidden_layers
     if layers - text.num_kv_shared_layers != OWN_KEYS:
         found.append(f"{layers - text.num_kv_shared_layers} layers have keys and values of their own and llama.cpp "

@@ -279,6 +279,7 @@ DIFFERENT = [
     ("gemma3n", {"activation_sparsity_pattern": [0.5] * 30}, "activation_sparsity_pattern isn't 0.95 in the first 10"),
     ("gemma3n", {"intermediate_size": [512] * 29 + [1024]}, "intermediate_size isn't the same"),
     ("gemma3n", {"laurel_rank": 32}, "laurel_rank is 32"),
+    ("gemma3n", {"final_logit_softcapping": 20.0}, "final_logit_softcapping is 20.0 and llama.cpp computes with 30.0"),
     ("gemma4-large", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
     ("gemma4-large", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
     ("gemma4-small", {"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
