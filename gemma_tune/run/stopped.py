@@ -42,11 +42,13 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     try:
         marker = object_in(checkpoint / MARKER)
         texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute", "rows"))
+        start = marker["settings"].get("from_adapter")
+        texts = texts and len(marker["compute"].split()) == 2 and (start is None or isinstance(start, str))
         counts = all(type(marker[name]) is int for name in ("micro_batch", "steps_before"))
         counts = counts and all(v is None or type(v) in (int, float) for v in dict(marker["before"]).values())
         named = all(isinstance(name, str) for name in [*marker["earlier"], *marker["asked"]])
         return marker if (texts and counts and named and dict(marker["files"]) and dict(marker["settings"])) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.command import QUICK
 from support.listener import Said
 
 TRAINING = Training("this", "key", {"rank": 4}, "cpu fp32")
+FOREIGN = {"compute": {"compute": "cpu"}, "start": {"settings": {"rank": 4, "from_adapter": 7}}, "settings": {"settings": [["rank", 4]]}}
 
 
 def checkpoints(folder: Path, *steps: int, training: Training = TRAINING) -> list[Path]:
@@ -39,11 +41,14 @@ def damage(path: Path, how: str) -> str:
     if how == "marker":
         (path / MARKER).write_bytes(b"\xff")
         return f"{path.name}: {MARKER} cannot be read"
+    if how in FOREIGN:
+        (path / MARKER).write_text(json.dumps(json.loads((path / MARKER).read_text()) | FOREIGN[how]))
+        return f"{path.name}: {MARKER} cannot be read"
     (path / MARKER).unlink()
     return f"{path.name}: it was not saved to its end"
 
 
-@pytest.mark.parametrize("how", ["card", "lost", "marker", "unsealed"])
+@pytest.mark.parametrize("how", ["card", "lost", "marker", "unsealed", *FOREIGN])
 def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, how):
     said, (old, new) = Said(), checkpoints(tmp_path, 9, 10)
     words = damage(new, how)
