@@ -29,7 +29,7 @@ from gemma_tune.config.stages import CONFIGS
 from gemma_tune.run.directory import RunDir
 
 SCHEMA = 1
-CONVERSATIONS, PAIRS, JUDGED = "conversations", "pairs", "judged"  # kinds of prepared rows
+KINDS = CONVERSATIONS, PAIRS, JUDGED = "conversations", "pairs", "judged"  # of prepared rows
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 _DIGESTS = ("sha256", "stamp")
 # What stages, `status` and the summary at the end read of figures that were recorded before.
@@ -41,7 +41,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
-_TEXTS = ("training_id", "method", "kind", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
+_TEXTS = ("training_id", "method", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256")
 _LISTS = ("earlier_trainings",)
 _DRAWN = {"data": str, "rows": int, "of": int}  # what `drawn` has of each DATA of ``prepare``
@@ -229,6 +229,8 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}.{key}: {shown(value)} is no list of texts"
         elif key == "drawn" and not (isinstance(value, list) and all(map(_is_drawn, value))):
             yield f"{place}.{key}: {shown(value)} is no list of what was drawn"
+        elif key == "kind" and value not in KINDS:
+            yield f"{place}.{key}: {shown(value)} is none of {', '.join(KINDS)}"
         elif key in _TEXTS and not isinstance(value, str | None):
             yield f"{place}.{key}: {shown(value)} is no text"
 
