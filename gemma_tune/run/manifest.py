@@ -41,6 +41,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
+_COUNTS = ("steps", "steps_before", "counted_after")  # numbers that are never missing where they are named
 _TEXTS = ("training_id", "method", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256")
 _LISTS = ("earlier_trainings",)
@@ -223,7 +224,7 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             for name, row in value.items():
                 yield from (f"{place}.{key}.{name}.{figure}: missing" for figure in _TABLES[key] if figure not in row)
                 yield from _figure_problems(f"{place}.{key}.{name}", row)
-        elif key in _NUMBERS and value is not None and not _is_number(value):
+        elif key in _NUMBERS and not _is_number(value) and (value is not None or key in _COUNTS):
             yield f"{place}.{key}: {shown(value)} is no number"
         elif key in _LISTS and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             yield f"{place}.{key}: {shown(value)} is no list of texts"
