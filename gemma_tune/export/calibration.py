@@ -324,9 +324,11 @@ def _lacking(placement: Placement, architecture: Architecture, tokens: int) -> s
     layer += sum(placement.dtype.itemsize * math.prod(spec.shape) for spec in experts) // architecture.layers
     layer += sum(4 * spec.shape[0] * spec.shape[2] for spec in experts)
     layer += 12 * min(tokens, LONGEST) * used * sum(sum(spec.shape[1:]) for spec in experts) // architecture.layers
-    # Before that, on the way back through the layers: the head's matrix, and the states before each layer.
-    head = next(spec.shape for spec in matrices if spec.name in ("output.weight", "token_embd.weight"))
-    states = (architecture.layers + 1) * tokens * head[1] * architecture.streams
+    # Before that, on the way back through the layers: the head's matrix; of each token the states before each layer,
+    # and the row of which layers get parts, as it is looked up and as they get it.
+    shapes = {spec.name: spec.shape for spec in matrices}
+    head, looked_up = shapes["token_embd.weight"], shapes.get("per_layer_token_embd.weight", (0, 0))[1]
+    states = tokens * ((architecture.layers + 1) * architecture.streams * head[1] + 2 * looked_up)
     back = placement.dtype.itemsize * (math.prod(head) + states) + (1 << 30)
     need = max(layer, back) + OVERHEAD[placement.device]
     room = min(available(device) for device in {placement.device, "cpu"})
