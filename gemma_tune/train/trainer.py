@@ -397,7 +397,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
-        # A checkpoint of another device or an older version has none.
+        # A checkpoint of another device has none.
         if checkpoint and self.accelerator.device.type == "mps" and (kept := Path(checkpoint) / _OF_APPLE).exists():
             torch.mps.set_rng_state(torch.load(kept, weights_only=True))
 
