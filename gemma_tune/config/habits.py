@@ -129,7 +129,8 @@ _NOT_HERE = {
 _COMMANDS = {
     "gemma-tune prepare": "preprocess tokenize",
     "gemma-tune train": "sft pt finetune finetune_lora fine_tune lora",
-    "gemma-tune train --method": "dpo kto orpo rlhf",
+    **{f"gemma-tune train --method {name}": name for name in ("dpo", "kto", "orpo")},
+    "gemma-tune train --method": "rlhf",
     "gemma-tune merge": "fuse merge_lora",
     "gemma-tune merge, and gemma-tune export-ollama for GGUF": "export",
     "gemma-tune export-ollama": "quantize convert gguf",

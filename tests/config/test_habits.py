@@ -61,7 +61,7 @@ def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path
 
 
 @pytest.mark.parametrize(("command", "said"), [
-    ("sft", "here it is gemma-tune train"), ("dpo", "here it is gemma-tune train --method"), ("fuse", "here it is gemma-tune merge"),
+    ("sft", "here it is gemma-tune train"), ("dpo", "here it is gemma-tune train --method dpo"), ("fuse", "here it is gemma-tune merge"),
     ("export", "here it is gemma-tune merge, and gemma-tune export-ollama for GGUF"), ("merge-lora", "here it is gemma-tune merge"),
     ("web-ui", "here it is gemma-tune export-ollama, and Ollama serves the model")])
 def test_a_command_of_another_program_is_answered(cli, command, said):
