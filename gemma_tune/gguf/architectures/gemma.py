@@ -130,6 +130,14 @@ def unusual_heads(text: Any) -> list[str]:
     return [] if getattr(text, "head_dim", None) is None else differing(text, head_dim=usual)
 
 
+def unread_keys(text: Any) -> frozenset[str]:
+    """Keys and values of the layers that use an earlier layer's, of Gemma 3n and 4: the original files hold them, and
+    nothing reads them."""
+    own = text.num_hidden_layers - text.num_kv_shared_layers
+    return frozenset(f"model.layers.{i}.self_attn.{part}.weight" for i in range(own, text.num_hidden_layers)
+                     for part in ("k_proj", "v_proj", "k_norm"))
+
+
 def _sliding_problems(name: str, text: Any) -> list[str]:
     """Whether every so-manieth layer attends to everything and the others to a window."""
     period = SWA_PERIOD[name]

@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of
+from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of, unread_keys
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, refuse
 
 PER_LAYER = "model.embed_tokens_per_layer.weight"
@@ -34,8 +34,7 @@ def gemma3n(config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     text = whole.get_text_config()
     refuse(path, _problems(text))
-    tensors = [_completed(spec, text) for spec in named(gguf.MODEL_ARCH.GEMMA3N, text, _shapes(text), None)]
-    return Architecture("gemma3n", tuple(tensors), lambda writer: _add(text, writer), "sentencepiece", text.vocab_size,
+    return Architecture("gemma3n", _tensors(text), lambda writer: _add(text, writer), "sentencepiece", text.vocab_size,
                         text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
                         tied=whole.tie_word_embeddings, streams=_STREAMS, **parts_of(whole, text))
 
@@ -122,11 +121,11 @@ def _block(text: Any) -> dict[str, tuple[int, ...]]:
     return {"altup.correct_output_scale": (hidden,), **{f"{part}.weight": shape for part, shape in weights.items()}}
 
 
-def _completed(spec: TensorSpec, text: Any) -> TensorSpec:
+def _tensors(text: Any) -> tuple[TensorSpec, ...]:
     """With what llama.cpp reads and a checkpoint can lack: rows of the tokens for pictures and sounds, which have no
-    per-layer embedding, and keys and values of layers that use an earlier layer's, which nothing multiplies with."""
-    if spec.source == PER_LAYER:
-        return replace(spec, zero_rows=max(0, text.vocab_size - text.vocab_size_per_layer_input))
-    shared = {f"model.layers.{i}.self_attn.{part}.weight" for i in range(OWN_KEYS, text.num_hidden_layers)
-              for part in ("k_proj", "v_proj", "k_norm")}
-    return replace(spec, values=np.broadcast_to(np.float32(0), spec.shape)) if spec.source in shared else spec
+    per-layer embedding, and keys and values that nothing multiplies with."""
+    beyond, unread = max(0, text.vocab_size - text.vocab_size_per_layer_input), unread_keys(text)
+    specs = named(gguf.MODEL_ARCH.GEMMA3N, text, _shapes(text), None)
+    specs = [replace(spec, zero_rows=beyond) if spec.source == PER_LAYER else spec for spec in specs]
+    return tuple(replace(spec, values=np.broadcast_to(np.float32(0), spec.shape)) if spec.source in unread else spec
+                 for spec in specs)

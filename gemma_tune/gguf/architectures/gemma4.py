@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from gemma_tune.gguf.architectures import experts
-from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of
+from gemma_tune.gguf.architectures.gemma import ACTIVATION, EMBEDDING, HEAD, differing, named, parts_of, unread_keys
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec, complete, refuse
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -27,8 +27,8 @@ def gemma4(config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     text = whole.get_text_config()
     refuse(path, _problems(text))
-    tensors = (_rope_factors(text), *named(gguf.MODEL_ARCH.GEMMA4, text, _shapes(text), None, _is_unused(text)),
-               *experts.scales_of_gemma4(text))
+    weights = named(gguf.MODEL_ARCH.GEMMA4, text, _shapes(text), None, unread_keys(text).__contains__)
+    tensors = (_rope_factors(text), *weights, *experts.scales_of_gemma4(text))
     return Architecture("gemma4", tensors, lambda writer: _add(text, writer), "gemma4", text.vocab_size,
                         text.num_hidden_layers, text.num_attention_heads, _dims(text, 0)[1],
                         tied=whole.tie_word_embeddings, experts=experts.count_of_gemma4(text),
@@ -155,10 +155,3 @@ def _block(text: Any, layer: int) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     return {**{f"{part}.weight": shape for part, shape in weights.items()}, **experts.gemma4(text),
             "layer_scalar": (1,)}
-
-
-def _is_unused(text: Any) -> Any:
-    """Tells keys and values of layers that use an earlier layer's: the original files hold them, nothing reads them."""
-    unused = {f"model.layers.{i}.self_attn.{part}.weight" for i in range(text.num_hidden_layers)
-              if _is_shared(text, i) for part in ("k_proj", "v_proj", "k_norm")}
-    return lambda source: source in unused
