@@ -72,7 +72,7 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
         WorkFailed: a tensor is missing, unknown or misshapen, or off by more than its type explains.
     """
     file = GgufFile(gguf_path, keys=())
-    shards = together({architecture.canonical(name): (path, name) for name, path in _shards(checkpoint).items()})
+    shards = together({architecture.canonical(name): (path, name) for name, path in shards_of(checkpoint).items()})
     specs = [spec for spec in architecture.tensors if spec.values is not None
              or {spec.source, *(f"{in_model(spec.source or '')[0]}{part}" for part in ("", PACKED[0]))} & shards.keys()]
     problems = _missing_and_unknown(file, architecture, specs)
@@ -90,8 +90,8 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
             if not error <= worst:
                 worst, where = error, name
             continue
-        error, excess = _compared(spec, file, name, shards)
-        if not excess <= 1:
+        error, most = _compared(spec, file, name, shards)
+        if not most <= 1:
             problems.append(f"{name}: off by {error:.2%}, more than {file.tensors[name].type.name} explains")
         if not error <= worst:
             worst, where = error, name
@@ -126,10 +126,8 @@ def _compared(
     spec: TensorSpec, file: GgufFile, name: str, shards: Shards
 ) -> tuple[float, float]:
     """Relative error of a tensor, and how its worst block compares to what the type explains (at most 1)."""
-    info = file.tensors[name]
-    part, floor = LARGEST_ERROR[info.type]
-    block = gguf.GGML_QUANT_SIZES[info.type][0]
-    difference = total = excess = 0.0
+    kind = file.tensors[name].type
+    difference = total = most = 0.0
     one_way = spec.change is not None and spec.change.one_way
     for start, expected in _expected(spec, shards):
         expected = spec.change.forward(expected) if one_way else expected
@@ -138,9 +136,25 @@ def _compared(
         off, size = np.abs(got - expected), np.abs(expected)
         difference += float(np.vdot(off, off))
         total += float(np.vdot(size, size))
-        off, size = (a.reshape(-1, block).max(1) if block > 1 else a for a in (off, size))
-        excess = np.maximum(excess, (off / (size * np.float32(part) + np.float32(floor * _LEAST_F16 + 1e-30))).max())
-    return (difference / total) ** 0.5 if total else difference ** 0.5, float(excess)
+        most = np.maximum(most, excess(off, size, kind))
+    return relative(difference, total), float(most)
+
+
+def relative(difference: float, total: float) -> float:
+    """Root of the mean square of what is off, of that of the values; both are sums of squares."""
+    return (difference / total) ** 0.5 if total else difference ** 0.5
+
+
+def excess(off: np.ndarray, size: np.ndarray, kind: Type) -> float:
+    """What values are off by at most, of what their type explains.
+
+    Args:
+        off, size: magnitudes of differences and of the values, whole blocks of the type.
+    """
+    part, floor = LARGEST_ERROR[kind]
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    off, size = (a.reshape(-1, block).max(1) if block > 1 else a for a in (off, size))
+    return float((off / (size * np.float32(part) + np.float32(floor * _LEAST_F16 + 1e-30))).max())
 
 
 def _stored(file: GgufFile, name: str, start: int, expected: np.ndarray) -> np.ndarray:
@@ -242,7 +256,7 @@ def _of_packed(parts: Sequence[Sequence[tuple[Path, str]]], shape: tuple[int, ..
         yield n * shape[1], matrix.numpy()[:, columns_of(half)].T
 
 
-def _shards(checkpoint: Path) -> dict[str, Path]:
+def shards_of(checkpoint: Path) -> dict[str, Path]:
     """Name of each tensor of a checkpoint → the file that holds it."""
     from safetensors import SafetensorError, safe_open
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import gguf
 import numpy as np
@@ -106,8 +106,7 @@ class PlannedTensor:
         return math.prod(self.spec.shape) // block * size
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the tensor's bytes. With `nbytes` this is all that `GGUFWriter.write_tensor_data` wants of an array;
-        the package's own lazy arrays do the same."""
+        """Write the tensor's bytes; the package's own lazy arrays do the same."""
         for data in self._encoded():
             # Not the array's own tofile(): that doesn't say why writing failed.
             file.write(np.ascontiguousarray(data).data)
@@ -142,13 +141,25 @@ class PlannedTensor:
             yield rows
 
     def _check_values(self, rows: np.ndarray) -> None:
-        largest, type = float(max(rows.max(), -rows.min())), self.choice.type  # NaN wins both
-        if not math.isfinite(largest):
-            hint = "Training diverged or the merge went wrong: train again with a lower learning rate."
-            raise UserError(f"The checkpoint's {self.spec.source} holds NaN or infinite values.", hint)
+        largest, type = largest_magnitude(rows, self.spec.source), self.choice.type
         if largest > LARGEST[type]:
             hint = "Export with --quant bf16."
             raise UserError(f"The checkpoint's {self.spec.source} holds {largest:g}, too large for {type.name}.", hint)
+
+
+class Planned(Protocol):
+    """A tensor with what writes its bytes. `GGUFWriter.write_tensor_data` wants no more of an array."""
+
+    @property
+    def spec(self) -> Any: ...  # with a name, and the shape in the file
+
+    @property
+    def choice(self) -> TypeChoice: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tofile(self, file: BinaryIO) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -219,11 +230,11 @@ def write_gguf(
                                     eot_token_id=eot_token_id, sampling=sampling, on_tensor=on_tensor, parts=parts)
     with replacing(out) as partial, ExitStack() as stack:
         plan = [replace(tensor, rounding=rounding) for tensor in _plan(model, checkpoint, quant, types or {})]
-        _check_space(out.parent, plan, vocab)
+        require_space(out.parent, sum(padded(t.nbytes) for t in plan) + vocabulary_bytes(vocab) + METADATA_MARGIN)
         writer = gguf.GGUFWriter(partial, model.name)
         stack.callback(writer.close)
-        _add_tensor_infos(writer, plan)  # before the metadata, which counts parameters
-        _add_general(writer, _safe_name(name, model, vocab))
+        add_tensor_infos(writer, plan)  # before the metadata, which counts parameters
+        add_general(writer, _safe_name(name, model, vocab))
         model.metadata(writer)
         writer.add_file_type(FILE_TYPES[quant])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -233,7 +244,7 @@ def write_gguf(
         if suppressed := _suppressed(checkpoint):
             writer.add_array("tokenizer.ggml.suppress_tokens", suppressed)
         write_vocabulary(writer, vocab, chat_template, eot_token_id)
-        _write_file(writer, plan, on_tensor)
+        write_file(writer, plan, on_tensor)
     types = dict(Counter(t.choice.type.name for t in plan))
     fallbacks = tuple((t.spec.name, t.choice.fallback) for t in plan if t.choice.fallback)
     return GgufSummary(out, out.stat().st_size, quant, types, fallbacks, rounding.done if rounding else {})
@@ -331,9 +342,25 @@ def _same(spec: TensorSpec, stored: Mapping[str, Sequence[StoredTensor]]) -> boo
     return all(np.array_equal(one.rows(i, i + step), two.rows(i, i + step)) for i in range(0, rows, step))
 
 
-def _check_space(folder: Path, plan: list[PlannedTensor], vocab: Vocabulary) -> None:
-    """Refuse to start what can't be finished. An earlier file stays until the end, so its space doesn't count."""
-    needed = sum(padded(t.nbytes) for t in plan) + vocabulary_bytes(vocab) + METADATA_MARGIN
+def largest_magnitude(values: np.ndarray, source: str | None) -> float:
+    """Of a tensor's values, or of some of them.
+
+    Raises:
+        UserError: a value is NaN or infinite; ``source`` names the tensor.
+    """
+    largest = float(max(values.max(), -values.min()))  # NaN wins both
+    if not math.isfinite(largest):
+        hint = "Training diverged or the merge went wrong: train again with a lower learning rate."
+        raise UserError(f"The checkpoint's {source} holds NaN or infinite values.", hint)
+    return largest
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start what can't be finished. An earlier file stays until the end, so its space doesn't count.
+
+    Raises:
+        WorkFailed: less than ``needed`` bytes are free.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         hint = "Free some space, choose a smaller --quant, or another folder."
@@ -351,7 +378,8 @@ def vocabulary_bytes(vocabulary: Vocabulary) -> int:
             + sum(len(pair.encode()) + 8 for pair in vocabulary.merges or ()))
 
 
-def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[PlannedTensor]) -> None:
+def add_tensor_infos(writer: gguf.GGUFWriter, plan: Sequence[Planned]) -> None:
+    """Tell a writer which tensors there will be."""
     for tensor in plan:
         # The number type is a formality: with `raw_dtype` given it only says that the shape counts elements.
         writer.add_tensor_info(tensor.spec.name, tensor.spec.shape, np.dtype(np.float32), tensor.nbytes,
@@ -367,11 +395,11 @@ def _safe_name(name: str, model: Architecture, vocab: Vocabulary) -> str:
     return f"{name} (Phi-3)" if model.name == "phi3" and vocab.model == "llama" and not called else name
 
 
-def _add_general(writer: gguf.GGUFWriter, name: str) -> None:
+def add_general(writer: gguf.GGUFWriter, name: str, kind: str = gguf.GGUFType.MODEL) -> None:
     """Add the `general.*` keys that follow from the name and the number of parameters."""
     counts = writer.get_total_parameter_count()
     _, _, basename, finetune, version, size = gguf.Metadata.get_model_id_components(name, counts[0])
-    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_type(kind)
     writer.add_name(name)
     for value, add in ((basename, writer.add_basename), (finetune, writer.add_finetune), (version, writer.add_version)):
         if value:
@@ -379,15 +407,15 @@ def _add_general(writer: gguf.GGUFWriter, name: str) -> None:
     writer.add_size_label(size or gguf.size_label(*counts))
 
 
-def _write_file(
-    writer: gguf.GGUFWriter, plan: list[PlannedTensor], on_tensor: Callable[[int, int, str], None] | None
+def write_file(
+    writer: gguf.GGUFWriter, plan: Sequence[Planned], on_tensor: Callable[[int, int, str], None] | None
 ) -> None:
     """Write header, metadata and tensors to the writer's file, and make sure that they are on the disk."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, tensor in enumerate(plan, start=1):
-        writer.write_tensor_data(tensor)  # type: ignore[arg-type]  # see PlannedTensor.tofile
+        writer.write_tensor_data(tensor)  # type: ignore[arg-type]  # see Planned
         if on_tensor:
             on_tensor(done, len(plan), tensor.spec.name)
     writer.flush()

@@ -11,9 +11,9 @@ from support.gguf import CORPUS, ORDINARY, SPECIAL, train_sentencepiece
 
 # What Gemma 4's turns and tool calls are made of; <turn|> ends a turn.
 GEMMA_4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>')
-_TEXT = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+TEXT = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
              max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)  # fmt: skip
-_TEXT_4 = dict(_TEXT, num_hidden_layers=6, head_dim=16, global_head_dim=32, sliding_window=8,
+_TEXT_4 = dict(TEXT, num_hidden_layers=6, head_dim=16, global_head_dim=32, sliding_window=8,
                final_logit_softcapping=30.0, rope_parameters={
                    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                    "full_attention": {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
@@ -26,13 +26,13 @@ _TOWER = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_att
 def _gemma1(vocab_size: int) -> Any:
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    return GemmaForCausalLM(GemmaConfig(**_TEXT, vocab_size=vocab_size, num_hidden_layers=4))
+    return GemmaForCausalLM(GemmaConfig(**TEXT, vocab_size=vocab_size, num_hidden_layers=4))
 
 
 def _gemma2(vocab_size: int) -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    return Gemma2ForCausalLM(Gemma2Config(**_TEXT, vocab_size=vocab_size, num_hidden_layers=4, sliding_window=8,
+    return Gemma2ForCausalLM(Gemma2Config(**TEXT, vocab_size=vocab_size, num_hidden_layers=4, sliding_window=8,
                                           query_pre_attn_scalar=32, attn_implementation="eager"))
 
 
@@ -40,7 +40,7 @@ def _gemma3(vocab_size: int) -> Any:
     """The text part of a repository with pictures, and positions stretched as in its released sizes."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = dict(_TEXT, vocab_size=vocab_size, num_hidden_layers=6, sliding_window=8, query_pre_attn_scalar=32,
+    text = dict(TEXT, vocab_size=vocab_size, num_hidden_layers=6, sliding_window=8, query_pre_attn_scalar=32,
                 rope_scaling={"rope_type": "linear", "factor": 8.0})
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=_TOWER, mm_tokens_per_image=4))
 
@@ -50,7 +50,7 @@ def _gemma3n(vocab_size: int) -> Any:
     deviation of a feed-forward part by one value less than it has, which shows where it is not wide."""
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-    text = {**_TEXT, "intermediate_size": 1024, "num_hidden_layers": 30, "num_kv_shared_layers": 10}
+    text = {**TEXT, "intermediate_size": 1024, "num_hidden_layers": 30, "num_kv_shared_layers": 10}
     return Gemma3nForCausalLM(Gemma3nTextConfig(
         **text, vocab_size=vocab_size, vocab_size_per_layer_input=vocab_size - 3, sliding_window=8, laurel_rank=64,
         hidden_size_per_layer_input=256, layer_types=[*["sliding_attention"] * 4, "full_attention"] * 6,
@@ -110,7 +110,7 @@ def make_family(name: str, folder: Path, write_tokenizer: Callable[[Path], int] 
     folder.mkdir(parents=True, exist_ok=True)
     own = write_gemma4_tokenizer if name.startswith("gemma4") else _write_gemma_tokenizer
     network = FAMILIES[name]((write_tokenizer or own)(folder) + 3)
-    _randomise(network, around_one=name.startswith("gemma4") or name == "gemma3n")
+    randomise(network, around_one=name.startswith("gemma4") or name == "gemma3n")
     network.to(torch.bfloat16).save_pretrained(folder)
     if name == "gemma3n":
         _add_unused(folder)
@@ -129,7 +129,7 @@ def _add_unused(folder: Path) -> None:
               metadata={"format": "pt"})
 
 
-def _randomise(network: Any, around_one: bool) -> None:
+def randomise(network: Any, around_one: bool) -> None:
     """Weights that make every part of the model count; ``around_one``: norms scale by the weight itself."""
     import torch
 

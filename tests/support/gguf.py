@@ -154,11 +154,14 @@ class OllamaEngine:
 class LlamaCpp:
     """A GGUF loaded into real llama.cpp (its server, from the xllamacpp wheel), on a loopback address."""
 
-    def __init__(self, path: Path, exact: bool = False):
-        """With ``exact``, keys and values are kept in float32 and attention is computed from them."""
+    def __init__(self, path: Path, exact: bool = False, projector: Path | None = None):
+        """With ``exact``, keys and values are kept in float32 and attention is computed from them; with a projector's
+        file it sees or hears."""
         import xllamacpp
 
         params = xllamacpp.CommonParams()
+        if projector:
+            params.mmproj.path, params.mmproj_use_gpu = str(projector), False
         if exact:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -1,0 +1,39 @@
+"""Projectors of the models whose pictures and sounds llama.cpp takes as they do.
+
+A projector is made from a checkpoint's ``config.json`` and the settings of its processor. What llama.cpp would load and
+then compute differently is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemma_tune.base.checkpoint import read_config
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.tensors import open_tensors
+from gemma_tune.gguf.projectors.parts import Maker, Projector
+
+_TOWERS = re.compile(r"(^|\.)(vision|visual|image|audio|speech|whisper|multi_?modal|embed_(vision|audio)|mm_)")
+
+
+def projector_of(checkpoint: Path) -> Projector | None:
+    """What turns pictures and sounds into embeddings in the model of the folder ``checkpoint``; None where it has
+    nothing to see or hear with.
+
+    Raises:
+        UserError: it has, and that cannot be written here, or llama.cpp would compute it differently; a damaged
+            checkpoint.
+    """
+    from gemma_tune.gguf.projectors import gemma3
+
+    makers: dict[str, Maker] = {**gemma3.MAKERS}
+    config, names = read_config(checkpoint), open_tensors(checkpoint).keys()
+    if not any(_TOWERS.search(name) for name in names):
+        return None
+    maker = makers.get(config.get("model_type", ""))
+    if maker is None:
+        found = ", ".join(config.get("architectures") or ()) or config.get("model_type") or "the model"
+        raise UserError(f"What {found} in {checkpoint} sees or hears with cannot be written as GGUF here.",
+                        "llama.cpp's converter may: convert_hf_to_gguf.py CHECKPOINT --mmproj")
+    return maker(config, checkpoint)

