@@ -13,7 +13,7 @@ from support.gguf import CORPUS, ORDINARY, SPECIAL, train_sentencepiece
 GEMMA_4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>')
 TEXT = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
              max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=2)  # fmt: skip
-_TEXT_4 = dict(TEXT, num_hidden_layers=6, head_dim=16, global_head_dim=32, sliding_window=8,
+TEXT_4 = dict(TEXT, num_hidden_layers=6, head_dim=16, global_head_dim=32, sliding_window=8,
                final_logit_softcapping=30.0, rope_parameters={
                    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                    "full_attention": {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
@@ -62,7 +62,7 @@ def _gemma4_large(vocab_size: int) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     return Gemma4ForCausalLM(Gemma4TextConfig(
-        **_TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+        **TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=0, attention_k_eq_v=True,
         num_global_key_value_heads=1))
 
 
@@ -71,7 +71,7 @@ def _gemma4_small(vocab_size: int) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     return Gemma4ForCausalLM(Gemma4TextConfig(
-        **_TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=32, vocab_size_per_layer_input=vocab_size,
+        **TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=32, vocab_size_per_layer_input=vocab_size,
         num_kv_shared_layers=3, use_double_wide_mlp=True,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2))
 
@@ -80,7 +80,7 @@ def _gemma4_experts(vocab_size: int) -> Any:
     """As 26B-A4B: experts beside the dense feed-forward part, with pictures."""
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-    text = dict(_TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+    text = dict(TEXT_4, vocab_size=vocab_size, hidden_size_per_layer_input=0, attention_k_eq_v=True,
                 num_global_key_value_heads=1, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
     tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
                  head_dim=16, position_embedding_size=16)
@@ -93,7 +93,7 @@ def _gemma4_unified(vocab_size: int) -> Any:
 
     tower = dict(patch_size=4, model_patch_size=8, pooling_kernel_size=2, mm_embed_dim=16, output_proj_dims=16)
     return Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(
-        text_config=dict(_TEXT_4, vocab_size=vocab_size, final_logit_softcapping=None), vision_config=tower,
+        text_config=dict(TEXT_4, vocab_size=vocab_size, final_logit_softcapping=None), vision_config=tower,
         audio_config=None))
 
 
@@ -162,8 +162,9 @@ def _write_gemma_tokenizer(folder: Path) -> int:
     return 380
 
 
-def write_gemma4_tokenizer(folder: Path) -> int:
-    """Write a tokenizer.json of the shape of Gemma 4's; return how many ids are in use."""
+def write_gemma4_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> int:
+    """Write a tokenizer.json of the shape of Gemma 4's, with ``more`` special tokens behind the usual ones; return how
+    many ids are in use."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -177,7 +178,7 @@ def write_gemma4_tokenizer(folder: Path) -> int:
     )
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *GEMMA_4]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *GEMMA_4, *more]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")  # Gemma has no piece with both
@@ -192,5 +193,5 @@ def write_gemma4_tokenizer(folder: Path) -> int:
     tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
                             pad_token="<pad>", mask_token="<mask>",
-                            extra_special_tokens=list(GEMMA_4)).save_pretrained(folder)
+                            extra_special_tokens=[*GEMMA_4, *more]).save_pretrained(folder)
     return tokenizer.get_vocab_size()

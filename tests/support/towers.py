@@ -1,10 +1,12 @@
-"""Tiny random models that see, each with a tokenizer of its own, pictures, and what Transformers makes of them."""
+"""Tiny random models that see, and some that hear, each with a tokenizer of its own; pictures and sounds, and what
+Transformers makes of them."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,44 +18,51 @@ from support import gemmas
 from support.gguf import SPECIAL, train_sentencepiece
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+_TOKENS = 9  # to a side of a picture in Gemma 4: llama.cpp enlarges pictures of fewer than 70
+GEMMA_4 = ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>")
 GEMMA_3 = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
 
 @dataclass(frozen=True)
-class Seer:
-    """A model that sees.
+class Sense:
+    """An eye or an ear.
 
     Args:
-        folder: its checkpoint.
-        network: the same model in float32.
-        side: of its pictures, in pixels.
-        around: what llama.cpp puts before and behind a picture's tokens.
-        soft: the token that stands for a part of a picture.
-        tokens: how many of them stand for a picture.
-        inputs: what Transformers is given for a picture, beside token ids: float32 of shape (side, side, 3), 0 to 1.
+        samples: pictures or sounds, see `pictures` and `sounds`.
+        part: a sample as a part of a message that llama.cpp takes.
+        around: what llama.cpp puts before and behind its tokens.
+        soft: the token that stands for a part of it.
+        tokens: how many of them stand for it.
+        kind: what Transformers calls them in ``mm_token_type_ids``.
+        inputs: what Transformers is given for a sample, beside token ids.
     """
 
-    folder: Path
-    network: Any
-    side: int
+    samples: list[np.ndarray]
+    part: Callable[[np.ndarray], dict[str, Any]]
     around: tuple[str, str]
     soft: int
     tokens: int
+    kind: int
     inputs: Callable[[np.ndarray], dict[str, Any]]
 
-    def logprobs(self, before: list[int], picture: np.ndarray, behind: list[int]) -> Any:
-        """Of the token after a picture between tokens, by Transformers.
 
-        Args:
-            picture: bytes, (side, side, 3).
-        """
+@dataclass(frozen=True)
+class Seer:
+    """A model that sees: its checkpoint, the same in float32, and its senses by name."""
+
+    folder: Path
+    network: Any
+    senses: dict[str, Sense]
+
+    def logprobs(self, sense: Sense, before: list[int], sample: np.ndarray, behind: list[int]) -> Any:
+        """Of the token after a sample between tokens, by Transformers."""
         import torch
 
-        ids = torch.tensor([[*before, *[self.soft] * self.tokens, *behind]])
-        kinds = (ids == self.soft).long()
+        ids = torch.tensor([[*before, *[sense.soft] * sense.tokens, *behind]])
+        kinds = (ids == sense.soft).long() * sense.kind
         with torch.no_grad():
             logits = self.network(input_ids=ids, token_type_ids=kinds, mm_token_type_ids=kinds,
-                                  **self.inputs(picture.astype(np.float32) / 255)).logits
+                                  **sense.inputs(sample)).logits
         return logits[0, -1].log_softmax(-1)
 
 
@@ -63,13 +72,29 @@ def pictures(side: int) -> list[np.ndarray]:
     return [*generator.integers(0, 256, (2, side, side, 3), dtype=np.uint8), np.full((side, side, 3), 255, np.uint8)]
 
 
-def as_url(picture: np.ndarray) -> str:
-    """A picture as llama.cpp's server takes it."""
+def sounds() -> list[np.ndarray]:
+    """Noise, a low and a high tone of 0.6 seconds: 16 bits, 16,000 times a second."""
+    noise = np.random.default_rng(7).normal(0, 0.1, 9600)
+    tones = [0.3 * np.sin(np.arange(9600) * 2 * np.pi * hertz / 16_000) for hertz in (330, 2500)]
+    return [(sound * 32767).astype(np.int16) for sound in (noise, *tones)]
+
+
+def _picture(sample: np.ndarray) -> dict[str, Any]:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(sample).save(file, "PNG")
+    return {"type": "image_url", "image_url": {
+        "url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}}
+
+
+def _sound(sample: np.ndarray) -> dict[str, Any]:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((1, 2, 16_000, len(sample), "NONE", ""))
+        written.writeframes(sample.tobytes())
+    return {"type": "input_audio", "input_audio": {
+        "data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
 
 
 def _gemma3(folder: Path) -> Seer:
@@ -89,12 +114,105 @@ def _gemma3(folder: Path) -> Seer:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
     def inputs(picture: np.ndarray) -> dict[str, Any]:
-        return {"pixel_values": torch.tensor((picture - 0.5) / 0.5).permute(2, 0, 1)[None]}
+        return {"pixel_values": torch.tensor(picture / 127.5 - 1).float().permute(2, 0, 1)[None]}
 
-    return Seer(folder, network.float().eval(), 56, GEMMA_3[:2], soft, 4, inputs)
+    eye = Sense(pictures(56), _picture, GEMMA_3[:2], soft, 4, 1, inputs)
+    return Seer(folder, network.float().eval(), {"vision": eye})
 
 
-FAMILIES: dict[str, Callable[[Path], Seer]] = {"gemma3": _gemma3}
+def _gemma4_small(folder: Path) -> Seer:
+    """As E2B: clipped linear layers, an ear, and a text model with per-layer embeddings."""
+    text = dict(gemmas.TEXT_4, hidden_size_per_layer_input=32, num_kv_shared_layers=3,
+                use_double_wide_mlp=True, layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                use_bidirectional_attention="vision")  # as llama.cpp has it for every Gemma 4; E2B itself hasn't
+    ear = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, subsampling_conv_channels=[128, 4],
+               output_proj_dims=24)  # fmt: skip
+    return _gemma4(folder, text, ear, use_clipped_linears=True)
+
+
+def _spectrum(sound: np.ndarray) -> dict[str, Any]:
+    """What Gemma 4's own feature extractor makes of a sound."""
+    import torch
+    from transformers import Gemma4AudioFeatureExtractor
+
+    found = Gemma4AudioFeatureExtractor()([sound.astype(np.float32) / 32768], pad_to_multiple_of=None)
+    return {"input_features": torch.tensor(np.stack(found["input_features"])),
+            "input_features_mask": torch.tensor(np.stack(found["input_features_mask"]))}
+
+
+def _frames(sound: np.ndarray) -> dict[str, Any]:
+    """Gemma 4 12B hears a sound as it is, 640 numbers at a time."""
+    import torch
+
+    frames = torch.tensor(sound.astype(np.float32) / 32768).reshape(1, -1, 640)
+    return {"input_features": frames, "input_features_mask": torch.ones(frames.shape[:2], dtype=torch.bool)}
+
+
+def _gemma4_large(folder: Path) -> Seer:
+    """As the 31B: it standardises what it sees."""
+    text = dict(gemmas.TEXT_4, num_hidden_layers=12, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+                num_global_key_value_heads=1, use_bidirectional_attention="vision")
+    return _gemma4(folder, text, None, standardize=True)
+
+
+def _gemma4(folder: Path, text: dict[str, Any], ear: Any, **tower: Any) -> Seer:
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    eye = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+               head_dim=16, position_embedding_size=40, patch_size=4, **tower)  # fmt: skip
+    network, ids = _with_gemma4_tokenizer(Gemma4ForConditionalGeneration, Gemma4Config, folder, text, eye, ear)
+    senses = {"vision": _eye_of_gemma4(ids, 4)}
+    if ear:
+        senses["audio"] = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _spectrum)
+    return Seer(folder, network, senses)
+
+
+def _gemma4_unified(folder: Path) -> Seer:
+    """As the 12B."""
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    eye = dict(patch_size=4, mm_embed_dim=48, output_proj_dims=48, mm_posemb_size=20)
+    network, ids = _with_gemma4_tokenizer(Gemma4UnifiedForConditionalGeneration, Gemma4UnifiedConfig, folder,
+                                          dict(gemmas.TEXT_4), eye, {})
+    ear = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _frames)
+    return Seer(folder, network, {"vision": _eye_of_gemma4(ids, 12), "audio": ear})
+
+
+def _eye_of_gemma4(ids: dict[str, int], patch: int) -> Sense:
+    return Sense(pictures(12 * _TOKENS), _picture, GEMMA_4[:2], ids["<|image|>"], _TOKENS ** 2, 1,
+                 lambda picture: _patches(picture, patch))
+
+
+def _with_gemma4_tokenizer(kind: Any, config: Any, folder: Path, text: dict[str, Any], eye: dict[str, Any], ear: Any
+                           ) -> tuple[Any, dict[str, int]]:
+    """Save a Gemma 4; the model in float32 and the ids of its tokens."""
+    used = gemmas.write_gemma4_tokenizer(folder, GEMMA_4)
+    ids = {token["content"]: token["id"] for token in
+           json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    size = {"vocab_size": used + 3, "vocab_size_per_layer_input": used + 3, "sliding_window": 128}
+    network = kind(config(text_config=text | size, vision_config=eye,
+                          audio_config=ear, image_token_id=ids["<|image|>"], audio_token_id=ids["<|audio|>"],
+                          boi_token_id=ids["<|image>"], eoi_token_id=ids["<image|>"], boa_token_id=ids["<|audio>"],
+                          eoa_token_index=ids["<audio|>"]))
+    _save(network, folder, around_one=True)
+    settings = {"image_processor": {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "do_normalize": False,
+                                    "max_soft_tokens": 280, "patch_size": 4, "pooling_kernel_size": 3}}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return network.float().eval(), ids
+
+
+def _patches(picture: np.ndarray, side: int) -> dict[str, Any]:
+    """A picture's patches from left to right and from top to bottom, and their positions."""
+    import torch
+
+    count = len(picture) // side
+    patches = (picture / np.float32(255)).reshape(count, side, count, side, 3).transpose(0, 2, 1, 3, 4).reshape(1, count ** 2, -1)
+    places = [[x, y] for y in range(count) for x in range(count)]
+    return {"pixel_values": torch.tensor(patches), "image_position_ids": torch.tensor([places])}
+
+
+FAMILIES: dict[str, Callable[[Path], Seer]] = {"gemma3": _gemma3, "gemma4-small": _gemma4_small,
+                                               "gemma4-large": _gemma4_large, "gemma4-unified": _gemma4_unified}
 
 
 def make_seer(name: str, folder: Path) -> Seer:
@@ -107,6 +225,17 @@ def _save(network: Any, folder: Path, around_one: bool) -> None:
     import torch
 
     gemmas.randomise(network, around_one)
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if "language_model" in name and name.endswith("q_norm.weight"):  # attention that rounding does not turn
+                value *= 0.25
+            elif "vision_tower" in name and name.endswith("gate_proj.linear.weight"):  # each activation is another one
+                value *= 3
+        for name, value in network.named_buffers():  # what linear layers clip at, which does happen, and standardising
+            if name.endswith(("put_min", "put_max")):
+                value.fill_(1.5 if name.endswith("max") else -1.5)
+            elif name.endswith(("std_bias", "std_scale")):
+                value.copy_(torch.linspace(0.5, 1.5, len(value)))
     network.to(torch.bfloat16).save_pretrained(folder)
 
 

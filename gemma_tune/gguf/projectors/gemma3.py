@@ -15,8 +15,10 @@ from gemma_tune.gguf.projectors.parts import (
     VISION,
     Projector,
     TowerTensor,
+    add_vision,
     gemmas_source,
-    picture_settings,
+    name_of,
+    processor_settings,
     three_numbers,
     unusual_pictures,
 )
@@ -31,25 +33,16 @@ def gemma3(config: Mapping[str, Any], checkpoint: Path) -> Projector:
     Raises:
         UserError: settings that llama.cpp has no key for.
     """
-    whole, settings = complete(config, checkpoint / "config.json"), picture_settings(checkpoint)
+    whole, settings = complete(config, checkpoint / "config.json"), processor_settings(checkpoint)
     refuse(checkpoint / "config.json", _problems(whole, settings))
-    mean, deviation = (three_numbers(settings, key, (0.5, 0.5, 0.5)) for key in ("image_mean", "image_std"))
+    colours = three_numbers(settings, "image_mean", 0.5), three_numbers(settings, "image_std", 0.5)
 
     def metadata(writer: gguf.GGUFWriter) -> None:
         vision = whole.vision_config
         writer.add_clip_projector_type(gguf.VisionProjectorType.GEMMA3)
-        writer.add_clip_has_vision_encoder(True)
-        writer.add_vision_projection_dim(whole.get_text_config().hidden_size)
-        writer.add_vision_image_size(vision.image_size)
-        writer.add_vision_patch_size(vision.patch_size)
-        writer.add_vision_embedding_length(vision.hidden_size)
-        writer.add_vision_feed_forward_length(vision.intermediate_size)
-        writer.add_vision_block_count(vision.num_hidden_layers)
-        writer.add_vision_head_count(vision.num_attention_heads)
-        writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+        add_vision(writer, whole.get_text_config(), vision, colours, image_size=vision.image_size,
+                   eps=vision.layer_norm_eps)
         writer.add_vision_use_gelu(True)
-        writer.add_vision_image_mean(mean)
-        writer.add_vision_image_std(deviation)
         if (scale := _scale(whole)) != _USUAL_SCALE:
             writer.add_vision_projector_scale_factor(scale)
 
@@ -69,7 +62,8 @@ def _problems(whole: Any, settings: Mapping[str, Any]) -> list[str]:
         found.append(f"the {side} patches of {vision.patch_size} to a side of vision_config.image_size "
                      f"{vision.image_size} are not averaged into a square of mm_tokens_per_image, "
                      f"{whole.mm_tokens_per_image}")
-    return found + unusual_pictures(settings, image_seq_length=whole.mm_tokens_per_image)
+    return found + unusual_pictures(
+        settings, do_normalize=True, do_pan_and_scan=False, image_seq_length=whole.mm_tokens_per_image)
 
 
 def _scale(whole: Any) -> int:
@@ -87,12 +81,11 @@ def _source(name: str) -> str | None:
 def _tensors(whole: Any) -> tuple[TowerTensor, ...]:
     vision = whole.vision_config
     hidden, text, patch = vision.hidden_size, whole.get_text_config().hidden_size, vision.patch_size
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision.num_hidden_layers)
 
     def tensor(source: str, kind: str, *shape: int) -> TowerTensor:
         """``kind``: ``weight`` or ``bias``."""
-        found = names.get_name(f"vision_tower.vision_model.{source}")
-        return TowerTensor(f"{found}.{kind}", f"vision_tower.{source}.{kind}", shape, exact="embeddings" in source)
+        name = name_of(f"vision_tower.vision_model.{source}")
+        return TowerTensor(f"{name}.{kind}", f"vision_tower.{source}.{kind}", shape, exact="embeddings" in source)
 
     def both(source: str, *shape: int) -> tuple[TowerTensor, TowerTensor]:
         return tensor(source, "weight", *shape), tensor(source, "bias", shape[0])

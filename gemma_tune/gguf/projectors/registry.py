@@ -25,9 +25,9 @@ def projector_of(checkpoint: Path) -> Projector | None:
         UserError: it has, and that cannot be written here, or llama.cpp would compute it differently; a damaged
             checkpoint.
     """
-    from gemma_tune.gguf.projectors import gemma3
+    from gemma_tune.gguf.projectors import gemma3, gemma4, gemma4_unified
 
-    makers: dict[str, Maker] = {**gemma3.MAKERS}
+    makers: dict[str, Maker] = {**gemma3.MAKERS, **gemma4.MAKERS, **gemma4_unified.MAKERS}
     config, names = read_config(checkpoint), open_tensors(checkpoint).keys()
     if not any(_TOWERS.search(name) for name in names):
         return None
