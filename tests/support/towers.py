@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from support import gemmas
+from support import gemmas, llamas
 from support.gguf import SPECIAL, train_sentencepiece
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 _TOKENS = 9  # to a side of a picture in Gemma 4: llama.cpp enlarges pictures of fewer than 70
 GEMMA_4 = ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>")
+QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 GEMMA_3 = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
 
@@ -48,11 +49,12 @@ class Sense:
 
 @dataclass(frozen=True)
 class Seer:
-    """A model that sees: its checkpoint, the same in float32, and its senses by name."""
+    """A model that sees: its checkpoint, the same in float32, its senses by name, and the token that ends a turn."""
 
     folder: Path
     network: Any
     senses: dict[str, Sense]
+    done: int
 
     def logprobs(self, sense: Sense, before: list[int], sample: np.ndarray, behind: list[int]) -> Any:
         """Of the token after a sample between tokens, by Transformers."""
@@ -117,7 +119,7 @@ def _gemma3(folder: Path) -> Seer:
         return {"pixel_values": torch.tensor(picture / 127.5 - 1).float().permute(2, 0, 1)[None]}
 
     eye = Sense(pictures(56), _picture, GEMMA_3[:2], soft, 4, 1, inputs)
-    return Seer(folder, network.float().eval(), {"vision": eye})
+    return Seer(folder, network.float().eval(), {"vision": eye}, ids["<done>"])
 
 
 def _gemma4_small(folder: Path) -> Seer:
@@ -164,7 +166,7 @@ def _gemma4(folder: Path, text: dict[str, Any], ear: Any, **tower: Any) -> Seer:
     senses = {"vision": _eye_of_gemma4(ids, 4)}
     if ear:
         senses["audio"] = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _spectrum)
-    return Seer(folder, network, senses)
+    return Seer(folder, network, senses, ids["<turn|>"])
 
 
 def _gemma4_unified(folder: Path) -> Seer:
@@ -175,7 +177,7 @@ def _gemma4_unified(folder: Path) -> Seer:
     network, ids = _with_gemma4_tokenizer(Gemma4UnifiedForConditionalGeneration, Gemma4UnifiedConfig, folder,
                                           dict(gemmas.TEXT_4), eye, {})
     ear = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _frames)
-    return Seer(folder, network, {"vision": _eye_of_gemma4(ids, 12), "audio": ear})
+    return Seer(folder, network, {"vision": _eye_of_gemma4(ids, 12), "audio": ear}, ids["<turn|>"])
 
 
 def _eye_of_gemma4(ids: dict[str, int], patch: int) -> Sense:
@@ -211,7 +213,40 @@ def _patches(picture: np.ndarray, side: int) -> dict[str, Any]:
     return {"pixel_values": torch.tensor(patches), "image_position_ids": torch.tensor([places])}
 
 
-FAMILIES: dict[str, Callable[[Path], Seer]] = {"gemma3": _gemma3, "gemma4-small": _gemma4_small,
+def _qwen35(folder: Path) -> Seer:
+    """As Qwen 3.5; places in a picture are told apart in all of a head's 64 numbers."""
+    import torch
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = llamas.byte_level_tokenizer("qwen35")
+    tokenizer.add_special_tokens({"extra_special_tokens": list(QWEN)})
+    tokenizer.save_pretrained(folder)
+    begin, end, soft = tokenizer.convert_tokens_to_ids(QWEN)
+    text = dict(vocab_size=len(tokenizer) + 3, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=64, linear_num_key_heads=2,
+                linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, max_position_embeddings=256,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0,
+                                 "mrope_section": [11, 11, 10], "mrope_interleaved": True})  # fmt: skip
+    eye = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, out_hidden_size=64,
+               num_position_embeddings=64)  # fmt: skip
+    network = Qwen3_5ForConditionalGeneration(Qwen3_5Config(
+        text_config=text, vision_config=eye, image_token_id=soft, vision_start_token_id=begin,
+        vision_end_token_id=end))
+    _save(network, folder, around_one=False)
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}))
+
+    def inputs(picture: np.ndarray) -> dict[str, Any]:
+        """Four patches that lie together follow one another, each with all of a colour before the next, twice."""
+        values = torch.tensor(picture / 127.5 - 1).float().reshape(4, 2, 4, 4, 2, 4, 3).permute(0, 3, 1, 4, 6, 2, 5)
+        twice = values[:, :, :, :, :, None].expand(4, 4, 2, 2, 3, 2, 4, 4)
+        return {"pixel_values": twice.reshape(64, -1), "image_grid_thw": torch.tensor([[1, 8, 8]])}
+
+    sense = Sense(pictures(32), _picture, QWEN[:2], soft, 16, 1, inputs)
+    return Seer(folder, network.float().eval(), {"vision": sense}, tokenizer.convert_tokens_to_ids("<done>"))
+
+
+FAMILIES: dict[str, Callable[[Path], Seer]] = {"qwen3.5": _qwen35, "gemma3": _gemma3, "gemma4-small": _gemma4_small,
                                                "gemma4-large": _gemma4_large, "gemma4-unified": _gemma4_unified}
 
 

@@ -23,7 +23,7 @@ VISION, AUDIO = "vision", "audio"
 # A Gemma's parts beside the text model, under the names of repositories and under those of Transformers 5.
 _OF_TOWERS = re.compile(
     r"(?:model\.)?((?:vision_tower|audio_tower|multi_modal_projector|vision_embedder|embed_vision|embed_audio)\..+)")
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?:(?<=layers\.)|(?<=blocks\.))\d+(?=\.)")
 _NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 2)  # of a layer like all others, and of two convolutions
 _RESCALED = 1 / 255  # what llama.cpp multiplies a picture's bytes by
 
@@ -130,14 +130,14 @@ def unusual(what: str, settings: Mapping[str, Any], **fixed: Any) -> list[str]:
             for key, value in fixed.items() if (found := settings.get(key)) not in (None, value)]
 
 
-def three_numbers(settings: Mapping[str, Any], key: str, usual: float) -> list[float]:
+def three_numbers(settings: Mapping[str, Any], key: str, usual: float | None = None) -> list[float]:
     """The mean, or deviation, of each colour; ``usual`` where the settings don't say.
 
     Raises:
-        UserError: something else.
+        UserError: something else, or nothing where nothing is usual.
     """
     found = settings.get(key)
-    values = [usual] * 3 if found is None else found
+    values = [usual] * 3 if found is None and usual is not None else found
     if not (isinstance(values, list) and len(values) == 3 and all(isinstance(value, (int, float)) for value in values)):
         raise UserError(f"{key} of the image processor is {found!r} and no list of three numbers.",
                         "Copy preprocessor_config.json again from the base model.")

@@ -71,15 +71,15 @@ def test_llama_cpp_sees_and_hears_what_transformers_does(seer: Any, name: str) -
     """Log-probabilities behind pictures that need no resizing, and behind sounds; and each has others."""
     made = seer(name)
     text = made.folder / "m.gguf"
-    write_gguf(made.folder, text, "f32", name="Tiny", chat_template=TEMPLATE, eot_token_id=5)
+    write_gguf(made.folder, text, "f32", name="Tiny", chat_template=TEMPLATE, eot_token_id=made.done)
     llama_cpp = LlamaCpp(text, projector=made.folder / "mmproj.gguf")
     for sense in made.senses.values():
         _compare(made, sense, llama_cpp)
 
 
 def _compare(made: Seer, sense: Sense, llama_cpp: LlamaCpp) -> None:
-    before = llama_cpp.tokenize(f"The quick {sense.around[0]}", special=True)
-    behind = llama_cpp.tokenize("<bos>" + sense.around[1] + " brown fox", special=True)[2:]
+    before, behind = (llama_cpp.post("/tokenize", content=text, parse_special=True)["tokens"]
+                      for text in (f"<bos>The quick {sense.around[0]}", f"{sense.around[1]} brown fox"))
     seen = []
     for sample in sense.samples:
         expected = made.logprobs(sense, before, sample, behind)
@@ -281,6 +281,11 @@ DIFFERENT = [
     ("gemma4-small", "audio_config", {"attention_chunk_size": 6}, "audio_config.attention_chunk_size is 6"),
     ("gemma4-small", "audio_config", {"residual_weight": 1.0}, "audio_config.residual_weight is 1.0"),
     ("gemma4-unified", "audio_config", {"audio_embed_dim": 320}, "audio_config.audio_embed_dim is 320"),
+    ("qwen3.5", "vision_config", {"spatial_merge_size": 4}, "vision_config.spatial_merge_size is 4"),
+    ("qwen3.5", "vision_config", {"out_hidden_size": 32}, "vision_config.out_hidden_size is 32"),
+    ("qwen3.5", "vision_config", {"num_position_embeddings": 65}, "vision_config.num_position_embeddings is 65"),
+    ("qwen3.5", "vision_config", {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}},
+     "vision_config.rope_parameters are"),
 ]  # fmt: skip
 
 
@@ -325,6 +330,15 @@ def test_what_gemma_4s_processor_would_do_differently_is_refused(
     with pytest.raises(NotInLlamaCpp) as error:
         projector_of(folder)
     assert f"{key} of the {part.replace('_', ' ')} is {value!r}" in error.value.problems[0]
+
+
+def test_colours_that_nothing_is_known_of(editable: Any) -> None:
+    """Transformers' defaults are those of another model."""
+    folder = editable("qwen3.5")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="image_mean of the image processor is None") as error:
+        projector_of(folder)
+    assert "Copy preprocessor_config.json" in (error.value.hint or "")
 
 
 def test_gemma_4_takes_colours_as_they_are(editable: Any) -> None:
