@@ -20,6 +20,7 @@ from support.gguf import SPECIAL, train_sentencepiece
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 _TOKENS = 9  # to a side of a picture in Gemma 4: llama.cpp enlarges pictures of fewer than 70
 GEMMA_4 = ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>")
+MISTRAL = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 GEMMA_3 = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
@@ -33,7 +34,7 @@ class Sense:
         part: a sample as a part of a message that llama.cpp takes.
         around: what llama.cpp puts before and behind its tokens.
         soft: the token that stands for a part of it.
-        tokens: how many of them stand for it.
+        tokens: what stands for it whole, these and others.
         kind: what Transformers calls them in ``mm_token_type_ids``.
         inputs: what Transformers is given for a sample, beside token ids.
     """
@@ -42,7 +43,7 @@ class Sense:
     part: Callable[[np.ndarray], dict[str, Any]]
     around: tuple[str, str]
     soft: int
-    tokens: int
+    tokens: list[int]
     kind: int
     inputs: Callable[[np.ndarray], dict[str, Any]]
 
@@ -60,7 +61,7 @@ class Seer:
         """Of the token after a sample between tokens, by Transformers."""
         import torch
 
-        ids = torch.tensor([[*before, *[sense.soft] * sense.tokens, *behind]])
+        ids = torch.tensor([[*before, *sense.tokens, *behind]])
         kinds = (ids == sense.soft).long() * sense.kind
         with torch.no_grad():
             logits = self.network(input_ids=ids, token_type_ids=kinds, mm_token_type_ids=kinds,
@@ -118,7 +119,7 @@ def _gemma3(folder: Path) -> Seer:
     def inputs(picture: np.ndarray) -> dict[str, Any]:
         return {"pixel_values": torch.tensor(picture / 127.5 - 1).float().permute(2, 0, 1)[None]}
 
-    eye = Sense(pictures(56), _picture, GEMMA_3[:2], soft, 4, 1, inputs)
+    eye = Sense(pictures(56), _picture, GEMMA_3[:2], soft, [soft] * 4, 1, inputs)
     return Seer(folder, network.float().eval(), {"vision": eye}, ids["<done>"])
 
 
@@ -165,7 +166,7 @@ def _gemma4(folder: Path, text: dict[str, Any], ear: Any, **tower: Any) -> Seer:
     network, ids = _with_gemma4_tokenizer(Gemma4ForConditionalGeneration, Gemma4Config, folder, text, eye, ear)
     senses = {"vision": _eye_of_gemma4(ids, 4)}
     if ear:
-        senses["audio"] = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _spectrum)
+        senses["audio"] = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], [ids["<|audio|>"]] * 15, 3, _spectrum)
     return Seer(folder, network, senses, ids["<turn|>"])
 
 
@@ -176,12 +177,13 @@ def _gemma4_unified(folder: Path) -> Seer:
     eye = dict(patch_size=4, mm_embed_dim=48, output_proj_dims=48, mm_posemb_size=20)
     network, ids = _with_gemma4_tokenizer(Gemma4UnifiedForConditionalGeneration, Gemma4UnifiedConfig, folder,
                                           dict(gemmas.TEXT_4), eye, {})
-    ear = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], 15, 3, _frames)
+    ear = Sense(sounds(), _sound, GEMMA_4[3:5], ids["<|audio|>"], [ids["<|audio|>"]] * 15, 3, _frames)
     return Seer(folder, network, {"vision": _eye_of_gemma4(ids, 12), "audio": ear}, ids["<turn|>"])
 
 
 def _eye_of_gemma4(ids: dict[str, int], patch: int) -> Sense:
-    return Sense(pictures(12 * _TOKENS), _picture, GEMMA_4[:2], ids["<|image|>"], _TOKENS ** 2, 1,
+    return Sense(pictures(12 * _TOKENS), _picture, GEMMA_4[:2], ids["<|image|>"],
+                 [ids["<|image|>"]] * _TOKENS ** 2, 1,
                  lambda picture: _patches(picture, patch))
 
 
@@ -242,11 +244,39 @@ def _qwen35(folder: Path) -> Seer:
         twice = values[:, :, :, :, :, None].expand(4, 4, 2, 2, 3, 2, 4, 4)
         return {"pixel_values": twice.reshape(64, -1), "image_grid_thw": torch.tensor([[1, 8, 8]])}
 
-    sense = Sense(pictures(32), _picture, QWEN[:2], soft, 16, 1, inputs)
+    sense = Sense(pictures(32), _picture, QWEN[:2], soft, [soft] * 16, 1, inputs)
     return Seer(folder, network.float().eval(), {"vision": sense}, tokenizer.convert_tokens_to_ids("<done>"))
 
 
-FAMILIES: dict[str, Callable[[Path], Seer]] = {"qwen3.5": _qwen35, "gemma3": _gemma3, "gemma4-small": _gemma4_small,
+def _mistral3(folder: Path) -> Seer:
+    """As Mistral Small 3.1."""
+    import torch
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    tokenizer = llamas.byte_level_tokenizer("tekken")
+    tokenizer.add_special_tokens({"extra_special_tokens": list(MISTRAL)})
+    tokenizer.save_pretrained(folder)
+    soft, end_of_row, _ = tokenizer.convert_tokens_to_ids(MISTRAL)
+    text = dict(model_type="mistral", vocab_size=len(tokenizer) + 3, hidden_size=64, intermediate_size=96,
+                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24, sliding_window=None,
+                max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
+    eye = dict(model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+               image_size=64, patch_size=4, hidden_act="silu")  # fmt: skip
+    network = Mistral3ForConditionalGeneration(Mistral3Config(
+        text_config=text, vision_config=eye, image_token_index=soft, tie_word_embeddings=False))
+    _save(network, folder, around_one=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+
+    def inputs(picture: np.ndarray) -> dict[str, Any]:
+        return {"pixel_values": torch.tensor(picture / 127.5 - 1).float().permute(2, 0, 1)[None],
+                "image_sizes": torch.tensor([[32, 32]])}
+
+    rows = [*[soft] * 4, end_of_row] * 4
+    sense = Sense(pictures(32), _picture, ("", MISTRAL[2]), soft, rows[:-1], 1, inputs)
+    return Seer(folder, network.float().eval(), {"vision": sense}, tokenizer.convert_tokens_to_ids("<done>"))
+
+
+FAMILIES: dict[str, Callable[[Path], Seer]] = {"qwen3.5": _qwen35, "mistral3": _mistral3, "gemma3": _gemma3, "gemma4-small": _gemma4_small,
                                                "gemma4-large": _gemma4_large, "gemma4-unified": _gemma4_unified}
 
 
@@ -262,8 +292,10 @@ def _save(network: Any, folder: Path, around_one: bool) -> None:
     gemmas.randomise(network, around_one)
     with torch.no_grad():
         for name, value in network.named_parameters():
-            if "language_model" in name and name.endswith("q_norm.weight"):  # attention that rounding does not turn
+            if "language_model" in name and name.endswith(("q_norm.weight", "q_proj.weight")):  # rounding turns it less
                 value *= 0.25
+            elif name.endswith("language_model.norm.weight"):
+                value *= 0.5
             elif "vision_tower" in name and name.endswith("gate_proj.linear.weight"):  # each activation is another one
                 value *= 3
         for name, value in network.named_buffers():  # what linear layers clip at, which does happen, and standardising

@@ -34,7 +34,7 @@ class _Kind:
 
     Args:
         arch: as llama.cpp knows it.
-        permuted: whether rotated pairs are neighbours in llama.cpp's q and k, see :func:`_neighbours`.
+        permuted: whether rotated pairs are neighbours in llama.cpp's q and k, see :func:`neighbours`.
         biases: the tensors that have a bias, for a configuration.
         fixed: settings that llama.cpp computes in one way only.
         norms_of: what q and k are normed by: each ``head``, all heads together as one ``row``, or nothing.
@@ -182,7 +182,7 @@ def tokenizer_kind(checkpoint: Path) -> str:
     return "sentencepiece-llama" if model.get("byte_fallback") else "bpe"
 
 
-def _neighbours(dim: int) -> Change:
+def neighbours(dim: int) -> Change:
     """The order of rows in q and k: Transformers rotates row i of a head with row i + dim/2, llama.cpp's ``llama``
     the rows 2i and 2i + 1. (Meta's own weights are in the second order.)"""
     def forward(values: np.ndarray) -> np.ndarray:
@@ -215,7 +215,7 @@ def _tensors(kind: _Kind, config: Any, dim: int) -> tuple[TensorSpec, ...]:
         "model.norm.weight": (hidden,),
         HEAD: (config.vocab_size, hidden),
     }
-    names, change = gguf.get_tensor_name_map(kind.arch, config.num_hidden_layers), _neighbours(dim)
+    names, change = gguf.get_tensor_name_map(kind.arch, config.num_hidden_layers), neighbours(dim)
     specs = tuple(TensorSpec(names.get_name(source, (".weight", ".bias")), shape, source,
                              change if kind.permuted and (".q_proj." in source or ".k_proj." in source) else None,
                              tied_to=EMBEDDING if source == HEAD else None)

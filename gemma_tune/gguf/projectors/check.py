@@ -59,7 +59,8 @@ def _compared(spec: TowerTensor, file: GgufFile, shard: Path, name: str) -> tupl
     from safetensors import safe_open
 
     with safe_open(shard, framework="pt") as tensors:  # read by other means than those it was written with
-        expected = spec.change(tensors.get_tensor(name).float().numpy())
+        stored = tensors.get_tensor(name) if spec.row is None else tensors.get_slice(name)[spec.row]
+    expected = spec.change(stored.float().numpy())
     got = file.rows(spec.name).reshape(spec.shape)
     off, size = np.abs(got - expected), np.abs(expected)
     error = relative(float(np.vdot(off, off)), float(np.vdot(size, size)))

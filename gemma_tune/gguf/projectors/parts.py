@@ -43,6 +43,7 @@ class TowerTensor:
         stored: its shape there.
         change: float32 values of that shape → as they are in the GGUF.
         exact: written in float32, although it is no vector.
+        row: of the checkpoint's matrix this one alone; None for all.
     """
 
     name: str
@@ -50,11 +51,12 @@ class TowerTensor:
     stored: tuple[int, ...]
     change: Callable[[np.ndarray], np.ndarray] = as_it_is
     exact: bool = False
+    row: int | None = None
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """In the GGUF."""
-        return self.change(np.broadcast_to(np.float32(0), self.stored)).shape
+        return self.change(np.broadcast_to(np.float32(0), self.stored[self.row is not None:])).shape
 
 
 @dataclass(frozen=True)

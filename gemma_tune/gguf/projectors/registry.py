@@ -25,10 +25,10 @@ def projector_of(checkpoint: Path) -> Projector | None:
         UserError: it has, and that cannot be written here, or llama.cpp would compute it differently; a damaged
             checkpoint.
     """
-    from gemma_tune.gguf.projectors import gemma3, gemma4, gemma4_unified, qwen35
+    from gemma_tune.gguf.projectors import gemma3, gemma4, gemma4_unified, mistral3, qwen35
 
     makers: dict[str, Maker] = {**gemma3.MAKERS, **gemma4.MAKERS, **gemma4_unified.MAKERS,
-                               **qwen35.MAKERS}
+                               **qwen35.MAKERS, **mistral3.MAKERS}
     config, names = read_config(checkpoint), open_tensors(checkpoint).keys()
     if not any(_TOWERS.search(name) for name in names):
         return None

@@ -45,7 +45,7 @@ class PlannedTower:
         return nbytes(self.choice.type, self.spec.shape)
 
     def tofile(self, file: BinaryIO) -> None:
-        file.write(np.ascontiguousarray(quantise(self.spec.change(whole(self.stored)), self.choice.type)).data)
+        file.write(np.ascontiguousarray(quantise(_values(self.spec, self.stored), self.choice.type)).data)
 
 
 def write_projector(
@@ -105,14 +105,17 @@ def towers_of(projector: Projector, checkpoint: Path) -> list[tuple[TowerTensor,
     return [(spec, stored[spec.source]) for spec in projector.tensors]
 
 
-def whole(stored: StoredTensor) -> np.ndarray:
-    """A tensor's values in float32, in its shape, which is () where it is one number."""
-    return replace(stored, shape=stored.shape or (1,)).rows().reshape(stored.shape)
+def _values(spec: TowerTensor, stored: StoredTensor) -> np.ndarray:
+    """A tensor's values as they are in the GGUF, in float32."""
+    if spec.row is not None:
+        return spec.change(stored.rows(spec.row, spec.row + 1)[0])
+    # The shape is () where it is one number.
+    return spec.change(replace(stored, shape=stored.shape or (1,)).rows().reshape(stored.shape))
 
 
 def _choice(spec: TowerTensor, stored: StoredTensor) -> TypeChoice:
     """float16 for matrices, unless they hold more than that does."""
-    largest = largest_magnitude(spec.change(whole(stored)), stored.name)
+    largest = largest_magnitude(_values(spec, stored), stored.name)
     if spec.exact or len(spec.shape) == 1:
         return TypeChoice(Type.F32)
     if largest > LARGEST[Type.F16]:
