@@ -128,7 +128,7 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     record = read_manifest(session.run.root) or session.manifest
     result, digests = result_id(record, stage.stage), _digests(record)
     for name, (gguf, _) in zip(names, files, strict=True):
-        _create(session, server, replace(target, name=name), Path(gguf), digests[Path(gguf).name])
+        _create(session, server, replace(target, name=name), Path(gguf), digests)
     target, question = replace(target, name=names[main]), _question(session, chat)
     as_trained = None
     if session.config.verify is not False:
@@ -146,7 +146,7 @@ def _better(session: Session, stage: StageReport) -> str:
     return command("export-ollama", session.run.root, "--quant", finer_than(stage.summary["quants"]))
 
 
-def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: str) -> None:
+def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: Mapping[str, str]) -> None:
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
                         session.listener.progress, sha256,

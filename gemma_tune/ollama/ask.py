@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.pictures import as_text
 from gemma_tune.ollama.server import PATIENCE, Refused, Server, check_status, client_of, json_field, talking_to
 from gemma_tune.ollama.template import FAMILIES, OllamaChat
 
@@ -48,9 +49,7 @@ def generate_check(server: Server, name: str, messages: Sequence[Turn], timeout:
     """
     request = _request(server, name, messages, chat, num_predict)
     content = _post(server, "/api/chat", request, timeout, f"answer with {name}").content
-    message = json_field(content, "message")
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise WorkFailed(f"Ollama answered something that is not a message: {content[:200]!r}")
+    message = _message(content)
     answer, counts = message["content"], ("done_reason", "prompt_eval_count", "eval_count")
     _check_answer(name, answer, bool(message.get("thinking")), chat)
     return {"answer": answer, **{key: json_field(content, key) for key in counts},
@@ -99,6 +98,23 @@ def prompt_tokens(server: Server, name: str, messages: Sequence[Turn], timeout: 
     return count if isinstance(count, int) and count > 0 else None
 
 
+def picture_answer(server: Server, name: str, picture: bytes, question: str, timeout: float = PATIENCE, *,
+                   chat: OllamaChat | None = None, num_predict: int = 64) -> str:
+    """What the model says to a question about a picture, which can be nothing; one greedy answer.
+
+    Args:
+        picture: a PNG or JPEG file.
+        timeout, chat, num_predict: as for :func:`generate_check`.
+
+    Raises:
+        Refused: the server does not give this model pictures.
+        WorkFailed: no answer in time, or an error from the server.
+    """
+    request = _request(server, name, [{"role": "user", "content": question}], chat, num_predict)
+    request["messages"][0]["images"] = [as_text(picture)]
+    return _message(_post(server, "/api/chat", request, timeout, f"show {name} a picture").content)["content"]
+
+
 def thinking_of(server: Server, name: str, chat: OllamaChat) -> bool | None:
     """What requests to the model have to say of thinking, so that it is asked as in training; None for nothing.
 
@@ -144,6 +160,14 @@ def _post(server: Server, path: str, request: Mapping[str, Any], timeout: float,
     if error := json_field(response.content, "error"):
         raise Refused(doing, str(error))
     return response
+
+
+def _message(content: bytes) -> dict[str, Any]:
+    """The message of an answer; its content is a text."""
+    message = json_field(content, "message")
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise WorkFailed(f"Ollama answered something that is not a message: {content[:200]!r}")
+    return message
 
 
 def _check_answer(name: str, answer: str, thought: bool, chat: OllamaChat | None) -> None:

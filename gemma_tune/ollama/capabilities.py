@@ -15,10 +15,13 @@ from gemma_tune.ollama.template import OllamaChat
 _WORDS = frozenset(("tools", "thinking"))
 
 
-def tell_capabilities(server: Server, name: str, chat: OllamaChat, listener: Listener) -> None:
+def tell_capabilities(server: Server, name: str, chat: OllamaChat, listener: Listener, *, sees: bool = False) -> None:
     """Warn where the server lists another than the promised "tools" and "thinking" for a model that was just made.
 
     A server that lists nothing at all (before 0.6.4) is not asked further.
+
+    Args:
+        sees: whether it was made with what pictures are read by, so that "vision" is to be listed, too.
 
     Raises:
         WorkFailed: it does not answer.
@@ -26,6 +29,9 @@ def tell_capabilities(server: Server, name: str, chat: OllamaChat, listener: Lis
     listed = capabilities(server, name)
     if not listed:
         return
+    if sees and "vision" not in listed:
+        listener.warn(f"Ollama {server.version} does not list vision for {name}, though it got what pictures are read "
+                      "by: programs may offer no pictures to it. Update Ollama and run the same command again.")
     for word in sorted(chat.capabilities - listed):
         listener.warn(f"Ollama {server.version} does not list {word} for {name}, for which its TEMPLATE has a place: "
                       f"requests with {word} are refused. Update Ollama and run the same command again.")

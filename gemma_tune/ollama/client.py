@@ -18,7 +18,14 @@ import httpx
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.ollama.ask import capabilities, generate_check, prompt_tokens, rendered_prompt, thinking_of
+from gemma_tune.ollama.ask import (
+    capabilities,
+    generate_check,
+    picture_answer,
+    prompt_tokens,
+    rendered_prompt,
+    thinking_of,
+)
 from gemma_tune.ollama.modelfile import merged_parameters, system_text, unix_lines
 from gemma_tune.ollama.names import default_model_name, tagged, validate_model_name
 from gemma_tune.ollama.server import (
@@ -39,8 +46,8 @@ from gemma_tune.ollama.template import OllamaChat
 
 __all__ = [
     "Refused", "Server", "capabilities", "check_version", "create_model", "default_model_name", "find_server",
-    "generate_check", "install_hint", "manual_command", "ollama_host", "prompt_tokens", "rendered_prompt", "tagged",
-    "thinking_of", "validate_model_name",
+    "generate_check", "install_hint", "manual_command", "ollama_host", "picture_answer", "prompt_tokens",
+    "rendered_prompt", "tagged", "thinking_of", "validate_model_name",
 ]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
@@ -58,15 +65,17 @@ def create_model(
     system: str | None = None,
     license_text: str | None = None,
     on_progress: Progress = lambda status, done, total: None,
-    sha256: str | None = None,
+    sha256: Mapping[str, str] | None = None,
     again: str | None = None,
+    projector: Path | None = None,
 ) -> None:
-    """Uploads the file, unless the server has it, and makes a model of it under this name.
+    """Uploads the files, unless the server has them, and makes a model of them under this name.
 
     Args:
         on_progress: gets a status, and bytes done and in all where they are known (else 0, 0).
-        sha256: of the file when it was written, where that is known.
-        again: the command that writes it again.
+        sha256: by name of a file, that of its content when it was written, where that is known.
+        again: the command that writes them again.
+        projector: the file with which the model sees; the server tells by its metadata what it is.
 
     Raises:
         UserError: a bad name or parameter, no such file, or one whose content has changed since.
@@ -76,14 +85,16 @@ def create_model(
     texts = {"template": chat.template, "renderer": chat.renderer, "parser": chat.parser}
     texts |= {"system": system_text(chat, system), "license": unix_lines(license_text or "")}
     request |= {key: text for key, text in texts.items() if text}
-    digest, size = _digest(gguf, on_progress)
-    if sha256 is not None and digest != f"sha256:{sha256}":
-        raise UserError(f"{gguf} is damaged: its content is another than when it was exported",
-                        f"make it again: {again}" if again else None)
-    request["files"] = {re.sub(r"[\\:]", "_", gguf.name): digest}
+    files = {path: _digest(path, on_progress) for path in (gguf, *([projector] if projector else []))}
+    for path, (digest, _) in files.items():
+        if sha256 and digest != f"sha256:{sha256[path.name]}":
+            raise UserError(f"{path} is damaged: its content is another than when it was exported",
+                            f"make it again: {again}" if again else None)
+    request["files"] = {re.sub(r"[\\:]", "_", path.name): digest for path, (digest, _) in files.items()}
     with client_of(server.url, PATIENCE) as client, talking_to(server.url):
-        if not _has_blob(client, digest):
-            _upload(client, gguf, digest, size, on_progress)
+        for path, (digest, size) in files.items():
+            if not _has_blob(client, digest):
+                _upload(client, path, digest, size, on_progress)
         with client.stream("POST", "/api/create", json=request) as response:
             check_status(response, "make the model")
             _follow(response, on_progress)

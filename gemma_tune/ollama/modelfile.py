@@ -73,18 +73,21 @@ def render_modelfile(
     system: str | None,
     license_text: str | None,
     comment_lines: Sequence[str] = (),
+    projector_name: str | None = None,
 ) -> str:
-    """The text of a Modelfile that stands beside its GGUF file.
+    """The text of a Modelfile that stands beside its GGUF file, and the one with which the model sees.
 
     Ask `lossy_runes` about `system` and `license_text` first: what it lists is lost on this route.
 
     Raises:
         UserError: a parameter, the file name or a text that a Modelfile cannot hold.
     """
-    if not re.fullmatch(r"[^/\\:\s]([^/\\:\r\n]*[^/\\:\s])?", gguf_name) or lossy_runes(gguf_name):
-        raise UserError(f"{gguf_name!r} cannot stand in FROM", "Use a plain file name without / \\ : or line breaks.")
+    names = [gguf_name, *([projector_name] if projector_name else [])]
+    for name in names:
+        if not re.fullmatch(r"[^/\\:\s]([^/\\:\r\n]*[^/\\:\s])?", name) or lossy_runes(name):
+            raise UserError(f"{name!r} cannot stand in FROM", "Use a plain file name without / \\ : or line breaks.")
     lines = [f"# {line}".rstrip() for text in comment_lines for line in re.split(r"[\r\n]+", text)]
-    lines.append(f"FROM ./{gguf_name}")
+    lines += [f"FROM ./{name}" for name in names]
     texts = {"TEMPLATE": chat.template, "SYSTEM": system_text(chat, system), "LICENSE": unix_lines(license_text or "")}
     if chat.template is not None:
         lines.append(f"TEMPLATE {_quoted('TEMPLATE', chat.template)}")

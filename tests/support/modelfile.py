@@ -13,7 +13,8 @@ def parse_modelfile(text: str) -> dict:
     """Reads a Modelfile as Ollama does, to check that what was written comes back.
 
     Returns:
-        `from`, `template`, `system`, `renderer`, `parser`, ... (the last one wins); `license` and `message` (lists);
+        `from`, and `beside` with the files of further FROM lines; `template`, `system`, `renderer`, `parser`, ... (the last
+        one wins); `license` and `message` (lists);
         `parameters` (numbers converted; `stop` is a list).
 
     Raises:
@@ -76,5 +77,7 @@ def _store(found: dict, key: str, word: str, value: str) -> None:
             found["parameters"][word] = value == "true" if kind is bool else kind(value)
     elif key in ("license", "message"):
         found.setdefault(key, []).append(value if key == "license" else {"role": word, "content": value})
+    elif key == "from" and key in found:
+        found.setdefault("beside", []).append(value)
     else:
         found[key] = value

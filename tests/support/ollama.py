@@ -1,6 +1,7 @@
 """A stand-in for an Ollama server on 127.0.0.1, for what cannot be had in tests: the real one, old and new.
 
-It stores blobs by their real digest, makes models only from uploaded GGUF files, refuses what the real server refuses
+It stores blobs by their real digest, makes models only from uploaded GGUF files, which become layers by what is in them,
+refuses what the real server refuses
 (`server/create.go` before and after Ollama's pull request #14969, `server/routes.go`, `types/model/name.go`), streams
 NDJSON, and answers a chat with a fixed text, of which `num_predict` may cut words off. It shows the prompt that it would
 make where that is asked for, and asks models that can think to do so, as the real one does. A prompt's tokens are counted
@@ -10,6 +11,7 @@ what it had cached. Faults can be switched on by name. Every request is recorded
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
 import json
@@ -23,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.ollama import go_template
 from support.gguf import LlamaCpp
 
@@ -49,6 +53,9 @@ FAULTS = frozenset(
         "chat-new-turn",  # the answer is followed by a turn of Gemma's
         "no-render",  # as servers that do not know _debug_render_only, which answer instead
         "own-tokenizer",  # which is not llama.cpp's, as versions before 0.30 have: a paragraph break is two tokens
+        "no-split-vision",  # the own engine of 2025 and early 2026, which loads no model with a projector of its own
+        "picture-error",  # text is answered, and a picture ends the runner
+        "no-vision-listed",  # as versions that look for an eye in the model's own file
         "no-count",  # an answer without prompt_eval_count, as versions before 0.4 gave to a prompt that they had cached
     }
 )
@@ -108,6 +115,7 @@ class LoopbackOllama:
         self._engines: dict[str, LlamaCpp] = {}
         self._cached: list[int] = []  # ids of the prompt before
         self.models: dict[str, dict] = {}  # what /api/create was given, by full name (with its tag)
+        self.layers: dict[str, dict[str, str]] = {}  # of each model: "model" and perhaps "projector" → digest
         self.requests: list[Recorded] = []
         self.stopped = threading.Event()
 
@@ -143,7 +151,7 @@ class LoopbackOllama:
         """What an answer says of the number of a prompt's tokens."""
         if "no-count" in self.faults:
             return {}
-        [digest] = model["files"].values()
+        digest = self.layers[_full_name(model["model"])]["model"]
         with open(self.blob(digest), "rb") as file:
             stands_for_a_file = b"tokenizer.ggml" not in file.read(1 << 20)
         if stands_for_a_file:
@@ -275,8 +283,10 @@ class _Handler(BaseHTTPRequestHandler):
         files, faults = request.get("files"), self.ollama.faults
         if not files and not request.get("from"):
             raise _Refusal(400, "neither 'from' or 'files' was specified")
-        for name, digest in (files or {}).items():
+        layers: dict[str, str] = {}
+        for name, digest in sorted((files or {}).items()):
             yield from self._read_gguf(name, digest)
+            layers[self._kind(digest)] = digest  # of two of a kind the last one counts
         if "create-error" in faults:
             raise _Refusal(500, "unknown model architecture: 'gemma9'")
         if "create-garbage" in faults:
@@ -286,6 +296,7 @@ class _Handler(BaseHTTPRequestHandler):
         yield json.dumps({"status": "writing manifest"})
         if not faults & {"create-cut", "create-dropped"}:
             self.ollama.models[_full_name(request["model"])] = request
+            self.ollama.layers[_full_name(request["model"])] = layers
             yield json.dumps({"status": "success"})
 
     def _read_gguf(self, name: str, digest: str) -> Iterator[str]:
@@ -300,6 +311,20 @@ class _Handler(BaseHTTPRequestHandler):
         header = blob.read_bytes()[:24]
         if header[:4] != b"GGUF" or len(header) < 24 or header[4] not in (2, 3):
             raise _Refusal(500, "invalid file magic")
+
+    def _kind(self, digest: str) -> str:
+        """The layer that a GGUF file becomes."""
+        try:
+            found = read_gguf_metadata(self.ollama.blob(digest))
+        except UserError:  # what stands for a file here
+            return "model"
+        arch, kind = found.get("general.architecture"), found.get("general.type")
+        alone = not found.get(f"{arch}.block_count")
+        known = kind == "projector" or alone and found.get(f"{arch}.vision.block_count", 0) > 0
+        if self.ollama.strict:  # since Ollama's pull request #16472
+            known = known or kind == "mmproj" or alone and arch == "clip" and any(
+                found.get(f"clip.has_{sense}_encoder") for sense in ("vision", "audio"))
+        return "projector" if known else "model"
 
     # --- the rest
 
@@ -331,7 +356,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _capabilities(self, model: dict) -> list[str]:
         thinks = self.ollama.thinks if "parser" not in model else model["parser"] == "gemma4"
         tools = "parser" in model or ".Tools" in model.get("template", "")
-        return ["completion", *(["tools"] if tools else []), *(["thinking"] if thinks else [])]
+        sees = "projector" in self._layers(model) and "no-vision-listed" not in self.ollama.faults
+        return ["completion", *(["tools"] if tools else []), *(["vision"] if sees else []), *(["thinking"] if thinks else [])]
+
+    def _layers(self, model: dict) -> dict[str, str]:
+        return self.ollama.layers[_full_name(model["model"])]
+
+    def _check_pictures(self, model: dict, messages: list[dict]) -> None:
+        """What goes wrong when a model is loaded, and when it is given pictures."""
+        layers, faults = self._layers(model), self.ollama.faults
+        if "model" not in layers or "projector" in layers and "no-split-vision" in faults:
+            raise _Refusal(500, f"unable to load model: {self.ollama.blob(layers.get('model', 'none'))}")
+        for picture in (picture for turn in messages for picture in turn.get("images", ())):
+            if not base64.b64decode(picture, validate=True).startswith(b"\x89PNG"):
+                raise _Refusal(400, "invalid image data")
+            if "projector" not in layers:
+                raise _Refusal(500, "this model is missing data required for image input")
+            if "picture-error" in faults:
+                raise _Refusal(500, "model runner has unexpectedly stopped")
 
     def _post_api_chat(self) -> None:
         model = self._model()
@@ -348,6 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(400, f"registry.ollama.ai/library/{asked['model']} does not support tools")
         if asked.get("think") and not can_think:
             raise _Refusal(400, f'"{asked["model"]}" does not support thinking')
+        self._check_pictures(model, asked["messages"])
         if "chat-error-inside" in self.ollama.faults:
             return self._json({"error": "an error was encountered while running the model"})
         prompt = self.ollama.prompt(model, asked["messages"])
