@@ -224,7 +224,7 @@ def export_ollama(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = No
                   size: o.Size = None, name: o.Name = None, system: o.ExportSystem = None,
                   parameter: o.Parameter = None,
                   num_ctx: o.NumCtx = None, calibration: o.Calibration = None, no_calibration: o.NoCalibration = False,
-                  measure: o.Measure = None, verify: o.Verify = None,
+                  vision: o.Vision = None, measure: o.Measure = None, verify: o.Verify = None,
                   converter: o.Converter = None, create: o.Create = None, host: o.Host = None,
                   allow_difference: o.AllowDifference = None, push: o.ExportPush = None,
                   private: o.ExportPrivate = None, force: o.Force = False, quiet: o.Quiet = False,
@@ -232,7 +232,8 @@ def export_ollama(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = No
     """Write GGUF files and a Modelfile, check them, and create the model in Ollama.
 
     Reads the merged model. Writes ollama/<model name>-<quant>.gguf, ollama/Modelfile and ollama/report.md with what
-    each number format loses and how the token ids compare. Without an Ollama server all are made, and the command to
+    each number format loses and how the token ids compare; of a model that takes pictures also what it sees with, as
+    ollama/mmproj-<model name>-f16.gguf. Without an Ollama server all are made, and the command to
     type later is shown. The same file runs in llama.cpp, LM Studio and Jan.
 
     Example: gemma-tune export-ollama --quant q8_0,q4_k_m --name my-analyst

@@ -193,11 +193,14 @@ def what_next(commands: Sequence[str], advice: str | None = None, elsewhere: Any
     for n, step in enumerate(commands):
         screen.err.print(Text.assemble(("next: " if n == 0 else "      ", "bold"), step))
     if elsewhere:
-        screen.err.print(Text.assemble(("for other programs: ", "bold"), elsewhere.file, ", its chat template in it"))
+        beside = f", and for pictures {elsewhere.projector}" if elsewhere.projector else ""
+        screen.err.print(Text.assemble(("for other programs: ", "bold"), elsewhere.file,
+                                       f", its chat template in it{beside}"))
         for step in elsewhere.commands:
             screen.err.print(Text(f"      {step}"))
-        screen.prose(Text("llama-cli and llama-server are llama.cpp's; lms is LM Studio's, which without it finds a "
-                          f"copy of the file in {elsewhere.lm_studio_folder}. Jan opens it, too."))
+        what = "copies of both" if elsewhere.projector else "a copy of the file"
+        screen.prose(Text(f"The first two are llama.cpp's; lms is LM Studio's, which without it finds {what} "
+                          f"in {elsewhere.lm_studio_folder}. Jan opens it, too."))
 
 
 def plan(planned: Any) -> None:

@@ -486,6 +486,8 @@ class ExportConfig(StageConfig):
                                              "on the rows of this file, which is any that `prepare` reads or plain "
                                              "text (.txt, .md), or with `rows` on those of the training.",
                                      off="Round each weight by itself.", group="data")
+    vision: bool = option(True, "Write what a multimodal model sees with, too, so that it takes pictures as its base "
+                                "does.")
     measure: bool = option(True, "Measure on validation rows and general text what the formats lose.", check=True,
                            group="speed")
     verify: bool | None = option(None, "Compare token ids and answers of Hugging Face, the GGUF in llama.cpp, and "

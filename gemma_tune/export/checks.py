@@ -24,6 +24,7 @@ from gemma_tune.export.quant_loss import (
     measure,
     validation_rows,
 )
+from gemma_tune.export.sight import UNCHECKED as PICTURES
 from gemma_tune.gguf.engine import find_engine
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.measure.general import measuring_rows_of
@@ -52,6 +53,11 @@ class ExportChecks:
     parity: Parity | None = None
     unchecked: tuple[str, ...] = ()
     merged: str = ""
+
+    @property
+    def of_text(self) -> ExportChecks:
+        """Without what is said of pictures, which are checked by themselves."""
+        return replace(self, unchecked=tuple(text for text in self.unchecked if not text.startswith(PICTURES)))
 
     @classmethod
     def recorded(cls, figures: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> ExportChecks:
@@ -116,7 +122,7 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
         unchecked.append("token ids and answers: no llama.cpp engine is installed (pip install xllamacpp, then repeat "
                          "with --verify)")
     if not compare and not texts:
-        return ExportChecks(unchecked=tuple(unchecked), merged=_merged(session))
+        return ExportChecks(unchecked=tuple(unchecked), merged=merge_check(session))
     beside = _engine_bytes(source, files) if compare else 0
     model, reason = _loaded(session, beside)
     if model is None and compare:
@@ -133,7 +139,7 @@ def check_files(session: Session, source: ExportSource, files: Mapping[str, Path
             losses = measure(model.given_away(), texts, files, architecture,
                              on_progress=partial(session.listener.progress, task))
             unchecked += _not_finite([text for text, rows in texts.items() if rows], files, losses)
-    return ExportChecks(losses, parity, tuple(unchecked), _merged(session))
+    return ExportChecks(losses, parity, tuple(unchecked), merge_check(session))
 
 
 class MergedModel:
@@ -158,7 +164,7 @@ class MergedModel:
         return model
 
 
-def _merged(session: Session) -> str:
+def merge_check(session: Session) -> str:
     """What `merge` found, as a sentence; it stands before the files in the chain from the adapter to an answer."""
     found = session.manifest.stages.get("merge", {"summary": {}})["summary"]
     names = ("check_same_answers", "check_prompts", "check_same_tokens", "check_divergence")
@@ -287,13 +293,15 @@ def report_title(name: str) -> str:
 
 
 def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: ExportChecks, limits: Sequence[str] = (),
-             earlier: Mapping[str, Mapping[str, Any]] | None = None, conclusion: str = "") -> str:
+             earlier: Mapping[str, Mapping[str, Any]] | None = None, conclusion: str = "",
+             pictures: Sequence[str] = ()) -> str:
     """ollama/report.md.
 
     Args:
         limits: what Ollama does otherwise than the training, one sentence each.
         earlier: what earlier exports left, see ``run.earlier_exports``.
         conclusion: which format to take, as a sentence.
+        pictures: the lines of the section about them.
     """
     lines = [report_title(name), "", "## Number formats", *formats_markdown(figures, checks.losses)]
     lines += ["", f"{conclusion}."] if conclusion else []
@@ -302,6 +310,7 @@ def markdown(name: str, figures: Mapping[str, Mapping[str, Any]], checks: Export
             f"{item['file']} ({remark(item) or 'of this merged model'})" for item in recorded) + "."]
     if checks.merged:
         lines += ["", checks.merged]
+    lines += pictures
     if checks.parity:
         lines += ["", checks.parity.markdown().rstrip()]
     if limits:

@@ -16,6 +16,7 @@ from gemma_tune.base import shell
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.export import served_sight
 from gemma_tune.export.checks import report_title
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.parity import ANSWER_TOKENS as COMPARED_TOKENS
@@ -43,21 +44,30 @@ class Elsewhere:
 
     Args:
         file: its path.
+        projector: the path of what it sees with; None of a model that takes text alone.
         commands: of llama.cpp and LM Studio.
-        lm_studio_folder: where LM Studio finds a copy of it without a command.
+        lm_studio_folder: where LM Studio finds a copy of both without a command.
     """
 
     file: str
+    projector: str | None
     commands: tuple[str, ...]
     lm_studio_folder: str
 
     @classmethod
-    def of(cls, gguf: str, model: str) -> Elsewhere:
+    def of(cls, gguf: str, model: str, projector: str | None = None) -> Elsewhere:
         """How a file is used; ``model`` is its name, without a tag."""
-        path = shell.quote(gguf)
-        # Unless it is told to copy the file, LM Studio moves it out of the run.
-        commands = (f"llama-cli -m {path}", f"llama-server -m {path} --jinja", f"lms import --copy {path}")
-        return cls(gguf, commands, f"~/.lmstudio/models/gemma-tune/{model}/")
+        path, publisher = shell.quote(gguf), "gemma-tune"
+        folder = f"~/.lmstudio/models/{publisher}/{model}/"
+        # Unless it is told to copy a file, LM Studio moves it out of the run.
+        if projector is None:
+            return cls(gguf, None, (f"llama-cli -m {path}", f"llama-server -m {path} --jinja",
+                                    f"lms import --copy {path}"), folder)
+        sees = f"--mmproj {shell.quote(projector)}"
+        import_it = f"lms import --copy --user-repo {publisher}/{model}"  # both into one folder
+        commands = (f"llama-mtmd-cli -m {path} {sees} --jinja", f"llama-server -m {path} {sees} --jinja",
+                    f"{import_it} {path}", f"{import_it} {shell.quote(projector)}")
+        return cls(gguf, projector, commands, folder)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class ExportReport:
         elsewhere: the file for other programs; None if none keeps enough of what was learned.
         advice: what to do before the next steps.
         answer: what Ollama answered to a held-out prompt, with ``done_reason`` and counts of tokens.
+        picture: what came of asking Ollama about a picture, see ``served_sight.ask``; None if it was not.
     """
 
     stage: StageReport
@@ -80,12 +91,14 @@ class ExportReport:
     elsewhere: Elsewhere | None = None
     advice: str | None = None
     answer: Mapping[str, Any] | None = None
+    picture: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What a program learns beside the stage's report and the next steps."""
         other = self.elsewhere
         return {"created": self.created, "name": self.name, "advice": self.advice, "answer": self.answer,
-                "file": other.file if other else None, "elsewhere": list(other.commands) if other else [],
+                "picture": self.picture, "file": other.file if other else None,
+                "projector": other.projector if other else None, "elsewhere": list(other.commands) if other else [],
                 "lm_studio_folder": other.lm_studio_folder if other else None}
 
 
@@ -118,7 +131,8 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
     taken = [*quants].index(stage.summary["quant"])
     main = taken if taken in good or not good else good[0]
-    elsewhere = Elsewhere.of(files[main][0], f"{session.run.model_name}-tuned") if good else None
+    projector = Path(path) if (path := stage.artifacts.get("projector")) else None
+    elsewhere = Elsewhere.of(files[main][0], f"{session.run.model_name}-tuned", path) if good else None
     run_it = (f"ollama run {names[main]}",) if good else (_better(session, stage),)
     if server is None:
         steps = [ollama.manual_command(Path(files[n][1]), names[n]) for n in good]
@@ -127,16 +141,23 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     chat, target = source(session).chat, source(session).target
     record = read_manifest(session.run.root) or session.manifest
     result, digests = result_id(record, stage.stage), _digests(record)
-    for name, (gguf, _) in zip(names, files, strict=True):
-        _create(session, server, replace(target, name=name), Path(gguf), digests)
+    ggufs = {name: Path(gguf) for name, (gguf, _) in zip(names, files, strict=True)}
+
+    def create(projector: Path | None) -> None:
+        for name, gguf in ggufs.items():
+            _create(session, server, replace(target, name=name), gguf, digests, projector)
+
     target, question = replace(target, name=names[main]), _question(session, chat)
+    create(projector)
+    picture = served_sight.tried(server, target, create, projector, session.listener) if projector else None
     as_trained = None
     if session.config.verify is not False:
         stage, as_trained = _compare(session, stage, result, server, target, chat)
     answer = _ask(session, server, target, question)
     if session.config.verify is False:
         as_trained = _compare_layout(session, server, target, chat, question)
-    return ExportReport(stage, names[main], True, run_it, elsewhere, answer={**answer, "prompt_as_trained": as_trained})
+    return ExportReport(stage, names[main], True, run_it, elsewhere,
+                        answer={**answer, "prompt_as_trained": as_trained}, picture=picture)
 
 
 def _better(session: Session, stage: StageReport) -> str:
@@ -146,12 +167,13 @@ def _better(session: Session, stage: StageReport) -> str:
     return command("export-ollama", session.run.root, "--quant", finer_than(stage.summary["quants"]))
 
 
-def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: Mapping[str, str]) -> None:
+def _create(session: Session, server: Server, target: Target, gguf: Path, sha256: Mapping[str, str],
+            projector: Path | None) -> None:
     session.listener.note(f"creating {target.name} in Ollama {server.version} at {server.place}")
     ollama.create_model(server, target.name, gguf, target.chat, target.parameters, target.system, target.license,
-                        session.listener.progress, sha256,
+                        session.listener.progress, sha256, projector=projector,
                         again=command("export-ollama", session.run.root, "--force"))
-    tell_capabilities(server, target.name, target.chat, session.listener)
+    tell_capabilities(server, target.name, target.chat, session.listener, sees=projector is not None)
 
 
 def _digests(manifest: Manifest) -> dict[str, str]:

@@ -20,11 +20,13 @@ from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.export.senses import senses_of
 from gemma_tune.export.target import Target, target_for
 from gemma_tune.gguf.architectures.parts import Architecture, NotInLlamaCpp
 from gemma_tune.gguf.check import worst_error
 from gemma_tune.gguf.compensated import Rounding
 from gemma_tune.gguf.converter import OUTTYPES, convert_with
+from gemma_tune.gguf.projectors.parts import Projector
 from gemma_tune.gguf.template import gguf_template
 from gemma_tune.gguf.types import llama_quantize
 from gemma_tune.gguf.writer import Parts, parts_of, write_gguf
@@ -42,6 +44,8 @@ class ExportSource:
         merged: the merged checkpoint.
         name: the model's name for people.
         parts: of the GGUF files; None where ``converter``, a llama.cpp checkout, writes them.
+        projector: what the model sees and hears with; None where that is not written.
+        text_alone: what is to be said of that where the model has it.
     """
 
     merged: Path
@@ -50,6 +54,8 @@ class ExportSource:
     target: Target
     parts: Parts | None
     converter: Path | None = None
+    projector: Projector | None = None
+    text_alone: str = ""
 
     @property
     def architecture(self) -> Architecture | None:
@@ -76,7 +82,8 @@ def source_of(session: Session) -> ExportSource:
     if parts is not None:
         parts = replace(parts, vocabulary=replace(parts.vocabulary, add_bos=_adds_bos(parts, chat)))
     target = target_for(session, merged, chat, parts and parts.architecture.context)
-    return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target, parts, converter)
+    return ExportSource(merged, f"{session.run.model_name}-tuned", chat, target, parts, converter,
+                        *senses_of(merged, config.vision))
 
 
 def _adds_bos(parts: Parts, chat: ChatFormat) -> bool:

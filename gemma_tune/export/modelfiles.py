@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma_tune.base.files import fresh_path
 from gemma_tune.export.deploy import model_names
-from gemma_tune.export.target import Target
+from gemma_tune.export.files import ExportSource
 from gemma_tune.ollama.modelfile import render_modelfile
 from gemma_tune.run.earlier_exports import TOLD
 from gemma_tune.run.session import Session
@@ -55,18 +55,19 @@ class Told:
                 fresh[path].write_bytes(self.content)
 
 
-def modelfiles_of(session: Session, target: Target, quants: tuple[str, ...]) -> dict[str, Told]:
+def modelfiles_of(session: Session, source: ExportSource, quants: tuple[str, ...]) -> dict[str, Told]:
     """By number format.
 
     Raises:
         UserError: a Modelfile cannot hold what it is to say; so this comes before the long work.
     """
+    target, projector = source.target, session.run.projector.name if source.projector else None
     render = partial(render_modelfile, chat=target.chat, parameters=target.parameters, system=target.system,
                      license_text=target.license)
-    digest = hashlib.sha256(render("any.gguf").encode()).hexdigest()
+    digest = hashlib.sha256(render("any.gguf", projector_name=projector and "mmproj.gguf").encode()).hexdigest()
     found = {}
     for quant, name in model_names(target.name, quants).items():
-        text = render(f"{session.run.model_name}-{quant}.gguf", comment_lines=[
+        text = render(f"{session.run.model_name}-{quant}.gguf", projector_name=projector, comment_lines=[
             f"{session.model.id}, fine-tuned with gemma-tune", f"ollama create {name} -f Modelfile-{quant}"])
         found[quant] = Told(name, quant, session.run.ollama, text.encode(), digest)
     return found

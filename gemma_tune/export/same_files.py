@@ -10,6 +10,7 @@ from typing import Any
 from gemma_tune.config.settings import asks_more, same_result
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.files import WRITTEN, ExportSource, sampling_metadata
+from gemma_tune.export.sight import Sight
 from gemma_tune.export.target import parse_parameters, with_sampling
 from gemma_tune.run.directory import describe
 from gemma_tune.run.session import Session
@@ -18,7 +19,7 @@ from gemma_tune.run.state import state_of
 STAGE = "export-ollama"
 # Settings that leave a GGUF as it is. Of the parameters, a file holds those of sampling, which are compared by
 # themselves; the number formats are compared by what they came to.
-_BESIDE = ("name", "system", "num_ctx", "parameter", "quant", "size", *same_result(ExportConfig))
+_BESIDE = ("name", "system", "num_ctx", "parameter", "quant", "size", "vision", *same_result(ExportConfig))
 _CHECKS = ("measure", "verify")
 
 
@@ -44,6 +45,11 @@ class SameFiles:
     def written(self) -> dict[str, dict[str, Any]]:
         """Of the figures those that were there before any comparison."""
         return {quant: {name: item[name] for name in WRITTEN if name in item} for quant, item in self.figures.items()}
+
+    def sees_as(self, sight: Sight | None, source: ExportSource) -> bool:
+        """Whether pictures are read as the last export has it."""
+        return ((sight.made is None and dict(sight.figures) if sight else None) == self.summary.get("projector")
+                and source.text_alone == self.summary.get("text_alone", ""))
 
 
 def same_files(session: Session, source: ExportSource, quants: Iterable[str]) -> SameFiles | None:

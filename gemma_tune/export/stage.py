@@ -18,13 +18,14 @@ from gemma_tune.base.words import size_in_bytes, size_text
 from gemma_tune.config.stages import ExportConfig
 from gemma_tune.export.calibration_file import with_file
 from gemma_tune.export.calibration_rows import not_calibrated, not_measured
-from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, wants_engine
+from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, merge_check, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.files import ExportSource, source_of, write_file
 from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.push import check_push, push_export
 from gemma_tune.export.same_files import SameFiles, same_files
-from gemma_tune.export.target import Target, parse_parameters
+from gemma_tune.export.sight import Sight, lacks_sight, section, shown, sight_of
+from gemma_tune.export.target import parse_parameters
 from gemma_tune.export.worth import conclusion, file_to_take, gained, said_against, with_file_to_take
 from gemma_tune.gguf.architectures.parts import Architecture
 from gemma_tune.gguf.compensated import Rounding
@@ -60,7 +61,8 @@ def export(session: Session) -> ExportReport:
     if session.config.push:
         check_push(session.config.push, session.run.model_name, private=session.config.private)
     source = _once(source_of)  # by the stage if it runs, else by the deployment if there is a server, or for a push
-    stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)), rows)
+    stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)), rows,
+                      unfinished=lambda manifest: lacks_sight(session, manifest))
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
         if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
             raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
@@ -111,31 +113,43 @@ def check_target(config: ExportConfig, model_name: str) -> ollama.Server | None:
 
 def _export(session: Session, source: ExportSource) -> Finished:
     run = session.run
-    _say(session, source.target)
+    _say(session, source)
     quants = _quants(session, source)
-    modelfiles = modelfiles_of(session, source.target, quants)
+    modelfiles = modelfiles_of(session, source, quants)
     same = same_files(session, source, quants)
     if same is not None:
         session.listener.note("the GGUF stays as it is; " + (
             "what Ollama is told is written anew" if same.checked else "what was not checked is checked now"))
-        if same.checked:
-            return _told_otherwise(session, modelfiles, same)
     run.ollama.mkdir(exist_ok=True)
     # Under other names until all of it is checked: a file that is there from before is not touched by what fails.
     files = same.files if same else {
         quant: fresh_path(run.ollama / f"{run.model_name}-{quant}.gguf") for quant in quants}
+    sight = sight_of(session, source)
     try:
+        if same and same.checked and same.sees_as(sight, source):
+            return _told_otherwise(session, modelfiles, same, sight)
         figures = same.written if same else _write(session, source, files)
-        checks = check_files(session, source, files)
-        if same:
-            checks = checks.completed(ExportChecks.recorded(same.figures, same.summary))
-        finished = _finished(session, source.target, modelfiles, files, figures, checks)
+        checks = _checked(session, source, files, same)
+        if sight:
+            sight = shown(session, sight if same else sight.for_new_files, files.values())
+        finished = _finished(session, source, modelfiles, files, figures, checks, sight)
         return replace(finished, settings=same.settings) if same else finished
     except BaseException:
         beside = (run.ollama / _REPORT, *(path for told in modelfiles.values() for path in told.paths.values()))
         for path in (*(() if same else files.values()), *map(fresh_path, beside)):
             remove(path)
+        if sight:
+            sight.discard()
         raise
+
+
+def _checked(session: Session, source: ExportSource, files: Mapping[str, Path], same: SameFiles | None) -> ExportChecks:
+    """What is known about the files, with what was found out before about those that stay."""
+    if same is None:
+        return check_files(session, source, files)
+    before = ExportChecks.recorded(same.figures, same.summary).of_text
+    return replace(before, merged=merge_check(session)) if same.checked else (
+        check_files(session, source, files).completed(before))
 
 
 def _write(session: Session, source: ExportSource, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -184,8 +198,9 @@ def _write_one(session: Session, source: ExportSource, label: str, path: Path, m
     return figures
 
 
-def _say(session: Session, target: Target) -> None:
-    for note in target.notes:
+def _say(session: Session, source: ExportSource) -> None:
+    target = source.target
+    for note in (*target.notes, *([source.text_alone] if source.text_alone else [])):
         session.listener.note(note)
     for note in target.chat.notes:
         session.listener.warn(note)
@@ -237,34 +252,40 @@ def _quants(session: Session, source: ExportSource) -> tuple[str, ...]:
     return chosen
 
 
-def _finished(session: Session, target: Target, modelfiles: Mapping[str, Told], files: Mapping[str, Path],
-              figures: Mapping[str, dict[str, Any]], checks: ExportChecks) -> Finished:
+def _finished(session: Session, source: ExportSource, modelfiles: Mapping[str, Told], files: Mapping[str, Path],
+              figures: Mapping[str, dict[str, Any]], checks: ExportChecks, sight: Sight | None) -> Finished:
     """Write what stands beside the files, and give all of it to the manifest."""
     run = session.run
+    if sight and sight.unchecked:
+        checks = replace(checks, unchecked=(*checks.unchecked, sight.unchecked))
     for quant, path in files.items():
         figures[quant].update({"file": path.name.removeprefix(NEW), **modelfiles[quant].figures,
                                **checks.figures(quant)})
         figures[quant] |= _worth(session, quant, checks)
-    outputs, fresh = _results(modelfiles, files, figures)
+    outputs, fresh = _results(modelfiles, files, figures, sight)
     earlier = _earlier(session, figures)
-    left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values())]
+    left = [*(item["file"] for item in earlier.values()), *leftover_modelfiles(run, outputs.values()),
+            *([run.projector.name] if not sight and run.projector.is_file() else [])]
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
     report = run.ollama / _REPORT
-    limits = target.chat.notes
+    limits, seen = source.target.chat.notes, sight and sight.figures
     concluded = conclusion(figures, checks.losses, command("export-ollama", run.root), still_good(earlier))
     fresh[report] = fresh_path(report)
-    fresh[report].write_text(markdown(run.model_name, figures, checks, limits, earlier, concluded), encoding="utf-8")
+    text = markdown(run.model_name, figures, checks, limits, earlier, concluded, section(seen, source.text_alone))
+    fresh[report].write_text(text, encoding="utf-8")
     _show(session, figures, checks)
     if concluded:
         session.listener.note(concluded)
-    summary = {**({"different_in_ollama": list(limits)} if limits else {}), **checks.summary}
+    known = {"different_in_ollama": list(limits), "projector": seen, "text_alone": source.text_alone}
+    summary = {**{name: value for name, value in known.items() if value}, **checks.summary}
     return Finished({**outputs, "export_report": report}, _summary(summary, figures, earlier), fresh)
 
 
-def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles) -> Finished:
+def _told_otherwise(session: Session, modelfiles: Mapping[str, Told], same: SameFiles,
+                    sight: Sight | None) -> Finished:
     """The last export with other Modelfiles."""
-    outputs, fresh = _results(modelfiles, same.files, same.figures)
+    outputs, fresh = _results(modelfiles, same.files, same.figures, sight)
     figures = {quant: {**item, **modelfiles[quant].figures} for quant, item in same.figures.items()}
     return Finished({**outputs, "export_report": session.run.ollama / _REPORT},
                     _summary(same.summary, figures, _earlier(session, figures)), fresh, same.settings)
@@ -276,8 +297,8 @@ def _summary(other: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]],
     return with_formats(with_file_to_take(other, figures), figures, earlier) | {"quants": dict(figures)}
 
 
-def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
-             figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Path], dict[Path, Path]]:
+def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path], figures: Mapping[str, Mapping[str, Any]],
+             sight: Sight | None) -> tuple[dict[str, Path], dict[Path, Path]]:
     """The files with the Modelfiles beside them, by their names in the manifest; and where what is new lies now."""
     main = file_to_take(figures)
     outputs: dict[str, Path] = {}
@@ -288,6 +309,9 @@ def _results(modelfiles: Mapping[str, Told], files: Mapping[str, Path],
             fresh[gguf] = path
         outputs["gguf" if quant == main else f"gguf_{quant}"] = gguf
         modelfiles[quant].write(outputs, fresh, quant == main)
+    if sight:
+        outputs["projector"] = sight.path
+        fresh |= {sight.path: sight.made} if sight.made else {}
     return outputs, fresh
 
 

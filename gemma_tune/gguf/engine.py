@@ -32,8 +32,10 @@ import psutil
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import cores
+from gemma_tune.base.pictures import as_text
 
 ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
+_LIKELIEST = 10  # tokens whose log-probabilities are asked for
 INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PATH"
 # What llama.cpp prints of an error: "0.00.038.483 E srv  load_model: failed to load model", or a failed assertion.
 _ERROR_LINE = re.compile(r"^(?:[\d.]+ E +(.*)|(.*GGML_ASSERT.*)|.*\b(error: .*))$", re.MULTILINE)
@@ -76,6 +78,7 @@ class Engine:
         context: tokens of the longest prompt with its answer.
         talking: to be asked turn after turn by a person: what it read before is kept, also where a conversation is
             taken back, and Ctrl-C on the terminal, which goes to every process there, does not end it.
+        projector: the file with which the model sees, as :meth:`look` needs it.
 
     Raises:
         UserError: llama.cpp is not installed.
@@ -83,14 +86,14 @@ class Engine:
     """
 
     @loading("the model into llama.cpp")
-    def __init__(self, gguf: Path, context: int, *, talking: bool = False):
+    def __init__(self, gguf: Path, context: int, *, talking: bool = False, projector: Path | None = None):
         engine = find_engine()
         if engine is None:
             raise UserError("no llama.cpp engine is installed", INSTALL_HINT)
         kind, _, server = engine.partition(" ")
         binary = kind == "llama-server"
         make = functools.partial(_server_command, server) if binary else _child_command
-        command = make(gguf, context, talking)
+        command = make(gguf, context, talking, projector)
         self.gguf, self._log = gguf, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # Backtraces start a debugger where there is one, which takes long and tells people nothing.
         with _starting:
@@ -139,6 +142,23 @@ class Engine:
                            return_tokens=True, cache_prompt=False)
         ended = reply["stop_type"] == "eos"
         return Completion(tuple(reply["tokens"][:-1] if ended else reply["tokens"]), ended)
+
+    def look(self, picture: bytes, question: str) -> dict[int, float]:
+        """Log-probabilities of the likeliest tokens that an answer to a question about a picture can begin with.
+
+        Args:
+            picture: a PNG or JPEG file.
+
+        Raises:
+            EngineRefused: the model has no projector, or cannot take this picture.
+            WorkFailed: llama.cpp breaks down.
+        """
+        seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(picture)}"}}
+        asked = [{"role": "user", "content": [seen, {"type": "text", "text": question}]}]
+        reply = self._post("/v1/chat/completions", messages=asked, max_tokens=1, temperature=0, logprobs=True,
+                           top_logprobs=_LIKELIEST, cache_prompt=False)
+        [first] = reply["choices"][0]["logprobs"]["content"]
+        return {token["id"]: token["logprob"] for token in first["top_logprobs"]}
 
     def stream(self, ids: Sequence[int], count: int, **sampling: Any) -> Iterator[tuple[str, int, bool]]:
         """An answer of up to ``count`` tokens to a prompt of token ids, as it is made; closing it ends the answer.
@@ -268,12 +288,13 @@ def _apart(wanted: bool) -> dict[str, Any]:
     return {"start_new_session": wanted}
 
 
-def _server_command(server: str, gguf: Path, context: int, talking: bool) -> list[str]:
+def _server_command(server: str, gguf: Path, context: int, talking: bool, projector: Path | None) -> list[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return [server, "--model", str(gguf), "--ctx-size", str(context), "--parallel", "1", "--threads", str(threads()),
             # A check is to compute as this machine's CPU does; a person wants an answer from whatever is fastest.
             *(["--swa-full"] if talking else ["--n-gpu-layers", "0"]),
+            *(["--mmproj", str(projector), "--no-mmproj-offload"] if projector else []),
             "--no-warmup", "--jinja", "--host", "127.0.0.1", "--port", str(port)]
 
 
@@ -281,11 +302,12 @@ def _same_file(props: Mapping[str, Any], gguf: Path) -> bool:
     return Path(props.get("model_path", "")).name == gguf.name
 
 
-def _child_command(gguf: Path, context: int, talking: bool) -> list[str]:
-    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context), str(int(talking))]
+def _child_command(gguf: Path, context: int, talking: bool, projector: Path | None) -> list[str]:
+    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context), str(int(talking)),
+            *([str(projector)] if projector else [])]
 
 
-def serve(gguf: str, context: int, talking: bool) -> None:
+def serve(gguf: str, context: int, talking: bool, projector: str = "") -> None:
     """Load a file with xllamacpp, print the address as JSON, and serve until standard input is closed."""
     import xllamacpp
 
@@ -296,10 +318,12 @@ def serve(gguf: str, context: int, talking: bool) -> None:
     # A sliding window that keeps what lies behind it can be cut back, as after /undo, without reading all anew.
     params.swa_full = talking
     params.warmup, params.cache_ram_mib, params.verbosity = False, 0, ERRORS_ONLY
+    if projector:
+        params.mmproj.path, params.mmproj_use_gpu = projector, False
     server = xllamacpp.Server(params)
     print(json.dumps({"address": server.listening_address}), flush=True)
     sys.stdin.buffer.read()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1", *sys.argv[4:])

@@ -154,6 +154,11 @@ class RunDir:
         return self.root / "ollama"
 
     @property
+    def projector(self) -> Path:
+        """What an exported model sees with. Programs know it by the beginning of its name."""
+        return self.ollama / f"mmproj-{self.model_name}-f16.gguf"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "logs" / "metrics.jsonl"
 

@@ -38,7 +38,7 @@ def earlier_formats(run: RunDir, manifest: Manifest,
     for path in sorted(run.ollama.glob("*.gguf")):
         quant = path.stem.removeprefix(beginning)
         # One that was removed just now, or leads nowhere, is none.
-        if quant in {*quants} or path.name.startswith(".") or not path.is_file():
+        if quant in {*quants} or path == run.projector or path.name.startswith(".") or not path.is_file():
             continue
         size = path.stat().st_size
         figures = known.get(quant, {})

@@ -1,0 +1,215 @@
+"""A Gemma that sees is tuned on text and exported: llama.cpp and Ollama's double read pictures with it as with the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.export import senses, sight
+from gemma_tune.gguf.reader import read_gguf_metadata
+from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
+from support.modelfile import parse_modelfile
+from support.models import make_seeing
+from support.ollama import LoopbackOllama
+
+RUN = Path("runs/seeing")
+PROJECTOR, Q8 = RUN / "ollama/mmproj-seeing-f16.gguf", RUN / "ollama/seeing-q8_0.gguf"
+
+
+@pytest.fixture(scope="session")
+def seeing_once(tmp_path_factory) -> Path:
+    """A run up to the merged model, and its model beside it; copy it, do not change it."""
+    place = tmp_path_factory.mktemp("seeing")
+    model, run = make_seeing(place / "models" / "seeing"), place / "runs" / "seeing"
+    data = write_rows(place / "rows.jsonl", rows())
+    for args in (("prepare", data, "--model", model), ("train", *QUICK), ("merge", "--no-check")):
+        result = invoke(*args, "--run", run)
+        assert result.code == 0, result.err
+    return run
+
+
+@pytest.fixture
+def seeing(seeing_once, tmp_path) -> Path:
+    return copied_run(seeing_once, tmp_path, seeing_once.parents[1] / "models" / "seeing")
+
+
+@pytest.fixture
+def quick(cli):
+    """The export in one format, without anything that loads the model."""
+    return lambda *args: cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-verify", "--json", *args)
+
+
+def recorded() -> dict:
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    jsonschema.validate(manifest, MANIFEST_SCHEMA)
+    return manifest["stages"]["export-ollama"]
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Another one where a file was written anew."""
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def test_the_exported_model_sees(cli, seeing):
+    result = cli("export-ollama", "--quant", "q8_0,q4_0", "--no-measure", "--no-create", "--json")
+    assert result.code == 0, result.err
+    assert result.json["artifacts"]["projector"] == str(PROJECTOR) and result.json["projector"] == str(PROJECTOR)
+    figures = result.json["summary"]["projector"]
+    assert figures["file"] == PROJECTOR.name and figures["bytes"] == PROJECTOR.stat().st_size and figures["senses"] == ["vision"]
+    assert figures["largest_error"] < 1e-3 and set(figures["tensor_types"]) == {"F16", "F32"}
+    assert figures["engine"] and figures["pictures_apart"] > 1e-4, "llama.cpp sees another picture when it is shown one"
+    assert recorded()["summary"]["projector"] == figures and "text_alone" not in result.json["summary"]
+    assert read_gguf_metadata(PROJECTOR)["general.type"] == "mmproj"
+    for name in ("Modelfile", "Modelfile-q8_0", "Modelfile-q4_0"):
+        assert parse_modelfile((RUN / "ollama" / name).read_text())["beside"] == [f"./{PROJECTOR.name}"]
+    report = (RUN / "ollama/report.md").read_text()
+    assert f"## Pictures\n\nWith {PROJECTOR.name} (0 MB) each of these files takes pictures, as the base model does." in report
+    assert "about a red and a blue one begin differ by up to " in report and "Not checked" not in report
+    main = result.json["file"]
+    assert result.json["elsewhere"][:2] == [f"llama-mtmd-cli -m {main} --mmproj {PROJECTOR} --jinja",
+                                            f"llama-server -m {main} --mmproj {PROJECTOR} --jinja"]
+    assert result.json["elsewhere"][2:] == [f"lms import --copy --user-repo gemma-tune/seeing-tuned {path}" for path in (main, PROJECTOR)]
+    said = " ".join(result.err.split())
+    assert f"{PROJECTOR.name}, 0 MB: with it the exported model takes pictures, as the base model does" in said
+    assert f"for other programs: {main}, its chat template in it, and for pictures {PROJECTOR}" in said
+    assert not list((RUN / "ollama").glob(".*")) and "earlier files stay" not in said
+
+
+def test_the_file_stays_as_long_as_the_towers_do(cli, quick, seeing):
+    assert quick().code == 0
+    before, gguf = identity(PROJECTOR), Q8.read_bytes()
+    assert quick().json["status"] == "up-to-date" and identity(PROJECTOR) == before
+    assert quick("--system", "Be brief.").json["status"] == "done" and identity(PROJECTOR) == before
+    for args in (("train", *QUICK[:-1], 1e-2, "--force"), ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    again = quick()
+    assert again.code == 0 and Q8.read_bytes() != gguf and identity(PROJECTOR) == before
+    assert again.json["artifacts"]["projector"] and recorded()["outputs"]["projector"]["path"] == f"ollama/{PROJECTOR.name}"
+    status = cli("status", "--json").json["stages"]["export-ollama"]
+    assert status["state"] == "done"
+    content = bytearray(PROJECTOR.read_bytes())
+    content[-9] ^= 64
+    PROJECTOR.write_bytes(content)
+    assert f"ollama/{PROJECTOR.name} was changed" in cli("status", "--verify").err
+    assert quick().code == 0 and cli("status", "--verify").code == 0 and PROJECTOR.read_bytes() != bytes(content)
+    before = identity(PROJECTOR)
+    assert quick("--force").code == 0 and identity(PROJECTOR) != before
+
+
+def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
+    first = quick()
+    before, gguf = identity(PROJECTOR), identity(Q8)
+    without = quick("--no-vision")
+    assert without.code == 0 and without.json["status"] == "done"
+    assert "what is exported takes text alone, though the merged model takes pictures: --no-vision" in without.err
+    assert "the GGUF stays as it is" in without.err and identity(Q8) == gguf
+    assert f"earlier files stay in {RUN / 'ollama'}: {PROJECTOR.name}" in without.err
+    assert "projector" not in without.json["artifacts"] and without.json["projector"] is None
+    assert "beside" not in parse_modelfile((RUN / "ollama/Modelfile").read_text())
+    assert "What is exported takes text alone, though the merged model takes pictures" in (RUN / "ollama/report.md").read_text()
+    assert recorded()["summary"]["text_alone"] and "projector" not in recorded()["summary"]
+    assert quick().json["status"] == "up-to-date", "as it was asked for before"
+    back = quick("--vision")
+    assert back.code == 0 and identity(Q8) == gguf and identity(PROJECTOR) != before
+    assert back.json["summary"]["projector"] == first.json["summary"]["projector"]
+
+
+def test_a_run_that_was_exported_before_gets_its_sight(quick, seeing):
+    """By a version that knew of no such file, and left sight out without a word."""
+    assert quick("--no-vision").code == 0
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    record = manifest["stages"]["export-ollama"]
+    del record["config"]["vision"], record["summary"]["text_alone"]
+    (RUN / "manifest.json").write_text(json.dumps(manifest))
+    gguf = identity(Q8)
+    result = quick()
+    assert result.json["status"] == "done" and result.json["artifacts"]["projector"] and identity(Q8) == gguf
+    assert quick().json["status"] == "up-to-date"
+
+
+def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
+    def cannot(checkpoint):
+        raise UserError("What Others in DIR sees with cannot be written as GGUF here.", "take another one")
+
+    monkeypatch.setattr(senses, "projector_of", cannot)
+    result = quick()
+    assert result.code == 0 and not PROJECTOR.exists()
+    told = ("what is exported takes text alone, though the merged model takes more: What Others in DIR sees with cannot be "
+            "written as GGUF here; take another one")
+    assert result.err.count(told) == 1 and recorded()["summary"]["text_alone"] == told
+    assert f"## Pictures\n\nW{told[1:]}.\n" in (RUN / "ollama/report.md").read_text()
+
+
+@pytest.mark.parametrize(("lacking", "reason"), [
+    ({"find_engine": lambda: None}, "no llama.cpp engine is installed (pip install xllamacpp, then repeat with --verify)"),
+    ({"available": lambda device: 5 * 10 ** 8}, "it takes 0.70 GB of memory, and 0.50 GB are available")])
+def test_what_is_not_checked_is_listed(cli, seeing, monkeypatch, lacking, reason):
+    for name, without in lacking.items():
+        monkeypatch.setattr(sight, name, without)
+    result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--json")
+    assert result.code == 0 and f"pictures: {reason}" in result.json["summary"]["unchecked"]
+    assert f"not checked: pictures: {reason}" in result.err
+    assert f"## Not checked\n\n- pictures: {reason}\n" in (RUN / "ollama/report.md").read_text()
+    assert "engine" not in result.json["summary"]["projector"]
+
+
+def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, seeing, monkeypatch):
+    assert quick().code == 0
+    before = {path: path.read_bytes() for path in (RUN / "ollama").iterdir()}
+    write = sight.write_projector
+
+    def unknown(projector, checkpoint, path, **more):
+        written = write(projector, checkpoint, path, **more)
+        path.write_bytes(path.read_bytes().replace(b"gemma3", b"gemma9", 1))
+        return written
+
+    monkeypatch.setattr(sight, "write_projector", unknown)
+    result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--force")
+    assert result.code == 1 and f"{PROJECTOR.name} beside " in result.err and "llama.cpp cannot load" in result.err
+    assert "--no-vision leaves pictures out" in result.err
+    assert {path: path.read_bytes() for path in (RUN / "ollama").iterdir()} == before
+
+
+# ---- Ollama ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("generation", ["0.33", "0.34.1"])
+def test_the_model_in_ollama_sees(cli, quick, seeing, generation):
+    with LoopbackOllama(generation) as server:
+        result = quick("--host", server.url)
+        assert result.code == 0, result.err
+        layers = server.layers["seeing-tuned:latest"]
+        assert server.blob(layers["model"]).read_bytes() == Q8.read_bytes()
+        assert server.blob(layers["projector"]).read_bytes() == PROJECTOR.read_bytes()
+        assert result.json["picture"] == {"read": True, "answer": "This is the loopback server's answer."}
+        assert "seeing-tuned says about it: \"This is the loopback server's answer.\"" in result.err
+        assert not [text for text in result.json["warnings"] if "lays out a prompt" not in text]
+        server.requests.clear()
+        assert quick("--host", server.url, "--no-vision").json["picture"] is None
+        assert server.layers["seeing-tuned:latest"].keys() == {"model"}
+        assert not any(turn.get("images") for request in server.requests for turn in request.body.get("messages", ()))
+
+
+def test_an_older_ollama_gets_the_model_without(quick, seeing):
+    with LoopbackOllama("0.24", ["no-split-vision"]) as server:
+        result = quick("--host", server.url)
+        assert server.layers["seeing-tuned:latest"].keys() == {"model"}
+    assert result.code == 0 and result.json["created"] and result.json["answer"]["answer"]
+    assert result.json["picture"]["read"] is False and "unable to load model" in result.json["picture"]["error"]
+    [warning] = [text for text in result.json["warnings"] if "mmproj" in text]
+    assert warning.startswith(f"Ollama 0.24.0 cannot load seeing-tuned with {PROJECTOR.name} (unable to load model: ")
+    assert "it answers text, and reads no pictures. Update Ollama and run the same command again; --no-vision" in warning
+
+
+def test_a_server_that_fails_at_pictures_alone_keeps_the_model(quick, seeing):
+    with LoopbackOllama(faults=["picture-error"]) as server:
+        result = quick("--host", server.url)
+        assert server.layers["seeing-tuned:latest"].keys() == {"model", "projector"}
+    assert result.code == 0 and result.json["picture"] == {"read": False, "error": "model runner has unexpectedly stopped"}
+    assert any("answers text in Ollama 0.34.1, and no picture: model runner" in text for text in result.json["warnings"])
+    with LoopbackOllama(faults=["chat-error"]) as server:  # which is not for the projector
+        failed = quick("--host", server.url)
+    assert failed.code == 1 and "cannot load" not in failed.err
