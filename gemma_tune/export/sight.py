@@ -6,6 +6,7 @@ holds what the merged model has.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -161,15 +162,14 @@ def _not_shown(sight: Sight, gguf: Path) -> str:
 def _apart(sight: Sight, gguf: Path) -> float | None:
     """How far apart two pictures are, as the largest difference of a token's probability to begin the answer; None
     where a picture takes long, so that only one was shown."""
-    import math
-
     with Engine(gguf, _CONTEXT, projector=sight.lies_at) as engine:
         began = time.monotonic()
         first = engine.look(square(RED), QUESTION)
         if time.monotonic() - began > _QUICK:
             return None
         second = engine.look(square(BLUE), QUESTION)
-    return max(abs(math.exp(first[token]) - math.exp(second[token])) for token in first.keys() & second.keys())
+    before, behind = ({token: math.exp(logprob) for token, logprob in found.items()} for found in (first, second))
+    return max(abs(before.get(token, 0) - behind.get(token, 0)) for token in before.keys() | behind.keys())
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

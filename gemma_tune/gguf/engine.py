@@ -155,10 +155,15 @@ class Engine:
         """
         seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(picture)}"}}
         asked = [{"role": "user", "content": [seen, {"type": "text", "text": question}]}]
+        # Of a token that is a part of a character llama.cpp tells none, so another one is made to come; the
+        # probabilities are those of before.
+        plain = self.tokenize(question, add_special=False, parse_special=False)[-1]
         reply = self._post("/v1/chat/completions", messages=asked, max_tokens=1, temperature=0, logprobs=True,
-                           top_logprobs=_LIKELIEST, cache_prompt=False)
-        [first] = reply["choices"][0]["logprobs"]["content"]
-        return {token["id"]: token["logprob"] for token in first["top_logprobs"]}
+                           top_logprobs=_LIKELIEST, cache_prompt=False, logit_bias=[[plain, 1000]])
+        told = (reply["choices"][0].get("logprobs") or {}).get("content")
+        if not told:
+            raise EngineRefused("llama.cpp begins no answer about the picture")
+        return {token["id"]: token["logprob"] for token in told[0]["top_logprobs"]}
 
     def stream(self, ids: Sequence[int], count: int, **sampling: Any) -> Iterator[tuple[str, int, bool]]:
         """An answer of up to ``count`` tokens to a prompt of token ids, as it is made; closing it ends the answer.
