@@ -14,6 +14,7 @@ from typing import Any
 from gemma_tune.base.words import size_text
 from gemma_tune.export.checks import ExportChecks, formats_markdown
 from gemma_tune.export.parity_report import markdown_table
+from gemma_tune.export.senses import taken
 from gemma_tune.export.target import Target
 from gemma_tune.models.licence import card_header
 from gemma_tune.ollama.modelfile import system_text
@@ -44,7 +45,7 @@ class Listed:
 
 
 def card_of(repo_id: str, merged: Path, files: Sequence[Listed], to_take: str, summary: Mapping[str, Any],
-            target: Target) -> str:
+            target: Target, projector: Listed | None = None) -> str:
     """A model card for the Hugging Face Hub, in Markdown with a YAML header.
 
     Args:
@@ -52,11 +53,13 @@ def card_of(repo_id: str, merged: Path, files: Sequence[Listed], to_take: str, s
         files: of the repository.
         to_take: name of the one that the examples use.
         summary: the export's, as the manifest keeps it.
+        projector: the file that the model sees with.
     """
     import yaml
 
     path = merged / "README.md"
     card, told = path.read_text(encoding="utf-8") if path.is_file() else "", card_header(merged)
+    example = next(file for file in files if file.name == to_take)
     header = {name: value for name, value in told.items() if name != "library_name"}
     header["tags"] = ["gguf", *told.get("tags", ["gemma-tune"])]
     figures = summary["quants"]
@@ -69,9 +72,10 @@ def card_of(repo_id: str, merged: Path, files: Sequence[Listed], to_take: str, s
         "---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"# {title[1] if title else 'A fine-tuned model'}, as GGUF", "",
         "GGUF files for Ollama, llama.cpp, LM Studio and others, with the chat template of the training in them.", "",
-        "## Use", "", *_usage(repo_id, files, next(file for file in files if file.name == to_take), target), "",
+        "## Use", "", *_usage(repo_id, files, example, target, projector), "",
+        *_pictures(summary, example.for_llama(repo_id, files), projector),
         *(["Different in Ollama:", "", *differs, ""] if differs else []),
-        "## Files", "", *markdown_table(_rows(repo_id, files, target)),
+        "## Files", "", *markdown_table(_rows(repo_id, files, target, projector)),
         *(formats_markdown(figures, losses) if losses else ()), "", *made])
 
 
@@ -80,17 +84,30 @@ def _section(card: str, name: str) -> str:
     return found[1] if found else ""
 
 
-def _rows(repo_id: str, files: Sequence[Listed], target: Target) -> list[tuple[str, ...]]:
+def _rows(repo_id: str, files: Sequence[Listed], target: Target, projector: Listed | None) -> list[tuple[str, ...]]:
     rows = [("file", "size", "for llama.cpp", "for Ollama"), *(
         (file.name, size_text(file.bytes), f"`{file.for_llama(repo_id, files)}`", f"`{file.for_ollama(repo_id)}`")
         for file in files)]
+    if projector:
+        rows.append((projector.name, size_text(projector.bytes), *["comes with each"] * 2))
     return rows if target.chat.template is not None else [row[:-1] for row in rows]  # Ollama is not to run it from here
 
 
-def _usage(repo_id: str, files: Sequence[Listed], file: Listed, target: Target) -> list[str]:
+def _pictures(summary: Mapping[str, Any], llama: str, projector: Listed | None) -> list[str]:
+    """What is to be known of pictures; ``llama``: the options by which llama.cpp takes the file of the examples."""
+    if projector is None:
+        said = "The model that these files are of takes more than text; the files take text alone."
+        return [said, ""] if summary.get("text_alone") else []
+    return [f"`{projector.name}` is what the model takes {taken(summary['projector']['senses'])} with. Ollama and "
+            f"llama.cpp load it along with each of the other files (`llama-mtmd-cli {llama}` in a terminal), and so "
+            "does LM Studio from the same folder.", ""]
+
+
+def _usage(repo_id: str, files: Sequence[Listed], file: Listed, target: Target, projector: Listed | None) -> list[str]:
     llama = file.for_llama(repo_id, files)
     folder = repo_id.split("/")[1]
-    create = [f"hf download {repo_id} Modelfile {file.name} --local-dir {folder}",
+    downloads = " ".join(one.name for one in (file, projector) if one)
+    create = [f"hf download {repo_id} Modelfile {downloads} --local-dir {folder}",
               f"ollama create {target.name} -f {folder}/Modelfile", f"ollama run {target.name}"]
     with_ollama = [f"ollama run {file.for_ollama(repo_id)}"] if target.chat.template is not None else create
     lines = ["```bash", *with_ollama, f"llama-cli {llama}", f"llama-server {llama} --jinja", "```", ""]

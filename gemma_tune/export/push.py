@@ -1,7 +1,8 @@
 """The exported files go to the Hugging Face Hub, laid out as Ollama and llama.cpp look for them there.
 
 For ``ollama run hf.co/account/name:Q8_0`` the Hub takes the GGUF whose name has that number format in it, and what the
-files ``template``, ``system`` and ``params`` say in place of what it would guess. A Modelfile is not read, so that a
+files ``template``, ``system`` and ``params`` say in place of what it would guess; a file that begins with ``mmproj``
+comes along, there as in llama.cpp. A Modelfile is not read, so that a
 renderer of Ollama's own cannot be named (https://huggingface.co/docs/hub/ollama, ollama#7307, ollama#17636). Of a name
 the Hub goes by the last number format, llama.cpp by any (huggingface.js, ``gguf.ts``; its ``common/download.cpp``).
 """
@@ -63,7 +64,7 @@ def push_export(session: Session, stage: StageReport, source: ExportSource) -> s
     """
     config, manifest = session.config, read_manifest(session.run.root) or session.manifest
     for name in stage.artifacts:
-        if name.startswith("gguf"):  # made long ago, perhaps
+        if name.startswith("gguf") or name == "projector":  # made long ago, perhaps
             require_unharmed(session.run, manifest, f"{_STAGE} --push", _STAGE, name)
     _say(session, source.target)
     with tempfile.TemporaryDirectory() as place:
@@ -75,6 +76,7 @@ def push_export(session: Session, stage: StageReport, source: ExportSource) -> s
 def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: Path) -> Parcel:
     """What is pushed; what stands beside the GGUF files is written into ``folder``."""
     run, quants = session.run, stage.summary["quants"]
+    path, seen = stage.artifacts.get("projector"), projector_there(run.model_name)
     names = {quant: name_there(run.model_name, quant) for quant in quants}
     good = {name_there(run.model_name, quant): (quant, item)
             for quant, item in still_good(stage.summary.get("earlier", {})).items()}
@@ -87,15 +89,19 @@ def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: 
 
     def outdated(info: ModelInfo) -> list[str]:
         stay = kept(info).keys()
-        return [name for name in names_in(info) if name in _OF_OLLAMA or _is_own(bare, name) and name not in stay]
+        return [name for name in names_in(info)
+                if name in (*_OF_OLLAMA, seen) or _is_own(bare, name) and name not in stay]
 
     def card(info: ModelInfo) -> str:
         files = [Listed(names[quant], _FORMATS.get(quant), item["bytes"]) for quant, item in quants.items()]
-        return card_of(info.id, source.merged, [*files, *kept(info).values()], to_take, stage.summary, source.target)
+        sees = Listed(seen, None, stage.summary["projector"]["bytes"]) if path else None
+        return card_of(info.id, source.merged, [*files, *kept(info).values()], to_take, stage.summary, source.target,
+                       sees)
 
     files = {names[quant]: run.ollama / item["file"] for quant, item in quants.items()}
+    files |= {seen: Path(path)} if path else {}
     licences = {path.name: path for pattern in LICENCE_FILES for path in source.merged.glob(pattern) if path.is_file()}
-    beside = dict(_beside(source.target, folder, to_take, session.model.id))
+    beside = dict(_beside(source.target, folder, to_take, session.model.id, seen if path else None))
     return Parcel(_MAKE, f"Model exported by gemma-tune {__version__}", {**licences, **beside, **files},
                   partial(_unfit, bare), outdated, card)
 
@@ -107,6 +113,15 @@ def name_there(model_name: str, quant: str) -> str:
     ('gemma-3-270m-it-Q8_0.gguf', 'a-MXFP4_MOE.gguf', 'a-250MB.gguf')
     """
     return f"{_bare(model_name)}-{_FORMATS.get(quant, quant.upper())}.gguf"
+
+
+def projector_there(model_name: str) -> str:
+    """What the file that the model sees with is called in a repository, where programs go by the beginning of its name.
+
+    >>> projector_there("gemma-3-4b-it")
+    'mmproj-gemma-3-4b-it-F16.gguf'
+    """
+    return f"mmproj-{_bare(model_name)}-F16.gguf"
 
 
 def _bare(model_name: str) -> str:
@@ -139,17 +154,18 @@ def _say(session: Session, target: Target) -> None:
                               "that the Hub chooses; the model card says how to create it with the Modelfile")
 
 
-def _beside(target: Target, folder: Path, gguf: str, model_id: str) -> Iterator[tuple[str, Path]]:
+def _beside(target: Target, folder: Path, gguf: str, model_id: str,
+            projector: str | None) -> Iterator[tuple[str, Path]]:
     """What stands beside the GGUF files, written into ``folder``: what a Modelfile says of them.
 
     Args:
-        gguf: what the file to take is called in the repository.
+        gguf, projector: what the file to take, and the one that it sees with, are called in the repository.
     """
     chat = target.chat
     texts = {"template": chat.template, "system": system_text(chat, target.system),
              "params": json.dumps(merged_parameters(chat, target.parameters), indent=2, ensure_ascii=False),
              "Modelfile": render_modelfile(gguf, chat, parameters=target.parameters, system=target.system,
-                                           license_text=target.license, comment_lines=[
+                                           license_text=target.license, projector_name=projector, comment_lines=[
                                                f"{model_id}, fine-tuned with gemma-tune",
                                                f"ollama create {target.name} -f Modelfile"])}
     for name, text in texts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jsonschema
@@ -133,13 +134,13 @@ def test_a_run_that_was_exported_before_gets_its_sight(quick, seeing):
 
 def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
     def cannot(checkpoint):
-        raise UserError("What Others in DIR sees with cannot be written as GGUF here.", "take another one")
+        raise UserError(f"What Others in {checkpoint} sees with cannot be written as GGUF here.", "take another one")
 
     monkeypatch.setattr(senses, "projector_of", cannot)
     result = quick()
     assert result.code == 0 and not PROJECTOR.exists()
-    told = ("what is exported takes text alone, though the merged model takes more: What Others in DIR sees with cannot be "
-            "written as GGUF here; take another one")
+    told = ("what is exported takes text alone, though the merged model takes more: What Others in seeing_lora_merged sees with "
+            "cannot be written as GGUF here; take another one")
     assert result.err.count(told) == 1 and recorded()["summary"]["text_alone"] == told
     assert f"## Pictures\n\nW{told[1:]}.\n" in (RUN / "ollama/report.md").read_text()
 
@@ -172,6 +173,34 @@ def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, s
     assert result.code == 1 and f"{PROJECTOR.name} beside " in result.err and "llama.cpp cannot load" in result.err
     assert "--no-vision leaves pictures out" in result.err
     assert {path: path.read_bytes() for path in (RUN / "ollama").iterdir()} == before
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+def test_it_is_pushed_along_and_leaves_again(quick, seeing, hub, visit):
+    repo_id, name = "tester/seeing-GGUF", "mmproj-seeing-F16.gguf"
+    hub.create(repo_id, {"mmproj-other.gguf": b"of somebody"}, private=True)
+    assert quick("--push", repo_id).code == 0
+    there = hub.files(repo_id)
+    assert there[name] == PROJECTOR.read_bytes() and there["seeing-Q8_0.gguf"] == Q8.read_bytes()
+    read = parse_modelfile(there["Modelfile"].decode())
+    assert (read["from"], read["beside"]) == ("./seeing-Q8_0.gguf", [f"./{name}"])
+    card = there["README.md"].decode()
+    assert f"`{name}` is what the model takes pictures with. Ollama and llama.cpp load it along" in card
+    assert f"(`llama-mtmd-cli -hf {repo_id}:Q8_0` in a terminal)" in card and f"| {name} | 0 MB | comes with each |" in card
+    result = quick("--no-vision", "--push", repo_id)
+    assert result.code == 0 and f"removing what earlier pushes left there: {name}" in result.err
+    assert name not in hub.files(repo_id) and "mmproj-other.gguf" in hub.files(repo_id)
+    card = hub.files(repo_id)["README.md"].decode()
+    assert "the files take text alone." in card and name not in card
+    damaged = bytearray(PROJECTOR.read_bytes())
+    assert quick("--vision").code == 0
+    times = PROJECTOR.stat()
+    damaged[-9] ^= 64
+    PROJECTOR.write_bytes(damaged)
+    os.utime(PROJECTOR, ns=(times.st_atime_ns, times.st_mtime_ns))
+    result = quick("--push", repo_id)
+    assert result.code == 2 and f"ollama/{PROJECTOR.name} was changed" in result.err and name not in hub.files(repo_id)
 
 
 # ---- Ollama ----------------------------------------------------------------------------------------------------------
