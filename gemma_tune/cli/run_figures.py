@@ -66,6 +66,10 @@ def _merged(s: Mapping[str, Any]) -> Iterator[str]:
 
 def _exported(s: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{quant}: {text}" for quant, text in format_lines(s))
+    if sight := s.get("projector"):
+        yield f"{' and '.join(sight['senses'])}: {size_text(sight['bytes'])}, as the base model has it"
+    elif s.get("text_alone"):
+        yield "takes text alone, which its base model does not"
 
 
 _LINES = {"prepare": _prepared, "train": _trained, "eval": _evaluated, "merge": _merged, "export-ollama": _exported}

@@ -76,7 +76,8 @@ def push_export(session: Session, stage: StageReport, source: ExportSource) -> s
 def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: Path) -> Parcel:
     """What is pushed; what stands beside the GGUF files is written into ``folder``."""
     run, quants = session.run, stage.summary["quants"]
-    path, seen = stage.artifacts.get("projector"), projector_there(run.model_name)
+    seen, sight = projector_there(run.model_name), stage.summary.get("projector")
+    path = stage.artifacts.get("projector") if sight else None
     names = {quant: name_there(run.model_name, quant) for quant in quants}
     good = {name_there(run.model_name, quant): (quant, item)
             for quant, item in still_good(stage.summary.get("earlier", {})).items()}
@@ -94,7 +95,7 @@ def _parcel(session: Session, stage: StageReport, source: ExportSource, folder: 
 
     def card(info: ModelInfo) -> str:
         files = [Listed(names[quant], _FORMATS.get(quant), item["bytes"]) for quant, item in quants.items()]
-        sees = Listed(seen, None, stage.summary["projector"]["bytes"]) if path else None
+        sees = Listed(seen, None, sight["bytes"]) if path else None
         return card_of(info.id, source.merged, [*files, *kept(info).values()], to_take, stage.summary, source.target,
                        sees)
 

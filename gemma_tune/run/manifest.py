@@ -43,9 +43,10 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
 _COUNTS = ("steps", "steps_before", "counted_after")  # numbers that are never missing where they are named
 _TEXTS = ("training_id", "method", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
-          "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256")
+          "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256", "text_alone")
 _LISTS = ("earlier_trainings",)
 _DRAWN = {"data": str, "rows": int, "of": int}  # what `drawn` has of each DATA of ``prepare``
+_SIGHT = {"file": str, "bytes": int, "senses": list}  # what `projector` has of what an exported model sees with
 _LARGEST = 1e300
 
 
@@ -230,6 +231,8 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}.{key}: {shown(value)} is no list of texts"
         elif key == "drawn" and not (isinstance(value, list) and all(map(_is_drawn, value))):
             yield f"{place}.{key}: {shown(value)} is no list of what was drawn"
+        elif key == "projector" and not (isinstance(value, dict) and _is_sight(value)):
+            yield f"{place}.{key}: {shown(value)} is nothing to see with"
         elif key == "kind" and value not in KINDS:
             yield f"{place}.{key}: {shown(value)} is none of {', '.join(KINDS)}"
         elif key in _TEXTS and not isinstance(value, str | None):
@@ -238,6 +241,11 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_drawn(value: Any) -> bool:
     return isinstance(value, dict) and all(_has(value, kind, key) for key, kind in _DRAWN.items())
+
+
+def _is_sight(value: Mapping[str, Any]) -> bool:
+    return (all(_has(value, kind, key) for key, kind in _SIGHT.items())
+            and all(sense in ("vision", "audio") for sense in value["senses"]))
 
 
 def _is_number(value: Any) -> bool:

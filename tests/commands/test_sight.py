@@ -91,7 +91,7 @@ def test_the_file_stays_as_long_as_the_towers_do(cli, quick, seeing):
     assert again.code == 0 and Q8.read_bytes() != gguf and identity(PROJECTOR) == before
     assert again.json["artifacts"]["projector"] and recorded()["outputs"]["projector"]["path"] == f"ollama/{PROJECTOR.name}"
     status = cli("status", "--json").json["stages"]["export-ollama"]
-    assert status["state"] == "done"
+    assert status["state"] == "done" and "vision: 0 MB, as the base model has it" in cli("status").err
     content = bytearray(PROJECTOR.read_bytes())
     content[-9] ^= 64
     PROJECTOR.write_bytes(content)
@@ -114,6 +114,7 @@ def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
     assert "What is exported takes text alone, though the merged model takes pictures" in (RUN / "ollama/report.md").read_text()
     assert recorded()["summary"]["text_alone"] and "projector" not in recorded()["summary"]
     assert quick().json["status"] == "up-to-date", "as it was asked for before"
+    assert "takes text alone, which its base model does not" in cli("status").err
     back = quick("--vision")
     assert back.code == 0 and identity(Q8) == gguf and identity(PROJECTOR) != before
     assert back.json["summary"]["projector"] == first.json["summary"]["projector"]

@@ -244,6 +244,8 @@ def damaged_manifests() -> dict[str, tuple[bytes, str]]:
         "config without value": (stage(config={"seed": 42}), "stages.train.config.seed: value is missing"),
         "drawn without rows": (stage(summary={"drawn": [{"data": "a.jsonl", "of": 3}]}), "stages.train.summary.drawn: "),
         "unknown kind of rows": (stage(summary={"kind": "text"}), "stages.train.summary.kind: 'text' is none of conversations, "),
+        "sight without a size": (stage(summary={"projector": {"file": "a", "senses": []}}), "stages.train.summary.projector: "),
+        "unknown sense": (stage(summary={"projector": {"file": "a", "bytes": 1, "senses": ["smell"]}}), "is nothing to see with"),
         "null in place of a count": (stage(summary={"steps": None}), "stages.train.summary.steps: "),
         "drawn as number": (stage(summary={"drawn": 3}), "stages.train.summary.drawn: "),
         "output as text": (stage(outputs={"adapter": "here"}), "stages.train.outputs.adapter: path, sha256"),
