@@ -81,7 +81,7 @@ class ExportReport:
         elsewhere: the file for other programs; None if none keeps enough of what was learned.
         advice: what to do before the next steps.
         answer: what Ollama answered to a held-out prompt, with ``done_reason`` and counts of tokens.
-        picture: what came of asking Ollama about a picture, see ``served_sight.ask``; None if it was not.
+        picture: what came of asking Ollama about a picture, see ``served_sight.tried``; None if it was not.
     """
 
     stage: StageReport

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.pictures import QUESTION, RED, square
 from gemma_tune.export.served import PATIENCE
@@ -31,7 +32,7 @@ def tried(server: Server, target: Target, create: Callable[[Path | None], None],
         ``read``: whether pictures are read; with ``answer``, the model's, or ``error``, the server's words.
 
     Raises:
-        WorkFailed: no answer in time, or the connection is lost.
+        WorkFailed: no answer to a text in time, or the connection is lost.
     """
     if words := _refused(server, target):
         create(None)
@@ -43,9 +44,10 @@ def tried(server: Server, target: Target, create: Callable[[Path | None], None],
     listener.note(f"showing {target.name} a red square")
     try:
         answer = ollama.picture_answer(server, target.name, square(RED), QUESTION, PATIENCE, chat=target.chat)
-    except ollama.Refused as e:
-        listener.warn(f"{target.name} answers text in Ollama {server.version}, and no picture: {e.words}. {_NEWER}")
-        return {"read": False, "error": e.words}
+    except WorkFailed as e:  # what else is wrong with the server, the held-out prompt will tell
+        words = e.words if isinstance(e, ollama.Refused) else e.message
+        listener.warn(f"{target.name} answers text in Ollama {server.version}, and no picture: {words}. {_NEWER}")
+        return {"read": False, "error": words}
     listener.note(f"{target.name} says about it: {shortened(answer)}")
     return {"read": True, "answer": answer}
 

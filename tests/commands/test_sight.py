@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.export import senses, sight
+from gemma_tune.export import senses, served_sight, sight
 from gemma_tune.gguf.reader import read_gguf_metadata
 from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
 from support.modelfile import parse_modelfile
@@ -234,12 +234,16 @@ def test_an_older_ollama_gets_the_model_without(quick, seeing):
     assert "it answers text, and reads no pictures. Update Ollama and run the same command again; --no-vision" in warning
 
 
-def test_a_server_that_fails_at_pictures_alone_keeps_the_model(quick, seeing):
+def test_a_server_that_fails_at_pictures_alone_keeps_the_model(quick, seeing, monkeypatch):
     with LoopbackOllama(faults=["picture-error"]) as server:
         result = quick("--host", server.url)
         assert server.layers["seeing-tuned:latest"].keys() == {"model", "projector"}
     assert result.code == 0 and result.json["picture"] == {"read": False, "error": "model runner has unexpectedly stopped"}
     assert any("answers text in Ollama 0.34.1, and no picture: model runner" in text for text in result.json["warnings"])
+    monkeypatch.setattr(served_sight, "PATIENCE", 2.0)
+    with LoopbackOllama(faults=["picture-slow"]) as server:
+        result = quick("--host", server.url)
+    assert result.code == 0 and result.json["answer"]["answer"] and "did not answer in time" in result.json["picture"]["error"]
     with LoopbackOllama(faults=["chat-error"]) as server:  # which is not for the projector
         failed = quick("--host", server.url)
     assert failed.code == 1 and "cannot load" not in failed.err

@@ -55,6 +55,7 @@ FAULTS = frozenset(
         "own-tokenizer",  # which is not llama.cpp's, as versions before 0.30 have: a paragraph break is two tokens
         "no-split-vision",  # the own engine of 2025 and early 2026, which loads no model with a projector of its own
         "picture-error",  # text is answered, and a picture ends the runner
+        "picture-slow",  # answers about no picture until the server is stopped
         "no-vision-listed",  # as versions that look for an eye in the model's own file
         "no-count",  # an answer without prompt_eval_count, as versions before 0.4 gave to a prompt that they had cached
     }
@@ -372,6 +373,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(400, "invalid image data")
             if "projector" not in layers:
                 raise _Refusal(500, "this model is missing data required for image input")
+            if "picture-slow" in faults:
+                self.ollama.stopped.wait(30)
             if "picture-error" in faults:
                 raise _Refusal(500, "model runner has unexpectedly stopped")
 
