@@ -1,7 +1,8 @@
 """Whether an Ollama server lets a model see that was made with what it sees with.
 
 Before it ran every model in llama.cpp (about 0.30), Ollama could not load some architectures, such as Gemma 4's, with a
-file of its own for that, and answered nothing at all (ollama#14730, ollama#15346).
+file of its own for that, and answered nothing at all (ollama#14730, ollama#15346). Later ones took such a file for a
+second model where what it sees with has no layers, as Gemma 4 12B's (until ollama#16472).
 """
 
 from __future__ import annotations

@@ -177,6 +177,8 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, monkeypatch, ki
         return
     if kind == "qwen 3.5":  # its eye cannot be written here
         assert "what is exported takes text alone, though the merged model takes more: " in result.json["summary"]["text_alone"]
+    if kind == "gemma4-experts":
+        assert result.json["summary"]["projector"]["pictures_apart"] > 1e-3, "llama.cpp sees with what lies beside the files"
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5
     assert shown["q4_k_m"]["largest_error"] < 0.2
     assert kind != "glm 4" or 'PARAMETER stop """<|user|>"""' in Path("runs/model/ollama/Modelfile").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -417,3 +418,12 @@ def test_the_program_is_compiled_once_and_without_the_machines_settings(tmp_path
     made = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     render("x", [talk("a")])
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == made
+
+
+def test_what_a_model_sees_with_is_given_to_either_engine():
+    for make in (functools.partial(engine._server_command, "llama-server"), engine._child_command):
+        with_it, without = (make(Path("m.gguf"), 64, False, projector) for projector in (Path("mmproj.gguf"), None))
+        assert "mmproj.gguf" in with_it and not any("mmproj" in word for word in without)
+    command = engine._server_command("llama-server", Path("m.gguf"), 64, False, Path("mmproj.gguf"))
+    at = command.index("--mmproj")
+    assert command[at:at + 3] == ["--mmproj", "mmproj.gguf", "--no-mmproj-offload"] and command[-1].isdecimal(), "the port"

@@ -24,12 +24,11 @@ from support.ollama import ANSWER, LoopbackOllama
 CHAT = OllamaChat("{{ range .Messages }}{{ .Content }}{{ end }}", ("<end_of_turn>",), family="gemma")
 
 
-@pytest.fixture
-def files(tmp_path) -> tuple[Path, Path]:
+def written(tmp_path: Path, blocks: int = 1) -> tuple[Path, Path]:
     """A text model and a projector, by their metadata alone."""
     model, projector = tmp_path / "m-q8_0.gguf", tmp_path / "mmproj-m-f16.gguf"
     for path, arch, kind, keys in ((model, "gemma3", gguf.GGUFType.MODEL, {"gemma3.block_count": 2}),
-                                   (projector, "clip", gguf.GGUFType.MMPROJ, {"clip.vision.block_count": 1})):
+                                   (projector, "clip", gguf.GGUFType.MMPROJ, {"clip.vision.block_count": blocks})):
         writer = gguf.GGUFWriter(path, arch)
         writer.add_type(kind)
         for key, value in keys.items():
@@ -40,6 +39,11 @@ def files(tmp_path) -> tuple[Path, Path]:
         writer.write_tensors_to_file()
         writer.close()
     return model, projector
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    return written(tmp_path)
 
 
 def made(double: LoopbackOllama, model: Path, projector: Path | None, **more) -> Server:
@@ -94,6 +98,18 @@ def test_what_servers_cannot_do_with_pictures(files):
         tell_capabilities(made(double, model, None), "m", CHAT, said)
     [warning] = said.warnings
     assert warning.startswith("Ollama 0.24.0 does not list vision for m, though it got what pictures are read by")
+
+
+def test_an_older_server_takes_an_eye_without_layers_for_a_model(tmp_path):
+    """That of Gemma 4 12B has none; Ollama's pull request #16472 looks at more."""
+    files = written(tmp_path, blocks=0)
+    with LoopbackOllama("0.33") as double:
+        server = made(double, *files)
+        assert double.layers["m:latest"].keys() == {"model"}
+        with pytest.raises(Refused, match="unable to load model"):
+            generate_check(server, "m", [{"role": "user", "content": "Hi"}], 5)
+    with LoopbackOllama("0.34.1") as double:
+        assert picture_answer(made(double, *files), "m", square(RED), QUESTION, 5) == ANSWER
 
 
 def test_a_modelfile_names_both_files():

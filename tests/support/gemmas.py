@@ -111,10 +111,20 @@ def make_family(name: str, folder: Path, write_tokenizer: Callable[[Path], int] 
     own = write_gemma4_tokenizer if name.startswith("gemma4") else _write_gemma_tokenizer
     network = FAMILIES[name]((write_tokenizer or own)(folder) + 3)
     randomise(network, around_one=name.startswith("gemma4") or name == "gemma3n")
+    if name == "gemma4-experts":
+        _add_positions(network.model.vision_tower.patch_embedder)
     network.to(torch.bfloat16).save_pretrained(folder)
     if name == "gemma3n":
         _add_unused(folder)
     return network.float().eval()
+
+
+def _add_positions(embedder: Any) -> None:
+    """As many as llama.cpp makes patches of a small picture; not at first, which would change all other random weights."""
+    import torch
+
+    embedder.position_embedding_table = torch.nn.Parameter(embedder.position_embedding_table.detach().repeat(1, 4, 1))
+    embedder.config.position_embedding_size = embedder.position_embedding_size = 64
 
 
 def _add_unused(folder: Path) -> None:

@@ -315,10 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _kind(self, digest: str) -> str:
         """The layer that a GGUF file becomes."""
-        try:
-            found = read_gguf_metadata(self.ollama.blob(digest))
-        except UserError:  # what stands for a file here
-            return "model"
+        found = _metadata(self.ollama.blob(digest))
         arch, kind = found.get("general.architecture"), found.get("general.type")
         alone = not found.get(f"{arch}.block_count")
         known = kind == "projector" or alone and found.get(f"{arch}.vision.block_count", 0) > 0
@@ -361,13 +358,14 @@ class _Handler(BaseHTTPRequestHandler):
         return ["completion", *(["tools"] if tools else []), *(["vision"] if sees else []), *(["thinking"] if thinks else [])]
 
     def _layers(self, model: dict) -> dict[str, str]:
-        return self.ollama.layers[_full_name(model["model"])]
+        return self.ollama.layers.get(_full_name(model.get("model", "")), {})  # a model can be put there by hand
 
     def _check_pictures(self, model: dict, messages: list[dict]) -> None:
         """What goes wrong when a model is loaded, and when it is given pictures."""
         layers, faults = self._layers(model), self.ollama.faults
-        if "model" not in layers or "projector" in layers and "no-split-vision" in faults:
-            raise _Refusal(500, f"unable to load model: {self.ollama.blob(layers.get('model', 'none'))}")
+        blob = self.ollama.blob(layers.get("model", "none"))
+        if _metadata(blob).get("general.architecture") == "clip" or "projector" in layers and "no-split-vision" in faults:
+            raise _Refusal(500, f"unable to load model: {blob}")
         for picture in (picture for turn in messages for picture in turn.get("images", ())):
             if not base64.b64decode(picture, validate=True).startswith(b"\x89PNG"):
                 raise _Refusal(400, "invalid image data")
@@ -433,6 +431,14 @@ class _Handler(BaseHTTPRequestHandler):
         room = len(answer.split()) if num_predict < 0 else max(0, num_predict - len(thought.split()))
         cut = len(answer.split()) > room
         return (" ".join(answer.split()[:room]), False) if cut else (answer, True)
+
+
+def _metadata(blob: Path) -> dict[str, Any]:
+    """Of a GGUF file; nothing of what stands for one."""
+    try:
+        return read_gguf_metadata(blob)
+    except UserError:
+        return {}
 
 
 def _full_name(name: str) -> str:
