@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
 from gemma_tune.gguf.projectors.parts import AUDIO, VISION, Projector
 from gemma_tune.gguf.projectors.registry import projector_of
 
@@ -27,7 +28,8 @@ def senses_of(merged: Path, wanted: bool) -> tuple[Projector | None, str]:
     try:
         projector = projector_of(merged)
     except UserError as e:  # also where the weights cannot be read, which is told with those of the text
-        reasons = "; ".join(filter(None, (e.message.rstrip("."), *e.problems, e.hint)))
+        hint = None if isinstance(e, NotInLlamaCpp) else e.hint  # that of a whole model
+        reasons = "; ".join(filter(None, (e.message.rstrip("."), *e.problems, hint)))
         return None, f"{alone}more: {reasons}".replace(f"{merged}", merged.name)  # it is recorded, for any place
     if projector and not wanted:
         return None, f"{alone}{taken(projector.senses)}: --no-vision"

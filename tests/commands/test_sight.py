@@ -89,6 +89,7 @@ def test_the_file_stays_as_long_as_the_towers_do(cli, quick, seeing):
         assert cli(*args).code == 0
     again = quick()
     assert again.code == 0 and Q8.read_bytes() != gguf and identity(PROJECTOR) == before
+    assert "earlier" not in again.json["summary"], "it is none of the number formats"
     assert again.json["artifacts"]["projector"] and recorded()["outputs"]["projector"]["path"] == f"ollama/{PROJECTOR.name}"
     status = cli("status", "--json").json["stages"]["export-ollama"]
     assert status["state"] == "done" and "vision: 0 MB, as the base model has it" in cli("status").err
