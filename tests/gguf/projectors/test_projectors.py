@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
 from gemma_tune.gguf.projectors.check import check_projector
+from gemma_tune.gguf.projectors.gemma3 import gemma3
+from gemma_tune.gguf.projectors.gemma4 import gemma4
 from gemma_tune.gguf.projectors.registry import projector_of
 from gemma_tune.gguf.projectors.writer import write_projector
 from gemma_tune.gguf.writer import GgufSummary, write_gguf
@@ -218,6 +220,20 @@ def test_linear_layers_that_clip_nothing(editable: Any) -> None:
         export(folder)
 
 
+def test_a_checkpoint_in_several_files(editable: Any, seer: Any) -> None:
+    folder = editable("gemma4-small")
+    tensors, homes = load_file(folder / "model.safetensors"), {}
+    (folder / "model.safetensors").unlink()
+    for part in range(2):
+        held = dict(list(tensors.items())[part::2])
+        homes |= dict.fromkeys(held, f"{part}.safetensors")
+        save_file(held, folder / f"{part}.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+    summary, projector = export(folder), projector_of(folder)
+    assert summary.path.read_bytes() == (seer("gemma4-small").folder / "mmproj.gguf").read_bytes()
+    assert projector and check_projector(projector, folder, summary.path)[0] < 1e-4
+
+
 def test_a_text_model_has_no_projector(editable: Any, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "text", train_sentencepiece())
     assert projector_of(tmp_path / "text") is None
@@ -268,6 +284,30 @@ def test_numbers_that_are_none_are_told(editable: Any) -> None:
 
 
 # ---- configurations ------------------------------------------------------------------------------------------------
+
+
+
+def shapes(config: dict[str, Any], maker: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in maker(config, folder).tensors}
+
+
+def test_released_configurations_are_completed_with_transformers_defaults(tmp_path: Path) -> None:
+    """Keys as in google/gemma-3-4b-it and google/gemma-4-E2B-it."""
+    eye = shapes({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560},
+                  "vision_config": {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
+                                    "model_type": "siglip_vision_model", "num_attention_heads": 16,
+                                    "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}}, gemma3, tmp_path)
+    assert len(eye) == 439
+    assert (eye["v.patch_embd.weight"], eye["v.position_embd.weight"]) == ((1152, 3, 14, 14), (4096, 1152))
+    assert (eye["v.blk.26.ffn_up.weight"], eye["mm.input_projection.weight"]) == ((4304, 1152), (1152, 2560))
+    both = shapes({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text", "hidden_size": 1536},
+                   "vision_config": {"model_type": "gemma4_vision", "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+                                     "default_output_length": 280, "use_clipped_linears": True},
+                   "audio_config": {"model_type": "gemma4_audio"}}, gemma4, tmp_path)
+    assert (both["v.patch_embd.weight"], both["v.position_embd.weight"]) == ((768, 3, 16, 16), (2, 10240, 768))
+    assert (both["v.blk.15.attn_q.input_max"], both["a.blk.11.conv_dw.weight"]) == ((1,), (1024, 5))
+    assert (both["a.input_projection.weight"], both["mm.a.input_projection.weight"]) == ((1024, 1024), (1536, 1536))
+
 
 DIFFERENT = [
     ("gemma3", "vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu'"),
