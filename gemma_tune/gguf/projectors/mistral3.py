@@ -26,6 +26,7 @@ from gemma_tune.gguf.projectors.parts import (
     name_of,
     processor_settings,
     three_numbers,
+    uneven,
     unusual_pictures,
 )
 
@@ -61,7 +62,8 @@ def _problems(whole: Any, settings: Mapping[str, Any]) -> list[str]:
     vision, text = whole.vision_config, whole.get_text_config()
     if vision.model_type != "pixtral":
         return [f"vision_config is a {vision.model_type} and llama.cpp computes a Pixtral"]
-    found = [f"vision_config.{problem}" for problem in differing(vision, num_channels=3)]
+    found = [f"vision_config.{problem}" for problem in [*differing(vision, num_channels=3),
+                                                        *uneven(vision, "image_size", "patch_size")]]
     if vision.hidden_act not in _ACTIVATIONS:
         found.append(f"vision_config.hidden_act is {vision.hidden_act!r} and llama.cpp knows {', '.join(_ACTIVATIONS)}")
     if vision.rope_parameters != {"rope_type": "axial", "rope_theta": 10_000.0}:

@@ -132,6 +132,12 @@ def unusual(what: str, settings: Mapping[str, Any], **fixed: Any) -> list[str]:
             for key, value in fixed.items() if (found := settings.get(key)) not in (None, value)]
 
 
+def uneven(vision: Any, *keys: str) -> list[str]:
+    """Sizes of squares, which can be given as two numbers."""
+    return [f"{key} is {getattr(vision, key)!r} and llama.cpp takes one number"
+            for key in keys if not isinstance(getattr(vision, key), int)]
+
+
 def three_numbers(settings: Mapping[str, Any], key: str, usual: float | None = None) -> list[float]:
     """The mean, or deviation, of each colour; ``usual`` where the settings don't say.
 

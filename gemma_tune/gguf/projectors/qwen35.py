@@ -20,6 +20,7 @@ from gemma_tune.gguf.projectors.parts import (
     name_of,
     processor_settings,
     three_numbers,
+    uneven,
     unusual_pictures,
 )
 
@@ -58,6 +59,7 @@ def _problems(vision: Any, text: Any, settings: Mapping[str, Any]) -> list[str]:
     found = differing(vision, hidden_act=ACTIVATION, in_channels=3, spatial_merge_size=_MERGED,
                       temporal_patch_size=_FRAMES, out_hidden_size=text.hidden_size,
                       num_position_embeddings=isqrt(vision.num_position_embeddings) ** 2)
+    found += uneven(vision, "patch_size")
     if vision.rope_parameters != {"rope_type": "axial", "rope_theta": 10_000.0}:
         found.append(f"rope_parameters are {vision.rope_parameters!r} and llama.cpp rotates axially with theta 10000")
     return [*(f"vision_config.{problem}" for problem in found),

@@ -37,4 +37,8 @@ def projector_of(checkpoint: Path) -> Projector | None:
         found = ", ".join(config.get("architectures") or ()) or config.get("model_type") or "the model"
         raise UserError(f"What {found} in {checkpoint} sees or hears with cannot be written as GGUF here.",
                         "llama.cpp's converter may: convert_hf_to_gguf.py CHECKPOINT --mmproj")
-    return maker(config, checkpoint)
+    try:
+        return maker(config, checkpoint)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # sizes of another kind than numbers
+        raise UserError(f"{checkpoint} describes nothing that sees or hears: {error}.",
+                        "Copy config.json and the processor's settings again from the base model.") from error

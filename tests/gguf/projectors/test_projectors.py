@@ -257,6 +257,28 @@ def test_an_ear_alone_is_not_written(editable: Any, name: str) -> None:
         projector_of(folder)
 
 
+@pytest.mark.parametrize(("name", "part", "key", "value"), [
+    ("gemma3", "vision_config", "patch_size", 0), ("gemma3", "vision_config", "image_size", [56, 56]),
+    ("gemma3", "", "mm_tokens_per_image", -4), ("gemma4-large", "vision_config", "num_attention_heads", 0),
+    ("qwen3.5", "vision_config", "num_position_embeddings", -1), ("mistral3", "vision_config", "patch_size", [4, 4]),
+    ("qwen3.5", "vision_config", "patch_size", [4, 4]),
+    ("mistral3", "vision_config", "num_attention_heads", 0),
+])
+def test_sizes_that_are_none_are_told(editable: Any, name: str, part: str, key: str, value: Any) -> None:
+    folder = editable(name)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", **({part: config[part] | {key: value}} if part else {key: value}))
+    with pytest.raises(UserError):
+        projector_of(folder)
+
+
+def test_settings_of_a_processor_that_are_none_are_told(editable: Any) -> None:
+    folder = editable("gemma3")
+    edit_json(folder / "processor_config.json", image_processor=["?"])
+    with pytest.raises(UserError, match="describes nothing that sees or hears"):
+        projector_of(folder)
+
+
 def test_weights_that_do_not_fit_are_told_together(editable: Any) -> None:
     folder = editable("gemma3")
     whole = (folder / "mmproj.gguf").read_bytes()
