@@ -66,16 +66,21 @@ def state_of(run: RunDir, manifest: Manifest, stage: str, look: Look = describe,
                 return State("stale", f"`{maker[0]}` is {made_from.status}: {made_from.reason}")
         elif os.path.exists(path := run.root / item["path"]) and (change := _change(run, path, item, look)):
             return State("stale", f"{path.name} {change}")
-    if _is_overtaken(manifest, stage):
-        return State("stale", "it is of an adapter from elsewhere, and the run has trained one of its own since")
+    if overtaken := _overtaken(manifest, stage):
+        return State("stale", overtaken)
     return State("done")
 
 
-def _is_overtaken(manifest: Manifest, stage: str) -> bool:
-    """Whether it is about an adapter from elsewhere, and older than the adapter that the run has trained itself."""
-    record, trained = (manifest.stages.get(name, {}) for name in (stage, "train"))
-    return (f"{OUTSIDE}adapter" in record.get("inputs", {})
-            and trained.get("ended", "") > record.get("ended", ""))
+def _overtaken(manifest: Manifest, stage: str) -> str | None:
+    """Why a result about an adapter from elsewhere is not about the run's adapter any more: one that was trained here,
+    or another one from elsewhere, was made or merged since; None where it still is."""
+    record, trained, merged = (manifest.stages.get(name, {}) for name in (stage, "train", "merge"))
+    if (own := record.get("inputs", {}).get(f"{OUTSIDE}adapter")) is None:
+        return None
+    if trained.get("ended", "") > record["ended"]:
+        return "it is of an adapter from elsewhere, and the run has trained one of its own since"
+    now = merged.get("inputs", {}).get(f"{OUTSIDE}adapter")
+    return "`merge` has merged another adapter since" if now and now["sha256"] != own["sha256"] else None
 
 
 def superseded(manifest: Manifest) -> list[str]:
@@ -83,7 +88,7 @@ def superseded(manifest: Manifest) -> list[str]:
     manifest alone."""
     found: list[str] = []
     for stage in STAGES:
-        if _is_overtaken(manifest, stage):
+        if _overtaken(manifest, stage):
             found.append(stage)
         for name, item in manifest.stages.get(stage, {"inputs": {}})["inputs"].items():
             maker, output = NEEDS[stage].get(name, ("", ""))

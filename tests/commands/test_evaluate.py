@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gemma_tune import samples
 from gemma_tune.answers.generation import greedy_continuations
@@ -22,6 +23,8 @@ from gemma_tune.evaluate.markdown import report
 from gemma_tune.evaluate.rows import nothing_to_measure
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
+from gemma_tune.run.manifest import read_manifest
+from gemma_tune.run.state import superseded
 from support.answering import greedy_answers
 from support.command import QUICK, rows, write_rows
 
@@ -271,6 +274,26 @@ def test_an_adapter_from_elsewhere_is_compared_on_rows_that_are_named(cli, fluen
     state = cli("status", "--run", there, "--json").json["stages"]["eval"]["state"]
     assert state == "stale: it is of an adapter from elsewhere, and the run has trained one of its own since"
     assert cli("eval", *args, "--run", there).json["summary"]["measures"] != own["measures"], "of the run's own adapter now"
+
+
+def test_a_comparison_of_an_adapter_from_elsewhere_is_stale_once_another_one_is_merged(cli, fluent, talkative, tmp_path):
+    first, there = shutil.copytree(fluent / "talkative_lora_adapter", tmp_path / "first"), tmp_path / "there"
+    second = shutil.copytree(first, tmp_path / "second")
+    weights = load_file(second / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, second / "adapter_model.safetensors", {"format": "pt"})
+    merge = ("merge", "--base", talkative, "--run", there, "--no-check", "--adapter")
+    assert cli(*merge, first).code == 0
+    args = ("--data", write_rows(tmp_path / "held-out.jsonl", rows(14)[12:]), "--max-new-tokens", 3, *FP32)
+    assert cli("eval", *args, "--run", there).code == 0
+    assert cli("status", "--run", there, "--json").json["stages"]["eval"]["state"] == "done"
+    assert cli(*merge, second).code == 0
+    state = cli("status", "--run", there, "--json").json["stages"]["eval"]["state"]
+    assert state == "stale: `merge` has merged another adapter since"
+    assert superseded(read_manifest(there)) == ["eval"], "report.html does not show it as of this adapter"
+    assert cli("eval", "--run", there, "--json").json["status"] == "done"
+    assert cli("status", "--run", there, "--json").json["stages"]["eval"]["state"] == "done"
+    assert cli(*merge, first).code == 0
+    assert cli("status", "--run", there, "--json").json["stages"]["eval"]["state"].startswith("stale: ")
 
 
 def test_of_an_adapter_from_elsewhere_that_is_gone_the_place_is_named(cli, fluent, talkative, tmp_path):
