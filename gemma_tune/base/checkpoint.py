@@ -107,6 +107,11 @@ def context_length(config: Mapping[str, Any]) -> int:
     return text.get("max_position_embeddings") or text.get("n_positions") or 0
 
 
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """Entries of a model's vocabulary, by its config.json; of a multimodal one the text model's; None if unsaid."""
+    return (config.get("text_config") or config).get("vocab_size")
+
+
 def generation_settings(checkpoint: Path) -> dict[str, Any]:
     """generation_config.json of a checkpoint directory; empty where there is none.
 

@@ -51,6 +51,7 @@ def choose(session: Session, tuned: bool = False) -> Choice:
         return Choice("gguf", "the GGUF is up to date, and llama.cpp is the fastest on a CPU, so it answers; the "
                               "adapter as it was trained: --use adapter")
     if "train" not in stages and "merge" in stages:
+        require(session, "merged")
         return Choice("merged", "this run has no training of its own, so the merged model answers")
     require(session, "adapter")
     if export is not None and export.status == "done":

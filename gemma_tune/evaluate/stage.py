@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.prompts import tool_names
+from gemma_tune.base.checkpoint import read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, write_atomic, write_json
 from gemma_tune.base.words import counted
@@ -36,7 +37,7 @@ from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
-from gemma_tune.run.state import OUTSIDE
+from gemma_tune.run.state import OUTSIDE, require_output
 
 __all__ = ["evaluate", "evaluate_alone", "nothing_to_measure", "require_settings"]
 
@@ -106,11 +107,15 @@ def _of_earlier_version(manifest: Manifest) -> bool:
 def _evaluate(session: Session) -> Finished:
     config, listener = session.config, session.listener
     # An adapter from elsewhere may come without a tokenizer; what was merged has the one that goes with it.
-    asks_with = session.inputs["adapter"] if "train" in session.manifest.stages else session.run.merged
+    elsewhere = "train" not in session.manifest.stages
+    asks_with = (require_output(session.run, session.manifest, "eval", "merge", "merged") if elsewhere
+                 else session.inputs["adapter"])
     chat = load_format(asks_with, session.model.config["model_type"])
+    vocabulary = _other_vocabulary(session) if elsewhere else None
     chosen = choose(session, chat)
     tasks = Tasks(found_names(session), listener) if config.tasks else None
-    model = add_adapter(load_model(session.model.path, choose_placement(config.dtype)), session.inputs["adapter"])
+    model = add_adapter(load_model(session.model.path, choose_placement(config.dtype)), session.inputs["adapter"],
+                        vocabulary)
     measures = losses(model, chat, chosen, config.seed, listener)
     given: dict[str, list[Answer]] = {side: [] for side in SIDES}
     if chosen.questions:
@@ -128,6 +133,18 @@ def _evaluate(session: Session) -> Finished:
     write_atomic(made[outputs["report"]], report(session, {**summary, "answers": side_by_side}).encode())
     write_json(made[outputs["answers"]], side_by_side)
     return Finished(outputs, summary, made)
+
+
+def _other_vocabulary(session: Session) -> int | None:
+    """Entries of the vocabulary that an adapter from elsewhere was trained with, as the merged model has them; None
+    where the base has as many. To the base, which is measured with them as well, tokens that were added mean nothing.
+    """
+    entries = vocabulary_of(read_config(session.run.merged))
+    if entries == vocabulary_of(session.model.config):
+        return None
+    session.listener.note(f"the adapter was trained with a vocabulary of another size than the base's, {entries:,} "
+                          "entries: both are measured with that")
+    return entries
 
 
 def _counts(given: dict[str, list[Answer]], measures: dict[str, Any]) -> dict[str, Any]:

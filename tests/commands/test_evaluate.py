@@ -304,6 +304,17 @@ def test_of_an_adapter_from_elsewhere_that_is_gone_the_place_is_named(cli, fluen
     assert result.code == 2 and f"gemma-tune merge --run {there} --adapter DIR" in result.err, result.err
 
 
+def test_of_a_merged_adapter_from_elsewhere_that_is_gone_the_merge_is_named(cli, fluent, talkative, tmp_path):
+    away, there = shutil.copytree(fluent / "talkative_lora_adapter", tmp_path / "away"), tmp_path / "there"
+    assert cli("merge", "--adapter", away, "--base", talkative, "--run", there, "--no-check").code == 0
+    shutil.rmtree(there / "talkative_lora_merged")
+    for command in (("eval", "--data", write_rows(tmp_path / "held-out.jsonl", rows(2))), ("chat", "--prompt", "Hello")):
+        result = cli(*command, "--run", there)
+        assert result.code == 2
+        assert f"`{command[0]}` cannot use the result of `merge`: talkative_lora_merged is gone" in result.err, result.err
+        assert f"make it again: gemma-tune merge --run {there} --force" in result.err
+
+
 def test_the_built_in_example_is_asked_its_own_held_out_questions_and_judged(cli, trained):
     manifest = json.loads((trained / "manifest.json").read_text())
     manifest["stages"]["prepare"]["config"]["data"]["value"] = []

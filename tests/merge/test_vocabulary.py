@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.answering import greedy_answers
+from support.command import write_rows
 from support.merging import merged
 
 from .test_plan import gemma, gpt2, logits, rounding
@@ -181,6 +183,35 @@ def test_tokens_that_were_added_are_in_the_merged_model(cli, tiny, tmp_path, set
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 423
     expected = peft_merged(tiny, adapter, 423).get_input_embeddings().weight
     assert torch.equal(model.get_input_embeddings().weight.float(), expected.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("settings", [ALONE, SAVED])
+def test_tokens_that_were_added_are_compared_with_the_base(cli, tiny, tmp_path, settings):
+    from gemma_tune.encoding.tokenizer import load_format
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import Placement
+
+    adapter = grown_adapter(tiny, tmp_path / "away", "auto", **settings)
+    merge = cli("merge", "--adapter", adapter, "--base", tiny, "--no-check", "--dtype", "fp32", "--run", "run")
+    assert merge.code == 0, merge.err
+    asked = [{"messages": [{"role": "user", "content": f"Call {n}."}, {"role": "assistant", "content": f"<call>{n}</call>"}]}
+             for n in range(3)]
+    result = cli("eval", "--run", "run", "--data", write_rows(tmp_path / "held-out.jsonl", asked), "--dtype", "fp32",
+                 "--max-new-tokens", 6, "--json")
+    assert result.code == 0, result.err
+    assert "another size than the base's, 423 entries: both are measured with that" in " ".join(result.err.split())
+    summary, place = result.json["summary"], Placement("cpu", torch.float32, "test")
+    folder = Path("run/tiny-gemma_lora_merged")
+    model, chat = load_model(folder, place).eval(), load_format(folder, "gemma3_text")
+    expected = greedy_answers(model, chat, [row["messages"][:1] for row in asked], 6)
+    assert [answer["tuned"] for answer in summary["answers"]] == [answer.text for answer in expected]
+    encoded = [sequence for row in asked for sequence in chat.encode(row["messages"])]
+    assert all({421, 422} <= set(sequence.ids.tolist()) for sequence in encoded), "the tokens that were added"
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(model(torch.tensor(sequence.ids)[None]).logits[0, :-1],
+                                                    torch.tensor(sequence.labels[1:]), reduction="sum") for sequence in encoded]
+    per_token = sum(losses) / sum(sequence.trained for sequence in encoded)
+    assert summary["measures"]["loss"]["tuned"][0] == pytest.approx(float(per_token), rel=1e-4)
 
 
 def test_tokens_without_embeddings_are_refused(cli, grown, tiny):
