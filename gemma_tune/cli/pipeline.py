@@ -66,7 +66,7 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
             _refuse_unexportable(session, request)
             _refuse_formats(session, request)
             _check_pushes(session.run.model_name, request.settings("merge"), request.settings("export-ollama"))
-            stage = partial(stage, foretell=False)
+            stage = partial(stage, foretell=False, trains=True)
         try:
             if name == "train" and session.config.num_processes > 1:
                 _train_in_processes(request, session)

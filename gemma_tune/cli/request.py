@@ -225,6 +225,7 @@ def prepare_first(request: Request, go_on: bool) -> tuple[Request, dict[str, Any
 
     request.settings("train")  # before the data is read, which can take long
     # Options of the same name, such as --seed, are about the training.
-    report = request.run("prepare", lambda session: prepare(session, go_on=go_on), data=request.options["data"])
+    report = request.run("prepare", lambda session: prepare(session, trains=True, go_on=go_on),
+                         data=request.options["data"])
     console.stage_result(report, request.options["quiet"])
     return request.but(run=str(report.run)), {"prepare": as_json(report)}

@@ -54,12 +54,14 @@ from gemma_tune.run.stopped import SEQUENCES, has_other_rows, rows_of, unfinishe
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
 
-def prepare(session: Session, preview: int = 0, *, foretell: bool = True, go_on: bool = False) -> StageReport:
+def prepare(session: Session, preview: int = 0, *, foretell: bool = True, trains: bool = False,
+            go_on: bool = False) -> StageReport:
     """Check, encode, split and write the data.
 
     Args:
         preview: show so many of the prepared sequences to the listener, also if all was up to date.
         foretell: say now what an export will refuse; `run` has found that out before.
+        trains: for a training that follows at once, so that one that was interrupted would go on with them.
         go_on: for a finished training that is to go on (``--continue``), which it does with its own data alone.
 
     Raises:
@@ -75,6 +77,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True, go_on:
     session = _with_template(_as_before(session))
     sources, held_out = _sources(session)
     limits_of(sources, session.config.most_rows)
+    anew = session.force
     named, template = session.config.chat_template, named_template(session.config.chat_template)
     session = replace(session, resolved=replace(session.resolved, config=_relative(session, sources, held_out)))
     refuse_inside_data(session.run, (source.path for source in sources + held_out))
@@ -92,9 +95,11 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True, go_on:
 
     def work(s: Session) -> Finished:
         made = _prepare(s, sources, held_out, template, foretell)
-        if go_on:
-            with nothing_left_of(made):
+        with nothing_left_of(made):
+            if go_on:
                 _refuse_other_than_learned(s, made)
+            elif trains and not anew:
+                _refuse_other_than_begun(s, made)
         return made
 
     report = run_stage(session, "prepare", work, inputs)
@@ -303,6 +308,17 @@ def _refuse_other_than_learned(session: Session, made: Finished) -> None:
         if name in learned and describe(run, path, lies_at=made.lies_at(path))["sha256"] != learned[name]["sha256"]:
             raise UserError("--continue goes on with the rows that the finished training learned, and these are others",
                             "leave DATA out to go on; or leave --continue out, and learn these")
+
+
+def _refuse_other_than_begun(session: Session, made: Finished) -> None:
+    run, manifest = session.run, session.manifest
+    marker = unfinished(run.checkpoints, manifest.finished_trainings)
+    if marker and made.summary[SEQUENCES] != marker["rows"]:
+        back = ", once those that it began with are prepared again" if has_other_rows(run, manifest, marker) else ""
+        saved, finish = whole(run.checkpoints)[-1].name, command("train", run.root)
+        raise UserError(f"an interrupted training waits ({saved}), and cannot go on with these rows, which are others "
+                        "than it began with; nothing is replaced",
+                        f"to finish it{back}: {finish}; to give it up and learn these: --force")
 
 
 def _tell_of_model(session: Session, chat: ChatFormat, saved_as: str | None) -> None:

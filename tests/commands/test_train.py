@@ -204,6 +204,35 @@ def test_a_stopped_training_goes_on_when_its_data_are_back(cli, tiny, tmp_path, 
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2
 
 
+def test_data_that_a_stopped_training_did_not_begin_with_take_no_place_of_those_that_it_did(cli, tiny, tmp_path, monkeypatch):
+    """Of `train DATA` and `run DATA`, which could not train on them; `prepare` does as it is told, and warns."""
+    data, other = stopped_with_other_data(cli, tiny, tmp_path, monkeypatch)
+    run = Path("runs/tiny-gemma")
+
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = contents()
+    for command in (("train", other), ("run", other, "--no-create")):
+        result = cli(*command, "--run", run)
+        assert result.code == 2 and "an interrupted training waits (checkpoint-2), and cannot go on with these rows" in result.err
+        assert f"to finish it: gemma-tune train --run {run}; to give it up and learn these: --force" in result.err
+        assert contents() == before
+    finished = cli("train", data, "--run", run, "--json")
+    assert finished.code == 0 and finished.json["summary"]["resumed_from_step"] == 2, finished.err
+
+
+def test_data_that_a_stopped_training_did_not_begin_with_are_learned_by_force(cli, tiny, tmp_path, monkeypatch):
+    data, other = stopped_with_other_data(cli, tiny, tmp_path, monkeypatch)
+    third = write_rows(tmp_path / "third.jsonl", rows(14))
+    assert cli("prepare", other).code == 0
+    refused = cli("train", third)
+    assert refused.code == 2 and "to finish it, once those that it began with are prepared again: gemma-tune train" in refused.err
+    result = cli("train", third, "--force", "--json")
+    assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
+    assert result.json["prepare"]["summary"]["rows"] == 14
+
+
 def test_a_stopped_training_s_rows_are_not_read_to_tell_whether_they_are_those_of_now(cli, tiny, tmp_path, monkeypatch):
     """Whatever their number: their sum is in the manifest, and counts where they lie as they were prepared."""
     data, other = stopped_with_other_data(cli, tiny, tmp_path, monkeypatch)
