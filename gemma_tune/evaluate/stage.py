@@ -34,7 +34,6 @@ from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
 from gemma_tune.report.tables import FEW_ROWS, short_rows, task_rows
 from gemma_tune.run.directory import command
-from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
 from gemma_tune.run.state import OUTSIDE, require_output
@@ -62,8 +61,7 @@ def evaluate_alone(session: Session) -> StageReport:
     require_tasks(found_names(session))
     session, files = FILE.with_file(session, session.config.data_file)
     session, task_files = with_files(session)
-    done = run_stage(session, "eval", _evaluate, files | task_files, unfinished=_of_earlier_version,
-                     elsewhere=_from_elsewhere(session, files))
+    done = run_stage(session, "eval", _evaluate, files | task_files, elsewhere=_from_elsewhere(session, files))
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
     _tell(session, done.summary)
     return replace(done, summary={**done.summary, "answers": given})
@@ -97,11 +95,6 @@ def require_settings(config: Any) -> None:
     """
     require_tasks(config.tasks)
     FILE.require(config.data_file)
-
-
-def _of_earlier_version(manifest: Manifest) -> bool:
-    """Whether the result lacks the measures, which the first versions did not take."""
-    return "eval" in manifest.stages and "measures" not in manifest.stages["eval"]["summary"]
 
 
 def _evaluate(session: Session) -> Finished:

@@ -84,7 +84,7 @@ def _learned_answers(session: Session) -> bool:
 
 
 def _last_method(session: Session) -> str:
-    """That of the run's last training; where its record does not say, it is older than the others."""
+    """That of the run's last training; answers where its record does not say."""
     method = session.settings_of("train").get("method", AUTO)
     return "sft" if method == AUTO else method
 

@@ -205,15 +205,6 @@ def test_the_page_is_written_also_where_all_is_up_to_date(cli, fluent):
     assert "base against tuned" in again.err
 
 
-def test_a_result_of_an_earlier_version_is_made_again(cli, fluent):
-    args = ("eval", "--max-new-tokens", 2, "--json", *FP32)
-    assert cli(*args).code == 0
-    manifest = json.loads((fluent / "manifest.json").read_text())
-    del manifest["stages"]["eval"]["summary"]["measures"]
-    (fluent / "manifest.json").write_text(json.dumps(manifest))
-    assert cli(*args).json["status"] == "done"
-
-
 def test_the_same_again_is_up_to_date(cli, fluent):
     args = ("eval", "--max-new-tokens", 5, "--json", *FP32)
     first, again = cli(*args), cli(*args)

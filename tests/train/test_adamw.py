@@ -89,7 +89,7 @@ def test_steps_are_torchs_and_one_tensor(at_once):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_checkpoints_are_read_both_ways(fused, at_once):
-    """One of an AdamW of many tensors, as earlier versions and a CPU's write them, goes on as one tensor; and back."""
+    """One of an AdamW of many tensors, as a CPU writes it, goes on as one tensor; and back."""
     ways = {"fused": fused}
     expected, before = Steps(False, **ways), Steps(False, **ways)
     expected.take(range(6))
