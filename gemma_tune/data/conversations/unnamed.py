@@ -183,10 +183,8 @@ def _two_answers(row: Fields) -> Problem | None:
     one, other = found
     return Problem("unknown_format", f"`{one}` and `{other}` seem to be two answers to `{question}`, and which of them "
                                      f"is better has to be said; {found_columns(row)}",
-                   shell.of_posix(
-                       f"jq -c '(arrays[], objects) | (if .WHICH == 1 then [.{one}, .{other}] else [.{other}, .{one}] "
-                       f"end) as [$better, $worse] | {{prompt: .{question}, chosen: $better, rejected: $worse}}' "
-                       "FILE.jsonl > pairs.jsonl")
+                   _by_jq(f" | (if .WHICH == 1 then [.{one}, .{other}] else [.{other}, .{one}] end) as "
+                          f"[$better, $worse] | {{prompt: .{question}, chosen: $better, rejected: $worse}}", "pairs")
                    + f", where .WHICH == 1 stands for what is true if `{one}` is the better one")
 
 

@@ -231,7 +231,7 @@ def test_two_answers_beside_which_nothing_known_says_which_is_better(tmp_path, n
     assert f"which of them is better has to be said; it has 'instruction', '{names[0]}'" in found.reason
     command, _, means = found.fix.partition(", where .WHICH == 1 stands for ")
     assert means == f"what is true if `{names[0]}` is the better one"
-    write_rows(tmp_path / "FILE.jsonl", [row, row | {"preference": 2}])
+    write_rows(tmp_path / "FILE.json", [row, row | {"preference": 2}])
     subprocess.run(["sh", "-c", command.replace("WHICH", "preference")], cwd=tmp_path, check=True)
     assert [read(json.loads(line))[:2] for line in (tmp_path / "pairs.jsonl").read_text().splitlines()] == [
         (["q", "c"], ["r"]), (["q", "r"], ["c"])]
