@@ -54,7 +54,8 @@ class RunStatus:
     ``next_step`` is a command; where none helps it is None, and ``note`` says what to do. ``base_damage`` is what is
     wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is step and
     value of the lowest validation loss of the recorded training; ``size`` counts the bytes of the run directory;
-    ``unread`` names large artifacts whose time stamps are others than recorded.
+    ``unread`` names large artifacts whose time stamps are others than recorded; ``unused`` has the sizes, in bytes, of
+    copies of adapters that trainings started from and nothing refers to any more, by name.
     """
 
     root: Path
@@ -70,6 +71,7 @@ class RunStatus:
     unread: tuple[str, ...] = ()
     note: str | None = None
     gone: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def damaged(self) -> bool:
@@ -83,7 +85,7 @@ class RunStatus:
                 "earlier_exports": self.earlier, "gone_exports": self.gone,
                 "base_damage": self.base_damage.message if self.base_damage else None,
                 "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
-                "bytes": self.size, "unread": list(self.unread),
+                "bytes": self.size, "unread": list(self.unread), "unused_adapters": self.unused,
                 "stages": {stage: {"state": state, "ended": ended, "summary": self.figures[stage].summary,
                                    "bytes": sum(self.figures[stage].sizes.values()),
                                    "outputs": self.figures[stage].sizes} for stage, state, ended, _ in self.rows}}
@@ -147,7 +149,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         next_step, note = None, f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread), note, gone(paths, manifest))
+                     tuple(unread), note, gone(paths, manifest), _unused_adapters(paths, manifest))
 
 
 def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:
@@ -182,6 +184,17 @@ def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | No
     sizes = {item["path"]: item["bytes"] for item in record.get("outputs", {}).values()
              if isinstance(item.get("bytes"), int)}
     return StageFigures(lines, summary, sizes)
+
+
+def _unused_adapters(run: RunDir, manifest: Manifest) -> dict[str, int]:
+    """Copies of the run's adapters that trainings started from, of which no result and no interrupted training is made
+    any more: name and size in bytes. They are somebody's to delete: what they learned is nowhere else."""
+    waiting = unfinished(run.checkpoints, manifest.finished_trainings)
+    named = {waiting["settings"].get("from_adapter")} if waiting else set()
+    for record in manifest.stages.values():
+        named |= {item["path"].split("/")[0] for item in record["inputs"].values()}
+    return {copy.name: disk_usage(copy) for copy in (run.sft_adapter, *run.start_adapters())
+            if copy.is_dir() and copy.name not in named}
 
 
 def _settings_files(run: RunDir, record: Mapping[str, Any]) -> str:

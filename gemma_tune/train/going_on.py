@@ -289,6 +289,10 @@ def continuation(session: Session, rows: int) -> Continuation:
                         "leave --continue out to start anew; or start from the adapter: "
                         + command("train", run.root, "--from-adapter", str(run.adapter)))
     summary, before = manifest.stages["train"]["summary"], _recorded(session)
+    if before["learning_rate"] is None:  # which every training has
+        raise UserError(f"{run.manifest} does not have the learning rate of the finished training any more",
+                        "leave --continue out to start anew; or start from the adapter: "
+                        + command("train", run.root, "--from-adapter", str(run.adapter)))
     done, total = _done(session), total_steps(rows, config)
     problems = difference(before, config.as_dict(), MAY_CHANGE)
     problems += [_too_short(config, total, done)] if total <= done else []

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma_tune.cli.run_figures import small_size
 from gemma_tune.encoding.tokens import lengths_of, liked, open_tokens, trained_of
 from gemma_tune.train import reference
 from gemma_tune.train.preference import PreferenceTrainer
@@ -424,7 +425,23 @@ def test_it_goes_on_from_the_run_s_own_adapter_and_keeps_what_that_was(cli, prep
     assert cli("train", *quick, "--method", "dpo", *own, "--force").code == 0
     third = {(path / "adapter_model.safetensors").read_bytes() for path in prepared.glob("tiny-gemma_start_adapter_*")}
     assert third == {first, second} and adapter_bytes(prepared) not in third
+    other = next(path for path in prepared.glob("tiny-gemma_start_adapter_*") if path != copy)
+    assert cli("status", "--json").json["unused_adapters"] == {copy.name: size_of(copy)}, "the last training began with the other"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *quick, "--method", "dpo", "--from-adapter", copy, "--seed", 7).code == 130
+    assert cli("status", "--json").json["unused_adapters"] == {}, "the one that waits began with it"
     assert cli("train", "--method", "sft", *quick, "--from-adapter", "none", "--force").code == 0
+    status = cli("status", "--json")
+    assert status.json["unused_adapters"] == {path.name: size_of(path) for path in (copy, other)}
+    for path in (copy, other):
+        said = f"{path.name} ({small_size(size_of(path))}) is an adapter that a training started from, and nothing refers"
+        assert said in cli("status").err
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of what lies in a directory."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_answers_after_preferences_are_learned_from_the_base_and_that_is_said(cli, prepared, tmp_path):
