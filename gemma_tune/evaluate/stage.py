@@ -163,7 +163,7 @@ def _tell(session: Session, summary: dict[str, Any]) -> None:
     if rows := short_rows(summary):
         session.listener.grid("base against tuned",
                               [("", "base", "tuned", "difference [95 % interval]", ""), *rows])
-        if summary["rows"] < FEW_ROWS:
+        if summary.get("rows", FEW_ROWS) < FEW_ROWS:
             session.listener.note(f"{counted(summary['rows'], 'row')}: with fewer than {FEW_ROWS} the intervals are "
                                   "rough, and so is what is said of them")
     if rows := task_rows(summary):

@@ -36,7 +36,7 @@ from gemma_tune.ollama.modelfile import lossy_runes
 from gemma_tune.run.directory import command
 from gemma_tune.run.earlier_exports import advice, earlier_formats, leftover_modelfiles, still_good, with_formats
 from gemma_tune.run.session import Session
-from gemma_tune.run.stage import Finished, run_stage
+from gemma_tune.run.stage import Finished, StageReport, run_stage
 
 if TYPE_CHECKING:
     from gemma_tune.export.mixes import Mixes
@@ -64,7 +64,7 @@ def export(session: Session) -> ExportReport:
     stage = run_stage(session, "export-ollama", lambda opened: _export(opened, source(opened)), rows,
                       unfinished=lambda manifest: lacks_sight(session, manifest))
     if stage.status == "up-to-date":  # what lay beside its files may be gone by now
-        if len(stage.summary.get("quants", {})) != sum(name.startswith("gguf") for name in stage.artifacts):
+        if not _names_everything(stage):
             raise UserError(f"{session.run.manifest} does not have the figures of each file of the last export",
                             f"make them again: {command('export-ollama', session.run.root, '--force')}")
         quants = stage.summary["quants"]
@@ -74,6 +74,13 @@ def export(session: Session) -> ExportReport:
         return report
     address = push_export(session, report.stage, source(session))
     return replace(report, stage=replace(report.stage, summary=report.stage.summary | {"pushed": address}))
+
+
+def _names_everything(recorded: StageReport) -> bool:
+    """Whether a result that is up to date has what is asked of it: figures and Modelfile of each GGUF file."""
+    quants, files = recorded.summary.get("quants", {}), [n for n in recorded.artifacts if n.startswith("gguf")]
+    return (len(quants) == len(files) and recorded.summary.get("quant") in quants
+            and all(name.replace("gguf", "modelfile", 1) in recorded.artifacts for name in files))
 
 
 def _once(decide: Callable[[Session], ExportSource]) -> Callable[[Session], ExportSource]:

@@ -145,6 +145,8 @@ def _rows(session: Session) -> str | None:
     if prepared is None or prepared_since(session.manifest):
         return None
     figures = prepared["summary"]
+    if not {"train_rows", "valid_rows"} <= figures.keys():
+        return None
     what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), _unit(session))
     several = "pairs of answers" if what.startswith("pair") else None
     counts = f"{counted(figures['train_rows'], what, several)}, {figures['valid_rows']:,} more held out"

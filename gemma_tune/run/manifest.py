@@ -40,8 +40,12 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "steps", "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
-            "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form")
-_COUNTS = ("steps", "steps_before", "counted_after")  # numbers that are never missing where they are named
+            "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form", "batch_size", "effective_batch",
+            "micro_batch", "trainable_parameters", "check_answer_tokens", "check_max_logprob_difference", "gguf_bytes",
+            "check_largest_error", "largest_error", "kl", "general_kl", "agreement", "general_agreement")
+# Of all figures those that are never null where they are named.
+_KNOWN = ("steps", "steps_before", "counted_after", "rows", "train_rows", "valid_rows", "trained_tokens", "bytes",
+          "perplexity", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "ollama_name")
 _TEXTS = ("training_id", "method", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256", "text_alone")
 _LISTS = ("earlier_trainings",)
@@ -203,6 +207,8 @@ def _stage_problems(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
 def _setting_problems(stage: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Settings whose values another type would have; their limits are judged where they are used again."""
     settings, kinds = {f.name: f for f in fields(CONFIGS[stage])}, types_of(CONFIGS[stage])
+    if stage == "prepare" and "data" not in config:  # without, the run would pass for one of the built-in example
+        yield "config.data: missing"
     for key, entry in config.items():
         if not isinstance(entry, dict) or "value" not in entry:
             yield f"config.{key}: value is missing"
@@ -225,7 +231,7 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             for name, row in value.items():
                 yield from (f"{place}.{key}.{name}.{figure}: missing" for figure in _TABLES[key] if figure not in row)
                 yield from _figure_problems(f"{place}.{key}.{name}", row)
-        elif key in _NUMBERS and not _is_number(value) and (value is not None or key in _COUNTS):
+        elif key in _NUMBERS and not _is_number(value) and (value is not None or key in _KNOWN):
             yield f"{place}.{key}: {shown(value)} is no number"
         elif key in _LISTS and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             yield f"{place}.{key}: {shown(value)} is no list of texts"
@@ -235,7 +241,7 @@ def _figure_problems(place: str, figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}.{key}: {shown(value)} is nothing to see with"
         elif key == "kind" and value not in KINDS:
             yield f"{place}.{key}: {shown(value)} is none of {', '.join(KINDS)}"
-        elif key in _TEXTS and not isinstance(value, str | None):
+        elif key in _TEXTS and not isinstance(value, str if key in _KNOWN else str | None):
             yield f"{place}.{key}: {shown(value)} is no text"
 
 

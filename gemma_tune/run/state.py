@@ -29,6 +29,9 @@ OUTSIDE = "outside_"  # before the name of an input that comes from outside the 
 # Outputs that no stage reads and people work on: rejected rows are there to be repaired, settings to be changed.
 FOR_PEOPLE = ("rejected_rows", "duplicate_rows", "data_report", "export_report", "training_settings")
 
+# What is read of a result that no other stage is made from.
+_READ_ALONE = {"eval": {"answers"}, "export-ollama": {"gguf"}}
+
 Look = Callable[[RunDir, Path, Mapping[str, Any]], dict[str, Any]]  # what lies there, see ``run.directory.describe``
 
 
@@ -110,7 +113,7 @@ def prepared_since(manifest: Manifest) -> bool:
 
 def _damage(run: RunDir, stage: str, outputs: Mapping[str, Any], look: Look) -> str | None:
     read_by_others = {output for needs in NEEDS.values() for maker, output in needs.values() if maker == stage}
-    if unnamed := sorted(read_by_others - outputs.keys()):
+    if unnamed := sorted((read_by_others | _READ_ALONE.get(stage, set())) - outputs.keys()):
         return f"the manifest does not name its {', '.join(unnamed)}"
     for name, item in outputs.items():
         path = run.root / item["path"]

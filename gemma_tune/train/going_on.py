@@ -242,7 +242,7 @@ def nothing_new(session: Session, manifest: Manifest) -> bool:
 def offer(session: Session) -> str | None:
     """The command that goes on from the finished training, where that makes what is asked for now; else None."""
     manifest = session.manifest
-    if "train" not in manifest.stages or state_of(session.run, manifest, "train").status != "done":
+    if "train" not in manifest.stages or state_of(session.run, manifest, "train").status != "done" or _lost(session):
         return None
     before, now = _recorded(session), as_finished(session).config.as_dict()
     if now["max_steps"]:
@@ -253,6 +253,14 @@ def offer(session: Session) -> str | None:
         return None
     return command("train", session.run.root, "--continue", *as_flags(
         TrainConfig, {name: now[name] for name in MAY_CHANGE if now[name] != before[name]}, defaults=True))
+
+
+def _lost(session: Session) -> list[str]:
+    """What the manifest does not have of the finished training, though each has it."""
+    summary = session.manifest.stages["train"]["summary"]
+    rate = _recorded(session)["learning_rate"]
+    return [name for name in ("steps", "device", "dtype") if summary.get(name) is None] + (
+        ["learning_rate"] if rate is None else [])
 
 
 def _done(session: Session) -> int:
@@ -289,8 +297,8 @@ def continuation(session: Session, rows: int) -> Continuation:
                         "leave --continue out to start anew; or start from the adapter: "
                         + command("train", run.root, "--from-adapter", str(run.adapter)))
     summary, before = manifest.stages["train"]["summary"], _recorded(session)
-    if before["learning_rate"] is None:  # which every training has
-        raise UserError(f"{run.manifest} does not have the learning rate of the finished training any more",
+    if lost := _lost(session):
+        raise UserError(f"{run.manifest} does not have {' and '.join(lost)} of the finished training any more",
                         "leave --continue out to start anew; or start from the adapter: "
                         + command("train", run.root, "--from-adapter", str(run.adapter)))
     done, total = _done(session), total_steps(rows, config)

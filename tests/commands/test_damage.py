@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from support.command import QUICK
-from support.damage import DEEP, edited, flipped, in_header, refused
+from support.damage import DEEP, edited, flipped, in_header, lost, refused
 from support.merging import remember
 
 ADAPTER = "tiny-gemma_lora_adapter"
@@ -98,15 +98,73 @@ def test_adapters_on_a_model(adapter, tiny):
 
 
 def test_manifests(trained):
+    from gemma_tune.cli.run_tables import show_status
+    from gemma_tune.cli.runs import list_runs
     from gemma_tune.cli.status import describe_run
+    from gemma_tune.merge.card import model_card
+    from gemma_tune.report.page import write_report
     from gemma_tune.run.session import open_session
+    from gemma_tune.train.going_on import as_before, as_finished, continuation
 
     def read() -> None:
-        describe_run(str(trained), None)
-        open_session("train", trained)
+        show_status(describe_run(str(trained), None))
+        list_runs(trained.parent)
+        session, *_ = as_before(open_session("train", trained, epochs=9), go_on=True, writes=False)
+        write_report(session.run)
+        model_card(session, {})
+        continuation(as_finished(session), 11)
 
     assert refused(trained / "manifest.json", edited, read, 20) >= 6
     assert refused(trained / "manifest.json", flipped, read, 10) >= 4
+    assert refused(trained / "manifest.json", lost, read, 40) >= 10
+
+
+@pytest.mark.parametrize(("stage", "figure", "change", "expected"), [
+    ("train", "steps", "gone", "does not have steps of the finished training any more"),
+    ("train", "device", None, "does not have device of the finished training any more"),
+    ("train", "learning_rate", "gone", "does not have learning_rate of the finished training any more"),
+    ("train", "learning_rate", None, "does not have learning_rate of the finished training any more")])
+def test_a_finished_training_whose_record_is_not_whole_does_not_go_on(cli, trained, stage, figure, change, expected):
+    record = json.loads((trained / "manifest.json").read_text())
+    part = record["stages"][stage]["config" if figure == "learning_rate" else "summary"]
+    if change == "gone":
+        del part[figure]
+    elif figure == "learning_rate":
+        part[figure]["value"] = None
+    else:
+        part[figure] = None
+    (trained / "manifest.json").write_text(json.dumps(record))
+    said(cli("train", "--continue", "--epochs", 2, "--run", trained), 2, expected, "--continue out to start anew")
+    longer = cli("train", "--max-steps", 9, "--dry-run", "--run", trained)
+    assert longer.code == 0 and "to go on from the end" not in longer.err, longer.err
+
+
+def test_a_comparison_whose_record_is_not_whole(cli, trained):
+    """Up to date it is shown as far as it goes; answers that the manifest does not name are given again."""
+    ask = ("eval", "--questions", 1, "--max-new-tokens", 2, "--run", trained, "--json")
+    assert cli(*ask).code == 0
+    good = json.loads((trained / "manifest.json").read_text())
+    for part, key, status in (("summary", "rows", "up-to-date"), ("summary", "measures", "up-to-date"),
+                              ("outputs", "answers", "done")):
+        record = json.loads(json.dumps(good))
+        del record["stages"]["eval"][part][key]
+        (trained / "manifest.json").write_text(json.dumps(record))
+        result = cli(*ask)
+        assert (result.code, result.json["status"]) == (0, status), result.err
+    assert "`eval` runs again: the manifest does not name its answers" in result.err
+
+
+def test_an_export_whose_record_is_not_whole(export, merged):
+    assert export("--quant", "q8_0", "--no-create").code == 0
+    good = json.loads((merged / "manifest.json").read_text())
+    for part, key in (("summary", "quant"), ("summary", "quants"), ("outputs", "modelfile")):
+        record = json.loads(json.dumps(good))
+        del record["stages"]["export-ollama"][part][key]
+        (merged / "manifest.json").write_text(json.dumps(record))
+        said(export("--no-create"), 2, "does not have the figures of each file of the last export", "--force")
+    del good["stages"]["export-ollama"]["outputs"]["gguf"]
+    (merged / "manifest.json").write_text(json.dumps(good))
+    assert "runs again: the manifest does not name its gguf" in export("--no-create").err
 
 
 def test_gguf_headers(tiny, tmp_path):

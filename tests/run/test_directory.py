@@ -35,7 +35,7 @@ OUTPUTS = {
                 "rejected_rows": "data/rejected.jsonl", "duplicate_rows": "data/duplicates.jsonl",
                 "data_report": "data/report.json"},
     "train": {"adapter": "tiny-gemma_lora_adapter"},
-    "eval": {"report": "report.md"},
+    "eval": {"report": "report.md", "answers": "answers.json"},
     "merge": {"merged": "tiny-gemma_lora_merged"},
     "export-ollama": {"gguf": "ollama/tiny-gemma-q8_0.gguf", "modelfile": "ollama/Modelfile",
                       "export_report": "ollama/report.md"},
@@ -49,7 +49,9 @@ def record(run: RunDir, stage: str, manifest: Manifest) -> None:
         inputs["data_0"] = run.root.parent.parent / "rows.jsonl"
     manifest.stages[stage] = {
         "status": "done", "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T03:04:06+00:00",
-        "base": manifest.model["fingerprint"], "config": {"seed": {"value": 42, "from": "default"}},
+        "base": manifest.model["fingerprint"],
+        "config": {"seed": {"value": 42, "from": "default"}}
+                  | ({"data": {"value": ["rows.jsonl"], "from": "flag"}} if stage == "prepare" else {}),
         "inputs": {name: describe(run, path) for name, path in inputs.items()},
         "outputs": {name: describe(run, run.root / path) for name, path in OUTPUTS[stage].items()}, "summary": {}}
 
@@ -242,11 +244,18 @@ def damaged_manifests() -> dict[str, tuple[bytes, str]]:
         "unknown stage": (changed(stages={"bake": {}}), "stages.bake: there is no such stage"),
         "stage without base": (stage(base=None), "stages.train: base, started or ended"),
         "config without value": (stage(config={"seed": 42}), "stages.train.config.seed: value is missing"),
+        "without the names of its data": (changed(stages={"prepare": json.loads(stage())["stages"]["train"]}),
+                                          "stages.prepare.config.data: missing"),
+        "text in place of a figure": (stage(summary={"effective_batch": "x"}), "stages.train.summary.effective_batch: "),
         "drawn without rows": (stage(summary={"drawn": [{"data": "a.jsonl", "of": 3}]}), "stages.train.summary.drawn: "),
         "unknown kind of rows": (stage(summary={"kind": "text"}), "stages.train.summary.kind: 'text' is none of conversations, "),
         "sight without a size": (stage(summary={"projector": {"file": "a", "senses": []}}), "stages.train.summary.projector: "),
         "unknown sense": (stage(summary={"projector": {"file": "a", "bytes": 1, "senses": ["smell"]}}), "is nothing to see with"),
         "null in place of a count": (stage(summary={"steps": None}), "stages.train.summary.steps: "),
+        "null in place of a name": (stage(summary={"quants": {"q8_0": {"bytes": 3, "ollama_name": None}}}),
+                                    "stages.train.summary.quants.q8_0.ollama_name: "),
+        "null in place of a measure": (stage(summary={"quants": {"q8_0": {"bytes": 3, "ollama_name": "a", "perplexity": None}}}),
+                                       "stages.train.summary.quants.q8_0.perplexity: "),
         "drawn as number": (stage(summary={"drawn": 3}), "stages.train.summary.drawn: "),
         "output as text": (stage(outputs={"adapter": "here"}), "stages.train.outputs.adapter: path, sha256"),
         "path as number": (output(3), "stages.train.outputs.adapter: path, sha256"),
@@ -428,7 +437,7 @@ def write(root, generation):
             outputs = {name: run.root / path for name, path in OUTPUTS[stage].items()}
             manifest.stages[stage] = {
                 "status": "done", "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T03:04:06+00:00",
-                "base": MODEL["fingerprint"], "config": {}, "inputs": {},
+                "base": MODEL["fingerprint"], "config": {"data": {"value": ["rows.jsonl"], "from": "flag"}}, "inputs": {},
                 "outputs": {name: describe(run, path) for name, path in outputs.items()},
                 "summary": {"generation": generation}}
         manifest.save(run)

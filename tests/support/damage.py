@@ -41,6 +41,21 @@ def edited(data: bytes, chance: random.Random) -> bytes:
     return json.dumps(value).encode()
 
 
+def lost(data: bytes, chance: random.Random) -> bytes:
+    """A manifest in which something that a stage recorded is gone, or null."""
+    value = json.loads(data)
+    record = chance.choice([*value["stages"].values()])
+    part = record[chance.choice(("config", "summary", "summary", "inputs", "outputs"))]
+    key = chance.choice([*part])
+    if chance.random() < 0.5:
+        del part[key]
+    elif isinstance(part[key], dict) and part[key]:
+        part[key][chance.choice([*part[key]])] = None
+    else:
+        part[key] = None
+    return json.dumps(value).encode()
+
+
 def flipped(data: bytes, chance: random.Random) -> bytes:
     """Bytes of which up to three bits are others, or that end too early."""
     if chance.random() < 0.2:
