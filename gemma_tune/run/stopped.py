@@ -44,7 +44,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
         texts = all(isinstance(marker[name], str) for name in ("id", "key", "compute", "rows"))
         start = marker["settings"].get("from_adapter")
         texts = texts and len(marker["compute"].split()) == 2 and (start is None or isinstance(start, str))
-        counts = all(type(marker[name]) is int for name in ("micro_batch", "steps_before"))
+        counts = all(type(number) is int for number in (marker["micro_batch"], marker["steps_before"],
+                                                        marker["settings"].get("num_processes", 1)))
         counts = counts and all(v is None or type(v) in (int, float) for v in dict(marker["before"]).values())
         named = all(isinstance(name, str) for name in [*marker["earlier"], *marker["asked"]])
         return marker if (texts and counts and named and dict(marker["files"]) and dict(marker["settings"])) else None

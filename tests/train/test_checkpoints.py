@@ -17,7 +17,8 @@ from support.command import QUICK
 from support.listener import Said
 
 TRAINING = Training("this", "key", {"rank": 4}, "cpu fp32")
-FOREIGN = {"compute": {"compute": "cpu"}, "start": {"settings": {"rank": 4, "from_adapter": 7}}, "settings": {"settings": [["rank", 4]]}}
+FOREIGN = {"compute": {"compute": "cpu"}, "start": {"settings": {"rank": 4, "from_adapter": 7}}, "settings": {"settings": [["rank", 4]]},
+           "processes": {"settings": {"rank": 4, "num_processes": "2"}}}
 
 
 def checkpoints(folder: Path, *steps: int, training: Training = TRAINING) -> list[Path]:
