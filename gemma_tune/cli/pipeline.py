@@ -15,6 +15,7 @@ from gemma_tune.cli import console, screen
 from gemma_tune.cli.request import Request
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import ExportConfig, MergeConfig, TrainConfig
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.evaluate.stage import evaluate_alone, nothing_to_measure, require_settings
 from gemma_tune.export.calibration_file import require_file
 from gemma_tune.export.push import check_push as check_export_push
@@ -63,15 +64,16 @@ def _run_stages(request: Request, reports: dict[str, StageReport]) -> Any:
         if name == "prepare":
             _refuse_outside_adapter(session)
             require_base(session, request.settings("merge").base)
-            _refuse_unexportable(session, request)
             _refuse_formats(session, request)
             _check_pushes(session.run.model_name, request.settings("merge"), request.settings("export-ollama"))
-            stage = partial(stage, foretell=False, trains=True)
+            stage = partial(stage, foretell=partial(_refuse_unexportable, request), trains=True)
         try:
             if name == "train" and session.config.num_processes > 1:
                 _train_in_processes(request, session)
                 session = replace(request.open(name), force=False)  # with its result, which is up to date
             done = stage(session)
+            if name == "prepare" and done.status == "up-to-date":
+                _refuse_unexportable(request, session, None)
         finally:
             session.listener.close()
         reports[name] = done.stage if isinstance(done, ExportReport) else done
@@ -95,8 +97,11 @@ def _refuse_outside_adapter(session: Session) -> None:
                         f"to export what is merged: {command('export-ollama', root)}; to train, name DATA")
 
 
-def _refuse_unexportable(session: Session, request: Request) -> None:
+def _refuse_unexportable(request: Request, session: Session, chat: ChatFormat | None) -> None:
     """A model that cannot be exported in the end is told of before it is trained, unless it was exported before.
+
+    Args:
+        chat: None where its tokenizer has not been loaded, which takes seconds of a large vocabulary.
 
     Raises:
         UserError: see :func:`gemma_tune.run.exportable.refuse_unexportable`.
@@ -104,9 +109,8 @@ def _refuse_unexportable(session: Session, request: Request) -> None:
     if "export-ollama" in session.manifest.stages:
         return
     model, converter = session.model, request.settings("export-ollama").converter
-    chat = chat_format(session)
     try:
-        refuse_unexportable(model, chat, converter=converter is not None)
+        refuse_unexportable(model, chat or chat_format(session), converter=converter is not None)
     except UserError as e:
         hint = (e.hint or "").rstrip(".")
         raise UserError(f"`run` ends with an export, which will not take {model.id}: {e.message}",

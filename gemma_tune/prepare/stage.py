@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,14 @@ from gemma_tune.run.stopped import SEQUENCES, has_other_rows, rows_of, unfinishe
 _ANSWERS = {PAIRS: {1: "chosen", -1: "rejected"}, JUDGED: {1: "good", -1: "bad"}}  # names of the marks, for people
 
 
-def prepare(session: Session, preview: int = 0, *, foretell: bool = True, trains: bool = False,
-            go_on: bool = False) -> StageReport:
+def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, ChatFormat], None] | None = None,
+            trains: bool = False, go_on: bool = False) -> StageReport:
     """Check, encode, split and write the data.
 
     Args:
         preview: show so many of the prepared sequences to the listener, also if all was up to date.
-        foretell: say now what an export will refuse; `run` has found that out before.
+        foretell: called with the tokenizer and its chat template before any row is read, in place of saying what an
+            export will refuse.
         trains: for a training that follows at once, so that one that was interrupted would go on with them.
         go_on: for a finished training that is to go on (``--continue``), which it does with its own data alone.
 
@@ -94,7 +95,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: bool = True, trains
         session = replace(session, force=True)
 
     def work(s: Session) -> Finished:
-        made = _prepare(s, sources, held_out, template, foretell)
+        made = _prepare(s, sources, held_out, template, foretell or _foretell_export)
         with nothing_left_of(made):
             if go_on:
                 _refuse_other_than_learned(s, made)
@@ -261,7 +262,7 @@ def _end_of(name: str, names: Collection[str]) -> str:
 # --- the two passes
 
 def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Source], template: Path | None,
-             foretell: bool) -> Finished:
+             foretell: Callable[[Session, ChatFormat], None]) -> Finished:
     config, run, listener = session.config, session.run, session.listener
     refuse_foreign_in_data(run)
     saved_as = other_task(known_config(session.model.path))
@@ -275,8 +276,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         chat.template_origin = (f"`{COMPLETION}`, as {session.model.id} has none and plain text needs none: a prompt "
                                 "is continued as it stands, also in `chat` and in Ollama")
     _tell_of_model(session, chat, saved_as)
-    if foretell:
-        _foretell_export(session, chat)
+    foretell(session, chat)
     judge = Judge(chat, config)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()

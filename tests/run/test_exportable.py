@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune import api
+from gemma_tune.base.errors import UserError
 from gemma_tune.encoding import tokenizer
 from gemma_tune.gguf.reader import GgufFile
 from support.command import QUICK, rows, write_rows
@@ -102,6 +104,19 @@ def test_the_tokenizer_is_loaded_once_for_the_rows_and_the_look_at_the_export(cl
     base, loaded, load = model(family), [], tokenizer.load_tokenizer
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda checkpoint: loaded.append(checkpoint) or load(checkpoint))
     assert cli("prepare", conversations, "--model", base).code == 0 and loaded == [base]
+
+
+def test_a_whole_run_loads_it_once_before_it_trains(cli, model, conversations, monkeypatch):
+    base, loaded, load = model("qwen2"), [], tokenizer.load_tokenizer
+
+    def train(session):
+        raise UserError("enough")
+
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda checkpoint: loaded.append(checkpoint) or load(checkpoint))
+    monkeypatch.setitem(api.IN_ORDER, "train", train)
+    for _ in ("prepared", "up to date"):
+        loaded.clear()
+        assert "enough" in cli("run", conversations, "--model", base).err and loaded == [base]
 
 
 @pytest.mark.parametrize(("family", "asked", "said"), [
