@@ -241,11 +241,16 @@ class Formats:
         return conversation(draft.messages, problems, draft.key, mended=mended if self.mends else None)
 
     def _as_pair(self, row: Fields) -> Fields:
-        """With the columns of a pair under the names that are known, where ``--columns`` names them."""
+        """With the columns of a pair under the names that are known, where ``--columns`` names them; a prompt that is
+        text is what the user says then, and no other column is part of it."""
         if "chosen" not in self.columns:
             return row
         known = {self.columns[role]: "prompt" if role == "user" else role for role in self.columns}
-        return {known.get(key, key): value for key, value in row.items() if key in known or key not in known.values()}
+        named = {known.get(key, key): value for key, value in row.items() if key in known or key not in known.values()}
+        text = layouts.turn_list(named.get("prompt"))
+        if not isinstance(text, str) or python_list("", text, turns=True):
+            return named
+        return {**named, "prompt": [layouts.user(text)]}
 
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
@@ -265,7 +270,7 @@ class Formats:
                 messages, rejected = pair
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
         if problems:
-            raise RowError(list(dict.fromkeys(problems)))
+            raise RowError(_with_the_text_kept(list(dict.fromkeys(problems)), "preference", value))
         return Example("preference", messages, declared or None, None,
                        unread.of_row(value, "preference", self.columns, draft.messages), rejected, good,
                        tuple(dict.fromkeys(mended)))
@@ -325,10 +330,15 @@ def _with_the_text_kept(problems: list[Problem], format: str, row: Fields) -> li
     if format == "rendered":
         return [replace(problem, fix=f"{problem.fix}; or keep the text as it is with --format text")
                 for problem in problems]
+    how = None
     if format == "prompt-completion" and with_prompt_apart(row) is not row:
-        return [replace(problem, fix=f"{problem.fix}; or keep the prompt as it is with --columns user=…,assistant=…")
-                if problem.code in ("alternation", "system_inside") else problem for problem in problems]
-    return problems
+        how = "with --columns user=…,assistant=…"
+    elif format == "preference" and preference.is_apart(row):
+        how = "with --columns user=…,chosen=…,rejected=…" if marks.filled_pair(row) else (
+            'as [{"role": "user", "content": "…"}]')
+    return problems if how is None else [
+        replace(problem, fix=f"{problem.fix}; or keep the prompt as it is {how}")
+        if problem.code in ("alternation", "system_inside") else problem for problem in problems]
 
 
 def _text(row: Fields) -> Example:

@@ -30,12 +30,11 @@ from gemma_tune.data.conversations.layouts import (
 )
 from gemma_tune.data.conversations.marks import PAIRS, filled_pair, is_good, marked, pair_in
 from gemma_tune.data.conversations.problems import Problem, several
+from gemma_tune.data.conversations.rendered import is_marked, prompt_apart, turns_in_text
 from gemma_tune.data.conversations.turns import Turn
 from gemma_tune.encoding.sequences import MARK
 
-# Anthropic's HH-RLHF keeps a whole conversation in one text.
-_HH = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant|人类|用户|助手)[:：]")
-_ASK = ("Human", "人类", "用户")
+_HH = re.compile(r"\n\n[ \t]*(?:Human|Assistant):")  # so Anthropic's HH-RLHF has whole conversations in one text
 _ANSWERS = ("completion", "messages", "conversations", "output", "response", "answer")  # of a judged answer
 _QUESTIONS = ("prompt", "question", "query", "input")
 
@@ -191,7 +190,7 @@ def _answered(row: Mapping[str, Any], key: str, problems: list[Problem]) -> Draf
     else:
         answer = [answer] if isinstance(answer, dict) else answer
         whole = not isinstance(answer, list) or _is_whole(answer)
-        turns = answer if whole else [*(_prompt(row, problems) or []), *answer]
+        turns = answer if whole else [*_before(row, problems), *answer]
     tools = _tools(row)
     turns = apart(turns, tools) if isinstance(turns, list) else turns
     return Draft(with_system(turns, row, problems), key, tools)
@@ -204,38 +203,75 @@ def _is_whole(turns: list[Any]) -> bool:
 
 
 def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Problem]) -> list[Any]:
-    if _HH.match(answer):
-        return _spoken(answer)
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and _HH.match(prompt):
-        return _spoken(f"{prompt.rstrip()} {answer.removeprefix(' ')}")
-    before = _prompt(row, problems)
-    if before is None:
+    """The turns of an answer that is text, with those of its prompt."""
+    before, prompt = _prompt(row, problems)
+    whole = turns_in_text(answer)
+    if whole and _is_meant(whole, answer, before):
+        return whole
+    if prompt is not None and (turns := _answered_text(prompt, answer)) is not None:
+        return turns
+    if not before:
         problems.append(Problem("no_messages", f"`{key}` is text, and there is no `prompt` that it answers",
                                 "add a column `prompt`"))
     return [*(before or [user("…")]), assistant(answer)]
 
 
-def _spoken(text: str) -> list[dict[str, str]]:
-    pieces = _HH.split(text)
-    # A space stands between a speaker and what is said.
-    return [(user if who in _ASK else assistant)(words.removeprefix(" "))
-            for who, words in zip(pieces[1::2], pieces[2::2])]
+def _is_meant(turns: list[Any], answer: str, before: list[Any] | None) -> bool:
+    """Whether a conversation in the text of an answer is the row's own, with its prompt, and not what is answered."""
+    if before is None or _HH.match(answer):
+        return True
+    prompt = before[-1].get("content") if before and isinstance(before[-1], dict) else None
+    return isinstance(prompt, str) and _is_repeated(turns, prompt)
 
 
-def _prompt(row: Mapping[str, Any], problems: list[Problem]) -> list[Any] | None:
-    """The turns before the answer, from whichever columns have them; None where no column does."""
+def _answered_text(prompt: str, answer: str) -> list[Any] | None:
+    """The turns of a prompt that is written as a conversation up to the answer, with this; None of any other."""
+    if found := prompt_apart(prompt, answer):
+        return [*found[0], assistant(found[1])]
+    if not is_marked(prompt) and not _HH.match(prompt):
+        return None
+    # The prompt ends before the answer's mark, or with the words that both answers have first.
+    turns = turns_in_text(prompt + answer)
+    return turns if turns and turns[-1]["role"] == "assistant" else None
+
+
+def _is_repeated(turns: list[Any], prompt: str) -> bool:
+    """Whether a text is what one of the turns says, or a conversation with which the turns begin."""
+    if any(isinstance(said, str) and said.strip() == prompt.strip() for turn in turns if isinstance(turn, dict)
+           for said in (turn.get("content"), turn.get("value"))):
+        return True
+    found = prompt_apart(prompt, "")
+    return found is not None and turns[:len(found[0])] == found[0]
+
+
+def is_apart(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt is one text that is taken apart."""
+    _, prompt = _prompt(row, [])
+    return prompt is not None and _answered_text(prompt, "…") is not None
+
+
+def _before(row: Mapping[str, Any], problems: list[Problem]) -> list[Any]:
+    """The turns before an answer that is a list of turns itself."""
+    before, prompt = _prompt(row, problems)
+    found = None if prompt is None else prompt_apart(prompt, "")
+    return found[0] if found else before or []
+
+
+def _prompt(row: Mapping[str, Any], problems: list[Problem]) -> tuple[list[Any] | None, str | None]:
+    """The turns before the answer, from whichever columns have them, or None where no column does; and their text where
+    they are made of nothing else."""
     names = _asked(row)
     if not names:
-        return None
+        return None, None
     if names == ("input",) and isinstance(row["input"], dict):  # OpenAI
-        return row["input"]["messages"]
+        return row["input"]["messages"], None
     past = history(row, problems) if HISTORIES[0] in names else []
     value = turn_list(row.get(names[0]))
     if isinstance(value, list) and not several(names[0], value):
-        return [*past, *_without_answer(row, value)]
+        return [*past, *_without_answer(row, value)], None
     parts = [text_of(row, name, problems) for name in names if name not in HISTORIES]
-    return [*past, user("\n\n".join(filter(str.strip, parts)))]
+    text = "\n\n".join(filter(str.strip, parts))
+    return [*past, user(text)], None if past else text
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -282,16 +318,14 @@ def _read_with(row: Mapping[str, Any], answer: Any) -> set[str]:
     """Of the columns beside an answer, those of its prompt: none but a repetition of it where the answer is a whole
     conversation."""
     turns = turn_list(answer)
-    if isinstance(turns, str) and _HH.match(turns):
-        turns = _spoken(turns)
+    before, _ = _prompt(row, [])
+    if isinstance(turns, str) and (whole := turns_in_text(turns)) and _is_meant(whole, turns, before):
+        turns = whole
     read: set[str] = set()
     if not isinstance(turns, list) or not _is_whole(turns):
-        read = {*_asked(row)}
-        turns = _prompt(row, []) or []
-    said = {text.strip() for turn in turns if isinstance(turn, dict)
-            for text in (turn.get("content"), turn.get("value")) if isinstance(text, str)}
+        read, turns = {*_asked(row)}, before or []
     return read | {key for key in (*_QUESTIONS, "instruction", "conversations", "messages") if key in row
-                   and (isinstance(row[key], str) and row[key].strip() in said
+                   and (isinstance(row[key], str) and _is_repeated(turns, row[key])
                         or _begins(turns, turn_list(row[key])))}
 
 

@@ -63,8 +63,7 @@ def is_marked(text: str) -> bool:
 
 def rendered(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
     """``text``, a conversation that a template wrote; ``system``."""
-    turns = [dict(turn) for turn in _turns(row["text"]) or ()]  # what is found belongs to whoever asks next, too
-    return Draft(with_system(turns, row, problems), "text")
+    return Draft(with_system(turns_in_text(row["text"]) or [], row, problems), "text")
 
 
 _ANSWER = "…"  # any
@@ -75,23 +74,34 @@ def with_prompt_apart(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row of a prompt and its completion with the prompt's turns as a list, where it is written so up to where the
     answer begins; else the row as it is."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        return row
+    found = prompt_apart(prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) else None
+    return {**row, "prompt": found[0], "completion": found[1]} if found else row
+
+
+def prompt_apart(prompt: str, answer: str) -> tuple[Turns, str] | None:
+    """The turns of a prompt that is written so up to where the answer begins, and what the answer says without its
+    mark of the end; None for any other prompt."""
     *asked, last = _turns(f"{prompt} {_ANSWER}") or [_turn(None, "")]
     if (last["role"], last["content"].strip()) != ("assistant", _ANSWER):
-        return row
-    *before, answer = _turns(prompt + completion) or [_turn(None, "")]
-    indent = _INDENT.match(completion)
-    said = (answer["content"] if before == asked else completion).removeprefix(" ")
-    said = indent[1] + said.lstrip() if indent else said
-    return {**row, "prompt": [dict(turn) for turn in asked], "completion": said}
+        return None
+    *before, found = _turns(prompt + answer) or [_turn(None, "")]
+    indent = _INDENT.match(answer)
+    said = (found["content"] if before == asked else answer).removeprefix(" ")
+    return [dict(turn) for turn in asked], indent[1] + said.lstrip() if indent else said
+
+
+def turns_in_text(text: str) -> Turns | None:
+    """The turns of a conversation that a template wrote, or that names who speaks; None for any other text."""
+    found = _turns(text)
+    return found and [dict(turn) for turn in found]  # what is found belongs to whoever asks next, too
 
 
 @functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
 def _turns(text: str) -> Turns | None:
     """The turns of a rendered conversation; None if it is none."""
     body = text[_START.match(text).end():]
-    for read in (_marked, _llama_2, _deepseek, _titled) if is_marked(text) else (_spoken,):
+    by_name = functools.partial(_spoken, by_empty_lines=text.startswith("\n\n"))
+    for read in (_marked, _llama_2, _deepseek, _titled) if is_marked(text) else (by_name,):
         if turns := read(body):
             if any(mark in body for mark in _TOOLS):
                 return None
@@ -162,8 +172,8 @@ def _titled(text: str) -> Turns | None:
     return [_turn(turn["role"], turn["content"].strip()) for turn in found]
 
 
-def _spoken(text: str) -> Turns | None:
-    turns = spoken(text)
+def _spoken(text: str, by_empty_lines: bool) -> Turns | None:
+    turns = spoken(text, by_empty_lines)
     return turns and [_turn(turn["role"], turn["content"]) for turn in turns]
 
 

@@ -35,17 +35,22 @@ _CHOICE, _HEADING = re.compile(r"\n[ \t]*B[:：]"), re.compile(r"\n#{1,6} [^\n]*
 _LEAD = re.compile(r"\s*\n|[^\S\n]*")  # before what is said, but for the indent of a line of its own
 
 _LAYOUTS = {pair: _layout(pair) for pair in (*_SPEAKERS, *_QUESTIONS)}
+# Anthropic's HH has an empty line before each turn, also the first; names on other lines are part of what is said.
+_HH = (("Human", "Assistant"), re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):"))
 
 
-def spoken(text: str) -> list[dict[str, Any]] | None:
+def spoken(text: str, by_empty_lines: bool = False) -> list[dict[str, Any]] | None:
     """The turns of such a conversation, without the layout around what is said; None where the text is none.
 
     Speakers need not take turns, which is judged as of any conversation; questions and answers do.
+
+    Args:
+        by_empty_lines: whether one stood before the text, as in HH's.
     """
     begins = _BEGINS.match(text)
     if begins is None:
         return None
-    for (user, assistant), layout in _LAYOUTS.items():
+    for (user, assistant), layout in (*([_HH] if by_empty_lines else ()), *_LAYOUTS.items()):
         if f"{assistant}:" not in text and f"{assistant}：" not in text:
             continue  # which is found sooner, in a long text, than where its lines begin
         before, *pieces = layout.split(text)
