@@ -219,7 +219,7 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
     if role == "tool" and (isinstance(content, dict) or several("", content)):
         content = _as_json(content)
     elif isinstance(content, list):
-        content = _joined(number, content, problems)
+        content = _joined(number, content, "" if role == "assistant" else "\n", problems)
     if content is None and "tool_calls" in turn:
         content = ""
     if not isinstance(content, str):
@@ -242,8 +242,16 @@ _THOUGHTS = ("thinking", "reasoning")  # likewise
 _REPORTED = object()  # in place of a content whose problem is already in the list
 
 
-def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
-    """The text of a list of parts, one below the other as vLLM and llama.cpp hand them to a template of texts."""
+def _joined(number: int, parts: list[Any], between: str, problems: list[Problem]) -> Any:
+    """The text of a list of parts.
+
+    An answer's parts are pieces of one text that a model has written, as where Anthropic's citations divide it, and
+    templates that read parts (Gemma 3's and 4's, Qwen 3.5's, LFM2.5's) write them with nothing between. They do so with
+    what is asked, too, but where a run ends no such template gets parts: llama.cpp writes them one below the other for
+    every template that takes a text (`common_chat_msgs_to_json_oaicompat`), as vLLM does for one that takes nothing
+    else (`_get_full_multimodal_text_prompt`), and Ollama makes turns of them, which its templates get with an empty
+    line between (`collate`). They are paragraphs there, so a line break stands between.
+    """
     if problem := several(f"the content of turn {number}", parts):
         problems.append(problem)
         return _REPORTED
@@ -260,7 +268,7 @@ def _joined(number: int, parts: list[Any], problems: list[Problem]) -> Any:
                 _part_fix(sort)))
             return _REPORTED
         texts.append(text)
-    return "\n".join(texts)
+    return between.join(texts)
 
 
 def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[Problem]) -> list[Any]:

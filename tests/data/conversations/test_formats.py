@@ -139,6 +139,17 @@ def test_reasoning_is_kept(key):
     [{"type": "input_text", "text": "one"}, {"text": "two"}]])
 def test_parts_of_text_stand_one_below_the_other(content):
     assert messages({"messages": [user(content), answer("b")]})[0] == user("one\ntwo")
+    assert messages({"messages": [system(content), USER, answer("b")]})[0] == system("one\ntwo")
+    assert messages({"messages": [USER, CALL, RESULT | {"content": content}, ANSWER]})[2]["content"] == "one\ntwo"
+
+
+def test_parts_of_an_answer_are_pieces_of_one_text():
+    """As Anthropic's citations divide it; templates that read parts write nothing between them."""
+    said = [{"type": "text", "text": "By the report, "}, {"type": "text", "text": "it rose", "citations": [{}]}, {"type": "text", "text": "."}]
+    assert messages({"messages": [USER, answer(said)]})[1] == answer("By the report, it rose.")
+    rows = {"prompt": [USER], "chosen": [answer(said)], "rejected": "No."}, {"prompt": [USER], "completion": [answer(said)]}
+    for row in rows:
+        assert read(row).messages[1] == answer("By the report, it rose.")
 
 
 TWO_TEXTS = ["Good", "Bad"]
