@@ -208,7 +208,7 @@ def history(row: Mapping[str, Any], problems: list[Problem]) -> list[dict[str, A
         problems.append(problem)
         return []
     if isinstance(pairs, list) and isinstance(turn_list(pairs), list) and all(isinstance(p, dict) for p in pairs):
-        return pairs
+        return [*pairs]  # a list of its own, as more is put behind them
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         problems.append(Problem("not_text", f"`{name}` is not a list of pairs of a question and its answer",
                                 'write [["question", "answer"], …]'))

@@ -461,6 +461,16 @@ def test_named_columns_that_cannot_be_used(row, found, name):
     assert problems(row, name, columns=QA) == found
 
 
+@pytest.mark.parametrize("row", [
+    {"prompt": "c", "completion": "d"}, {"question": "c", "answer": "d"}, {"instruction": "c", "output": "d"},
+    {"prompt": "c", "chosen": "d", "rejected": "e"}], ids=["completion", "columns", "alpaca", "pair"])
+def test_earlier_turns_of_a_row_stay_its_own(row):
+    row |= {"history": [user("a"), answer("b")]}
+    as_it_was = repr(row)
+    first, again = (read(row, columns=QA if "question" in row else None).messages for _ in range(2))
+    assert first == again and [turn["content"] for turn in first] == ["a", "b", "c", "d"] and repr(row) == as_it_was
+
+
 def test_named_columns():
     assert messages({"question": "a", "answer": "b", "persona": "c"}, columns=QA) == [system("c"), user("a"), answer("b")]
     assert messages({"question": "a", "answer": "b", "persona": " "}, columns=QA) == [user("a"), answer("b")]
@@ -1084,11 +1094,14 @@ ways = st.builds(Formats, st.none() | st.sampled_from(config.FORMATS), st.just({
 @same_examples
 @given(row=rows, formats=ways)
 def test_any_row_is_an_example_or_an_error(row, formats):
+    as_it_was = repr(row)
     try:
         example = formats.example(row)
     except RowError as e:
         assert 1 <= len(e.problems) <= MOST_PROBLEMS
         return
+    finally:
+        assert repr(row) == as_it_was
     assert example.format in config.FORMATS and (example.text is None) != (example.messages is None)
     json.dumps([example.messages, example.tools], ensure_ascii=False, allow_nan=False).encode()
     if example.messages is None:
