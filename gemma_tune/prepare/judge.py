@@ -27,6 +27,7 @@ from gemma_tune.base.machine import ending_signals, held
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
+from gemma_tune.data.conversations.layouts import with_calls_as_text
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
@@ -219,6 +220,8 @@ class Judge:
                        "model whose chat template has reasoning")
             if outcome.about_tools:
                 fix = self.chat.tools_advice or "use a model whose chat template has tools, or leave the row out"
+                if columns := with_calls_as_text(row.value):
+                    fix += f"; --columns {columns} keeps the calls and the functions as the text that they are"
             judged.rejected.append(Rejected(row, (Problem("template", str(outcome), fix),)))
             return None
         if not outcome.full:  # --train-on last, and just that turn is not to be learned

@@ -15,6 +15,8 @@ from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
+from gemma_tune.data.conversations.pythonic import calls_apart as python_calls_apart
+from gemma_tune.data.conversations.pythonic import is_pythonic
 from gemma_tune.data.conversations.turns import role_of
 
 STAND_IN = "…"
@@ -175,7 +177,20 @@ def _turns_and_tools(row: Mapping[str, Any], key: str, problems: list[Problem]) 
     if not tools and first.get("tools") and role_of(first) == "system":
         tools = first["tools"]
         turns = [{name: value for name, value in first.items() if name != "tools"}, *turns[1:]]
-    return Draft(with_system(apart(turns, tools), row, problems), key, tools)
+    turns = with_system(apart(turns, tools), row, problems)
+    turns, tools = python_calls_apart(turns, tools, problems)
+    return Draft(turns, key, tools)
+
+
+def with_calls_as_text(row: Any) -> str | None:
+    """What ``--columns`` would be for a row whose calls are taken out of what is said by its system prompt, so that
+    they stay there."""
+    key = next((key for key in ("messages", "conversations", "conversation") if isinstance(row, dict)
+                and isinstance(turn_list(row.get(key)), list)), None)
+    system = next((name for name in SYSTEMS if key and row.get(name)), None)
+    if key is None or not is_pythonic(with_system(turn_list(row[key]), row, [])):
+        return None
+    return f"turns={key}" + (f",system={system}" if system else "")
 
 
 def apart(turns: list[Any], tools: Any) -> list[Any]:

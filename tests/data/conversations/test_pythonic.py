@@ -1,0 +1,118 @@
+"""Tool calls as Python calls functions, with the functions in the system prompt (ToolACE) or in the row (LFM2)."""
+
+import json
+
+import pytest
+
+from gemma_tune.data.conversations.formats import Formats
+from gemma_tune.data.conversations.problems import RowError
+from support.command import write_rows
+from support.rows import answer, user
+
+TOOLS = [{"name": "Market Trends API", "description": "Trends [1].", "parameters": {
+    "type": "dict", "properties": {"kind": {"type": "string"}}, "required": ["kind"]}}, {"name": "newAddress", "parameters": {}},
+    {"name": "new", "description": "Begins as another one does."}]
+ROLE = ("You are an expert in composing functions. You are given a question and a set of possible functions.\n"
+        "If none of the function can be used, point it out.")
+TOLD = (f"{ROLE}\nYou should only return the function call in tools call sections.\nHere is a list of functions in JSON format that you can "
+        f"invoke:\n{json.dumps(TOOLS)}. \nShould you decide to return the function call(s). \nPut it in the format of "
+        "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\nNO other text MUST be included. \n")
+LLAMA = (f"{ROLE}\nIf you decide to invoke any of the function(s), you MUST put it in the format of [func_name1(params_name1=params_value1, "
+         "params_name2=params_value2...), func_name2(params)]\nYou SHOULD NOT include any other text in the response.\n\n"
+         f"Here is a list of functions in JSON format that you can invoke.\n\n{json.dumps(TOOLS, indent=2)}\n")
+ASKED = {"from": "user", "value": "Q?"}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def said(text, who="assistant"):
+    return {"from": who, "value": text}
+
+
+def read(*turns, row=None, **options):
+    return Formats(**options).example({"system": TOLD} | (row or {}) | {"conversations": [ASKED, *turns]})
+
+
+def called(*calls):
+    return answer(tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls])
+
+
+@pytest.mark.parametrize("prompt", [TOLD, LLAMA])
+def test_calls_results_and_functions_are_read_as_what_they_are(prompt):
+    text = """[Market Trends API(kind="A, (x", from='it\\'s'), newAddress(a=-1.5, b=[1, {"k": true}], c=(None, false), d=True), new()]"""
+    results = [{"name": "Market Trends API", "results": {"é": 1}}, {"name": "newAddress", "results": "ok"}, {"name": "new", "results": None}]
+    example = read(said(text), said(json.dumps(results), "tool"), said("Done."), row={"system": prompt})
+    assert example.messages == [
+        system(ROLE), user("Q?"),
+        called(("Market Trends API", {"kind": "A, (x", "from": "it's"}),
+               ("newAddress", {"a": -1.5, "b": [1, {"k": True}], "c": [None, False], "d": True}), ("new", {})),
+        *({"role": "tool", "name": name, "content": content} for name, content in (
+            ("Market Trends API", '{"é": 1}'), ("newAddress", "ok"), ("new", "null"))), answer("Done.")]
+    assert [tool["function"]["name"] for tool in example.tools] == ["Market Trends API", "newAddress", "new"]
+    assert example.tools[0]["function"]["parameters"]["type"] == "object" and not example.unread
+
+
+def test_an_answer_without_a_call_has_the_same_tools():
+    example = read(said("None of them can be used."))
+    assert example.messages == [system(ROLE), user("Q?"), answer("None of them can be used.")] and len(example.tools) == 3
+    turn = {"messages": [system(TOLD), user("Q?"), answer("[new()]")]}
+    assert Formats().example(turn).messages == [system(ROLE), user("Q?"), called(("new", {}))]
+    alone = json.dumps(TOOLS) + " Put it in the format of [func1(params_name=params_value...)]"
+    assert read(said("[new()]"), row={"system": alone}).messages == [user("Q?"), called(("new", {}))], "nothing is left of the prompt"
+
+
+def test_results_of_another_form_stay_one_text():
+    for text in ('[{"name": "new", "results": 1}]', "It rains.", '[{"name": "newAddress", "results": 1, "x": 2}]'):
+        assert read(said("[newAddress()]"), said(text, "tool"), said("Done.")).messages[3]["content"] == text
+
+
+@pytest.mark.parametrize("text", ["<|tool_call_start|>[newAddress(id=\"1\")]<|tool_call_end|>", "[newAddress(id='1')]",
+                                  "<|python_start|>[newAddress(id='1',)]<|python_end|>", "[ newAddress( id = '1' ) ]"])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [{"type": "function", "function": tool} for tool in TOOLS]])
+def test_calls_of_tools_that_the_row_declares(text, tools):
+    row = {"messages": [user("Q?"), answer(text), {"role": "tool", "content": "1"}, answer("Done.")], "tools": tools}
+    assert Formats().example(row).messages[1:3] == [called(("newAddress", {"id": "1"})), {"role": "tool", "content": "1", "name": "newAddress"}]
+
+
+@pytest.mark.parametrize("text", ["[see (1)]", "[new]", "See [new()]", "[new()] is it.", "new()", "[1](new)"])
+def test_other_texts_stay_texts(text):
+    row = {"messages": [user("Q?"), answer(text)]}
+    assert Formats().example(row | {"tools": TOOLS}).messages == row["messages"]
+    assert Formats().example({"messages": [user("Q?"), answer("[new()]")]}).messages[1] == answer("[new()]"), "no tools are declared"
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("[other(a=1)]", "'other' is none of the declared ones"), ("[new(1)]", "an argument of new has no name: '1'"),
+    ("[new(a=b)]", "the argument `a` of new is no value: 'b'"), ("[new(a=1, a=2)]", "new has the argument `a` twice"),
+    ("[new(a='it's')]", "a text has no end"), ("[new(a={'k': 1, 'k': 2})]", "the argument `a` of new is no value"),
+    ("[new(a={1})]", "the argument `a` of new is no value"), ("[new(a=1e999)]", "the argument `a` of new is no value"),
+    ("[new(a=[1)]", "a bracket is not closed"), ("[new(a=1), (2)]", "'' is none of the declared ones"),
+    ("[new(a=1)(b=2)]", "a bracket is closed that was not opened"), ("[new(**x)]", "an argument of new has no name"),
+    ("[new(a=open('x'))]", "the argument `a` of new is no value"), ("[new(a={1: 2})]", "the argument `a` of new is no value")])
+def test_calls_that_cannot_be_read_exactly_reject_the_row(text, reason):
+    with pytest.raises(RowError) as caught:
+        read(said(text), said("1", "tool"), said("Done."))
+    [problem] = caught.value.problems
+    assert problem.code == "tool_calls" and problem.reason.startswith("turn 3 calls tools as Python calls functions, and ")
+    assert reason in problem.reason
+
+
+def test_a_system_prompt_in_other_words_stays_as_it_is():
+    """What else it says of how calls are written would contradict the model's template."""
+    prompt = TOLD + "Again, write [func1(params_name=params_value)] and no text."
+    assert read(said("[new()]"), row={"system": prompt}).messages == [system(prompt), user("Q?"), answer("[new()]")]
+    listed = f"The shops: {json.dumps(TOOLS)}"
+    assert read(said("[new()]"), row={"system": listed}).messages[0] == system(listed)
+
+
+def test_a_template_without_tools_is_told_how_the_calls_stay_text(cli, tiny, tmp_path):
+    rows = [{"system": TOLD, "conversations": [said(f"Q{n}?", "user"), said(f"[new(n={n})]")]} for n in range(12)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    refused = cli("prepare", data, "--model", tiny, "--run", "run")
+    assert refused.code != 0 and "--columns turns=conversations,system=system keeps the calls and the functions" in refused.err
+    done = cli("prepare", data, "--model", tiny, "--run", "run", "--columns", "turns=conversations,system=system")
+    assert done.code == 0, done.err
+    learned = [json.loads(line) for line in (tmp_path / "run" / "data" / "train.jsonl").read_text().splitlines()]
+    assert learned[0]["messages"][0] == system(TOLD) and learned[0]["messages"][2]["content"].startswith("[new(n=")
