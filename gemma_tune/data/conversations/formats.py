@@ -87,7 +87,7 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
 }
 _REASONS = {
     "preference": "`chosen` and `rejected` or another pair of answers, or one answer with a mark of good or bad",
-    "messages": "a list `messages`, or the turns of UltraChat, BELLE or MOSS, or the calls of xLAM",
+    "messages": "a list `messages`, or the turns of UltraChat, BELLE, MOSS or a program's export, or the calls of xLAM",
     "sharegpt": "a list `conversations`, or Glaive's text `chat`",
     "gemini": "a list `contents` with `parts`",
     "alpaca": "`instruction` and `output`, or Dolly's `response`, or what Firefly, ms-swift and SQuAD call them",

@@ -266,6 +266,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Fields], Shaped | None]], ...] = 
     (frozenset(("chat",)), _moss),
     (frozenset(("message_tree_id", "prompt")), _oasst),
     (frozenset(("mapping", "current_node")), exports.chatgpt),
+    (frozenset(("chat_messages",)), exports.claude),
     (frozenset(("chunkedPrompt",)), exports.ai_studio),
     (frozenset(("title", "products", "safeHtmlItem")), exports.takeout),
     (frozenset(("columns", "data")), _split),

@@ -693,7 +693,7 @@ def test_so_are_short_sentences_and_those_of_languages_without_spaces(names):
 def test_on_windows_commands_are_such_as_work_there(monkeypatch):
     """Its shells take neither filters of jq in quotes nor, PowerShell, a comma without them."""
     monkeypatch.setattr(shell, "os", SimpleNamespace(name="nt"))
-    inside = {"mapping": {}, "current_node": "a"}, {"message_tree_id": "a", "prompt": {"replies": []}}
+    inside = {"row": {"messages": [user("a"), answer("b")]}}, {"message_tree_id": "a", "prompt": {"replies": []}}
     two = {"prompt": "a", "response_1": "b", "response_2": "c"}
     for row in (*inside, two, {"paragraphs": [{"context": "a", "qas": []}]}, {"data": {"train": [{"q": "a", "r": "b"}]}}):
         [problem] = found(row)
@@ -861,7 +861,7 @@ def test_every_format_of_the_settings_is_known():
             if other is not row and name != "columns" and other is not ALPACA and (name != "text" or "text" not in other):
                 with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
                     formats.example(other)
-    assert Formats().describe("messages") == ("messages (rows have a list `messages`, or the turns of UltraChat, BELLE or MOSS, "
+    assert Formats().describe("messages") == ("messages (rows have a list `messages`, or the turns of UltraChat, BELLE, MOSS or a program's export, "
                                               "or the calls of xLAM)")
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 

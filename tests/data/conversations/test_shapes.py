@@ -104,46 +104,69 @@ def test_a_tree_of_messages_is_told_with_a_command_that_works(tmp_path):
     assert Formats(roles={"prompter": "user"}, mends=True).example(row).messages == FOUR
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_what_chatgpt_exports_is_told_with_a_command_that_works(tmp_path):
-    def node(name, parent, role=None, *parts, kind="text"):
-        said = role and {"author": {"role": role}, "content": {"content_type": kind, "parts": list(parts)}, "recipient": "all"}
-        return {name: {"id": name, "message": said, "parent": parent, "children": []}}
-
-    begins = node("root", None) | node("s", "root", "system", "") | node("q", "s", "user", "Hi")
-    shown = begins | node("a", "q", "assistant", "Hello") | node("q2", "a", "user", "Sky?")
-    shown |= node("old", "q2", "assistant", "Red.") | node("t", "q2", "assistant", kind="thoughts") | node("made", "t", "assistant", "{}")
-    shown["made"]["message"]["recipient"] = "dalle.text2im"
-    shown |= node("b", "made", "assistant", "Blue.")
-    picture = begins | node("p", "q", "user", {"asset_pointer": "x"}, "What?", kind="multimodal_text") | node("c", "p", "assistant", "It.")
-    export = [{"title": "x", "mapping": shown, "current_node": "b"}, {"title": "y", "mapping": picture, "current_node": "c"},
-              {"title": "empty", "mapping": node("root", None), "current_node": "root"}]
-    (tmp_path / "conversations.json").write_text(json.dumps(export), encoding="utf-8")
-    with pytest.raises(RowError, match="as ChatGPT exports it") as caught:
-        Formats().example(export[0])
-    command, _, options = caught.value.fix.partition("with ")[2].rpartition(", and prepare that with ")
-    assert options == "--on-uneven mend"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-    good, other = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert Formats(mends=True).example(good).messages == FOUR
-    with pytest.raises(RowError):
-        Formats(mends=True).example(other)
+def chatgpt(name, parent, role=None, *parts, kind="text", **more):
+    said = role and {"author": {"role": role}, "content": {"content_type": kind, "parts": list(parts)}, "recipient": "all"} | more
+    return {name: {"id": name, "message": said, "parent": parent, "children": []}}
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_what_ai_studio_saves_is_told_with_a_command_that_works(tmp_path):
+def test_of_what_chatgpt_exports_the_path_that_it_shows_is_read():
+    begins = chatgpt("root", None) | chatgpt("s", "root", "system", "") | chatgpt("q", "s", "user", "Hi")
+    shown = begins | chatgpt("a", "q", "assistant", "Hel", "lo") | chatgpt("q2", "a", "user", "Sky?")
+    shown |= chatgpt("old", "q2", "assistant", "Red.") | chatgpt("t", "q2", "assistant", kind="thoughts")
+    shown |= chatgpt("made", "t", "assistant", "{}", recipient="dalle.text2im") | chatgpt("tool", "made", "tool", "1")
+    shown |= chatgpt("told", "tool", "user", "I am Ann.", metadata={"is_visually_hidden_from_conversation": True})
+    shown |= chatgpt("b", "told", "assistant", "Blue.")
+    example = Formats().example({"title": "x", "create_time": 1.5, "mapping": shown, "current_node": "b"})
+    assert example.messages == FOUR and {item.name for item in example.unread} == {"title", "create_time"}
+    twice = shown | chatgpt("c", "b", "assistant", "So blue.")
+    with pytest.raises(RowError) as caught:
+        Formats().example({"mapping": twice, "current_node": "c"})
+    assert caught.value.fix.endswith("--on-uneven mend does so")
+    assert Formats(mends=True).example({"mapping": twice, "current_node": "c"}).messages[-1]["content"] == "Blue.\n\nSo blue."
+
+
+@pytest.mark.parametrize(("node", "reason"), [
+    (chatgpt("c", "a", "user", {"asset_pointer": "x"}, "What?", kind="multimodal_text"), "the content of turn 3 is a list whose part 1"),
+    (chatgpt("c", "a", "user", "Sum it up.", metadata={"attachments": [{"name": "a.pdf"}]}), "a message has a file ('a.pdf')"),
+    (chatgpt("c", None), "`mapping` shows no message"), (chatgpt("c", "c"), "`mapping` shows no message")])
+def test_what_chatgpt_read_beside_a_text_rejects_the_row(node, reason):
+    nodes = chatgpt("q", None, "user", "Hi") | chatgpt("a", "q", "assistant", "Hello") | node | chatgpt("d", "c", "assistant", "It.")
+    with pytest.raises(RowError) as caught:
+        Formats().example({"mapping": nodes, "current_node": "d" if node["c"]["message"] else "c"})
+    assert reason in str(caught.value)
+
+
+def claude(sender, *parts, **more):
+    return {"uuid": "u", "sender": sender, "text": "This block is not supported on your current device yet.", "content": list(parts)} | more
+
+
+def test_what_claude_exports_is_read_as_it_is_shown():
+    def text(said):
+        return {"type": "text", "text": said, "citations": []}
+
+    used = [text("Bl"), text("ue"), {"type": "tool_use", "name": "look"}, {"type": "tool_result"}, text("So it is.")]
+    messages = [claude("human", text("Hi")), claude("assistant", {"type": "thinking", "thinking": "Hm."}, text("Hello"), attachments=[]),
+                claude("human", text="Sky?"), claude("assistant", *used, files=[])]
+    example = Formats().example({"uuid": "x", "name": "n", "chat_messages": messages})
+    assert [turn["content"] for turn in example.messages] == ["Hi", "Hello", "Sky?", "Blue\n\nSo it is."]
+    assert [turn["role"] for turn in example.messages] == ["user", "assistant"] * 2
+    for files in ({"attachments": [{"file_name": "a.csv", "extracted_content": "1"}]}, {"files": [{"file_name": "a.csv"}]}):
+        with pytest.raises(RowError, match=r"a message has a file \('a.csv'\)"):
+            Formats().example({"chat_messages": [claude("human", text("Hi"), **files), messages[1]]})
+    with pytest.raises(RowError, match="`chat_messages` shows no message"):
+        Formats().example({"chat_messages": []})
+
+
+def test_what_ai_studio_saves_is_read_without_thoughts():
     said = [("user", "Hi"), ("model", "Hello"), ("user", "Sky?"), ("model", "Hm."), ("model", "Blue.")]
     chunks = [{"role": role, "text": text, "tokenCount": 1} for role, text in said]
     chunks[3]["isThought"] = True
     saved = {"runSettings": {"temperature": 1}, "systemInstruction": {"text": "Be brief."}, "chunkedPrompt": {"chunks": chunks}}
-    (tmp_path / "FILE").write_text(json.dumps(saved, indent=1), encoding="utf-8")
-    with pytest.raises(RowError, match="as Google's AI Studio saves it") as caught:
-        Formats().example(saved)
-    command, _, options = caught.value.fix.partition("with ")[2].rpartition(", and prepare that with ")
-    assert options == "--on-uneven mend"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert Formats(mends=True).example(row).messages == [{"role": "system", "content": "Be brief."}, *FOUR]
+    example = Formats().example(saved)
+    assert example.messages == [{"role": "system", "content": "Be brief."}, *FOUR]
+    assert [item.name for item in example.unread] == ["runSettings"]
+    with pytest.raises(RowError, match="the content of turn 4 is missing, not text"):
+        Formats().example(saved | {"chunkedPrompt": {"chunks": [*chunks[:2], {"role": "user", "driveImage": {"id": "x"}}, *chunks[3:]]}})
 
 
 def test_parameters_that_are_listed_by_name_become_a_schema():
