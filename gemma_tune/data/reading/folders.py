@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
+from gemma_tune.data.reading.card import NAME as CARD
+from gemma_tune.data.reading.card import configuration
 from gemma_tune.data.reading.names import (
     AS_TEXT,
     KINDS,
@@ -53,8 +55,16 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     if not data:
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
                         AS_TEXT if any(map(is_text, there)) else "name the files, or another directory")
-    taken, others = _of_split(folder, data, held_out)
-    listener.note(f"{folder}: {counted(len(taken), 'data file')}{passed_over(there, data, how)}")
+    config = configuration(folder, data)
+    splits = {path: _split(Path(config.splits[path]) if config else path.relative_to(folder))
+              for path in (config.splits if config else data)}
+    taken, others = _of_split(folder, splits, held_out)
+    of = f" of the configuration `{config.name}`, by its {CARD}" if config else ""
+    listener.note(f"{folder}: {counted(len(taken), 'data file')}{of}{passed_over(there, data, how)}")
+    if config and (left := [path for path in data if path not in splits]):
+        whose = f"of other configurations ({', '.join(config.others)})" if config.others else "of no configuration"
+        listener.warn(f"{folder}: not read, as they are {whose}: {_named(folder, left)}; they are used if they are "
+                      "named")
     if others and not held_out:
         listener.warn(f"{folder}: not trained on, as the names say that they are for validation or tests: "
                       f"{_named(folder, others)}; they are used if they are named, to validate with --valid")
@@ -131,12 +141,11 @@ def passed_over(there: Sequence[Path], taken: Sequence[Path], how: How) -> str:
 
 # --- splits
 
-def _of_split(folder: Path, paths: Sequence[Path], held_out: bool) -> tuple[list[Path], list[Path]]:
+def _of_split(folder: Path, splits: Mapping[Path, str | None], held_out: bool) -> tuple[list[Path], list[Path]]:
     """The files to learn from, or to validate with, and the others."""
-    splits = {path: _split(path.relative_to(folder)) for path in paths}
     there = set(splits.values())
     if there <= {None, "train"} or len(there) == 1:
-        return list(paths), []
+        return list(splits), []
     if held_out:
         wanted: set[str | None] = {"validation" if "validation" in there else "test"}
     elif wanted := there & {None, "train"}:
@@ -144,7 +153,7 @@ def _of_split(folder: Path, paths: Sequence[Path], held_out: bool) -> tuple[list
     else:
         raise UserError(f"{folder} has no files for training, only for {' and '.join(sorted(filter(None, there)))}",
                         "name the files that are meant")
-    return [p for p in paths if splits[p] in wanted], [p for p in paths if splits[p] not in wanted]
+    return [p for p in splits if splits[p] in wanted], [p for p in splits if splits[p] not in wanted]
 
 
 def _split(path: Path) -> str | None:

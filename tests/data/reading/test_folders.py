@@ -330,3 +330,56 @@ def test_rows_that_are_refused_for_another_reason_leave_no_list_of_bad_ones(cli,
     good = write_rows(tmp_path / "one.jsonl", rows(1))
     assert cli("prepare", good, "--model", tiny, "--valid", 5, "--run", "run").code == 2
     assert not Path("run/rejected.jsonl").exists()
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: data/en-*.jsonl
+  - split: held_out_test
+    path: [data/last.jsonl]
+- config_name: zh
+  data_files: zh/**
+- config_name: gone
+  data_dir: gone
+%s---
+# A dataset
+"""
+
+
+def test_of_a_dataset_with_configurations_the_default_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch("d/data/en-0.jsonl", "d/data/en-1.jsonl", "d/data/last.jsonl", "d/zh/a/b.jsonl", "d/other.jsonl")
+    touch("d/README.md", text=CARD % "")
+    error = refused("d")
+    assert "`en` with data/en-0.jsonl, `zh` with zh/a/b.jsonl" in str(error) and error.hint == "name the files of one, such as d/data/en-0.jsonl"
+    touch("d/README.md", text=CARD.replace("en\n", "en\n  default: true\n") % "")
+    said = Said()
+    assert found("d", said=said) == ["d/data/en-0.jsonl", "d/data/en-1.jsonl"]
+    assert said.notes == ["d: 2 data files of the configuration `en`, by its README.md; 1 other passed over (.md)"]
+    assert "not read, as they are of other configurations (zh): other.jsonl, zh/a/b.jsonl" in said.warnings[0]
+    assert "not trained on" in said.warnings[1]
+    assert found("d", held_out=True) == ["d/data/last.jsonl"]
+    touch("d/README.md", text=CARD.replace("zh\n", "default\n") % "")
+    assert found("d") == ["d/zh/a/b.jsonl"]
+
+
+@pytest.mark.parametrize("card", [
+    "# Notes", "---\nconfigs: [\n---\n", "---\n- a\n---\n", "---\nconfigs: en\n---\n", "---\nconfigs:\n- config_name: x\n---\n",
+    "---\nconfigs:\n- config_name: x\n  data_files: [/a.jsonl, ../b.jsonl, '**a', '', 7, {split: train}]\n---\n", "---\nlicense: mit\n---\n"])
+def test_a_readme_of_anything_else_says_nothing_of_files(card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch("d/a.jsonl", "d/b.jsonl")
+    touch("d/README.md", text=card)
+    assert found("d") == ["d/a.jsonl", "d/b.jsonl"]
+
+
+def test_the_only_configuration_is_read_as_it_names_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch("d/x/test-run.jsonl", "d/notes.jsonl")
+    touch("d/README.md", text="---\nconfigs:\n- config_name: mine\n  data_dir: x\n---\n")
+    said = Said()
+    assert found("d", said=said) == ["d/x/test-run.jsonl"] and "of no configuration: notes.jsonl" in said.warnings[0]
