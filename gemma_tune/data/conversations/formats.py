@@ -78,7 +78,7 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
                                    or isinstance(layouts.turn_list(row.get("conversation")), list)
                                    or python_list("", row.get("conversation"), turns=True) is not None),
-    "gemini": lambda row, keys: is_gemini(row),
+    "gemini": lambda row, keys: is_gemini(row) and "completions" not in keys,  # with which it is a pair
     # The instruction may be null where the input says it all.
     "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
     "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,

@@ -1,6 +1,7 @@
 """Rows of two answers and a column that says which of them is better, as rows of ``chosen`` and ``rejected``.
 
-NVIDIA's HelpSteer3, Stanford's SHP, PKU's SafeRLHF, and votes of the Chatbot Arena. A tie is no pair.
+NVIDIA's HelpSteer3, Stanford's SHP, PKU's SafeRLHF, votes of the Chatbot Arena, and Vertex AI's preferences, whose
+answers have scores. A tie is no pair.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.shell import of_posix
+from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
 
@@ -84,6 +86,27 @@ def arena_votes(row: Fields) -> Shaped | None:
               for role, text in zip(("user", "assistant"), both, strict=True)] for said in answers]
     told = without(row, "prompt") | dict(zip(("response_a", "response_b"), turns, strict=True))
     return _pair(told, None, ("response_a", "response_b"), votes.index(1), *_VOTES)
+
+
+def vertex(row: Fields) -> Shaped | None:
+    """Vertex AI: Gemini's ``contents``, and two ``completions``, each with its ``score``."""
+    both = row["completions"]
+    if not is_gemini(row) or not isinstance(both, list) or len(both) != 2 or not all(
+            isinstance(one, dict) and isinstance(one.get("completion"), dict) for one in both):
+        return None
+    scores = [one.get("score") for one in both]
+    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores):
+        raise _unclear({"score": scores}, "score", "a number for each of `completions`, the higher one for the better")
+    if scores[0] == scores[1]:
+        raise _tie({"score": scores}, "score")
+    problems: list[Problem] = []
+    read = [gemini({**row, "contents": [*row["contents"], one["completion"]]}, problems)
+            for one in sorted(both, key=lambda one: one["score"], reverse=True)]
+    if problems:
+        raise RowError(dict.fromkeys(problems))
+    return Shaped(without(row, "contents", "completions", "systemInstruction", "system_instruction", "tools")
+                  | {"chosen": read[0].messages, "rejected": read[1].messages, "tools": read[0].tools},
+                  {"chosen": "completions", "rejected": "completions"})
 
 
 def _whole(value: Any, among: Sequence[int]) -> int | None:

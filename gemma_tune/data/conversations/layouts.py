@@ -145,9 +145,9 @@ def with_system(messages: Any, row: Mapping[str, Any], problems: list[Problem]) 
 
 
 def _system_text(row: Mapping[str, Any], name: str, problems: list[Problem]) -> str:
-    """A system prompt that is text, or a list of nothing but parts of text, as Anthropic has it."""
+    """A system prompt that is text, or a list of nothing but parts of text, as Anthropic and Bedrock have it."""
     parts = row[name]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
              for part in parts] if isinstance(parts, list) else [None]
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else text_of(row, name, problems)
 

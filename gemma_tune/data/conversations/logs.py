@@ -1,8 +1,8 @@
 """What was asked of a model's interface and what it answered, as logs and files of batches have both.
 
 The request is a column ``request``, ``body``, ``input`` or ``inputs``, perhaps with a ``body`` of its own, or the row's
-own ``messages``; the answer is OpenAI's object with ``choices``, or one message, in ``response``, ``output`` or
-``outputs``.
+own ``messages``; the answer is OpenAI's object with ``choices``, one message, or LangSmith's list of one, in
+``response``, ``output`` or ``outputs``. LangSmith's data sets have an object of one text for each of both.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def _answer(value: Any) -> Fields | None:
     value = _inside(value)
     if not isinstance(value, dict):
         return None
+    alone = value.get("messages")
+    if isinstance(alone, list) and len(alone) == 1 and isinstance(alone[0], dict):
+        value = alone[0]
     return value if _choices(value) or value.get("role") == "assistant" else None
 
 
@@ -97,6 +100,20 @@ def _turn(said: str, answer: Fields) -> Fields:
     turn = answer if choice is answer else choice["message"]
     # Anthropic's message has figures beside what it says.
     return {"role": "assistant", "content": turn.get("content")} if "stop_reason" in turn else turn
+
+
+def texts(row: Fields) -> Shaped | None:
+    """A question and an answer that are the only texts of ``inputs`` and ``outputs``."""
+    own: dict[str, str] = {}
+    said: dict[str, str] = {}
+    for name, column in (("prompt", "inputs"), ("completion", "outputs")):
+        value = row[column]
+        if not isinstance(value, dict) or len(value) != 1 or not isinstance(text := next(iter(value.values())), str):
+            return None
+        own[name], said[name] = f"{column}.{next(iter(value))}", text
+    if any(row.get(name) is not None for name in ("prompt", "completion", "context", "passage", "history")):
+        return None
+    return Shaped(without(row, "inputs", "outputs") | said, own, usual=True)
 
 
 _JOINED = ("jq -cn --slurpfile asked INPUT.jsonl --slurpfile said OUTPUT.jsonl 'INDEX($said[]; .custom_id) as $of | "

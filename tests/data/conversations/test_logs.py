@@ -102,3 +102,22 @@ def test_both_halves_of_a_batch_are_told_with_a_command_that_works(tmp_path):
     assert Formats().example(good).messages == READ
     with pytest.raises(RowError, match="`request` has no answer"):
         Formats().example(failed)
+
+
+def test_runs_and_data_sets_of_langsmith():
+    sky = [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}]
+    run = Formats().example({"run_type": "llm", "inputs": {"messages": sky[:1]}, "outputs": {"messages": sky[1:]}})
+    assert run.messages == sky and not run.usual
+    example = Formats().example({"inputs": {"question": "Sky?"}, "outputs": {"output": "Blue."}, "metadata": {}})
+    assert example.messages == sky and example.usual == ("inputs.question", "outputs.output")
+    for inputs, outputs in (({"a": "b", "c": "d"}, {"e": "f"}), ({"a": "b"}, {"e": ["f"]}), ({}, {}), ("a", "b")):
+        with pytest.raises(RowError):
+            Formats().example({"inputs": inputs, "outputs": outputs})
+    with pytest.raises(RowError):
+        Formats().example({"inputs": {"messages": sky[:1]}, "outputs": {"messages": [*sky[1:], sky[1]]}})
+
+
+def test_the_system_prompt_of_bedrock():
+    row = {"system": [{"text": "Be"}, {"text": "brief."}], "messages": [{"role": "user", "content": [{"text": "Sky?"}]},
+                                                                        {"role": "assistant", "content": [{"text": "Blue."}]}]}
+    assert [turn["content"] for turn in Formats().example(row).messages] == ["Be\nbrief.", "Sky?", "Blue."]

@@ -176,6 +176,22 @@ def test_the_column_that_says_which_of_two_answers_is_better(row, first, second)
     assert Formats(take="chosen").example(row | second).messages[-1]["content"] == "r"
 
 
+def test_the_scores_of_vertex():
+    def said(text):
+        return {"role": "model", "parts": [{"text": text}]}
+
+    row = {"systemInstruction": {"parts": [{"text": "Be."}]}, "contents": [{"role": "user", "parts": [{"text": "q"}]}, said("b"),
+                                                                           {"role": "user", "parts": [{"text": "q2"}]}],
+           "completions": [{"score": 0.0, "completion": said("r")}, {"score": 1.0, "completion": said("c")}], "id": 7}
+    assert read(row) == (["Be.", "q", "b", "q2", "c"], ["r"], None, ["id"])
+    tie = [one | {"score": 1} for one in row["completions"]]
+    assert "`score` is [1, 1]: neither answer is the better one" in problem(row | {"completions": tie}).reason
+    unclear = [one | {"score": None} for one in row["completions"]]
+    assert "`score` is [None, None], which names neither" in problem(row | {"completions": unclear}).reason
+    picture = [{"score": n, "completion": {"role": "model", "parts": [{"inlineData": {}}]}} for n in range(2)]
+    assert "only text and function calls can be learned" in problem(row | {"completions": picture}).reason
+
+
 def test_the_votes_on_whole_conversations_in_text():
     assert read(VOTES | votes(1, 0, 0)) == (["a", "b", "q", "c"], ["r"], None, [])
     assert read(VOTES | votes("0", "1", "0")) == (["a", "b", "q", "r"], ["c"], None, [])
