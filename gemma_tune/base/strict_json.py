@@ -18,6 +18,7 @@ COMMA, SECOND = ", a comma behind the value,", ", a second value behind the firs
 MORE = ", a comma and more behind the value,"
 SINGLE = ", not in single ones as Python shows it,"  # after what is said of a name in quotes
 WIDE = ", and not the sign of Chinese text there,"
+COMMENT = ", a comment, which JSON does not have,"
 _WIDE_SIGNS = "“”‘’＂：，｛｝［］【】"
 
 
@@ -165,6 +166,8 @@ def problem(e: json.JSONDecodeError) -> str:
     if e.msg == "Extra data":
         comma = COMMA if met == "," and not e.doc[e.pos + 1:].strip() else MORE
         more = {",": comma, "{": SECOND}.get(met, "")
+    if e.doc.startswith(("//", "/*", "#"), e.pos):
+        more = COMMENT
     return f'{e.msg.removesuffix(" at").rstrip(": ")}{more}'  # some messages end so, to be followed by a place
 
 

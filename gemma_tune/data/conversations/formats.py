@@ -292,7 +292,7 @@ class Formats:
             return format
         if self.columns and "chosen" not in self.columns:
             return "columns"
-        raise RowError([unnamed(row, _detected)])
+        raise RowError([unnamed(row, _is_known)])
 
 
 _OWN_LINE = "give each value a line of its own, in all lines with "
@@ -300,12 +300,24 @@ _REPAIRS = {
     strict_json.COMMA: "leave out the comma, in all lines with sed 's/,[[:space:]]*$//' FILE.jsonl > rows.jsonl",
     strict_json.MORE: f"{_OWN_LINE}sed 's/,*[[:space:]]*$//; s/.*/[&]/' FILE.jsonl | jq -c '.[]' > rows.jsonl",
     strict_json.SECOND: f"{_OWN_LINE}jq -c . FILE.jsonl > rows.jsonl",
+    strict_json.SINGLE: "write it as JSON, in all lines with python -c 'import ast, json, sys; [print(json.dumps("
+                        "ast.literal_eval(line))) for line in sys.stdin if line.strip()]' < FILE.jsonl > rows.jsonl",
+    strict_json.COMMENT: "leave comments out; lines of nothing else, with sed -E '/^[[:space:]]*(#|\\/\\/|\\/\\*)/d' "
+                         "FILE.jsonl > rows.jsonl",
     strict_json.WIDE: 'around names and texts write " for “ and ”, : for ： and , for ，; within texts they may stay'}
 
 
 def _detected(row: Fields) -> str | None:
     # Where rows of several formats share a table, the columns of the others are there and empty.
     return _among(row, _filled(row)) or _among(row, row.keys())
+
+
+def _is_known(row: Fields) -> bool:
+    """Whether a row that stands inside another one has a known format, or a shape that is known."""
+    try:
+        return _detected(row) is not None or bool(shapes.shaped(row).own)
+    except RowError:  # of which can be said what to do about it
+        return True
 
 
 def _filled(row: Fields) -> set[str]:

@@ -98,7 +98,22 @@ def exchange(turn: Mapping[str, Any]) -> tuple[str, str] | None:
 def suggested_turns(row: Mapping[str, Any]) -> str | None:
     """The column that looks like a list of turns."""
     return next((key for key, value in row.items() if isinstance(key, str) and _sayable(key)
-                 and isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)), None)
+                 and isinstance(value, list) and value and all(map(_says_something, value))), None)
+
+
+def _says_something(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(isinstance(said, str) for said in turn.values())
+
+
+def speaker_inside(turn: Mapping[str, Any]) -> str | None:
+    """Where the name of who speaks is, if that is an object, as in exports of Discord: ``author.name``."""
+    return next((f"{key}.{name}" for key in _SPEAKERS if isinstance(turn.get(key), dict) for name in ("role", "name")
+                 if isinstance(turn[key].get(name), str)), None)
+
+
+def suggested_saying(turn: Mapping[str, Any]) -> str | None:
+    """The key that seems to hold what a turn says, which has none that is known."""
+    return next((key for key in turn if isinstance(turn[key], str) and key.lower() in _SAYINGS), None)
 
 
 def role_fix(name: str, unknown: Mapping[str, str | None]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
-from gemma_tune.data.conversations.names import exchange, role_fix, suggested_keys
+from gemma_tune.data.conversations.names import exchange, role_fix, speaker_inside, suggested_keys, suggested_saying
 from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
 from gemma_tune.data.conversations.uneven import evened
 
@@ -163,7 +163,7 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
         _extras(number, message, turn, problems, answered)
     if role == "assistant" and isinstance(content, list):
         content = _without_thoughts(f"turn {number}", content, turn, problems)
-    _content(number, content, turn, problems)
+    _content(number, content, turn, problems, None if content is not None else suggested_saying(message))
     if role == "assistant" and "reasoning_content" not in turn and _is_begun_by_prompt(turn["content"]):
         turn["content"] = f"{_THINK[0]}\n{turn['content']}"
     begins = turn["content"].lstrip().startswith(_THINK[0])
@@ -198,6 +198,10 @@ def _no_role(number: int, message: Turn, messages: Sequence[Any]) -> Problem:
         return Problem(code, f"turn {number} has no `role`, but a question and its answer: {_keys(message)}",
                        f'write it as two turns: {{"role": "user", "content": …}} with `{both[0]}`, and {{"role": '
                        f'"assistant", "content": …}} with `{both[1]}`')
+    if name is None and (inside := speaker_inside(message)):
+        return Problem(code, f"turn {number} has no `role`, but `{inside}` says who speaks: {_keys(message)}",
+                       f"write `{inside}` of each turn as its `role`, which is user or assistant, or a name for "
+                       "--roles")
     if name is None and (named := suggested_keys(message)):
         return Problem(code, f"turn {number} has no `role`, but {_keys(message)}",
                        f"name its keys: --turn-keys {shell.quote(named)}")
@@ -213,7 +217,8 @@ def _keys(message: Turn) -> str:
     return ", ".join(quoted(key) for key in list(message)[:6])
 
 
-def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> None:
+def _content(number: int, content: Any, turn: Turn, problems: list[Problem], other_key: str | None) -> None:
+    """Put what is said into a turn; ``other_key`` seems to have it where it is missing."""
     role = turn["role"]
     may_be_empty = role == "tool" or "tool_calls" in turn or role == "system" and number == 1
     if role == "tool" and (isinstance(content, dict) or several("", content)):
@@ -225,7 +230,8 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem]) -> 
     if not isinstance(content, str):
         if content is not _REPORTED:
             problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
-                                    "make it a string"))
+                                    f"if `{other_key}` has it, name that: --turn-keys content={other_key}" if other_key
+                                    else "make it a string"))
         return
     turn["content"] = content
     if not may_be_empty and blank(content):

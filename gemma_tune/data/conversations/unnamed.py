@@ -19,23 +19,30 @@ Fields = Mapping[str, Any]
 
 # Columns that hold questions and answers, and have to be named.
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
-              "document", "inputs", "input_text", "article", "dialogue", "问题", "提问", "指令", "问", "用户")
+              "document", "inputs", "input_text", "text_input", "article", "dialogue", "ask", "inputs_pretokenized",
+              "问题", "提问", "指令", "问", "用户")
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
-            "chosen", "a", "targets", "output_text", "答案", "回答", "输出", "回复", "答", "助手")
+            "chosen", "a", "targets", "output_text", "targets_pretokenized", "答案", "回答", "输出", "回复", "答",
+            "助手")
+# Parts of names that people give to both, such as 客户问题 and 标准回复.
+_PARTS = (("question", "query", "prompt", "问题", "提问", "咨询"),
+          ("answer", "reply", "response", "completion", "答案", "回答", "回复", "答复"))
 _CONTEXTS = ("context", "passage", "输入", "背景")
 _THOUGHTS = (*REASONING, "complex_cot", "cot", "chain_of_thought", "rationale", "思考", "思维链")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
 # Who says it: the row is one turn of a conversation whose others stand in rows of their own.
-_SPEAKERS = ("role", "speaker")
+_SPEAKERS = ("role", "speaker", "sender", "from", "talker", "is_sender", "发言人", "发送者", "昵称")
+_SAYINGS = ("content", "text", "value", "utterance", "message", "msg", "内容", "消息")
+_SLACK = {"user", "text", "ts"}  # each message as Slack exports it
 _NOT_BESIDE_TEXT = frozenset((*_QUESTIONS[:5], "input", *_ANSWERS, *_LABELS, *_CONVERSATIONS, *layouts.SYSTEMS,
                               *_SPEAKERS))
 
 
 def is_beside_text(keys: Collection[str]) -> bool:
     """Whether one of these columns holds something that may be the answer to a text, or its prompt."""
-    return any(isinstance(key, str) and key.lower() in _NOT_BESIDE_TEXT for key in keys)
+    return any(isinstance(key, str) and key.lower() in _NOT_BESIDE_TEXT for key in keys) or {*keys} >= _SLACK
 
 
 def found_columns(row: Fields) -> str:
@@ -43,11 +50,11 @@ def found_columns(row: Fields) -> str:
     return f"it has {', '.join(quoted(key) for key in list(row)[:6]) or 'nothing'}"
 
 
-def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
+def unnamed(row: Fields, detected: Callable[[Fields], bool]) -> Problem:
     """Why a row of no known format cannot be read, with the options or the change that would help.
 
     Args:
-        detected: the known format that a row has, if any: there can be such rows inside this one.
+        detected: whether a row has a known format: there can be such rows inside this one.
     """
     reason = f"neither `messages` nor `instruction` and `output`, nor another known format; {found_columns(row)}"
     if (beside := _beside_text(row)) is not None:
@@ -55,6 +62,11 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
     if _holds_rows(row):
         return Problem("unknown_format", f"{reason}; each holds an object with the same names, so they seem to be rows",
                        f"put them into a file: {_by_jq('[]')}")
+    if len(row) >= _ENTRIES and all(isinstance(value, str) for value in row.values()) and all(map(_is_sentence, row)):
+        return Problem("unknown_format", f"its {len(row)} names are sentences, each with a text: they seem to be "
+                                         "questions with their answers",
+                       "write them as rows: " + shell.of_posix(
+                           "jq -c 'to_entries[] | {prompt: .key, completion: .value}' FILE.json > rows.jsonl"))
     if turns := suggested_turns(row):
         return _about_turns(row, turns, reason, detected)
     if pair := _pair_of_names(row):
@@ -64,6 +76,8 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
     answers = (*_ANSWERS, "highlights") if _column(row, _SPEAKERS) else (*_ANSWERS, "highlights", "content")
     question, answer, system, context, thought = (_column(row, names) for names in (
         _QUESTIONS, answers, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
+    if not question and not answer:
+        question, answer = (_column_like(row, parts) for parts in _PARTS)
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (
@@ -85,6 +99,7 @@ def unnamed(row: Fields, detected: Callable[[Fields], str | None]) -> Problem:
                                              "`output`, or name them with --columns user=…,assistant=…")
 
 
+_ENTRIES = 4  # texts under sentences; fewer may be the first row of a table
 _WORDS_OF_A_NAME = 3  # more of them make a sentence
 _SENTENCE = re.compile(r"\s.*\.\Z|[?!。？！]\Z", re.DOTALL)  # a point may also end a short word, such as No.
 _IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
@@ -100,7 +115,7 @@ def _by_jq(what: str, name: str = "rows") -> str:
     return shell.of_posix(f"jq -c '(arrays[], objects){what}' FILE.json > {name}.jsonl")
 
 
-def _nested(row: Fields, detected: Callable[[Fields], str | None]) -> str | None:
+def _nested(row: Fields, detected: Callable[[Fields], bool]) -> str | None:
     """The column that holds a row, or a list of rows inside, as jq names them: ``record`` or ``data.train[]``."""
     for key, value in row.items():
         if not isinstance(value, dict) or not _IDENTIFIER.fullmatch(key):
@@ -120,7 +135,7 @@ def _holds_rows(row: Fields) -> bool:
     return bool(others) and all(isinstance(value, dict) and value.keys() == first.keys() for value in (first, *others))
 
 
-def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Fields], str | None]) -> Problem:
+def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Fields], bool]) -> Problem:
     """What to do about a column that looks like a list of turns."""
     if keys := spoken_by(row[turns][0]):
         system = _column(row, layouts.SYSTEMS)
@@ -132,6 +147,8 @@ def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Field
                                          "is not known here",
                        'write them as turns: {"messages": [{"role": "user", "content": "…"}, …]}, where "train": false '
                        "keeps one from being learned")
+    if (ranked := _ranked(row, turns)) is not None:
+        return ranked
     if detected(row[turns][0]):
         inside = f".{turns}" if _IDENTIFIER.fullmatch(turns) else f'["{turns}"]'
         return Problem("unknown_format", f"{reason}; `{turns}` holds rows, not turns",
@@ -139,6 +156,25 @@ def _about_turns(row: Fields, turns: str, reason: str, detected: Callable[[Field
     if role_of(row[turns][-1]) == "user":
         return _about_prompt(row, turns)
     return Problem("unknown_format", reason, f"if `{turns}` holds the turns, use --columns turns={turns}")
+
+
+# By their names, the ranks or scores of several answers, and whether the lowest is the best.
+_RANKS = {"rank": True, "score": False, "overall_score": False, "pm_score": False, "rating": False}
+
+
+def _ranked(row: Fields, answers: str) -> Problem | None:
+    """What to do about several answers with a rank or a score each."""
+    question = _column(row, _QUESTIONS)
+    first = row[answers][0]
+    rank = next((name for name in _RANKS if all(isinstance(one.get(name), (int, float)) for one in row[answers])), None)
+    said = _column(first, ("text", "content", *_ANSWERS))
+    if not question or not rank or not said or not all(map(_IDENTIFIER.fullmatch, (question, answers, said))):
+        return None
+    best, worst = ("min_by", "max_by") if _RANKS[rank] else ("max_by", "min_by")
+    return Problem("unknown_format", f"`{answers}` holds several answers to `{question}`, with a `{rank}` each",
+                   "to learn which is better, write the best and the worst of them as a pair: " + _by_jq(
+                       f" | {{prompt: .{question}, chosen: (.{answers} | {best}(.{rank}).{said}), rejected: "
+                       f"(.{answers} | {worst}(.{rank}).{said})}}", "pairs"))
 
 
 def _about_prompt(row: Fields, turns: str) -> Problem:
@@ -207,7 +243,7 @@ def _beside_text(row: Fields) -> Problem | None:
 
 def _one_turn(row: Fields, reason: str) -> Problem | None:
     """What to do about a row that is a single turn, as tables and trees of conversations have them."""
-    speaker, said = _column(row, _SPEAKERS), _column(row, ("content", "text", "value", "utterance", "message"))
+    speaker, said = _column(row, (*_SPEAKERS, *(("user",) if row.keys() >= _SLACK else ()))), _column(row, _SAYINGS)
     if speaker is None or said is None:
         return None
     alone = "; or use --format text to learn each text by itself" if said == "text" else ""
@@ -215,6 +251,13 @@ def _one_turn(row: Fields, reason: str) -> Problem | None:
                                      "conversation",
                    'put all turns of a conversation into one row: {"messages": [{"role": "user", "content": "…"}, …]}'
                    f"{alone}")
+
+
+def _column_like(row: Fields, parts: Collection[str]) -> str | None:
+    """The only column of texts whose name has one of these parts."""
+    found = [key for key, value in row.items() if isinstance(key, str) and isinstance(value, str)
+             and any(part in _plain(key) for part in parts)]
+    return found[0] if len(found) == 1 else None
 
 
 _REMARK = re.compile(r"\([^()]*\)\Z")  # behind a name, such as (required)

@@ -22,6 +22,7 @@ from gemma_tune.data.conversations import formats
 from gemma_tune.data.conversations.formats import Example, Formats
 from gemma_tune.data.conversations.problems import MOST_PROBLEMS, Problem, RowError
 from gemma_tune.data.reading.rows import Description, Row
+from gemma_tune.data.reading.sources import read_blocks, source_of
 from support.rows import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT, WEATHER, answer, user
 
 same_examples = settings(derandomize=True, database=None, deadline=None, max_examples=400,
@@ -654,6 +655,12 @@ def found(row: Any) -> tuple[Problem, ...]:
 @pytest.mark.parametrize(("row", "fix"), [
     ({"指令": "a", "背景": "b", "回答": "c"}, "use --columns 'user=指令,assistant=回答,context=背景'"),
     ({"问题（必填）": "a", "答案": "b"}, "use --columns 'user=问题（必填）,assistant=答案'"),
+    ({"序号": "1", "客户问题": "a", "标准回复": "b", "分类": "c"}, "use --columns 'user=客户问题,assistant=标准回复'"),
+    ({"User Question": "a", "best_reply": "b"}, "use --columns 'user=User Question,assistant=best_reply'"),
+    ({"text_input": "a", "output": "b"}, "use --columns user=text_input,assistant=output"),
+    ({"inputs_pretokenized": "a", "targets_pretokenized": "b", "inputs": [1], "targets": [2]},
+     "use --columns user=inputs_pretokenized,assistant=targets_pretokenized"),
+    ({"department": "x", "title": "t", "ask": "a", "answer": "b"}, "use --columns user=ask,assistant=answer"),
     ({"ｑｕｅｓｔｉｏｎ ": "a", "answer": "b"}, "use --columns 'user=ｑｕｅｓｔｉｏｎ ,assistant=answer'"),
     ({"dialog": [{"speaker": "customer", "text": "hi"}, {"speaker": "agent", "text": "yo"}]},
      "use --columns turns=dialog --turn-keys role=speaker,content=text, and --roles for roles of other names"),
@@ -667,13 +674,78 @@ def test_columns_of_other_names_get_the_whole_command(row, fix):
 @pytest.mark.parametrize("row, alone", [
     ({"message_id": "1", "parent_id": None, "text": "Sky?", "role": "prompter", "lang": "en"}, True),  # OpenAssistant's trees
     ({"speaker": "Ann", "text": "Sky?"}, True), ({"conversation_id": 7, "role": "user", "content": "Sky?"}, False),
-    ({"role": "user", "content": "Sky?", "user": "ann"}, False)])
+    ({"role": "user", "content": "Sky?", "user": "ann"}, False), ({"sender": "Ann", "text": "Sky?"}, True),
+    ({"id": 1, "is_sender": 0, "talker": "ann", "msg": "Sky?"}, False), ({"发言人": "Ann", "内容": "Sky?"}, False)])
 def test_a_row_that_is_one_turn_is_not_learned_as_a_text_of_its_own(row, alone):
     [problem] = found(row)
     assert "it seems to be one turn of a conversation" in problem.reason and "into one row" in problem.fix
     assert ("--format text" in problem.fix) == alone
     if alone:
-        assert read(row, "text").text == "Sky?" and read({**row, "role": None, "speaker": None}).format == "text"
+        assert read(row, "text").text == "Sky?" and read({**row, "role": None, "speaker": None, "sender": None}).format == "text"
+
+
+GOOD = '{"prompt": "Sky?", "completion": "Blue."}\n'
+
+
+@pytest.mark.parametrize("text", [f"// mine\n{GOOD}  # more\n", f"/* mine */\n{GOOD}", "{'prompt': 'Sky?', 'completion': \"Blue.\", 'n': None}\n" * 2])
+def test_lines_that_are_no_json_are_told_with_a_command_that_works(text, tmp_path):
+    (tmp_path / "FILE.jsonl").write_text(text, encoding="utf-8")
+    rows = [row for block in read_blocks(source_of(tmp_path / "FILE.jsonl")) for row in block.rows()]
+    with pytest.raises(RowError) as caught:
+        Formats().example_of(rows[0])
+    assert caught.value.code == "broken_json"
+    subprocess.run(["sh", "-c", caught.value.fix.partition("with ")[2]], cwd=tmp_path, check=True)
+    for line in (tmp_path / "rows.jsonl").read_text().splitlines():
+        assert messages(json.loads(line)) == [user("Sky?"), answer("Blue.")]
+
+
+def test_messages_of_slack_are_no_texts_of_their_own():
+    row = {"type": "message", "user": "U1", "text": "Sky?", "ts": "1.5"}
+    [problem] = found(row)
+    assert "with `user` and `text` it seems to be one turn" in problem.reason and read(row, "text").text == "Sky?"
+    assert read({"text": "Sky?", "user": "U1"}).format == "text"
+
+
+def test_who_speaks_and_what_is_said_under_other_keys_is_told():
+    said = {"id": "1", "type": "Default", "content": "Sky?", "author": {"id": "7", "name": "Ann"}}
+    problem, *_ = found({"messages": [said]})
+    assert "`author.name` says who speaks" in problem.reason and "write `author.name` of each turn as its `role`" in problem.fix
+    problem, *_ = found({"messages": [{"role": "user", "text": "Sky?"}, answer("Blue.")]})
+    assert problem.fix == "if `text` has it, name that: --turn-keys content=text"
+    assert messages({"messages": [{"role": "user", "text": "Sky?"}, answer("Blue.")]}, turn_keys={"content": "text"})[0] == user("Sky?")
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("row", [
+    {"prompt": "Sky?", "answers": [{"answer": "Red.", "rank": 2.0}, {"answer": "Blue.", "rank": 1.0}, {"answer": "No.", "rank": 3.0}]},
+    {"instruction": "Sky?", "completions": [{"response": text, "overall_score": score} for text, score in (("No.", 1), ("Blue.", 9), ("Red.", 3))]},
+    {"qid": 1, "question": "Sky?", "answers": [{"text": "No.", "pm_score": 0}, {"text": "Blue.", "pm_score": 5}]}])
+def test_answers_with_ranks_are_told_with_a_command_that_makes_pairs(row, tmp_path):
+    [problem] = found(row)
+    assert "holds several answers to" in problem.reason
+    (tmp_path / "FILE.json").write_text(json.dumps([row, row]), encoding="utf-8")
+    subprocess.run(["sh", "-c", problem.fix.partition("pair: ")[2]], cwd=tmp_path, check=True)
+    pair, _ = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert read(pair).messages == [user("Sky?"), answer("Blue.")] and read(pair).rejected == [answer("No.")]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_questions_as_names_are_told_with_a_command_that_works(tmp_path):
+    row = {f"What is {n}?": f"It is {n}." for n in range(4)}
+    [problem] = found(row)
+    assert "its 4 names are sentences" in problem.reason
+    (tmp_path / "FILE.json").write_text(json.dumps(row), encoding="utf-8")
+    subprocess.run(["sh", "-c", problem.fix.partition("rows: ")[2]], cwd=tmp_path, check=True)
+    first, *_ = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert messages(first) == [user("What is 0?"), answer("It is 0.")]
+    assert "its 3 names" not in str(found(dict(list(row.items())[:3]))), "which may be the first row of a table"
+
+
+def test_rows_inside_others_are_known_by_their_usual_names():
+    [problem] = found({"category": "c", "items": [{"q": "a", "a": "b"}]})
+    assert "`items` holds rows, not turns" in problem.reason
+    [problem] = found({"chat": {"question": "a", "answer": "b"}, "tags": ["x"]})
+    assert "further inside, in `chat`" in problem.reason
 
 
 def test_names_that_are_the_first_row_of_the_data_are_told():
@@ -861,8 +933,8 @@ def test_every_format_of_the_settings_is_known():
             if other is not row and name != "columns" and other is not ALPACA and (name != "text" or "text" not in other):
                 with pytest.raises(RowError, match=f"not a row of the format `{name}`"):
                     formats.example(other)
-    assert Formats().describe("messages") == ("messages (rows have a list `messages`, or the turns of UltraChat, BELLE, MOSS or a program's export, "
-                                              "or the calls of xLAM)")
+    assert Formats().describe("messages") == ("messages (rows have a list `messages`, or the turns of UltraChat, BELLE, MOSS or a "
+                                              "program's export, or the calls of xLAM)")
     assert Formats(columns=QA).describe("columns") == "columns (rows have `question` and `answer` and `persona`)"
 
 
