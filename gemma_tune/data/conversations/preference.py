@@ -318,12 +318,11 @@ def _read_with(row: Mapping[str, Any], answer: Any) -> set[str]:
     """Of the columns beside an answer, those of its prompt: none but a repetition of it where the answer is a whole
     conversation."""
     turns = turn_list(answer)
-    before, _ = _prompt(row, [])
-    if isinstance(turns, str) and (whole := turns_in_text(turns)) and _is_meant(whole, turns, before):
+    if isinstance(turns, str) and (whole := turns_in_text(turns)) and _is_meant(whole, turns, _prompt(row, [])[0]):
         turns = whole
     read: set[str] = set()
     if not isinstance(turns, list) or not _is_whole(turns):
-        read, turns = {*_asked(row)}, before or []
+        read, turns = {*_asked(row)}, _prompt(row, [])[0] or []
     return read | {key for key in (*_QUESTIONS, "instruction", "conversations", "messages") if key in row
                    and (isinstance(row[key], str) and _is_repeated(turns, row[key])
                         or _begins(turns, turn_list(row[key])))}

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tune.data.conversations.layouts import Draft, with_system
 from gemma_tune.data.conversations.problems import Problem
-from gemma_tune.data.conversations.spoken import spoken
+from gemma_tune.data.conversations.spoken import may_be_spoken, spoken
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
           "model": "assistant", "gpt": "assistant"}
@@ -96,12 +96,18 @@ def turns_in_text(text: str) -> Turns | None:
     return found and [dict(turn) for turn in found]  # what is found belongs to whoever asks next, too
 
 
-@functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
 def _turns(text: str) -> Turns | None:
-    """The turns of a rendered conversation; None if it is none."""
-    body = text[_START.match(text).end():]
+    """The turns of a rendered conversation; None if it is none, which is seen from how most texts begin."""
+    at = _START.match(text).end()
+    marked = text.startswith(_BEGINNINGS, at) or _ASKS in text
+    return _read(text, at, marked) if marked or may_be_spoken(text, at) else None
+
+
+@functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
+def _read(text: str, at: int, marked: bool) -> Turns | None:
+    body = text[at:]
     by_name = functools.partial(_spoken, by_empty_lines=text.startswith("\n\n"))
-    for read in (_marked, _llama_2, _deepseek, _titled) if is_marked(text) else (by_name,):
+    for read in (_marked, _llama_2, _deepseek, _titled) if marked else (by_name,):
         if turns := read(body):
             if any(mark in body for mark in _TOOLS):
                 return None

@@ -39,6 +39,11 @@ _LAYOUTS = {pair: _layout(pair) for pair in (*_SPEAKERS, *_QUESTIONS)}
 _HH = (("Human", "Assistant"), re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):"))
 
 
+def may_be_spoken(text: str, at: int) -> bool:
+    """Whether a text begins so at a place as such conversations do."""
+    return _BEGINS.match(text, at) is not None
+
+
 def spoken(text: str, by_empty_lines: bool = False) -> list[dict[str, Any]] | None:
     """The turns of such a conversation, without the layout around what is said; None where the text is none.
 
