@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,17 @@ def as_in_a_table(lines: Sequence[str]) -> str | None:
     signs = _SIGNS if lines and " " not in lines[0] else "\t"
     numbers = {sign: {line.count(sign) for line in lines[:_LOOKED_AT]} for sign in signs if len(lines) >= _LEAST_LINES}
     return next((sign for sign, found in numbers.items() if len(found) == 1 and 0 not in found), None)
+
+
+# A date, a time, and who says something then: on the same line (WhatsApp), or on those below (WeChat, QQ).
+_SAID_AT = re.compile(r"\[?(?:\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}),? +"
+                      r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?\]?(?: -)? +(?P<name>[^:：]{1,30})(?:[:：].*)?")
+
+
+def as_in_a_chat(lines: Sequence[str]) -> bool:
+    """Whether several of a file's first lines say when somebody says something, and two or more do so in turn."""
+    names = [found["name"].strip() for line in lines[:2 * _LOOKED_AT] if (found := _SAID_AT.fullmatch(line))]
+    return len(names) >= _LEAST_LINES and 2 <= len({*names}) <= (len(names) + 1) // 2
 
 
 @dataclass(frozen=True)

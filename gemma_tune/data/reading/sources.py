@@ -77,8 +77,8 @@ def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
     """A file as a source; its kind follows from its name, and what has no known ending is tried as JSONL or JSON.
 
     Raises:
-        UserError: it has the name of a text, and may be a table; or that of a settings file, as other programs have
-            them behind `train`.
+        UserError: it has the name of a text, and may be a table or a chat; or that of a settings file, as other
+            programs have them behind `train`.
     """
     kind = kind_of(path, how) or (CSV if how.delimiter else TEXT if how.all_text else JSON)
     if kind == JSON and path.suffix.lower() in _SETTINGS and not plain_rows.has_rows(
@@ -95,6 +95,10 @@ def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
                             "if it is one, name it .csv or .tsv; if it is plain text, make it a row "
                             '{"text": "…"} of a .jsonl file; `prepare` takes it as it is with --delimiter or with '
                             "--format text")
+        elif not how.all_text and plain_rows.as_in_a_chat(opening):
+            raise UserError(f"{path} seems to be a chat: its lines say who says something, and when",
+                            'make a row of each conversation in it, {"messages": [{"role": "user", "content": "…"}, '
+                            "…]}, in a .jsonl file; `prepare` takes it for plain text with --format text")
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   how.delimiter if kind in (CSV, TSV) else None, how.encoding)
 

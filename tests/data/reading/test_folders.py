@@ -275,6 +275,26 @@ def test_what_may_be_a_table_is_not_taken_for_a_text(text, sign, name_of):
     assert len([*rows_of("d/rows.txt", How(sign))]) == 2
 
 
+WECHAT = "".join(f"2024-03-0{n} 12:30:11 {'客服' if n % 2 else '张三'}\n第{n}句。\n\n" for n in range(1, 5))
+WHATSAPP = "".join(f"12/0{n}/24, 10:15 - {'Ann' if n % 2 else 'Bob Lee'}: So: {n}?\n" for n in range(1, 5))
+
+
+@pytest.mark.parametrize("text", [WECHAT, WHATSAPP, "[12/01/24, 10:15:30 AM] Ann: Hi\n[12/01/24, 10:16:02 AM] Bob: Yes?\n"
+                                  "[12/01/24, 10:17:00 AM] Ann: No.\n"])
+def test_a_chat_is_not_taken_for_a_text(text):
+    touch("a.txt", text=text)
+    error = refused("a.txt")
+    assert error.message == "a.txt seems to be a chat: its lines say who says something, and when" and "--format text" in error.hint
+    assert [row.value for row in rows_of("a.txt", How(format="text"))] == [{"text": text}]
+
+
+@pytest.mark.parametrize("text", ["2024-03-01 12:30 Woke up.\n2024-03-02 09:10 Walked.\n2024-03-03 10:00 Slept.\n",
+                                  "2024-03-01 12:30 Ann: Hi\n2024-03-02 09:10 Bob: Yes?\n", "At 12:30 Ann: Hi\n" * 3])
+def test_a_diary_is_no_chat(text):
+    touch("a.txt", text=text)
+    assert [row.value for row in rows_of("a.txt", How())] == [{"text": text}]
+
+
 @pytest.mark.parametrize("text", ["Roses are red, violets blue,\nsugar is sweet, and so on,\nand on, and on,\n", "a,b\n1,2\n",
                                   "\ttabs before\n\ta line\n\tare code\n", '{"a": 1}, and so on\n{"a": 1}\nplain\n'])
 def test_sentences_are_no_table(text):
