@@ -71,8 +71,7 @@ class Best(TrainerCallback):
         if (step or self.before) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
             assert self.trainer is not None
             self.keep(step, loss, trained_weights(self.trainer.model))
-        elif step and not self._told and len(self.losses) > 1:
-            best = self._lowest(list(self.losses))
+        elif step and not self._told and (best := self._lowest(list(self.losses))) != step:
             self.listener.note(f"the validation loss is {loss:.4g} after step {self.before + step}, and was lowest "
                                f"{self._when(best)}: {self.losses[best]:.4g}")
             self._told = True

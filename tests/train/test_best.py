@@ -17,6 +17,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.train.best import Best
 from gemma_tune.train.callbacks import MetricsLog
 from support.command import rows, write_rows
+from support.listener import Said
 
 RUN = Path("runs/tiny-gemma")
 ADAPTER = RUN / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
@@ -151,3 +152,12 @@ def test_of_two_that_are_as_good_the_earlier_stays(tmp_path):
         control = evaluate(best, step, 1.0)
     assert best.restore(2) == 1 and torch.equal(model.weight, torch.ones(2, 3))
     assert control.should_training_stop, "the second was not lower"
+
+
+def test_a_loss_is_said_to_have_been_lower_only_where_it_was(tmp_path):
+    best = Best(tmp_path, "a", said := Said(), keeps=False, patience=0)
+    for step, loss in enumerate([3.0, 2.0, 1.0]):
+        evaluate(best, step, loss)
+    assert not said.notes, "each was lower than all before it"
+    evaluate(best, 3, 1.5)
+    assert said.notes == ["the validation loss is 1.5 after step 3, and was lowest after step 2: 1"]
