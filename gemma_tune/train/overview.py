@@ -69,6 +69,6 @@ def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
 
 def _rounded(number: int) -> str:
     for size, name in ((1e9, "billion"), (1e6, "million")):
-        if number >= size:
+        if number >= 0.9995 * size:  # which three figures make a whole one of
             return f"{number / size:.3g} {name}"
     return f"{number:,}"
