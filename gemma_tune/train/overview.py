@@ -13,7 +13,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.run.session import Session
 from gemma_tune.train.memory import BatchChoice
-from gemma_tune.train.plan import ROWS, described_steps, total_steps, warmup_steps
+from gemma_tune.train.plan import described_steps, row_name, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape
 
 _FALLS = {"cosine": "falls along a cosine", "linear": "falls in a line", "constant": "stays"}
@@ -30,7 +30,7 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tu
     """
     config, rows = session.config, len(sizes[0])
     warmup = warmup_steps(total_steps(rows, config), config)
-    data = counted(rows, ROWS.get(config.method, "sequence"))
+    data = counted(rows, row_name(config))
     lines = {
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
         "data": f"{data} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
@@ -63,8 +63,8 @@ def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
                                                        (config.num_processes, "processes")) if number > 1]
     product = f" ({' x '.join([str(config.batch_size), *factors])})" if factors else ""
     default = ", the default" if by_default else ""
-    return (f"{counted(config.effective_batch, 'conversation')} a step{product}{default}; {choice.micro_batch} at once "
-            f"({choice.reason})")
+    return (f"{counted(config.effective_batch, row_name(config))} a step{product}{default}; "
+            f"{choice.micro_batch} at once ({choice.reason})")
 
 
 def _rounded(number: int) -> str:

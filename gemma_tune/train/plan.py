@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.55
 _MEASURED = 0.3  # seconds
 FEW_STEPS = 10
-ROWS = {"dpo": "pair", "orpo": "pair", "kto": "answer"}  # what a method's rows are called; else sequences
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,11 @@ class TrainingPlan:
         }
 
 
+def row_name(config: TrainConfig) -> str:
+    """What a method's rows are called, each by itself."""
+    return {"dpo": "pair", "orpo": "pair", "kto": "answer"}.get(config.method, "sequence")
+
+
 def steps_per_epoch(rows: int, config: TrainConfig) -> int:
     """Optimiser steps of one pass; rounded up, as the last batch may be smaller."""
     return -(-rows // config.effective_batch)
@@ -123,7 +127,7 @@ def described_steps(rows: int, config: TrainConfig) -> str:
     """How the number of steps comes about."""
     steps, all_steps = total_steps(rows, config), total_steps(rows, replace(config, max_steps=0))
     epochs = f"{config.epochs:g} {'epoch' if config.epochs == 1 else 'epochs'}"
-    text = (f"{counted(rows, ROWS.get(config.method, 'sequence'))} x {epochs} in batches of {config.effective_batch}: "
+    text = (f"{counted(rows, row_name(config))} x {epochs} in batches of {config.effective_batch}: "
             f"{counted(all_steps, 'step')}")
     if steps > all_steps:
         return f"{text}; --max-steps makes them {steps:,}, {steps / steps_per_epoch(rows, config):.3g} epochs"
@@ -182,7 +186,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         padding=sum(n * longest for n, longest in batches) / tokens - 1,
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
-        notes=(*surprises(rows, steps, config), *notes), row=ROWS.get(config.method, "sequence"),
+        notes=(*surprises(rows, steps, config), *notes), row=row_name(config),
         longest_sequence=train.longest or int(train.lengths.max()), device=placement.device, dtype=placement.short,
         method=config.method, learning_rate=config.learning_rate, steps_done=steps_done)
 
@@ -219,7 +223,7 @@ def surprises(rows: int, steps: int, config: TrainConfig) -> list[str]:
         notes.append(f"a warm-up of {config.warmup:.0%} of {counted(steps, 'step')} is rounded to none")
     if config.effective_batch > rows:
         notes.append(f"a batch of {config.effective_batch} is more than there is: each step sees all "
-                     f"{counted(rows, 'sequence')}")
+                     f"{counted(rows, row_name(config))}")
     return notes
 
 

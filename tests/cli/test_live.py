@@ -219,7 +219,7 @@ def test_it_is_drawn_at_most_four_times_per_second():
 
 # --- what begins
 
-LINES = {"model": "google/gemma-3-270m-it, 268 million parameters", "batch": "4 conversations a step, 4 at once (they fit)",
+LINES = {"model": "google/gemma-3-270m-it, 268 million parameters", "batch": "4 sequences a step, 4 at once (they fit)",
          "steps": "65 sequences x 4 epochs in batches of 4: 68 steps"}
 
 
