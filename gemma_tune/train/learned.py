@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import put_in_place
 from gemma_tune.base.machine import is_out_of_memory
-from gemma_tune.config.families import family_defaults
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.session import Session
 from gemma_tune.train.checkpoints import clear
 from gemma_tune.train.effect import AdapterStart, LogitChange, Moved, logit_change
+from gemma_tune.train.method import usual_rate
 from gemma_tune.train.results import save_adapter
 from gemma_tune.train.verdict import (
     KNOWN,
@@ -53,7 +53,8 @@ def require_learned(session: Session, trainer: GemmaTrainer, chat: ChatFormat, s
     what = without_effect(moved, change, records)
     if what and first_loss(records) >= KNOWN:
         clear(session.run.checkpoints)
-        cause, hint = likely_cause(session.config, records, steps, int(sum(trainer.trained[0])), _usual_rate(session))
+        cause, hint = likely_cause(session.config, records, steps, int(sum(trainer.trained[0])),
+                                   usual_rate(session, session.config.method))
         raise WorkFailed(f"the training changed nothing: {what}; {cause}{_earlier(session)}", hint)
     _tell(session, moved, change, records)
     return {"adapter_norm": moved.norm, "unchanged_layers": len(moved.still),
@@ -103,10 +104,6 @@ def _logit_change(trainer: GemmaTrainer, rows: Any) -> LogitChange | None:
 def _earlier(session: Session) -> str:
     adapter = session.run.adapter
     return f"; the earlier adapter stays in {adapter}" if adapter.exists() else ""
-
-
-def _usual_rate(session: Session) -> float:
-    return float(family_defaults(session.model.config, "train")[0]["learning_rate"])
 
 
 def _tell(session: Session, moved: Moved, change: LogitChange | None, records: Sequence[Mapping[str, Any]]) -> None:

@@ -55,6 +55,12 @@ def with_method(session: Session) -> Session:
     return replace(session, resolved=session.resolved.but(values, origins))
 
 
+def usual_rate(session: Session, method: str) -> float:
+    """The learning rate that a method has by default with this model."""
+    usual = family_defaults(session.model.config, "train") if method == "sft" else preference_defaults(method)
+    return usual[0]["learning_rate"]
+
+
 def _tell_of_kept_rate(session: Session, method: str) -> None:
     """Warn of a learning rate that was given for learning answers and is now kept for preferences, or the other way
     round, as one is many times the other."""
@@ -62,8 +68,7 @@ def _tell_of_kept_rate(session: Session, method: str) -> None:
     given = session.resolved.given - set(session.given)
     if "learning_rate" not in given or (before == "sft") == (method == "sft"):
         return
-    usual = (family_defaults(session.model.config, "train") if method == "sft" else preference_defaults(method))[0]
-    rate, default = session.config.learning_rate, usual["learning_rate"]
+    rate, default = session.config.learning_rate, usual_rate(session, method)
     if rate != default:
         session.listener.warn(f"the learning rate {rate:g} was given for {before}, and {method} goes on with it; by "
                               f"default {method} has {default:g} here: `train --learning-rate {default:g}`")

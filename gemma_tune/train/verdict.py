@@ -170,7 +170,7 @@ def likely_cause(config: TrainConfig, records: Sequence[Mapping[str, Any]], step
 
     Args:
         trained_tokens: of the training rows.
-        usual_rate: the learning rate that the model's family has by default.
+        usual_rate: the learning rate that the method has by default with this model.
     """
     again = f"train again with --learning-rate {usual_rate:g}"
     norms = [r["grad_norm"] for r in records if r.get("grad_norm") is not None]

@@ -104,6 +104,12 @@ def test_a_prompt_goes_through_once_and_nothing_else_changes(cli, prepared, monk
     assert (found - adapter()).norm() <= 1e-2 * found.norm()
 
 
+def test_a_training_that_changed_nothing_is_told_the_rate_of_its_method(cli, prepared):
+    result = cli("train", *FLAGS[2:6], "--epochs", 1, "--learning-rate", 1e-8, "--json")
+    assert result.code == 1 and "a learning rate of 1e-08 is too small" in result.json["error"]["message"], result.err
+    assert result.json["error"]["hint"] == "train again with --learning-rate 5e-05"
+
+
 def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
     assert cli("prepare", write_rows(tmp_path / "rows.jsonl", judged()), "--model", tiny, "--valid", 6).code == 0
     result = cli("train", *FLAGS, "--json")
