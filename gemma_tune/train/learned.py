@@ -117,5 +117,5 @@ def _tell(session: Session, moved: Moved, change: LogitChange | None, records: S
         session.listener.note(f"layers that did not change, as no gradient reached them: {moved.still[0]}"
                               + (", …" if len(moved.still) > 1 else ""))
     if (loss := first_loss(records)) < KNOWN:
-        session.listener.note(f"the base model knew the data before: its loss was {loss:.2g} nats per token from the "
-                              "beginning, so there was little to learn")
+        session.listener.note(f"the data were known before the first step: the loss was {loss:.2g} from the beginning, "
+                              "so there was little to learn")

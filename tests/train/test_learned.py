@@ -82,12 +82,12 @@ def test_memory_that_runs_out_at_the_end_loses_no_adapter(cli, trained, monkeypa
     assert result.json["summary"]["divergence_from_base"] is None
 
 
-def test_what_the_base_model_knows_already_is_no_error_but_said(cli, trained, monkeypatch):
+def test_what_is_known_already_is_no_error_but_said(cli, trained, monkeypatch):
     """Here everything below 100 nats is taken for known, of which no rate can learn more."""
     monkeypatch.setattr("gemma_tune.train.learned.KNOWN", 100.0)
     result = cli("train", *FLAGS, "--learning-rate", 0, "--force")
     assert result.code == 0, result.err
-    assert "the base model knew the data before: its loss was 8.3 nats per token from the beginning" in result.err
+    assert "the data were known before the first step: the loss was 8.3 from the beginning" in result.err
     assert result.json["summary"]["unchanged_layers"] == 14
 
 
