@@ -139,11 +139,11 @@ def fit(session: Session, longest: int, placement: Placement, before: int = 0,
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
                      placement.device)
     _refuse_beyond_positions(session, shape, longest)
-    # Processes on a CPU share its memory; each has a GPU to itself.
-    share = processes.place().local_count if placement.device == "cpu" else 1
-    room, sequences = available(placement.device) // share, sequences_of_a_row(session.config)
+    here, room, sequences = processes.place(), available(placement.device), sequences_of_a_row(session.config)
+    if placement.device == "cpu":  # whose memory processes share; a plan is made by one, before the others are started
+        room //= here.local_count if here.count > 1 else session.config.num_processes
     config = replace(session.config, qlora=session.config.qlora or in_four_bits(session.model.config))
-    if before and config.micro_batch is None:
+    if config.micro_batch is None and 0 < before <= config.batch_size:
         kept = choose(shape, replace(config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
             return shape, kept

@@ -128,16 +128,19 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     train_rows, valid_rows = (rows.side for rows in sizes)
     placement = choose_placement(session.config.dtype)
     session = with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
-    shape, choice = fit(session, sizes[0].longest, placement, start=start_folder(session))
     notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
-    done = 0
-    if waiting:
-        done = 0 if session.force else step_of(whole(session.run.checkpoints)[-1]) + waiting["steps_before"]
+    done = micro_batch = 0
+    if waiting and session.force:
+        notes.append("an interrupted training waits, and --force starts anew: it is lost when the first step begins")
+    elif waiting:
+        done = step_of(whole(session.run.checkpoints)[-1]) + waiting["steps_before"]
+        micro_batch = waiting["micro_batch"]
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     elif go_on:
         found = continuation(session, len(train_rows.lengths))
-        done = found.done
+        done, micro_batch = found.done, found.before.get("micro_batch", 0)
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
+    shape, choice = fit(session, sizes[0].longest, placement, micro_batch, start_folder(session))
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})
     same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
         "dtype")) == (placement.device, placement.short)

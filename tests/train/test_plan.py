@@ -18,6 +18,7 @@ from gemma_tune.train.plan import EFFICIENCY, Side, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape
 from support.command import QUICK, rows, write_rows
 from support.prepared import same_examples
+from support.training import stop_at
 
 SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapter_active=10**4, adapted=7, experts=0, head=10**5, hidden=64, widest=128,
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
@@ -83,6 +84,26 @@ def test_what_does_not_fit_is_said_and_is_no_error(cli, prepared, monkeypatch):
     result = cli("train", "--dry-run", "--json")
     assert result.code == 0 and result.json["fits"] is False and result.json["available"] == 500_000_000
     assert "does not fit: about " in result.err
+
+
+def test_processes_on_a_cpu_share_its_memory(cli, prepared, monkeypatch):
+    monkeypatch.setattr("gemma_tune.train.job.available", lambda device: 900_000_000)
+    monkeypatch.setattr("gemma_tune.models.placement.best_device", lambda: "cpu")
+    assert cli("train", "--dry-run", "--json", "--num-processes", 3).json["available"] == 300_000_000
+
+
+def test_an_interrupted_training_goes_on_as_it_was_worked_on_unless_it_is_to_start_anew(cli, prepared, monkeypatch):
+    flags = ("--rank", 4, "--dtype", "fp32", "--batch-size", 4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert cli("train", *flags, "--micro-batch", 2).code == 130
+    waiting, anew = (cli("train", *flags, "--dry-run", "--json", *more).json for more in ((), ("--force",)))
+    assert (waiting["steps_done"], waiting["micro_batch"], anew["steps_done"], anew["micro_batch"]) == (2, 2, 0, 4)
+    assert any("with its settings it goes on" in note for note in waiting["notes"])
+    [lost] = [note for note in anew["notes"] if "an interrupted training" in note]
+    assert "--force starts anew: it is lost" in lost
+    other = cli("train", *flags[:4], "--batch-size", 1, "--dry-run", "--json")
+    assert other.code == 0 and other.json["micro_batch"] == 1, other.err
 
 
 def test_data_is_not_prepared_for_it(cli, prepared, data):
