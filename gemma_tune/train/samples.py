@@ -145,7 +145,7 @@ class Samples(TrainerCallback):
         """Show the answers of the trained model beside those of the base model, and ask what was not asked.
 
         Args:
-            kept: the step whose adapter stays, and is in the model.
+            kept: the step whose adapter stays, and is in the model; 0 where it is the one that was there before.
             last: the training's last step.
         """
         asked = {record["step"] for record in self.records}
@@ -154,7 +154,7 @@ class Samples(TrainerCallback):
             self.ask(step, parts=len(missing) - n)
         before, after = ({record["prompt"]: record for record in self.records if record["step"] == step}
                          for step in (0, kept))
-        for number in sorted(before.keys() & after.keys()):
+        for number in sorted(before.keys() & after.keys()) if kept else ():  # step 0 has answers of the base model
             trained = "trained" if kept == last else f"after step {kept}"
             self.session.listener.note(f"“{before[number]['begins']}” – base model: {_shown(before[number])} – "
                                        f"{trained}: {_shown(after[number])}")

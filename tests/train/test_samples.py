@@ -10,6 +10,7 @@ import torch
 
 from gemma_tune.train import samples
 from support.command import copied_run, invoke, rows, write_rows
+from support.listener import Said
 from support.training import stop_at
 
 FLAGS = ("--max-steps", 2, "--eval-steps", 1, "--save-steps", 3, "--rank", 8, "--dtype", "fp32", "--learning-rate", 3e-2, "--keep",
@@ -152,6 +153,17 @@ def test_a_resumed_training_has_each_answer_once(cli, answered, affordable, monk
     assert cli("train", *FLAGS, "--samples", 1).code == 0
     assert [r["step"] for r in before] == [0, 1] and asked(answered)[:2] == before
     assert [r["step"] for r in asked(answered)] == [0, 1, 2]
+
+
+def test_the_base_model_is_not_compared_with_itself(asking):
+    """Where a training that goes on has lowered no loss, the adapter of before stays."""
+    made = asking()
+    made.session.listener = said = Said()
+    made.records = [{"step": step, "prompt": n, "begins": "q", "answer": "a", "ended": True} for step in (0, 4) for n in range(2)]
+    made.compare(0, 4)
+    assert not said.notes
+    made.compare(4, 4)
+    assert said.notes == ["“q” – base model: a – trained: a"] * 2
 
 
 # --- how the time is divided
