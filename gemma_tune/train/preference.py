@@ -234,12 +234,12 @@ class PreferenceTrainer(GemmaTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean loss, rewards and log-probabilities of the validation units."""
-        batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
+        batches = loader(self.eval_dataset, SortedBatches(self.lengths[1], self._share(accumulation=1)),
+                         self.accelerator, self.collate)
         self.refresh()
         self.gradients.clear()
         self._evaluated.zero_()
         with self.evaluating():
-            batches = [*loader(self.eval_dataset, batches, self.accelerator, self.collate)]
             if self.settings.method == "kto":
                 self._measure_divergence(batches)
             for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -21,6 +22,7 @@ from gemma_tune.train import reference
 from gemma_tune.train.preference import PreferenceTrainer
 from gemma_tune.train.preference_loss import PreferenceLoss
 from gemma_tune.train.trainer import GemmaTrainer
+from gemma_tune.train.units import Units
 from support.command import MANIFEST_SCHEMA, write_rows
 from support.training import adapter_bytes, stop_at
 
@@ -102,6 +104,19 @@ def test_a_prompt_goes_through_once_and_nothing_else_changes(cli, prepared, monk
         for name in {"loss", "eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_logps/rejected"} & one.keys():
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
     assert (found - adapter()).norm() <= 1e-2 * found.norm()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_an_evaluation_reads_a_batch_when_its_turn_comes(cli, prepared, monkeypatch, method):
+    read, computed, ahead = Units.__getitems__, PreferenceTrainer._evaluate_piece, []
+    monkeypatch.setattr(Units, "__getitems__", lambda self, units: ahead.append(1) or read(self, units))
+    monkeypatch.setattr(PreferenceTrainer, "_evaluate_piece", lambda self, part: ahead.append(-1) or computed(self, part))
+    monkeypatch.setattr(PreferenceTrainer, "begin_steps", lambda self: ahead.clear())
+    monkeypatch.setattr(PreferenceTrainer, "_measure_divergence", lambda self, batches: None)
+    monkeypatch.setattr(GemmaTrainer, "train", lambda self, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli("train", *FLAGS, "--method", method, "--batch-size", 1).code == 130
+    assert ahead.count(-1) == {"dpo": 4, "kto": 8}[method]
+    assert max(itertools.accumulate(ahead)) <= 2, "the loader reads the next one beside it"
 
 
 def test_a_training_that_changed_nothing_is_told_the_rate_of_its_method(cli, prepared):
