@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
@@ -29,7 +28,7 @@ from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
-from gemma_tune.train.plan import Side, rate_at, steps_per_epoch
+from gemma_tune.train.plan import Sizes, rate_at, steps_per_epoch
 from gemma_tune.train.results import name_no_place
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
@@ -85,27 +84,6 @@ def prepared_sequences(session: Session) -> tuple[Any, Any]:
     return sides if session.config.prefers else (liked(sides[0]), liked(sides[1]))
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of what a training counts as rows: sequences, or pairs of them.
-
-    Attributes:
-        lengths: tokens of each row (int64), ``trained`` the learned ones, ``longest`` those of the longest sequence.
-    """
-
-    lengths: np.ndarray
-    trained: np.ndarray
-    longest: int
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def side(self) -> Side:
-        """The same for a plan."""
-        return Side(self.lengths, int(self.trained.sum()), self.longest)
-
-
 def sizes_of(sequences: Any, config: TrainConfig) -> Sizes:
     """Without reading tokens."""
     lengths, trained = lengths_of(sequences), trained_of(sequences)
@@ -127,18 +105,20 @@ def with_batch_size(session: Session, rows: int) -> Session:
     return replace(session, resolved=session.resolved.but({"batch_size": size}, {"batch_size": {"from": AUTO}}))
 
 
-def fit(session: Session, longest: int, placement: Placement, before: int = 0,
+def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: int = 0,
         start: Path | None = None) -> tuple[ModelShape, BatchChoice]:
     """How large the model is, and how a batch of its longest rows can go through it here.
 
     Args:
+        sizes: of the training's rows, and of the validation's.
         before: the micro-batch that a resumed training had, which is kept if it fits.
         start: directory of the adapter that is trained further.
     """
     refuse_four_bits(session.config, placement.device, session.model.config)
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
                      placement.device)
-    _refuse_beyond_positions(session, shape, longest)
+    longest = sizes[0].longest
+    _refuse_beyond_positions(session, shape, max(rows.longest for rows in sizes))
     here, room, sequences = processes.place(), available(placement.device), sequences_of_a_row(session.config)
     if placement.device == "cpu":  # whose memory processes share; a plan is made by one, before the others are started
         room //= here.local_count if here.count > 1 else session.config.num_processes

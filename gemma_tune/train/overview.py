@@ -5,36 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from gemma_tune.base.words import counted
 from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.run.session import Session
 from gemma_tune.train.memory import BatchChoice
-from gemma_tune.train.plan import described_steps, row_name, total_steps, warmup_steps
+from gemma_tune.train.plan import Sizes, described_steps, row_name, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape
 
 _FALLS = {"cosine": "falls along a cosine", "linear": "falls in a line", "constant": "stays"}
 
 
-def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: tuple[np.ndarray, np.ndarray],
-             valid: Sequence[object], checkpoint: Path | None) -> dict[str, str]:
+def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Sequence[Sizes],
+             checkpoint: Path | None) -> dict[str, str]:
     """Lines with their names; what was told as a detail before, such as the device, is not among them.
 
     Args:
-        sizes: tokens of each training sequence, and how many of them are learned.
-        valid: the validation sequences.
+        sizes: of the training's rows, and of the validation's.
         checkpoint: what the training goes on from.
     """
-    config, rows = session.config, len(sizes[0])
+    config, (train, valid) = session.config, sizes
+    rows = len(train)
     warmup = warmup_steps(total_steps(rows, config), config)
     data = counted(rows, row_name(config))
     lines = {
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
-        "data": f"{data} of up to {np.max(sizes[0]):,} tokens, {np.sum(sizes[0]):,} in all, "
-                f"{np.sum(sizes[1]):,} learned; {len(valid) or 'none'} to validate with",
+        "data": f"{data} of up to {train.lengths.max():,} tokens, {train.lengths.sum():,} in all, "
+                f"{train.trained.sum():,} learned; {len(valid) or 'none'} to validate with",
         "adapter": f"{described_adapter(config)}, on {_layers(shape)}: {_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
         **({} if config.method == "sft" else {"method": _method(config)}),

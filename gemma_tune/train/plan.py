@@ -26,18 +26,20 @@ FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
-class Side:
-    """Sizes of the training or the validation sequences.
+class Sizes:
+    """Of what a training, or its validation, counts as rows: sequences, or pairs of them.
 
     Attributes:
-        lengths: tokens of each sequence; of a pair, those of both together.
-        trained: how many tokens of all of them are learned.
-        longest: tokens of the longest single sequence; 0 where each row is one.
+        lengths, trained: tokens of each row, of a pair those of both together, and learned ones (int64).
+        longest: tokens of the longest single sequence.
     """
 
     lengths: np.ndarray
-    trained: int
-    longest: int = 0
+    trained: np.ndarray
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def rate_at(step: int, steps: int, config: TrainConfig) -> float:
     return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Side,
-              valid: Side, *, tokens_per_second: float | None = None, notes: Sequence[str] = (),
+def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Sizes,
+              valid: Sizes, *, tokens_per_second: float | None = None, notes: Sequence[str] = (),
               steps_done: int = 0) -> TrainingPlan:
     """Put the figures together.
 
@@ -169,7 +171,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         notes: what else people should know.
         steps_done: of a training that goes on.
     """
-    rows = len(train.lengths)
+    rows = len(train)
     steps, per_epoch = total_steps(rows, config), steps_per_epoch(rows, config)
     epochs, rest = divmod(steps, per_epoch)
     batches = _pieces(train.lengths, config, choice.micro_batch)
@@ -182,13 +184,13 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
     return TrainingPlan(
         sequences=rows, longest=int(train.lengths.max()), steps=steps, steps_per_epoch=per_epoch,
         warmup_steps=warmup_steps(steps, config), exposures=epochs + min(1.0, rest * config.effective_batch / rows),
-        tokens_per_epoch=tokens, trained_tokens_per_epoch=train.trained,
+        tokens_per_epoch=tokens, trained_tokens_per_epoch=int(train.trained.sum()),
         padding=sum(n * longest for n, longest in batches) / tokens - 1,
         pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
         notes=(*surprises(rows, steps, config), *notes), row=row_name(config),
-        longest_sequence=train.longest or int(train.lengths.max()), device=placement.device, dtype=placement.short,
-        method=config.method, learning_rate=config.learning_rate, steps_done=steps_done)
+        longest_sequence=train.longest, device=placement.device, dtype=placement.short, method=config.method,
+        learning_rate=config.learning_rate, steps_done=steps_done)
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:
@@ -203,9 +205,9 @@ def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[
     return [(len(part), int(part.max())) for part in parts]
 
 
-def _evaluations(steps: int, per_epoch: int, valid: Side, config: TrainConfig) -> int:
+def _evaluations(steps: int, per_epoch: int, valid: Sizes, config: TrainConfig) -> int:
     """How often the validation rows are looked at: before, every so many steps, and at the end."""
-    if not len(valid.lengths):
+    if not len(valid):
         return 0
     every = config.eval_steps or per_epoch
     return 1 + steps // every + bool(steps % every)
@@ -230,7 +232,7 @@ def surprises(rows: int, steps: int, config: TrainConfig) -> list[str]:
 # --- time
 
 def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: float,
-          batches: Sequence[tuple[int, int]], train: Side, valid: Side, evaluations: int,
+          batches: Sequence[tuple[int, int]], train: Sizes, valid: Sizes, evaluations: int,
           tokens_per_second: float | None) -> tuple[float, str]:
     """Estimated seconds, and what they are estimated from. An evaluation, which only goes forward, takes half."""
     evaluated = evaluations * valid.lengths.sum() / 2
@@ -240,7 +242,7 @@ def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: 
                 f"{tokens_per_second:,.0f} tokens/s in the last training")
     speed = product_speed(shape, placement)
     of_epoch = sum(_operations(shape, choice.checkpointing, n, longest) for n, longest in batches)
-    of_epoch += 4 * shape.head * train.trained
+    of_epoch += 4 * shape.head * int(train.trained.sum())
     seconds = of_epoch * (epochs + evaluated / tokens) / (speed * EFFICIENCY)
     return float(seconds), f"{EFFICIENCY:.0%} of the {speed / 1e12:.3g} TFLOP/s that a matrix product reaches here"
 

@@ -125,10 +125,9 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
-    train_rows, valid_rows = (rows.side for rows in sizes)
     placement = choose_placement(session.config.dtype)
-    session = with_batch_size(as_finished(session) if go_on else session, len(train_rows.lengths))
-    notes = [] if len(valid_rows.lengths) else ["there are no validation sequences: nothing will show overfitting"]
+    session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
+    notes = [] if len(sizes[1]) else ["there are no validation sequences: nothing will show overfitting"]
     done = micro_batch = 0
     if waiting and session.force:
         notes.append("an interrupted training waits, and --force starts anew: it is lost when the first step begins")
@@ -137,14 +136,14 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         micro_batch = waiting["micro_batch"]
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     elif go_on:
-        found = continuation(session, len(train_rows.lengths))
+        found = continuation(session, len(sizes[0]))
         done, micro_batch = found.done, found.before.get("micro_batch", 0)
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
-    shape, choice = fit(session, sizes[0].longest, placement, micro_batch, start_folder(session))
+    shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})
     same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
         "dtype")) == (placement.device, placement.short)
-    return make_plan(shape, session.config, placement, choice, train_rows, valid_rows, notes=notes, steps_done=done,
+    return make_plan(shape, session.config, placement, choice, *sizes, notes=notes, steps_done=done,
                      tokens_per_second=last["summary"].get("tokens_per_second") if same else None)
 
 
@@ -187,19 +186,18 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
-    train_rows, valid_rows = (sizes_of(rows, session.config) for rows in prepared_sequences(session))
-    session = with_batch_size(as_finished(session) if go_on else session, len(train_rows))
+    sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
+    session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
     content = session.model.fingerprint, rows_of(session.inputs["tokens"]), chat_format_of(session).template
-    begun = begin(session, content, len(train_rows), go_on)
+    begun = begin(session, content, len(sizes[0]), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")
-    longest = train_rows.longest
-    shape, choice = fit(session, longest, placement, begun.training.micro_batch, begun.start)
+    longest = sizes[0].longest
+    shape, choice = fit(session, sizes, placement, begun.training.micro_batch, begun.start)
     listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
-    listener.overview(overview(session, shape, choice, (train_rows.lengths, train_rows.trained), valid_rows,
-                               checkpoint))
+    listener.overview(overview(session, shape, choice, sizes, checkpoint))
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")

@@ -18,7 +18,6 @@ from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.settings import same_result
 from gemma_tune.config.stages import TrainConfig, TuneConfig
-from gemma_tune.encoding.tokens import lengths_of
 from gemma_tune.lora.start import digest_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, choose_placement
@@ -37,6 +36,7 @@ from gemma_tune.train.job import (
     load_libraries,
     prepared_sequences,
     sequences_of_a_row,
+    sizes_of,
     with_batch_size,
 )
 from gemma_tune.train.memory import BatchChoice, refuse_what_does_not_fit
@@ -99,8 +99,8 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
     if not len(valid_rows):
         raise UserError(f"candidates are compared by their validation loss, and {session.run.root} has no validation "
                         "rows", f"keep some aside: {command('prepare', session.run.root, '--valid', '0.1')}")
-    of_a_row = sequences_of_a_row(session.config)
-    session = _by_one_process(with_batch_size(session, len(train_rows) // of_a_row))
+    sizes = [sizes_of(rows, session.config) for rows in (train_rows, valid_rows)]
+    session = _by_one_process(with_batch_size(session, len(sizes[0])))
     start = start_folder(session)
     if start and settings.ranks and set(settings.ranks) != {session.config.rank}:
         raise UserError(f"the adapter that this run starts from has the rank {session.config.rank}, so there are no "
@@ -110,11 +110,10 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
         raise UserError(f"there is nothing to choose from: {', '.join(map(str, candidates))}",
                         "name two or more: --learning-rates 1e-4,2e-4, or --ranks 8,16")
     placement = choose_placement(session.config.dtype)
-    longest = int(lengths_of(train_rows).max())
     largest = session.resolved.but({"rank": max(c.rank for c in candidates)}, {})
-    _, choice = fit(replace(session, resolved=largest), longest, placement, start=start)
-    refuse_what_does_not_fit(choice, session.config, longest, session.listener)
-    rows = train_rows, _some(valid_rows, settings.valid_sequences, of_a_row)
+    _, choice = fit(replace(session, resolved=largest), sizes, placement, start=start)
+    refuse_what_does_not_fit(choice, session.config, sizes[0].longest, session.listener)
+    rows = train_rows, _some(valid_rows, settings.valid_sequences, sequences_of_a_row(session.config))
     return _Job(session, asked, settings, rows, placement, choice, candidates, started)
 
 

@@ -400,3 +400,10 @@ def test_a_table_of_positions_ends_somewhere(cli, tmp_path):
         result = cli("train", *more)
         assert result.code == 2 and "do not fit into the 64 positions of this model" in result.err
         assert "--max-length 64" in result.err
+    # Nor can the model be asked about a row that is held out.
+    short = [{"messages": [{"role": "user", "content": f"{n} cat"}, {"role": "assistant", "content": "yes"}]} for n in range(6)]
+    valid = write_rows(tmp_path / "valid.jsonl", long[:1])
+    assert cli("prepare", write_rows(tmp_path / "short.jsonl", short), "--valid", valid, "--force").code == 0
+    for command in (("train",), ("tune", "--learning-rates", "1e-4,2e-4")):
+        result = cli(*command)
+        assert result.code == 2 and "do not fit into the 64 positions of this model" in result.err, result.err

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import best_device, choose_placement
 from gemma_tune.train.memory import BatchChoice, Memory
-from gemma_tune.train.plan import EFFICIENCY, Side, make_plan, total_steps
+from gemma_tune.train.plan import EFFICIENCY, Sizes, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape
 from support.command import QUICK, rows, write_rows
 from support.prepared import same_examples
@@ -22,6 +22,8 @@ from support.training import stop_at
 
 SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapter_active=10**4, adapted=7, experts=0, head=10**5, hidden=64, widest=128,
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
+
+NONE = Sizes(np.zeros(0, int), np.zeros(0, int), 0)
 
 
 def choice_of(micro_batch: int) -> BatchChoice:
@@ -154,24 +156,24 @@ def test_an_earlier_training_on_this_device_says_how_fast_it_is(cli, trained):
 
 def test_seconds_follow_from_tokens_and_speed():
     config = TrainConfig(epochs=2.0, batch_size=2)
-    plan = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(2), Side(np.array([30, 10, 20, 40]), 50),
-                     Side(np.array([50]), 10), tokens_per_second=10.0)
+    plan = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(2), Sizes(np.array([30, 10, 20, 40]), np.array([20, 5, 10, 15]), 40),
+                     Sizes(np.array([50]), np.array([10]), 50), tokens_per_second=10.0)
     # 2 x 100 tokens, and 50 validation tokens before, after each epoch, at half the price
     assert plan.seconds == pytest.approx((200 + 3 * 50 / 2) / 10)
     assert plan.padding == pytest.approx((2 * 40 + 2 * 20) / 100 - 1)
     assert (plan.tokens_per_epoch, plan.trained_tokens_per_epoch, plan.longest) == (100, 50, 40)
-    one_by_one = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(1), Side(np.array([30, 10, 20, 40]), 50),
-                           Side(np.array([50]), 10), tokens_per_second=10.0)
+    one_by_one = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(1), Sizes(np.array([30, 10, 20, 40]), np.array([20, 5, 10, 15]), 40),
+                           Sizes(np.array([50]), np.array([10]), 50), tokens_per_second=10.0)
     assert (one_by_one.padding, one_by_one.pieces) == (0.0, 2)
 
 
 def test_measured_time_grows_with_the_work(monkeypatch):
     monkeypatch.setattr("gemma_tune.train.plan.product_speed", lambda *_: 1e9)
-    train, none = Side(np.full(8, 100), 400), Side(np.zeros(0, np.int64), 0)
+    train = Sizes(np.full(8, 100), np.full(8, 50), 100)
 
     def seconds(choice=None, **settings):
         return make_plan(SHAPE, TrainConfig(batch_size=4, **settings), choose_placement("fp32"), choice or choice_of(4),
-                         train, none).seconds
+                         train, NONE).seconds
 
     # Per token: 4 x active + 6 x adapter + 14 x length x layers x attention; 4 x head for each learned token
     work = 800 * (4 * 10**6 + 6 * 10**4 + 14 * 100 * 2 * 64) + 400 * 4 * 10**5
@@ -185,8 +187,8 @@ def test_measured_time_grows_with_the_work(monkeypatch):
 @given(st.integers(1, 500), st.integers(1, 16), st.integers(1, 4), st.floats(0.1, 8), st.integers(0, 50))
 def test_exposures_are_rows_really_seen(sequences, batch, accumulation, epochs, most):
     config = TrainConfig(batch_size=batch, accumulation=accumulation, epochs=epochs, max_steps=most)
-    plan = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(1), Side(np.full(sequences, 5), sequences),
-                     Side(np.zeros(0, np.int64), 0), tokens_per_second=1.0)
+    fives = Sizes(np.full(sequences, 5), np.ones(sequences, int), 5)
+    plan = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(1), fives, NONE, tokens_per_second=1.0)
     step = batch * accumulation
     seen = sum(min(step, sequences - (n % plan.steps_per_epoch) * step) for n in range(plan.steps))
     assert plan.exposures * sequences == pytest.approx(seen)
@@ -200,9 +202,9 @@ def test_learned_tokens_are_counted_without_reading_them(cli, tiny, tmp_path):
     data = write_rows(tmp_path / "many.jsonl", rows(40))
     assert cli("prepare", data, "--model", tiny).code == 0
     sequences = open_tokens(Path("runs/tiny-gemma/data/tokens/train.arrow"))
-    side = sizes_of(sequences, TrainConfig()).side
-    assert side.trained == sum(int((row["labels"] != -100).sum()) for row in sequences)
-    assert side.lengths.tolist() == [len(row["input_ids"]) for row in sequences]
+    sizes = sizes_of(sequences, TrainConfig())
+    assert sizes.trained.tolist() == [int((row["labels"] != -100).sum()) for row in sequences]
+    assert sizes.lengths.tolist() == [len(row["input_ids"]) for row in sequences]
 
 
 @pytest.mark.parametrize(("config", "said"), [
