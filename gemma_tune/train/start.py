@@ -100,8 +100,8 @@ def _began_with_copy(session: Session, before: str | None) -> bool:
     that the run had then: the same command once more is no other training."""
     record, run = session.manifest.stages.get("train"), session.run
     copies = {run.relative(path) for path in (run.sft_adapter, *run.start_adapters())}
-    return (record is not None and "prepare" in session.manifest.stages and before in copies
-            and _same_data(session, record) and session.settings_of("train").get("method") == session.config.method)
+    return (record is not None and before in copies and _same_data(session, record)
+            and session.settings_of("train").get("method") == session.config.method)
 
 
 def _refuse_twice(session: Session) -> None:
@@ -120,8 +120,8 @@ def _refuse_twice(session: Session) -> None:
 
 
 def _same_data(session: Session, record: Mapping[str, Any]) -> bool:
-    tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
-    return bool(tokens == record["inputs"].get("tokens", {}).get("sha256"))
+    prepared, learned = session.manifest.stages.get("prepare"), record["inputs"].get("tokens", {}).get("sha256")
+    return bool(prepared and prepared["outputs"]["tokens"]["sha256"] == learned)
 
 
 def warn_of_what_is_replaced(session: Session) -> None:

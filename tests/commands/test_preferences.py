@@ -125,6 +125,15 @@ def test_a_training_that_changed_nothing_is_told_the_rate_of_its_method(cli, pre
     assert result.json["error"]["hint"] == "train again with --learning-rate 5e-05"
 
 
+def test_without_prepared_pairs_the_hint_is_prepare(cli, prepared):
+    assert cli("train", *FLAGS[2:6], "--max-steps", 1, "--samples", 0).code == 0
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    del manifest["stages"]["prepare"]
+    (RUN / "manifest.json").write_text(json.dumps(manifest))
+    result = cli("train")
+    assert result.code == 2 and "gemma-tune prepare" in result.err, result.err
+
+
 def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
     assert cli("prepare", write_rows(tmp_path / "rows.jsonl", judged()), "--model", tiny, "--valid", 6).code == 0
     result = cli("train", *FLAGS, "--json")
