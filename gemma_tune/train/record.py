@@ -39,7 +39,7 @@ class SettingsRecord:
         """Say those that are no defaults, and write them where no finished training has its own there."""
         if not processes.is_main():
             return
-        values, sources = self._resolved(None, self.session.config.compile)
+        values, sources = self._resolved(self.choice.micro_batch, self.session.config.compile)
         earlier = "train" in self.session.manifest.stages
         if not earlier:
             self._write(self.session.run.train_settings, values, sources)
@@ -56,12 +56,13 @@ class SettingsRecord:
             settings = self._resolved(trainer.micro_batch, trainer.compiled)
             self._write(fresh_path(self.session.run.train_settings), *settings)
 
-    def _resolved(self, micro_batch: int | None, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    def _resolved(self, micro_batch: int, compiled: bool) -> tuple[dict[str, Any], dict[str, str]]:
         """Every setting's value, and what is said of it. What stays None follows the device and changes no result."""
         config = self.session.config
         values = config.as_dict()
+        fitted = self.choice.reason if micro_batch == self.choice.micro_batch else "memory ran out with more"
         chosen = {"dtype": (self.placement.short, self.placement.reason),
-                  "micro_batch": (micro_batch or self.choice.micro_batch, self.choice.reason),
+                  "micro_batch": (micro_batch, fitted),
                   "activation_checkpointing": (self.choice.checkpointing, self.choice.reason),
                   "compile": (compiled, "compiled layers did not serve here")}
         sources = {name: ORIGINS.get(origin, origin) for name, origin in self.session.resolved.origins.items()}

@@ -152,6 +152,8 @@ def test_what_a_training_had_to_change_is_in_the_file(record):
     assert fresh.read_bytes() == before
     record.end(SimpleNamespace(micro_batch=2, compiled=False))
     assert yaml.safe_load(fresh.read_text())["train"]["micro_batch"] == 2
+    [said] = [line for line in fresh.read_text().splitlines() if "micro_batch:" in line]
+    assert said.endswith("# chosen here: memory ran out with more"), said
     assert FILE.read_bytes() == before
 
 
