@@ -9,7 +9,6 @@ import torch
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
-from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.loss import rows_cross_entropy
 from gemma_tune.train.undoing import unsharded
 
@@ -20,9 +19,9 @@ def install_summed_loss(causal_lm: Any) -> None:
     With ``each`` it is ``{"losses": (n,) in nats}``, of each position.
 
     ``positions`` (n,) are those of the flattened ``input_ids`` (rows, length) whose hidden state predicts a trained
-    token, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled up: so nothing has a size that
-    depends on the data. ``labels`` (rows, length) in their place are taken apart here. ``position_ids`` are those of
-    the model, where tokens are not counted from each row's beginning.
+    token, see ``batches.trained_positions``, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled
+    up: so nothing has a size that depends on the data. ``position_ids`` are those of the model, where tokens are not
+    counted from each row's beginning.
 
     Args:
         causal_lm: the base model, whose forward TRL has patched.
@@ -35,12 +34,10 @@ def install_summed_loss(causal_lm: Any) -> None:
                         "not know", "use a model of another family, such as Gemma, Llama or Qwen")
     theirs = causal_lm.forward
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-                targets: torch.Tensor | None = None, each: bool = False, **kwargs: Any) -> Any:
-        if positions is None and (labels is None or kwargs.get("fused_lm_head")):
-            return theirs(*args, labels=labels, **kwargs)
+    def forward(self, *args: Any, positions: torch.Tensor | None = None, targets: torch.Tensor | None = None,
+                each: bool = False, **kwargs: Any) -> Any:
         if positions is None:
-            positions, targets = trained_positions(labels)
+            return theirs(*args, **kwargs)
         losses = _losses(self, kwargs["input_ids"], kwargs.get("position_ids"), positions, targets)
         return {"losses": losses} if each else {"loss": losses.sum()}
 

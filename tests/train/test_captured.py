@@ -21,6 +21,7 @@ from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.trainer import GemmaTrainer
 from support.another_device import THERE, Operations, computing_there, operations_of, there
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -100,7 +101,7 @@ def test_a_piece_padded_to_its_bucket_teaches_the_same(kind):
             loss = step(model, *inputs_of(filled(part, bucket), bucket))
             loss.backward()
         found.append((loss.item(), gradients._flat.clone()))
-    plain = model(input_ids=part["input_ids"], labels=part["labels"])["loss"]
+    plain = GemmaTrainer._summed_loss(model, part)
     assert found[0][0] == pytest.approx(plain.item(), rel=1e-5) and found[1][0] == pytest.approx(plain.item(), rel=1e-5)
     assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm() != 0
 
@@ -199,7 +200,7 @@ def compare(model, tolerance: float, may_refuse: bool = False) -> None:
         steps, gradients = captured(model, parts, told)
         eager, loss = Gradients(weights(model), fixed=True), 0.0
         for part in parts:
-            mean = model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"] / 5
+            mean = GemmaTrainer._summed_loss(model, part) / 5
             mean.backward()
             loss += mean.item()
         expected = eager._flat.clone()
@@ -294,5 +295,5 @@ def test_what_cannot_be_captured_says_so_once_and_goes_on():
     assert len(told.notes) == 1 and "one kernel at a time" in told.notes[0]
     with contextlib.suppress(AttributeError):
         gradients.clear()
-    model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"].backward()
+    GemmaTrainer._summed_loss(model, part).backward()
     assert torch.isfinite(gradients._flat).all() and gradients._flat.any()

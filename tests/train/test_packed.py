@@ -21,6 +21,7 @@ from gemma_tune.train.cuda_attention import fastest_attention_or
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.packed import PackedTokens, packed_shapes, unpackable
+from gemma_tune.train.trainer import GemmaTrainer
 from support.another_device import THERE, computing_there, operations_of, there
 from support.command import write_rows
 
@@ -65,7 +66,7 @@ def test_packed_rows_teach_what_padded_ones_do(as_on_a_gpu, kind, count):
     gradients = Gradients(weights(model), fixed=True)
     body, factors = PackedTokens(model, rows=4), torch.tensor([0.25, 0.0])
     with fast_layers(model):
-        (model(input_ids=part["input_ids"], labels=part["labels"])["loss"] * 0.25).backward()
+        (GemmaTrainer._summed_loss(model, part) * 0.25).backward()
         expected = gradients._flat.clone()
         assert expected.norm() > 0
         for room in (0, 11):
@@ -84,7 +85,7 @@ def test_rows_in_which_everything_is_learned(as_on_a_gpu):
     bucket = bucket_for(body, part)
     assert bucket.positions == sum(len(row["input_ids"]) - 1 for row in rows) == trained_count(part["labels"])
     with fast_layers(model):
-        expected = model(input_ids=part["input_ids"], labels=part["labels"])["loss"]
+        expected = GemmaTrainer._summed_loss(model, part)
         assert body.loss(body.filled(part, bucket), bucket, torch.ones(2)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -273,7 +274,7 @@ def test_captured_packed_gradients_are_those_of_the_padded_step(kind):
     with fast_layers(model):
         gradients = Gradients(weights(model), fixed=True)
         for part in parts:
-            (model(input_ids=part["input_ids"].cuda(), labels=part["labels"].cuda())["loss"] / 5).backward()
+            (GemmaTrainer._summed_loss(model, part) / 5).backward()
         expected = gradients._flat[:-1].clone()
         steps = CapturedSteps(body, gradients, Buckets(np.repeat([body.shape(part) for part in parts], 4, 0), Costs(1, 1)), told)
         for _ in range(2):

@@ -13,6 +13,7 @@ from gemma_tune.models.towers import without_towers
 from gemma_tune.train.batches import collate, pieces
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import _weight, install_summed_loss
+from gemma_tune.train.trainer import GemmaTrainer
 from support.command import QUICK
 from support.models import make_tokenizer
 
@@ -50,7 +51,7 @@ def frozen_head(model: torch.nn.Module) -> torch.nn.Parameter:
 
 def loss_and_gradient(model, weight, batch) -> tuple[torch.Tensor, torch.Tensor]:
     weight.grad = None
-    loss = model(input_ids=batch["input_ids"], labels=batch["labels"])["loss"]
+    loss = GemmaTrainer._summed_loss(model, batch)
     loss.backward()
     return loss.detach(), weight.grad
 
@@ -111,7 +112,8 @@ def test_without_labels_the_forward_pass_is_the_models_own():
     install_summed_loss(model)
     after = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert torch.equal(after.logits, before) and after.loss is None
-    assert set(model(input_ids=ids, labels=ids)) == {"loss"}
+    assert GemmaTrainer._summed_loss(model, {"input_ids": ids, "labels": ids}).item() == pytest.approx(
+        12 * model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 9)
 
 
