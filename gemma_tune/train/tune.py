@@ -233,7 +233,7 @@ def _next(job: _Job, tuning: Tuning, costs: Costs, most: int, deadline: float) -
         raise _too_short(job, costs, most)
     total = costs.rungs(rungs, len({c.rank for c in job.candidates[:count]}))
     steps = ", ".join(f"{rung.candidates} x {counted(rung.steps, 'step')}" for rung in rungs)
-    dropped = "" if count == len(job.candidates) else f" of {len(job.candidates)}, those nearest to the defaults"
+    dropped = "" if count == len(job.candidates) else f" of {len(job.candidates)}, nearest to train's settings"
     listener.note(f"a step takes {_short(costs.step)}, the validation of {counted(len(job.rows[1]), 'sequence')} "
                   f"{_short(costs.evaluation)}: time for {counted(count, 'candidate')}{dropped}, in "
                   f"{counted(len(rungs), 'rung')} ({steps}); about {span(total)}")

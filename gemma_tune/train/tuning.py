@@ -92,7 +92,7 @@ class Tuning:
         return trial.loss is None or not trial.loss < self.base_loss
 
     def ranking(self, rung: Begun) -> list[Trial]:
-        """The trials of a rung that lowered the loss, the best first; of equals the one nearest to the defaults."""
+        """The trials of a rung that lowered the loss, the best first; of equals the one nearest to those of `train`."""
         good = [trial for trial in self.tried(rung) if not self.diverged(trial)]
         return sorted(good, key=lambda trial: (trial.loss, self.candidates.index(trial.candidate)))
 

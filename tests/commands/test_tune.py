@@ -311,6 +311,14 @@ def test_when_time_is_up_the_last_whole_rung_decides(cli, trained, rungs, monkey
         assert len(said) == (whole == 2), warnings
 
 
+def test_candidates_that_stay_are_those_nearest_to_the_training_s_own_settings(cli, trained, monkeypatch):
+    """Which were given here, and are no defaults."""
+    monkeypatch.setattr(tune_module, "plan", lambda candidates, *_: (2, [Rung(2, 2)]))
+    done = cli("tune", "--json", "--config", write_rows(trained / "own.yaml", [{"train": {"learning_rate": 8e-3}}]))
+    assert done.code == 0 and "time for 2 candidates of 5, nearest to train's settings" in done.err, done.err
+    assert {t["learning_rate"] for t in done.json["summary"]["trials"]} == {8e-3, 4e-3}
+
+
 def test_a_first_rung_that_there_was_no_time_for_is_an_error(cli, trained, rungs, monkeypatch):
     rungs(3)
     monkeypatch.setattr(Trials, "run", lambda *_: None)
