@@ -106,8 +106,7 @@ ConfigFile = Annotated[Optional[Path], typer.Option(
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="advanced")]
 
 Data = Annotated[Optional[list[str]], typer.Argument(
-    metavar="[DATA]...", help=_help(next(f for f in dataclasses.fields(c.PrepareConfig) if f.name == "data")),
-    show_default=False)]
+    metavar="[DATA]...", help=_help(_field(c.PrepareConfig, "data")), show_default=False)]
 TrainData = Annotated[Optional[list[str]], typer.Argument(
     metavar="[DATA]...", show_default=False,
     help="Prepare this first, with the settings of --config; what it can be: see `gemma-tune prepare --help`. Without "

@@ -116,7 +116,7 @@ def age(seconds: float) -> str:
     if seconds < 60:
         return "now"
     if seconds < _DAY:
-        return f"{seconds / 3600:.0f} h" if seconds >= 5400 else span(max(90.0, seconds)) if seconds >= 90 else "1 min"
+        return f"{seconds / 3600:.0f} h" if seconds >= 5400 else span(seconds) if seconds >= 90 else "1 min"
     days = round(seconds / _DAY)
     return "1 day" if days == 1 else f"{days} days" if days < 365 else dt.date.fromtimestamp(
         time.time() - seconds).isoformat()

@@ -206,7 +206,7 @@ def _measured(shape: Shape, scale: float) -> Choice:
                 _refuse_uncapturable(attention, inputs, above, scale, shape.window)
             found[name] = _milliseconds(run)
         except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as e:
-            found[name] = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            found[name] = first_line(e)
     times = {name: value for name, value in found.items() if not isinstance(value, str)}
     return Choice(min(times, key=times.__getitem__) if times else None, found)
 

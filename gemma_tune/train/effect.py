@@ -121,12 +121,10 @@ class LogitChange:
         divergence: Kullback-Leibler divergence of the tuned from the base model, nats per token, on average; no number
             where what the tuned model computes is none.
         largest: difference of any logit; likewise.
-        tokens: that were looked at.
     """
 
     divergence: float
     largest: float
-    tokens: int
 
 
 def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
@@ -148,8 +146,7 @@ def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
         largest.append(torch.where(base.isfinite(), tuned - base, 0.0).abs().max())
     if not apart:
         return None
-    tokens = torch.cat(apart)
-    return LogitChange(float(tokens.mean()), float(torch.stack(largest).max()), len(tokens))
+    return LogitChange(float(torch.cat(apart).mean()), float(torch.stack(largest).max()))
 
 
 def divergence(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from gemma_tune.base.at_most import TookTooLong, at_most
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
-from gemma_tune.base.words import span
+from gemma_tune.base.words import first_line, span
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
@@ -188,25 +188,19 @@ class FirstBatch:
                 compiling = self.probe()
             after = self.probe()
         except TookTooLong:
-            layers.close()
             torch._dynamo.reset()
             self.gradients.clear()
-            self.micro_batch = micro_batch
             self.listener.warn(f"--compile was not done after {span(bound)}, going on without it: more is not worth it "
                                f"for a training of about {span(before * self._longest_batches_worth())}")
-            return False
         except (TorchDynamoException, InductorError, InvalidCxxCompiler) as e:
+            self.listener.warn(f"--compile does not work here, going on without it: {first_line(e)}")
+        else:
+            self.compiled, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())
+            self.listener.note(sentence)
+        if not self.compiled:
             layers.close()
             self.micro_batch = micro_batch
-            self.listener.warn(f"--compile does not work here, going on without it: {str(e).strip().splitlines()[0]}")
-            return False
-        kept, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())
-        self.listener.note(sentence)
-        if not kept:
-            layers.close()
-            self.micro_batch = micro_batch
-        self.compiled = kept
-        return kept
+        return self.compiled
 
     def _longest_batches_worth(self) -> float:
         """The whole training in batches as long as the longest."""

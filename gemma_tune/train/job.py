@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from gemma_tune.lora.load import import_peft
 from gemma_tune.lora.start import apart, digest_of, load_start, names_in, patterns_of, weights_of
 from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.models.quantised import in_four_bits
+from gemma_tune.models.source import BaseModel
+from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
@@ -62,6 +65,15 @@ def load_libraries() -> None:
     with keeping_garbage():
         import gemma_tune.train.callbacks
         import gemma_tune.train.trainer  # noqa: F401 - with all that it stands on
+
+
+def checked_beside(model: BaseModel) -> Future[None]:
+    """Have a base model read whole while its weights are loaded, as their hashes take as long; the result raises what
+    is wrong with it."""
+    hashing = ThreadPoolExecutor(1)
+    found = hashing.submit(refuse_rotten, model.path, model.files)
+    hashing.shutdown(wait=False)
+    return found
 
 
 def chat_format_of(session: Session) -> ChatFormat:

@@ -20,15 +20,11 @@ from typing import Any
 import torch
 
 from gemma_tune.train import elementwise
-from gemma_tune.train.adapters import LoraLinear, dense_weight, replace_adapters
+from gemma_tune.train.adapters import dense_weight, replace_adapters
 from gemma_tune.train.attention import causal_attention_or
 from gemma_tune.train.cuda_attention import fastest_attention_or, forget_layers
-from gemma_tune.train.elementwise import RMSNorm, Rotation
 from gemma_tune.train.products import has_kernels
 from gemma_tune.train.undoing import set_until
-
-__all__ = ["FastLayers", "LoraLinear", "RMSNorm", "Rotation", "compiled_layers", "fast_layers", "not_compiled",
-           "worth_compiling"]
 
 
 class FastLayers(dict[str, int]):
@@ -76,7 +72,7 @@ def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
     """Compile the decoder's layers with ``torch.compile`` while the context lasts; the first steps then take long.
 
     The layers share one compilation per kind, which is why each is compiled by itself. Norms and rotations stay as
-    they are, since the compiler fuses them; adapters multiply in the compute type, as :class:`LoraLinear` does. What
+    they are, since the compiler fuses them; adapters multiply in the compute type, as in ``adapters.LoraLinear``. What
     goes into the first layer takes part in the backward pass as what goes into the others does, since the first would
     be compiled a second time otherwise.
     """
@@ -150,7 +146,6 @@ def _seen_through(kind: type) -> type:
             return self.get_base_layer()(x) + linear(linear(self.lora_dropout[name](x), a), b)
 
     return SeenThrough
-
 
 
 def _replace_attention(undo: contextlib.ExitStack, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import psutil
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import first_line, gigabytes
+from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
 from gemma_tune.models.quantised import has_packed_experts
@@ -143,7 +143,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         if choice.fits:
             break
     reason = "as asked" if asked else "they fit" if choice is first else (
-        f"{_counted(first.micro_batch)} would need {gigabytes(first.memory.total)}")
+        f"{counted(first.micro_batch, 'conversation')} would need {gigabytes(first.memory.total)}")
     return replace(choice, reason=reason)
 
 
@@ -166,8 +166,9 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
     if choice.fits:
         return
     memory = choice.memory
-    says = (f"this training needs about {gigabytes(memory.total)} of memory with {_counted(choice.micro_batch)} of "
-            f"{longest:,} tokens at once, and {gigabytes(choice.available)} are available")
+    says = (f"this training needs about {gigabytes(memory.total)} of memory with "
+            f"{counted(choice.micro_batch, 'conversation')} of {longest:,} tokens at once, and "
+            f"{gigabytes(choice.available)} are available")
     if config.micro_batch == 1 and config.activation_checkpointing:
         listener.warn(f"{says}; it may be killed")
         return
@@ -250,8 +251,4 @@ def described(choice: BatchChoice, longest: int) -> str:
             f"{gigabytes(memory.weights)}{packed}, adapter and optimiser {gigabytes(adapter)}, activations "
             f"{gigabytes(memory.activations + memory.working)} with {at_once} x {longest:,} tokens at once"
             f"{recomputed}, libraries {gigabytes(memory.overhead)})")
-
-
-def _counted(rows: int) -> str:
-    return "1 conversation" if rows == 1 else f"{rows} conversations"
 

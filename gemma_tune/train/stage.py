@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,6 @@ from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
-from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
@@ -38,6 +36,7 @@ from gemma_tune.train.going_on import (
 from gemma_tune.train.job import (
     Job,
     chat_format_of,
+    checked_beside,
     fit,
     load_libraries,
     make_trainer,
@@ -164,10 +163,7 @@ def _train(session: Session, go_on: bool) -> Finished:
     startup.done("libraries")
     put_back(session.run, session.manifest, session.listener)  # after a training that was killed
     job, shape = _decide(session, startup, go_on)
-    # Their hashes take as long as loading them does, and go on beside it.
-    hashing = ThreadPoolExecutor(1)
-    sound = hashing.submit(refuse_rotten, job.session.model.path, job.session.model.files)
-    hashing.shutdown(wait=False)
+    sound = checked_beside(job.session.model)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     outputs = {"adapter": session.run.adapter, "training_settings": session.run.train_settings}
     from gemma_tune.train.ahead import KernelsAhead

@@ -6,7 +6,6 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from gemma_tune.lora.start import digest_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.models.source import with_weights
-from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.manifest import read_manifest
 from gemma_tune.run.session import Session
@@ -32,6 +30,7 @@ from gemma_tune.train.checkpoints import training_key
 from gemma_tune.train.halving import Candidate, Costs, candidates_for, least_seconds, plan, plan_rungs
 from gemma_tune.train.job import (
     chat_format_of,
+    checked_beside,
     fit,
     load_libraries,
     prepared_sequences,
@@ -169,9 +168,7 @@ def _search(job: _Job, tuning: Tuning) -> None:
     session.listener.note(f"computing in {job.placement.reason}")
     load_libraries()
     session = replace(session, model=with_weights(session.model, session.listener))
-    hashing = ThreadPoolExecutor(1)
-    sound = hashing.submit(refuse_rotten, session.model.path, session.model.files)
-    hashing.shutdown(wait=False)
+    sound = checked_beside(session.model)
     try:
         model = load_model(session.model.path, job.placement, four_bit=session.config.qlora)
     finally:

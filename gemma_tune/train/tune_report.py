@@ -39,7 +39,7 @@ def _came(tuning: Tuning, trial: Trial, best: Trial | None) -> str:
     if trial.loss is None:
         return f"diverged: {trial.reason}"
     if tuning.diverged(trial):
-        above = trial.loss is not None and trial.loss > (1 + _CLOSE) * tuning.base_loss
+        above = trial.loss > (1 + _CLOSE) * tuning.base_loss
         return "diverged: above the loss before training" if above else "has not lowered the loss"
     return "best" if trial == best else ""
 

@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from gemma_tune.train.kernels import LoraLinear, RMSNorm, Rotation, fast_layers
+from gemma_tune.train.adapters import LoraLinear
+from gemma_tune.train.elementwise import RMSNorm, Rotation
+from gemma_tune.train.kernels import fast_layers
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

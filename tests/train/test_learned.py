@@ -20,7 +20,7 @@ from support.training import adapter_bytes
 
 FLAGS = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--json")
 ALL_STILL, MOVED = Moved(2, ("q", "v"), 0.0), Moved(2, (), 0.5)
-SAME, BARELY, OTHER = LogitChange(0.0, 0.0, 16), LogitChange(1e-12, 1e-7, 16), LogitChange(0.1, 2.0, 16)
+SAME, BARELY, OTHER = LogitChange(0.0, 0.0), LogitChange(1e-12, 1e-7), LogitChange(0.1, 2.0)
 
 
 def test_a_training_that_changed_nothing_is_an_error_and_leaves_the_earlier_adapter(cli, trained):
@@ -66,7 +66,7 @@ def test_layers_that_no_gradient_reaches_are_named(cli, tiny, data, tmp_path):
 def test_a_model_that_computes_no_numbers_any_more_is_worse(cli, trained, monkeypatch):
     """After the last step nothing else would show it where there are no validation rows."""
     before = adapter_bytes(trained)
-    monkeypatch.setattr("gemma_tune.train.learned.logit_change", lambda *_: LogitChange(float("nan"), float("nan"), 4))
+    monkeypatch.setattr("gemma_tune.train.learned.logit_change", lambda *_: LogitChange(float("nan"), float("nan")))
     result = cli("train", *FLAGS, "--learning-rate", 1e-3, "--force")
     assert result.code == 1 and "what it computes now is not finite" in result.json["error"]["message"]
     assert (trained / "tiny-gemma_lora_adapter_worse").is_dir() and adapter_bytes(trained) == before
