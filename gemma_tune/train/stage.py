@@ -13,6 +13,7 @@ from gemma_tune.base.files import fresh_path, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
 from gemma_tune.config.settings import NOT_GIVEN
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
@@ -153,7 +154,7 @@ def follow() -> None:
     load_libraries()  # while the main process decides
     job = processes.received()
     if job is not None:
-        _work(job, lambda: None)
+        _work(job, chat_format_of(job.session), lambda: None)
 
 
 def _train(session: Session, go_on: bool) -> Finished:
@@ -162,7 +163,7 @@ def _train(session: Session, go_on: bool) -> Finished:
     load_libraries()
     startup.done("libraries")
     put_back(session.run, session.manifest, session.listener)  # after a training that was killed
-    job, shape = _decide(session, startup, go_on)
+    job, shape, chat = _decide(session, startup, go_on)
     sound = checked_beside(job.session.model)
     processes.share(replace(job, session=replace(job.session, listener=Listener())))
     outputs = {"adapter": session.run.adapter, "training_settings": session.run.train_settings}
@@ -170,7 +171,7 @@ def _train(session: Session, go_on: bool) -> Finished:
 
     try:
         with closing(KernelsAhead(shape.model, job.placement.device)) as kernels:
-            summary = _work(job, sound.result, kernels)
+            summary = _work(job, chat, sound.result, kernels)
     except BaseException:
         remove(fresh_path(session.run.train_settings))
         put_back(session.run, session.manifest, session.listener)
@@ -178,14 +179,15 @@ def _train(session: Session, go_on: bool) -> Finished:
     return Finished(outputs, summary, {path: fresh_path(path) for path in outputs.values()})
 
 
-def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, ModelShape]:
+def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, ModelShape, ChatFormat]:
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
     sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
-    content = session.model.fingerprint, rows_of(session.inputs["tokens"]), chat_format_of(session).template
+    chat = chat_format_of(session)  # a Gemma's tokenizer takes seconds to load
+    content = session.model.fingerprint, rows_of(session.inputs["tokens"]), chat.template
     begun = begin(session, content, len(sizes[0]), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")
@@ -197,10 +199,11 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
-    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup), shape
+    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup), shape, chat
 
 
-def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead | None = None) -> dict[str, Any]:
+def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
+          kernels: KernelsAhead | None = None) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
     from gemma_tune.train.best import Best
@@ -211,7 +214,6 @@ def _work(job: Job, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead
     from gemma_tune.train.samples import Samples
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
-    chat = chat_format_of(session)
     train_rows, valid_rows = prepared_sequences(session)
     try:
         model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)

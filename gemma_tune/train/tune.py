@@ -17,6 +17,7 @@ from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.settings import same_result
 from gemma_tune.config.stages import TrainConfig, TuneConfig
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.lora.start import digest_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement, choose_placement
@@ -90,6 +91,7 @@ class _Job:
     placement: Placement
     choice: BatchChoice
     candidates: Sequence[Candidate]
+    chat: ChatFormat
     started: float
 
 
@@ -113,7 +115,7 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
     _, choice = fit(replace(session, resolved=largest), sizes, placement, start=start)
     refuse_what_does_not_fit(choice, session.config, sizes[0].longest, session.listener)
     rows = train_rows, _some(valid_rows, settings.valid_sequences, sequences_of_a_row(session.config))
-    return _Job(session, asked, settings, rows, placement, choice, candidates, started)
+    return _Job(session, asked, settings, rows, placement, choice, candidates, chat_format_of(session), started)
 
 
 def _by_one_process(session: Session) -> Session:
@@ -139,7 +141,7 @@ def _begun(job: _Job) -> Tuning:
     session, settings = job.session, job.settings
     tokens = session.manifest.stages["prepare"]["outputs"]["tokens"]["sha256"]
     others = {name: value for name, value in session.config.as_dict().items() if name not in _FREE}
-    key = training_key(session.model.fingerprint, tokens, chat_format_of(session).template, others | {
+    key = training_key(session.model.fingerprint, tokens, job.chat.template, others | {
         "compute": f"{job.placement.device} {job.placement.short}", "valid_sequences": settings.valid_sequences},
         digest_of(start) if (start := start_folder(session)) else None)
     new = Tuning(key, settings.minutes, list(job.candidates), base=session.model.fingerprint, tokens=tokens)
@@ -177,7 +179,7 @@ def _search(job: _Job, tuning: Tuning) -> None:
     progress = _Progress(session.listener)
     with tempfile.TemporaryDirectory() as scratch:  # which the library makes a folder for checkpoints in
         apart = replace(session, run=RunDir(Path(scratch), session.run.model_name))
-        trials = Trials(apart, model, chat_format_of(session), job.rows, job.placement, job.choice,
+        trials = Trials(apart, model, job.chat, job.rows, job.placement, job.choice,
                         start_folder(session), stop, progress.step)
         with trials, stop:
             _climb(job, tuning, trials, progress)

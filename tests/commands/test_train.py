@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_tune.base import files
+from gemma_tune.encoding import tokenizer
 from gemma_tune.run import stopped
 from support.command import QUICK, rows, write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
@@ -92,6 +93,17 @@ def test_rows_are_not_encoded_again(cli, prepared, monkeypatch):
     monkeypatch.setattr(ChatFormat, "encode_many", again)
     monkeypatch.setattr(ChatFormat, "encode_texts", again)
     assert cli("train", *QUICK).code == 0
+
+
+@pytest.mark.parametrize("command", [("train", *QUICK), ("tune", "--learning-rates", "1e-3,2e-3", "--minutes", 5, "--epochs", 1)],
+                         ids=["train", "tune"])
+def test_the_tokenizer_is_loaded_once(cli, tiny, tmp_path, monkeypatch, command):
+    """That of a Gemma takes seconds."""
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(14)), "--model", tiny).code == 0
+    loads, plain = [], tokenizer.load_tokenizer
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda checkpoint: loads.append(checkpoint) or plain(checkpoint))
+    done = cli(*command)
+    assert done.code == 0 and len(loads) == 1, done.err
 
 
 def test_the_longest_sequences_come_first(cli, tiny, tmp_path):
