@@ -1,4 +1,4 @@
-"""All rendering: notes, progress, tables, errors and the chat display. Nothing else in the package prints.
+"""What a stage reports while it works, what it made, and what to type next.
 
 People read stderr; stdout carries results alone. Without a terminal there are plain lines and no live display.
 """
@@ -18,6 +18,7 @@ from gemma_tune.answers.prompts import headline
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
+from gemma_tune.cli.data_report import data_report, preview
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 from gemma_tune.cli.hints import in_run
 from gemma_tune.cli.live import Course, Display, preferences
@@ -91,13 +92,9 @@ class ConsoleListener(Listener):
 
     def data_report(self, report: Mapping[str, Any]) -> None:
         if not self.quiet:
-            from gemma_tune.cli.data_report import data_report  # which draws on this module's console
-
             data_report(report)
 
     def preview(self, rows: Sequence[Sequence[tuple[str, bool]]], names: Sequence[str] = ()) -> None:
-        from gemma_tune.cli.data_report import preview
-
         preview(rows, names)
 
     def progress(self, task: str, done: int, total: int) -> None:

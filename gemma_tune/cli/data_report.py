@@ -1,4 +1,4 @@
-"""How the data is shown: the report of ``prepare`` and the preview of what is learned. Part of ``console``."""
+"""How the data is shown: the report of ``prepare`` and the preview of what is learned."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Course:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time until the last step, counted down since the record that said it; None before the first step."""
+        """Time until the last step, counted down since the last record, as evaluations are no part of it; None before
+        the first step."""
         if "seconds_left" not in self.last:
             return None
         return max(0.0, self.last["seconds_left"] - (time.monotonic() - self.heard))

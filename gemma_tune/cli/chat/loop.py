@@ -215,7 +215,7 @@ class Talk:
         if screen.err.is_terminal and (line := figures(stream, answer, voice.context)):
             say(line)
         used = in_context(stream, answer)
-        if used is not None and voice is not None and (left := self.conversation.room(used)) is not None:
+        if used is not None and (left := self.conversation.room(used)) is not None:
             say(f"! {counted(left, 'token')} of context left: /undo takes a turn back, /reset starts anew", "yellow")
 
     @contextlib.contextmanager
