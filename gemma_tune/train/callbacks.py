@@ -7,13 +7,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
+from gemma_tune.base.files import json_bytes, write_atomic
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import ending_signals
 from gemma_tune.train import processes
@@ -105,11 +106,20 @@ class MetricsLog(TrainerCallback):
         record = {name: float(v) if isinstance(v, torch.Tensor) else v for name, v in record.items()}
         self.records.append(record)
         if processes.is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a" if self._begun else "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for r in ([record] if self._begun else self.records))
+            write_last(self.path, self.records, self._begun)
         self._begun = True
         self.listener.metrics(record)
+
+
+def write_last(path: Path, records: Sequence[Mapping[str, Any]], begun: bool) -> None:
+    """Write the last record behind the others, once the file was begun; before that all of them in one go, in the place
+    of a file that has the earlier ones, or is another training's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if begun:
+        with open(path, "ab") as f:
+            f.write(json_bytes(records[-1]))
+    else:
+        write_atomic(path, b"".join(map(json_bytes, records)))
 
 
 def earlier_records(path: Path, resumed_step: int) -> list[dict[str, Any]]:

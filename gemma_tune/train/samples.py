@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 
 from gemma_tune.answers.generation import Answer, greedy_continuations
 from gemma_tune.answers.prompts import Prompt, headline
-from gemma_tune.base.files import json_bytes, os_errors
+from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import first_line, opening
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
-from gemma_tune.train.callbacks import MetricsLog
+from gemma_tune.train.callbacks import MetricsLog, write_last
 from gemma_tune.train.undoing import plain_forward
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ class Samples(TrainerCallback):
                   "ended": answer.ended, "seconds": round(time.perf_counter() - began, 3)}
         self.records.append(record)
         with os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab" if self._begun else "wb") as f:
-                f.write(b"".join(map(json_bytes, [record] if self._begun else self.records)))
+            write_last(self.path, self.records, self._begun)
         self._begun = True
         when = f"after step {step}" if step else "before the first step"
         self.session.listener.note(f"{when}, “{begins}”: {_shown(record)}")

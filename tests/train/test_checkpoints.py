@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,28 @@ def test_a_damaged_log_is_no_obstacle(tmp_path):
 
     (tmp_path / "log").write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n{"loss": 1}\n3\n{"step": "a"}\n{"step": 2}\n{"step": 9}\n{"st')
     assert earlier_records(tmp_path / "log", 4) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_log_that_is_begun_again_keeps_its_earlier_records_until_all_are_written(tmp_path, monkeypatch):
+    from gemma_tune.base.listener import Listener
+    from gemma_tune.train.callbacks import MetricsLog, earlier_records
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3.5}\n{"step": 3}\n')
+    log = MetricsLog(path, Listener(), 2, before := earlier_records(path, 2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        patch.setattr(json, "dumps", killed)
+        log._add({"step": 3, "loss": 2.0})
+    assert len(earlier_records(path, 2)) == len(before) == 2
+    resumed = MetricsLog(path, Listener(), 2, earlier_records(path, 2))
+    for step in (3, 4):
+        resumed._add({"step": step, "loss": 1.0})
+    assert [record["step"] for record in earlier_records(path, 9)] == [1, 2, 3, 4]
+    assert path.read_text().startswith('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3.5}\n')
 
 
 def test_a_disk_that_fills_while_training_saves_and_a_card_that_is_no_text(cli, tiny, data, monkeypatch):
