@@ -170,7 +170,6 @@ class PreferenceTrainer(GemmaTrainer):
         if self.settings.method == "kto" and not self._measured:
             with self.evaluating():
                 self._measure_divergence([inputs])
-            self.model.train()
             self._measured = True
         before = self._sums.clone()
         try:
