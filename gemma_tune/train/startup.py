@@ -27,5 +27,10 @@ class Startup:
 
     def described(self) -> str:
         """All parts in one line."""
-        parts = ", ".join(f"{part} {span(seconds)}" for part, seconds in self.seconds.items())
-        return f"ready for the first step after {span(self.total)}: {parts}"
+        parts = ", ".join(f"{part} {_shown(seconds)}" for part, seconds in self.seconds.items())
+        return f"ready for the first step after {_shown(self.total)}: {parts}"
+
+
+def _shown(seconds: float) -> str:
+    """To a tenth, as many parts are shorter than a second, and together would seem to be longer than all."""
+    return f"{seconds:.1f} s" if seconds < 90 else span(seconds)
