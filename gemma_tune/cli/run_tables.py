@@ -42,8 +42,8 @@ def show_status(found: Any) -> None:
             result.append(("\n" if figures.lines else "") + files, "dim")
         shown = Text(state, style=_STYLES.get(state.split(":")[0], ""))
         if narrow:
-            screen.err.print(Text.assemble((stage, "bold"), "  ", shown, f"  {ended}"))
-            screen.err.print(Padding(result, (0, 0, 0, 2)))
+            screen.err.print(Text("  ").join(filter(None, (Text(stage, "bold"), shown, Text(ended)))))
+            _below(result)
         else:
             table.add_row(stage, shown, Text(ended), result)
     if not narrow:
@@ -60,6 +60,12 @@ def show_status(found: Any) -> None:
     if found.base_damage:
         screen.error(found.base_damage)
     screen.err.print(f"next: {found.next_step or found.note}", markup=False)
+
+
+def _below(text: Text) -> None:
+    """What belongs to the line before; nothing where there is nothing."""
+    if text:
+        screen.err.print(Padding(text, (0, 0, 0, 2)))
 
 
 def _with_sizes(where: str, sizes: Any) -> str:
@@ -82,7 +88,7 @@ def show_runs(runs: Sequence[Any]) -> None:
         for name, *values in rows:
             screen.err.print(name)
             about = Text(", ", overflow="fold", no_wrap=False).join(value for value in values if value)
-            screen.err.print(Padding(about, (0, 0, 0, 2)))
+            _below(about)
         return
     table = _table("")
     for column, end in (("run", "left"), ("model", "left"), ("data", "left"), ("loss", "left"), ("size", "right"),

@@ -151,6 +151,14 @@ def test_in_a_narrow_terminal_the_words_of_a_run_stay_whole(monkeypatch, capsys,
                                                 "105 MB, now")
 
 
+def test_in_a_narrow_terminal_a_stage_without_a_result_is_one_line(cli, trained, monkeypatch):
+    monkeypatch.setattr(screen.err, "_width", 60)
+    lines = cli("status").err.splitlines()
+    at = lines.index("eval  missing")
+    assert lines[at:at + 3] == ["eval  missing", "merge  missing", "export-ollama  missing"]
+    assert all(line.strip() for line in lines)
+
+
 def test_runs_where_there_are_none(cli):
     empty = cli("runs", "--json")
     assert (empty.code, empty.json) == (0, {"runs": []})
