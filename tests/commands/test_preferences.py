@@ -7,8 +7,6 @@ import json
 import math
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -353,14 +351,13 @@ def test_processes_measure_together_once_for_a_batch(cli, prepared, monkeypatch)
 
 
 @pytest.mark.parametrize(("method", "strategy"), [("kto", "ddp"), ("dpo", "fsdp")])
-def test_two_processes_learn_the_same(cli, prepared, method, strategy):
+def test_two_processes_learn_the_same(cli, prepared, forks, method, strategy):
     together = shutil.copytree(prepared, prepared.with_name("together"))
     flags = [*map(str, (*FLAGS, "--method", method, "--max-steps", 4))]
     accumulation = ("--batch-size", 2, "--accumulation", 2) if method == "dpo" else ("--batch-size", 4)
     assert cli("train", *flags, *accumulation).code == 0
-    done = subprocess.run([sys.executable, "-m", "gemma_tune", "train", "--run", together, *flags, "--batch-size", "2",
-                           "--num-processes", "2", "--strategy", strategy], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = forks.run("train", "--run", together, *flags, "--batch-size", 2, "--num-processes", 2, "--strategy", strategy)
+    assert done.code == 0, done.err
     names = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_logps/chosen")
     for one, other in zip(log(), log(together), strict=True):
         assert {n: other[n] for n in names if n in other} == pytest.approx({n: one[n] for n in names if n in one}, rel=1e-3, abs=1e-4)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gemma_tune.base import files
 from gemma_tune.encoding import tokenizer
 from gemma_tune.run import stopped
-from support.command import QUICK, rows, write_rows
+from support.command import QUICK, Result, rows, write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
 
 LONG = ("--epochs", 6, "--rank", 4, "--dtype", "fp32", "--save-steps", 2)
@@ -366,32 +366,30 @@ def test_every_setting_reaches_the_adapter(cli, prepared):
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])  # 3 steps, of which round(1.5) = 2 rise to the peak
 
 
-def interrupted(run: Path, after_step: int, number: int) -> subprocess.CompletedProcess:
+def interrupted(forks, run: Path, after_step: int, number: int) -> Result:
     """Start training in a process of its own and send it a signal once it has logged ``after_step``."""
     log = run / "logs" / "metrics.jsonl"
     log.unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "gemma_tune", "train", *map(str, LONG), "--run", run],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forks.start("train", *LONG, "--run", run)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
         if log.exists() and f'"step": {after_step}, ' in log.read_text():
-            process.send_signal(number)
+            os.kill(process, number)
             break
         time.sleep(0.002)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return forks.result()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, number):
+def test_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, forks, number):
     uninterrupted = prepared.with_name("whole")
     shutil.copytree(prepared, uninterrupted)
     manifest = json.loads((uninterrupted / "manifest.json").read_text())
     assert cli("train", *LONG, "--run", uninterrupted).code == 0, manifest
 
-    done = interrupted(prepared, 3, number)
-    assert done.returncode == 130, done.stderr
-    assert "it is saved" in done.stderr and "repeat the same command to go on" in done.stderr
+    done = interrupted(forks, prepared, 3, number)
+    assert done.code == 130, done.err
+    assert "it is saved" in done.err and "repeat the same command to go on" in done.err
     assert "train" not in json.loads((prepared / "manifest.json").read_text())["stages"]
     status = cli("status", "--run", prepared, "--json").json
     assert status["stages"]["train"]["state"].startswith("interrupted: checkpoint-")
@@ -418,11 +416,11 @@ def test_how_often_is_evaluated_is_nothing_to_dropout(cli, prepared):
         assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
 
 
-def test_killed_training_goes_on_from_the_newest_whole_checkpoint(cli, prepared):
+def test_killed_training_goes_on_from_the_newest_whole_checkpoint(cli, prepared, forks):
     uninterrupted = prepared.with_name("whole")
     shutil.copytree(prepared, uninterrupted)
     assert cli("train", *LONG, "--run", uninterrupted).code == 0
-    assert interrupted(prepared, 7, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert interrupted(forks, prepared, 7, signal.SIGKILL).code == -signal.SIGKILL
     checkpoints = sorted((prepared / "training_checkpoints").glob("checkpoint-*"),
                          key=lambda p: int(p.name.split("-")[1]))
     newest = [c for c in checkpoints if (c / "complete.json").exists()][-1]

@@ -28,12 +28,10 @@ STEPS = 14
 ALONE = (*SETTINGS, "--accumulation", "2")
 TOGETHER = (*SETTINGS, "--num-processes", "2")
 
-# Put into a process by Python's own start-up hook: what happens to it in its fourth step.
+# What happens to a process in its fourth step.
 EVENT = """
 import os, signal, time
-if os.environ.get("RANK") == "1":
-    import gemma_tune.encoding.tokenizer
-    gemma_tune.encoding.tokenizer.quiet_libraries()
+if os.environ.get("RANK") == "{rank}":
     import gemma_tune.train.callbacks
 
     def event(self, args, state, control, **kwargs):
@@ -164,9 +162,9 @@ def test_they_leave_one_manifest_and_one_adapter(together):
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= sealed.keys()
 
 
-def test_a_finished_training_is_up_to_date_for_all(together):
+def test_a_finished_training_is_up_to_date_for_all(together, forks):
     run, first = together
-    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json")
+    done = forks.run("train", "--run", run, *TOGETHER, "--json")
     assert (done.code, done.json["status"]) == (0, "up-to-date")
     assert done.json["summary"] == first.json["summary"]
 
@@ -178,17 +176,18 @@ def test_accelerate_launch_works_by_itself_and_its_settings_do_not_count(run, al
     assert_same_training(run, alone)
 
 
-def test_fsdp_learns_what_one_process_does(run, alone):
-    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--strategy", "fsdp", "--json")
+def test_fsdp_learns_what_one_process_does(run, alone, forks):
+    done = forks.run("train", "--run", run, *TOGETHER, "--strategy", "fsdp", "--json")
     assert done.code == 0, done.err
     assert_same_training(run, alone)
 
 
-def test_the_whole_path_trains_in_processes(tiny, tmp_path, cli):
-    (tmp_path / "settings.yaml").write_text("train: {num_processes: 2, epochs: 3, max_steps: 3, dtype: fp32}")
+def test_the_whole_path_trains_in_processes(tiny, tmp_path, forks):
+    (tmp_path / "settings.yaml").write_text("train: {num_processes: 2, epochs: 3, max_steps: 3, dtype: fp32}\n"
+                                            "export-ollama: {verify: false, measure: false}")
     data = write_rows(tmp_path / "rows.jsonl", rows(8))
-    done = cli("run", data, "--model", tiny, "--run", tmp_path / "run", "--config", tmp_path / "settings.yaml",
-               "--max-steps", 2, "--questions", 1, "--json")
+    done = forks.run("run", data, "--model", tiny, "--run", tmp_path / "run", "--config", tmp_path / "settings.yaml",
+                     "--max-steps", 2, "--questions", 1, "--json")
     assert done.code == 0, done.err
     assert done.json["stages"]["train"]["summary"]["steps"] == 2
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -197,14 +196,13 @@ def test_the_whole_path_trains_in_processes(tiny, tmp_path, cli):
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
-def happens(folder: Path, what: str) -> dict[str, str]:
-    """The environment in which ``what`` happens to the second process in its fourth step."""
-    (folder / "sitecustomize.py").write_text(EVENT.format(what=what))
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+def happens(what: str, rank: int = 1) -> dict[str, str]:
+    """The environment in which ``what`` happens to that process in its fourth step."""
+    return {"AT_THE_START": EVENT.format(what=what, rank=rank)}
 
 
-def test_bad_input_is_said_once(tmp_path):
-    done = python("gemma_tune", "train", "--run", tmp_path / "none", "--num-processes", 2, "--json")
+def test_bad_input_is_said_once(tmp_path, forks):
+    done = forks.run("train", "--run", tmp_path / "none", "--num-processes", 2, "--json")
     assert error_of(done)["exit_code"] == 2
     assert "is not a run yet" in done.err
 
@@ -237,42 +235,38 @@ def test_other_commands_under_accelerate_run_once(prepared_once):
     ("raise ValueError('planted')", "unexpected ValueError: planted"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "another process of this training ended without a word"),
 ])
-def test_what_ends_one_process_ends_all_with_one_message(run, tmp_path, what, message):
-    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json", **happens(tmp_path, what))
+def test_what_ends_one_process_ends_all_with_one_message(run, forks, what, message):
+    done = forks.run("train", "--run", run, *TOGETHER, "--json", **happens(what))
     assert error_of(done)["message"] == message
     assert done.code == 1
     assert not list(run.glob("*_lora_adapter"))
 
 
-def test_the_main_process_gone_is_said_by_the_launcher(run, tmp_path):
-    environment = happens(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    event = tmp_path / "sitecustomize.py"
-    event.write_text(event.read_text().replace('== "1"', '== "0"'))
-    done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json", **environment)
+def test_the_main_process_gone_is_said_by_the_launcher(run, forks):
+    done = forks.run("train", "--run", run, *TOGETHER, "--json", **happens("os.kill(os.getpid(), signal.SIGKILL)", rank=0))
     assert "main process of the training was killed" in error_of(done)["message"]
     assert done.code == 1
 
 
 @pytest.mark.parametrize("who", ["os.getpid()", "os.getppid()"], ids=["one", "all"])
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_signal_stops_all_after_the_same_step_and_training_goes_on_from_there(run, tmp_path, together, who):
-    stopped = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json",
-                     **happens(tmp_path, f"os.kill({who}, signal.{signal.SIGTERM.name}); time.sleep(1)"))
+def test_a_signal_stops_all_after_the_same_step_and_training_goes_on_from_there(run, together, forks, who):
+    stopped = forks.run("train", "--run", run, *TOGETHER, "--json",
+                        **happens(f"os.kill({who}, signal.{signal.SIGTERM.name}); time.sleep(1)"))
     assert error_of(stopped)["exit_code"] == 130
     assert f"stopped at step 4 of {STEPS}" in stopped.err
     assert (run / "training_checkpoints" / "checkpoint-4" / "complete.json").exists()
     if who == "os.getpid()":  # once is enough
-        done = python("gemma_tune", "train", "--run", run, *TOGETHER, "--json")
+        done = forks.run("train", "--run", run, *TOGETHER, "--json")
         assert done.json["summary"]["resumed_from_step"] == 4
         whole = adapter(together[0])
         assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter(run).items())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_command_that_is_killed_takes_its_processes_along(run, tmp_path):
+def test_a_command_that_is_killed_takes_its_processes_along(run, forks):
     """They save what they learned first, as on SIGTERM, and leave no lock; the same command goes on from there."""
-    killed = python("gemma_tune", "train", "--run", run, *TOGETHER, **happens(
-        tmp_path, "os.kill(os.getppid(), signal.SIGKILL); time.sleep(2)"))  # returns when nobody writes to it any more
+    killed = forks.run("train", "--run", run, *TOGETHER, **happens("os.kill(os.getppid(), signal.SIGKILL); time.sleep(2)"))
     assert killed.code == -signal.SIGKILL
     checkpoints = [p.parent.name for p in run.glob("training_checkpoints/*/complete.json")]
     assert "checkpoint-4" in checkpoints and f"checkpoint-{STEPS}" not in checkpoints
