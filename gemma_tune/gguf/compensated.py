@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean square, added to each: without it columns that hardly vary would take any error
 _TRIES = 6  # with ten times the damping each
 _BLOCK = 128  # columns to which the error of all before them in the block comes at once
+_LEAST = 256  # rows that a thread takes: fewer take their columns, one after the other, hardly less time than these
 _COMPARED = 32  # rows by which compensated rounding is compared with plain rounding
 
 
@@ -144,7 +145,7 @@ class Rounding:
         known = zip(chunks, repeat(inputs)) if of_one else _by_expert(chunks, inputs, each, probes)
         with _each_on_one_core(inputs) as pool:
             for rows, own in known:
-                parts = np.array_split(rows, min(len(rows), cores())) if pool else [rows]
+                parts = np.array_split(rows, max(1, min(len(rows) // _LEAST, cores()))) if pool else [rows]
                 for data, error, whole in (pool.map if pool else map)(partial(_part, kind=kind, inputs=own), parts):
                     digest.update(data.data)
                     off, size = off + error, size + whole

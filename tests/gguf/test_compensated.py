@@ -105,6 +105,18 @@ def test_rows_are_rounded_each_by_itself_and_what_was_made_is_kept(x, weights):
     assert rounding.done["noted"].error == pytest.approx((error / size / 2) ** 0.5)
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(40, [40]), (500, [500]), (600, [300, 300]), (1200, [400, 400, 400])])
+def test_a_thread_takes_so_many_rows_that_it_pays(rows, parts, monkeypatch):
+    """They take each other's time, as each goes from column to column."""
+    seen, plain = [], compensated._part
+    monkeypatch.setattr(compensated, "cores", lambda: 3)
+    monkeypatch.setattr(compensated, "_part", lambda rows, **how: seen.append(len(rows)) or plain(rows, **how))
+    rounding, x = Rounding(lambda source: None), torch.eye(32)
+    weights = np.random.default_rng(0).standard_normal((rows, 32)).astype(np.float32)
+    assert sum(len(data) for data in rounding.rounded("w", [weights], Type.Q8_0, inputs_of([x], 32))) == rows
+    assert sorted(seen) == parts
+
+
 def test_the_threads_of_a_product_are_as_they_were(x, weights):
     before = torch.get_num_threads()
     list(Rounding({}.get).rounded("t", [weights], Type.Q4_0, inputs_of([x.T @ x], len(x))))
