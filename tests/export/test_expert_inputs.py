@@ -178,7 +178,7 @@ def write(folder, known: Calibration | None, kind: Type = Type.Q4_0, quant: str 
                       rounding=Rounding(known.inputs) if known else None)
 
 
-@pytest.mark.parametrize("elements", [7 * 64, 1 << 20], ids=["some rows of one", "several at once"])
+@pytest.mark.parametrize("elements", [13 * 64, 1 << 20], ids=["some rows of one", "several at once"])
 def test_a_file_has_each_expert_as_its_own_inputs_round_it(made, elements, monkeypatch):
     monkeypatch.setattr(writer, "CALIBRATED_ELEMENTS", elements)
     known = calibration_of(made)
