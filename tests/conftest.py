@@ -30,8 +30,9 @@ for name in ("GEMMA_TUNE_RUN", "OLLAMA_HOST", "HF_ENDPOINT", "HF_TOKEN"):
     os.environ.pop(name, None)
 
 
-LONGEST = ("test_real.py", "test_processes.py", "test_train.py", "test_trainer.py", "test_pipeline.py", "test_source.py",
-           "test_chat.py", "test_export.py", "test_errors.py")
+LONGEST = ("test_real.py", "test_captured_whole.py", "test_processes.py", "test_preferences.py", "test_train.py", "test_families.py",
+           "test_on_a_gpu.py", "test_chat_typing.py", "test_captured_units.py", "test_chat.py", "test_chat_terminal.py",
+           "test_trainer.py", "test_pipeline.py", "test_source.py", "test_export.py", "test_recipes.py", "test_errors.py")
 
 
 def pytest_collection_modifyitems(items):
