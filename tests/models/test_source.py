@@ -26,7 +26,7 @@ def command(*args: object, env: dict | None = None) -> subprocess.CompletedProce
                           timeout=120, env={**os.environ, **(env or {})})
 
 
-def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
+def test_a_hub_model_is_pinned_to_its_commit(cli, tiny, data, tmp_path, monkeypatch):
     with LoopbackHub() as hub:
         hub.add_repo("google/tiny-gemma-it", tiny)
         env = hub.environment(tmp_path / "home")
@@ -43,16 +43,17 @@ def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
         (moved / "README.md").write_text("moved")
         assert hub.commit("google/tiny-gemma-it", moved) != first
         asked = len(hub.requests)
-        trained = command("train", *QUICK, "--json", env=env)
-        assert trained.returncode == 0, trained.stderr
+        hub.isolate(monkeypatch, tmp_path / "home")
+        trained = cli("train", *QUICK, "--json")
+        assert trained.code == 0, trained.err
         manifest = json.loads(Path("runs/tiny-gemma-it/manifest.json").read_text())
         assert manifest["model"]["revision"] == first
         files = [path for path in hub.paths(containing="/resolve/") if path not in
                  [r.path for r in hub.requests[:asked]]]
         assert files and set(files) == {f"/google/tiny-gemma-it/resolve/{first}/model.safetensors"}
         asked = len(hub.requests)
-        again = command("train", *QUICK, "--force", "--json", env=env)
-        assert again.returncode == 0, again.stderr
+        again = cli("train", *QUICK, "--force", "--json")
+        assert again.code == 0, again.err
         assert [r.path for r in hub.requests[asked:] if "google" in r.path] == []
         adapter = json.loads(Path("runs/tiny-gemma-it/tiny-gemma-it_lora_adapter/adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("google/tiny-gemma-it", first)
@@ -61,19 +62,23 @@ def test_a_hub_model_is_pinned_to_its_commit(tiny, data, tmp_path):
 @pytest.mark.parametrize(("kind", "expected"), [
     ("no_token", ["hf auth login"]), ("bad_token", ["token"]), ("licence", ["licence", "/google/tiny-gemma-it"]),
     ("not_found", ["google/tiny-gema"]), ("offline", ["--model demo"])])
-def test_hub_failures_are_told_apart(tiny, data, tmp_path, kind, expected):
+def test_hub_failures_are_told_apart(cli, tiny, data, tmp_path, monkeypatch, kind, expected):
     with LoopbackHub() as hub:
         hub.add_repo("google/tiny-gemma-it", tiny, gated=kind in ("no_token", "bad_token", "licence"))
         hub.add_token("hf_valid_but_not_accepted")
         token = {"bad_token": "hf_wrong", "licence": "hf_valid_but_not_accepted",
                  "not_found": "hf_valid_but_not_accepted"}.get(kind)
-        env = hub.environment(tmp_path / "home", token=token)
+        asked = ("prepare", data, "--model", "google/tiny-gema" if kind == "not_found" else "google/tiny-gemma-it")
         if kind == "offline":
-            env["HF_ENDPOINT"] = "http://127.0.0.1:9"
-        model = "google/tiny-gema" if kind == "not_found" else "google/tiny-gemma-it"
-        done = command("prepare", data, "--model", model, env=env)
-    assert done.returncode in (1, 2), done.stderr
-    said = " ".join(done.stderr.split())
+            env = hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+            done = command(*asked, env=env)
+            code, err = done.returncode, done.stderr
+        else:
+            hub.isolate(monkeypatch, tmp_path / "home", token=token)
+            done = cli(*asked)
+            code, err = done.code, done.err
+    assert code in (1, 2), err
+    said = " ".join(err.split())
     assert "Error:" in said and "Hint:" in said and "Traceback" not in said
     for text in expected:
         assert text in said
