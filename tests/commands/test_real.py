@@ -169,7 +169,7 @@ def test_prompts_and_answers_are_as_trained_in_llama_cpp_and_in_ollamas_template
 
 
 def test_preferences_are_learned_from_the_built_in_pairs(demo):
-    """On an epoch of a third of them, held-out pairs come into order, by rewards and by likelihood."""
+    """On an epoch of a fifth of them at twice the usual rate, held-out pairs come into order, by rewards and by likelihood."""
     place = demo["place"]
 
     def command(*args: str) -> dict:
@@ -178,9 +178,9 @@ def test_preferences_are_learned_from_the_built_in_pairs(demo):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["summary"]
 
-    prepared = command("prepare", "example:pairs", "--model", "demo", "--max-samples", "60", "--valid", "20")
-    assert (prepared["kind"], prepared["train_rows"], prepared["valid_rows"]) == ("pairs", 40, 20)
-    trained = command("train", "--epochs", "1", "--batch-size", "2", "--samples", "0")
+    prepared = command("prepare", "example:pairs", "--model", "demo", "--max-samples", "40", "--valid", "16")
+    assert (prepared["kind"], prepared["train_rows"], prepared["valid_rows"]) == ("pairs", 24, 16)
+    trained = command("train", "--epochs", "1", "--batch-size", "2", "--learning-rate", "1e-4", "--samples", "0")
     assert trained["eval_accuracy_after"] > 0.8 and trained["eval_loss_after"] < 0.5 < trained["eval_loss_before"]
     measures = command("eval", "--questions", "1", "--max-new-tokens", "8")["measures"]
     assert measures["preferred"]["tuned"][0] > measures["preferred"]["base"][0] + 0.2
