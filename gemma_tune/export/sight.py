@@ -1,11 +1,12 @@
 """What a multimodal model sees and hears with: llama.cpp's mmproj, one file beside those of all number formats.
 
 A training leaves that part of a model as the base has it. So the file stays from one export to the next, as long as it
-holds what the merged model has.
+would be the same: it has settings of the processor in it beside the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Collection, Mapping
@@ -22,7 +23,7 @@ from gemma_tune.export.files import ExportSource
 from gemma_tune.export.senses import senses_of, taken
 from gemma_tune.gguf.engine import Engine, engine_name, find_engine
 from gemma_tune.gguf.projectors.check import check_projector
-from gemma_tune.gguf.projectors.parts import VISION, Projector
+from gemma_tune.gguf.projectors.parts import VISION
 from gemma_tune.gguf.projectors.writer import write_projector
 from gemma_tune.models.placement import OVERHEAD, USABLE, available
 from gemma_tune.run.directory import describe
@@ -74,38 +75,23 @@ def lacks_sight(session: Session, manifest: Manifest) -> bool:
 
 
 def sight_of(session: Session, source: ExportSource) -> Sight | None:
-    """The file of the last export, where it is still what would be written, else a new one; None for a model without.
+    """The file, written; that of the last export where it is the same one; None for a model without.
 
     Raises:
         UserError: weights that cannot be written.
         WorkFailed: no space, or the file does not hold the merged model's weights.
     """
-    if source.projector is None:
+    projector, path, listener = source.projector, session.run.projector, session.listener
+    if projector is None:
         return None
-    return _kept(session, source.projector) or _written(session, source, source.projector)
-
-
-def _kept(session: Session, projector: Projector) -> Sight | None:
-    run, record = session.run, session.manifest.stages.get("export-ollama", {})
-    item, figures = record.get("outputs", {}).get("projector"), record.get("summary", {}).get("projector")
-    if session.force or not item or not figures or record["base"] != session.model.fingerprint:
-        return None
-    try:
-        if describe(run, run.projector)["sha256"] != item["sha256"]:  # read whole: bits can change on a disk
-            return None
-        check_projector(projector, run.merged, run.projector)
-    except (OSError, UserError, WorkFailed):
-        return None
-    return Sight(run.projector, None, figures)
-
-
-def _written(session: Session, source: ExportSource, projector: Projector) -> Sight:
-    path, listener = session.run.projector, session.listener
     made = fresh_path(path)
     progress = partial(listener.progress, f"writing what {taken(projector.senses)} are read by")
     try:
         written = write_projector(projector, source.merged, made, name=source.name,
                                   on_progress=lambda done, total, _: progress(done, total))
+        if figures := _of_the_same(session, made):
+            remove(made)
+            return Sight(path, None, figures)
         error, tensor = check_projector(projector, source.merged, made)
     except UserError as e:
         remove(made)
@@ -120,6 +106,18 @@ def _written(session: Session, source: ExportSource, projector: Projector) -> Si
     return Sight(path, made, {"file": path.name, "bytes": written.size_bytes, "senses": list(projector.senses),
                               "tensor_types": dict(written.tensor_types), "largest_error": error,
                               "largest_error_tensor": tensor})
+
+
+def _of_the_same(session: Session, made: Path) -> Mapping[str, Any] | None:
+    """What the manifest has of the last export's file, where what was made is the same, and that still lies there."""
+    run, record = session.run, session.manifest.stages.get("export-ollama", {})
+    item, figures = record.get("outputs", {}).get("projector"), record.get("summary", {}).get("projector")
+    if session.force or not item or not figures:
+        return None
+    with contextlib.suppress(OSError):  # read whole, both: bits can change on a disk
+        if all(describe(run, path)["sha256"] == item["sha256"] for path in (made, run.projector)):
+            return figures
+    return None
 
 
 # ---- llama.cpp is shown pictures -------------------------------------------------------------------------------------

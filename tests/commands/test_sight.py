@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -100,6 +101,17 @@ def test_the_file_stays_as_long_as_the_towers_do(cli, quick, seeing):
     assert quick().code == 0 and cli("status", "--verify").code == 0 and PROJECTOR.read_bytes() != bytes(content)
     before = identity(PROJECTOR)
     assert quick("--force").code == 0 and identity(PROJECTOR) != before
+
+
+def test_other_settings_of_the_processor_are_another_file(cli, quick, seeing_once, tmp_path):
+    """With the same weights: llama.cpp has from the file what pictures are prepared with."""
+    model = shutil.copytree(seeing_once.parents[1] / "models" / "seeing", tmp_path / "seeing")
+    copied_run(seeing_once, tmp_path, model)
+    assert quick().code == 0 and read_gguf_metadata(PROJECTOR)["clip.vision.image_mean"].tolist() == [0.5] * 3
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.25] * 3}))
+    assert cli("merge", "--no-check", "--force").code == 0 and quick().json["status"] == "done"
+    assert read_gguf_metadata(PROJECTOR)["clip.vision.image_mean"].tolist() == [0.25] * 3
 
 
 def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
