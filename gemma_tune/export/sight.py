@@ -29,6 +29,7 @@ from gemma_tune.models.placement import OVERHEAD, USABLE, available
 from gemma_tune.run.directory import describe
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
+from gemma_tune.run.stage import settings_then
 
 UNCHECKED = "pictures: "  # begins what is said where they were not checked
 _FOUND = ("engine", "pictures_apart")  # figures that come from showing pictures
@@ -68,9 +69,10 @@ class Sight:
 
 
 def lacks_sight(session: Session, manifest: Manifest) -> bool:
-    """Whether the last export is of a version that wrote no such file, and now there would be one."""
+    """Whether the last export is of a version that could not write such a file, and now there would be one."""
     record = manifest.stages.get("export-ollama")
-    return (record is not None and "vision" not in record["config"]
+    return (record is not None and "projector" not in record["outputs"]
+            and settings_then(record, type(session.config))["vision"]  # else that it is asked for now is told
             and senses_of(session.run.merged, session.config.vision)[0] is not None)
 
 

@@ -129,6 +129,7 @@ def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
     assert quick().json["status"] == "up-to-date", "as it was asked for before"
     assert "takes text alone, which its base model does not" in cli("status").err
     back = quick("--vision")
+    assert "runs again: vision: False -> True" in back.err
     assert back.code == 0 and identity(Q8) == gguf and identity(PROJECTOR) != before
     assert back.json["summary"]["projector"] == first.json["summary"]["projector"]
 
@@ -150,13 +151,17 @@ def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
     def cannot(checkpoint):
         raise UserError(f"What Others in {checkpoint} sees with cannot be written as GGUF here.", "take another one")
 
-    monkeypatch.setattr(senses, "projector_of", cannot)
-    result = quick()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(senses, "projector_of", cannot)
+        result = quick()
+        assert quick().json["status"] == "up-to-date"
     assert result.code == 0 and not PROJECTOR.exists()
     told = ("what is exported takes text alone, though the merged model takes more: What Others in seeing_lora_merged sees with "
             "cannot be written as GGUF here; take another one")
     assert result.err.count(told) == 1 and recorded()["summary"]["text_alone"] == told
     assert f"## Pictures\n\nW{told[1:]}.\n" in (RUN / "ollama/report.md").read_text()
+    gguf = identity(Q8)  # a later version can
+    assert quick().json["artifacts"]["projector"] == str(PROJECTOR) and identity(Q8) == gguf and "text_alone" not in recorded()["summary"]
 
 
 @pytest.mark.parametrize(("lacking", "reason"), [
