@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import fresh_path, remove
+from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.pictures import BLUE, QUESTION, RED, square
 from gemma_tune.base.words import gigabytes, size_text
 from gemma_tune.export.files import ExportSource
@@ -135,10 +135,13 @@ def shown(session: Session, sight: Sight, ggufs: Collection[Path]) -> Sight:
     gguf = min(ggufs, key=lambda path: path.stat().st_size)
     if reason := _not_shown(sight, gguf):
         return replace(sight, unchecked=f"{UNCHECKED}{reason}")
+    name = gguf.name.removeprefix(NEW)
+    # The eye of Gemma 3 takes two minutes of one processor core for any picture.
+    session.listener.note(f"showing llama.cpp a picture with {name}, which can take minutes")
     try:
         apart = _apart(sight, gguf)
     except WorkFailed as e:
-        raise WorkFailed(f"{sight.path.name} beside {gguf.name}: {e.message}",
+        raise WorkFailed(f"{sight.path.name} beside {name}: {e.message}",
                          "update llama.cpp (pip install --upgrade xllamacpp); --no-verify takes the files unchecked, "
                          "--no-vision leaves pictures out") from e
     if apart == 0:

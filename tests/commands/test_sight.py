@@ -77,6 +77,7 @@ def test_the_exported_model_sees(cli, seeing):
     assert result.json["elsewhere"][2:] == [f"lms import --copy --user-repo gemma-tune/seeing-tuned {path}" for path in (main, PROJECTOR)]
     said = " ".join(result.err.split())
     assert f"{PROJECTOR.name}, 0 MB: with it the exported model takes pictures, as the base model does" in said
+    assert "showing llama.cpp a picture with seeing-q4_0.gguf, which can take minutes" in said
     assert f"for other programs: {main}, its chat template in it, and for pictures {PROJECTOR}" in said
     assert not list((RUN / "ollama").glob(".*")) and "earlier files stay" not in said
 
@@ -189,7 +190,7 @@ def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, s
 
     monkeypatch.setattr(sight, "write_projector", unknown)
     result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--force")
-    assert result.code == 1 and f"{PROJECTOR.name} beside " in result.err and "llama.cpp cannot load" in result.err
+    assert result.code == 1 and f"{PROJECTOR.name} beside {Q8.name}: " in result.err and "llama.cpp cannot load" in result.err
     assert "--no-vision leaves pictures out" in result.err
     assert {path: path.read_bytes() for path in (RUN / "ollama").iterdir()} == before
 
