@@ -65,8 +65,10 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
         return None
     if _sampling(source, before["parameter"]) != _sampling(source, now["parameter"]):
         return None
-    # Read whole: bits that changed on the disk would be recorded as those of the export.
-    if state_of(session.run, session.manifest, STAGE, lambda run, path, _: describe(run, path),
+    # Read whole: bits that changed on the disk would be recorded as those of the export. What the model sees with is
+    # made and compared by itself, see `export.sight`.
+    if state_of(session.run, session.manifest, STAGE,
+                lambda run, path, item: dict(item) if path == run.projector else describe(run, path),
                 upstream=False).status != "done":
         return None
     config = type(session.config)
@@ -76,7 +78,8 @@ def same_files(session: Session, source: ExportSource, quants: Iterable[str]) ->
     figures = {quant: figures[quant] for quant in quants}
     files = {quant: session.run.ollama / item["file"] for quant, item in figures.items()}
     # A report that is gone is made with what is found out for it.
-    told = all((session.run.root / item["path"]).exists() for item in record["outputs"].values())
+    told = all((session.run.root / item["path"]).exists() for name, item in record["outputs"].items()
+               if name != "projector")
     return SameFiles(files, figures, record["summary"], told and not unchecked, kept)
 
 
