@@ -67,7 +67,7 @@ def _merged(s: Mapping[str, Any]) -> Iterator[str]:
 def _exported(s: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{quant}: {text}" for quant, text in format_lines(s))
     if sight := s.get("projector"):
-        yield f"{' and '.join(sight['senses'])}: {size_text(sight['bytes'])}, as the base model has it"
+        yield f"{' and '.join(sight['senses'])}: {size_text(sight['bytes'])} for all of these"
     elif s.get("text_alone"):
         yield "takes text alone, which its base model does not"
 

@@ -94,7 +94,7 @@ def test_the_file_stays_as_long_as_the_towers_do(cli, quick, seeing):
     assert "earlier" not in again.json["summary"], "it is none of the number formats"
     assert again.json["artifacts"]["projector"] and recorded()["outputs"]["projector"]["path"] == f"ollama/{PROJECTOR.name}"
     status = cli("status", "--json").json["stages"]["export-ollama"]
-    assert status["state"] == "done" and "vision: 0 MB, as the base model has it" in cli("status").err
+    assert status["state"] == "done" and "vision: 0 MB for all of these" in cli("status").err
     whole, gguf = PROJECTOR.read_bytes(), identity(Q8)
     content = bytearray(whole)
     content[-9] ^= 64
@@ -117,6 +117,25 @@ def test_other_settings_of_the_processor_are_another_file(cli, quick, seeing_onc
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.25] * 3}))
     assert cli("merge", "--no-check", "--force").code == 0 and quick().json["status"] == "done"
     assert read_gguf_metadata(PROJECTOR)["clip.vision.image_mean"].tolist() == [0.25] * 3
+
+
+def test_towers_that_an_adapter_from_elsewhere_trained(cli, quick, seeing, seeing_once, tmp_path):
+    """This program trains none, and others do: the file has them as they were trained."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Gemma3ForConditionalGeneration
+
+    assert quick().code == 0
+    before = PROJECTOR.read_bytes()
+    network = Gemma3ForConditionalGeneration.from_pretrained(seeing_once.parents[1] / "models" / "seeing")
+    adapter = get_peft_model(network, LoraConfig(r=2, target_modules=r".*vision_tower.*\.q_proj"))
+    for name, value in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(value, 0.5)
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert cli("merge", "--adapter", tmp_path / "adapter", "--no-check").code == 0 and quick().code == 0
+    assert len(PROJECTOR.read_bytes()) == len(before) and PROJECTOR.read_bytes() != before
+    assert "as the base model" not in cli("status").err
 
 
 def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
