@@ -148,7 +148,8 @@ def three_numbers(settings: Mapping[str, Any], key: str, usual: float | None = N
     values = [usual] * 3 if found is None and usual is not None else found
     if not (isinstance(values, list) and len(values) == 3 and all(isinstance(value, (int, float)) for value in values)):
         raise UserError(f"{key} of the image processor is {found!r} and no list of three numbers.",
-                        "Copy preprocessor_config.json again from the base model.")
+                        "Put the preprocessor_config.json that the base model came with into its folder, and merge "
+                        "again: gemma-tune merge --force.")
     return [float(value) for value in values]
 
 

@@ -420,7 +420,7 @@ def test_colours_that_nothing_is_known_of(editable: Any) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="image_mean of the image processor is None") as error:
         projector_of(folder)
-    assert "Copy preprocessor_config.json" in (error.value.hint or "")
+    assert "into its folder, and merge again: gemma-tune merge --force" in (error.value.hint or "")
 
 
 def test_gemma_4_takes_colours_as_they_are(editable: Any) -> None:
