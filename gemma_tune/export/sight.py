@@ -97,7 +97,8 @@ def sight_of(session: Session, source: ExportSource) -> Sight | None:
         error, tensor = check_projector(projector, source.merged, made)
     except UserError as e:
         remove(made)
-        raise UserError(e.message, "; ".join(filter(None, (e.hint, "--no-vision leaves it out"))), e.problems) from e
+        hint = "; ".join(filter(None, ((e.hint or "").rstrip("."), "--no-vision leaves it out")))
+        raise UserError(e.message, hint, e.problems) from e
     except BaseException:
         remove(made)
         raise

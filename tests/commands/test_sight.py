@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.export import senses, served_sight, sight
@@ -186,6 +187,19 @@ def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
     assert f"## Pictures\n\nW{told[1:]}.\n" in (RUN / "ollama/report.md").read_text()
     gguf = identity(Q8)  # a later version can
     assert quick().json["artifacts"]["projector"] == str(PROJECTOR) and identity(Q8) == gguf and "text_alone" not in recorded()["summary"]
+
+
+def test_towers_without_all_of_their_weights_can_be_left_out(cli, quick, tmp_path):
+    model, data, lacking = make_seeing(tmp_path / "seeing"), write_rows(tmp_path / "rows.jsonl", rows()), "post_layernorm.bias"
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if not name.endswith(lacking)}, model / "model.safetensors",
+              metadata={"format": "pt"})
+    for args in (("prepare", data, "--model", model), ("train", *QUICK), ("merge", "--no-check")):
+        assert cli(*args).code == 0
+    result = quick()
+    assert result.code == 2 and f"{lacking} is missing" in result.json["error"]["problems"][0]
+    assert result.json["error"]["hint"] == "Merge again from the original base model; --no-vision leaves it out"
+    assert not [*(RUN / "ollama").iterdir()] and quick("--no-vision").code == 0
 
 
 @pytest.mark.parametrize(("lacking", "reason"), [
