@@ -29,7 +29,7 @@ def senses_of(merged: Path, wanted: bool) -> tuple[Projector | None, str]:
         projector = projector_of(merged)
     except UserError as e:  # also where the weights cannot be read, which is told with those of the text
         hint = None if isinstance(e, NotInLlamaCpp) else e.hint  # that of a whole model
-        reasons = "; ".join(filter(None, (e.message.rstrip("."), *e.problems, hint)))
+        reasons = "; ".join(text.rstrip(".") for text in (e.message, *e.problems, hint) if text)
         return None, f"{alone}more: {reasons}".replace(f"{merged}", merged.name)  # it is recorded, for any place
     if projector and not wanted:
         return None, f"{alone}{taken(projector.senses)}: --no-vision"

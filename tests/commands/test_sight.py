@@ -174,7 +174,7 @@ def test_a_run_that_was_exported_before_gets_its_sight(quick, seeing):
 
 def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
     def cannot(checkpoint):
-        raise UserError(f"What Others in {checkpoint} sees with cannot be written as GGUF here.", "take another one")
+        raise UserError(f"What Others in {checkpoint} sees with cannot be written as GGUF here.", "Take another one.")
 
     with monkeypatch.context() as earlier:
         earlier.setattr(senses, "projector_of", cannot)
@@ -182,7 +182,7 @@ def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):
         assert quick().json["status"] == "up-to-date"
     assert result.code == 0 and not PROJECTOR.exists()
     told = ("what is exported takes text alone, though the merged model takes more: What Others in seeing_lora_merged sees with "
-            "cannot be written as GGUF here; take another one")
+            "cannot be written as GGUF here; Take another one")
     assert result.err.count(told) == 1 and recorded()["summary"]["text_alone"] == told
     assert f"## Pictures\n\nW{told[1:]}.\n" in (RUN / "ollama/report.md").read_text()
     gguf = identity(Q8)  # a later version can
