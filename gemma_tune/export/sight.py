@@ -55,6 +55,7 @@ class Sight:
 
     @property
     def lies_at(self) -> Path:
+        """Where it can be read now."""
         return self.made or self.path
 
     @property
@@ -72,7 +73,7 @@ def lacks_sight(session: Session, manifest: Manifest) -> bool:
     """Whether the last export is of a version that could not write such a file, and now there would be one."""
     record = manifest.stages.get("export-ollama")
     return (record is not None and "projector" not in record["outputs"]
-            and settings_then(record, type(session.config))["vision"]  # else that it is asked for now is told
+            and settings_then(record, type(session.config))["vision"]  # what is asked for since then is told as such
             and senses_of(session.run.merged, session.config.vision)[0] is not None)
 
 
@@ -95,12 +96,10 @@ def sight_of(session: Session, source: ExportSource) -> Sight | None:
             remove(made)
             return Sight(path, None, figures)
         error, tensor = check_projector(projector, source.merged, made)
-    except UserError as e:
+    except BaseException as e:
         remove(made)
-        hint = "; ".join(filter(None, ((e.hint or "").rstrip("."), "--no-vision leaves it out")))
-        raise UserError(e.message, hint, e.problems) from e
-    except BaseException:
-        remove(made)
+        if isinstance(e, UserError):
+            e.reword(e.message, "; ".join(filter(None, ((e.hint or "").rstrip("."), "--no-vision leaves it out"))))
         raise
     for name, reason in written.fallbacks:
         listener.note(f"{path.name}: {name}: {reason}")

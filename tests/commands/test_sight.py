@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -230,6 +231,13 @@ def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, s
     assert result.code == 1 and f"{PROJECTOR.name} beside {Q8.name}: " in result.err and "llama.cpp cannot load" in result.err
     assert "--no-vision leaves pictures out" in result.err
     assert {path: path.read_bytes() for path in (RUN / "ollama").iterdir()} == before
+
+
+def test_a_disk_that_is_too_small_for_it(quick, seeing, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
+    result = quick()
+    assert result.code == 1 and "has 0.00 GB free" in result.err and not [*(RUN / "ollama").iterdir()]
+    assert result.json["error"]["hint"].endswith("or another folder; --no-vision leaves it out")
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
