@@ -63,6 +63,11 @@ class ExportSource:
         return self.parts and self.parts.architecture
 
     @property
+    def limits(self) -> tuple[str, ...]:
+        """What Ollama does otherwise than the training, one sentence each."""
+        return (*self.target.chat.notes, *(self.projector.differs if self.projector else ()))
+
+    @property
     def template(self) -> str:
         """The chat template that goes into the files."""
         return gguf_template(self.chat, self.target.chat.think)

@@ -209,7 +209,7 @@ def _say(session: Session, source: ExportSource) -> None:
     target = source.target
     for note in (*target.notes, *([source.text_alone] if source.text_alone else [])):
         session.listener.note(note)
-    for note in target.chat.notes:
+    for note in source.limits:
         session.listener.warn(note)
     if target.system and (lost := lossy_runes(target.system)):
         session.listener.warn(f"`ollama create -f` would drop these characters of the system prompt from the "
@@ -276,7 +276,7 @@ def _finished(session: Session, source: ExportSource, modelfiles: Mapping[str, T
     if left:
         session.listener.note(f"earlier files stay in {run.ollama}: {', '.join(left)}")
     report = run.ollama / _REPORT
-    limits, seen = source.target.chat.notes, sight and sight.figures
+    limits, seen = source.limits, sight and sight.figures
     concluded = conclusion(figures, checks.losses, command("export-ollama", run.root), still_good(earlier))
     fresh[report] = fresh_path(report)
     text = markdown(run.model_name, figures, checks, limits, earlier, concluded, section(seen, source.text_alone))

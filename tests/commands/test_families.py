@@ -179,6 +179,9 @@ def test_what_was_trained_comes_through_an_export(cli, tmp_path, monkeypatch, ki
         said = result.json["summary"]["text_alone"]
         assert said.startswith("what is exported takes text alone, though the merged model takes more: ") and "rms_norm_eps is" in said
         assert "gemma-tune merge" not in said, "which is the way out for a model that cannot be exported at all"
+    if kind == "gemma4-experts":  # whose configuration has pictures read one way, as E2B's
+        assert "the tokens of a picture see each other in llama.cpp" in Path("runs/model/ollama/report.md").read_text()
+        assert "the tokens of a picture see each other in llama.cpp" in " ".join(result.err.split())
     if kind in ("qwen 3.5", "gemma4-experts"):
         assert result.json["summary"]["projector"]["pictures_apart"] > 1e-3, "llama.cpp sees with what lies beside the files"
     assert shown["f16"]["largest_error"] < 1e-3 and shown["f16"]["kl"] < 1e-5

@@ -30,13 +30,13 @@ from gemma_tune.gguf.projectors.parts import (
 UNUSED_SIZE = 224  # of pictures, which have any here; llama.cpp wants the key
 POOLED = 3  # patches to a token's side, for which older llama.cpp has no key
 MOST_TOKENS = 280  # of a picture
+_BOTH_WAYS = "vision"  # use_bidirectional_attention of the large ones; the small ones' is null
+_LOOKS_AHEAD = ("the tokens of a picture see each other in llama.cpp, as in larger models of this family; in this one "
+                "each sees those before it alone")
 
 
 def gemma4(config: Mapping[str, Any], checkpoint: Path) -> Projector:
     """The projector of a Gemma 4: E2B, E4B, 26B-A4B or 31B.
-
-    The tokens of a picture look at each other in llama.cpp, whatever the text model's use_bidirectional_attention says:
-    the large ones were trained so, and the small ones look back alone.
 
     Raises:
         UserError: settings that llama.cpp has no key for.
@@ -56,7 +56,7 @@ def gemma4(config: Mapping[str, Any], checkpoint: Path) -> Projector:
             gemma4_audio.add(writer, text, audio)
 
     tensors = (*_tensors(vision, text), *(gemma4_audio.tensors(audio, text) if audio else ()))
-    return Projector((VISION, AUDIO) if audio else (VISION,), tensors, metadata, gemmas_source)
+    return Projector((VISION, AUDIO) if audio else (VISION,), tensors, metadata, gemmas_source, ahead(text))
 
 
 MAKERS = {"gemma4": gemma4}
@@ -73,6 +73,11 @@ def seeing(config: Mapping[str, Any], path: Path) -> Any:
         raise UserError(f"{path} describes a Gemma 4 that hears and does not see, which llama.cpp knows none of.",
                         "Merge again from the original base model.")
     return whole
+
+
+def ahead(text: Any) -> tuple[str, ...]:
+    """``Projector.differs``, by how the text model's attention reads a picture."""
+    return () if text.use_bidirectional_attention == _BOTH_WAYS else (_LOOKS_AHEAD,)
 
 
 def colours(settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:

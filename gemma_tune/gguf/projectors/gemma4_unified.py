@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_tune.gguf.architectures.gemma import differing
 from gemma_tune.gguf.architectures.parts import refuse
-from gemma_tune.gguf.projectors.gemma4 import POOLED, UNUSED_SIZE, colours, seeing, sizes_of_pictures
+from gemma_tune.gguf.projectors.gemma4 import POOLED, UNUSED_SIZE, ahead, colours, seeing, sizes_of_pictures
 from gemma_tune.gguf.projectors.gemma4_audio import BINS
 from gemma_tune.gguf.projectors.parts import (
     AUDIO,
@@ -61,7 +61,8 @@ def gemma4_unified(config: Mapping[str, Any], checkpoint: Path) -> Projector:
             add_audio(writer, text, hidden=audio.audio_embed_dim, inner=0, layers=0, heads=0, bins=BINS,
                       eps=audio.rms_norm_eps)
 
-    return Projector((VISION, AUDIO) if audio else (VISION,), tuple(_tensors(vision, audio, text)), metadata, _source)
+    return Projector((VISION, AUDIO) if audio else (VISION,), tuple(_tensors(vision, audio, text)), metadata, _source,
+                     ahead(text))
 
 
 MAKERS = {"gemma4_unified": gemma4_unified}

@@ -69,12 +69,14 @@ class Projector:
         metadata: adds the projector's own keys to a writer.
         source_of: a tensor's name in the checkpoint → the ``source`` that stands for it; None for what is no part of a
             tower, or a part that nothing reads.
+        differs: what llama.cpp does otherwise than the model and no key changes, one sentence each.
     """
 
     senses: tuple[str, ...]
     tensors: tuple[TowerTensor, ...]
     metadata: Callable[[gguf.GGUFWriter], None]
     source_of: Callable[[str], str | None]
+    differs: tuple[str, ...] = ()
 
 
 # config.json, the folder that it lies in → what its towers are written as.

@@ -402,6 +402,15 @@ def test_what_gemma_4s_processor_would_do_differently_is_refused(
     assert f"{key} of the {part.replace('_', ' ')} is {value!r}" in error.value.problems[0]
 
 
+@pytest.mark.parametrize("name", ["gemma4-small", "gemma4-unified"])
+def test_pictures_that_llama_cpp_reads_both_ways_are_told_of(editable: Any, name: str) -> None:
+    folder = editable(name)
+    assert projector_of(folder).differs == ()
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit_json(folder / "config.json", text_config=text | {"use_bidirectional_attention": None})  # as E2B and E4B have it
+    assert "in this one each sees those before it alone" in projector_of(folder).differs[0]
+
+
 def test_rows_of_pictures_end_in_a_token(editable: Any) -> None:
     folder = editable("mistral3")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
