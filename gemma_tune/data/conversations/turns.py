@@ -241,7 +241,7 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem], oth
                                 "export the text as UTF-8 again"))
 
 
-_NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
+NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
             "input_file")
 _OF_TOOLS = ("tool_use", "tool_result", "server_tool_use", "tool_call")  # Anthropic's, and LLaMA-Factory's
 _THOUGHTS = ("thinking", "reasoning")  # likewise
@@ -294,7 +294,7 @@ def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[P
 
 def _part_fix(sort: Any) -> str:
     """What to do about a part of that type, which is no text."""
-    if sort in _NO_TEXT:
+    if sort in NO_TEXT:
         return "text alone is learned: leave the part out, or the row"
     if sort in _OF_TOOLS:
         return "write a call as `tool_calls` of the assistant's turn, and its result as a turn of the role `tool`"

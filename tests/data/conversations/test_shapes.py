@@ -104,6 +104,9 @@ def test_a_tree_of_messages_is_told_with_a_command_that_works(tmp_path):
     assert Formats(roles={"prompter": "user"}, mends=True).example(row).messages == FOUR
 
 
+HIDDEN = "thoughts, tools and what else is not shown"
+
+
 def chatgpt(name, parent, role=None, *parts, kind="text", **more):
     said = role and {"author": {"role": role}, "content": {"content_type": kind, "parts": list(parts)}, "recipient": "all"} | more
     return {name: {"id": name, "message": said, "parent": parent, "children": []}}
@@ -115,9 +118,11 @@ def test_of_what_chatgpt_exports_the_path_that_it_shows_is_read():
     shown |= chatgpt("old", "q2", "assistant", "Red.") | chatgpt("t", "q2", "assistant", kind="thoughts")
     shown |= chatgpt("made", "t", "assistant", "{}", recipient="dalle.text2im") | chatgpt("tool", "made", "tool", "1")
     shown |= chatgpt("told", "tool", "user", "I am Ann.", metadata={"is_visually_hidden_from_conversation": True})
-    shown |= chatgpt("b", "told", "assistant", "Blue.")
+    shown |= chatgpt("b", "told", "assistant", "Blue.", recipient=None)
     example = Formats().example({"title": "x", "create_time": 1.5, "mapping": shown, "current_node": "b"})
-    assert example.messages == FOUR and {item.name for item in example.unread} == {"title", "create_time"}
+    assert example.messages == FOUR
+    assert [(item.name, item.value) for item in example.unread] == [
+        ("title", "x"), ("create_time", 1.5), (f"mapping ({HIDDEN})", 3), ("mapping (other versions)", 1)]
     twice = shown | chatgpt("c", "b", "assistant", "So blue.")
     with pytest.raises(RowError) as caught:
         Formats().example({"mapping": twice, "current_node": "c"})
@@ -150,11 +155,33 @@ def test_what_claude_exports_is_read_as_it_is_shown():
     example = Formats().example({"uuid": "x", "name": "n", "chat_messages": messages})
     assert [turn["content"] for turn in example.messages] == ["Hi", "Hello", "Sky?", "Blue\n\nSo it is."]
     assert [turn["role"] for turn in example.messages] == ["user", "assistant"] * 2
+    assert [(item.name, item.value) for item in example.unread] == [("uuid", "x"), ("name", "n"), (f"chat_messages ({HIDDEN})", 3)]
     for files in ({"attachments": [{"file_name": "a.csv", "extracted_content": "1"}]}, {"files": [{"file_name": "a.csv"}]}):
         with pytest.raises(RowError, match=r"a message has a file \('a.csv'\)"):
             Formats().example({"chat_messages": [claude("human", text("Hi"), **files), messages[1]]})
     with pytest.raises(RowError, match="`chat_messages` shows no message"):
         Formats().example({"chat_messages": []})
+    with pytest.raises(RowError, match="is a list whose part 2 is 'image'"):
+        Formats().example({"chat_messages": [claude("human", text("What?"), {"type": "image"}), messages[1]]})
+    for odd in (1, "a.csv", {"file_name": "a.csv"}, [None]):
+        with pytest.raises(RowError, match="a message has a file"):
+            Formats().example({"chat_messages": [claude("human", text("Hi"), attachments=odd), messages[1]]})
+
+
+def test_of_what_claude_exports_the_version_that_it_shows_is_read():
+    """Questions that were asked in other words and answers that were given again all stand in one list."""
+    def message(name, parent, said):
+        sender = "human" if name.startswith("q") else "assistant"
+        return {"uuid": name, "parent_message_uuid": parent, "sender": sender, "text": said, "content": []}
+
+    messages = [message("q1", "0000", "Hi"), message("a1", "q1", "Hey"), message("a2", "q1", "Hello"), message("q2", "a1", "So?"),
+                message("a3", "q2", "So."), message("q3", "a2", "Sky?"), message("a4", "q3", "Blue.")]
+    example = Formats().example({"chat_messages": messages})
+    assert example.messages == FOUR and [(item.name, item.value) for item in example.unread] == [("chat_messages (other versions)", 3)]
+    other = Formats().example({"chat_messages": messages, "current_leaf_message_uuid": "a3"})
+    assert [turn["content"] for turn in other.messages] == ["Hi", "Hey", "So?", "So."]
+    first, *_, last = Formats().example({"chat_messages": [one | {"uuid": None} for one in (messages[0], messages[2])]}).messages
+    assert (first, last) == (FOUR[0], FOUR[1]), "without names there is one version"
 
 
 def test_what_ai_studio_saves_is_read_without_thoughts():
@@ -164,7 +191,11 @@ def test_what_ai_studio_saves_is_read_without_thoughts():
     saved = {"runSettings": {"temperature": 1}, "systemInstruction": {"text": "Be brief."}, "chunkedPrompt": {"chunks": chunks}}
     example = Formats().example(saved)
     assert example.messages == [{"role": "system", "content": "Be brief."}, *FOUR]
-    assert [item.name for item in example.unread] == ["runSettings"]
+    assert [(item.name, item.value) for item in example.unread][1:] == [(f"chunkedPrompt ({HIDDEN})", 1)]
+    parts = {"systemInstruction": {"parts": [{"text": "Be"}, {"text": "brief."}]}}
+    assert Formats().example(saved | parts).messages[0]["content"] == "Be\nbrief."
+    with pytest.raises(RowError, match="whose part 1 is an object, not text"):
+        Formats().example(saved | {"systemInstruction": {"parts": [{"inlineData": {}}]}})
     with pytest.raises(RowError, match="the content of turn 4 is missing, not text"):
         Formats().example(saved | {"chunkedPrompt": {"chunks": [*chunks[:2], {"role": "user", "driveImage": {"id": "x"}}, *chunks[3:]]}})
 
