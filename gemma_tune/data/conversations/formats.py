@@ -16,6 +16,7 @@ from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
+from gemma_tune.data.conversations.indexed import is_vertex
 from gemma_tune.data.conversations.logs import is_logged
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
@@ -78,7 +79,7 @@ _HAS: dict[str, Callable[[Fields, Collection[str]], bool]] = {
     "sharegpt": lambda row, keys: ("conversations" in keys or is_chat(row.get("chat"))
                                    or isinstance(layouts.turn_list(row.get("conversation")), list)
                                    or python_list("", row.get("conversation"), turns=True) is not None),
-    "gemini": lambda row, keys: is_gemini(row) and "completions" not in keys,  # with which it is a pair
+    "gemini": lambda row, keys: is_gemini(row) and not is_vertex(row),
     # The instruction may be null where the input says it all.
     "alpaca": lambda row, keys: "instruction" in row and ("output" in keys or "response" in keys),
     "prompt-completion": lambda row, keys: "prompt" in keys and "completion" in keys,

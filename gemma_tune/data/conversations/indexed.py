@@ -88,14 +88,20 @@ def arena_votes(row: Fields) -> Shaped | None:
     return _pair(told, None, ("response_a", "response_b"), votes.index(1), *_VOTES)
 
 
+def is_vertex(row: Fields) -> bool:
+    """Whether a row has Gemini's ``contents``, and two ``completions`` of it."""
+    both = row.get("completions")
+    return isinstance(both, list) and len(both) == 2 and is_gemini(row) and all(
+        isinstance(one, dict) and isinstance(one.get("completion"), dict) for one in both)
+
+
 def vertex(row: Fields) -> Shaped | None:
     """Vertex AI: Gemini's ``contents``, and two ``completions``, each with its ``score``."""
-    both = row["completions"]
-    if not is_gemini(row) or not isinstance(both, list) or len(both) != 2 or not all(
-            isinstance(one, dict) and isinstance(one.get("completion"), dict) for one in both):
+    if not is_vertex(row):
         return None
+    both = row["completions"]
     scores = [one.get("score") for one in both]
-    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores):
+    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) and score == score for score in scores):
         raise _unclear({"score": scores}, "score", "a number for each of `completions`, the higher one for the better")
     if scores[0] == scores[1]:
         raise _tie({"score": scores}, "score")

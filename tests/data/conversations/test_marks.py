@@ -190,6 +190,15 @@ def test_the_scores_of_vertex():
     assert "`score` is [None, None], which names neither" in problem(row | {"completions": unclear}).reason
     picture = [{"score": n, "completion": {"role": "model", "parts": [{"inlineData": {}}]}} for n in range(2)]
     assert "only text and function calls can be learned" in problem(row | {"completions": picture}).reason
+    unclear[0]["score"], unclear[1]["score"] = float("nan"), 1.0
+    assert "which names neither" in problem(row | {"completions": unclear}).reason
+
+
+@pytest.mark.parametrize("beside", [3, [], [{"score": 1}], None])
+def test_a_conversation_of_gemini_beside_completions_of_another_kind_is_read(beside):
+    row = {"contents": [{"role": role, "parts": [{"text": role}]} for role in ("user", "model")], "completions": beside}
+    for formats in (Formats(), Formats("gemini")):
+        assert [turn["content"] for turn in formats.example(row).messages] == ["user", "model"]
 
 
 def test_the_votes_on_whole_conversations_in_text():
