@@ -5,7 +5,6 @@ A dataset may have several configurations, such as one for each language or task
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ NAME = "README.md"
 
 
 class Configuration(NamedTuple):
-    """Files that are read together, each with the name of its split, and the names of the configurations that are not.
+    """Files that are read together, each with the name of its split, or its place where that has to tell the split; and
+    the names of the configurations that are not read.
     """
 
     name: str
@@ -30,13 +30,13 @@ def configuration(folder: Path, files: Sequence[Path]) -> Configuration | None:
     directory whose README.md names none.
 
     Raises:
-        UserError: it names several, and none as the default.
+        UserError: it names several that have some, and none of them as the default.
     """
     there = set(files)
     found: dict[str, dict[Path, str]] = {}
     default = "default"
     for config in _configs(folder):
-        name = str(config.get("config_name"))
+        name = _text(config.get("config_name"))
         for split, path in _files(folder, config):
             if path in there:
                 found.setdefault(name, {}).setdefault(path, split)
@@ -46,7 +46,7 @@ def configuration(folder: Path, files: Sequence[Path]) -> Configuration | None:
     name = next(iter(found)) if len(found) == 1 else default
     if name not in found:
         first = {each: os.path.relpath(next(iter(splits)), folder) for each, splits in found.items()}
-        raise UserError(f"{folder} is a dataset of several configurations by its {NAME}, and none is the default: "
+        raise UserError(f"{folder} has files of several configurations by its {NAME}, and none of them is the default: "
                         f"{', '.join(f'`{each}` with {path}' for each, path in first.items())}",
                         f"name the files of one, such as {next(iter(found[next(iter(found))]))}")
     return Configuration(name, found[name], [other for other in found if other != name])
@@ -61,18 +61,34 @@ def _configs(folder: Path) -> list[dict[str, Any]]:
 
     try:
         configs = (metadata_load(folder / NAME) or {}).get("configs")
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError):  # of values of its tags
         return []
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
 def _files(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Files of a configuration with the names of their splits; paths are patterns, alone, in lists, or by splits."""
-    named = config.get("data_files", f"{config['data_dir']}/**" if isinstance(config.get("data_dir"), str) else [])
+    """Files of a configuration with the names of their splits: patterns, alone, in lists, or by splits, in its
+    directory. Where it names but that, or not even that, it has all that is there, and the places name the splits."""
+    place, named = config.get("data_dir") or ".", config.get("data_files")
+    if named is None:
+        yield from ((os.path.relpath(path, folder / place), path) for path in _found(folder, place, "**"))
     for part in named if isinstance(named, list) else [named]:
-        split, paths = (str(part.get("split")), part.get("path")) if isinstance(part, dict) else ("train", part)
+        split, paths = (_text(part.get("split")), part.get("path")) if isinstance(part, dict) else ("train", part)
         for pattern in paths if isinstance(paths, list) else [paths]:
-            if isinstance(pattern, str) and not os.path.isabs(pattern) and ".." not in Path(pattern).parts:
-                whole = f"{pattern}/*" if pattern.endswith("**") else pattern
-                with contextlib.suppress(ValueError):  # of what is no pattern
-                    yield from ((split, path) for path in sorted(folder.glob(whole)))
+            yield from ((split, path) for path in _found(folder, place, pattern))
+
+
+def _found(folder: Path, place: Any, pattern: Any) -> list[Path]:
+    """What a pattern finds in a place; nothing outside of the folder."""
+    if not all(isinstance(part, str) and not os.path.isabs(part) and ".." not in Path(part).parts
+               for part in (place, pattern)):
+        return []
+    try:
+        return sorted((folder / place).glob(f"{pattern}/*" if pattern.endswith("**") else pattern))
+    except ValueError:  # it is no pattern
+        return []
+
+
+def _text(value: Any) -> str:
+    """A name, which YAML may take for a number; of what is none, nothing, however much that is."""
+    return str(value) if isinstance(value, (str, int, float)) else ""

@@ -389,6 +389,8 @@ def test_of_a_dataset_with_configurations_the_default_is_read(tmp_path, monkeypa
 
 @pytest.mark.parametrize("card", [
     "# Notes", "---\nconfigs: [\n---\n", "---\n- a\n---\n", "---\nconfigs: en\n---\n", "---\nconfigs:\n- config_name: x\n---\n",
+    *(f"---\nx: {value}\nconfigs:\n- config_name: x\n  data_files: a.jsonl\n---\n" for value in (
+        '!!int ""', "!!bool no one", "!!timestamp then", "[" * 1500)),
     "---\nconfigs:\n- config_name: x\n  data_files: [/a.jsonl, ../b.jsonl, '**a', '', 7, {split: train}]\n---\n", "---\nlicense: mit\n---\n"])
 def test_a_readme_of_anything_else_says_nothing_of_files(card, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -403,3 +405,28 @@ def test_the_only_configuration_is_read_as_it_names_its_files(tmp_path, monkeypa
     touch("d/README.md", text="---\nconfigs:\n- config_name: mine\n  data_dir: x\n---\n")
     said = Said()
     assert found("d", said=said) == ["d/x/test-run.jsonl"] and "of no configuration: notes.jsonl" in said.warnings[0]
+
+
+def test_of_a_configuration_that_names_a_directory_the_files_name_the_splits(tmp_path, monkeypatch):
+    """As `datasets` has it, also that other files stand in that directory, and that all files are of one without any."""
+    monkeypatch.chdir(tmp_path)
+    touch("d/train/x/train.jsonl", "d/train/x/test.jsonl", "d/last.jsonl")
+    touch("d/README.md", text="---\nconfigs:\n- config_name: mine\n  data_dir: train/x\n---\n")
+    assert found("d") == ["d/train/x/train.jsonl"] and found("d", held_out=True) == ["d/train/x/test.jsonl"]
+    touch("d/README.md", text="---\nconfigs:\n- config_name: mine\n  data_dir: train/x\n  data_files: test.jsonl\n---\n")
+    assert found("d") == ["d/train/x/test.jsonl"]
+    touch("d/README.md", text="---\nconfigs:\n- config_name: default\n- config_name: last\n  data_files: last.jsonl\n---\n")
+    touch("d/a/validation.jsonl")
+    assert found("d") == ["d/last.jsonl", "d/train/x/test.jsonl", "d/train/x/train.jsonl"], "the place is called train, and not test"
+    touch("d/README.md", text="---\nconfigs:\n- config_name: default\n  data_files: gone\n- config_name: 1\n  data_files: last.jsonl\n"
+                              "- config_name: 2\n  data_files: train/x/*\n---\n")
+    assert "none of them is the default: `1` with last.jsonl, `2` with train/x/test.jsonl" in str(refused("d"))
+
+
+def test_a_readme_that_names_itself_a_million_times_takes_no_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch("d/a.jsonl", "d/b.jsonl")
+    lists = "\n".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10 if n else 'x')}]" for n in range(7))
+    touch("d/README.md", text=f"---\n{lists}\nconfigs:\n- config_name: *l6\n  data_files:\n  - split: *l6\n    path: a.jsonl\n---\n")
+    said = Said()
+    assert found("d", said=said) == ["d/a.jsonl"] and all(len(text) < 200 for text in (*said.notes, *said.warnings))
