@@ -228,11 +228,18 @@ def _answered_text(prompt: str, answer: str) -> list[Any] | None:
     """The turns of a prompt that is written as a conversation up to the answer, with this; None of any other."""
     if found := prompt_apart(prompt, answer):
         return [*found[0], assistant(found[1])]
-    if not is_marked(prompt) and not _HH.match(prompt):
+    if not _has_mark(prompt):
         return None
     # The prompt ends before the answer's mark, or with the words that both answers have first.
+    begun = turns_in_text(prompt)
+    if not _has_mark(answer) and (not begun or begun[-1]["role"] != "assistant"):
+        return None
     turns = turns_in_text(prompt + answer)
     return turns if turns and turns[-1]["role"] == "assistant" else None
+
+
+def _has_mark(text: str) -> bool:
+    return is_marked(text) or _HH.match(text) is not None
 
 
 def _is_repeated(turns: list[Any], prompt: str) -> bool:

@@ -86,6 +86,14 @@ def test_a_prompt_may_end_before_or_behind_where_the_answer_begins(prompt, chose
     assert example.messages == [{"role": "user", "content": "Hi"}, answer(said)] and example.rejected == [answer(said.replace(".", "?"))]
 
 
+@pytest.mark.parametrize(("prompt", "chosen"), [
+    ("### Question: which?", "One has titles:\n### Answer: this"), ("\n\nHuman: Hi", "Yes.\n\nAssistant: they say."),
+    ("<|user|>\nHi", "Zephyr writes <|assistant|>\nYes.")])
+def test_what_an_answer_shows_further_on_is_no_place_where_it_begins(prompt, chosen):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": "No."}
+    assert read(row).messages == [{"role": "user", "content": prompt}, answer(chosen)] and read(row).rejected == [answer("No.")]
+
+
 def test_between_empty_lines_names_at_other_lines_are_part_of_what_is_said():
     play = "Write a play:\nHuman: Hi\nAssistant: Hello"
     row = {"chosen": f"\n\nHuman: {play}\n\nAssistant: A", "rejected": f"\n\nHuman: {play}\n\nAssistant: B"}
