@@ -1,6 +1,7 @@
 """Tool calls that are written as Python calls functions, as ToolACE, Llama 4's prompts and LFM2 have them.
 
-The assistant says ``[get_rate(currency="USD", days=[1, 2]), Close Account(id=7)]`` and nothing else. The functions are
+The assistant says ``[get_rate(currency="USD", days=[1, 2]), Close Account(id=7)]`` and nothing else, but for what it
+says beside marks around that. The functions are
 a JSON list in the system prompt, which also says that calls are written so, or the row's tools. By their names calls
 are told from other texts, as names with spaces are no Python.
 """
@@ -53,7 +54,7 @@ def calls_apart(turns: Any, tools: Any, problems: list[Problem]) -> tuple[Any, A
     if described is not None:
         first, key = turns[0], _key(turns[0])
         system, tools = described
-        turns = [{**first, key: system}, *turns[1:]] if system else turns[1:]
+        turns = [{**first, key: system}, *turns[1:]]
     names = _names(tools)
     found: Turns = []
     made: list[str] = []  # names of the calls that wait for results
@@ -87,15 +88,23 @@ def _described(system: str) -> tuple[str, list[Any]] | None:
         except ValueError:
             continue
         if all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in value):
-            rest = _SENTENCES.sub("", f"{system[:begin.start()]}\0{system[end:]}")
-            rest = re.sub(r"\n\s*\n\s*", "\n\n", re.sub(r"[ \t]+$", "", rest, flags=re.MULTILINE)).strip()
+            rest = _SENTENCES.sub("\0", f"{system[:begin.start()]}\0{system[end:]}")
+            rest = re.sub(r"\s*\0[\s\0]*", _gap, rest).strip()
             return None if _EXAMPLE.search(rest) else (rest, value)
     return None
 
 
+def _gap(taken_out: re.Match[str]) -> str:
+    """What stands between what was before and behind, as far apart as both were from what was between them."""
+    return "\n" * min(taken_out[0].count("\n"), 2) or " "
+
+
 def _names(tools: Any) -> list[str]:
     """The names of tools, in any of the ways in which they are declared; the longest first, as some begin alike."""
-    tools = strict_json.list_in(tools)
+    try:
+        tools = strict_json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:  # which is told where they are declared
+        return []
     functions = [tool.get("function") if isinstance(tool, dict) and isinstance(tool.get("function"), dict) else tool
                  for tool in (tools if isinstance(tools, list) else [tools])]
     found = {one["name"] for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)}
@@ -109,9 +118,9 @@ def _called(number: int, turn: dict[str, Any], names: Sequence[str], certain: bo
     text = turn.get(key)
     if not isinstance(text, str) or any(turn.get(name) for name in CALLS):
         return turn
-    text = text.strip()
-    if marked := _MARKS.fullmatch(text):
-        text = marked["calls"].strip()
+    text, said = text.strip(), ""
+    if marked := _MARKS.search(text):  # beside which LFM2 says what it does
+        text, said = marked["calls"].strip(), f"{text[:marked.start()]}{text[marked.end():]}".strip()
     if not (text.startswith("[") and text.endswith("]") and text[:-1].rstrip().endswith(")")):
         return turn
     if _name_of(text[1:].lstrip(), names) is None and not (certain and re.match(r"\[\s*\w[^()\[\]\n]{0,80}\(", text)):
@@ -122,7 +131,7 @@ def _called(number: int, turn: dict[str, Any], names: Sequence[str], certain: bo
         problems.append(Problem("tool_calls", f"turn {number} calls tools as Python calls functions, and {e}",
                                 "write the calls as `tool_calls`, or leave the row out"))
         calls = [_FAILED]
-    return {**turn, key: "", "tool_calls": calls}
+    return {**turn, key: said, "tool_calls": calls}
 
 
 def _name_of(text: str, names: Sequence[str]) -> str | None:

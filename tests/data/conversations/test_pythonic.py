@@ -70,10 +70,34 @@ def test_results_of_another_form_stay_one_text():
 
 @pytest.mark.parametrize("text", ["<|tool_call_start|>[newAddress(id=\"1\")]<|tool_call_end|>", "[newAddress(id='1')]",
                                   "<|python_start|>[newAddress(id='1',)]<|python_end|>", "[ newAddress( id = '1' ) ]"])
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [{"type": "function", "function": tool} for tool in TOOLS]])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), TOOLS[1], json.dumps(TOOLS[1]), [{"type": "function", "function": tool} for tool in TOOLS]])
 def test_calls_of_tools_that_the_row_declares(text, tools):
     row = {"messages": [user("Q?"), answer(text), {"role": "tool", "content": "1"}, answer("Done.")], "tools": tools}
     assert Formats().example(row).messages[1:3] == [called(("newAddress", {"id": "1"})), {"role": "tool", "content": "1", "name": "newAddress"}]
+
+
+@pytest.mark.parametrize("text", ["{}Now I look.", "Now I look.\n{}"])
+def test_what_is_said_beside_the_marks_of_calls_stays_said(text):
+    said = text.format("<|tool_call_start|>[new()]<|tool_call_end|>")
+    row = {"messages": [user("Q?"), answer(said), {"role": "tool", "content": "1"}, answer("Done.")], "tools": TOOLS}
+    assert Formats().example(row).messages[1] == called(("new", {})) | {"content": "Now I look."}
+    row["messages"][1] = answer(text.format("<|tool_call_start|>[new()]<|tool_call_end|><|tool_call_start|>[new()]<|tool_call_end|>"))
+    with pytest.raises(RowError, match="calls tools as Python calls functions"):
+        Formats().example(row)
+
+
+def test_what_else_a_system_prompt_says_keeps_its_form():
+    own = "Rules:\n\n\n    - indented  \n\n    - again"
+    listed = f"Here is a list of functions in JSON format that you can invoke: {json.dumps(TOOLS)}. Put it in the format of [func1(params_name=1)]"
+    for between in (" ", "\n", "\n\n"):
+        example = read(said("[new()]"), row={"system": f"{own}{between}{listed}{between}Be brief."})
+        assert example.messages[0] == system(f"{own}{between}Be brief.")
+
+
+def test_problems_have_the_numbers_that_turns_have_in_the_row():
+    alone = json.dumps(TOOLS) + " Put it in the format of [func1(params_name=params_value...)]"
+    with pytest.raises(RowError, match="turn 3 calls tools"):
+        Formats().example({"messages": [system(alone), user("Q?"), answer("[new(1)]")]})
 
 
 @pytest.mark.parametrize("text", ["[see (1)]", "[new]", "See [new()]", "[new()] is it.", "new()", "[1](new)"])
