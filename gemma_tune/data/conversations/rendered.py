@@ -103,7 +103,7 @@ def _turns(text: str) -> Turns | None:
     return _read(text, at, marked) if marked or may_be_spoken(text, at) else None
 
 
-@functools.lru_cache(maxsize=1)  # a row's format is looked for first, and its turns are asked for after that
+@functools.lru_cache(maxsize=4)  # a row is asked for its format, its turns and its columns, and a pair has two of each
 def _read(text: str, at: int, marked: bool) -> Turns | None:
     body = text[at:]
     by_name = functools.partial(_spoken, by_empty_lines=text.startswith("\n\n"))

@@ -2,8 +2,10 @@
 
 import pytest
 
+from gemma_tune.data.conversations import rendered
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.conversations.spoken import spoken
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "train": False},
          {"role": "user", "content": "2+2?"}]
@@ -45,6 +47,16 @@ def test_answers_that_are_whole_dialogs_share_their_beginning(prompt, end):
     for beside in ({}, {"prompt": prompt}, {"prompt": "2+2?"}, {"prompt": "Hi"}):
         example = read(beside | both)
         assert example.messages == [*ASKED, answer("4")] and example.rejected == [answer("5")] and not example.unread
+
+
+@pytest.mark.parametrize("row", [
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}])
+def test_each_text_of_a_pair_is_taken_apart_once(row, monkeypatch):
+    taken = []
+    monkeypatch.setattr(rendered, "spoken", lambda text, *how: taken.append(text) or spoken(text, *how))
+    rendered._read.cache_clear()
+    assert read(row).rejected == [answer("b")] and len(taken) == len({*taken}) <= 3
 
 
 def test_an_answer_with_a_dialog_in_it_stays_an_answer():
