@@ -55,12 +55,17 @@ def as_in_a_table(lines: Sequence[str]) -> str | None:
 
 # A date, a time, and who says something then: on the same line (WhatsApp), or on those below (WeChat, QQ).
 _SAID_AT = re.compile(r"\[?(?:\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}),? +"
-                      r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?\]?(?: -)? +(?P<name>[^:：]{1,30})(?:[:：].*)?")
+                      r"\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\.?)?\]?(?: -)? +"
+                      r"(?! *(?i:trace|debug|info|notice|warn(?:ing)?|error|critical|fatal)\b)"  # as in a log
+                      r"(?P<name>[^:：\[\]]{1,30})(?P<said>[:：].*)?")
 
 
 def as_in_a_chat(lines: Sequence[str]) -> bool:
-    """Whether several of a file's first lines say when somebody says something, and two or more do so in turn."""
-    names = [found["name"].strip() for line in lines[:2 * _LOOKED_AT] if (found := _SAID_AT.fullmatch(line))]
+    """Whether several of a file's first lines say when somebody says something, and two or more do so in turn. Where it
+    is not said there, another line has it, else these are entries of a table or a log."""
+    found = [_SAID_AT.fullmatch(line) for line in lines[:2 * _LOOKED_AT]]
+    names = [line["name"].strip() for line, below in zip(found, [*found[1:], None])
+             if line and (line["said"] or below is None)]
     return len(names) >= _LEAST_LINES and 2 <= len({*names}) <= (len(names) + 1) // 2
 
 

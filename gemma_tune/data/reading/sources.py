@@ -98,7 +98,8 @@ def source_of(path: Path, name: str | None = None, how: How = UNSAID) -> Source:
         elif not how.all_text and plain_rows.as_in_a_chat(opening):
             raise UserError(f"{path} seems to be a chat: its lines say who says something, and when",
                             'make a row of each conversation in it, {"messages": [{"role": "user", "content": "…"}, '
-                            "…]}, in a .jsonl file; `prepare` takes it for plain text with --format text")
+                            '…]}, in a .jsonl file; if it is plain text, make it a row {"text": "…"} there; `prepare` '
+                            "takes all of the data for plain text with --format text")
     return Source(f"{path}" if name is None else name, path, kind, os.path.getsize(path),
                   how.delimiter if kind in (CSV, TSV) else None, how.encoding)
 

@@ -289,8 +289,14 @@ def test_a_chat_is_not_taken_for_a_text(text):
 
 
 @pytest.mark.parametrize("text", ["2024-03-01 12:30 Woke up.\n2024-03-02 09:10 Walked.\n2024-03-03 10:00 Slept.\n",
-                                  "2024-03-01 12:30 Ann: Hi\n2024-03-02 09:10 Bob: Yes?\n", "At 12:30 Ann: Hi\n" * 3])
-def test_a_diary_is_no_chat(text):
+                                  "2024-03-01 12:30 Ann: Hi\n2024-03-02 09:10 Bob: Yes?\n", "At 12:30 Ann: Hi\n" * 3,
+                                  "2024-03-01 12:30 Bus\n2024-03-02 09:10 Train\n" * 3, "2024-03-01 12:30 5.3\n2024-03-01 12:40 5.4\n" * 3,
+                                  "2024-03-01 12:30:01 INFO: on\n2024-03-01 12:30:01  WARNING: off\n" * 3,
+                                  "2024-03-01 12:30:01 host cron[1]: on\n2024-03-01 12:30:01 host sshd[2]: off\n" * 3,
+                                  "[2024-03-01 12:30:01] [INFO] a: on\n[2024-03-01 12:30:01] [WARN] b: off\n" * 3])
+def test_a_diary_and_a_log_are_no_chat(text):
+    touch("empty.txt", text="")
+    assert not [*rows_of("empty.txt", How())]
     touch("a.txt", text=text)
     assert [row.value for row in rows_of("a.txt", How())] == [{"text": text}]
 
