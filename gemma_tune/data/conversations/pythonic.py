@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.data.conversations.problems import Problem, quoted
-from gemma_tune.data.conversations.turns import CALLS, role_of
+from gemma_tune.data.conversations.turns import CALLING, CALLS, role_of
 
 # How such a system prompt says that calls are written: [func1(params_name=params_value, …), func2(params)].
 _EXAMPLE = re.compile(r"\[func\w*\(param[^\[\]]*\]")
@@ -61,8 +61,8 @@ def calls_apart(turns: Any, tools: Any, problems: list[Problem]) -> tuple[Any, A
     for number, turn in enumerate(turns, start=1):
         role = role_of(turn) if isinstance(turn, dict) else None
         if role == "assistant":
-            turn = _called(number, turn, names, described is not None, problems)
-            made = [call["name"] for call in turn["tool_calls"]] if turn is not turns[number - 1] else []
+            turn, calls = _called(number, turn, names, described is not None, problems)
+            made = [call["name"] for call in calls]
         found += _results(turn, made) if role == "tool" and made else [turn]
     return found, tools
 
@@ -112,26 +112,29 @@ def _names(tools: Any) -> list[str]:
 
 
 def _called(number: int, turn: dict[str, Any], names: Sequence[str], certain: bool, problems: list[Problem]
-            ) -> dict[str, Any]:
-    """The turn with what it calls, or the turn itself; ``certain`` where any text of that form is meant as a call."""
+            ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The turn with what it calls, and these calls; the turn itself where it calls nothing. ``certain`` where any text
+    of that form is meant as a call."""
     key = _key(turn)
     text = turn.get(key)
     if not isinstance(text, str) or any(turn.get(name) for name in CALLS):
-        return turn
+        return turn, []
     text, said = text.strip(), ""
     if marked := _MARKS.search(text):  # beside which LFM2 says what it does
         text, said = marked["calls"].strip(), f"{text[:marked.start()]}{text[marked.end():]}".strip()
     if not (text.startswith("[") and text.endswith("]") and text[:-1].rstrip().endswith(")")):
-        return turn
+        return turn, []
     if _name_of(text[1:].lstrip(), names) is None and not (certain and re.match(r"\[\s*\w[^()\[\]\n]{0,80}\(", text)):
-        return turn
+        return turn, []
     try:
         calls = [_call(piece, names) for piece in _pieces(text[1:-1])]
     except ValueError as e:
         problems.append(Problem("tool_calls", f"turn {number} calls tools as Python calls functions, and {e}",
                                 "write the calls as `tool_calls`, or leave the row out"))
         calls = [_FAILED]
-    return {**turn, key: said, "tool_calls": calls}
+    if not said and any(turn.get(name) in CALLING for name in ("role", "from")):  # which is nothing but calls
+        return {**turn, key: calls}, calls
+    return {**turn, key: said, "tool_calls": calls}, calls
 
 
 def _name_of(text: str, names: Sequence[str]) -> str | None:

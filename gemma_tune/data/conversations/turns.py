@@ -31,7 +31,7 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
     "ipython": "tool",
 }
-_CALLING = ("function_call", "tool_call")  # roles of turns that are a call, as ShareGPT and ms-swift have it
+CALLING = ("function_call", "tool_call")  # roles of turns that are a call, as ShareGPT and ms-swift have it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -122,7 +122,7 @@ def _with_calls(turns: Sequence[Turn], messages: Sequence[Turn]) -> tuple[list[T
 
 
 def _is_call(turn: Turn, message: Turn) -> bool:
-    return "tool_calls" in turn and any(message.get(key) in _CALLING for key in ("role", "from"))
+    return "tool_calls" in turn and any(message.get(key) in CALLING for key in ("role", "from"))
 
 
 def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
@@ -156,7 +156,7 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
     content = message.get("content")
     content = message.get("value") if content is None else content
     turn: Turn = {"role": role, "content": ""}
-    if name in _CALLING:
+    if name in CALLING:
         turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
         content = ""
     if message.keys() not in PLAIN:

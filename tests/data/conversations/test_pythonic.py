@@ -76,6 +76,12 @@ def test_calls_of_tools_that_the_row_declares(text, tools):
     assert Formats().example(row).messages[1:3] == [called(("newAddress", {"id": "1"})), {"role": "tool", "content": "1", "name": "newAddress"}]
 
 
+def test_so_are_those_in_turns_that_are_calls_by_their_role():
+    turns = [said("I look."), said("[newAddress(id='1')]", "function_call"), said("1", "observation"), said("Done.")]
+    example = Formats().example({"conversations": [ASKED, *turns], "tools": TOOLS})
+    assert example.messages[1] == called(("newAddress", {"id": "1"})) | {"content": "I look."} and len(example.messages) == 4
+
+
 @pytest.mark.parametrize("text", ["{}Now I look.", "Now I look.\n{}"])
 def test_what_is_said_beside_the_marks_of_calls_stays_said(text):
     said = text.format("<|tool_call_start|>[new()]<|tool_call_end|>")
