@@ -149,7 +149,7 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         next_step, note = None, f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread), note, gone(paths, manifest), _unused_adapters(paths, manifest))
+                     tuple(unread), note, gone(paths, manifest), {} if owner else _unused_adapters(paths, manifest))
 
 
 def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:
@@ -188,7 +188,10 @@ def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | No
 
 def _unused_adapters(run: RunDir, manifest: Manifest) -> dict[str, int]:
     """Copies of the run's adapters that trainings started from, of which no result and no interrupted training is made
-    any more: name and size in bytes. They are somebody's to delete: what they learned is nowhere else."""
+    any more: name and size in bytes. They are somebody's to delete: what they learned is nowhere else.
+
+    While a command works on the run, nobody knows: a training that has not saved yet is named by nothing.
+    """
     waiting = unfinished(run.checkpoints, manifest.finished_trainings)
     named = {waiting["settings"].get("from_adapter")} if waiting else set()
     for record in manifest.stages.values():

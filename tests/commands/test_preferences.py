@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_tune.cli.run_figures import small_size
+from gemma_tune.cli.status import describe_run
 from gemma_tune.encoding.tokens import lengths_of, liked, open_tokens, trained_of
 from gemma_tune.train import reference
 from gemma_tune.train.preference import PreferenceTrainer
@@ -456,7 +457,10 @@ def test_it_goes_on_from_the_run_s_own_adapter_and_keeps_what_that_was(cli, prep
     assert cli("status", "--json").json["unused_adapters"] == {copy.name: size_of(copy)}, "the last training began with the other"
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
+        told, begin = [], PreferenceTrainer.begin_steps
+        patch.setattr(PreferenceTrainer, "begin_steps", lambda self: told.append(describe_run(str(RUN), None)) or begin(self))
         assert cli("train", *quick, "--method", "dpo", "--from-adapter", copy, "--seed", 7).code == 130
+    assert [found.unused for found in told] == [{}], "a training that has saved nothing yet began with it"
     assert cli("status", "--json").json["unused_adapters"] == {}, "the one that waits began with it"
     assert cli("train", "--method", "sft", *quick, "--from-adapter", "none", "--force").code == 0
     status = cli("status", "--json")
