@@ -138,7 +138,7 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
     if config.micro_batch is None and 0 < before <= config.batch_size:
         kept = choose(shape, replace(config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
-            return shape, kept
+            return shape, replace(kept, reason="as before")
     return shape, choose(shape, config, longest, placement.device, room, sequences)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,8 @@ def test_an_interrupted_training_goes_on_as_it_was_worked_on_unless_it_is_to_sta
     assert "--force starts anew: it is lost" in lost
     other = cli("train", *flags[:4], "--batch-size", 1, "--dry-run", "--json")
     assert other.code == 0 and other.json["micro_batch"] == 1, other.err
+    assert cli("train", *flags).code == 0
+    assert re.search("micro_batch: 2 +# chosen here: as before", Path("runs/tiny-gemma/train.yaml").read_text()), "nobody asked for 2 now"
 
 
 def test_data_is_not_prepared_for_it(cli, prepared, data):
