@@ -129,7 +129,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     notes = [] if len(sizes[1]) else ["there are no validation sequences: nothing will show overfitting"]
     done = micro_batch = 0
-    if waiting and session.force:
+    if session.force and unfinished(session.run.checkpoints, session.manifest.finished_trainings):
         notes.append("an interrupted training waits, and --force starts anew: it is lost when the first step begins")
     elif waiting:
         done = step_of(whole(session.run.checkpoints)[-1]) + waiting["steps_before"]

@@ -240,6 +240,8 @@ def test_data_that_a_stopped_training_did_not_begin_with_are_learned_by_force(cl
     assert cli("prepare", other).code == 0
     refused = cli("train", third)
     assert refused.code == 2 and "to finish it, once those that it began with are prepared again: gemma-tune train" in refused.err
+    planned = cli("train", "--force", "--dry-run", "--json")
+    assert any("--force starts anew: it is lost" in note for note in planned.json["notes"]), planned.err
     result = cli("train", third, "--force", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 0, result.err
     assert result.json["prepare"]["summary"]["rows"] == 14
