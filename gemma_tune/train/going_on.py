@@ -69,7 +69,7 @@ class Continuation:
 
     Attributes:
         checkpoint: its last one, or None where only its adapter is left.
-        before: what the checkpoint says of it.
+        before: what the checkpoint says of it; without one ``compute`` and ``micro_batch``, from the manifest.
         done: steps that it had; ``total``, how many there will be.
         said: in one sentence, with the learning rates.
     """
@@ -175,13 +175,11 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     found = continuation(session, rows)
     (session.listener.note if found.checkpoint else session.listener.warn)(found.said)
     summary = session.manifest.stages["train"]["summary"]
-    compute = found.before.get("compute") or f"{summary['device']} {summary['dtype']}"
-    placement = _placement(session, compute, "finished")
+    placement = _placement(session, found.before["compute"], "finished")
     start = _start(session, found.steps_before)
     training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
-                        found.before.get("micro_batch", summary.get("micro_batch", 0)),
-                        session.manifest.finished_trainings, found.steps_before, content[1],
-                        _figures_before(found, summary), _asked(session))
+                        found.before["micro_batch"], session.manifest.finished_trainings, found.steps_before,
+                        content[1], _figures_before(found, summary), _asked(session))
     return Beginning(training, placement, found.checkpoint, start)
 
 
@@ -313,8 +311,9 @@ def continuation(session: Session, rows: int) -> Continuation:
         raise UserError(f"nothing is left that could go on: no checkpoint of the finished training, and of its adapter "
                         f"{state.reason}", "leave --continue out to start anew")
     _refuse_stopped_early(session, checkpoint)
-    marker = read_marker(checkpoint) if checkpoint else None
-    found = Continuation(checkpoint, marker or {}, done, total, "")
+    worked = read_marker(checkpoint) if checkpoint else {
+        "compute": f"{summary['device']} {summary['dtype']}", "micro_batch": summary.get("micro_batch") or 0}
+    found = Continuation(checkpoint, worked or {}, done, total, "")
     old = replace(config, **{name: before[name] for name in MAY_CHANGE})
     return replace(found, said=_said(found, summary, old, config, rows))
 

@@ -137,7 +137,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         notes.append(f"an interrupted training waits, with {waiting['compute']}; with its settings it goes on")
     elif go_on:
         found = continuation(session, len(sizes[0]))
-        done, micro_batch = found.done, found.before.get("micro_batch", 0)
+        done, micro_batch = found.done, found.before["micro_batch"]
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
     shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
     last = session.manifest.stages.get("train", {"base": None, "summary": {}})

@@ -195,9 +195,11 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
     before = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
     shutil.rmtree(steady / "training_checkpoints")
     manifest = json.loads((steady / "manifest.json").read_text())
-    manifest["stages"]["train"]["summary"]["training_seconds"] = 100.0
+    manifest["stages"]["train"]["summary"] |= {"training_seconds": 100.0, "micro_batch": 2}
     (steady / "manifest.json").write_text(json.dumps(manifest))
     first, loss = summary_of(), summary_of()["eval_loss_after"]
+    planned = cli("train", "--continue", "--epochs", 2, "--dry-run", "--json")
+    assert planned.json["micro_batch"] == 2, "as many as before, though more fit"
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         stopped = cli("train", "--continue", "--epochs", 2)
@@ -225,6 +227,9 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
     assert last["tokens"] == 3 * first["tokens"] and last["eval_loss_before"] == first["eval_loss_before"]
     assert "going on from checkpoint-3 of the finished training" in more.err
     shutil.rmtree(steady / "training_checkpoints")
+    manifest = json.loads((steady / "manifest.json").read_text())
+    manifest["stages"]["train"]["summary"]["micro_batch"] = None
+    (steady / "manifest.json").write_text(json.dumps(manifest))
     planned = cli("train", "--continue", "--epochs", 4, "--dry-run")
     assert planned.code == 0 and "9 of these 12 steps are done" in planned.err and ", that of step" not in planned.err
 
