@@ -199,7 +199,7 @@ def _without_its_files(session: Session) -> StageReport | None:
     if record is None or session.given or session.force:
         return None
     before = session.settings_of("prepare")
-    named = (*before["data"], before.get("valid"), before.get("chat_template"))
+    named = (*before["data"], before["valid"], before.get("chat_template"))
     places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")
               and name not in NAMED]
     gone = [place for place in map(file_of, places) if not os.path.exists(place)]

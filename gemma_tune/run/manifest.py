@@ -32,6 +32,9 @@ SCHEMA = 1
 KINDS = CONVERSATIONS, PAIRS, JUDGED = "conversations", "pairs", "judged"  # of prepared rows
 STAGES = ("prepare", "train", "eval", "merge", "export-ollama")
 _DIGESTS = ("sha256", "stamp")
+# Settings that every result was made with, and that are read without looking whether they are there. Without `data`, a
+# run would pass for one of the built-in example.
+_SETTINGS = {"prepare": ("data", "valid"), "train": ("learning_rate", "rank", "alpha")}
 # What stages, `status` and the summary at the end read of figures that were recorded before.
 _TABLES = {"quants": ("bytes", "ollama_name"), "earlier": ("bytes", "stale")}
 _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before", "eval_loss_after",
@@ -207,10 +210,9 @@ def _stage_problems(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
 def _setting_problems(stage: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Settings whose values another type would have; their limits are judged where they are used again."""
     settings, kinds = {f.name: f for f in fields(CONFIGS[stage])}, types_of(CONFIGS[stage])
-    if stage == "prepare" and "data" not in config:  # without, the run would pass for one of the built-in example
-        yield "config.data: missing"
-    for key, entry in config.items():
-        if not isinstance(entry, dict) or "value" not in entry:
+    always = _SETTINGS.get(stage, ())
+    for key, entry in {**dict.fromkeys(always), **config}.items():
+        if not isinstance(entry, dict) or "value" not in entry or key in always and entry["value"] is None:
             yield f"config.{key}: value is missing"
         elif not isinstance(entry.get("from"), str):
             yield f"config.{key}: from is missing"

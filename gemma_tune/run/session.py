@@ -159,8 +159,7 @@ def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any
     preferences = stage == "train" and resolved.config.method != "sft" and manifest.kind != CONVERSATIONS
     before = manifest.stages.get(stage, {"config": {}})["config"]
     given = resolved.given | {*section}  # null in a file asks for the default, and not for before
-    kept = {name: value for name, value in as_before(resolved, before).items()
-            if name not in given and not (value is None and name in family)}  # null asks for the default
+    kept = {name: value for name, value in as_before(resolved, before).items() if name not in given}
     if stage != "prepare" and kept:  # its settings belong to the data, see there
         listener.note(f"settings as before: {in_words(kept)}")
         resolved = resolved.but(kept, before)

@@ -256,9 +256,7 @@ def offer(session: Session) -> str | None:
 def _lost(session: Session) -> list[str]:
     """What the manifest does not have of the finished training, though each has it."""
     summary = session.manifest.stages["train"]["summary"]
-    rate = _recorded(session)["learning_rate"]
-    return [name for name in ("steps", "device", "dtype") if summary.get(name) is None] + (
-        ["learning_rate"] if rate is None else [])
+    return [name for name in ("steps", "device", "dtype") if summary.get(name) is None]
 
 
 def _done(session: Session) -> int:

@@ -25,7 +25,7 @@ from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.state import FOR_PEOPLE, NEEDS, keep_stamps, state_of
 from support.command import MANIFEST_SCHEMA as SCHEMA
-from support.command import rows, write_rows
+from support.command import SETTINGS, rows, write_rows
 
 posix = pytest.mark.skipif(os.name == "nt", reason="kills and forks as POSIX does")
 MODEL = {"id": "google/tiny-gemma", "name": "tiny-gemma", "source": "hub", "revision": "a" * 40, "path": None,
@@ -50,8 +50,7 @@ def record(run: RunDir, stage: str, manifest: Manifest) -> None:
     manifest.stages[stage] = {
         "status": "done", "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T03:04:06+00:00",
         "base": manifest.model["fingerprint"],
-        "config": {"seed": {"value": 42, "from": "default"}}
-                  | ({"data": {"value": ["rows.jsonl"], "from": "flag"}} if stage == "prepare" else {}),
+        "config": SETTINGS.get(stage, {}) | {"seed": {"value": 42, "from": "default"}},
         "inputs": {name: describe(run, path) for name, path in inputs.items()},
         "outputs": {name: describe(run, run.root / path) for name, path in OUTPUTS[stage].items()}, "summary": {}}
 
@@ -204,9 +203,10 @@ def damaged_manifests() -> dict[str, tuple[bytes, str]]:
         return json.dumps({"schema": 1, "gemma_tune": "0.1", "model": MODEL, "stages": {}, "libraries": {}}
                           | parts).encode()
 
+    made = {"status": "done", "started": "s", "ended": "e", "base": "b", "config": SETTINGS["train"], "inputs": {},
+            "outputs": {}, "summary": {}}
+
     def stage(**parts) -> bytes:
-        made = {"status": "done", "started": "s", "ended": "e", "base": "b", "config": {}, "inputs": {},
-                "outputs": {}, "summary": {}}
         return changed(stages={"train": made | parts})
 
     def output(path: object, **parts) -> bytes:
@@ -243,9 +243,13 @@ def damaged_manifests() -> dict[str, tuple[bytes, str]]:
         "stage as text": (changed(stages={"train": "done"}), "stages.train: config, inputs, outputs"),
         "unknown stage": (changed(stages={"bake": {}}), "stages.bake: there is no such stage"),
         "stage without base": (stage(base=None), "stages.train: base, started or ended"),
-        "config without value": (stage(config={"seed": 42}), "stages.train.config.seed: value is missing"),
-        "without the names of its data": (changed(stages={"prepare": json.loads(stage())["stages"]["train"]}),
-                                          "stages.prepare.config.data: missing"),
+        "config without value": (stage(config=SETTINGS["train"] | {"seed": 42}), "stages.train.config.seed: value is missing"),
+        "without the names of its data": (changed(stages={"prepare": made | {"config": {"valid": SETTINGS["prepare"]["valid"]}}}),
+                                          "stages.prepare.config.data: value is missing"),
+        "without a setting that each has": (stage(config={"learning_rate": SETTINGS["train"]["learning_rate"]}),
+                                            "stages.train.config.rank: value is missing"),
+        "null in place of a learning rate": (stage(config=SETTINGS["train"] | {"learning_rate": {"value": None, "from": "flag"}}),
+                                             "stages.train.config.learning_rate: value is missing"),
         "text in place of a figure": (stage(summary={"effective_batch": "x"}), "stages.train.summary.effective_batch: "),
         "drawn without rows": (stage(summary={"drawn": [{"data": "a.jsonl", "of": 3}]}), "stages.train.summary.drawn: "),
         "unknown kind of rows": (stage(summary={"kind": "text"}), "stages.train.summary.kind: 'text' is none of conversations, "),
@@ -415,7 +419,7 @@ def test_a_directory_is_called_by_its_own_name(tmp_path, monkeypatch):
 FILES = {"prepare": ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json",
                      "tokens/train.arrow", "tokens/valid.arrow"),
          "train": ("config.json", "weights.safetensors")}
-WRITER = f"FILES, OUTPUTS = {FILES!r}, {OUTPUTS!r}" + """
+WRITER = f"FILES, OUTPUTS, SETTINGS = {FILES!r}, {OUTPUTS!r}, {SETTINGS!r}" + """
 import json, os, signal, sys
 from pathlib import Path
 from gemma_tune.base.files import replacing_directory
@@ -437,7 +441,7 @@ def write(root, generation):
             outputs = {name: run.root / path for name, path in OUTPUTS[stage].items()}
             manifest.stages[stage] = {
                 "status": "done", "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T03:04:06+00:00",
-                "base": MODEL["fingerprint"], "config": {"data": {"value": ["rows.jsonl"], "from": "flag"}}, "inputs": {},
+                "base": MODEL["fingerprint"], "config": SETTINGS[stage], "inputs": {},
                 "outputs": {name: describe(run, path) for name, path in outputs.items()},
                 "summary": {"generation": generation}}
         manifest.save(run)

@@ -24,7 +24,7 @@ from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.state import require_output
 from gemma_tune.run.unrecorded import current_manifest
-from support.command import MANIFEST_SCHEMA, QUICK, rows, write_rows
+from support.command import MANIFEST_SCHEMA, QUICK, SETTINGS, rows, write_rows
 
 RUN = Path("runs/tiny-gemma")
 
@@ -130,7 +130,7 @@ def made(root: Path, generation: int) -> None:
         manifest = Manifest({"id": "a/tiny-gemma", "name": "tiny-gemma", "source": "hub", "revision": None, "path": None,
                              "fingerprint": "f", "files": {}})
         manifest.stages["train"] = {
-            "status": "done", "started": "s", "ended": "e", "base": "f", "config": {}, "inputs": {},
+            "status": "done", "started": "s", "ended": "e", "base": "f", "config": SETTINGS["train"], "inputs": {},
             "outputs": {name: describe(run, path, lies_at=fresh[path]) for name, path in targets.items()},
             "summary": {"generation": generation}}
         manifest.announce(run)

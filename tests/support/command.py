@@ -12,6 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]  # of the repository
 MANIFEST_SCHEMA = json.loads((Path(__file__).parent / "manifest.schema.json").read_text())
+# Those that a manifest has of every result of a stage.
+SETTINGS = {stage: {name: {"value": value, "from": "default"} for name, value in settings.items()} for stage, settings in {
+    "prepare": {"data": ["rows.jsonl"], "valid": 0.1}, "train": {"learning_rate": 2e-4, "rank": 16, "alpha": 32.0}}.items()}
 QUICK = ("--epochs", 1, "--rank", 4, "--dtype", "fp32", "--learning-rate", 1e-3)
 
 
