@@ -128,7 +128,7 @@ def _refuse_formats(session: Session, request: Request) -> None:
     if config.labels:
         try:
             architecture = architecture_of(model.config, model.path / "config.json")
-        except UserError:  # the converter's, or what was told of before
+        except UserError:  # the converter's, or what is told of before any row is read
             return
         refuse_formats(config, architecture, model.id)
 
