@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_tune.base.finite import not_finite
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.models.load import after_product
 from gemma_tune.models.placement import wide
@@ -64,6 +65,9 @@ def negative_log_likelihoods(model: Any, sequences: Sequence[Wanted],
     Args:
         model: as transformers or PEFT loaded it, with its adapter switched on or off.
         on_progress: called after each batch with how many tokens, read ones included, are done.
+
+    Raises:
+        UserError: what the model computes is not finite, which is no figure.
     """
     import torch
 
@@ -79,6 +83,8 @@ def negative_log_likelihoods(model: Any, sequences: Sequence[Wanted],
             rows = [sequences[n] for n in batch]
             states = _states(model, rows) if through_head else _own_logits(model, rows[0])
             nats = _summed(model, states, rows, through_head)
+            if not np.isfinite(nats).all():
+                raise not_finite(model)
             found[batch] = nats
             done += sum(row.ids.shape[1] for row in rows)
             if on_progress:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.measure import likelihood
 from gemma_tune.measure.likelihood import batches, negative_log_likelihoods, wanted_of
 from gemma_tune.models.load import load_model
@@ -46,6 +47,16 @@ def test_batches_give_what_each_row_gives_by_itself(model, monkeypatch, tokens):
 
 def test_nothing_wanted_is_nothing(model):
     assert negative_log_likelihoods(model, []).shape == (0,)
+
+
+@pytest.mark.parametrize("through_head", [True, False])
+def test_what_is_not_finite_is_no_loss(tiny, monkeypatch, through_head):
+    """A manifest that holds it could not be read again; of plain texts no answer is made that would tell."""
+    model = load_model(tiny, Placement("cpu", torch.float32, "test")).eval()
+    monkeypatch.setattr(likelihood, "_head_is_all", lambda *_: through_head)
+    next(p for name, p in model.named_parameters() if "down_proj" in name).data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="the base model holds infinities or no numbers"):
+        negative_log_likelihoods(model, wanted_of(rows(model.config.vocab_size)))
 
 
 @pytest.mark.parametrize("family", ["gemma2"])
