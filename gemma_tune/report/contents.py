@@ -42,7 +42,7 @@ def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
         "model": manifest.model, "summary": {name: summaries.get(name, {}) for name in STAGES},
         "settings": {name: settings.get(name, {}) for name in STAGES},
         "data": None if newer else _data(run), "newer_data": newer, "curves": _curves(run, summaries.get("train", {})),
-        "measures": _measures(summaries.get("eval", {})), "task_rows": tables.task_rows(summaries.get("eval", {})),
+        "measures": _measures(summaries.get("eval", {})), "task_rows": _tasks(summaries.get("eval", {})),
         "few_rows": tables.FEW_ROWS, "answers": answers[:_MOST_ANSWERS], "more_answers": answers[_MOST_ANSWERS:],
         "formats": _formats(summaries.get("export-ollama", {})), "parity": _parity(summaries.get("export-ollama", {})),
         "seconds": {name: _seconds(stage) for name, stage in manifest.stages.items()},
@@ -67,14 +67,16 @@ def _data(run: RunDir) -> dict[str, Any] | None:
     with _whatever_is_there():
         before = found["before_the_limit"]
         return {
-            **{key: found[key] for key in ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows",
-                                           "tokens", "trained_tokens", "rejected_by_reason", "formats")},
-            "kind": found.get("kind"),
-            "drawn": [{"name": last_name(part["data"]), "rows": part["rows"], "of": part["of"]}
+            **{key: int(found[key]) for key in ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows",
+                                                "tokens", "trained_tokens")},
+            **{key: {str(name): int(rows) for name, rows in found[key].items()}
+               for key in ("rejected_by_reason", "formats")},
+            "kind": f"{found.get('kind')}",
+            "drawn": [{"name": last_name(part["data"]), "rows": int(part["rows"]), "of": int(part["of"])}
                       for part in found.get("drawn", ()) if part["rows"] < part["of"]],
             "ends": len(found.get("ends_held_out", ())),
-            "files": [{"name": last_name(item["file"]), "rows": item["rows"]} for item in found["files"]],
-            "scripts": before["scripts"], "length": before["length"],
+            "files": [last_name(item["file"]) for item in found["files"]],
+            "longest": int(before["length"]["longest"]),
             "chart": charts.lengths_chart(before["histogram"])}
     return None
 
@@ -146,6 +148,12 @@ def _measures(evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
             "difference": tables.with_interval(values["difference"], measure.kind, tables.signed),
             "short": {side: tables.number(values[side][0], measure.kind) for side in ("base", "tuned")}})
     return found
+
+
+def _tasks(evaluated: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    with _whatever_is_there():
+        return tables.task_rows(evaluated)
+    return []
 
 
 def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:

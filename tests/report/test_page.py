@@ -184,6 +184,25 @@ def test_what_is_missing_or_damaged_is_left_out(tmp_path, gone, content):
     assert "Base against tuned" in found.text and "467 tokens/s" in found.text
 
 
+@pytest.mark.parametrize("changed", [{"rows": None}, {"train_rows": [1]}, {"formats": "messages"}, {"rejected_by_reason": {"long": []}},
+                                     {"kind": []}])
+def test_one_figure_of_the_data_that_is_none_does_not_cost_the_page(tmp_path, changed):
+    run = finished_run(tmp_path / "run")
+    run.data_report.write_text(json.dumps(json.loads(run.data_report.read_text()) | changed))
+    found = Page(write_report(run))
+    assert "Base against tuned" in found.text and ("216 + 24" in found.text) == ("kind" in changed)
+
+
+@pytest.mark.parametrize("tasks", [{"arc": None}, {"arc": {"acc": {"base": 1}}}, {"arc": {"acc": {"base": ["a", None], "tuned": [1, 2]}}}])
+def test_a_benchmark_that_is_damaged_does_not_cost_the_page(tmp_path, tasks):
+    run = finished_run(tmp_path / "run")
+    manifest = json.loads(run.manifest.read_text())
+    manifest["stages"]["eval"]["summary"]["tasks"] = tasks
+    run.manifest.write_text(json.dumps(manifest))
+    found = Page(write_report(run))
+    assert "Base against tuned" in found.text and "lm-evaluation-harness" not in found.text
+
+
 @pytest.mark.parametrize("stages", [[], ["prepare"], ["prepare", "train"], ["merge"], ["prepare", "train", "eval"]])
 def test_a_run_of_any_age_has_a_report(tmp_path, stages):
     run = finished_run(tmp_path / "run")
