@@ -178,12 +178,15 @@ def _parity(exported: Mapping[str, Any]) -> dict[str, Any] | None:
     with _whatever_is_there():
         found = exported["parity"]
         names = ("equal", "template_only", "known_limit", "differs", "not_checked")
+        greedy = found.get("greedy", {})
+        unchecked = greedy.get("not_checked", "")
         return {"ok": bool(found["ok"]), "engine": found.get("engine"),
                 "ids": {str(target): {**{name: int(counts.get(name, 0)) for name in names},
                                       "remarks": [str(remark) for remark in counts.get("remarks", ())]}
                         for target, counts in found["ids"].items()},
                 "greedy": {str(name): {key: int(value[key]) for key in ("answers", "whole", "tokens", "leading")}
-                           for name, value in found.get("greedy", {}).items()}}
+                           for name, value in ({} if unchecked else greedy).items()},
+                "greedy_unchecked": str(unchecked)}
     return None
 
 

@@ -193,6 +193,17 @@ def test_one_figure_of_the_data_that_is_none_does_not_cost_the_page(tmp_path, ch
     assert "Base against tuned" in found.text and ("216 + 24" in found.text) == ("kind" in changed)
 
 
+def test_token_ids_are_shown_where_answers_could_not_be_compared(tmp_path):
+    """As an export records it without an engine that gives answers."""
+    run = finished_run(tmp_path / "run")
+    manifest = json.loads(run.manifest.read_text())
+    manifest["stages"]["export-ollama"]["summary"]["parity"]["greedy"] = {"not_checked": "the engine was too slow"}
+    run.manifest.write_text(json.dumps(manifest))
+    found = Page(write_report(run))
+    assert "Token ids of whole prompts" in found.text and "未对比贪心回答: the engine was too slow" in found.text
+    assert "whole answers equal" not in found.text
+
+
 @pytest.mark.parametrize("tasks", [{"arc": None}, {"arc": {"acc": {"base": 1}}}, {"arc": {"acc": {"base": ["a", None], "tuned": [1, 2]}}}])
 def test_a_benchmark_that_is_damaged_does_not_cost_the_page(tmp_path, tasks):
     run = finished_run(tmp_path / "run")
