@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 14, 30
@@ -181,6 +181,6 @@ def interval_plot(base: Sequence[float | None], tuned: Sequence[float | None]) -
     for y, kind, (value, left, right) in ((7, "base", base), (17, "tuned", tuned)):
         if left is not None and right is not None:
             parts.append(Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{y}" y2="{y}"/>').format(
-                escape(kind), x(left), x(right), y=y))
-        parts.append(Markup('<circle class="{}" cx="{:.1f}" cy="{}" r="4"/>').format(escape(kind), x(value), y))
+                kind, x(left), x(right), y=y))
+        parts.append(Markup('<circle class="{}" cx="{:.1f}" cy="{}" r="4"/>').format(kind, x(value), y))
     return Markup("").join(parts) + Markup("</svg>")

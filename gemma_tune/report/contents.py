@@ -160,12 +160,10 @@ def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = []
     earlier = still_good(exported.get("earlier") or {})  # whose figures of f16 are their own
     for name, item in {**(exported.get("quants") or {}), **earlier}.items():
-        row = {"name": name, "bytes": item["bytes"], "file": item.get("file"), "loses": item.get("loses"),
-               "ollama_name": item.get("ollama_name")}
+        row = {"name": name, "bytes": item["bytes"], "loses": item.get("loses")}
         for kind, prefix in (("own", ""), ("general", "general_")):
             with _whatever_is_there():
                 row[kind] = item[f"{prefix}perplexity"] / {**exported, **item}[f"f16_{prefix}perplexity"] - 1
-                row[f"{kind}_kl"] = item.get(f"{prefix}kl")
         rows.append(row)
     if not rows:
         return None
@@ -177,10 +175,10 @@ def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:
 def _parity(exported: Mapping[str, Any]) -> dict[str, Any] | None:
     with _whatever_is_there():
         found = exported["parity"]
-        names = ("equal", "template_only", "known_limit", "differs", "not_checked")
+        names = ("equal", "template_only", "known_limit", "differs")
         greedy = found.get("greedy", {})
         unchecked = greedy.get("not_checked", "")
-        return {"ok": bool(found["ok"]), "engine": found.get("engine"),
+        return {"engine": found.get("engine"),
                 "ids": {str(target): {**{name: int(counts.get(name, 0)) for name in names},
                                       "remarks": [str(remark) for remark in counts.get("remarks", ())]}
                         for target, counts in found["ids"].items()},
