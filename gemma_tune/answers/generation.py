@@ -30,9 +30,10 @@ class Answer:
     ended: bool
 
 
-def context_of(model: Any) -> int:
-    """Tokens of the longest conversation that a model was made for."""
-    return model.config.get_text_config().max_position_embeddings
+def context_of(model: Any) -> int | None:
+    """Tokens of the longest conversation that a model was made for; None where its configuration says nothing, as those
+    of Mamba, RecurrentGemma and BLOOM."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -44,8 +45,10 @@ def room_for_answer(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     return room_in(context_of(model), prompt_tokens, max_new_tokens)
 
 
-def room_in(context: int, prompt_tokens: int, max_new_tokens: int, whose: str = "the model's context") -> int:
-    """The same for a context of so many tokens."""
+def room_in(context: int | None, prompt_tokens: int, max_new_tokens: int, whose: str = "the model's context") -> int:
+    """The same for a context of so many tokens, or one without a known end."""
+    if context is None:
+        return max_new_tokens
     if prompt_tokens >= context:
         raise UserError(f"the conversation has {prompt_tokens} tokens; {whose} ends at {context}",
                         "shorten it; in a conversation, /reset starts a new one, and /undo takes a turn back")

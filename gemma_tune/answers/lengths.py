@@ -10,7 +10,8 @@ _SHARE = 0.25  # of the free memory that keys and values may take
 _SPREAD = 64  # tokens that the longest prompt of a batch has more than the shortest
 
 
-def by_length(lengths: Mapping[int, int], limit: int, context: int, most: Callable[[int], int]) -> list[list[int]]:
+def by_length(lengths: Mapping[int, int], limit: int, context: int | None, most: Callable[[int], int],
+              ) -> list[list[int]]:
     """Numbers of prompts in groups, the shortest prompts first.
 
     A group's longest prompt leaves each of the others as much room for its answer as it would have alone.
@@ -18,7 +19,7 @@ def by_length(lengths: Mapping[int, int], limit: int, context: int, most: Callab
     Args:
         lengths: tokens of each prompt by its number.
         limit: most new tokens.
-        context: of the model, in tokens.
+        context: of the model, in tokens; None where nobody says.
         most: rows that fit at a width in tokens, prompt and answer together.
     """
     groups: list[list[int]] = []
@@ -26,7 +27,8 @@ def by_length(lengths: Mapping[int, int], limit: int, context: int, most: Callab
         length = lengths[number]
         group = groups[-1] if groups else []
         shortest = lengths[group[0]] if group else 0
-        together = group and (length == shortest or length + limit <= context) and length - shortest <= _SPREAD
+        as_much_room = length == shortest or context is None or length + limit <= context
+        together = group and as_much_room and length - shortest <= _SPREAD
         if together and len(group) < most(length + limit):
             group.append(number)
         else:
@@ -41,11 +43,13 @@ def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
     of_a_kind = not getattr(text, "is_heterogeneous", False)
     layers = [text] * text.num_hidden_layers if of_a_kind else list(text.per_layer_config)
     a_token = 2 * sum(map(_width_of_keys, layers)) * model.dtype.itemsize
-    return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / (a_token * tokens))))
+    return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / max(1, a_token * tokens))))
 
 
 def _width_of_keys(layer: Any) -> int:
-    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", 0)
+    if not heads:  # a model with a state, whose size is the same at any width
+        return 0
     return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 

@@ -73,6 +73,8 @@ def config_of(name: str, text: dict):
         return T.GraniteMoeHybridConfig(**text | GRANITE), T.GraniteMoeHybridForCausalLM
     if name == "qwen 3 with experts":
         return T.Qwen3MoeConfig(**text | MOE), T.Qwen3MoeForCausalLM
+    # As released: without positions or attention that would end, or take room for, a conversation.
+    text = {key: value for key, value in text.items() if key not in ("max_position_embeddings", "num_attention_heads", "num_key_value_heads")}
     return (T.Mamba2Config(**text | dict(num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)), T.Mamba2ForCausalLM)
 
 
