@@ -10,7 +10,7 @@ from typing import Any
 from gemma_tune import samples
 from gemma_tune.answers.prompts import headline, shown
 from gemma_tune.base.words import counted
-from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, task_rows
+from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
 
@@ -56,8 +56,7 @@ def _measures(session: Session, summary: dict[str, Any]) -> list[str]:
     file = session.config.data_file
     where = f"rows of `{Path(file).name}`" if file else "validation rows"
     said = f"On {counted(summary['rows'], 'row')} of {summary['rows_there']:,} ({where}). {LEGEND}"
-    few = summary["rows"] < FEW_ROWS
-    return [*lines, "", said + (f" Fewer than {FEW_ROWS} rows give rough intervals." if few else "")]
+    return [*lines, "", said + (f" Fewer than {FEW_ROWS} rows give rough intervals." if rough_rows(summary) else "")]
 
 
 def _tasks(summary: dict[str, Any]) -> list[str]:

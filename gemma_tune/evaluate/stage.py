@@ -32,7 +32,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
-from gemma_tune.report.tables import FEW_ROWS, short_rows, task_rows
+from gemma_tune.report.tables import FEW_ROWS, rough_rows, short_rows, task_rows
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
@@ -163,8 +163,8 @@ def _tell(session: Session, summary: dict[str, Any]) -> None:
     if rows := short_rows(summary):
         session.listener.grid("base against tuned",
                               [("", "base", "tuned", "difference [95 % interval]", ""), *rows])
-        if summary.get("rows", FEW_ROWS) < FEW_ROWS:
-            session.listener.note(f"{counted(summary['rows'], 'row')}: with fewer than {FEW_ROWS} the intervals are "
-                                  "rough, and so is what is said of them")
+        if fewest := rough_rows(summary):
+            session.listener.note(f"figures of {counted(fewest, 'row')} are among these: with fewer than {FEW_ROWS} an "
+                                  "interval is rough, and so is what is said of it")
     if rows := task_rows(summary):
         session.listener.grid("lm-evaluation-harness", [("task", "metric", "base", "tuned", "difference"), *rows])

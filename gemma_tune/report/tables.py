@@ -55,6 +55,12 @@ def known_measures(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: found[name] for name in MEASURES if name in found and _is_whole(found[name])}
 
 
+def rough_rows(summary: Mapping[str, Any]) -> int | None:
+    """Rows of the measure that has the fewest, where they are so few that its interval is rough; None where none is."""
+    fewest = min((found["rows"] for found in known_measures(summary).values()), default=FEW_ROWS)
+    return fewest if fewest < FEW_ROWS else None
+
+
 def _is_whole(found: Any) -> bool:
     return isinstance(found, Mapping) and isinstance(found.get("rows"), int) and all(
         isinstance(found.get(part), list) and len(found[part]) == 3 and isinstance(found[part][0], int | float)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from gemma_tune.evaluate.markdown import report
+from gemma_tune.evaluate.stage import _tell
 from gemma_tune.report.tables import known_measures, measure_rows, short_rows, task_rows, verdict
 
 
@@ -36,6 +40,20 @@ def test_rows_are_texts_with_intervals():
                                      {"loss": measure([1.0])}, {"loss": measure([1.0, 2.0, 3.0]) | {"rows": "many"}}])
 def test_what_a_manifest_of_another_version_says_is_not_trusted(damaged):
     assert known_measures({"measures": damaged}) == {} and measure_rows({"measures": damaged}) == []
+
+
+@pytest.mark.parametrize(("rows", "answers", "rough"), [(200, 10, 10), (200, 20, None), (12, 10, 10), (12, 30, 12)])
+def test_intervals_of_few_rows_are_called_rough_whichever_figure_has_them(rows, answers, rough):
+    """200 rows are measured by default, and 10 of them answered."""
+    summary = {"rows": rows, "rows_there": 400, "measures": {"loss": measure([-1.0, -1.25, -0.75], rows),
+                                                             "ended": measure([0.5, 0.25, 0.75], answers)}}
+    said: list[str] = []
+    session = SimpleNamespace(listener=SimpleNamespace(note=said.append, grid=lambda *_: None),
+                              config=SimpleNamespace(data_file=None, max_new_tokens=9), model=SimpleNamespace(name="m"))
+    _tell(session, summary)
+    assert [text.split(" are")[0] for text in said] == ([f"figures of {rough} rows"] if rough else [])
+    written = report(session, {**summary, "questions": 0, "answers": []})
+    assert ("give rough intervals" in written) == (rough is not None)
 
 
 def test_figures_of_tasks_have_their_standard_errors():
