@@ -100,7 +100,7 @@ class LocalVoice:
         torch.seed() if seed is None else torch.manual_seed(seed)
 
     def close(self) -> None:
-        self.model = None
+        self.model, self.state = None, contextlib.nullcontext  # the state is one of the model's
         self.kept = KeptTurns()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 
 from gemma_tune.chat.choice import Choice, choose, require
@@ -87,6 +88,7 @@ class Voices:
         if pair or before:
             for voice in before:  # two models at once may be more than the memory has
                 voice.close()
+            gc.collect()  # a model's parts hold each other
             self._open |= open_pair(self.session)
         else:
             self._open[name] = open_base(self.session, adapter=name == "adapter")

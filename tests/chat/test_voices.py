@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import json
 import os
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +21,12 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat import choice, llama, local, transcript
+from gemma_tune.chat.choice import Choice
 from gemma_tune.chat.conversation import Conversation, open_conversation
 from gemma_tune.chat.local import LocalVoice
 from gemma_tune.chat.served import OllamaVoice, open_ollama
 from gemma_tune.chat.voice import one_after_another
+from gemma_tune.chat.voices import Voices
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import with_thinking
@@ -112,6 +116,33 @@ def test_base_and_tuned_take_turns_in_one_model_and_keep_their_own_turns(base, c
         assert found["tuned"] == LocalVoice("adapter", "", tuned, chat).ask(turns, GREEDY).finish(), "as from scratch"
         turns = [*turns, {"role": "assistant", "content": found["tuned"].text}, *question(text)]
     assert voices["base"].kept.reused > 20 and voices["tuned"].kept.reused > 20
+
+
+def test_a_model_that_is_closed_is_freed_before_the_pair_is_loaded(talkative, chat, monkeypatch):
+    """Both at once may be more than the memory has."""
+    model = load_model(talkative, Placement("cpu", torch.float32, "test")).eval()
+    models = [weakref.ref(model), weakref.ref(model.lm_head.weight)]
+    voices = Voices(SimpleNamespace(), Choice("adapter"), {"adapter": LocalVoice("adapter", "", adapted(model), chat)})
+    voices.open("adapter").ask(question("a"), GREEDY).finish()
+    alive = []
+    monkeypatch.setattr(local, "open_pair", lambda _: alive.extend(one() for one in models) or {"base": None})
+    gc.disable()
+    try:
+        del model
+        voices._load_base("base", pair=True)
+    finally:
+        gc.enable()
+    assert alive == [None, None]
+
+
+def test_the_base_of_a_closed_pair_does_not_keep_the_model(base, chat):
+    tuned = adapted(base)
+    voice = LocalVoice("base", "base", tuned, chat, tuned.disable_adapter)
+    model = weakref.ref(tuned)
+    del tuned
+    voice.close()
+    gc.collect()
+    assert model() is None
 
 
 def test_a_kind_of_cache_in_the_models_settings_is_no_obstacle(base, chat):
