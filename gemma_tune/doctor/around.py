@@ -37,7 +37,7 @@ def network() -> Iterator[Finding]:
 
     try:
         httpx.Client().close()
-    except (ImportError, ValueError) as e:  # a kind of proxy that needs a package more, or no address at all
+    except (ImportError, ValueError, httpx.InvalidURL) as e:  # it needs a package more, or is no address
         socks = "socks" in str(e).lower()
         yield Finding("proxy", BROKEN, f"it cannot be used: {first_line(e)}",
                       "pip install 'httpx[socks]'" if socks else "correct or unset the variable")

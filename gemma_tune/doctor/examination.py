@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.doctor import around, compute, libraries, model
 from gemma_tune.doctor.finding import BROKEN, LOOK, Finding, tried
@@ -46,19 +45,14 @@ def _of_machine() -> Iterator[Finding]:
 
 
 def _of_model(model_id: str, revision: str | None, listener: Listener) -> Iterator[Finding]:
-    try:
-        found: BaseModel | None = _located(model_id, revision, listener)
-    except UserError as e:
-        yield Finding("model", BROKEN, e.message, e.hint or "")
-        found = None
-    if found is None or found.source == "hub":
-        yield from tried("hub", around.hub, LOOK)
-    if found is None:
-        yield from tried("4 bits (--qlora)", lambda: compute.four_bit(needed=False), LOOK)
-        yield from tried("memory", compute.memory)
-        yield from tried("ollama", lambda: around.ollama(None), LOOK)
+    located: list[BaseModel] = []
+    yield from tried("model", lambda: located.append(_located(model_id, revision, listener)) or ())
+    if not located:
+        yield from _of_machine()
         return
-    there: BaseModel = found
+    [there] = located
+    if there.source == "hub":
+        yield from tried("hub", around.hub, LOOK)
     yield from tried("model", lambda: model.had(there))
     yield from tried("4 bits (--qlora)", lambda: compute.four_bit(needed=quantisation(there.config) is not None), LOOK)
     needs: list[model.Needs] = []

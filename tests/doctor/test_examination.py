@@ -12,7 +12,7 @@ import torch
 
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.doctor import around, compute, libraries, model
+from gemma_tune.doctor import around, compute, examination, finding, libraries, model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import locate
 from support.command import ROOT
@@ -80,6 +80,18 @@ def test_a_model_that_is_not_there_is_broken_and_the_machine_is_looked_at(cli, m
     assert result.code == 1
     assert by_check(result)["model"]["found"] == "there is no directory ./nowhere"
     assert by_check(result)["memory"]["state"] == "ok"
+
+
+def test_a_model_whose_search_fails_otherwise_is_broken_too_and_the_rest_is_told(monkeypatch):
+    for name in ("hub", "ollama", "engine", "go"):
+        monkeypatch.setattr(around, name, lambda *_: [])
+    for name in ("arithmetic", "four_bit", "kernels"):
+        monkeypatch.setattr(compute, name, lambda *_, **__: [])
+    monkeypatch.setattr(examination, "locate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(model, "places", lambda: [finding.Finding("runs", "broken", "cannot be written")])
+    found = {one.check: one for one in examination.examine("some/model", None, Listener())}
+    assert found["model"].state == "broken" and "ZeroDivisionError" in found["model"].found and found["model"].raised
+    assert found["memory"].state == "ok" and found["runs"].state == "broken"
 
 
 # --- computing
@@ -250,9 +262,11 @@ def test_addresses_are_shown_without_passwords(cli, monkeypatch):
         assert said in result.err
 
 
-def test_a_proxy_that_cannot_be_used_is_broken(monkeypatch):
-    monkeypatch.setenv("ALL_PROXY", "nonsense://proxy.example:1")
-    assert [one.state for one in around.network()][-1] == "broken"
+@pytest.mark.parametrize("address", ["nonsense://proxy.example:1", "http://proxy.example:port", "http://[::1"])
+def test_a_proxy_that_cannot_be_used_is_broken(monkeypatch, address):
+    monkeypatch.setenv("ALL_PROXY", address)
+    found = [*around.network()][-1]
+    assert (found.check, found.state, found.mend) == ("proxy", "broken", "correct or unset the variable")
 
 
 # --- libraries
