@@ -57,7 +57,7 @@ class Pairs:
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"{self.path} is not a file, so the pair is not kept", "move it away")
         content = self.path.read_bytes() if self.path.exists() else b""
-        _refuse_other_content(self.path, next((line for line in reversed(content.split(b"\n")) if line), b""),
+        _refuse_other_content(self.path, next((line for line in reversed(content.split(b"\n")) if line.strip()), b""),
                               "move it away")
         if before and content.endswith(before):
             content = content[:-len(before)]
@@ -121,10 +121,11 @@ class Saves:
             raise UserError(f"{path} is not a file", "name a file: /save FILE")
         with open(path, "a+b") as f:
             f.seek(0)
-            last = b""
-            for last in f:
-                if last.rstrip(b"\n") == row.rstrip(b"\n"):
+            last = b""  # that is not blank
+            for line in f:
+                if line.rstrip(b"\n") == row.rstrip(b"\n"):
                     return False
+                last = line if line.strip() else last
             _refuse_other_content(path, last)
             end = f.seek(0, os.SEEK_END)
             start = self._start_of_earlier_state(path, last, end)
@@ -173,7 +174,7 @@ class Saves:
 
 def _refuse_other_content(path: Path, last: bytes, hint: str = "name another file: /save FILE") -> None:
     """A line more would spoil a file that is no list of lines: a JSON array, a table, a compressed file."""
-    if not last.strip():
+    if not last:
         return
     try:
         is_row = isinstance(json.loads(last.decode("utf-8-sig")), dict)

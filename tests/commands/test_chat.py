@@ -618,7 +618,8 @@ def test_an_answer_that_was_cut_off_is_not_learned(talk, conversation):
 @pytest.mark.parametrize(("name", "content"), [
     ("array.json", b'[{"messages": []},\n {"messages": []}\n]\n'), ("array.jsonl", b'[{"messages": []}]'),
     ("object.json", b'{"data": [\n]}'), ("table.csv", b"question,answer\na,b\n"), ("rows.gz", b"\x1f\x8b\x08\0\n\xff"),
-    ("rows.jsonl", '{"a": "é"}'.encode("utf-16")), ("number.jsonl", b"1\n")])
+    ("rows.jsonl", '{"a": "é"}'.encode("utf-16")), ("number.jsonl", b"1\n"), ("blank.json", b'[{"messages": []}]\n\n'),
+    ("blank.csv", b"question,answer\na,b\n \n")])
 def test_a_file_of_another_kind_is_left_as_it_is(talk, name, content):
     Path(name).write_bytes(content)
     out, err = talk("one", f"/save {name}", "two", streams=[Spoken(["first"]), Spoken(["second"])])
@@ -771,9 +772,9 @@ def test_base_and_tuned_are_chosen_from_after_a_comparison(talk, conversation, m
 
 
 def test_a_file_of_pairs_that_cannot_be_written_is_said_and_the_correction_stays(talk, conversation):
-    PAIRS.write_text("[1,\n2]\n")
+    PAIRS.write_text("[1,\n2]\n \n")
     _, err = talk("one", "/fix Right.", streams=[Spoken(["wrong"])])
-    assert "saved-pairs.jsonl is not a JSON Lines file" in err and PAIRS.read_text() == "[1,\n2]\n"
+    assert "saved-pairs.jsonl is not a JSON Lines file" in err and PAIRS.read_text() == "[1,\n2]\n \n"
     assert conversation.messages == turns("one", "Right.")
     PAIRS.unlink()
     PAIRS.mkdir()
