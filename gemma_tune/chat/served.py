@@ -112,6 +112,7 @@ def open_ollama(session: Session) -> OllamaVoice:
 
 def _thinking(session: Session, server: Server, name: str) -> bool | None:
     """The choice that the run's chat template makes, where the server would make its own otherwise."""
-    template = session.run.merged / "chat_template.jinja"
+    run = session.run
+    template = (run.merged if run.merged.is_dir() else run.adapter) / "chat_template.jinja"
     choice = choice_in(template.read_text(encoding="utf-8")) if template.is_file() else None
     return choice if choice is not None and "thinking" in capabilities(server, name) else None

@@ -329,16 +329,19 @@ def test_calls_and_results_of_tools_reach_ollama(served):
         {"role": "tool", "content": "a levy", "tool_name": "look_up"}]
 
 
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("choice", ["on", "off", "auto"])
-def test_ollama_is_asked_to_think_as_in_training(trained, monkeypatch, choice):
-    """Left to itself the server asks every model to think that it takes to be able to."""
+def test_ollama_is_asked_to_think_as_in_training(trained, monkeypatch, choice, merged):
+    """Left to itself the server asks every model to think that it takes to be able to; also where the merged model, which
+    Ollama does not need any more, was removed."""
     with LoopbackOllama(faults={"no-count"}, thinks=True) as ollama:
         ollama.models["tiny-gemma-tuned:latest"] = {"template": "{{ .Prompt }}", "parameters": {}}
         monkeypatch.setenv("OLLAMA_HOST", ollama.url)
         session = open_session("chat", trained, use="ollama")
         session.manifest.stages["export-ollama"] = {"summary": {"ollama_name": "tiny-gemma-tuned"}, "inputs": {}, "outputs": {}}
-        session.run.merged.mkdir(exist_ok=True)
-        (session.run.merged / "chat_template.jinja").write_text(with_thinking("{{ enable_thinking }}", choice))
+        holds = session.run.merged if merged else session.run.adapter
+        holds.mkdir(exist_ok=True)
+        (holds / "chat_template.jinja").write_text(with_thinking("{{ enable_thinking }}", choice))
         open_ollama(session).ask(question("a"), ChatConfig(max_new_tokens=50)).finish()
         assert ollama.requests[-1].body.get("think") == {"on": True, "off": False, "auto": None}[choice]
 
