@@ -11,7 +11,7 @@ from typing import Any
 from gemma_tune.answers.generation import Answer, prompt_ids, room_in
 from gemma_tune.answers.sampling import arguments_of
 from gemma_tune.answers.stream import Pieces, Streaming
-from gemma_tune.base.checkpoint import generation_settings, read_config
+from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import exported, without_gguf
 from gemma_tune.chat.voice import one_after_another, sampling_of
@@ -58,7 +58,7 @@ class LlamaStream(Streaming):
 
 @dataclass
 class LlamaVoice:
-    """See :class:`gemma_tune.chat.voices.Voice`."""
+    """See :class:`gemma_tune.chat.voice.Voice`."""
 
     which: str
     context: int
@@ -94,9 +94,8 @@ def open_gguf(session: Session) -> LlamaVoice:
     """
     gguf, run = exported(session), session.run
     with_format = run.merged if run.merged.is_dir() else run.adapter
-    text = read_config(with_format).get("text_config") if run.merged.is_dir() else None
-    longest = (text or session.model.config.get("text_config") or session.model.config).get("max_position_embeddings")
-    context = min(CONTEXT, longest or CONTEXT)
+    config = read_config(run.merged) if run.merged.is_dir() else session.model.config
+    context = min(CONTEXT, context_length(config) or CONTEXT)
     which = f"{session.model.name}, tuned, {gguf.name} in llama.cpp"
     session.listener.note(f"{which} ({engine_name()}, room for {context:,} tokens)")
     with ThreadPoolExecutor(1) as beside:  # both take seconds

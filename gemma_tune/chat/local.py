@@ -34,7 +34,7 @@ from gemma_tune.run.session import Session
 
 @dataclass
 class LocalVoice:
-    """A loaded model, see :class:`gemma_tune.chat.voices.Voice`.
+    """A loaded model, see :class:`gemma_tune.chat.voice.Voice`.
 
     Args:
         state: in which it answers, such as without its adapter.

@@ -53,7 +53,7 @@ class OllamaStream(Streaming):
 
 @dataclass
 class OllamaVoice:
-    """See :class:`gemma_tune.chat.voices.Voice`.
+    """See :class:`gemma_tune.chat.voice.Voice`.
 
     Args:
         think: what requests say of thinking, so that the model is asked as in training; None for nothing.
