@@ -128,11 +128,9 @@ class Saves:
                 last = line if line.strip() else last
             _refuse_other_content(path, last)
             end = f.seek(0, os.SEEK_END)
-            start = self._start_of_earlier_state(path, last, end)
-            if start < end:
-                f.truncate(start)
-            missing = b"" if start < end or last.endswith(b"\n") or not end else b"\n"
-            f.write(missing + row)
+        start = self._start_of_earlier_state(path, last, end)
+        missing = b"" if start < end or last.endswith(b"\n") or not end else b"\n"
+        _put_at_end(path, start, last if start < end else b"", missing + row)
         self._last = path.resolve(), start + len(missing), row
         return True
 
@@ -170,6 +168,20 @@ class Saves:
         if isinstance(settings.get("valid"), str):
             settings["valid"] = self.run.found(settings["valid"])
         return command("prepare", self.run.root, *names, *as_flags(PrepareConfig, settings))
+
+
+def _put_at_end(path: Path, start: int, before: bytes, content: bytes) -> None:
+    """Let a file go on with ``content`` from ``start`` on, where ``before`` stands, which comes back on a full disk."""
+    with open(path, "ab", buffering=0) as f:
+        f.truncate(start)
+        left = content
+        try:
+            while left:
+                left = left[f.write(left):]
+        except OSError:
+            f.truncate(start)
+            f.write(before)
+            raise
 
 
 def _refuse_other_content(path: Path, last: bytes, hint: str = "name another file: /save FILE") -> None:

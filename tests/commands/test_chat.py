@@ -639,6 +639,27 @@ def test_places_that_cannot_be_written_are_said(talk):
     assert out == "first\nsecond\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file")
+def test_what_was_saved_stays_where_there_is_no_room_for_more(tmp_path):
+    import resource
+
+    path = tmp_path / "saved.jsonl"
+    saves = Saves(RunDir(tmp_path, "m"), {})
+    saves.save(turns("one", "first"))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    longer = [*turns("one", "first"), *turns("two", "second" * 50)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match="saved.jsonl cannot be written: File too large"):
+            saves.save(longer)
+        with pytest.raises(UserError, match="saved.jsonl cannot be written"):
+            Saves(saves.run, {}).save(longer)  # of another chat, behind it
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert saves.save(longer) == (path, True) and len(path.read_bytes().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("prepared", "expected"), [
     ({"data": ["../../my rows.jsonl", "hf:org/name:train"]}, ["my rows.jsonl", "hf:org/name:train", "runs/m/saved.jsonl"]),
     ({"data": ["saved.jsonl"]}, ["runs/m/saved.jsonl"]),
