@@ -120,7 +120,7 @@ def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[floa
     frame.line([(x, min(y, high)) for x, y in evals], "valid")
     for x, y in evals:
         frame.dot(x, min(y, high), "valid", f"step {x:g}: {y:.4f}")
-    if kept and evals:
+    if kept:
         frame.draw('<line class="kept" x1="{x}" x2="{x}" y1="{}" y2="{}"/>', frame.top, HEIGHT - _BOTTOM,
                    x=frame.x(kept))
     return frame.svg("loss by step")
