@@ -13,6 +13,7 @@ from gemma_tune.base.files import cache_dir
 from gemma_tune.base.words import gigabytes, size_text
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding
+from gemma_tune.hub.access import offline_wanted, request_for
 from gemma_tune.models.licence import base_licence
 from gemma_tune.models.placement import USABLE, available, choose_placement
 from gemma_tune.models.quantised import quantisation, refuse_untrainable
@@ -65,7 +66,8 @@ def had(model: BaseModel) -> Iterator[Finding]:
     name = licence.get("license_name") or licence.get("license")
     if name:
         link = f", {licence['license_link']}" if licence.get("license_link") else ""
-        accepted = ", and this account may read it" if model.source == "hub" else ""
+        asked = model.source == "hub" and not offline_wanted()
+        accepted = ", and this account may read it" if asked else ""
         yield Finding("licence", OK, f"{name}{link}{accepted}")
     else:
         yield Finding("licence", LOOK, "the model's files state none", "look at the page that it comes from")
@@ -105,8 +107,6 @@ def fits_disk(needs: Needs) -> Iterator[Finding]:
     wanted: dict[Path, int] = {}
     model = needs.model
     if model.source == "hub" and not any(model.path.glob("*.safetensors")):
-        from gemma_tune.hub.access import request_for
-
         wanted[_existing(request_for(model.id, None).cache)] = needs.weights
     run = _existing(RUNS.absolute())
     adapter = 16 * needs.shape.adapter  # fp32, with the two moments of AdamW and once more for the whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,14 @@ def test_a_model_that_may_be_read_is_not_downloaded(cli, hub, monkeypatch, tmp_p
     assert "its weights are downloaded by the first command" in checks["model"]["found"]
     assert "for the download and a run" in checks["disk"]["found"]
     assert not hub.paths("GET", ".safetensors"), "no weights"
+
+
+@pytest.mark.parametrize("offline", ["", "1"])
+def test_that_an_account_may_read_a_model_is_not_said_where_nobody_is_asked(monkeypatch, tiny, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(model, "base_licence", lambda _: {"license": "gemma"})
+    licence = [*model.had(replace(locate(str(tiny), None, Listener()), source="hub", revision="a" * 40))][-1]
+    assert licence.found == ("gemma" if offline else "gemma, and this account may read it")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
