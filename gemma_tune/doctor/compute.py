@@ -101,15 +101,13 @@ def product(place: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _timed(work, place: str) -> float:
+    import torch
+
     began = time.perf_counter()
     work()
     if place.startswith("cuda"):
-        import torch
-
         torch.cuda.synchronize(place)
     elif place == "mps":
-        import torch
-
         torch.mps.synchronize()
     return max(time.perf_counter() - began, 1e-9)
 
