@@ -13,6 +13,8 @@ from gemma_tune.base.words import counted
 from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")  # of code
+
 
 def report(session: Session, summary: dict[str, Any]) -> str:
     """The comparison as Markdown.
@@ -70,10 +72,15 @@ def _tasks(summary: dict[str, Any]) -> list[str]:
 
 def _quoted(text: str) -> list[str]:
     """Lines of a Markdown quotation: a heading or an open code fence in a text ends with it. HTML shows as it is."""
-    lines, fenced = [], False
+    lines, fence = [], ""  # that is open
     for line in text.splitlines() if text.strip() else ["(nothing)"]:
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
-        lines.append(f"> {line if fenced else _without_tags(line)}")
+        if found := _FENCE.match(line):
+            mark, rest = found.groups()
+            if not fence:
+                fence = mark
+            elif mark.startswith(fence) and not rest.strip():  # another in the code does not end it
+                fence = ""
+        lines.append(f"> {line if fence else _without_tags(line)}")
     return lines
 
 

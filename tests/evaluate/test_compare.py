@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.evaluate.compare import _loss_pair, worse_at_the_rows
+from gemma_tune.evaluate.markdown import _quoted
 from gemma_tune.measure.likelihood import Wanted
 
 
@@ -28,3 +29,9 @@ def test_better_answers_that_became_less_likely_while_they_are_preferred_are_not
     for measures in ({"loss": loss}, {"loss": loss, "margin": lost}):
         assert worse_at_the_rows(measures).endswith("it has not learned what they hold, or was trained on something else")
     assert worse_at_the_rows({"loss": loss | {"difference": [0.1, -0.1, 0.3]}, "margin": learned}) is None
+
+
+@pytest.mark.parametrize("code", ["```\n<b>\n```", "~~~\n```\n<b>\n~~~", "```\n```python\n<b>\n```", "````\n```\n<b>\n````"])
+def test_html_shows_as_it_is_behind_code_whatever_fences_are_in_that(code):
+    lines = _quoted(f"{code}\n<img src=x>")
+    assert lines[-1] == "> &lt;img src=x>" and "> <b>" in lines
