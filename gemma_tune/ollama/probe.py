@@ -43,8 +43,9 @@ class Jinja:
             TemplateError: the template refuses it.
             Unlike: it fails.
         """
+        # Without tools and documents, a template is told so, as in training: OLMo 3's asks for `tools is none`.
         names = {"add_generation_prompt": generation, "bos_token": self.bos_token, "eos_token": self.eos_token,
-                 **more}
+                 "tools": None, "documents": None, **more}
         try:
             text = self.template.render(messages=messages, **names)
         except TemplateError:

@@ -383,6 +383,16 @@ def test_a_template_that_cannot_be_reproduced_is_refused(template, why):
     assert "gemma-9" in raised.value.message and "TEMPLATE by hand" in raised.value.hint
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
+
+
+def test_a_template_is_told_that_there_are_no_tools_as_in_training():
+    """OLMo 3's, which has a sentence for that, and writes tools in any other case."""
+    default = ("{% if messages[0].role != 'system' %}<|im_start|>system\n{% if tools is none and documents is none %}No functions."
+               "{% else %}{{ tools | tojson }}{% endif %}<|im_end|>\n{% endif %}")
+    assert chat_for(default + CHATML).default_system == "No functions."
+
+
 def test_ollamas_template_is_derived_from_what_training_rendered():
     """One renderer: Jinja's own `tojson` would escape what Transformers writes as it is."""
     tojson = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}" \
