@@ -3,7 +3,7 @@ same settings for Ollama, and which of all the files is recommended."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def gone(run: RunDir, manifest: Manifest) -> dict[str, str]:
     best, figures = summary.get("recommended"), summary.get("quants", {})
     if best is None or best in {**figures, **earlier_formats(run, manifest, figures)}:
         return {}
-    return {best: _again(run, [*figures, best])}
+    return {best: _again(run, figures, [best])}
 
 
 def of_this_model(earlier: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -128,19 +128,21 @@ def leftover_modelfiles(run: RunDir, current: Iterable[Path]) -> list[str]:
     return sorted(path.name for path in {*run.ollama.glob("Modelfile*")} - {*current})
 
 
-def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Iterable[str]) -> str | None:
+def advice(run: RunDir, earlier: Mapping[str, Mapping[str, Any]], current: Collection[str]) -> str | None:
     """What to do about files that are not what an export would make now; None if there are none."""
     old = {quant: f"{item['file']} is {remark(item)}" for quant, item in earlier.items() if remark(item)}
     if not old:
         return None
     them = "it" if len(old) == 1 else "them"
-    return (f"{', '.join(old.values())}: make {them} again ({_again(run, [*current, *old])}), or remove {them} from "
+    return (f"{', '.join(old.values())}: make {them} again ({_again(run, current, [*old])}), or remove {them} from "
             f"{run.ollama}")
 
 
-def _again(run: RunDir, labels: Iterable[str]) -> str:
-    """The command that makes files of these number formats and sizes."""
-    once = [*dict.fromkeys(labels)]
-    formats, sizes = ([label for label in once if (label in QUANTS) == named] for named in (True, False))
-    return command("export-ollama", run.root, *(["--quant", ",".join(formats)] if formats else []),
-                   *(["--size", sizes[0]] if sizes else []))
+def _again(run: RunDir, current: Collection[str], wanted: Sequence[str]) -> str:
+    """The command that makes files of the wanted number formats and sizes, and of the current ones; it takes one size,
+    so that there is one for each that is wanted."""
+    formats = [label for label in dict.fromkeys([*current, *wanted]) if label in QUANTS]
+    sizes = [label for label in wanted if label not in QUANTS] or [label for label in current if label not in QUANTS]
+    quant = ["--quant", ",".join(formats)] if formats else []
+    return ", then ".join(command("export-ollama", run.root, *quant, *size)
+                          for size in ([["--size", size] for size in sizes] or [[]]))
