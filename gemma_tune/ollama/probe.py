@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,11 +29,16 @@ class Jinja:
         eos_token: for the few templates that print it.
         bos_token: as the tokenizer has it, for templates that spell it out.
         keeps_bos: whether it is a part of the turns, and stays in what is rendered.
+        special_tokens: all that the tokenizer names, of which a template can print others as well.
     """
 
-    def __init__(self, source: str, eos_token: str, bos_token: str | None = None, keeps_bos: bool = False):
+    def __init__(self, source: str, eos_token: str, bos_token: str | None = None, keeps_bos: bool = False,
+                 special_tokens: Mapping[str, Any] | None = None):
         self.template, self.eos_token = compiled(source), eos_token
-        self.bos_token = bos_token if bos_token and keeps_bos else BOS
+        bos = bos_token if bos_token and keeps_bos else BOS
+        # Without tools and documents, a template is told so, as in training: OLMo 3's asks for `tools is none`.
+        self._names = {**(special_tokens or {}), "bos_token": bos, "eos_token": eos_token, "tools": None,
+                       "documents": None}
         self.all_bos = () if keeps_bos else tuple(dict.fromkeys((BOS, *LITERAL_BOS, bos_token or BOS)))
         self.knows_system = self._knows_system()
 
@@ -43,11 +49,8 @@ class Jinja:
             TemplateError: the template refuses it.
             Unlike: it fails.
         """
-        # Without tools and documents, a template is told so, as in training: OLMo 3's asks for `tools is none`.
-        names = {"add_generation_prompt": generation, "bos_token": self.bos_token, "eos_token": self.eos_token,
-                 "tools": None, "documents": None, **more}
         try:
-            text = self.template.render(messages=messages, **names)
+            text = self.template.render(messages=messages, add_generation_prompt=generation, **self._names | more)
         except TemplateError:
             raise
         except Exception as error:  # whatever a template from the Hub does with a plain conversation

@@ -12,7 +12,9 @@ models can think) and `server/routes.go` (these do so unless a request says othe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -83,7 +85,8 @@ FAMILIES = (
 
 
 def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_token: str | None = None,
-             bos_token: str | None = None, terminator: str = "", turns_begin_with_bos: bool = False) -> OllamaChat:
+             bos_token: str | None = None, terminator: str = "", turns_begin_with_bos: bool = False,
+             special_tokens: Mapping[str, Any] | None = None) -> OllamaChat:
     """Ollama's settings for the model that was saved with this Jinja template.
 
     Args:
@@ -93,13 +96,14 @@ def chat_for(chat_template_jinja: str, family_hint: str | None = None, *, eos_to
         bos_token: the tokenizer's, which Ollama puts before a prompt by itself.
         terminator: what ends an answer, for templates that leave it to the next turn.
         turns_begin_with_bos: then the TEMPLATE writes them all, and the GGUF is one whose tokenizer adds none.
+        special_tokens: all that the tokenizer names, as ``special_tokens_map`` has them.
 
     Raises:
         UserError: the template cannot be reproduced in Ollama.
     """
     family, stop = next(((f, s) for mark, f, s in FAMILIES if mark in chat_template_jinja), ("other", ""))
     try:
-        jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token, turns_begin_with_bos)
+        jinja = Jinja(chat_template_jinja, eos_token or EOS, bos_token, turns_begin_with_bos, special_tokens)
         if family == "gemma4":
             return _gemma4(jinja, stop, choice_in(chat_template_jinja))
         if all(mark in chat_template_jinja for mark in harmony.MARKS) and (
@@ -133,7 +137,8 @@ def layout_of(chat: ChatFormat, family_hint: str | None = None) -> OllamaChat:
     """As :func:`chat_for`, of a tokenizer with its template."""
     tokenizer = chat.tokenizer
     return chat_for(chat.template, family_hint, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token,
-                    terminator=chat.terminator, turns_begin_with_bos=chat.turns_begin_with_bos)
+                    terminator=chat.terminator, turns_begin_with_bos=chat.turns_begin_with_bos,
+                    special_tokens=tokenizer.special_tokens_map)
 
 
 def _of_the_day(source: str) -> tuple[str, ...]:

@@ -11,11 +11,12 @@ import pytest
 
 import gemma_tune
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import settled, with_thinking
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_text import SPACES
-from gemma_tune.ollama.template import chat_for
-from support.templates import GLM4, HUNYUAN, SEED, SMOLLM2, trl_template
+from gemma_tune.ollama.template import chat_for, layout_of
+from support.templates import GLM4, HUNYUAN, SEED, SMOLLM2, byte_tokenizer, trl_template
 
 
 def source(name: str) -> str:
@@ -391,6 +392,13 @@ def test_a_template_is_told_that_there_are_no_tools_as_in_training():
     default = ("{% if messages[0].role != 'system' %}<|im_start|>system\n{% if tools is none and documents is none %}No functions."
                "{% else %}{{ tools | tojson }}{% endif %}<|im_end|>\n{% endif %}")
     assert chat_for(default + CHATML).default_system == "No functions."
+
+
+def test_other_special_tokens_that_a_template_prints_stand_in_ollamas():
+    template = CHATML.replace("{{ m.content }}", "{{ sep_token + m.content }}")
+    tokenizer = byte_tokenizer(("<|im_start|>", "<|im_end|>"), template)
+    tokenizer.add_special_tokens({"sep_token": "<sep>"})
+    assert "user\n<sep>{{ .Content }}<|im_end|>" in layout_of(ChatFormat(tokenizer, "qwen2")).template
 
 
 def test_ollamas_template_is_derived_from_what_training_rendered():
