@@ -18,6 +18,7 @@ import httpx
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.secrets import place_of
+from gemma_tune.base.words import first_line
 
 PATIENCE = 600.0  # seconds without a byte: a slow disk may take minutes to hash, copy or load a large model
 
@@ -162,14 +163,25 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def client_of(url: str, timeout: float) -> httpx.Client:
-    """Like Ollama's own client, no proxy for this machine, whatever HTTP_PROXY says."""
+    """Like Ollama's own client, no proxy for this machine, whatever HTTP_PROXY says; and certificates for https alone.
+
+    Raises:
+        UserError: a proxy or certificates of the environment that cannot be used.
+    """
     host = httpx.URL(url).host
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
     limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-    return httpx.Client(base_url=url, timeout=limits, trust_env=not loopback, verify=_certificates())
+    try:
+        verify = _certificates() if url.startswith("https:") else False
+        return httpx.Client(base_url=url, timeout=limits, trust_env=not loopback, verify=verify)
+    except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:
+        names = ("SSL_CERT_FILE", "SSL_CERT_DIR") if isinstance(error, OSError) else (
+            "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        raise UserError(f"Ollama at {place_of(url)} cannot be asked: {first_line(error)}",
+                        f"Correct or unset {', '.join(names[:-1])} or {names[-1]}.") from error
 
 
 _certificates = functools.cache(httpx.create_ssl_context)  # reading them takes longer than most requests

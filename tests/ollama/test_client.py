@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.ollama import server
 from gemma_tune.ollama.client import (
     Server,
     create_model,
@@ -185,6 +186,31 @@ def test_a_proxy_for_the_web_is_not_asked_about_this_machine(ollama, monkeypatch
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert find_server(ollama.url) is not None
     assert find_server(ollama.url.replace("127.0.0.1", "localhost")) is not None
+
+
+@pytest.fixture
+def own_certificates():
+    """Those that are kept are of another environment."""
+    server._certificates.cache_clear()
+    yield
+    server._certificates.cache_clear()
+
+
+def test_certificates_that_are_not_there_are_missed_over_https_alone(ollama, own_certificates, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    assert find_server(ollama.url) is not None
+    with pytest.raises(UserError, match="cannot be asked: .*No such file") as raised:
+        find_server(ollama.url.replace("http:", "https:"))
+    assert "SSL_CERT_FILE" in raised.value.hint
+
+
+@pytest.mark.parametrize("proxy", ["ftp://proxy:21", "http://proxy:port"])
+def test_a_proxy_that_is_none_is_an_error_that_names_its_variable(proxy, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(UserError, match="Ollama at http://192.0.2.1:11434 cannot be asked: ") as raised:
+        find_server("http://192.0.2.1:11434")
+    assert "unset HTTP_PROXY" in raised.value.hint
 
 
 @pytest.mark.parametrize("answer", [b"<html>hello</html>", b'{"name": "other"}', b'{"version": 3}', b"[]", b""])
