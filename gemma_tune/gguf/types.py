@@ -249,7 +249,7 @@ def dequantise(data: np.ndarray, type: Type) -> np.ndarray:
 
 
 def needs_llama_quantize(quant: str, tensors: Tensors, model: Architecture) -> bool:
-    """Whether only the program `llama-quantize` can make this file here, from a file in F16.
+    """Whether only the program `llama-quantize` can make this file here, from an unquantised one.
 
     Raises:
         UserError: it is needed and not there.
@@ -262,7 +262,7 @@ def needs_llama_quantize(quant: str, tensors: Tensors, model: Architecture) -> b
 
 
 def llama_quantize(source: Path, out: Path, quant: str) -> None:
-    """Turn a GGUF in F16 into another of ``quant`` with llama.cpp's program; ``out`` appears when it is whole.
+    """Turn an unquantised GGUF into another of ``quant`` with llama.cpp's program; ``out`` appears when it is whole.
 
     Raises:
         UserError: the program is not on the PATH.

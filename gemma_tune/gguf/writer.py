@@ -250,18 +250,21 @@ def write_gguf(
     return GgufSummary(out, out.stat().st_size, quant, types, fallbacks, rounding.done if rounding else {})
 
 
-def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, **settings: Any) -> GgufSummary:
+def _with_llama_quantize(checkpoint: Path, out: Path, quant: str, *, parts: Parts, **settings: Any) -> GgufSummary:
     """`write_gguf` by way of an unquantised file, which holds every value as it is, and llama.cpp's own program."""
     # Bytes are those of packed experts, whose numbers bf16 holds as well.
     whole = "bf16" if {tensor.dtype for tensor in open_tensors(checkpoint).values()} <= {"BF16", "U8"} else "f32"
     unquantised = out.with_name(out.name + ".unquantised")
     try:
-        written = write_gguf(checkpoint, unquantised, whole, **settings)
+        written = write_gguf(checkpoint, unquantised, whole, parts=parts, **settings)
         llama_quantize(unquantised, out, quant)
     finally:
         unquantised.unlink(missing_ok=True)
-    types = Counter(tensor.type.name for tensor in GgufFile(out, keys=()).tensors.values())
-    return replace(written, path=out, size_bytes=out.stat().st_size, quant=quant, tensor_types=dict(types))
+    tensors = GgufFile(out, keys=()).tensors
+    choices = choose_types(quant, [(name, tensor.shape) for name, tensor in tensors.items()], parts.architecture)
+    fallbacks = tuple((name, choice.fallback) for name, choice in zip(tensors, choices) if choice.fallback)
+    return replace(written, path=out, size_bytes=out.stat().st_size, quant=quant, fallbacks=fallbacks,
+                   tensor_types=dict(Counter(tensor.type.name for tensor in tensors.values())))
 
 
 def _check_arguments(quant: str, sampling: Mapping[str, float]) -> None:

@@ -186,6 +186,16 @@ def test_rows_that_are_not_whole_blocks_fall_back_to_f16(tmp_path: Path, sentenc
     assert stored(summary.path)[name].tensor_type.name == "F16"
 
 
+def test_rows_that_fall_back_are_told_of_llama_quantizes_files_too(tmp_path: Path, sentencepiece_model: bytes,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path / "odd", sentencepiece_model, intermediate_size=80, num_hidden_layers=1)
+    own = export(tmp_path / "odd", tmp_path / "own.gguf", "q4_k_m")
+    monkeypatch.setattr(gguf_writer, "needs_llama_quantize", lambda quant, *_: quant == "q4_k_m")
+    monkeypatch.setattr(gguf_writer, "llama_quantize", lambda source, out, quant: shutil.copy(own.path, out))
+    theirs = export(tmp_path / "odd", tmp_path / "theirs.gguf", "q4_k_m")
+    assert theirs.fallbacks == own.fallbacks != () and theirs.tensor_types == own.tensor_types
+
+
 @pytest.mark.parametrize("differs", [True, False])
 def test_an_output_head_is_written_only_when_it_differs(editable: Path, tmp_path: Path, differs: bool,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
