@@ -41,6 +41,7 @@ def is_known(text: str, messages: Turns, tools: Turns | None, trained: Callable[
     return not is_kept(messages, tools) and _numbered(text) == _numbered(trained(*kept(messages, tools)))
 
 
+_LARGEST = 1e300  # Ollama refuses a number that is no float64
 _EXPONENT = re.compile(r"\d[eE][+-]?\d")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
@@ -101,6 +102,5 @@ def _sorted(value: Any) -> Any:
         return {key: _sorted(value[key]) for key in sorted(value)}
     if isinstance(value, list):
         return [_sorted(each) for each in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer():
-        return int(float(value))
-    return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return int(float(value)) if number and float(value).is_integer() else value

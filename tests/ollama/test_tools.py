@@ -270,3 +270,10 @@ def test_a_server_lists_what_the_template_promises(made, promised, warned, noted
         tell_capabilities(server, "m", promised, said)
     assert [warned in text for text in said.warnings] == [True] * bool(warned)
     assert [noted in text for text in said.notes] == [True] * bool(noted)
+
+
+def test_a_number_that_is_none_of_gos_stays_as_it_is():
+    turns = [call("f", a=10 ** 400, b=2 ** 70, c=1.0)]
+    [turn], _ = kept(turns, None)
+    assert turn["tool_calls"][0]["function"]["arguments"] == {"a": 10 ** 400, "b": 2 ** 70, "c": 1}
+    assert not is_kept(turns, None)
