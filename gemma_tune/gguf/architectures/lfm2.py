@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unusual_heads
+from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, unknown_rope, unusual_heads
 from gemma_tune.gguf.architectures.parts import FLAT, Architecture, Change, TensorSpec, add_sizes, complete, refuse
 
 _ARCH = gguf.MODEL_ARCH.LFM2
@@ -23,9 +23,8 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     whole = complete(config, path)
     heads = whole.num_attention_heads
     dim = whole.hidden_size // heads
-    rope = whole.rope_parameters["rope_type"]
-    other_rope = [] if rope == "default" else [f"rope type {rope!r} is not one that llama.cpp computes for this model"]
-    refuse(path, [*differing(whole, conv_bias=False), *unusual_heads(whole), *other_rope])
+    refuse(path, [*differing(whole, conv_bias=False), *unusual_heads(whole),
+                  *unknown_rope(whole.rope_parameters, "default")])
     return Architecture(gguf.MODEL_ARCH_NAMES[_ARCH], _tensors(whole, dim), partial(_metadata, whole), "bpe",
                         whole.vocab_size, whole.num_hidden_layers, heads, whole.num_key_value_heads,
                         tied=whole.tie_word_embeddings)

@@ -44,6 +44,8 @@ def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
     """
     path = checkpoint / "tokenizer.json"
     content = _read(path)
+    if not isinstance(content.get("model"), dict):
+        raise _unusable(path, "is not a tokenizer")
     _refuse_others(path, content)
     try:
         texts = {i: text for text, i in content["model"]["vocab"].items()}
@@ -60,14 +62,15 @@ def load_gemma4_vocab(checkpoint: Path, vocab_size: int) -> Vocabulary:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
     try:
-        content = object_in(path)
+        return object_in(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}.", hint) from error
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"{path} is not a tokenizer.", hint)
-    return content
+        raise _unusable(path, f"can't be read: {error}") from error
+
+
+def _unusable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} {why}.",
+                     f"Copy {path.name} from the base model's repository into {path.parent}, then try again.")
 
 
 def _refuse_others(path: Path, content: dict[str, Any]) -> None:
@@ -106,8 +109,7 @@ def _type(text: str, used: bool, added: dict[str, Any] | None) -> TokenType:
 
 
 def _special_ids(checkpoint: Path, tokens: list[str]) -> dict[str, int]:
-    path, ids = checkpoint / "tokenizer_config.json", {text: i for i, text in enumerate(tokens)}
-    config = _read_config(path)
+    config, ids = _read(checkpoint / "tokenizer_config.json"), {text: i for i, text in enumerate(tokens)}
     found = {}
     for name in (*ID_KEYS, "mask"):
         token = config.get(f"{name}_token")
@@ -115,11 +117,3 @@ def _special_ids(checkpoint: Path, tokens: list[str]) -> dict[str, int]:
         if text in ids:
             found[name] = ids[text]
     return found
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return object_in(path)
-    except (OSError, ValueError) as error:
-        hint = f"Copy {path.name} from the base model's repository into {path.parent}, then try again."
-        raise UserError(f"{path} can't be read: {error}.", hint) from error
