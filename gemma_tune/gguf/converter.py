@@ -68,11 +68,12 @@ def convert_with(path: Path, checkpoint: Path, out: Path, outtype: str, listener
 
 
 def _environment(checkout: Path) -> dict[str, str]:
-    """The converter needs no network and no token; it gets the checkout's `gguf` before any other."""
+    """The converter needs no network and no token; it gets the checkout's `gguf` before any other, and what else it
+    needs from where a person has it, as on a cluster whose modules set PYTHONPATH."""
     env = {key: value for key, value in os.environ.items() if key not in _SECRETS}
     own = checkout / "gguf-py"
     if own.is_dir():
-        env["PYTHONPATH"] = str(own)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), env.get("PYTHONPATH")]))
     return env | {"HF_HUB_OFFLINE": "1"}
 
 

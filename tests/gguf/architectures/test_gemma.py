@@ -419,6 +419,7 @@ def test_a_checkout_of_llama_cpp_converts(family: Any, converter: Path, tmp_path
 
 def test_a_converter_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PYTHONPATH", "/modules")
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "m.gguf"
     checkpoint.mkdir()
     (tmp_path / "gguf-py").mkdir()
@@ -429,7 +430,8 @@ def test_a_converter_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypa
                       "sys.exit(os.environ['PYTHONPATH'])\n")
     with pytest.raises(WorkFailed, match="exit status 1") as error:
         convert_with(script, checkpoint, out, "f16", Listener())
-    assert error.value.problems == ("line 5", "line 6", "line 7", "line 8 False", str(tmp_path / "gguf-py"))
+    assert error.value.problems == ("line 5", "line 6", "line 7", "line 8 False",
+                                    f"{tmp_path / 'gguf-py'}{os.pathsep}/modules")
     assert out.read_bytes() == b"earlier"
     assert not list(tmp_path.glob("*.partial"))
 
