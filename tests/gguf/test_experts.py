@@ -74,6 +74,12 @@ def test_experts_without_one_of_them_are_not_put_together():
     assert "l.1.experts.w" not in found and found["l.1.experts.10.w"] == ("l.1.experts.10.w",)
 
 
+def test_how_many_experts_a_token_meets_is_known(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    text = config.get("text_config", config)
+    assert architecture(checkpoint).experts_used == text.get("num_experts_per_tok", text.get("top_k_experts")) > 0
+
+
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
 def test_a_few_rows_at_a_time_give_the_same_file(checkpoint, quant, monkeypatch):
     whole = export(checkpoint, quant).read_bytes()

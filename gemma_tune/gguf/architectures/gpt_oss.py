@@ -28,7 +28,7 @@ def _make(config: Mapping[str, Any], path: Path) -> Architecture:
     return Architecture(gguf.MODEL_ARCH_NAMES[_ARCH], _tensors(whole), partial(_metadata, whole), "bpe",
                         whole.vocab_size, whole.num_hidden_layers, whole.num_attention_heads,
                         whole.num_key_value_heads, tied=whole.tie_word_embeddings, experts=whole.num_local_experts,
-                        made_in="mxfp4")
+                        experts_used=whole.num_experts_per_tok, made_in="mxfp4")
 
 
 MAKERS = {"gpt_oss": _make}
