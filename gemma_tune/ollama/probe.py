@@ -12,7 +12,6 @@ from gemma_tune.encoding.rendering import compiled
 Messages = list[dict[str, Any]]
 
 BOS, EOS = "[[bos]]", "[[eos]]"  # stand in for the tokens' texts, so that they can be told from the rest
-LITERAL_BOS = ("<bos>", "<|begin_of_text|>", "<s>")  # templates that spell BOS out, and most tokenizers' of it
 SYSTEM, FIRST, REPLY, SECOND = "Zsystem", "Zfirst", "Zreply", "Zsecond"
 SWITCH = "enable_thinking"  # what templates that can think have in common
 
@@ -39,7 +38,7 @@ class Jinja:
         # Without tools and documents, a template is told so, as in training: OLMo 3's asks for `tools is none`.
         self._names = {**(special_tokens or {}), "bos_token": bos, "eos_token": eos_token, "tools": None,
                        "documents": None}
-        self.all_bos = () if keeps_bos else tuple(dict.fromkeys((BOS, *LITERAL_BOS, bos_token or BOS)))
+        self.all_bos = () if keeps_bos else (BOS, bos_token or BOS)
         self.knows_system = self._knows_system()
 
     def __call__(self, messages: Messages, generation: bool = True, **more: Any) -> str:

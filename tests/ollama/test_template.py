@@ -325,8 +325,17 @@ def test_a_gguf_says_that_a_model_thinks_where_llama_cpp_takes_it_for_one_that_c
 
 
 def test_a_bos_that_the_template_spells_out_is_left_to_the_tokenizer():
-    chat = chat_for("<bos>" + trl_template("gemma3").replace("{{ bos_token }}", ""))
+    chat = chat_for("<bos>" + trl_template("gemma3").replace("{{ bos_token }}", ""), bos_token="<bos>")
     assert chat.template == chat_for(trl_template("gemma3")).template
+
+
+@pytest.mark.parametrize("bos", [None, "<bb>"])
+def test_what_the_template_spells_out_and_is_no_bos_of_the_tokenizer_stays(bos):
+    tokenizer = byte_tokenizer(("<|im_start|>", "<|im_end|>", "<s>", "<bb>"), "<s>" + CHATML)
+    tokenizer.bos_token = bos
+    chat = ChatFormat(tokenizer, "qwen2")
+    assert chat.prompt_text([{"role": "user", "content": "q"}]).startswith("<s><|im_start|>user")
+    assert '<s>{{ end }}\n{{- range' in layout_of(chat).template
 
 
 def test_the_day_of_the_export_is_noted():
@@ -334,6 +343,7 @@ def test_the_day_of_the_export_is_noted():
 
 
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
 
 
 def test_white_space_that_cannot_be_matched_is_noted():
@@ -382,9 +392,6 @@ def test_a_template_that_cannot_be_reproduced_is_refused(template, why):
         chat_for(template, "gemma-9")
     assert raised.value.exit_code == 2
     assert "gemma-9" in raised.value.message and "TEMPLATE by hand" in raised.value.hint
-
-
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
 
 
 def test_a_template_is_told_that_there_are_no_tools_as_in_training():
