@@ -1,4 +1,4 @@
-"""The numbers that a block of a GGUF file can hold, and which of them it does: bytes to grids and back.
+"""The numbers that a block of a GGUF file can hold, and which of them it does: bytes to grids, and choices to bytes.
 
 A block keeps scales, and for each weight a small whole number q: the weight is ``low + step · q``. Layouts as in ggml's
 ``ggml-common.h`` and ``ggml-quants.c``.
@@ -16,7 +16,8 @@ GRIDS = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.
 
 _BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8, Type.Q2_K: 2, Type.Q3_K: 3, Type.Q4_K: 4,
          Type.Q5_K: 5, Type.Q6_K: 6}
-_CENTRED = {Type.Q4_0: 8, Type.Q5_0: 16, Type.Q8_0: 128, Type.Q3_K: 4, Type.Q6_K: 32}  # the q that stands for zero
+# The q that stands for zero. That of Q8_0 is 127: ggml rounds to -127 … 127, and one below would be out of balance.
+_CENTRED = {Type.Q4_0: 8, Type.Q5_0: 16, Type.Q8_0: 127, Type.Q3_K: 4, Type.Q6_K: 32}
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,6 @@ class Grid:
     step: np.ndarray
     levels: int
 
-    def values(self, q: np.ndarray) -> np.ndarray:
-        """float32 weights of ``q``, as ggml computes them up to rounding."""
-        return self.low + self.step * q.astype(np.float32)
-
 
 def grid_of(data: np.ndarray, kind: Type) -> Grid:
     """The grid of rows in a type out of :data:`GRIDS`.
@@ -47,12 +44,6 @@ def grid_of(data: np.ndarray, kind: Type) -> Grid:
     low, step, each = _scales(_blocks(data, kind), kind)
     low, step = (np.repeat(part, each, axis=-1).reshape(len(data), -1) for part in (low, step))
     return Grid(low, step, 255 if kind == Type.Q8_0 else 1 << _BITS[kind])
-
-
-def chosen(data: np.ndarray, kind: Type) -> np.ndarray:
-    """The q of each weight: uint8 (rows, columns)."""
-    blocks = _blocks(data, kind)
-    return _unpack(blocks, kind).reshape(len(data), -1)
 
 
 def with_chosen(data: np.ndarray, kind: Type, q: np.ndarray) -> np.ndarray:
@@ -89,8 +80,7 @@ def _scales(blocks: np.ndarray, kind: Type) -> tuple[np.ndarray, np.ndarray, int
         step, each = _half(blocks, 208) * blocks[..., 192:208].view(np.int8).astype(np.float32), 16
     else:
         step, each = _half(blocks, 0), 32
-    # q = 0 of Q8_0 is −127: ggml rounds to −127 … 127, and the one below would be out of balance
-    return -step * (127 if kind == Type.Q8_0 else _CENTRED[kind]), step, each
+    return -step * _CENTRED[kind], step, each
 
 
 def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,44 +110,14 @@ _PAIRS_OF_BITS = {Type.Q2_K: 16, Type.Q3_K: 32}
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 
-def _unpack(blocks: np.ndarray, kind: Type) -> np.ndarray:
-    """uint8 (rows, blocks, weights of a block)."""
-    if kind == Type.Q8_0:
-        return (blocks[..., 2:].view(np.int8).astype(np.int16) + 127).clip(0).astype(np.uint8)
-    if kind == Type.Q6_K:
-        low = blocks[..., :128].reshape(*blocks.shape[:2], 2, 64)
-        high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> _SHIFTS & 3
-        nibbles = np.concatenate([low & 15, low >> 4], axis=-1)
-        return (nibbles | high.reshape(nibbles.shape) << 4).reshape(*blocks.shape[:2], 256)
-    if kind in _PAIRS_OF_BITS:
-        at = _PAIRS_OF_BITS[kind]
-        low = blocks[..., at:at + 64].reshape(*blocks.shape[:2], 2, 1, 32) >> _SHIFTS & 3
-        q = low.reshape(*blocks.shape[:2], 256)
-        return q | _bits(blocks[..., :32]) << 2 if kind == Type.Q3_K else q
-    at, run = _NIBBLES[kind]
-    low = blocks[..., at:].reshape(*blocks.shape[:2], -1, run)
-    q = np.concatenate([low & 15, low >> 4], axis=-1).reshape(*blocks.shape[:2], -1)
-    if kind in _FIFTH:
-        q |= np.unpackbits(blocks[..., _FIFTH[kind]:_FIFTH[kind] + 4], axis=-1, bitorder="little") << 4
-    if kind == Type.Q5_K:
-        q |= _bits(blocks[..., 16:48]) << 4
-    return q
-
-
-def _bits(packed: np.ndarray) -> np.ndarray:
-    """One bit of each of 256 weights out of 32 bytes, each of which has those of eight weights that are 32 apart."""
-    bits = np.unpackbits(packed[..., None], axis=-1, bitorder="little")  # (…, 32 places, 8 groups)
-    return np.swapaxes(bits, -1, -2).reshape(*packed.shape[:-1], 256)
-
-
 def _packed_bits(bits: np.ndarray) -> np.ndarray:
-    """The reverse of :func:`_bits`."""
+    """One bit of each of 256 weights in 32 bytes, each of which has those of eight weights that are 32 apart."""
     groups = np.swapaxes(bits.reshape(*bits.shape[:-1], 8, 32), -1, -2)
     return np.packbits(groups, axis=-1, bitorder="little")[..., 0]
 
 
 def _pack(blocks: np.ndarray, kind: Type, q: np.ndarray) -> None:
-    """Write the q into blocks: the reverse of :func:`_unpack`."""
+    """Write the q, uint8 (rows, blocks, weights of a block), into blocks."""
     if kind == Type.Q8_0:
         blocks[..., 2:] = (q.astype(np.int16) - 127).astype(np.int8).view(np.uint8)
         return

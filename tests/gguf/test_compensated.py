@@ -15,8 +15,9 @@ from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.gguf import compensated
 from gemma_tune.gguf.compensated import Inputs, Rounding, by_importance, calibrated, inputs_of
-from gemma_tune.gguf.grid import GRIDS, chosen, grid_of
+from gemma_tune.gguf.grid import GRIDS, grid_of
 from gemma_tune.gguf.types import dequantise, quantise
+from support.grids import chosen
 
 
 @pytest.fixture(scope="module")
